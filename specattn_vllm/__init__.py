@@ -1,0 +1,6 @@
+"""specattn-vllm: speculative decoding decides which KV-cache entries are read.
+
+Importing this package imports neither torch nor vLLM; vLLM finds it through its entry point (`plugin.register`).
+"""
+
+__version__ = "0.1.0"
