@@ -1,0 +1,1 @@
+"""vLLM's attention backend `SPECATTN`: the class it registers, its metadata builder, and the layer implementation."""

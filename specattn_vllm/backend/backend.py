@@ -1,0 +1,55 @@
+"""The class that `--attention-backend specattn` names: what it supports and which parts it is made of."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import KVCacheLayout
+
+
+class SpecAttnBackend(AttentionBackend):
+    """Paged attention whose verification rows read a selection of the cache.
+
+    Whatever is not declared here (MLA, sliding windows, sinks, fp8 caches, context parallelism, ...) vLLM refuses with
+    the backend's name, because the base class says no by default.
+    """
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+    forward_includes_kv_cache_update = False
+
+    @staticmethod
+    def get_name() -> str:
+        return "SPECATTN"
+
+    @staticmethod
+    def get_impl_cls():
+        from specattn_vllm.backend.impl import SpecAttnImpl
+
+        return SpecAttnImpl
+
+    @staticmethod
+    def get_builder_cls():
+        from specattn_vllm.backend.builder import SpecAttnMetadataBuilder
+
+        return SpecAttnMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int | MultipleOf]:
+        return [MultipleOf(16)]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return [64, 128]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # Both keep the K and V of one token and head together, one page of the head-folded view. Token-major comes
+        # first: a token's heads are then neighbours, and gathering shared selections touches fewer lines.
+        return (KVCacheLayout.LBNHC, KVCacheLayout.LBHNC)
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False

@@ -1,0 +1,113 @@
+"""Attention of one layer: sparse for verification rows, captured for draft rows, dense for the rest."""
+
+from __future__ import annotations
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionImpl, AttentionType
+
+from specattn_vllm import executors
+from specattn_vllm.backend.metadata import SpecAttnMetadata
+from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.selection.pages import folded_pages
+
+
+class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
+    """Runs one layer through the executor of the options."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        **unsupported,
+    ) -> None:
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        refused = {
+            "ALiBi slopes": alibi_slopes,
+            "a sliding window": sliding_window,
+            "a soft cap on logits": logits_soft_cap,
+            "a KV cache shared between layers": kv_sharing_target_layer_name,
+            "an attention type other than decoder": None if attn_type == AttentionType.DECODER else attn_type,
+            **{name: value for name, value in unsupported.items()},
+        }
+        for what, value in refused.items():
+            if value is not None:
+                raise NotImplementedError(
+                    f"--attention-backend specattn does not support models with {what} (got {value!r}); "
+                    "serve this model with vLLM's own backends"
+                )
+        vllm_config = get_current_vllm_config()
+        self.operations = executors.resolve(
+            SpecAttnOptions.from_vllm(vllm_config).executor, torch.device(vllm_config.device_config.device)
+        )
+
+    def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
+        self.operations.write_kv(key, value, kv_cache, slot_mapping)
+
+    def forward(
+        self,
+        layer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: SpecAttnMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query, output [T, Hq, D]; kv_cache [B, H, N, 2D]. Rows of T past num_actual_tokens are padding."""
+        if attn_metadata is None:
+            # vLLM's memory profiling: there is no cache to read yet.
+            return output.fill_(0)
+        md = attn_metadata
+        out = output[: md.num_actual_tokens]
+        query = query[: md.num_actual_tokens]
+        if md.capture is not None and md.capture.attend(
+            layer.layer_name, query, kv_cache, md.block_table, self.scale, out
+        ):
+            return output
+        source = md.sparse.layer_sources.get(layer.layer_name) if md.sparse is not None else None
+        if source is None:
+            self._dense(query, kv_cache, md, out, first_row=0, first_token=0)
+            return output
+        plan = md.sparse
+        self.operations.sparse_attention(
+            query[: plan.num_tokens],
+            folded_pages(kv_cache),
+            plan.page_table[source],
+            plan.kept[source],
+            md.query_start_loc[: plan.num_rows + 1],
+            self.scale,
+            out[: plan.num_tokens],
+            plan.max_query_len,
+        )
+        if plan.num_rows < md.num_reqs:
+            self._dense(query, kv_cache, md, out, first_row=plan.num_rows, first_token=plan.num_tokens)
+        return output
+
+    def _dense(self, query, kv_cache, md: SpecAttnMetadata, out, *, first_row: int, first_token: int) -> None:
+        starts = md.query_start_loc[first_row : md.num_reqs + 1]
+        self.operations.dense_attention(
+            query[first_token:],
+            kv_cache,
+            md.block_table[first_row:],
+            md.seq_lens[first_row:],
+            starts - first_token if first_token else starts,
+            self.scale,
+            out[first_token:],
+            md.max_query_len,
+            md.max_seq_len,
+        )

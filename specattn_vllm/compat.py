@@ -1,0 +1,219 @@
+"""The only module that touches vLLM's private parts. Each piece says why it is there and when it can go.
+
+Ledger, for vLLM 0.32.0:
+
+register_backend      `AttentionBackendEnum` members that are registered at run time pickle by value, and a spawned
+                      worker unpickles its config before plugins load: "'...' is not a valid AttentionBackendEnum".
+                      Goes when registered members pickle by name, or workers load plugins first.
+choose_speculator     Runner V2 picks its speculator in a fixed chain and imports the class by name inside it; there is
+                      no plug point (`method="custom_class"` exists on runner V1 only). Goes with a registry upstream.
+allow_on_cpu          `CpuPlatform.get_attn_backend_cls` replaces every backend by CPU_ATTN without an error. Goes
+                      when it honours registered backends.
+add_cli_aliases       vLLM's flags are `--spec-model` and `--spec-tokens`; ours are the words users look for. Goes if
+                      vLLM takes them.
+check_engine_config   Start-up checks need the finished config in the process of the user's command, where an error is
+                      read; vLLM has no hook there. Goes with one.
+add_worker_method     `collective_rpc("specattn_stats")` needs a method on the worker. Goes if backends get a stats
+                      hook.
+
+Every patch is applied once per process, whatever is called how often.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+BACKEND_NAME = "SPECATTN"
+BACKEND_PATH = "specattn_vllm.backend.backend.SpecAttnBackend"
+_ALIASES = {"--spec-model": "--speculative-model", "--spec-tokens": "--num-speculative-tokens"}
+_MARK = "_specattn_patched"
+
+
+def is_ours(vllm_config: VllmConfig) -> bool:
+    """Whether an engine was asked to use our backend."""
+    backend = vllm_config.attention_config.backend
+    return backend is not None and backend.name == BACKEND_NAME
+
+
+def apply_all() -> None:
+    """Apply every patch to this process."""
+    register_backend()
+    choose_speculator()
+    allow_on_cpu()
+    add_cli_aliases()
+    check_engine_config()
+    add_worker_method()
+
+
+def load_backend_member(name: str):
+    """Unpickles our enum member in a process whose plugins have not loaded yet."""
+    register_backend()
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return AttentionBackendEnum[name]
+
+
+def register_backend() -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if BACKEND_NAME in AttentionBackendEnum.__members__:
+        return
+    member = AttentionBackendEnum.register(BACKEND_NAME, BACKEND_PATH)
+    member.__reduce_ex__ = lambda protocol: (load_backend_member, (BACKEND_NAME,))
+
+
+def choose_speculator() -> None:
+    from vllm.v1.worker.gpu.spec_decode.standalone_ar import speculator as upstream
+
+    stock = upstream.StandaloneARSpeculator
+    if getattr(stock, _MARK, False):
+        return
+
+    def build(vllm_config: VllmConfig, device: torch.device):
+        if not is_ours(vllm_config):
+            return stock(vllm_config, device)
+        from specattn_vllm.speculation.speculator import SpecAttnSpeculator
+
+        return SpecAttnSpeculator(vllm_config, device)
+
+    setattr(build, _MARK, True)
+    build.stock = stock
+    upstream.StandaloneARSpeculator = build
+
+
+def stock_speculator() -> type:
+    """Upstream's class, whether or not its name has been taken over in this process."""
+    from vllm.v1.worker.gpu.spec_decode.standalone_ar import speculator as upstream
+
+    return getattr(upstream.StandaloneARSpeculator, "stock", upstream.StandaloneARSpeculator)
+
+
+def allow_on_cpu() -> None:
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    if not current_platform.is_cpu() or getattr(platform.get_attn_backend_cls, _MARK, False):
+        return
+    original = platform.get_attn_backend_cls.__func__
+
+    @functools.wraps(original)
+    def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
+        if selected_backend is None or selected_backend.name != BACKEND_NAME:
+            return original(cls, selected_backend, attn_selector_config, num_heads)
+        from specattn_vllm.backend.backend import SpecAttnBackend
+
+        # The check that CudaPlatform makes for every backend; CPU has no device capability to check.
+        reasons = SpecAttnBackend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
+        if reasons:
+            raise ValueError(f"--attention-backend specattn cannot serve this model: {', '.join(reasons)}")
+        return selected_backend.get_path()
+
+    setattr(get_attn_backend_cls, _MARK, True)
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def add_cli_aliases() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.add_cli_args
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def add_cli_args(parser):
+        parser = original(parser)
+        for action in list(parser._actions):
+            for flag in [f for f in action.option_strings if f in _ALIASES]:
+                alias = _ALIASES[flag]
+                if alias not in parser._option_string_actions:
+                    action.option_strings.append(alias)
+                    parser._option_string_actions[alias] = action
+        return parser
+
+    setattr(add_cli_args, _MARK, True)
+    EngineArgs.add_cli_args = staticmethod(add_cli_args)
+
+
+def check_engine_config() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.create_engine_config
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def create_engine_config(self, *args: Any, **kwargs: Any) -> VllmConfig:
+        from specattn_vllm.checks import check
+
+        vllm_config = original(self, *args, **kwargs)
+        check(vllm_config)
+        return vllm_config
+
+    setattr(create_engine_config, _MARK, True)
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def add_worker_method() -> None:
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    if hasattr(WorkerBase, "specattn_stats"):
+        return
+
+    def specattn_stats(self) -> dict[str, int] | None:
+        """Counts of this worker since start-up; None without our speculator. For `collective_rpc`."""
+        counters = getattr(getattr(self.model_runner, "speculator", None), "counters", None)
+        return vars(counters.read()) if counters is not None else None
+
+    WorkerBase.specattn_stats = specattn_stats
+
+
+def vllm_dense_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    max_query_len: int,
+    max_seq_len: int,
+) -> None:
+    """Causal attention over everything by vLLM's own Triton kernel; signature of the executors' dense attention."""
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    key_cache, value_cache = kv_cache.transpose(1, 2).split(query.shape[-1], dim=-1)
+    unified_attention(
+        q=query,
+        k=key_cache,
+        v=value_cache,
+        out=out,
+        cu_seqlens_q=query_start_loc,
+        max_seqlen_q=max_query_len,
+        seqused_k=seq_lens,
+        max_seqlen_k=max_seq_len,
+        softmax_scale=scale,
+        causal=True,
+        window_size=(-1, -1),
+        block_table=block_table,
+        softcap=0,
+        q_descale=None,
+        k_descale=None,
+        v_descale=None,
+    )
+
+
+def vllm_write_kv(
+    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Write new keys and values by vLLM's own CUDA kernel; signature of the executors' write_kv."""
+    from vllm import _custom_ops as ops
+
+    key_cache, value_cache = kv_cache.transpose(1, 2).split(key.shape[-1], dim=-1)
+    one = torch.ones((), dtype=torch.float32, device=key.device)
+    ops.reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, "auto", one, one)

@@ -1,0 +1,82 @@
+"""What a model is, in facts that a layer map can be checked against."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+_SAMPLES_PER_FILE = 16
+_SAMPLE_BYTES = 4096
+
+
+class ModelFacts(BaseModel):
+    """Architecture of a model and, where its files are at hand, a digest sampled from its weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    architecture: str
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    hidden_size: int
+    vocab_size: int
+    weights: str | None = None
+
+    def differences(self, other: ModelFacts, *, weights: bool) -> list[str]:
+        """Fields in which two models differ, as 'name: ours != theirs'; an unknown digest differs from nothing."""
+        found = []
+        for name in type(self).model_fields:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if name == "weights" and (not weights or ours is None or theirs is None):
+                continue
+            if ours != theirs:
+                found.append(f"{name}: {ours} != {theirs}")
+        return found
+
+
+def facts_from_config(config: Any, folder: Path | None = None) -> ModelFacts:
+    """Facts from a Hugging Face text config (object or dict); `folder` adds the digest of its weight files."""
+    get = config.get if isinstance(config, dict) else lambda name, default=None: getattr(config, name, default)
+    heads = get("num_attention_heads")
+    architectures = get("architectures") or ["unknown"]
+    return ModelFacts(
+        architecture=architectures[0],
+        num_hidden_layers=get("num_hidden_layers"),
+        num_attention_heads=heads,
+        num_key_value_heads=get("num_key_value_heads") or heads,
+        head_dim=get("head_dim") or get("hidden_size") // heads,
+        hidden_size=get("hidden_size"),
+        vocab_size=get("vocab_size"),
+        weights=weights_digest(folder) if folder is not None else None,
+    )
+
+
+def fingerprint(folder: str | Path) -> dict[str, Any]:
+    """The facts of the model in a local folder, as they stand in a layer map."""
+    folder = Path(folder)
+    config = json.loads((folder / "config.json").read_text())
+    return facts_from_config(config, folder).model_dump()
+
+
+def weights_digest(folder: Path) -> str | None:
+    """SHA-256 over evenly spaced samples of the safetensors files; None if there are none.
+
+    Samples suffice to tell two fine-tunes apart, and a 16 GB checkpoint is not read twice at start-up.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        return None
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size};".encode())
+        with path.open("rb") as file:
+            for i in range(_SAMPLES_PER_FILE):
+                file.seek(size * i // _SAMPLES_PER_FILE)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -1,0 +1,118 @@
+"""The plugin's options: one frozen model, read from vLLM's own `--additional-config '{"specattn": {...}}'`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+KEY = "specattn"
+
+Method = Literal["specattn", "dense"]
+Combine = Literal["sum", "max", "union", "first"]
+ExecutorName = Literal["auto", "torch", "triton"]
+
+
+class OptionsError(ValueError):
+    """An option that cannot be used; the message names key, value, what is allowed and the remedy."""
+
+
+class SpecAttnOptions(BaseModel):
+    """How the KV entries that verification reads are chosen. Counts are in tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    method: Method = Field(
+        "specattn",
+        description="'specattn': the draft model's attention prunes the target's verification (approximate). "
+        "'dense': the same speculation with full attention (lossless; the control).",
+    )
+    layer_map: str | None = Field(
+        None,
+        description="Name of a shipped layer map, path of a JSON file, or 'uniform' (layers paired by depth, not "
+        "calibrated). Default: the shipped map made for this pair of models if there is one, else 'uniform'.",
+    )
+    top_p: float = Field(
+        0.9, gt=0.0, le=1.0, description="Share of the draft's attention mass on the context that the kept tokens hold."
+    )
+    min_tokens: int = Field(128, ge=0, description="Floor on kept tokens, sink and recent ones included.")
+    max_tokens: int | None = Field(None, ge=1, description="Cap on kept tokens; none by default.")
+    max_fraction: float = Field(
+        1.0, gt=0.0, le=1.0, description="Cap on kept tokens as a share of the request's context."
+    )
+    sink_tokens: int = Field(4, ge=0, description="First tokens of the context that are always kept.")
+    recent_tokens: int = Field(64, ge=0, description="Last tokens of the context that are always kept.")
+    combine: Combine = Field(
+        "sum",
+        description="How the K draft steps of a round become one selection: top-p on their summed or maximal mass, "
+        "the union of each step's own top-p (Shah, arXiv 2510.27641), or the first step alone.",
+    )
+    dense_layers: tuple[int, ...] = Field(
+        (), description="Target layers that always read everything, besides those the layer map leaves unmapped."
+    )
+    check_weights: bool = Field(
+        True, description="Refuse a layer map calibrated on other weights of the same architecture."
+    )
+    executor: ExecutorName = Field(
+        "auto", description="'triton' (CUDA; on CPU through the interpreter), 'torch' (CPU), or the best of the two."
+    )
+    stats_interval_s: float = Field(60.0, gt=0.0, description="Seconds between the statistics lines in the log.")
+
+    @field_validator("dense_layers")
+    @classmethod
+    def _no_negative_layers(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if any(layer < 0 for layer in value):
+            raise ValueError("layers are counted from 0")
+        return value
+
+    @model_validator(mode="after")
+    def _clamps_agree(self) -> SpecAttnOptions:
+        if self.max_tokens is not None:
+            if self.max_tokens < self.min_tokens:
+                raise ValueError(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}: change one")
+            if self.max_tokens < self.sink_tokens + self.recent_tokens:
+                raise ValueError(
+                    f"max_tokens {self.max_tokens} is below sink_tokens + recent_tokens "
+                    f"({self.sink_tokens} + {self.recent_tokens}), which are always kept: raise it or lower those"
+                )
+        return self
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether the output distribution is the target's own."""
+        return self.method == "dense"
+
+    @classmethod
+    def parse(cls, raw: Any) -> SpecAttnOptions:
+        """Validate the value of the `specattn` key; raises OptionsError with one line per problem."""
+        if not isinstance(raw, dict):
+            raise OptionsError(
+                f"additional_config['{KEY}'] is {raw!r}; it must be an object such as "
+                f"{{\"top_p\": 0.9}} (--additional-config '{{\"{KEY}\": {{\"top_p\": 0.9}}}}')"
+            )
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            lines = [_explain(problem) for problem in error.errors()]
+            raise OptionsError("specattn options (--additional-config):\n  " + "\n  ".join(lines)) from None
+
+    @classmethod
+    def from_vllm(cls, vllm_config: VllmConfig) -> SpecAttnOptions:
+        """The options of an engine; the one place where they are read."""
+        config = vllm_config.additional_config
+        return cls.parse(config.get(KEY, {}) if isinstance(config, dict) else {})
+
+
+def _explain(problem: dict) -> str:
+    """One pydantic error as: key, value, what is allowed, remedy."""
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        known = ", ".join(SpecAttnOptions.model_fields)
+        return f"{key}: unknown option; known: {known}. Remove it or correct its name."
+    if not key:
+        return problem["msg"].removeprefix("Value error, ")
+    name = str(problem["loc"][0])
+    return f"{key} = {problem['input']!r}: {problem['msg']}. {name}: {SpecAttnOptions.model_fields[name].description}"

@@ -1,0 +1,1 @@
+"""The draft side: vLLM's speculator for a separate draft model, with its attention captured."""

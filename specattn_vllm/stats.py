@@ -1,0 +1,103 @@
+"""What the plugin counts, and the line a minute that says so."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass, fields
+
+import torch
+
+# A child of vLLM's logger, so that its handler and its level apply.
+logger = logging.getLogger("vllm.specattn")
+
+
+@dataclass
+class Counts:
+    """Totals since start-up. KV counts are in (token, KV head, layer) entries."""
+
+    rounds: int = 0
+    """Verified rows: one request in one verification step."""
+    sampled_tokens: int = 0
+    """Tokens those rows produced; divided by `rounds`, the acceptance length."""
+    verify_rows: int = 0
+    sparse_rows: int = 0
+    no_selection_rows: int = 0
+    stale_rows: int = 0
+    dense_trailing_rows: int = 0
+    prefill_rows: int = 0
+    kv_read: int = 0
+    kv_full: int = 0
+
+    def __sub__(self, other: Counts) -> Counts:
+        return Counts(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
+
+    @property
+    def acceptance_length(self) -> float:
+        """Mean tokens per verification, the bonus token included."""
+        return self.sampled_tokens / self.rounds if self.rounds else 0.0
+
+    @property
+    def kv_fraction(self) -> float:
+        """Share of the KV entries of verification rows that verification read, dense layers included."""
+        return self.kv_read / self.kv_full if self.kv_full else 1.0
+
+    def line(self, seconds: float) -> str:
+        """The log line for these counts over a stretch of time."""
+        dense = self.verify_rows - self.sparse_rows + self.dense_trailing_rows
+        return (
+            f"specattn: {self.rounds} rounds in {seconds:.0f} s, acceptance length {self.acceptance_length:.2f}, "
+            f"verification read {self.kv_fraction:.1%} of KV, dense verification rows {dense} "
+            f"(no selection {self.no_selection_rows}, stale {self.stale_rows}, behind a prefill "
+            f"{self.dense_trailing_rows}), prefill rows {self.prefill_rows}"
+        )
+
+
+_NAMES = tuple(f.name for f in fields(Counts))
+
+
+class Counters:
+    """Counts kept partly on the device, so that counting never waits for it; reading does."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._host = [0] * len(_NAMES)
+        self._device = torch.zeros(len(_NAMES), dtype=torch.int64, device=device)
+
+    def add(self, **amounts: int | torch.Tensor) -> None:
+        """Add to counters by name: host ints, or zero-dimensional device tensors."""
+        on_device = []
+        for name, amount in amounts.items():
+            index = _NAMES.index(name)
+            if isinstance(amount, torch.Tensor):
+                on_device.append((index, amount))
+            else:
+                self._host[index] += amount
+        if on_device:
+            indices, values = zip(*on_device, strict=True)
+            stacked = torch.stack([value.to(torch.int64) for value in values])
+            self._device.index_add_(0, torch.tensor(indices, device=self._device.device), stacked)
+
+    def read(self) -> Counts:
+        """Totals up to now; waits for the device."""
+        return Counts(*(host + device for host, device in zip(self._host, self._device.tolist(), strict=True)))
+
+
+class Reporter:
+    """Logs one line per interval in which anything was verified."""
+
+    def __init__(self, counters: Counters, interval_s: float) -> None:
+        self.counters = counters
+        self.interval_s = interval_s
+        self._since = time.monotonic()
+        self._last = Counts()
+
+    def tick(self) -> None:
+        """Called once a step; reads the counters only when a line is due."""
+        now = time.monotonic()
+        if now - self._since < self.interval_s:
+            return
+        counts = self.counters.read()
+        new = counts - self._last
+        if new.rounds:
+            logger.info(new.line(now - self._since))
+        self._since, self._last = now, counts
