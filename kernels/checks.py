@@ -1,0 +1,117 @@
+"""Argument checks shared by the Triton launchers and the PyTorch references.
+
+Every operation has one ``check_*`` function, so that both versions refuse the same arguments with the same words: a
+wrong shape that reaches a kernel reads or writes someone else's memory. Nothing here looks at the *contents* of a
+tensor, which on a GPU would wait for the device. All errors are ``ValueError("<name>: got ..., wanted ...")``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_SIZES = (64, 128)  # what the Triton kernels are tuned and tested for; the references take any
+COMBINE = ("store", "add", "max")
+
+
+def expect(ok: bool, name: str, got: object, wanted: str) -> None:
+    if not ok:
+        raise ValueError(f"{name}: got {got}, wanted {wanted}")
+
+
+def tensor(name: str, value, shape: tuple, dtypes, device=None) -> None:
+    """Check one tensor. ``None`` in ``shape`` is any size; the last dim has to be contiguous (kernels add plain
+    offsets along it); ``dtypes`` is one dtype or a tuple of them."""
+    expect(isinstance(value, torch.Tensor), name, type(value).__name__, "a tensor")
+    dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
+    expect(value.dtype in dtypes, name, value.dtype, " or ".join(map(str, dtypes)))
+    fits = value.dim() == len(shape) and all(w is None or w == s for s, w in zip(value.shape, shape, strict=True))
+    expect(fits, name, f"shape {tuple(value.shape)}", "shape " + str(tuple("any" if s is None else s for s in shape)))
+    expect(value.shape[-1] <= 1 or value.stride(-1) == 1, name, f"strides {value.stride()}", "last stride 1")
+    expect(device is None or value.device == device, name, f"device {value.device}", str(device))
+
+
+def group_size(query_heads: int, heads: int, name: str) -> int:
+    expect(heads > 0 and query_heads % heads == 0, name, f"{heads} heads for {query_heads} query heads", "a divisor")
+    return query_heads // heads
+
+
+def head_size(size: int) -> None:
+    expect(size in HEAD_SIZES, "query", f"head size {size}", f"one of {HEAD_SIZES} (Triton kernels)")
+
+
+def decode_attention(query, kv_cache, block_table, seq_lens, out, scores, lse) -> None:
+    tensor("query", query, (None, None, None), FLOATS)
+    rows, query_heads, size = query.shape
+    dev = query.device
+    tensor("kv_cache", kv_cache, (None, None, None, 2 * size), query.dtype, dev)
+    group_size(query_heads, kv_cache.shape[1], "kv_cache")
+    tensor("block_table", block_table, (rows, None), torch.int32, dev)
+    tensor("seq_lens", seq_lens, (rows,), torch.int32, dev)
+    expect(out is not None or scores is not None, "out", "None without scores", "at least one of out and scores")
+    if out is not None:
+        tensor("out", out, (rows, query_heads, size), query.dtype, dev)
+    if scores is not None:
+        tensor("scores", scores, (rows, query_heads, None), (torch.float32, torch.bfloat16), dev)
+        expect(lse is not None, "lse", None, "a tensor, because scores are asked for")
+    if lse is not None:
+        tensor("lse", lse, (rows, query_heads), torch.float32, dev)
+
+
+def accumulate_mass(scores, lse, lens, mass, combine) -> None:
+    tensor("scores", scores, (None, None, None), (torch.float32, torch.bfloat16))
+    rows, query_heads, width = scores.shape
+    dev = scores.device
+    tensor("lse", lse, (rows, query_heads), torch.float32, dev)
+    tensor("lens", lens, (rows,), torch.int32, dev)
+    tensor("mass", mass, (rows, None, width), torch.float32, dev)
+    group_size(query_heads, mass.shape[1], "mass")
+    expect(combine in COMBINE, "combine", repr(combine), " or ".join(COMBINE))
+
+
+def select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent) -> None:
+    tensor("mass", mass, (None, None), torch.float32)
+    rows, width = mass.shape
+    tensor("lens", lens, (rows,), torch.int32, mass.device)
+    tensor("bits", bits, (rows, -(-width // 32)), torch.int32, mass.device)
+    tensor("counts", counts, (rows,), torch.int32, mass.device)
+    expect(top_p >= 0, "top_p", top_p, "at least 0")
+    expect(0 <= max_fraction <= 1, "max_fraction", max_fraction, "0 to 1")
+    expect(max_tokens >= -1, "max_tokens", max_tokens, "at least 0, or -1 for no limit")
+    for name, value in (("min_tokens", min_tokens), ("sink", sink), ("recent", recent)):
+        expect(0 <= value < 2**31, name, value, "0 or more, below 2^31")
+
+
+def build_page_tables(
+    bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept
+) -> None:
+    tensor("bits", bits, (None, None, None, None), torch.int32)
+    sources, _, groups, _ = bits.shape
+    dev = bits.device
+    tensor("slots", slots, (None,), torch.int64, dev)
+    rows = slots.shape[0]
+    tensor("prefix_lens", prefix_lens, (rows,), torch.int32, dev)
+    tensor("seq_lens", seq_lens, (rows,), torch.int32, dev)
+    tensor("block_table", block_table, (rows, None), torch.int32, dev)
+    tensor("page_table", page_table, (sources, rows, None, None), torch.int32, dev)
+    heads = page_table.shape[2]
+    expect(groups in (1, heads), "bits", f"{groups} score groups", f"1 or the {heads} heads of page_table")
+    tensor("kept", kept, (sources, rows, heads), torch.int32, dev)
+    expect(block_size > 0, "block_size", block_size, "at least 1")
+    expect(len(page_strides) == 3, "page_strides", page_strides, "(block, head, token)")
+
+
+def sparse_attention(query, kv_pages, page_table, kept, query_start_loc, out, max_query_len, lse) -> None:
+    tensor("query", query, (None, None, None), FLOATS)
+    tokens, query_heads, size = query.shape
+    dev = query.device
+    tensor("kv_pages", kv_pages, (None, 2 * size), query.dtype, dev)
+    tensor("page_table", page_table, (None, None, None), torch.int32, dev)
+    rows, heads, _ = page_table.shape
+    group_size(query_heads, heads, "page_table")
+    tensor("kept", kept, (rows, heads), torch.int32, dev)
+    tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, dev)
+    tensor("out", out, (tokens, query_heads, size), query.dtype, dev)
+    expect(max_query_len >= 1, "max_query_len", max_query_len, "at least 1")
+    if lse is not None:
+        tensor("lse", lse, (tokens, query_heads), torch.float32, dev)

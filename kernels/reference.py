@@ -1,0 +1,243 @@
+"""PyTorch versions of the kernels: the oracle of their tests, and the code that runs where there is no GPU.
+
+Each function has the signature of its Triton twin; shapes, dtypes, padding rules and errors are stated there, once
+(``decode_attention.py``, ``accumulate_mass.py``, ``top_p.py``, ``page_tables.py``, ``sparse_attention.py``). Scores
+and softmax are computed in fp32. They loop over requests, because requests differ in length and a padded batch would
+spend most of its time on padding, and over nothing else.
+
+They read lengths with ``.tolist()``, so they would wait for the device on a GPU; there they are for tests only.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from . import checks
+
+
+def unpack_bits(bits: torch.Tensor, length: int) -> torch.Tensor:
+    """bits [..., W] int32 -> bool [..., length]; bit p % 32 of word p // 32 is position p; length <= 32 * W."""
+    shifts = torch.arange(32, dtype=torch.int32, device=bits.device)
+    words = bits[..., : -(-length // 32)]
+    return ((words.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., :length].bool()
+
+
+def _pack_bits(flags: torch.Tensor) -> torch.Tensor:
+    """bool [X, 32 * n] -> int32 [X, n]; the inverse of ``unpack_bits``."""
+    weights = torch.ones((), dtype=torch.int64, device=flags.device) << torch.arange(32, device=flags.device)
+    # 2^31 does not fit int32: sum in int64 and let the cast wrap.
+    return (flags.unflatten(-1, (-1, 32)) * weights).sum(-1).to(torch.int32)
+
+
+def _gather(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Tensor:
+    """The first ``length`` tokens of the given blocks as [H, length, last dim]; ``blocks`` holds no stale entry.
+
+    The copy is most of the time of a decode step, so blocks that follow one another are sliced, not copied, where the
+    layout allows; a fresh cache hands its blocks out that way.
+    """
+    first = int(blocks[0])
+    in_order = torch.arange(first, first + blocks.shape[0], dtype=blocks.dtype, device=blocks.device)
+    if torch.equal(blocks, in_order):
+        picked = kv_cache[first : first + blocks.shape[0]]
+    elif kv_cache.stride(1) < kv_cache.stride(2):  # tokens outermost: copy whole blocks, heads stay interleaved
+        picked = kv_cache.transpose(1, 2).index_select(0, blocks).transpose(1, 2)
+    else:
+        return kv_cache.transpose(0, 1)[:, blocks].flatten(1, 2)[:, :length]
+    return picked.transpose(0, 1).flatten(1, 2)[:, :length]
+
+
+def decode_attention(query, kv_cache, block_table, seq_lens, scale, out, scores=None, lse=None) -> None:
+    """Attention of one query row per request over the paged cache. See ``decode_attention.decode_attention``."""
+    checks.decode_attention(query, kv_cache, block_table, seq_lens, out, scores, lse)
+    query_heads, size = query.shape[1:]
+    heads, block_size = kv_cache.shape[1:3]
+    cache = kv_cache if out is not None else kv_cache[..., :size]
+    for r, length in enumerate(seq_lens.tolist()):
+        if length == 0:
+            if out is not None:
+                out[r].zero_()
+            if lse is not None:
+                lse[r].fill_(-torch.inf)
+            continue
+        kv = _gather(cache, block_table[r, : -(-length // block_size)], length).float()
+        q = query[r].view(heads, query_heads // heads, size).float() * scale
+        logits = torch.bmm(q, kv[..., :size].transpose(1, 2))
+        if scores is not None:
+            scores[r, :, :length] = logits.view(query_heads, length)
+        if lse is not None:
+            lse[r] = logits.logsumexp(-1).view(query_heads)
+        if out is not None:
+            out[r] = torch.bmm(logits.softmax(-1), kv[..., size:]).view(query_heads, size)
+
+
+def accumulate_mass(scores, lse, lens, mass, weight, combine) -> None:
+    """Attention mass per position and score group. See ``accumulate_mass.accumulate_mass``."""
+    checks.accumulate_mass(scores, lse, lens, mass, combine)
+    groups = mass.shape[1]
+    for r, length in enumerate(lens.tolist()):
+        probs = torch.exp(scores[r, :, :length].float() - lse[r, :, None])
+        new = probs.unflatten(0, (groups, -1)).sum(1).mul_(weight)
+        old = mass[r, :, :length]
+        if combine == "store":
+            old.copy_(new)
+        elif combine == "add":
+            old.add_(new)
+        else:
+            torch.maximum(old, new, out=old)
+
+
+def select_top_p(
+    mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, union=False
+) -> None:
+    """Top-p token selection, here by sorting. See ``top_p.select_top_p``."""
+    checks.select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent)
+    longest = int(lens.max()) if lens.numel() else 0
+    if not union:
+        bits.zero_()
+    if longest:
+        pos = torch.arange(longest, device=mass.device)
+        length = lens.long()[:, None]
+        inside = pos < length
+        forced = inside & ((pos < sink) | (pos >= length - recent))
+        quanta = (mass[:, :longest] * float(1 << 30)).long().masked_fill_(~inside, 0)
+        # One integer per token that sorts the way tokens are taken: forced first, then by mass, then by position;
+        # what lies past the length sorts last. The position bits make every key unique, so any sort is exact.
+        key = (quanta << 31) | pos
+        key = key.masked_fill_(forced, 1 << 62).masked_fill_(~inside, -1)
+        order = key.sort(dim=-1, descending=True).indices
+        total = quanta.sum(-1, keepdim=True)
+        n_forced = forced.sum(-1, keepdim=True)
+        if top_p >= 1:
+            wanted = length
+        else:
+            target = (total * round(top_p * 65536) + 65535) >> 16
+            # The shortest prefix that reaches the target is as long as the number of prefixes that do not.
+            taken = quanta.gather(-1, order)
+            wanted = ((taken.cumsum(-1) - taken) < target).logical_and_(inside).sum(-1, keepdim=True)
+            wanted = wanted.maximum(n_forced)
+        upper = (length * round(max_fraction * 65536) + 65535) >> 16
+        if max_tokens >= 0:
+            upper = upper.clamp(max=max_tokens)
+        upper = upper.maximum(n_forced)
+        lower = upper.clamp(max=min_tokens)
+        n = wanted.minimum(upper).maximum(lower)
+        flags = torch.zeros(mass.shape[0], -(-longest // 32) * 32, dtype=torch.bool, device=mass.device)
+        flags.scatter_(-1, order, pos < n)
+        bits[:, : flags.shape[1] // 32] |= _pack_bits(flags)
+        counts.copy_(n[:, 0])
+    else:
+        counts.zero_()
+    if union:
+        counts.copy_(unpack_bits(bits, bits.shape[1] * 32).sum(-1))
+
+
+def build_page_tables(
+    bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept
+) -> None:
+    """Compacts selections into page tables. See ``page_tables.build_page_tables``."""
+    checks.build_page_tables(
+        bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept
+    )
+    per_block, per_head, per_token = page_strides
+    sources, _, groups, words = bits.shape
+    heads = page_table.shape[2]
+    head_offsets = torch.arange(heads, dtype=torch.int32, device=bits.device) * per_head
+    rows = zip(slots.tolist(), prefix_lens.tolist(), seq_lens.tolist(), strict=True)
+    for r, (slot, prefix, length) in enumerate(rows):
+        if slot < 0 or length == 0:
+            kept[:, r] = 0
+            continue
+        blocks = block_table[r, : -(-length // block_size), None] * per_block
+        in_block = torch.arange(block_size, dtype=torch.int32, device=bits.device) * per_token
+        ids = (blocks + in_block).flatten()[:length]
+        prefix = max(0, min(prefix, length, words * 32))
+        if prefix == 0:
+            page_table[:, r, :, :length] = ids + head_offsets[:, None]
+            kept[:, r] = length
+            continue
+        flags = torch.ones(sources, groups, length, dtype=torch.bool, device=bits.device)
+        flags[..., :prefix] = unpack_bits(bits[:, slot], prefix)
+        flags = flags.view(sources * groups, length)
+        counts = flags.sum(-1)
+        kept[:, r] = counts.view(sources, groups).to(torch.int32)
+        row, pos = flags.nonzero(as_tuple=True)
+        column = torch.arange(row.shape[0], device=bits.device) - (counts.cumsum(0) - counts)[row]
+        if groups == 1:
+            page_table[row, r, :, column] = ids[pos, None] + head_offsets
+        else:
+            head = row % groups
+            page_table[row // groups, r, head, column] = ids[pos] + head_offsets[head]
+
+
+def sparse_attention(query, kv_pages, page_table, kept, query_start_loc, scale, out, max_query_len, lse=None) -> None:
+    """Attention over the entries of a page table. See ``sparse_attention.sparse_attention``."""
+    checks.sparse_attention(query, kv_pages, page_table, kept, query_start_loc, out, max_query_len, lse)
+    query_heads, size = query.shape[1:]
+    heads = page_table.shape[1]
+    group = query_heads // heads
+    starts = query_start_loc.tolist()
+    for r, counts in enumerate(kept.tolist()):
+        begin, end = starts[r], starts[r + 1]
+        live = [h for h, count in enumerate(counts) if count > 0]
+        n, longest = end - begin, max(counts)
+        if n == 0 or not live:
+            continue
+        pick = slice(None) if len(live) == heads else torch.tensor(live, device=query.device)
+        ids = page_table[r, pick, :longest]
+        have = kept[r, pick, None]
+        uneven = min(counts[h] for h in live) < longest
+        column = torch.arange(longest, device=query.device)
+        if uneven:  # entries past kept are undefined: read the head's first page again, the mask below drops it
+            ids = torch.where(column < have, ids, ids[:, :1])
+        kv = kv_pages.index_select(0, ids.flatten()).view(len(live), longest, 2 * size).float()
+        q = query[begin:end].unflatten(1, (heads, group)).permute(1, 0, 2, 3)[pick]
+        logits = torch.bmm(q.reshape(len(live), n * group, size).float() * scale, kv[..., :size].transpose(1, 2))
+        logits = logits.view(len(live), n, group, longest)
+        if uneven or n > 1:
+            visible = have - torch.arange(n - 1, -1, -1, device=query.device)  # [live, n]
+            logits.masked_fill_((column >= visible[..., None]).unsqueeze(2), -torch.inf)
+        weights = logits.softmax(-1)
+        if n > min(counts[h] for h in live):
+            weights = weights.nan_to_num_(0.0)  # softmax of a token that sees nothing
+        result = torch.bmm(weights.view(len(live), n * group, longest), kv[..., size:])
+        out[begin:end].unflatten(1, (heads, group))[:, pick] = (
+            result.view(len(live), n, group, size).transpose(0, 1).to(out.dtype)
+        )
+        if lse is not None:
+            total = logits.logsumexp(-1).transpose(0, 1)
+            lse[begin:end].unflatten(1, (heads, group))[:, pick] = total
+
+
+def dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, scale, out, rows=None) -> None:
+    """Causal attention of ragged query rows over the paged cache, in the query dtype. No Triton twin.
+
+    query, out [T, Hq, D]; kv_cache [B, H, N, 2D]; block_table [R, nb] int32; seq_lens [R] int32, the new tokens
+    included; query_start_loc [R + 1] int32. Query token i of the q_len tokens of request r attends positions
+    0..seq_len - q_len + i. ``rows`` lists the requests to do (all by default); the ``out`` rows of the others stay
+    untouched, as do those of a request with no query token or with seq_len 0.
+    """
+    checks.tensor("query", query, (None, None, None), checks.FLOATS)
+    tokens, query_heads, size = query.shape
+    checks.tensor("kv_cache", kv_cache, (None, None, None, 2 * size), query.dtype, query.device)
+    checks.group_size(query_heads, kv_cache.shape[1], "kv_cache")
+    checks.tensor("block_table", block_table, (None, None), torch.int32, query.device)
+    checks.tensor("seq_lens", seq_lens, (block_table.shape[0],), torch.int32, query.device)
+    checks.tensor("query_start_loc", query_start_loc, (block_table.shape[0] + 1,), torch.int32, query.device)
+    checks.tensor("out", out, (tokens, query_heads, size), query.dtype, query.device)
+    block_size = kv_cache.shape[2]
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    for r in range(len(lengths)) if rows is None else rows:
+        begin, end, length = starts[r], starts[r + 1], lengths[r]
+        n = end - begin
+        if n == 0 or length == 0:
+            continue
+        kv = _gather(kv_cache, block_table[r, : -(-length // block_size)], length)
+        mask = None
+        if 1 < n < length:  # is_causal aligns top-left, which is right only for a square
+            mask = torch.ones(n, length, dtype=torch.bool, device=query.device).tril_(length - n)
+        attended = F.scaled_dot_product_attention(
+            query[None, begin:end].transpose(1, 2), kv[None, ..., :size], kv[None, ..., size:],
+            attn_mask=mask, is_causal=n == length and n > 1, scale=scale, enable_gqa=True,
+        )  # fmt: skip
+        out[begin:end] = attended[0].transpose(0, 1)
