@@ -387,10 +387,10 @@ The pair shows and tests `specattn-vllm`; it is far too small to be useful as a 
 
 - Architecture: LlamaForCausalLM, {layers} layers, hidden {hidden}, {heads} query / {kv} KV heads of {head_dim},
   vocabulary {vocab} (byte-level BPE), context {context}; {parameters:,} parameters, bfloat16.
-- Data: Python source of {packages} installed open-source packages, {stream:.1f}M tokens. Held out: the Python standard
+- Data: Python source of {packages} installed Python packages, {stream:.1f}M tokens. Held out: the Python standard
   library, and every package whose name hashes into one part of twenty.
 - Training: {steps} steps of {batch} x {context} tokens ({seen:.0f}M tokens), {seconds:.0f} s on {device}{distilled}.
-- Licence: the weights are released under Apache-2.0; they were trained on installed open-source packages, each under
+- Licence: the weights are released under Apache-2.0; they were trained on installed Python packages, each under
   its own licence (names in `training.json`).
 """
 
