@@ -1,0 +1,62 @@
+"""Exact modes give the tokens of plain decoding, one by one, in fp32 with prefix caching and chunked prefill on."""
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+# 20 prompts of held-out code: short, around page edges (128 tokens a block), and 4k.
+LENGTHS = [5, 31, 64, 127, 128, 129, 200, 255, 256, 300, 400, 511, 640, 800, 1000, 1500, 2000, 3000, 4000, 4090]
+NEW_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def plain_tokens():
+    """Greedy tokens of stock vLLM without speculation, kept between the tests of this file."""
+    return {}
+
+
+def _plain(plain_tokens, engine, greedy, prompts):
+    if not plain_tokens:
+        plain_tokens["tokens"] = greedy(engine(None), prompts(LENGTHS), NEW_TOKENS)
+    return plain_tokens["tokens"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"method": "dense"}, id="dense"),
+        pytest.param({"method": "specattn", "top_p": 1.0}, id="top_p=1"),
+        # A selection that keeps all of the context must not depend on how the steps are combined.
+        pytest.param({"method": "specattn", "top_p": 1.0, "combine": "union"}, id="top_p=1-union"),
+    ],
+)
+def test_greedy_tokens_equal_plain_decoding(options, plain_tokens, engine, greedy, prompts, counts):
+    expected = _plain(plain_tokens, engine, greedy, prompts)
+    llm = engine(options)
+    assert greedy(llm, prompts(LENGTHS), NEW_TOKENS) == expected
+    seen = counts(llm)
+    assert seen.acceptance_length > 1.5, "the draft should have been right about something"
+    if options["method"] == "specattn":
+        assert seen.sparse_rows == seen.verify_rows > 0, "every verification went through the page tables"
+        assert seen.kv_read == seen.kv_full
+
+
+def test_pruning_changes_what_is_read_and_little_of_what_is_written(plain_tokens, engine, greedy, prompts, counts):
+    expected = _plain(plain_tokens, engine, greedy, prompts)
+    llm = engine({"method": "specattn", "top_p": 0.9})
+    tokens = greedy(llm, prompts(LENGTHS), NEW_TOKENS)
+    seen = counts(llm)
+    assert seen.sparse_rows == seen.verify_rows
+    assert seen.kv_fraction < 0.6
+    # Approximate, so not equal; but not noise either.
+    same = sum(t == e for t, e in zip(tokens, expected, strict=True))
+    assert same >= len(LENGTHS) // 3
+
+
+def test_a_model_drafting_for_itself_is_accepted(engine, greedy, prompts, counts, demo_pair):
+    """Draft and target of the same weights agree, except where two logits tie: what is rejected then is our doing."""
+    llm = engine({"method": "dense"}, draft=demo_pair[0])
+    greedy(llm, prompts([40, 300, 1000, 2500]), 41)
+    seen = counts(llm)
+    accepted = (seen.acceptance_length - 1) / 4
+    assert accepted >= 0.98

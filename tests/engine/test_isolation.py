@@ -1,0 +1,121 @@
+"""No request ever reads another request's selection, or a stale one, whatever the scheduler does to it.
+
+The `audit` fixture checks every pruned row of these runs; each test makes sure that its situation occurred.
+"""
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+OPTIONS = {"top_p": 0.8, "min_tokens": 32, "recent_tokens": 16}
+
+
+def _exactly(options: dict) -> dict:
+    """The same path without its approximation, so that tokens can be compared."""
+    return {**options, "top_p": 1.0}
+
+
+def test_chunked_prefill_and_slot_reuse(engine, greedy, prompts, audit):
+    """Prompts of many chunks among running requests, more requests than slots."""
+    llm = engine(OPTIONS, max_num_seqs=3, max_num_batched_tokens=256)
+    greedy(llm, prompts([900, 40, 600, 30, 1200, 250, 500, 90]), 10)
+    assert len(audit.owner) <= 3 < len(audit.sparse_rows) + len(audit.dense_rows)
+    assert len(audit.sparse_rows) == 8 and sum(audit.sparse_rows.values()) >= 16
+
+
+def test_prefix_cache_hits(engine, greedy, prompts, audit):
+    """A second request with the same long prompt starts from cached blocks, the draft's among them."""
+    llm = engine(OPTIONS)
+    prompt = prompts([1100])
+    first = greedy(llm, prompt, 12)
+    hits = _cached_tokens(llm, prompt)
+    assert hits >= 1024
+    assert greedy(llm, prompt, 12) == first
+    assert sum(audit.sparse_rows.values()) >= 6
+
+
+def test_a_resumed_request_with_one_token_left_reads_everything(engine, greedy, prompts, audit, counts):
+    """A prompt one token longer than a cached one is scheduled like a verification, but has no selection."""
+    llm = engine(OPTIONS, block_size=16)
+    [long] = prompts([1025])
+    short = {"prompt_token_ids": long["prompt_token_ids"][:1024]}
+    greedy(llm, [short], 4)
+    before = counts(llm)
+    greedy(llm, [long], 4)
+    after = counts(llm)
+    assert after.prefill_rows - before.prefill_rows == 1
+    assert after.stale_rows == before.stale_rows
+
+
+def test_preemption_and_resume(engine, greedy, prompts, audit):
+    """A block pool too small for all requests: some lose their slot and come back in another."""
+    lengths = [420, 430, 440, 450]
+    expected = greedy(engine(None, max_num_seqs=4), prompts(lengths), 90)
+    audit.owner.clear()
+    llm = engine(_exactly(OPTIONS), max_num_seqs=4, block_size=16, num_gpu_blocks_override=120, max_model_len=1024)
+    assert greedy(llm, prompts(lengths), 90) == expected
+    assert audit.preemptions > 0
+
+
+def test_preemption_with_pruning(engine, greedy, prompts, audit):
+    llm = engine(OPTIONS, max_num_seqs=4, block_size=16, num_gpu_blocks_override=120, max_model_len=1024)
+    greedy(llm, prompts([420, 430, 440, 450]), 90)
+    assert audit.preemptions > 0
+    assert sum(audit.sparse_rows.values()) > 40
+
+
+def test_abort_frees_a_slot_for_somebody_else(engine, prompts, audit):
+    from vllm import SamplingParams
+
+    llm = engine(OPTIONS, max_num_seqs=2)
+    parameters = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
+    a, b, c = prompts([700, 600, 500])
+    run = llm.llm_engine
+    run.add_request("a", a, parameters)
+    run.add_request("b", b, parameters)
+    for _ in range(5):
+        run.step()
+    run.abort_request(["a"])
+    run.add_request("c", c, parameters)
+    done = []
+    while run.has_unfinished_requests():
+        done += [output.request_id for output in run.step() if output.finished]
+    assert sorted(done) == ["b", "c"]
+    assert len(audit.owner) == 2, "c took the slot of a"
+    assert any(name.startswith("c") for name in audit.sparse_rows)
+
+
+def test_requests_that_come_and_go_change_the_rows_of_others(engine, prompts, audit):
+    """Rows move in the batch whenever a request joins or ends; selections stay with the request."""
+    from vllm import SamplingParams
+
+    llm = engine(OPTIONS, max_num_seqs=4)
+    run = llm.llm_engine
+    waiting = list(enumerate(prompts([300, 900, 200, 700, 400, 1000, 150])))
+    while waiting or run.has_unfinished_requests():
+        if waiting:
+            i, prompt = waiting.pop()
+            n = 6 + 5 * (i % 3)
+            run.add_request(
+                f"r{i}", prompt, SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
+            )
+        run.step()
+    assert sum(audit.sparse_rows.values()) > 20
+
+
+def test_up_to_the_maximum_length(engine, greedy, prompts, audit, counts):
+    """Drafts are cut where the context ends; the tokens are still those of plain decoding."""
+    lengths = [505, 490]
+    expected = greedy(engine(None, max_model_len=512), prompts(lengths), 22)
+    llm = engine(_exactly(OPTIONS), max_model_len=512)
+    assert greedy(llm, prompts(lengths), 22) == expected
+    assert [len(tokens) for tokens in expected] == [7, 22]
+    seen = counts(llm)
+    assert seen.sparse_rows > 0
+
+
+def _cached_tokens(llm, prompt) -> int:
+    from vllm import SamplingParams
+
+    [output] = llm.generate(prompt, SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
+    return output.num_cached_tokens

@@ -1,0 +1,152 @@
+"""The page tables that attention gets are those that plain Python computes from the captured scores."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.engine
+
+SINK, RECENT, FLOOR, STEPS = 4, 16, 48, 4
+
+
+def _choose(mass: list[float], top_p: float) -> set[int]:
+    """Token positions by the documented rule, on a Python list: sort, add up, stop."""
+    length = len(mass)
+    quanta = [int(m * 2**30) for m in mass]
+    forced = {p for p in range(length) if p < SINK or p >= length - RECENT}
+    goal = (sum(quanta) * round(top_p * 65536) + 65535) // 65536
+    kept, held = set(forced), sum(quanta[p] for p in forced)
+    for p in sorted(set(range(length)) - forced, key=lambda p: (quanta[p], p), reverse=True):
+        if held >= goal and len(kept) >= min(FLOOR, length):
+            break
+        kept.add(p)
+        held += quanta[p]
+    return kept
+
+
+class Oracle:
+    """Follows scores and tables through wrappers around the operations, and remembers what should have been kept."""
+
+    def __init__(self, combine: str, top_p: float, monkeypatch) -> None:
+        from specattn_vllm.kernels import reference
+        from specattn_vllm.selection.store import SelectionStore
+
+        self.combine, self.top_p = combine, top_p
+        self.round: list[list[list[float]]] = []  # [step * S + source][row] -> mass over positions
+        self.selected: dict[int, tuple[int, list[set[int]]]] = {}  # slot -> (context length, kept per source)
+        self.checked = self.pruned = 0
+        self.sources = None
+        mass_op, tables_op, put = reference.accumulate_mass, reference.build_page_tables, SelectionStore.put
+
+        def accumulate_mass(scores, lse, lens, mass, weight, combine):
+            rows = []
+            for r, length in enumerate(lens.tolist()):
+                softmax = torch.exp(scores[r, :, :length].float() - lse[r, :, None])
+                rows.append((softmax.sum(0) * weight).tolist())
+            self.round.append(rows)
+            mass_op(scores, lse, lens, mass, weight, combine)
+
+        def store_put(store, slots, bits, prefix_lens):
+            self.sources = bits.shape[0]
+            for row, (slot, length) in enumerate(zip(slots.tolist(), prefix_lens.tolist(), strict=True)):
+                self.selected[slot] = (length, self._kept(row, length))
+            self.round.clear()
+            put(store, slots, bits, prefix_lens)
+
+        def build_page_tables(bits, slots, prefix_lens, seq_lens, block_table, block_size, strides, table, kept):
+            tables_op(bits, slots, prefix_lens, seq_lens, block_table, block_size, strides, table, kept)
+            for row, slot in enumerate(slots.tolist()):
+                self._check(row, slot, prefix_lens, seq_lens, block_table, block_size, strides, table, kept)
+
+        monkeypatch.setattr(reference, "accumulate_mass", accumulate_mass)
+        monkeypatch.setattr(reference, "build_page_tables", build_page_tables)
+        monkeypatch.setattr(SelectionStore, "put", store_put)
+
+    def _kept(self, row: int, length: int) -> list[set[int]]:
+        steps = defaultdict(list)
+        for call, rows in enumerate(self.round):
+            steps[call % self.sources].append(rows[row])
+        kept = []
+        for source in range(self.sources):
+            masses = steps[source]
+            assert len(masses) == (1 if self.combine == "first" else STEPS)
+            if self.combine == "union":
+                kept.append(set().union(*(_choose(mass, self.top_p) for mass in masses)))
+                continue
+            total = torch.tensor(masses[0], dtype=torch.float32)
+            for mass in masses[1:]:
+                more = torch.tensor(mass, dtype=torch.float32)
+                total = total + more if self.combine == "sum" else torch.maximum(total, more)
+            kept.append(_choose(total.tolist(), self.top_p))
+        return kept
+
+    def _check(self, row, slot, prefix_lens, seq_lens, block_table, block_size, strides, table, kept) -> None:
+        prefix, total = int(prefix_lens[row]), int(seq_lens[row])
+        for source in range(table.shape[0]):
+            if prefix < 0:
+                positions = list(range(total))
+            else:
+                length, chosen = self.selected[slot]
+                assert length == prefix
+                positions = sorted(chosen[source]) + list(range(prefix, total))
+            self.pruned += len(positions) < total
+            for head in range(table.shape[2]):
+                block, per_head, token = strides
+                ids = [
+                    int(block_table[row, p // block_size]) * block + head * per_head + p % block_size * token
+                    for p in positions
+                ]
+                assert int(kept[source, row, head]) == len(ids)
+                assert table[source, row, head, : len(ids)].tolist() == ids
+                self.checked += 1
+
+
+@pytest.mark.parametrize("combine", ["sum", "max", "union", "first"])
+def test_page_tables_equal_the_oracle(combine, engine, greedy, prompts, monkeypatch, counts):
+    oracle = Oracle(combine, 0.8, monkeypatch)
+    options = {
+        "top_p": 0.8, "combine": combine, "sink_tokens": SINK, "recent_tokens": RECENT, "min_tokens": FLOOR,
+    }  # fmt: skip
+    llm = engine(options, num_speculative_tokens=STEPS)
+    greedy(llm, prompts([20, 130, 700, 1300]), 12)
+    assert oracle.checked > 40 and oracle.pruned >= 16
+    seen = counts(llm)
+    assert 0 < seen.kv_read < seen.kv_full
+    assert math.isclose(seen.sparse_rows / seen.verify_rows, 1.0)
+
+
+def test_a_cap_bounds_what_is_kept(engine, greedy, prompts, counts):
+    """max_tokens and max_fraction hold however flat the attention is; new tokens come on top."""
+    llm = engine({"top_p": 0.999, "min_tokens": 0, "max_tokens": 200, "recent_tokens": 32, "max_fraction": 0.5})
+    greedy(llm, prompts([3000]), 10)
+    seen = counts(llm)
+    [layers] = {len(p.layer_sources) for p in _pruners(llm)}
+    [total] = {p.num_layers for p in _pruners(llm)}
+    per_layer = (seen.kv_read - seen.kv_full * (total - layers) / total) / layers
+    full = seen.kv_full / total
+    # At most 200 kept and 5 new of at least 3000.
+    assert per_layer / full <= 205 / 3000
+
+
+def _pruners(llm):
+    def find(worker):
+        groups = worker.model_runner.attn_groups
+        return [b.pruner for group in groups for g in group for b in g.metadata_builders if b.pruner is not None]
+
+    return llm.collective_rpc(find)[0]
+
+
+def test_the_kernels_give_the_same_tokens_as_pytorch(engine, greedy, prompts, counts):
+    """The Triton kernels, through the interpreter, in a whole engine: same tokens, same reads."""
+    results = []
+    for executor in ("torch", "triton"):
+        llm = engine({"executor": executor, "top_p": 0.9, "min_tokens": 16, "recent_tokens": 16}, max_num_seqs=2)
+        tokens = greedy(llm, prompts([150, 420]), 6)
+        seen = counts(llm)
+        results.append((tokens, seen.kv_read, seen.kv_full, seen.sparse_rows))
+    assert results[0] == results[1]
+    assert results[0][1] < results[0][2]

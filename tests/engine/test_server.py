@@ -1,0 +1,167 @@
+"""The server that `scripts/serve` starts, driven as users drive it: by the openai client, several at once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+LINE = re.compile(
+    r"specattn: (\d+) rounds in \d+ s, acceptance length ([\d.]+), verification read ([\d.]+)% of KV, "
+    r"dense verification rows (\d+)"
+)
+
+
+class Server:
+    def __init__(self, log: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log = log
+        command = [
+            str(ROOT / "scripts" / "serve"), "--host", "127.0.0.1", "--port", str(self.port),
+            "--additional-config.specattn.stats_interval_s", "5",
+        ]  # fmt: skip
+        # The environment that runs this test is the one to serve from.
+        environment = {**os.environ, "SPECATTN_VENV": sys.prefix, "VLLM_LOGGING_LEVEL": "INFO"}
+        environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+        self.process = subprocess.Popen(
+            command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+
+    def wait_until_ready(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                pytest.fail(f"the server stopped with {self.process.returncode}:\n{self.text()[-3000:]}")
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2):
+                    return
+            except (urllib.error.URLError, OSError):
+                time.sleep(1)
+        pytest.fail(f"the server was not ready in {seconds} s:\n{self.text()[-3000:]}")
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    started = Server(tmp_path_factory.mktemp("server") / "log")
+    try:
+        started.wait_until_ready(300)
+        yield started
+    finally:
+        started.stop()
+
+
+@pytest.fixture
+def client(server):
+    import openai
+
+    return openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", timeout=600)
+
+
+def test_eight_at_once_of_mixed_length(server, client, prompts):
+    """Streaming and not, greedy and sampled, up to 6k tokens of held-out code, one given up midway."""
+    ids = [p["prompt_token_ids"] for p in prompts([20, 200, 700, 1500, 2500, 4000, 6000, 5500])]
+
+    async def whole(prompt, **arguments):
+        answer = await client.completions.create(model="demo", prompt=prompt, max_tokens=40, **arguments)
+        assert answer.usage.prompt_tokens == len(prompt)
+        return answer.choices[0].finish_reason, answer.usage.completion_tokens, answer.choices[0].text
+
+    async def streamed(prompt, stop_after: int | None = None, **arguments):
+        stream = await client.completions.create(
+            model="demo", prompt=prompt, max_tokens=40, stream=True, stream_options={"include_usage": True}, **arguments
+        )
+        text, tokens, reason, pieces = "", 0, None, 0
+        async for part in stream:
+            if part.usage is not None:
+                tokens = part.usage.completion_tokens
+            for choice in part.choices:
+                text += choice.text
+                reason = choice.finish_reason or reason
+                pieces += 1
+            if stop_after is not None and pieces >= stop_after:
+                await stream.close()
+                return "aborted", pieces, text
+        return reason, tokens, text
+
+    async def all_at_once():
+        return await asyncio.gather(
+            whole(ids[0], temperature=0),
+            streamed(ids[1], temperature=0),
+            whole(ids[2], temperature=0.8, top_p=0.9, seed=1),
+            streamed(ids[3], temperature=0.8, seed=2),
+            streamed(ids[4], temperature=0, stop_after=3),
+            whole(ids[5], temperature=0),
+            streamed(ids[6], temperature=0, extra_body={"ignore_eos": True}),
+            whole(ids[7], temperature=0.7, seed=3, extra_body={"ignore_eos": True}),
+        )
+
+    answers = asyncio.run(all_at_once())
+    assert [reason for reason, _, _ in answers].count("aborted") == 1
+    for reason, tokens, text in answers:
+        assert reason in ("length", "stop", "aborted")
+        assert text
+        if reason == "length":
+            assert tokens == 40
+
+
+def test_a_request_after_an_abort_is_served(server, client):
+    async def ask():
+        return await client.completions.create(model="demo", prompt="import os\n", max_tokens=8, temperature=0)
+
+    assert asyncio.run(ask()).choices[0].text
+
+
+def test_the_log_says_how_much_was_read_of_long_contexts(server, client, prompts):
+    """Long requests by themselves: what the line reports for their interval is what their verification read."""
+    ids = [p["prompt_token_ids"] for p in prompts([6000, 5500])]
+    before = len(LINE.findall(server.text()))
+
+    async def both():
+        await asyncio.gather(
+            *(
+                client.completions.create(
+                    model="demo", prompt=prompt, max_tokens=120, temperature=0, extra_body={"ignore_eos": True}
+                )
+                for prompt in ids
+            )
+        )
+
+    asyncio.run(both())
+    lines = LINE.findall(server.text())[before:]
+    assert lines, "no statistics line while two long requests ran"
+    # The first line of the stretch may still count rounds of the tests before.
+    rounds, acceptance, read, _dense = lines[-1]
+    assert int(rounds) > 0
+    assert 1.0 < float(acceptance) <= 5.0
+    assert float(read) < 40.0
+
+
+def test_start_up_says_that_the_method_is_approximate(server):
+    assert "is APPROXIMATE" in server.text()
