@@ -87,7 +87,7 @@ def shipped() -> dict[str, Path]:
 def read(path: Path) -> LayerMap:
     """Parse one file; raises LayerMapError naming the file and each problem."""
     try:
-        return LayerMap.model_validate_json(path.read_text())
+        return LayerMap.model_validate_json(path.read_bytes())
     except OSError as error:
         raise LayerMapError(
             f"layer_map = {str(path)!r} cannot be read ({error.strerror}). Give the path of a JSON file, 'uniform', "

@@ -1,0 +1,350 @@
+"""Layer maps and the model facts they are checked against."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from specattn_vllm import layer_map
+from specattn_vllm.fingerprint import ModelFacts, facts_from_config, fingerprint, weights_digest
+from specattn_vllm.layer_map import LayerMap, LayerMapError, read, resolve, uniform
+
+
+def facts(layers: int, **changes) -> ModelFacts:
+    base = {
+        "architecture": "LlamaForCausalLM",
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "hidden_size": 512,
+        "vocab_size": 1000,
+        "weights": f"digest of {layers} layers",
+    }
+    return ModelFacts(**(base | changes))
+
+
+TARGET, DRAFT = facts(4), facts(2)
+
+
+def content(**changes) -> dict:
+    """A valid map as it stands in a file, with some keys changed."""
+    base = {
+        "schema": "specattn-layer-map/1",
+        "method": "specattn",
+        "calibrated": True,
+        "target": TARGET.model_dump(),
+        "draft": DRAFT.model_dump(),
+        "layers": [None, 0, 1, 1],
+        "provenance": {"tokens": 1000},
+    }
+    return base | changes
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(content, name): a map file."""
+
+    def to_file(what, name="map.json"):
+        path = tmp_path / name
+        path.write_text(what if isinstance(what, str) else json.dumps(what))
+        return path
+
+    return to_file
+
+
+@pytest.fixture(autouse=True)
+def no_shipped_maps(monkeypatch):
+    """The maps of the package are data of their own; here they would only be in the way."""
+    monkeypatch.setattr(layer_map, "shipped", dict)
+
+
+def refusal(path) -> str:
+    with pytest.raises(LayerMapError) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+# Files
+
+
+def test_a_map_survives_a_file(write):
+    once = read(write(content()))
+    assert once.layers == (None, 0, 1, 1)
+    assert (once.target, once.draft, once.provenance) == (TARGET, DRAFT, {"tokens": 1000})
+    saved = once.model_dump()
+    saved["schema"] = saved.pop("schema_")
+    assert read(write(saved, "again.json")) == once
+
+
+def test_the_key_in_the_file_is_schema(write):
+    assert read(write(content())).schema_ == layer_map.SCHEMA
+    without = content()
+    del without["schema"]
+    assert "schema_: Field required" in refusal(write(without))
+
+
+def test_another_schema_version_is_refused_with_the_known_one(write):
+    message = refusal(write(content(schema="specattn-layer-map/2")))
+    assert "is not valid (specattn-layer-map/1)" in message
+    assert "schema_: Input should be 'specattn-layer-map/1'" in message
+
+
+def test_malformed_json_is_refused(write):
+    assert "Invalid JSON" in refusal(write('{"schema": "specattn-layer-map/1",'))
+
+
+def test_a_file_that_is_not_text_is_refused(tmp_path):
+    # For example the weights, given by mistake.
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\x80\xff\x00\x01")
+    assert "is not valid" in refusal(path)
+
+
+def test_an_unknown_key_is_refused(write):
+    assert "layer: Extra inputs are not permitted" in refusal(write(content(layer=[0])))
+
+
+def test_an_unknown_fact_is_refused(write):
+    target = TARGET.model_dump() | {"quantization": "int4"}
+    assert "target.quantization: Extra inputs" in refusal(write(content(target=target)))
+
+
+def test_all_problems_of_a_file_are_listed(write):
+    message = refusal(write(content(method="magic", calibrated="perhaps")))
+    assert "method: " in message
+    assert "calibrated: " in message
+
+
+@pytest.mark.parametrize("layers", [[None, 0, 1], [None, 0, 1, 1, 1]])
+def test_one_entry_per_target_layer(write, layers):
+    assert f"layers has {len(layers)} entries for 4 target layers" in refusal(write(content(layers=layers)))
+
+
+@pytest.mark.parametrize(("layers", "place"), [([None, 0, 2, 1], "layers[2] = 2"), ([-1, 0, 1, 1], "layers[0] = -1")])
+def test_a_layer_the_draft_does_not_have_is_refused(write, layers, place):
+    assert f"{place}, but the draft has layers 0 to 1" in refusal(write(content(layers=layers)))
+
+
+def test_a_missing_file_is_refused_with_what_could_be_given(tmp_path, monkeypatch):
+    path = tmp_path / "nowhere.json"
+    assert "shipped map: none" in refusal(path)
+    monkeypatch.setattr(layer_map, "shipped", lambda: {"pair-a": tmp_path, "pair-b": tmp_path})
+    message = refusal(path)
+    assert "cannot be read (No such file or directory)" in message
+    assert "path of a JSON file, 'uniform', or a shipped map: pair-a, pair-b" in message
+
+
+# Which map an engine uses
+
+
+def test_a_map_is_found_by_path(write):
+    path = write(content())
+    assert resolve(str(path), TARGET, DRAFT) == read(path)
+
+
+def test_a_map_is_found_by_its_shipped_name(write, monkeypatch):
+    path = write(content())
+    monkeypatch.setattr(layer_map, "shipped", lambda: {"pair": path})
+    assert resolve("pair", TARGET, DRAFT) == read(path)
+
+
+@pytest.mark.parametrize("field", [name for name in ModelFacts.model_fields if name != "weights"])
+@pytest.mark.parametrize("side", ["target", "draft"])
+def test_a_map_for_another_model_is_refused_and_the_difference_named(write, field, side):
+    served = {"target": TARGET, "draft": DRAFT}
+    ours = getattr(served[side], field)
+    theirs = "MistralForCausalLM" if field == "architecture" else ours + 1
+    served[side] = served[side].model_copy(update={field: theirs})
+    with pytest.raises(LayerMapError) as caught:
+        resolve(str(write(content())), served["target"], served["draft"])
+    message = str(caught.value)
+    assert "was made for other models (map != served)" in message
+    assert f"{side} {field}: {ours} != {theirs}. " in message
+    assert "layer_map='uniform'" in message
+
+
+def test_every_difference_is_named(write):
+    target = facts(4, hidden_size=1024, vocab_size=5)
+    with pytest.raises(LayerMapError) as caught:
+        resolve(str(write(content())), target, facts(2, architecture="X"))
+    for part in ("target hidden_size", "target vocab_size", "draft architecture"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("side", ["target", "draft"])
+def test_other_weights_are_refused_unless_allowed(write, side):
+    served = {"target": TARGET, "draft": DRAFT}
+    served[side] = served[side].model_copy(update={"weights": "another fine-tune"})
+    path = str(write(content()))
+    with pytest.raises(LayerMapError, match=f"{side} weights: .* != another fine-tune.*check_weights=false"):
+        resolve(path, served["target"], served["draft"])
+    assert resolve(path, served["target"], served["draft"], check_weights=False).layers == (None, 0, 1, 1)
+
+
+def test_unknown_weights_differ_from_nothing(write):
+    unknown = TARGET.model_copy(update={"weights": None})
+    assert resolve(str(write(content())), unknown, DRAFT).calibrated
+    assert resolve(str(write(content(target=unknown.model_dump()))), TARGET, DRAFT).calibrated
+
+
+def test_by_default_a_shipped_map_for_exactly_these_models_is_used(write, monkeypatch):
+    maps = {
+        "other target": write(content(target=facts(4, hidden_size=1024).model_dump()), "a.json"),
+        "other draft": write(content(draft=facts(2, hidden_size=1024).model_dump()), "b.json"),
+        "these": write(content(), "c.json"),
+    }
+    monkeypatch.setattr(layer_map, "shipped", lambda: maps)
+    assert resolve(None, TARGET, DRAFT) == read(maps["these"])
+
+
+@pytest.mark.parametrize("weights", ["another fine-tune", None])
+def test_by_default_no_map_of_other_or_unknown_weights_is_used(write, monkeypatch, weights):
+    path = write(content())
+    monkeypatch.setattr(layer_map, "shipped", lambda: {"pair": path})
+    served = TARGET.model_copy(update={"weights": weights})
+    assert resolve(None, served, DRAFT) == uniform(served, DRAFT)
+
+
+def test_by_default_uniform_where_nothing_is_shipped():
+    assert resolve(None, TARGET, DRAFT) == uniform(TARGET, DRAFT)
+
+
+def test_uniform_can_be_asked_for_where_a_map_is_shipped(write, monkeypatch):
+    path = write(content())
+    monkeypatch.setattr(layer_map, "shipped", lambda: {"pair": path})
+    assert resolve("uniform", TARGET, DRAFT) == uniform(TARGET, DRAFT)
+
+
+def test_what_the_package_ships_is_valid_and_under_the_name_of_its_file(monkeypatch):
+    monkeypatch.undo()
+    for name, path in layer_map.shipped().items():
+        assert path.name == f"{name}.json"
+        found = read(path)
+        assert resolve(name, found.target, found.draft) == found
+
+
+# What a map says
+
+
+@pytest.mark.parametrize("m", [1, 2, 5, 16, 28, 32, 33])
+@pytest.mark.parametrize("n", [1, 2, 3, 16, 40])
+def test_uniform_pairs_by_depth(m, n):
+    found = uniform(facts(m), facts(n))
+    assert not found.calibrated
+    assert found.layers[0] is None
+    rest = list(found.layers[1:])
+    assert len(rest) == m - 1
+    assert all(0 <= i < n for i in rest)
+    assert rest == sorted(rest)
+    # Relative depths agree to within a draft layer.
+    assert all(abs(i / n - j / m) <= 1 / n for j, i in enumerate(rest, start=1))
+
+
+def test_dense_layers_are_taken_out():
+    found = uniform(TARGET, DRAFT)
+    assert found.layers == (None, 0, 1, 1)
+    assert found.with_dense((3, 1)).layers == (None, None, 1, None)
+    assert found.with_dense(()).layers == found.layers
+    assert found.layers == (None, 0, 1, 1), "the map itself stays"
+
+
+def test_a_dense_layer_the_target_does_not_have_is_refused():
+    with pytest.raises(LayerMapError, match="dense_layers contains 4, but the target has layers 0 to 3: remove it"):
+        uniform(TARGET, DRAFT).with_dense((1, 4))
+
+
+def test_sources_are_the_captured_draft_layers_ascending():
+    found = LayerMap.model_validate(content(draft=facts(5).model_dump(), layers=[4, None, 2, 4]))
+    assert found.sources == (2, 4)
+    assert found.with_dense((2,)).sources == (4,)
+    assert found.with_dense((0, 2, 3)).sources == ()
+
+
+# Facts
+
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "hidden_size": 512,
+    "vocab_size": 99,
+}
+
+
+@pytest.mark.parametrize("kind", [dict, lambda config: SimpleNamespace(**config)], ids=["dict", "object"])
+@pytest.mark.parametrize(
+    ("change", "fact", "value"),
+    [
+        ({}, "head_dim", 128),
+        ({"head_dim": None}, "head_dim", 64),
+        ("head_dim", "head_dim", 64),
+        ({}, "num_key_value_heads", 2),
+        ({"num_key_value_heads": None}, "num_key_value_heads", 8),
+        ("num_key_value_heads", "num_key_value_heads", 8),
+        ("architectures", "architecture", "unknown"),
+        ({"architectures": None}, "architecture", "unknown"),
+        ({}, "architecture", "LlamaForCausalLM"),
+        ({}, "weights", None),
+    ],
+)
+def test_facts_of_a_config(kind, change, fact, value):
+    """`change`: keys to set, or the key that is missing."""
+    config = {k: v for k, v in CONFIG.items() if k != change} | (change if isinstance(change, dict) else {})
+    found = facts_from_config(kind(config))
+    assert getattr(found, fact) == value
+    others = {"num_hidden_layers": 3, "num_attention_heads": 8, "hidden_size": 512, "vocab_size": 99}
+    assert others.items() <= found.model_dump().items()
+
+
+def test_a_fingerprint_is_the_facts_of_a_folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    found = fingerprint(tmp_path)
+    assert found == facts_from_config(CONFIG, tmp_path).model_dump()
+    assert found["weights"] == weights_digest(tmp_path) is not None
+    assert fingerprint(str(tmp_path)) == found
+
+
+def test_no_weight_files_no_digest(tmp_path):
+    assert weights_digest(tmp_path) is None
+    (tmp_path / "config.json").write_text("{}")
+    assert weights_digest(tmp_path) is None
+
+
+def test_the_digest_depends_on_the_weights_alone(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(bytes(1000))
+    before = weights_digest(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert weights_digest(tmp_path) == before
+
+
+# 16 samples of 4 KiB: a small file is read whole, a large one where sample i starts, at size * i / 16.
+@pytest.mark.parametrize(
+    ("size", "place"), [(5, 4), (1000, 999), (2**16, 2**16 - 1), *((2**20, 2**16 * i) for i in range(16))]
+)
+def test_the_digest_sees_a_changed_byte(tmp_path, size, place):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(bytes(size))
+    before = weights_digest(tmp_path)
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(b"\x01")
+    assert weights_digest(tmp_path) != before
+
+
+def test_the_digest_sees_length_name_and_every_file(tmp_path):
+    digests = []
+    for files in ({"a": 100}, {"a": 101}, {"b": 100}, {"a": 100, "b": 0}, {"a": 50, "b": 50}):
+        folder = tmp_path / str(len(digests))
+        folder.mkdir()
+        for name, size in files.items():
+            (folder / f"{name}.safetensors").write_bytes(bytes(size))
+        digests.append(weights_digest(folder))
+    assert len(set(digests)) == len(digests)

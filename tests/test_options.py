@@ -1,0 +1,166 @@
+"""Options: what is accepted, what is refused, and that a refusal says what to do."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from pydantic import ValidationError
+
+from specattn_vllm.options import OptionsError, SpecAttnOptions
+
+
+def refusal(raw) -> str:
+    with pytest.raises(OptionsError) as caught:
+        SpecAttnOptions.parse(raw)
+    return str(caught.value)
+
+
+def test_the_defaults_are_the_documented_ones():
+    # Written out: changing one changes what every user of the plugin gets.
+    assert SpecAttnOptions.parse({}).model_dump() == {
+        "method": "specattn",
+        "layer_map": None,
+        "top_p": 0.9,
+        "min_tokens": 128,
+        "max_tokens": None,
+        "max_fraction": 1.0,
+        "sink_tokens": 4,
+        "recent_tokens": 64,
+        "combine": "sum",
+        "dense_layers": (),
+        "check_weights": True,
+        "executor": "auto",
+        "stats_interval_s": 60.0,
+    }
+
+
+def test_every_option_can_be_given():
+    raw = {
+        "method": "dense",
+        "layer_map": "uniform",
+        "top_p": 1.0,
+        "min_tokens": 0,
+        "max_tokens": 10,
+        "max_fraction": 0.25,
+        "sink_tokens": 0,
+        "recent_tokens": 10,
+        "combine": "union",
+        "dense_layers": [0, 3],
+        "check_weights": False,
+        "executor": "torch",
+        "stats_interval_s": 0.5,
+    }
+    assert set(raw) == set(SpecAttnOptions.model_fields), "an option was added: cover it here"
+    options = SpecAttnOptions.parse(raw)
+    assert options.model_dump() == raw | {"dense_layers": (0, 3)}
+
+
+def test_options_cannot_be_changed_after_they_were_checked():
+    options = SpecAttnOptions()
+    with pytest.raises(ValidationError, match="frozen"):
+        options.top_p = 5.0
+    assert options.top_p == 0.9
+
+
+def test_an_unknown_option_is_named_with_the_known_ones():
+    message = refusal({"top_q": 0.5})
+    assert "top_q: unknown option" in message
+    known = message.split("known: ")[1].split(". Remove")[0].split(", ")
+    assert known == list(SpecAttnOptions.model_fields)
+    assert message.endswith("Remove it or correct its name.")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("top_p", 0.0, "greater than 0"),
+        ("top_p", 1.01, "less than or equal to 1"),
+        ("top_p", float("nan"), "less than or equal to 1"),  # json.loads takes NaN
+        ("top_p", "high", "valid number"),
+        ("min_tokens", -1, "greater than or equal to 0"),
+        ("min_tokens", 1.5, "valid integer"),
+        ("max_tokens", 0, "greater than or equal to 1"),
+        ("max_fraction", 0.0, "greater than 0"),
+        ("max_fraction", 1.5, "less than or equal to 1"),
+        ("sink_tokens", -1, "greater than or equal to 0"),
+        ("recent_tokens", -1, "greater than or equal to 0"),
+        ("stats_interval_s", 0.0, "greater than 0"),
+        ("dense_layers", [2, -1], "counted from 0"),
+        ("dense_layers", 3, "valid tuple"),
+        ("method", "sparse", "'specattn' or 'dense'"),
+        ("combine", "mean", "'sum', 'max', 'union' or 'first'"),
+        ("executor", "cuda", "'auto', 'torch' or 'triton'"),
+        ("check_weights", "perhaps", "valid boolean"),
+        ("layer_map", 7, "valid string"),
+    ],
+)
+def test_a_bad_value_is_refused_with_key_value_and_what_is_allowed(key, value, allowed):
+    message = refusal({key: value})
+    assert "--additional-config" in message
+    assert f"{key} = {value!r}: " in message
+    assert allowed in message
+    # What the option means is the remedy.
+    assert SpecAttnOptions.model_fields[key].description in message
+
+
+def test_a_bad_element_is_named_by_its_place():
+    assert "dense_layers.1 = 'last': " in refusal({"dense_layers": [0, "last"]})
+
+
+def test_all_problems_are_listed_at_once():
+    message = refusal({"top_p": 2, "method": "sparse", "top_q": 1})
+    assert len(message.splitlines()) == 1 + 3
+    for part in ("top_p = 2", "method = 'sparse'", "top_q: unknown"):
+        assert part in message
+
+
+@pytest.mark.parametrize("raw", [None, [], "top_p=0.9", 0.9, True])
+def test_what_is_not_an_object_is_refused_with_an_example(raw):
+    message = refusal(raw)
+    assert f"is {raw!r}" in message
+    assert 'it must be an object such as {"top_p": 0.9}' in message
+    assert """--additional-config '{"specattn": {"top_p": 0.9}}'""" in message
+
+
+def test_a_cap_below_the_floor_is_refused():
+    message = refusal({"max_tokens": 100, "min_tokens": 101})
+    assert "max_tokens 100 is below min_tokens 101: change one" in message
+
+
+def test_a_cap_below_the_default_floor_is_refused_too():
+    assert "max_tokens 100 is below min_tokens 128" in refusal({"max_tokens": 100})
+
+
+def test_a_cap_below_what_is_always_kept_is_refused():
+    message = refusal({"max_tokens": 20, "min_tokens": 0, "sink_tokens": 5, "recent_tokens": 16})
+    assert "max_tokens 20 is below sink_tokens + recent_tokens (5 + 16)" in message
+    assert "raise it or lower those" in message
+
+
+def test_a_cap_equal_to_the_floors_is_accepted():
+    options = SpecAttnOptions.parse({"max_tokens": 20, "min_tokens": 20, "sink_tokens": 4, "recent_tokens": 16})
+    assert options.max_tokens == 20
+
+
+def test_an_engine_s_options_come_from_its_additional_config():
+    config = SimpleNamespace(additional_config={"specattn": {"top_p": 0.5}, "other_plugin": {"x": 1}})
+    assert SpecAttnOptions.from_vllm(config) == SpecAttnOptions(top_p=0.5)
+
+
+@pytest.mark.parametrize("additional_config", [{}, {"other_plugin": 1}, object()])
+def test_an_engine_without_the_key_gets_the_defaults(additional_config):
+    # vLLM also takes any hashable object there.
+    assert SpecAttnOptions.from_vllm(SimpleNamespace(additional_config=additional_config)) == SpecAttnOptions()
+
+
+def test_an_engine_s_bad_options_are_refused():
+    with pytest.raises(OptionsError, match="must be an object"):
+        SpecAttnOptions.from_vllm(SimpleNamespace(additional_config={"specattn": None}))
+
+
+def test_only_dense_is_lossless():
+    assert SpecAttnOptions(method="dense").is_lossless
+    assert not SpecAttnOptions(method="specattn").is_lossless
+    # The method decides, not what one setting of it happens to keep.
+    assert not SpecAttnOptions(method="specattn", top_p=1.0).is_lossless

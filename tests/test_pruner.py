@@ -1,0 +1,291 @@
+"""The pruner: which tokens each row of a step reads, and that the counters say so."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from specattn_vllm import executors
+from specattn_vllm.selection.pages import page_strides
+from specattn_vllm.selection.pruner import Pruner
+from specattn_vllm.selection.store import NO_SELECTION, SelectionStore
+from specattn_vllm.stats import Counters, Counts
+
+BLOCKS, HEADS, BLOCK, SIZE = 40, 2, 4, 4
+MAX_LEN, SLOTS = 30, 6  # 30 is no whole number of blocks
+# Five target layers: two read source 0, one reads source 1, two read everything.
+LAYERS = {"model.layers.1": 0, "model.layers.2": 0, "model.layers.4": 1}
+NUM_LAYERS, SOURCES = 5, 2
+CPU = torch.device("cpu")
+
+# Following one of these is an index error; vLLM does not clear a block table between requests.
+STALE = 1_000_000
+
+
+@dataclass
+class Row:
+    """A request in a step: `query` tokens are computed now, after `computed` earlier ones."""
+
+    slot: int
+    computed: int
+    query: int = 3
+    prefilling: bool = False
+
+    @property
+    def length(self) -> int:
+        return self.computed + self.query
+
+
+class Setup:
+    """A pruner on a fake cache whose rows say where they lie."""
+
+    def __init__(self, layout: str) -> None:
+        b, h, n = torch.meshgrid(torch.arange(BLOCKS), torch.arange(HEADS), torch.arange(BLOCK), indexing="ij")
+        rows = torch.stack((b, h, n, b), dim=-1).repeat(1, 1, 1, 2 * SIZE // 4).float()
+        self.cache = rows.transpose(1, 2).contiguous().transpose(1, 2) if layout == "LBNHC" else rows.contiguous()
+        self.store = SelectionStore(SOURCES, SLOTS, 1, MAX_LEN, CPU)
+        self.counters = Counters(CPU)
+        self.pruner = Pruner(
+            self.store,
+            executors.resolve("torch", CPU),
+            self.counters,
+            layer_sources=LAYERS,
+            num_layers=NUM_LAYERS,
+            num_kv_heads=HEADS,
+            block_size=BLOCK,
+            page_strides=lambda: page_strides(self.cache),
+            max_num_reqs=SLOTS,
+            max_model_len=MAX_LEN,
+            device=CPU,
+        )
+        self.generator = torch.Generator().manual_seed(0)
+
+    def select(self, slot: int, length: int, *tokens: set[int]) -> None:
+        """Store a selection of a set of tokens per source."""
+        bits = torch.zeros(SOURCES, 1, 1, self.store.bits.shape[-1], dtype=torch.int32)
+        for s, chosen in enumerate(tokens):
+            for word in range(bits.shape[-1]):
+                value = sum(1 << p % 32 for p in chosen if p // 32 == word)
+                bits[s, 0, 0, word] = value - 2**32 if value >= 2**31 else value
+        self.store.put(torch.tensor([slot]), bits, torch.tensor([length], dtype=torch.int32))
+
+    def prune(self, *rows: Row):
+        """Prune a step; the plan, and the tokens it keeps as {(source, row, head): [tokens]}."""
+        # Poisoned, so that nothing of an earlier call can pass for a result.
+        self.pruner._page_table.fill_(-(2**30))
+        self.pruner._kept.fill_(-7)
+        width = -(-MAX_LEN // BLOCK)
+        table = torch.full((len(rows), width), STALE, dtype=torch.int32)
+        free = torch.randperm(BLOCKS, generator=self.generator).tolist()
+        for r, row in enumerate(rows):
+            for i in range(-(-row.length // BLOCK)):
+                table[r, i] = free.pop()
+        starts = torch.tensor([0, *itertools.accumulate(row.query for row in rows)], dtype=torch.int32)
+        plan = self.pruner.prune(
+            slots=torch.tensor([row.slot for row in rows], dtype=torch.int32),
+            is_prefilling=torch.tensor([row.prefilling for row in rows]),
+            query_start_loc=starts,
+            query_start_loc_cpu=starts.clone(),
+            seq_lens=torch.tensor([row.length for row in rows], dtype=torch.int32),
+            block_table=table,
+        )
+        if plan is None:
+            return None, None
+        assert plan.page_table.shape[:3] == plan.kept.shape == (SOURCES, plan.num_rows, HEADS)
+        # What a fake page holds is where it lies: block, head and offset, which the table turns into a position.
+        block, head, token = page_strides(self.cache)
+        place = {
+            b * block + h * head + n * token: (b, h, n)
+            for b, h, n in itertools.product(range(BLOCKS), range(HEADS), range(BLOCK))
+        }
+        tokens = {}
+        for s, r, h in itertools.product(range(SOURCES), range(plan.num_rows), range(HEADS)):
+            position = {int(b): i for i, b in enumerate(table[r]) if b != STALE}
+            kept = []
+            for page in plan.page_table[s, r, h, : int(plan.kept[s, r, h])].tolist():
+                page_block, page_head, offset = place[page]
+                assert page_head == h
+                kept.append(position[page_block] * BLOCK + offset)
+            tokens[s, r, h] = kept
+        return plan, tokens
+
+
+@pytest.fixture(params=["LBNHC", "LBHNC"])
+def setup(request):
+    return Setup(request.param)
+
+
+def both_heads(*per_source_and_row: list[list[int]]) -> dict:
+    """{(source, row, head): tokens} from one list of rows per source: selections are shared by all heads."""
+    return {
+        (s, r, h): list(tokens)
+        for s, rows in enumerate(per_source_and_row)
+        for r, tokens in enumerate(rows)
+        for h in range(HEADS)
+    }
+
+
+def test_rows_without_a_selection_keep_everything(setup):
+    plan, tokens = setup.prune(Row(0, 8), Row(3, 1, query=1), Row(2, MAX_LEN - 3))
+    everything = [range(11), range(2), range(MAX_LEN)]
+    assert tokens == both_heads(everything, everything)
+    assert (plan.num_rows, plan.num_tokens, plan.max_query_len) == (3, 7, 3)
+    assert plan.layer_sources == LAYERS
+
+
+def test_a_row_with_a_selection_keeps_it_and_the_new_tokens(setup):
+    setup.select(4, 9, {0, 3, 8}, {1})
+    _, tokens = setup.prune(Row(4, 9))
+    assert tokens == both_heads([[0, 3, 8, 9, 10, 11]], [[1, 9, 10, 11]])
+
+
+def test_bits_past_the_length_of_the_selection_say_nothing(setup):
+    setup.select(4, 9, {0, 25}, {1, 9})
+    _, tokens = setup.prune(Row(4, 9, query=1))
+    assert tokens == both_heads([[0, 9]], [[1, 9]])
+
+
+def test_an_empty_selection_leaves_the_new_tokens(setup):
+    setup.select(1, 6, set(), {5})
+    _, tokens = setup.prune(Row(1, 6, query=2))
+    assert tokens == both_heads([[6, 7]], [[5, 6, 7]])
+
+
+def test_each_row_gets_its_own(setup):
+    setup.select(5, 4, {0}, {1})
+    setup.select(0, 20, {2, 19}, {3})
+    setup.select(2, 8, {7}, {6})
+    plan, tokens = setup.prune(Row(2, 9), Row(5, 4, query=1), Row(1, 4, query=1), Row(0, 20, query=2))
+    # Slot 2 holds a selection for 8 tokens, and the row has computed 9: stale. Slot 1 never had one.
+    assert tokens == both_heads(
+        [range(12), [0, 4], range(5), [2, 19, 20, 21]],
+        [range(12), [1, 4], range(5), [3, 20, 21]],
+    )
+    assert (plan.num_rows, plan.num_tokens, plan.max_query_len) == (4, 7, 3)
+
+
+def test_a_selection_that_fills_the_model_length(setup):
+    setup.select(0, MAX_LEN - 1, set(range(0, MAX_LEN, 2)), {MAX_LEN - 2})
+    _, tokens = setup.prune(Row(0, MAX_LEN - 1, query=1))
+    assert tokens == both_heads([[*range(0, MAX_LEN - 1, 2), MAX_LEN - 1]], [[MAX_LEN - 2, MAX_LEN - 1]])
+
+
+def test_random_steps_agree_with_a_plain_oracle(setup):
+    rng = torch.Generator().manual_seed(1)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=rng))
+
+    for _ in range(20):
+        rows, wanted = [], [[], []]
+        for slot in torch.randperm(SLOTS, generator=rng)[: number(1, SLOTS + 1)].tolist():
+            row = Row(slot, number(1, 20), query=number(1, 5))
+            chosen = [{p for p in range(row.computed) if number(0, 2)} for _ in range(SOURCES)]
+            fits = bool(number(0, 2))
+            setup.select(slot, row.computed if fits else row.computed + 1, *chosen)
+            for s in range(SOURCES):
+                wanted[s].append([p for p in range(row.length) if not fits or p >= row.computed or p in chosen[s]])
+            rows.append(row)
+        _, tokens = setup.prune(*rows)
+        assert tokens == both_heads(*wanted)
+
+
+# Batches with prefills
+
+
+def test_rows_behind_a_prefill_are_left_out_and_counted(setup):
+    for slot in range(4):
+        setup.select(slot, 8, {0}, {1})
+    plan, tokens = setup.prune(
+        Row(0, 8), Row(1, 8, query=5, prefilling=True), Row(2, 8), Row(3, 8, query=2, prefilling=True)
+    )
+    assert (plan.num_rows, plan.num_tokens, plan.max_query_len) == (1, 3, 3)
+    assert tokens == both_heads([[0, 8, 9, 10]], [[1, 8, 9, 10]])
+    counts = setup.counters.read()
+    assert (counts.verify_rows, counts.dense_trailing_rows, counts.prefill_rows) == (1, 1, 2)
+    # The prefilling rows lost their selections, the others kept theirs.
+    assert setup.store.prefix_lens.tolist() == [8, NO_SELECTION, 8, NO_SELECTION, NO_SELECTION, NO_SELECTION]
+
+
+def test_a_step_of_prefills_has_no_plan_and_clears_its_slots(setup):
+    setup.select(2, 10, {0}, {1})
+    setup.select(3, 10, {0}, {1})
+    assert setup.prune(Row(2, 0, query=6, prefilling=True)) == (None, None)
+    assert setup.counters.read() == Counts(prefill_rows=1)
+    # Slot 2 has a new request. When it is as long as the old one was, it reads everything.
+    _, tokens = setup.prune(Row(2, 10, query=1), Row(3, 10, query=1))
+    assert tokens == both_heads([range(11), [0, 10]], [range(11), [1, 10]])
+
+
+def test_a_step_that_starts_with_a_prefill_has_no_plan(setup):
+    assert setup.prune(Row(2, 0, query=6, prefilling=True), Row(3, 5)) == (None, None)
+    assert setup.counters.read() == Counts(prefill_rows=1, dense_trailing_rows=1)
+
+
+# Counters
+
+
+def test_the_counters_equal_numbers_worked_out_by_hand(setup):
+    setup.select(0, 9, {0, 3, 8}, {1})  # used: keeps 3 + 3 of 12 and 1 + 3 of 12
+    setup.select(1, 7, {0}, {0})  # stale
+    setup.prune(Row(0, 9), Row(1, 8, query=2), Row(2, 5, query=1), Row(3, 4, query=7, prefilling=True))
+    # Lengths 12, 10 and 6 make 28 tokens. Entries are per KV head, of which there are 2.
+    dense = 28 * 2
+    source_0, source_1 = (6 + 10 + 6) * 2, (4 + 10 + 6) * 2
+    assert setup.counters.read() == Counts(
+        verify_rows=3,
+        sparse_rows=1,
+        stale_rows=1,
+        no_selection_rows=1,
+        prefill_rows=1,
+        kv_read=2 * source_0 + 1 * source_1 + 2 * dense,
+        kv_full=5 * dense,
+    )
+    assert setup.counters.read().kv_read == 240
+    assert setup.counters.read().kv_full == 280
+
+
+def test_the_counters_add_up_over_steps(setup):
+    setup.select(0, 9, {0}, {1})
+    setup.prune(Row(0, 9, query=1))
+    setup.prune(Row(0, 10, query=1))
+    counts = setup.counters.read()
+    assert (counts.verify_rows, counts.sparse_rows, counts.stale_rows) == (2, 1, 1)
+    assert counts.kv_read == 2 * (2 * 3 + 10 * 2) + 2 * 11 * 5
+    assert counts.kv_full == 2 * (10 + 11) * 5
+
+
+# Buffers
+
+
+def test_steps_of_different_sizes_do_not_see_each_other(setup):
+    """The buffers are laid out anew for each number of rows, and `prune` of these tests poisons them in between."""
+    rows = [Row(slot, 6 + slot, query=1 + slot % 3) for slot in range(SLOTS)]
+    for slot, row in enumerate(rows):
+        setup.select(slot, row.computed, {slot}, {0, 5})
+
+    def wanted(row: Row) -> tuple[list[int], list[int]]:
+        new = [*range(row.computed, row.length)]
+        return [row.slot, *new], [0, 5, *new]
+
+    for batch in (rows, rows[3:5], rows[:1], rows[1:], rows[::-1]):
+        _, tokens = setup.prune(*batch)
+        assert tokens == both_heads(*zip(*(wanted(row) for row in batch), strict=True))
+
+
+def test_the_cache_is_looked_at_in_each_step(setup):
+    """vLLM allocates the cache after the pruner is made, and may allocate it again in another layout."""
+    setup.select(0, 6, {2}, {3})
+    other = Setup("LBHNC" if page_strides(setup.cache)[1] == 1 else "LBNHC").cache
+    for cache in (setup.cache, other):
+        setup.cache = cache
+        _, tokens = setup.prune(Row(0, 6, query=1))
+        assert tokens == both_heads([[2, 6]], [[3, 6]])
+
+
+def test_nothing_is_allocated_for_more_than_the_tables(setup):
+    width = 32  # 30 rounded up to blocks of 4
+    assert setup.pruner.nbytes == 4 * SOURCES * SLOTS * HEADS * (width + 1)

@@ -1,0 +1,175 @@
+"""Counts, counters and the log line."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import fields
+
+import pytest
+import torch
+
+from specattn_vllm import stats
+from specattn_vllm.stats import Counters, Counts, Reporter
+
+NAMES = [field.name for field in fields(Counts)]
+
+
+def test_the_difference_of_counts_is_field_by_field():
+    later = Counts(*range(100, 100 + len(NAMES)))
+    earlier = Counts(*range(0, 3 * len(NAMES), 3))
+    difference = later - earlier
+    for i, name in enumerate(NAMES):
+        assert getattr(difference, name) == 100 + i - 3 * i
+
+
+def test_acceptance_length_is_tokens_per_round():
+    assert Counts(rounds=4, sampled_tokens=10).acceptance_length == 2.5
+
+
+def test_kv_fraction_is_what_was_read_of_what_there_was():
+    assert Counts(kv_read=30, kv_full=120).kv_fraction == 0.25
+
+
+def test_nothing_counted_divides_nothing():
+    assert Counts().acceptance_length == 0.0
+    # Nothing pruned is everything read.
+    assert Counts().kv_fraction == 1.0
+
+
+def test_the_line_says_it_all():
+    counts = Counts(
+        rounds=8,
+        sampled_tokens=20,
+        verify_rows=10,
+        sparse_rows=6,
+        no_selection_rows=3,
+        stale_rows=1,
+        dense_trailing_rows=2,
+        prefill_rows=5,
+        kv_read=1,
+        kv_full=8,
+    )
+    # 10 rows could have been sparse and 4 were not; 2 more were never looked at.
+    assert counts.line(59.6) == (
+        "specattn: 8 rounds in 60 s, acceptance length 2.50, verification read 12.5% of KV, "
+        "dense verification rows 6 (no selection 3, stale 1, behind a prefill 2), prefill rows 5"
+    )
+
+
+def test_counters_add_host_and_device_amounts_to_the_same_total():
+    counters = Counters(torch.device("cpu"))
+    counters.add(rounds=2, kv_read=5)
+    counters.add(rounds=torch.tensor(3), kv_read=torch.tensor(7, dtype=torch.int32), stale_rows=1)
+    counters.add(rounds=torch.tensor(True), prefill_rows=4)
+    counters.add()
+    assert counters.read() == Counts(rounds=6, kv_read=12, stale_rows=1, prefill_rows=4)
+
+
+def test_reading_takes_nothing_away():
+    counters = Counters(torch.device("cpu"))
+    counters.add(rounds=1, kv_full=torch.tensor(9))
+    assert counters.read() == counters.read() == Counts(rounds=1, kv_full=9)
+
+
+def test_every_count_has_its_own_counter():
+    counters = Counters(torch.device("cpu"))
+    for i, name in enumerate(NAMES, start=1):
+        counters.add(**{name: i})
+        counters.add(**{name: torch.tensor(10 * i)})
+    assert counters.read() == Counts(*(11 * i for i in range(1, len(NAMES) + 1)))
+
+
+def test_counts_do_not_overflow_32_bits():
+    # A day of long contexts: layers * heads * tokens * rows.
+    counters = Counters(torch.device("cpu"))
+    for _ in range(3):
+        counters.add(kv_full=torch.tensor(2**31), kv_read=2**31)
+    assert counters.read() == Counts(kv_full=3 * 2**31, kv_read=3 * 2**31)
+
+
+@pytest.mark.parametrize("amount", [1, torch.tensor(1)], ids=["host", "device"])
+def test_an_unknown_name_is_an_error(amount):
+    with pytest.raises(ValueError, match="not in"):
+        Counters(torch.device("cpu")).add(rouns=amount)
+
+
+# Reporter
+
+
+@pytest.fixture
+def lines(caplog):
+    """The lines logged so far. vLLM's logger may not propagate, so the handler goes to ours."""
+    logger = logging.getLogger("vllm.specattn")
+    caplog.set_level(logging.INFO, logger=logger.name)
+    logger.addHandler(caplog.handler)
+    # Where it does propagate, pytest's handler is on the root as well.
+    was, logger.propagate = logger.propagate, False
+    yield lambda: [record.getMessage() for record in caplog.records]
+    logger.propagate = was
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """clock.now is the time."""
+
+    class Clock:
+        now = 1000.0
+
+        def monotonic(self):
+            return self.now
+
+    clock = Clock()
+    monkeypatch.setattr(stats, "time", clock)
+    return clock
+
+
+def test_one_line_per_interval(lines, clock):
+    counters = Counters(torch.device("cpu"))
+    reporter = Reporter(counters, interval_s=10)
+    for _ in range(100):  # 25 s of steps, one verified row each
+        clock.now += 0.25
+        counters.add(rounds=1, sampled_tokens=2)
+        reporter.tick()
+    assert len(lines()) == 2
+    for line in lines():
+        assert line.startswith("specattn: 40 rounds in 10 s, acceptance length 2.00")
+
+
+def test_each_line_is_about_its_own_interval(lines, clock):
+    counters = Counters(torch.device("cpu"))
+    reporter = Reporter(counters, interval_s=10)
+    for seconds, rounds in ((10, 5), (30, 7)):
+        clock.now += seconds
+        counters.add(rounds=torch.tensor(rounds))
+        reporter.tick()
+    assert [line.split(",")[0] for line in lines()] == ["specattn: 5 rounds in 10 s", "specattn: 7 rounds in 30 s"]
+
+
+def test_an_idle_interval_is_silent_and_not_added_to_the_next(lines, clock):
+    counters = Counters(torch.device("cpu"))
+    reporter = Reporter(counters, interval_s=10)
+    counters.add(prefill_rows=3)
+    clock.now += 100
+    reporter.tick()
+    assert lines() == []
+    clock.now += 10
+    counters.add(rounds=1)
+    reporter.tick()
+    (line,) = lines()
+    assert line.startswith("specattn: 1 rounds in 10 s")
+    assert line.endswith("prefill rows 0")
+
+
+def test_the_device_is_only_waited_for_when_a_line_is_due(clock):
+    class Unread:
+        def read(self):
+            raise AssertionError("read before the interval was over")
+
+    reporter = Reporter(Unread(), interval_s=10)
+    for _ in range(9):
+        clock.now += 1
+        reporter.tick()
+    clock.now += 1
+    with pytest.raises(AssertionError):
+        reporter.tick()
