@@ -13,16 +13,20 @@ import hashlib
 import json
 import platform
 import random
+import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import transformers
 from tqdm import tqdm
-from train_demo_pair import collect_corpus, site_dirs
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from specattn_vllm.calibration import EPSILON, Similarity, monotone_map
+
+# Python puts a script's folder on the path itself, but not under `python -P` or PYTHONSAFEPATH=1.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from demo_corpus import collect_corpus, site_dirs
 
 ROWS = "specattn_rows"
 

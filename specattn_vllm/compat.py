@@ -9,6 +9,9 @@ choose_speculator     Runner V2 picks its speculator in a fixed chain and import
                       no plug point (`method="custom_class"` exists on runner V1 only). Goes with a registry upstream.
 allow_on_cpu          `CpuPlatform.get_attn_backend_cls` replaces every backend by CPU_ATTN without an error. Goes
                       when it honours registered backends.
+sample_by_pytorch     vLLM's Triton kernel for top-k/top-p sampling does not run in Triton's interpreter ("'int' object
+                      has no attribute 'to'"), and the first such request stops the server. vLLM has a PyTorch version
+                      beside it. CPU only. Goes when the kernel runs interpreted, or Triton compiles for CPU.
 add_cli_aliases       vLLM's flags are `--spec-model` and `--spec-tokens`; ours are the words users look for. Goes if
                       vLLM takes them.
 check_engine_config   Start-up checks need the finished config in the process of the user's command, where an error is
@@ -16,7 +19,8 @@ check_engine_config   Start-up checks need the finished config in the process of
 add_worker_method     `collective_rpc("specattn_stats")` needs a method on the worker. Goes if backends get a stats
                       hook.
 
-Every patch is applied once per process, whatever is called how often.
+`apply_all` applies them in every vLLM process, but `sample_by_pytorch`, which a worker applies. Each has an effect
+once, whatever is called how often.
 """
 
 from __future__ import annotations
@@ -39,6 +43,12 @@ def is_ours(vllm_config: VllmConfig) -> bool:
     """Whether an engine was asked to use our backend."""
     backend = vllm_config.attention_config.backend
     return backend is not None and backend.name == BACKEND_NAME
+
+
+def is_ours_in_part(vllm_config: VllmConfig) -> bool:
+    """Whether our backend was asked for by kind of layer, which it is not made for."""
+    per_kind = getattr(vllm_config.attention_config, "backend_per_kind", None) or {}
+    return any(backend is not None and backend.name == BACKEND_NAME for backend in per_kind.values())
 
 
 def apply_all() -> None:
@@ -116,6 +126,16 @@ def allow_on_cpu() -> None:
 
     setattr(get_attn_backend_cls, _MARK, True)
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def sample_by_pytorch() -> None:
+    """Called by the metadata builder: in a worker that uses the backend, before it samples."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.sample.ops import topk_topp_sampler
+
+        topk_topp_sampler.HAS_TRITON = False
 
 
 def add_cli_aliases() -> None:

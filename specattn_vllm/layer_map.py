@@ -113,6 +113,11 @@ def resolve(name: str | None, target: ModelFacts, draft: ModelFacts, *, check_we
                 return candidate
         return uniform(target, draft)
     found = read(shipped().get(name, Path(name)))
+    if found.method != "specattn" or found.heads is not None:
+        raise LayerMapError(
+            f"layer_map = {name!r} is for method {found.method!r}{' with a head map' if found.heads else ''}; this "
+            "version has maps for 'specattn' without heads only: use another map, or layer_map='uniform'"
+        )
     problems = [
         f"{side} {difference}"
         for side, ours, theirs in (("target", found.target, target), ("draft", found.draft, draft))

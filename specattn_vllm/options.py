@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "specattn"
+_INT32 = 2**31 - 1  # the kernels count tokens in 32 bits
 
 Method = Literal["specattn", "dense"]
 Combine = Literal["sum", "max", "union", "first"]
@@ -38,13 +39,13 @@ class SpecAttnOptions(BaseModel):
     top_p: float = Field(
         0.9, gt=0.0, le=1.0, description="Share of the draft's attention mass on the context that the kept tokens hold."
     )
-    min_tokens: int = Field(128, ge=0, description="Floor on kept tokens, sink and recent ones included.")
-    max_tokens: int | None = Field(None, ge=1, description="Cap on kept tokens; none by default.")
+    min_tokens: int = Field(128, ge=0, le=_INT32, description="Floor on kept tokens, sink and recent ones included.")
+    max_tokens: int | None = Field(None, ge=1, le=_INT32, description="Cap on kept tokens; none by default.")
     max_fraction: float = Field(
         1.0, gt=0.0, le=1.0, description="Cap on kept tokens as a share of the request's context."
     )
-    sink_tokens: int = Field(4, ge=0, description="First tokens of the context that are always kept.")
-    recent_tokens: int = Field(64, ge=0, description="Last tokens of the context that are always kept.")
+    sink_tokens: int = Field(4, ge=0, le=_INT32, description="First tokens of the context that are always kept.")
+    recent_tokens: int = Field(64, ge=0, le=_INT32, description="Last tokens of the context that are always kept.")
     combine: Combine = Field(
         "sum",
         description="How the K draft steps of a round become one selection: top-p on their summed or maximal mass, "
@@ -112,7 +113,8 @@ def _explain(problem: dict) -> str:
     if problem["type"] == "extra_forbidden":
         known = ", ".join(SpecAttnOptions.model_fields)
         return f"{key}: unknown option; known: {known}. Remove it or correct its name."
+    message = problem["msg"].removeprefix("Value error, ")
     if not key:
-        return problem["msg"].removeprefix("Value error, ")
+        return message
     name = str(problem["loc"][0])
-    return f"{key} = {problem['input']!r}: {problem['msg']}. {name}: {SpecAttnOptions.model_fields[name].description}"
+    return f"{key} = {problem['input']!r}: {message}. {name}: {SpecAttnOptions.model_fields[name].description}"

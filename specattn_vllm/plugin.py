@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-SUPPORTED = ">=0.32,<0.34"
+from specattn_vllm.versions import SUPPORTED, is_supported
 
 
 def register() -> None:
@@ -21,13 +21,3 @@ def register() -> None:
     from specattn_vllm import compat
 
     compat.apply_all()
-
-
-def is_supported(version: str) -> bool:
-    """Whether a vLLM version, such as '0.32.0+cpu', lies in the supported range."""
-    parts = version.split("+")[0].split(".")
-    try:
-        major, minor = int(parts[0]), int(parts[1])
-    except (ValueError, IndexError):
-        return False
-    return major == 0 and 32 <= minor < 34

@@ -44,9 +44,11 @@ class Counts:
 
     def line(self, seconds: float) -> str:
         """The log line for these counts over a stretch of time."""
+        head = f"specattn: {self.rounds} rounds in {seconds:.0f} s, acceptance length {self.acceptance_length:.2f}, "
+        if not self.verify_rows:
+            return head + "verification read all of KV (no row was pruned)"
         dense = self.verify_rows - self.sparse_rows + self.dense_trailing_rows
-        return (
-            f"specattn: {self.rounds} rounds in {seconds:.0f} s, acceptance length {self.acceptance_length:.2f}, "
+        return head + (
             f"verification read {self.kv_fraction:.1%} of KV, dense verification rows {dense} "
             f"(no selection {self.no_selection_rows}, stale {self.stale_rows}, behind a prefill "
             f"{self.dense_trailing_rows}), prefill rows {self.prefill_rows}"
@@ -61,6 +63,7 @@ class Counters:
 
     def __init__(self, device: torch.device) -> None:
         self._host = [0] * len(_NAMES)
+        self._staged: list[dict[str, int | torch.Tensor]] = []
         self._device = torch.zeros(len(_NAMES), dtype=torch.int64, device=device)
 
     def add(self, **amounts: int | torch.Tensor) -> None:
@@ -76,6 +79,20 @@ class Counters:
             indices, values = zip(*on_device, strict=True)
             stacked = torch.stack([value.to(torch.int64) for value in values])
             self._device.index_add_(0, torch.tensor(indices, device=self._device.device), stacked)
+
+    def stage(self, **amounts: int | torch.Tensor) -> None:
+        """Hold amounts back until it is known whether the step was real: vLLM also runs steps to warm up."""
+        self._staged.append(amounts)
+
+    def commit(self) -> None:
+        """Add what was staged."""
+        for amounts in self._staged:
+            self.add(**amounts)
+        self._staged.clear()
+
+    def discard(self) -> None:
+        """Forget what was staged."""
+        self._staged.clear()
 
     def read(self) -> Counts:
         """Totals up to now; waits for the device."""

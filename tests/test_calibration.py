@@ -114,13 +114,11 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def script():
-    sys.path.insert(0, str(SCRIPTS))  # as if it were run: it imports the training script beside it
-    try:
-        spec = importlib.util.spec_from_file_location("calibrate_demo_map", SCRIPTS / "calibrate_demo_map.py")
-        module = importlib.util.module_from_spec(spec)
+    spec = importlib.util.spec_from_file_location("calibrate_demo_map", SCRIPTS / "calibrate_demo_map.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", sys.path[:])  # the script puts its folder there, which other tests must not see
         spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPTS))
     return module
 
 

@@ -154,6 +154,14 @@ def test_options_without_the_backend_are_refused(configure, backend, shown, opti
     assert "add --attention-backend specattn, or remove them" in message
 
 
+@pytest.mark.parametrize("options", [None, {"top_p": 0.5}])
+def test_the_backend_for_some_kinds_of_layers_is_refused(configure, options):
+    with pytest.raises(UnsupportedError, match="backend_per_kind names specattn.*use --attention-backend specattn"):
+        configure(
+            backend=None, options=options, attention_config={"backend_per_kind": {"full_attention": "specattn"}}
+        )
+
+
 def test_bad_options_are_refused_before_anything_else(configure):
     with pytest.raises(OptionsError, match="top_q: unknown option"):
         configure(options={"top_q": 1}, draft=None)
@@ -164,7 +172,8 @@ def test_bad_options_are_refused_before_anything_else(configure):
 
 def test_a_quantised_cache_is_refused(reasons):
     assert reasons(kv_cache_dtype="fp8") == [
-        "kv_cache_dtype = 'fp8': quantised caches are not supported; use 'auto'",
+        "kv_cache_dtype = 'fp8': the cache must have the model's dtype, float32 (quantised caches are not supported); "
+        "use 'auto'",
     ]
 
 
@@ -215,6 +224,7 @@ def engine(parallel=None, cache=None, **changes):
     """What `_engine` looks at, with everything in order but the changes."""
     base = {
         "use_v2_model_runner": True,
+        "model_config": SimpleNamespace(dtype="torch.bfloat16"),
         "parallel_config": SimpleNamespace(
             **{"pipeline_parallel_size": 1, "decode_context_parallel_size": 1} | (parallel or {})
         ),
@@ -240,10 +250,22 @@ def test_each_kind_of_parallelism_is_named(setting, value):
     assert reason.endswith("use 1")
 
 
-@pytest.mark.parametrize("dtype", ["fp8", "fp8_e5m2", "fp8_e4m3", "nvfp4"])
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e5m2", "fp8_e4m3", "nvfp4", "float16"])
 def test_each_quantised_cache_is_named(dtype):
     (reason,) = checks._engine(engine(cache={"cache_dtype": dtype}))
     assert reason.startswith(f"kv_cache_dtype = {dtype!r}: ")
+
+
+def test_the_cache_may_name_the_models_own_dtype():
+    assert list(checks._engine(engine(cache={"cache_dtype": "bfloat16"}))) == []
+
+
+def test_probabilistic_drafts_are_refused_where_kernels_are_interpreted(monkeypatch):
+    monkeypatch.setattr(checks, "_interpreted", lambda: True)
+    (reason,) = checks._speculation(speculation(draft_sample_method="probabilistic"), SpecAttnOptions())
+    assert "'probabilistic'" in reason and "use 'greedy'" in reason
+    monkeypatch.setattr(checks, "_interpreted", lambda: False)
+    assert list(checks._speculation(speculation(draft_sample_method="probabilistic"), SpecAttnOptions())) == []
 
 
 # The models
@@ -339,6 +361,7 @@ def speculation(**changes):
     base = {
         "uses_draft_model": lambda: True,
         "method": "draft_model",
+        "draft_sample_method": "greedy",
         "parallel_drafting": False,
         "enable_adaptive_verification": False,
         "kv_cache_dtype": None,

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import specattn_vllm
-from specattn_vllm import cli, cpu_runner
+from specattn_vllm import cli, cpu_runner, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,8 +68,7 @@ def test_info_judges_the_vllm_version(capsys, monkeypatch, installed, verdict):
 
 def test_the_supported_range_is_the_one_that_pip_enforces():
     extra = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["gpu"]
-    (first, end) = cli.VLLM_SUPPORTED
-    assert extra == ["vllm>={}.{},<{}.{}".format(*first, *end)]
+    assert extra == [f"vllm{versions.SUPPORTED}"]
 
 
 def test_the_overlay_does_not_pass_for_an_installed_vllm(monkeypatch):

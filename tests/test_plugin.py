@@ -26,7 +26,7 @@ from vllm.v1.worker.gpu import spec_decode
 from vllm.v1.worker.gpu.spec_decode.standalone_ar import speculator as upstream
 from vllm.v1.worker.worker_base import WorkerBase
 
-from specattn_vllm import compat, plugin
+from specattn_vllm import compat, plugin, versions
 from specattn_vllm.stats import Counters
 
 CLASS = "specattn_vllm.backend.backend.SpecAttnBackend"
@@ -97,7 +97,8 @@ def test_registering_imports_neither_kernels_nor_cuda(tmp_path):
         "print(json.dumps({'cuda': torch.cuda.is_initialized(), 'modules': sorted(ours)}))\n",
         tmp_path,
     )
-    assert report == {"cuda": False, "modules": ["specattn_vllm", "specattn_vllm.compat", "specattn_vllm.plugin"]}
+    modules = ["specattn_vllm", "specattn_vllm.compat", "specattn_vllm.plugin", "specattn_vllm.versions"]
+    assert report == {"cuda": False, "modules": modules}
 
 
 def test_importing_the_entry_point_imports_neither_torch_nor_vllm(tmp_path):
@@ -131,7 +132,7 @@ def test_importing_the_entry_point_imports_neither_torch_nor_vllm(tmp_path):
     ],
 )
 def test_supported_versions(version, supported):
-    assert plugin.is_supported(version) is supported
+    assert versions.is_supported(version) is supported
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "dev"])

@@ -92,6 +92,7 @@ class Setup:
             seq_lens=torch.tensor([row.length for row in rows], dtype=torch.int32),
             block_table=table,
         )
+        self.counters.commit()  # a real step, not one to warm up
         if plan is None:
             return None, None
         assert plan.page_table.shape[:3] == plan.kept.shape == (SOURCES, plan.num_rows, HEADS)

@@ -13,17 +13,28 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "train_demo_pair.py"
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 OUTPUT = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
           "README.md", "training.json"}
 
 
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", sys.path[:])  # a script puts its folder there, which other tests must not see
+        spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("train_demo_pair", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("train_demo_pair")
+
+
+@pytest.fixture(scope="module")
+def demo_corpus():
+    return load("demo_corpus")
 
 
 def source(seed, count=60):
@@ -33,11 +44,11 @@ def source(seed, count=60):
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory, script):
+def corpus(tmp_path_factory, demo_corpus):
     """Packages, partly barred: held out by name, copied or edited from the standard library, present twice."""
     root = tmp_path_factory.mktemp("corpus")
-    held_name = next(f"pack{i}" for i in range(1000) if script.is_held_out_package(f"pack{i}"))
-    free_name = next(f"pack{i}" for i in range(1000) if not script.is_held_out_package(f"pack{i}"))
+    held_name = next(f"pack{i}" for i in range(1000) if demo_corpus.is_held_out_package(f"pack{i}"))
+    free_name = next(f"pack{i}" for i in range(1000) if not demo_corpus.is_held_out_package(f"pack{i}"))
     stdlib = Path(sysconfig.get_path("stdlib"))
     files = {f"{free_name}/sub/m{i}.py": source(i) for i in range(20)}
     files |= {
@@ -57,9 +68,9 @@ def corpus(tmp_path_factory, script):
     return root, free_name, held_name
 
 
-def test_held_out_text_never_reaches_training(script, corpus):
+def test_held_out_text_never_reaches_training(demo_corpus, corpus):
     root, free_name, held_name = corpus
-    training, held, facts = script.collect_corpus([root])
+    training, held, facts = demo_corpus.collect_corpus([root])
     files = [f for document in training for f in document]
     joined = "".join(files)
     assert sorted(f.split("\n")[0] for f in files) == sorted(f"# file: {free_name}/sub/m{i}.py" for i in range(20))
@@ -90,7 +101,7 @@ def test_agreement_and_acceptance_are_one_and_five_for_a_pair_of_equals(script):
     model = transformers.LlamaForCausalLM(config)
     args = script.parse_args(["--out", "x", "--tiny", "--context", "32", "--eval-windows", "3"])
     stream = torch.randint(2, 64, (200,), generator=torch.Generator().manual_seed(0)).to(torch.uint8).numpy()
-    found = script.evaluate(model, model, stream, args, "cpu")
+    found = load("demo_evaluation").evaluate(model, model, stream, args, "cpu")
     assert found["positions"] == 96 and found["agreement"] == 1.0
     assert found["expected_tokens_per_step_k4"] == 5.0
     assert found["target_loss"] == found["draft_loss"] == found["target_loss_by_position"]["0-32"]
@@ -103,7 +114,9 @@ def test_a_pair_over_the_size_limit_is_refused(script, corpus, tmp_path):
 
 def run(*args):
     # One thread: on a busy machine of few cores, threads that wait for each other take many times as long.
-    done = subprocess.run([sys.executable, str(SCRIPT), "--tiny", "--vocab", "300", *map(str, args)],
+    # -P: the script must find the files beside it without Python's help.
+    done = subprocess.run([sys.executable, "-P", str(SCRIPTS / "train_demo_pair.py"), "--tiny", "--vocab", "300",
+                           *map(str, args)],
                           capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

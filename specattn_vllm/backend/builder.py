@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 
+from specattn_vllm import compat
 from specattn_vllm.backend.metadata import SpecAttnMetadata
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        compat.sample_by_pytorch()
         self.pruner: Pruner | None = None
 
     def build(

@@ -94,7 +94,7 @@ class Pruner:
         query_lens = query_start_loc[1:] - query_start_loc[:-1]
         prefix_lens, stored = self.store.take(slots, seq_lens - query_lens, prefilling)
         rows = _leading_rows(is_prefilling)
-        self.counters.add(prefill_rows=int(is_prefilling.sum()), dense_trailing_rows=_trailing(is_prefilling, rows))
+        self.counters.stage(prefill_rows=int(is_prefilling.sum()), dense_trailing_rows=_trailing(is_prefilling, rows))
         if rows == 0:
             return None
         prefix_lens, stored, seq_lens = prefix_lens[:rows], stored[:rows], seq_lens[:rows]
@@ -129,7 +129,7 @@ class Pruner:
         read = (kept.sum(dim=(1, 2), dtype=torch.int64) * self._layers_of).sum()
         everything = seq_lens.sum(dtype=torch.int64) * self.num_kv_heads
         dense_layers = self.num_layers - len(self.layer_sources)
-        self.counters.add(
+        self.counters.stage(
             verify_rows=rows,
             sparse_rows=sparse.sum(),
             no_selection_rows=(stored == NO_SELECTION).sum(),

@@ -51,7 +51,9 @@ class SpecAttnSpeculator(compat.stock_speculator()):
         if recording:
             bits, prefix_lens = self.selection.capture.select()
             self.selection.store.put(input_batch.idx_mapping[:num_reqs], bits, prefix_lens)
-        if not dummy_run:
+        if dummy_run:
+            self.counters.discard()
+        else:
             self._count(input_batch, num_sampled)
         return drafts
 
@@ -79,6 +81,7 @@ class SpecAttnSpeculator(compat.stock_speculator()):
         return hidden_states
 
     def _count(self, input_batch, num_sampled: torch.Tensor) -> None:
+        self.counters.commit()
         drafts = input_batch.num_draft_tokens_per_req
         if drafts is not None:
             verified = torch.as_tensor(drafts, device=self.device)[: input_batch.num_reqs] > 0
