@@ -156,7 +156,7 @@ def test_options_without_the_backend_are_refused(configure, backend, shown, opti
 
 @pytest.mark.parametrize("options", [None, {"top_p": 0.5}])
 def test_the_backend_for_some_kinds_of_layers_is_refused(configure, options):
-    with pytest.raises(UnsupportedError, match="backend_per_kind names specattn.*use --attention-backend specattn"):
+    with pytest.raises(UnsupportedError, match=r"backend_per_kind names specattn.*use --attention-backend specattn"):
         configure(
             backend=None, options=options, attention_config={"backend_per_kind": {"full_attention": "specattn"}}
         )
