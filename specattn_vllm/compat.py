@@ -9,9 +9,10 @@ choose_speculator     Runner V2 picks its speculator in a fixed chain and import
                       no plug point (`method="custom_class"` exists on runner V1 only). Goes with a registry upstream.
 allow_on_cpu          `CpuPlatform.get_attn_backend_cls` replaces every backend by CPU_ATTN without an error. Goes
                       when it honours registered backends.
-sample_by_pytorch     vLLM's Triton kernel for top-k/top-p sampling does not run in Triton's interpreter ("'int' object
+prepare_cpu_worker    vLLM's Triton kernel for top-k/top-p sampling does not run in Triton's interpreter ("'int' object
                       has no attribute 'to'"), and the first such request stops the server. vLLM has a PyTorch version
-                      beside it. CPU only. Goes when the kernel runs interpreted, or Triton compiles for CPU.
+                      beside it. Also mends the interpreter's masks (`cpu_runner/interpreter.py`). CPU only. Goes when
+                      the kernel runs interpreted, or Triton compiles for CPU.
 add_cli_aliases       vLLM's flags are `--spec-model` and `--spec-tokens`; ours are the words users look for. Goes if
                       vLLM takes them.
 check_engine_config   Start-up checks need the finished config in the process of the user's command, where an error is
@@ -19,7 +20,7 @@ check_engine_config   Start-up checks need the finished config in the process of
 add_worker_method     `collective_rpc("specattn_stats")` needs a method on the worker. Goes if backends get a stats
                       hook.
 
-`apply_all` applies them in every vLLM process, but `sample_by_pytorch`, which a worker applies. Each has an effect
+`apply_all` applies them in every vLLM process, but `prepare_cpu_worker`, which a worker applies. Each has an effect
 once, whatever is called how often.
 """
 
@@ -128,14 +129,17 @@ def allow_on_cpu() -> None:
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
-def sample_by_pytorch() -> None:
+def prepare_cpu_worker() -> None:
     """Called by the metadata builder: in a worker that uses the backend, before it samples."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         from vllm.v1.sample.ops import topk_topp_sampler
 
+        from specattn_vllm.cpu_runner.interpreter import accept_integer_masks
+
         topk_topp_sampler.HAS_TRITON = False
+        accept_integer_masks()
 
 
 def add_cli_aliases() -> None:

@@ -22,7 +22,7 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        compat.sample_by_pytorch()
+        compat.prepare_cpu_worker()
         self.pruner: Pruner | None = None
 
     def build(

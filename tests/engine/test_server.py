@@ -131,6 +131,45 @@ def test_eight_at_once_of_mixed_length(server, client, prompts):
             assert tokens == 40
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"temperature": 0.8, "extra_body": {"top_k": 5}},
+        {"temperature": 0.8, "top_p": 0.9},
+        {"temperature": 0.8, "presence_penalty": 0.5, "frequency_penalty": 0.5},
+        {"temperature": 0.8, "extra_body": {"repetition_penalty": 1.2}},
+        {"temperature": 0, "logprobs": 3},
+        {"temperature": 0, "extra_body": {"prompt_logprobs": 2}},
+        {"temperature": 1.0, "n": 2, "seed": 7},
+        {"temperature": 0, "stop": ["\n"]},
+        {"temperature": 0, "extra_body": {"bad_words": ["self"]}},
+        {"temperature": 0, "extra_body": {"structured_outputs": {"regex": "[a-z]{5}"}}},
+        {"temperature": 0, "extra_body": {"min_tokens": 5}},
+    ],
+    ids=lambda arguments: " ".join(arguments.get("extra_body", arguments)),
+)
+def test_each_way_of_sampling_is_served(server, client, arguments):
+    """On CPU each of these goes through another of vLLM's kernels, and one that fails stops the whole server."""
+
+    async def ask():
+        return await client.completions.create(model="demo", prompt="import os\n\ndef main(", max_tokens=12, **arguments)
+
+    answer = asyncio.run(ask())
+    assert len(answer.choices) == arguments.get("n", 1)
+    assert all(choice.text for choice in answer.choices)
+    if "structured_outputs" in arguments.get("extra_body", {}):
+        assert re.fullmatch("[a-z]{5}", answer.choices[0].text)
+
+
+def test_chat_is_served(server, client):
+    async def ask():
+        return await client.chat.completions.create(
+            model="demo", messages=[{"role": "user", "content": "def f(x):\n"}], max_tokens=8, temperature=0
+        )
+
+    assert asyncio.run(ask()).choices[0].message.content
+
+
 def test_a_request_after_an_abort_is_served(server, client):
     async def ask():
         return await client.completions.create(model="demo", prompt="import os\n", max_tokens=8, temperature=0)
