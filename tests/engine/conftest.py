@@ -53,7 +53,14 @@ def engine(demo_pair):
 
     made = []
 
-    def make(options: dict | None = None, *, num_speculative_tokens: int = 4, draft: str | None = None, **arguments):
+    def make(
+        options: dict | None = None,
+        *,
+        num_speculative_tokens: int = 4,
+        target: str | None = None,
+        draft: str | None = None,
+        **arguments,
+    ):
         close()
         arguments = {
             "dtype": "float32",
@@ -74,7 +81,7 @@ def engine(demo_pair):
                 "num_speculative_tokens": num_speculative_tokens,
             }
         torch.manual_seed(0)
-        made.append(LLM(demo_pair[0], **arguments))
+        made.append(LLM(target or demo_pair[0], **arguments))
         return made[-1]
 
     def close():

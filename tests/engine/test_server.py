@@ -152,7 +152,8 @@ def test_each_way_of_sampling_is_served(server, client, arguments):
     """On CPU each of these goes through another of vLLM's kernels, and one that fails stops the whole server."""
 
     async def ask():
-        return await client.completions.create(model="demo", prompt="import os\n\ndef main(", max_tokens=12, **arguments)
+        prompt = "import os\n\ndef main("
+        return await client.completions.create(model="demo", prompt=prompt, max_tokens=12, **arguments)
 
     answer = asyncio.run(ask())
     assert len(answer.choices) == arguments.get("n", 1)
