@@ -15,6 +15,8 @@ prepare_cpu_worker    vLLM's Triton kernel for top-k/top-p sampling does not run
                       the kernel runs interpreted, or Triton compiles for CPU.
 add_cli_aliases       vLLM's flags are `--spec-model` and `--spec-tokens`; ours are the words users look for. Goes if
                       vLLM takes them.
+default_draft_length  `--speculative-model` without a number of tokens is an error in vLLM for a separate draft model;
+                      the backend has a default. Goes if vLLM gets one.
 check_engine_config   Start-up checks need the finished config in the process of the user's command, where an error is
                       read; vLLM has no hook there. Goes with one.
 add_worker_method     `collective_rpc("specattn_stats")` needs a method on the worker. Goes if backends get a stats
@@ -27,6 +29,7 @@ once, whatever is called how often.
 from __future__ import annotations
 
 import functools
+import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,6 +41,9 @@ BACKEND_NAME = "SPECATTN"
 BACKEND_PATH = "specattn_vllm.backend.backend.SpecAttnBackend"
 _ALIASES = {"--spec-model": "--speculative-model", "--spec-tokens": "--num-speculative-tokens"}
 _MARK = "_specattn_patched"
+DEFAULT_DRAFT_LENGTH = 4
+
+logger = logging.getLogger("vllm.specattn")
 
 
 def is_ours(vllm_config: VllmConfig) -> bool:
@@ -175,12 +181,25 @@ def check_engine_config() -> None:
     def create_engine_config(self, *args: Any, **kwargs: Any) -> VllmConfig:
         from specattn_vllm.checks import check
 
+        default_draft_length(self)
         vllm_config = original(self, *args, **kwargs)
         check(vllm_config)
         return vllm_config
 
     setattr(create_engine_config, _MARK, True)
     EngineArgs.create_engine_config = create_engine_config
+
+
+def default_draft_length(engine_args: Any) -> None:
+    """Set K where our backend was asked for with a draft model, but not how many tokens it drafts."""
+    backend = engine_args.attention_backend or getattr(engine_args.attention_config, "backend", None)
+    if str(getattr(backend, "name", backend)).upper() != BACKEND_NAME:
+        return
+    given = {key.replace("-", "_") for key in engine_args.speculative_config or {}}
+    has_model = engine_args.spec_model is not None or "model" in given
+    if has_model and engine_args.spec_tokens is None and "num_speculative_tokens" not in given:
+        engine_args.spec_tokens = DEFAULT_DRAFT_LENGTH
+        logger.info("specattn: drafting %d tokens a round (--num-speculative-tokens)", DEFAULT_DRAFT_LENGTH)
 
 
 def add_worker_method() -> None:

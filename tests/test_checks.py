@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, MistralConfig, Qwen2Config
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from specattn_vllm import checks, layer_map, plugin
+from specattn_vllm import checks, compat, layer_map, plugin
 from specattn_vllm.checks import UnsupportedError
 from specattn_vllm.fingerprint import fingerprint
 from specattn_vllm.layer_map import LayerMapError
@@ -139,6 +140,25 @@ def test_options_of_other_plugins_are_their_own_business(configure, backend):
 def test_tensor_parallel_pairs_are_accepted(configure):
     config = configure(tensor_parallel_size=2)
     assert config.speculative_config.draft_parallel_config.tensor_parallel_size == 2
+
+
+@pytest.mark.parametrize("offline", [False, True])
+def test_no_number_of_draft_tokens_is_needed(models, offline):
+    """`vllm serve TARGET --speculative-model DRAFT --attention-backend specattn`, and the same offline."""
+    arguments = dict(model=models["target"], skip_tokenizer_init=True, enforce_eager=True, dtype="float32")
+    if offline:
+        arguments["speculative_config"] = {"model": models["draft"]}
+    else:
+        arguments["spec_model"] = models["draft"]
+    # vLLM writes into the dictionary that it is given.
+    config = EngineArgs(**copy.deepcopy(arguments), attention_backend="specattn").create_engine_config()
+    assert config.speculative_config.num_speculative_tokens == compat.DEFAULT_DRAFT_LENGTH
+    with pytest.raises(ValueError, match="num_speculative_tokens"):
+        EngineArgs(**arguments).create_engine_config()
+
+
+def test_a_number_of_draft_tokens_is_kept(configure):
+    assert configure(spec={"num_speculative_tokens": 3}).speculative_config.num_speculative_tokens == 3
 
 
 # Options
