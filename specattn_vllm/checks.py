@@ -24,8 +24,8 @@ def check(vllm_config: VllmConfig) -> None:
     """Raise OptionsError or UnsupportedError for an engine that cannot work as asked."""
     if compat.is_ours_in_part(vllm_config):
         raise UnsupportedError(
-            "attention_config.backend_per_kind names specattn: draft and target need it in every layer; "
-            "use --attention-backend specattn instead"
+            "attention_config.backend_per_kind beside or instead of the specattn backend: draft and target need it in "
+            "every layer; use --attention-backend specattn alone"
         )
     given = isinstance(vllm_config.additional_config, dict) and KEY in vllm_config.additional_config
     if not compat.is_ours(vllm_config):
@@ -41,10 +41,16 @@ def check(vllm_config: VllmConfig) -> None:
     reasons = [*_engine(vllm_config), *_models(vllm_config), *_speculation(vllm_config, options)]
     if reasons:
         raise UnsupportedError("--attention-backend specattn cannot serve this:\n  " + "\n  ".join(reasons))
-    if options.method != "dense":
-        from specattn_vllm.speculation.wiring import resolve_layer_map
+    if vllm_config.speculative_config is None:
+        return
+    from specattn_vllm.speculation.wiring import resolve_layer_map
 
+    if not options.is_lossless or options.layer_map is not None or options.dense_layers:
         resolve_layer_map(vllm_config, options)
+    idle = sorted(options.model_fields_set - {"method", "executor", "stats_interval_s"})
+    if options.is_lossless and idle:
+        # Not an error: a control run differs from the run it controls by its method alone.
+        logger.warning("specattn: method 'dense' reads everything; without effect: %s", ", ".join(idle))
 
 
 def _engine(config: VllmConfig) -> Iterator[str]:
@@ -52,6 +58,8 @@ def _engine(config: VllmConfig) -> Iterator[str]:
     if not config.use_v2_model_runner:
         remedy = 'on CPU, run  eval "$(specattn cpu-env)"  first' if _on_cpu() else "unset VLLM_USE_V2_MODEL_RUNNER"
         yield f"model runner V1: only V2 is supported; {remedy}, or turn off what made vLLM choose V1 (see its log)"
+    if missing := compat.missing_hooks():
+        yield f"this vLLM's speculator lacks {', '.join(missing)}: use vLLM 0.32.0, which this version was run on"
     if parallel.pipeline_parallel_size > 1:
         yield f"pipeline_parallel_size = {parallel.pipeline_parallel_size}: the draft runs on the last rank only; use 1"
     if parallel.decode_context_parallel_size > 1:
@@ -68,6 +76,8 @@ def _engine(config: VllmConfig) -> Iterator[str]:
         yield "LoRA: the layer map is made for one set of weights; serve merged weights"
     if config.kv_transfer_config is not None:
         yield "a KV connector (kv_transfer_config): the draft's cache would not be transferred; remove it"
+    if parallel.use_ubatching:
+        yield "microbatches (enable_dbo, ubatch_size): selections are made for whole batches; turn them off"
     if cache.kv_sharing_fast_prefill:
         yield "kv_sharing_fast_prefill: remove it"
 

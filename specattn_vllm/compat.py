@@ -1,4 +1,4 @@
-"""The only module that touches vLLM's private parts. Each piece says why it is there and when it can go.
+"""The only module that patches vLLM or calls its private operations. Each piece says why it is there and when it goes.
 
 Ledger, for vLLM 0.32.0:
 
@@ -22,6 +22,10 @@ check_engine_config   Start-up checks need the finished config in the process of
 add_worker_method     `collective_rpc("specattn_stats")` needs a method on the worker. Goes if backends get a stats
                       hook.
 
+Leaned on without a patch: `speculation/speculator.py` overrides the methods in SPECULATOR_HOOKS of upstream's
+speculator (`missing_hooks` looks for them at start-up) and reads its `last_token_indices`, `expanded_positions` and
+`input_buffers`; `speculation/wiring.py` reads the attention layers that vLLM has configured.
+
 `apply_all` applies them in every vLLM process, but `prepare_cpu_worker`, which a worker applies. Each has an effect
 once, whatever is called how often.
 """
@@ -29,6 +33,7 @@ once, whatever is called how often.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +43,20 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 BACKEND_NAME = "SPECATTN"
+# By name, as vLLM keeps classes itself: they import this module, and are not needed before an engine starts.
 BACKEND_PATH = "specattn_vllm.backend.backend.SpecAttnBackend"
+SPECULATOR_PATH = "specattn_vllm.speculation.speculator.SpecAttnSpeculator"
+CHECK_PATH = "specattn_vllm.checks.check"
 _ALIASES = {"--spec-model": "--speculative-model", "--spec-tokens": "--num-speculative-tokens"}
+# Method -> the argument that an override needs by name.
+SPECULATOR_HOOKS = {
+    "load_model": "target_model",
+    "set_attn": "target_attn_groups",
+    "capture": None,
+    "propose": "dummy_run",
+    "_build_attn_metadata": "step",
+    "_run_model": None,
+}
 _MARK = "_specattn_patched"
 DEFAULT_DRAFT_LENGTH = 4
 
@@ -53,9 +70,16 @@ def is_ours(vllm_config: VllmConfig) -> bool:
 
 
 def is_ours_in_part(vllm_config: VllmConfig) -> bool:
-    """Whether our backend was asked for by kind of layer, which it is not made for."""
+    """Whether our backend was asked for in some kinds of layers only, which it is not made for."""
     per_kind = getattr(vllm_config.attention_config, "backend_per_kind", None) or {}
-    return any(backend is not None and backend.name == BACKEND_NAME for backend in per_kind.values())
+    names = {backend.name for backend in per_kind.values() if backend is not None}
+    return BACKEND_NAME in names or (bool(names) and is_ours(vllm_config))
+
+
+def _resolve(path: str) -> Any:
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    return resolve_obj_by_qualname(path)
 
 
 def apply_all() -> None:
@@ -95,9 +119,7 @@ def choose_speculator() -> None:
     def build(vllm_config: VllmConfig, device: torch.device):
         if not is_ours(vllm_config):
             return stock(vllm_config, device)
-        from specattn_vllm.speculation.speculator import SpecAttnSpeculator
-
-        return SpecAttnSpeculator(vllm_config, device)
+        return _resolve(SPECULATOR_PATH)(vllm_config, device)
 
     setattr(build, _MARK, True)
     build.stock = stock
@@ -109,6 +131,18 @@ def stock_speculator() -> type:
     from vllm.v1.worker.gpu.spec_decode.standalone_ar import speculator as upstream
 
     return getattr(upstream.StandaloneARSpeculator, "stock", upstream.StandaloneARSpeculator)
+
+
+def missing_hooks() -> list[str]:
+    """What the speculator overrides and this vLLM does not have, as 'method' or 'method(argument)'."""
+    stock, missing = stock_speculator(), []
+    for method, argument in SPECULATOR_HOOKS.items():
+        function = getattr(stock, method, None)
+        if function is None:
+            missing.append(method)
+        elif argument is not None and argument not in inspect.signature(function).parameters:
+            missing.append(f"{method}({argument})")
+    return missing
 
 
 def allow_on_cpu() -> None:
@@ -123,10 +157,9 @@ def allow_on_cpu() -> None:
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
         if selected_backend is None or selected_backend.name != BACKEND_NAME:
             return original(cls, selected_backend, attn_selector_config, num_heads)
-        from specattn_vllm.backend.backend import SpecAttnBackend
-
         # The check that CudaPlatform makes for every backend; CPU has no device capability to check.
-        reasons = SpecAttnBackend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
+        backend = selected_backend.get_class()
+        reasons = backend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
         if reasons:
             raise ValueError(f"--attention-backend specattn cannot serve this model: {', '.join(reasons)}")
         return selected_backend.get_path()
@@ -179,11 +212,9 @@ def check_engine_config() -> None:
 
     @functools.wraps(original)
     def create_engine_config(self, *args: Any, **kwargs: Any) -> VllmConfig:
-        from specattn_vllm.checks import check
-
         default_draft_length(self)
         vllm_config = original(self, *args, **kwargs)
-        check(vllm_config)
+        _resolve(CHECK_PATH)(vllm_config)
         return vllm_config
 
     setattr(create_engine_config, _MARK, True)
@@ -251,6 +282,12 @@ def vllm_dense_attention(
     )
 
 
+@functools.cache
+def _one(device: torch.device) -> torch.Tensor:
+    """The scale of a cache that is not quantised."""
+    return torch.ones((), dtype=torch.float32, device=device)
+
+
 def vllm_write_kv(
     key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:
@@ -258,5 +295,5 @@ def vllm_write_kv(
     from vllm import _custom_ops as ops
 
     key_cache, value_cache = kv_cache.transpose(1, 2).split(key.shape[-1], dim=-1)
-    one = torch.ones((), dtype=torch.float32, device=key.device)
+    one = _one(key.device)
     ops.reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, "auto", one, one)

@@ -17,14 +17,16 @@ class Counts:
     """Totals since start-up. KV counts are in (token, KV head, layer) entries."""
 
     rounds: int = 0
-    """Verified rows: one request in one verification step."""
+    """Rows whose drafts were verified: one request in one step."""
     sampled_tokens: int = 0
     """Tokens those rows produced; divided by `rounds`, the acceptance length."""
     verify_rows: int = 0
+    """Rows past their prompt, with drafts or without, of which these read a selection, ..."""
     sparse_rows: int = 0
     no_selection_rows: int = 0
+    """... these had none, ..."""
     stale_rows: int = 0
-    dense_trailing_rows: int = 0
+    """... and these had one made for another length."""
     prefill_rows: int = 0
     kv_read: int = 0
     kv_full: int = 0
@@ -47,11 +49,10 @@ class Counts:
         head = f"specattn: {self.rounds} rounds in {seconds:.0f} s, acceptance length {self.acceptance_length:.2f}, "
         if not self.verify_rows:
             return head + "verification read all of KV (no row was pruned)"
-        dense = self.verify_rows - self.sparse_rows + self.dense_trailing_rows
         return head + (
-            f"verification read {self.kv_fraction:.1%} of KV, dense verification rows {dense} "
-            f"(no selection {self.no_selection_rows}, stale {self.stale_rows}, behind a prefill "
-            f"{self.dense_trailing_rows}), prefill rows {self.prefill_rows}"
+            f"verification read {self.kv_fraction:.1%} of KV, dense verification rows "
+            f"{self.verify_rows - self.sparse_rows} (no selection {self.no_selection_rows}, stale {self.stale_rows}), "
+            f"prefill rows {self.prefill_rows}"
         )
 
 
@@ -68,17 +69,13 @@ class Counters:
 
     def add(self, **amounts: int | torch.Tensor) -> None:
         """Add to counters by name: host ints, or zero-dimensional device tensors."""
-        on_device = []
         for name, amount in amounts.items():
             index = _NAMES.index(name)
             if isinstance(amount, torch.Tensor):
-                on_device.append((index, amount))
+                # One by one: gathering them in a tensor of indices would copy that from the host, and wait.
+                self._device[index] += amount
             else:
                 self._host[index] += amount
-        if on_device:
-            indices, values = zip(*on_device, strict=True)
-            stacked = torch.stack([value.to(torch.int64) for value in values])
-            self._device.index_add_(0, torch.tensor(indices, device=self._device.device), stacked)
 
     def stage(self, **amounts: int | torch.Tensor) -> None:
         """Hold amounts back until it is known whether the step was real: vLLM also runs steps to warm up."""
@@ -92,6 +89,12 @@ class Counters:
 
     def discard(self) -> None:
         """Forget what was staged."""
+        self._staged.clear()
+
+    def reset(self) -> None:
+        """Start again from zero."""
+        self._host = [0] * len(_NAMES)
+        self._device.zero_()
         self._staged.clear()
 
     def read(self) -> Counts:

@@ -176,10 +176,32 @@ def test_options_without_the_backend_are_refused(configure, backend, shown, opti
 
 @pytest.mark.parametrize("options", [None, {"top_p": 0.5}])
 def test_the_backend_for_some_kinds_of_layers_is_refused(configure, options):
-    with pytest.raises(UnsupportedError, match=r"backend_per_kind names specattn.*use --attention-backend specattn"):
+    with pytest.raises(UnsupportedError, match=r"backend_per_kind .*use --attention-backend specattn alone"):
         configure(
             backend=None, options=options, attention_config={"backend_per_kind": {"full_attention": "specattn"}}
         )
+    with pytest.raises(UnsupportedError, match=r"backend_per_kind .*use --attention-backend specattn alone"):
+        configure(
+            backend=None,
+            options=options,
+            attention_config={"backend": "specattn", "backend_per_kind": {"full_attention": "TRITON_ATTN"}},
+        )
+
+
+def test_options_without_effect_are_named(configure, monkeypatch):
+    """A control run may differ by its method alone, but nobody should believe that its other options did something."""
+    warnings = []
+    monkeypatch.setattr(checks.logger, "warning", lambda message, *args: warnings.append(message % args))
+    configure(options={"method": "dense", "top_p": 0.5, "executor": "torch"})
+    (message,) = warnings
+    assert message.endswith("without effect: top_p")
+    configure(options={"method": "dense"})
+    assert len(warnings) == 1
+
+
+def test_a_map_that_is_named_is_checked_even_where_it_has_no_effect(configure):
+    with pytest.raises(LayerMapError, match="cannot be read"):
+        configure(options={"method": "dense", "layer_map": "nowhere.json"})
 
 
 def test_bad_options_are_refused_before_anything_else(configure):
@@ -246,7 +268,8 @@ def engine(parallel=None, cache=None, **changes):
         "use_v2_model_runner": True,
         "model_config": SimpleNamespace(dtype="torch.bfloat16"),
         "parallel_config": SimpleNamespace(
-            **{"pipeline_parallel_size": 1, "decode_context_parallel_size": 1} | (parallel or {})
+            **{"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "use_ubatching": False}
+            | (parallel or {})
         ),
         "cache_config": SimpleNamespace(**{"cache_dtype": "auto", "kv_sharing_fast_prefill": False} | (cache or {})),
         "lora_config": None,
@@ -274,6 +297,11 @@ def test_each_kind_of_parallelism_is_named(setting, value):
 def test_each_quantised_cache_is_named(dtype):
     (reason,) = checks._engine(engine(cache={"cache_dtype": dtype}))
     assert reason.startswith(f"kv_cache_dtype = {dtype!r}: ")
+
+
+def test_microbatches_are_named():
+    (reason,) = checks._engine(engine(parallel={"use_ubatching": True}))
+    assert reason.startswith("microbatches (enable_dbo, ubatch_size)")
 
 
 def test_the_cache_may_name_the_models_own_dtype():
@@ -472,10 +500,6 @@ def test_a_dense_layer_the_target_does_not_have_is_refused_at_start_up(configure
 def test_nothing_left_to_prune_is_refused(configure):
     with pytest.raises(LayerMapError, match=r"every target layer is dense .*method='dense'"):
         configure(options={"dense_layers": [0, 1, 2]})
-
-
-def test_dense_needs_no_map(configure):
-    configure(options={"method": "dense", "layer_map": "nowhere.json"})
 
 
 @pytest.mark.parametrize("name", ["target", "windowed", "bare"])

@@ -284,7 +284,10 @@ def test_only_our_backend_gets_our_speculator(stand_ins, backend, wanted):
 
 
 @pytest.mark.parametrize(("backend", "wanted"), [("specattn", Ours), (None, Stock)])
-def test_vllm_builds_the_speculator_through_the_name_that_is_replaced(stand_ins, tmp_path, backend, wanted):
+def test_vllm_builds_the_speculator_through_the_name_that_is_replaced(
+    stand_ins, tmp_path, monkeypatch, backend, wanted
+):
+    monkeypatch.setattr(compat, "missing_hooks", list)  # the stand-ins have none
     llama = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         hidden_size=128,
@@ -383,3 +386,19 @@ def test_a_worker_without_our_speculator_reports_nothing():
     without = worker()
     del without.model_runner.speculator
     assert without.specattn_stats() is None
+
+
+def test_hooks_that_vllm_has_moved_are_named(monkeypatch):
+    assert compat.missing_hooks() == []
+
+    class Moved:
+        def load_model(self, model): ...
+
+        def set_attn(self, target_attn_groups): ...
+
+        def propose(self, dummy_run=False): ...
+
+        def _build_attn_metadata(self, step): ...
+
+    monkeypatch.setattr(compat, "stock_speculator", lambda: Moved)
+    assert compat.missing_hooks() == ["load_model(target_model)", "capture", "_run_model"]

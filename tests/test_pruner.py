@@ -55,12 +55,12 @@ class Setup:
             layer_sources=LAYERS,
             num_layers=NUM_LAYERS,
             num_kv_heads=HEADS,
-            block_size=BLOCK,
-            page_strides=lambda: page_strides(self.cache),
+            max_query_len=5,
             max_num_reqs=SLOTS,
             max_model_len=MAX_LEN,
             device=CPU,
         )
+        self.pruner.attach(BLOCK, lambda: page_strides(self.cache))
         self.generator = torch.Generator().manual_seed(0)
 
     def select(self, slot: int, length: int, *tokens: set[int]) -> None:
@@ -84,9 +84,11 @@ class Setup:
             for i in range(-(-row.length // BLOCK)):
                 table[r, i] = free.pop()
         starts = torch.tensor([0, *itertools.accumulate(row.query for row in rows)], dtype=torch.int32)
+        prefilling = torch.tensor([row.prefilling for row in rows])
         plan = self.pruner.prune(
-            slots=torch.tensor([row.slot for row in rows], dtype=torch.int32),
-            is_prefilling=torch.tensor([row.prefilling for row in rows]),
+            slots=torch.tensor([row.slot for row in rows]),
+            prefilling=prefilling.clone(),
+            prefilling_cpu=prefilling,
             query_start_loc=starts,
             query_start_loc_cpu=starts.clone(),
             seq_lens=torch.tensor([row.length for row in rows], dtype=torch.int32),
@@ -197,16 +199,19 @@ def test_random_steps_agree_with_a_plain_oracle(setup):
 # Batches with prefills
 
 
-def test_rows_behind_a_prefill_are_left_out_and_counted(setup):
+def test_a_short_prefill_among_verifications_reads_everything(setup):
+    """vLLM sorts by length, so a chunk as short as a verification stands among them; it has no selection of its own."""
     for slot in range(4):
         setup.select(slot, 8, {0}, {1})
     plan, tokens = setup.prune(
-        Row(0, 8), Row(1, 8, query=5, prefilling=True), Row(2, 8), Row(3, 8, query=2, prefilling=True)
+        Row(0, 8), Row(1, 8, query=5, prefilling=True), Row(2, 8, query=1), Row(3, 8, query=6, prefilling=True)
     )
-    assert (plan.num_rows, plan.num_tokens, plan.max_query_len) == (1, 3, 3)
-    assert tokens == both_heads([[0, 8, 9, 10]], [[1, 8, 9, 10]])
+    assert (plan.num_rows, plan.num_tokens, plan.max_query_len) == (3, 9, 5)
+    assert tokens == both_heads([[0, 8, 9, 10], range(13), [0, 8]], [[1, 8, 9, 10], range(13), [1, 8]])
     counts = setup.counters.read()
-    assert (counts.verify_rows, counts.dense_trailing_rows, counts.prefill_rows) == (1, 1, 2)
+    assert (counts.verify_rows, counts.sparse_rows, counts.prefill_rows) == (2, 2, 2)
+    # What the prefilling row read is nobody's verification: rows of 11 and 9 tokens, 2 heads, 5 layers.
+    assert counts.kv_full == (11 + 9) * 2 * 5
     # The prefilling rows lost their selections, the others kept theirs.
     assert setup.store.prefix_lens.tolist() == [8, NO_SELECTION, 8, NO_SELECTION, NO_SELECTION, NO_SELECTION]
 
@@ -221,9 +226,10 @@ def test_a_step_of_prefills_has_no_plan_and_clears_its_slots(setup):
     assert tokens == both_heads([range(11), [0, 10]], [range(11), [1, 10]])
 
 
-def test_a_step_that_starts_with_a_prefill_has_no_plan(setup):
+def test_a_step_that_starts_with_a_long_prefill_has_no_plan(setup):
+    """vLLM never sorts a step so; a row that stands behind reads everything."""
     assert setup.prune(Row(2, 0, query=6, prefilling=True), Row(3, 5)) == (None, None)
-    assert setup.counters.read() == Counts(prefill_rows=1, dense_trailing_rows=1)
+    assert setup.counters.read() == Counts(prefill_rows=1)
 
 
 # Counters
@@ -288,5 +294,4 @@ def test_the_cache_is_looked_at_in_each_step(setup):
 
 
 def test_nothing_is_allocated_for_more_than_the_tables(setup):
-    width = 32  # 30 rounded up to blocks of 4
-    assert setup.pruner.nbytes == 4 * SOURCES * SLOTS * HEADS * (width + 1)
+    assert setup.pruner.nbytes == 4 * SOURCES * SLOTS * HEADS * (MAX_LEN + 1)

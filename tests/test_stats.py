@@ -44,15 +44,14 @@ def test_the_line_says_it_all():
         sparse_rows=6,
         no_selection_rows=3,
         stale_rows=1,
-        dense_trailing_rows=2,
         prefill_rows=5,
         kv_read=1,
         kv_full=8,
     )
-    # 10 rows could have been sparse and 4 were not; 2 more were never looked at.
+    # 10 rows could have been sparse and 4 were not.
     assert counts.line(59.6) == (
         "specattn: 8 rounds in 60 s, acceptance length 2.50, verification read 12.5% of KV, "
-        "dense verification rows 6 (no selection 3, stale 1, behind a prefill 2), prefill rows 5"
+        "dense verification rows 4 (no selection 3, stale 1), prefill rows 5"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from specattn_vllm import compat
@@ -38,10 +39,8 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
             max_query_len=common.max_query_len,
             max_seq_len=common.max_seq_len,
             query_start_loc=common.query_start_loc,
-            query_start_loc_cpu=common.query_start_loc_cpu,
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
-            slot_mapping=common.slot_mapping,
             sparse=self._prune(common),
         )
 
@@ -50,9 +49,11 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
         if self.pruner is None or common.req_idx is None or common.is_prefilling is None:
             return None
         rows = len(common.req_idx)
+        prefilling = common.is_prefilling[:rows]
         return self.pruner.prune(
-            slots=torch.from_numpy(common.req_idx),
-            is_prefilling=common.is_prefilling[:rows],
+            slots=async_tensor_h2d(common.req_idx, device=self.device, dtype=torch.int64),
+            prefilling=async_tensor_h2d(prefilling, device=self.device),
+            prefilling_cpu=prefilling,
             query_start_loc=common.query_start_loc[: rows + 1],
             query_start_loc_cpu=common.query_start_loc_cpu[: rows + 1],
             seq_lens=common.seq_lens[:rows],

@@ -33,7 +33,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         self.head_size = head_size
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
-        self.kv_cache_dtype = kv_cache_dtype
+        self.kv_cache_dtype = kv_cache_dtype  # read by the base class
         refused = {
             "ALiBi slopes": alibi_slopes,
             "a sliding window": sliding_window,

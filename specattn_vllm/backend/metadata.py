@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 class SpecAttnMetadata(AttentionMetadata):
     """vLLM's common metadata, and how this step's rows are to be read.
 
-    query_start_loc [R+1] int32 on device, query_start_loc_cpu its host copy; seq_lens [R] int32 on device;
-    block_table [R, blocks] int32; slot_mapping [tokens] int64.
+    On the device: query_start_loc [R+1] int32, seq_lens [R] int32, block_table [R, blocks] int32.
     """
 
     num_reqs: int
@@ -26,10 +25,8 @@ class SpecAttnMetadata(AttentionMetadata):
     max_query_len: int
     max_seq_len: int
     query_start_loc: torch.Tensor
-    query_start_loc_cpu: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
-    slot_mapping: torch.Tensor
     sparse: SparsePlan | None = None
     """Set for a target step with verification rows; the rows after them read everything."""
     capture: DraftCapture | None = None

@@ -47,7 +47,7 @@ class DraftCapture:
         self._mass = torch.empty(sources * max_num_reqs * self.groups * max_model_len, device=device)
         self._bits = torch.empty(sources * max_num_reqs * self.groups * words, dtype=torch.int32, device=device)
         self._counts = torch.empty(sources * max_num_reqs * self.groups, dtype=torch.int32, device=device)
-        self.step = 0
+        self.step = -1
         self.active = False
 
     @property
@@ -58,6 +58,7 @@ class DraftCapture:
         """Start a round of `num_reqs` rows; wanted [R] bool marks the rows whose next step is a verification."""
         self.num_reqs = num_reqs
         self.wanted = wanted
+        self.step = -1
         shape = (len(self.layer_sources), num_reqs, self.groups)
         rows = shape[0] * shape[1] * shape[2]
         words = -(-self.max_model_len // 32)
@@ -124,7 +125,12 @@ class DraftCapture:
         self.active = False
 
     def select(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The round's selection: bits [S, R, G, W] and prefix_lens [R] int32 (0 for rows that were not wanted)."""
+        """The round's selection: bits [S, R, G, W] and prefix_lens [R] int32 (0 for rows that were not wanted).
+
+        A round in which nothing was drafted selects nothing.
+        """
+        if self.step < 0:
+            return self.bits.zero_(), torch.zeros_like(self.wanted, dtype=torch.int32)
         if self.options.combine != "union":
             self._select_top_p(union=False)
         return self.bits, self.prefix_lens

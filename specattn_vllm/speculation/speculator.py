@@ -6,18 +6,20 @@ from typing import Any
 
 import torch
 from vllm.config import VllmConfig
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from specattn_vllm import compat, executors
 from specattn_vllm.options import SpecAttnOptions
-from specattn_vllm.speculation.wiring import Selection, connect
+from specattn_vllm.speculation.wiring import Selection, prepare
 from specattn_vllm.stats import Counters, Reporter
 
 
 class SpecAttnSpeculator(compat.stock_speculator()):
-    """Drafts exactly as vLLM does; only watches.
+    """Drafts as vLLM does, and watches.
 
     Around upstream's `propose` (step 0 over the verified tokens, then K-1 single-token steps) it marks each draft
-    step's metadata with the capture, and at the end stores the selection by request slot. It overrides no arithmetic.
+    step's metadata with the capture, and at the end stores the selection by request slot. What is drafted is upstream's
+    affair, but for the attention of captured layers, which comes from the kernel that also leaves its scores.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -29,9 +31,25 @@ class SpecAttnSpeculator(compat.stock_speculator()):
         self.selection: Selection | None = None
         self._recording = False
 
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        super().load_model(target_model)
+        if not self.options.is_lossless:
+            self.selection = prepare(self)
+
     def set_attn(self, model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups) -> None:
         super().set_attn(model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups)
-        self.selection = connect(self, target_attn_groups) if self.options.method != "dense" else None
+        if len(kv_cache_config.kv_cache_groups) != 1:
+            raise ValueError(
+                f"specattn needs draft and target in one KV-cache group, but vLLM made "
+                f"{len(kv_cache_config.kv_cache_groups)}: models with mixed attention types are not supported"
+            )
+        if self.selection is not None:
+            self.selection.attach(target_attn_groups)
+
+    def capture(self) -> None:
+        super().capture()
+        # Capturing the target's graphs ran steps that nobody asked for.
+        self.counters.reset()
 
     def propose(self, input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
                 num_rejected, *args, dummy_run: bool = False, **kwargs) -> torch.Tensor:  # fmt: skip
@@ -82,10 +100,11 @@ class SpecAttnSpeculator(compat.stock_speculator()):
 
     def _count(self, input_batch, num_sampled: torch.Tensor) -> None:
         self.counters.commit()
-        drafts = input_batch.num_draft_tokens_per_req
+        drafts, num_reqs = input_batch.num_draft_tokens_per_req, input_batch.num_reqs
         if drafts is not None:
-            verified = torch.as_tensor(drafts, device=self.device)[: input_batch.num_reqs] > 0
-            self.counters.add(
-                rounds=verified.sum(), sampled_tokens=(num_sampled[: input_batch.num_reqs] * verified).sum()
-            )
-        self.reporter.tick()
+            # vLLM pads a request with one prompt token left to the length of a verification: those drafts are none.
+            verified = (drafts[:num_reqs] > 0) & ~input_batch.is_prefilling_np[:num_reqs]
+            on_device = async_tensor_h2d(verified, device=self.device)
+            self.counters.add(rounds=int(verified.sum()), sampled_tokens=(num_sampled[:num_reqs] * on_device).sum())
+        if self.vllm_config.parallel_config.rank == 0:
+            self.reporter.tick()

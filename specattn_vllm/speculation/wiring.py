@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllm.config import ModelConfig, VllmConfig
+import torch
+from vllm.config import ModelConfig, VllmConfig, get_layers_from_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
 from specattn_vllm import layer_map
-from specattn_vllm.backend.builder import SpecAttnMetadataBuilder
 from specattn_vllm.fingerprint import ModelFacts, facts_from_config
-from specattn_vllm.layer_map import LayerMap
+from specattn_vllm.layer_map import LayerMap, LayerMapError
 from specattn_vllm.selection.capture import DraftCapture
 from specattn_vllm.selection.pages import page_strides
 from specattn_vllm.selection.pruner import Pruner
@@ -26,19 +27,15 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.specattn")
 
 
-@dataclass(frozen=True)
-class Selection:
-    """The parts that one engine's selections pass through."""
-
-    layer_map: LayerMap
-    capture: DraftCapture
-    store: SelectionStore
-
-
 def model_facts(model_config: ModelConfig) -> ModelFacts:
     """The facts of a model vLLM has configured; the weights' digest only for local folders."""
     folder = Path(model_config.model)
-    return facts_from_config(model_config.hf_text_config, folder if folder.is_dir() else None)
+    try:
+        return facts_from_config(model_config.hf_text_config, folder if folder.is_dir() else None)
+    except (TypeError, ValueError) as error:
+        raise LayerMapError(
+            f"{model_config.model}: a layer map needs a model whose layers all have the same shape ({error})"
+        ) from error
 
 
 def resolve_layer_map(vllm_config: VllmConfig, options: SpecAttnOptions) -> LayerMap:
@@ -48,65 +45,96 @@ def resolve_layer_map(vllm_config: VllmConfig, options: SpecAttnOptions) -> Laye
     found = layer_map.resolve(options.layer_map, target, draft, check_weights=options.check_weights)
     found = found.with_dense(options.dense_layers)
     if not found.sources:
-        raise layer_map.LayerMapError(
+        raise LayerMapError(
             "every target layer is dense (layer map and dense_layers together), so nothing would be pruned: "
             "use method='dense', or leave some layers out of dense_layers"
         )
     return found
 
 
-def connect(speculator: SpecAttnSpeculator, target_attn_groups: list) -> Selection:
-    """Build capture and store, and hand the target's metadata builders a pruner.
+@dataclass(frozen=True)
+class Selection:
+    """The parts that one engine's selections pass through."""
 
-    vLLM calls this a second time after profiling CUDA graphs, with new builders; everything is made anew then.
+    capture: DraftCapture
+    store: SelectionStore
+    pruner: Pruner
+
+    @property
+    def nbytes(self) -> int:
+        return self.capture.nbytes + self.store.nbytes + self.pruner.nbytes
+
+    def attach(self, target_attn_groups: list) -> None:
+        """Hand the pruner to the target's metadata builders. vLLM makes new ones after it has profiled CUDA graphs."""
+        names = self.pruner.layer_sources
+        groups = [g for groups in target_attn_groups for g in groups if any(n in names for n in g.layer_names)]
+        if len(groups) != 1:
+            raise ValueError(
+                f"specattn needs the target's layers in one attention group, but vLLM made {len(groups)}: models with "
+                "layers of different shapes are not supported"
+            )
+        [builder] = groups[0].metadata_builders
+        layers = get_layers_from_vllm_config(builder.vllm_config, AttentionLayerBase)
+        first = layers[next(iter(names))]
+        self.pruner.attach(builder.kv_cache_spec.block_size, lambda: page_strides(first.kv_cache))
+        builder.pruner = self.pruner
+
+
+def prepare(speculator: SpecAttnSpeculator) -> Selection:
+    """Everything a selection needs, its buffers included.
+
+    Called as soon as both models are loaded: vLLM measures what is left for the KV cache after that.
     """
-    vllm_config, options, device = speculator.vllm_config, speculator.options, speculator.device
-    if len(speculator.kv_cache_config.kv_cache_groups) != 1:
-        raise ValueError(
-            "specattn needs draft and target in one KV-cache group, but vLLM made "
-            f"{len(speculator.kv_cache_config.kv_cache_groups)}: models with mixed attention types are not supported"
-        )
+    vllm_config, options = speculator.vllm_config, speculator.options
     found = resolve_layer_map(vllm_config, options)
-    layers = vllm_config.compilation_config.static_forward_context
-    draft_names = {extract_layer_index(name): name for name in speculator.draft_attn_layer_names}
+    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
+    draft = {extract_layer_index(n): n for n in layers if n in speculator.draft_attn_layer_names}
+    target = {extract_layer_index(n): n for n in layers if n not in speculator.draft_attn_layer_names}
     source_of = {draft_layer: s for s, draft_layer in enumerate(found.sources)}
 
-    store = SelectionStore(len(found.sources), speculator.max_num_reqs, 1, speculator.max_model_len, device)
-    capture = DraftCapture(
-        options,
-        speculator.operations,
-        layer_sources={draft_names[i]: s for i, s in source_of.items()},
-        num_heads=layers[draft_names[0]].impl.num_heads,
-        num_steps=speculator.num_speculative_steps,
-        max_num_reqs=speculator.max_num_reqs,
-        max_model_len=speculator.max_model_len,
-        device=device,
-    )
-    nbytes = store.nbytes + capture.nbytes
-    for group in (group for groups in target_attn_groups for group in groups):
-        names = {extract_layer_index(n): n for n in group.layer_names if n not in speculator.draft_attn_layer_names}
-        layer_sources = {n: source_of[found.layers[j]] for j, n in names.items() if found.layers[j] is not None}
-        if not layer_sources:
-            continue
-        first = layers[next(iter(layer_sources))]
-        for builder in group.metadata_builders:
-            assert isinstance(builder, SpecAttnMetadataBuilder)
-            builder.pruner = Pruner(
-                store,
-                speculator.operations,
-                speculator.counters,
-                layer_sources=layer_sources,
-                num_layers=len(names),
-                num_kv_heads=first.impl.num_kv_heads,
-                block_size=builder.kv_cache_spec.block_size,
-                page_strides=lambda layer=first: page_strides(layer.kv_cache),
-                max_num_reqs=speculator.max_num_reqs,
-                max_model_len=speculator.max_model_len,
-                device=device,
-            )
-            nbytes += builder.pruner.nbytes
-    _announce(options, found, speculator.operations.name, nbytes)
-    return Selection(found, capture, store)
+    def allocate(device: torch.device) -> Selection:
+        store = SelectionStore(len(found.sources), speculator.max_num_reqs, 1, speculator.max_model_len, device)
+        capture = DraftCapture(
+            options,
+            speculator.operations,
+            layer_sources={draft[i]: s for i, s in source_of.items()},
+            num_heads=layers[draft[0]].impl.num_heads,
+            num_steps=speculator.num_speculative_steps,
+            max_num_reqs=speculator.max_num_reqs,
+            max_model_len=speculator.max_model_len,
+            device=device,
+        )
+        pruner = Pruner(
+            store,
+            speculator.operations,
+            speculator.counters,
+            layer_sources={target[j]: source_of[i] for j, i in enumerate(found.layers) if i is not None},
+            num_layers=len(target),
+            num_kv_heads=layers[target[0]].impl.num_kv_heads,
+            max_query_len=speculator.num_speculative_steps + 1,
+            max_num_reqs=speculator.max_num_reqs,
+            max_model_len=speculator.max_model_len,
+            device=device,
+        )
+        return Selection(capture, store, pruner)
+
+    # Sizes first, without memory: an allocation that fails names no option.
+    _refuse_if_too_large(allocate(torch.device("meta")).nbytes, speculator)
+    selection = allocate(speculator.device)
+    _announce(options, found, speculator.operations.name, selection.nbytes)
+    return selection
+
+
+def _refuse_if_too_large(nbytes: int, speculator: SpecAttnSpeculator) -> None:
+    if speculator.device.type != "cuda":
+        return  # pages of a CPU's memory are taken when they are written
+    free, _ = torch.cuda.mem_get_info(speculator.device)
+    if nbytes > free // 2:
+        raise ValueError(
+            f"specattn needs {nbytes / 2**30:.1f} GiB for scores and page tables of max_num_seqs = "
+            f"{speculator.max_num_reqs} requests of max_model_len = {speculator.max_model_len} tokens, more than half "
+            f"of the {free / 2**30:.1f} GiB that the weights leave: lower --max-num-seqs or --max-model-len"
+        )
 
 
 def _announce(options: SpecAttnOptions, found: LayerMap, executor: str, nbytes: int) -> None:

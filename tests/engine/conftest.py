@@ -117,14 +117,18 @@ def counts():
 
 @dataclass
 class Audit:
-    """What every pruned row read, checked against who the selection was made for."""
+    """What every row of a pruned step read, checked against who the selection was made for, bit by bit."""
 
     owner: dict[int, str] = field(default_factory=dict)
     """slot -> request that holds it now."""
-    made_for: dict[int, tuple[str, int]] = field(default_factory=dict)
-    """slot -> (request, context length) of the selection stored there."""
+    made_for: dict[int, tuple] = field(default_factory=dict)
+    """slot -> (request, context length, bits [S, G, W]) of the selection stored there."""
     sparse_rows: dict[str, int] = field(default_factory=dict)
+    """request -> rows that read a selection."""
     dense_rows: dict[str, int] = field(default_factory=dict)
+    """request -> rows past the prompt that read everything."""
+    prefill_rows: list[tuple[str, int, int]] = field(default_factory=list)
+    """(request, new tokens, tokens read) of short prefill chunks among verifications."""
     preemptions: int = 0
     violations: list[str] = field(default_factory=list)
 
@@ -135,6 +139,7 @@ def audit(monkeypatch) -> Audit:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.worker.gpu.states import RequestState
 
+    from specattn_vllm.kernels.reference import unpack_bits
     from specattn_vllm.selection.pruner import Pruner
     from specattn_vllm.selection.store import SelectionStore
 
@@ -148,32 +153,38 @@ def audit(monkeypatch) -> Audit:
         return result
 
     def watch_put(self, slots, bits, prefix_lens):
-        for slot, length in zip(slots.tolist(), prefix_lens.tolist(), strict=True):
-            seen.made_for[slot] = (seen.owner[slot], length)
+        for row, (slot, length) in enumerate(zip(slots.tolist(), prefix_lens.tolist(), strict=True)):
+            seen.made_for[slot] = (seen.owner[slot], length, bits[:, row].clone())
         return put(self, slots, bits, prefix_lens)
 
-    def watch_prune(self, *, slots, is_prefilling, query_start_loc, seq_lens, **kwargs):
-        plan = prune(
-            self,
-            slots=slots,
-            is_prefilling=is_prefilling,
-            query_start_loc=query_start_loc,
-            seq_lens=seq_lens,
-            **kwargs,
-        )
-        lengths = (query_start_loc[1:] - query_start_loc[:-1]).tolist()
+    def watch_prune(self, **step):
+        plan = prune(self, **step)
+        lengths = (step["query_start_loc"][1:] - step["query_start_loc"][:-1]).tolist()
         for row in range(plan.num_rows if plan is not None else 0):
-            slot, total = int(slots[row]), int(seq_lens[row])
+            slot, total, new = int(step["slots"][row]), int(step["seq_lens"][row]), lengths[row]
             request = seen.owner[slot]
-            if bool((plan.kept[:, row] == total).all()):
+            kept = plan.kept[:, row, 0].tolist()
+            if bool(step["prefilling_cpu"][row]):
+                seen.prefill_rows.append((request, new, kept[0]))
+                if kept != [total] * len(kept):
+                    seen.violations.append(f"{request} is prefilling and read {kept} of {total}")
+                continue
+            made = seen.made_for.get(slot)
+            if made is None or made[:2] != (request, total - new):
+                # Nothing that is good for this row: it must have read everything.
                 seen.dense_rows[request] = seen.dense_rows.get(request, 0) + 1
+                if kept != [total] * len(kept):
+                    seen.violations.append(f"{request}, {total - new} computed, read {kept} by {made and made[:2]}")
                 continue
             seen.sparse_rows[request] = seen.sparse_rows.get(request, 0) + 1
-            if seen.made_for.get(slot) != (request, total - lengths[row]):
-                seen.violations.append(
-                    f"{request} in slot {slot} with {total - lengths[row]} computed tokens read the selection of "
-                    f"{seen.made_for.get(slot)}"
-                )
+            flags = unpack_bits(made[2][:, 0], total - new)
+            blocks = step["block_table"][row].tolist()
+            block, _, token = self.page_strides()
+            for source in range(flags.shape[0]):
+                positions = [*flags[source].nonzero().flatten().tolist(), *range(total - new, total)]
+                ids = [blocks[p // self.block_size] * block + p % self.block_size * token for p in positions]
+                if plan.page_table[source, row, 0, : kept[source]].tolist() != ids:
+                    seen.violations.append(f"{request}: the table of source {source} is not its selection")
         return plan
 
     def watch_preempt(self, *args, **kwargs):
