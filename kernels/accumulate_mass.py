@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import checks
+from . import contracts
 
 # Four 16-byte loads per thread and head: enough to cover the latency, and few idle programs behind short rows.
 BLOCK = 1024
@@ -59,7 +59,7 @@ def accumulate_mass(
     scores: torch.Tensor, lse: torch.Tensor, lens: torch.Tensor, mass: torch.Tensor, weight: float, combine: str
 ) -> None:
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    checks.accumulate_mass(scores, lse, lens, mass, combine)
+    contracts.accumulate_mass(scores, lse, lens, mass, combine)
     rows, query_heads, width = scores.shape
     groups = mass.shape[1]
     if rows == 0 or width == 0:

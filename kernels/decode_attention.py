@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import checks
+from . import contracts
 from .split_kv import combine_splits, log_norm, num_splits, softmax_step, split_range
 
 # Keys per step. 64 keys of 2 * 128 16-bit numbers are 32 KiB: two stages fit in shared memory beside a second program.
@@ -110,9 +110,9 @@ def decode_attention(
 ) -> None:
     """Launch on the current stream, without waiting for the device; arguments as in the module's text. The scratch
     for the parts comes from torch's allocator, which a CUDA graph capture serves from the graph's own pool."""
-    checks.decode_attention(query, kv_cache, block_table, seq_lens, out, scores, lse)
+    contracts.decode_attention(query, kv_cache, block_table, seq_lens, out, scores, lse)
     rows, query_heads, size = query.shape
-    checks.head_size(size)
+    contracts.head_size(size)
     if rows == 0:
         return
     heads, block_size = kv_cache.shape[1:3]

@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import checks
+from . import contracts
 
 # One program walks a row, so a step should be long; 2048 positions at 8 warps are 8 a thread.
 BLOCK = 2048
@@ -78,7 +78,7 @@ def build_page_tables(
     kept: torch.Tensor,
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    checks.build_page_tables(
+    contracts.build_page_tables(
         bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept
     )
     sources, _, groups, words = bits.shape

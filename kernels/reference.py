@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from . import checks
+from . import contracts
 
 
 def unpack_bits(bits: torch.Tensor, length: int) -> torch.Tensor:
@@ -49,7 +49,7 @@ def _gather(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.
 
 def decode_attention(query, kv_cache, block_table, seq_lens, scale, out, scores=None, lse=None) -> None:
     """Attention of one query row per request over the paged cache. See ``decode_attention.decode_attention``."""
-    checks.decode_attention(query, kv_cache, block_table, seq_lens, out, scores, lse)
+    contracts.decode_attention(query, kv_cache, block_table, seq_lens, out, scores, lse)
     query_heads, size = query.shape[1:]
     heads, block_size = kv_cache.shape[1:3]
     cache = kv_cache if out is not None else kv_cache[..., :size]
@@ -73,7 +73,7 @@ def decode_attention(query, kv_cache, block_table, seq_lens, scale, out, scores=
 
 def accumulate_mass(scores, lse, lens, mass, weight, combine) -> None:
     """Attention mass per position and score group. See ``accumulate_mass.accumulate_mass``."""
-    checks.accumulate_mass(scores, lse, lens, mass, combine)
+    contracts.accumulate_mass(scores, lse, lens, mass, combine)
     groups = mass.shape[1]
     for r, length in enumerate(lens.tolist()):
         probs = torch.exp(scores[r, :, :length].float() - lse[r, :, None])
@@ -91,7 +91,7 @@ def select_top_p(
     mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, union=False
 ) -> None:
     """Top-p token selection, here by sorting. See ``top_p.select_top_p``."""
-    checks.select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent)
+    contracts.select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent)
     longest = int(lens.max()) if lens.numel() else 0
     if not union:
         bits.zero_()
@@ -136,7 +136,7 @@ def build_page_tables(
     bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept
 ) -> None:
     """Compacts selections into page tables. See ``page_tables.build_page_tables``."""
-    checks.build_page_tables(
+    contracts.build_page_tables(
         bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept
     )
     per_block, per_head, per_token = page_strides
@@ -172,7 +172,7 @@ def build_page_tables(
 
 def sparse_attention(query, kv_pages, page_table, kept, query_start_loc, scale, out, max_query_len, lse=None) -> None:
     """Attention over the entries of a page table. See ``sparse_attention.sparse_attention``."""
-    checks.sparse_attention(query, kv_pages, page_table, kept, query_start_loc, out, max_query_len, lse)
+    contracts.sparse_attention(query, kv_pages, page_table, kept, query_start_loc, out, max_query_len, lse)
     query_heads, size = query.shape[1:]
     heads = page_table.shape[1]
     group = query_heads // heads
@@ -217,14 +217,14 @@ def dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, sca
     0..seq_len - q_len + i. ``rows`` lists the requests to do (all by default); the ``out`` rows of the others stay
     untouched, as do those of a request with no query token or with seq_len 0.
     """
-    checks.tensor("query", query, (None, None, None), checks.FLOATS)
+    contracts.tensor("query", query, (None, None, None), contracts.FLOATS)
     tokens, query_heads, size = query.shape
-    checks.tensor("kv_cache", kv_cache, (None, None, None, 2 * size), query.dtype, query.device)
-    checks.group_size(query_heads, kv_cache.shape[1], "kv_cache")
-    checks.tensor("block_table", block_table, (None, None), torch.int32, query.device)
-    checks.tensor("seq_lens", seq_lens, (block_table.shape[0],), torch.int32, query.device)
-    checks.tensor("query_start_loc", query_start_loc, (block_table.shape[0] + 1,), torch.int32, query.device)
-    checks.tensor("out", out, (tokens, query_heads, size), query.dtype, query.device)
+    contracts.tensor("kv_cache", kv_cache, (None, None, None, 2 * size), query.dtype, query.device)
+    contracts.group_size(query_heads, kv_cache.shape[1], "kv_cache")
+    contracts.tensor("block_table", block_table, (None, None), torch.int32, query.device)
+    contracts.tensor("seq_lens", seq_lens, (block_table.shape[0],), torch.int32, query.device)
+    contracts.tensor("query_start_loc", query_start_loc, (block_table.shape[0] + 1,), torch.int32, query.device)
+    contracts.tensor("out", out, (tokens, query_heads, size), query.dtype, query.device)
     block_size = kv_cache.shape[2]
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     for r in range(len(lengths)) if rows is None else rows:

@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import checks
+from . import contracts
 from .split_kv import combine_splits, log_norm, num_splits, softmax_step, split_range
 
 # Gathered tokens per step: 32 KiB of 16-bit K and V at head size 128, double-buffered.
@@ -114,9 +114,9 @@ def sparse_attention(
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text. The scratch
     for the parts comes from torch's allocator, which a CUDA graph capture serves from the graph's own pool."""
-    checks.sparse_attention(query, kv_pages, page_table, kept, query_start_loc, out, max_query_len, lse)
+    contracts.sparse_attention(query, kv_pages, page_table, kept, query_start_loc, out, max_query_len, lse)
     tokens, query_heads, size = query.shape
-    checks.head_size(size)
+    contracts.head_size(size)
     rows, heads, width = page_table.shape
     if rows == 0 or tokens == 0:
         return

@@ -31,7 +31,7 @@ import torch
 import triton
 import triton.language as tl
 
-from . import checks
+from . import contracts
 
 # Candidate thresholds tried per pass over the row: eight find three bits of the threshold, so eleven passes find all
 # 31. A pass costs its trips to L2, not its arithmetic.
@@ -165,7 +165,7 @@ def select_top_p(
     max_tokens: int, max_fraction: float, sink: int, recent: int, union: bool = False,
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    checks.select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent)
+    contracts.select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent)
     if mass.shape[0] == 0:
         return
     p_fixed = ALL if top_p >= 1 else round(top_p * 65536)

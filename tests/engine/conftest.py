@@ -162,7 +162,7 @@ def audit(monkeypatch) -> Audit:
         lengths = (step["query_start_loc"][1:] - step["query_start_loc"][:-1]).tolist()
         for row in range(plan.num_rows if plan is not None else 0):
             slot, total, new = int(step["slots"][row]), int(step["seq_lens"][row]), lengths[row]
-            request = seen.owner[slot]
+            request = seen.owner.get(slot, "nobody")
             kept = plan.kept[:, row, 0].tolist()
             if bool(step["prefilling_cpu"][row]):
                 seen.prefill_rows.append((request, new, kept[0]))

@@ -117,6 +117,28 @@ def test_requests_that_come_and_go_change_the_rows_of_others(engine, prompts, au
     assert sum(audit.sparse_rows.values()) > 20
 
 
+def test_a_dummy_step_leaves_no_trace(engine, prompts, audit, counts):
+    """vLLM runs steps on made-up requests, which name the slots of real ones."""
+    from vllm import SamplingParams
+
+    llm = engine(OPTIONS, max_num_seqs=2)
+    run = llm.llm_engine
+    run.add_request(
+        "a", prompts([400])[0], SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, detokenize=False)
+    )
+    while not audit.sparse_rows:
+        run.step()
+    store = llm.collective_rpc(lambda worker: worker.model_runner.speculator.selection.store)[0]
+    lengths, bits, seen = store.prefix_lens.clone(), store.bits.clone(), counts(llm)
+    assert (lengths > 0).any()
+    llm.collective_rpc(lambda worker: worker.model_runner._dummy_run(10, skip_attn=False) and None)
+    assert store.prefix_lens.equal(lengths) and store.bits.equal(bits)
+    run.step()
+    new = counts(llm) - seen
+    assert new.verify_rows == new.sparse_rows == 1
+    run.abort_request(["a"])
+
+
 def test_up_to_the_maximum_length(engine, greedy, prompts, audit, counts):
     """Drafts are cut where the context ends; the tokens are still those of plain decoding."""
     lengths = [505, 490]
