@@ -1,7 +1,7 @@
 """Argument checks shared by the Triton launchers and the PyTorch references.
 
-Every operation has one function of its name here, so that both versions refuse the same arguments with the same words: a
-wrong shape that reaches a kernel reads or writes someone else's memory. Nothing here looks at the *contents* of a
+Every operation has one function of its name here, so that both versions refuse the same arguments with the same words:
+a wrong shape that reaches a kernel reads or writes someone else's memory. Nothing here looks at the *contents* of a
 tensor, which on a GPU would wait for the device. All errors are ``ValueError("<name>: got ..., wanted ...")``.
 """
 
