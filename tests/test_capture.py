@@ -306,3 +306,16 @@ def test_nothing_is_captured_outside_a_step():
 def test_its_size_is_that_of_its_buffers():
     rows = len(LAYERS) * MAX_REQS
     assert make(options()).nbytes == 4 * (MAX_REQS * HEADS * (MAX_LEN + 1) + rows * (MAX_LEN + 3 + 1))
+
+
+@pytest.mark.parametrize("combine", ["sum", "max", "union", "first"])
+def test_a_round_without_a_draft_step_selects_nothing(combine):
+    """Also after a round that did, of another size: nothing of it may be stored again."""
+    capture = make(SpecAttnOptions(combine=combine))
+    for rows in (3, 1, 2):
+        capture.begin_round(rows, torch.ones(rows, dtype=torch.bool))
+        capture._bits.fill_(-1)
+        bits, prefix_lens = capture.select()
+        assert bits.shape[1] == rows
+        assert not bits.any()
+        assert prefix_lens.tolist() == [0] * rows

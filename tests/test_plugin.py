@@ -402,3 +402,18 @@ def test_hooks_that_vllm_has_moved_are_named(monkeypatch):
 
     monkeypatch.setattr(compat, "stock_speculator", lambda: Moved)
     assert compat.missing_hooks() == ["load_model(target_model)", "capture", "_run_model"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--attention-backend", "specattn"],
+        ["--attention-config", '{"backend": "specattn"}'],
+        ["--attention-config.backend", "specattn"],
+    ],
+    ids=["flag", "JSON", "dotted"],
+)
+def test_each_way_of_naming_the_backend_on_the_command_line(arguments):
+    given = engine_args(*arguments)
+    backend = given.attention_backend or given.attention_config.backend
+    assert getattr(backend, "name", backend).upper() == "SPECATTN"
