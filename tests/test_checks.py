@@ -199,6 +199,10 @@ def test_options_without_effect_are_named(configure, monkeypatch):
     assert len(warnings) == 1
 
 
+def test_a_control_run_may_name_every_layer_dense(configure):
+    configure(options={"method": "dense", "dense_layers": [0, 1, 2]})
+
+
 def test_a_map_that_is_named_is_checked_even_where_it_has_no_effect(configure):
     with pytest.raises(LayerMapError, match="cannot be read"):
         configure(options={"method": "dense", "layer_map": "nowhere.json"})

@@ -44,7 +44,7 @@ def resolve_layer_map(vllm_config: VllmConfig, options: SpecAttnOptions) -> Laye
     draft = model_facts(vllm_config.speculative_config.draft_model_config)
     found = layer_map.resolve(options.layer_map, target, draft, check_weights=options.check_weights)
     found = found.with_dense(options.dense_layers)
-    if not found.sources:
+    if not found.sources and not options.is_lossless:
         raise LayerMapError(
             "every target layer is dense (layer map and dense_layers together), so nothing would be pruned: "
             "use method='dense', or leave some layers out of dense_layers"
