@@ -209,13 +209,12 @@ def sparse_attention(query, kv_pages, page_table, kept, query_start_loc, scale, 
             lse[begin:end].unflatten(1, (heads, group))[:, pick] = total
 
 
-def dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, scale, out, rows=None) -> None:
+def dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, scale, out) -> None:
     """Causal attention of ragged query rows over the paged cache, in the query dtype. No Triton twin.
 
     query, out [T, Hq, D]; kv_cache [B, H, N, 2D]; block_table [R, nb] int32; seq_lens [R] int32, the new tokens
     included; query_start_loc [R + 1] int32. Query token i of the q_len tokens of request r attends positions
-    0..seq_len - q_len + i. ``rows`` lists the requests to do (all by default); the ``out`` rows of the others stay
-    untouched, as do those of a request with no query token or with seq_len 0.
+    0..seq_len - q_len + i. The ``out`` rows of a request with no query token or with seq_len 0 stay untouched.
     """
     contracts.tensor("query", query, (None, None, None), contracts.FLOATS)
     tokens, query_heads, size = query.shape
@@ -227,7 +226,7 @@ def dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, sca
     contracts.tensor("out", out, (tokens, query_heads, size), query.dtype, query.device)
     block_size = kv_cache.shape[2]
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    for r in range(len(lengths)) if rows is None else rows:
+    for r in range(len(lengths)):
         begin, end, length = starts[r], starts[r + 1], lengths[r]
         n = end - begin
         if n == 0 or length == 0:
