@@ -40,25 +40,47 @@ def head_size(size: int) -> None:
     expect(size in HEAD_SIZES, "query", f"head size {size}", f"one of {HEAD_SIZES} (Triton kernels)")
 
 
-def decode_attention(query, kv_cache, block_table, seq_lens, out, scores, lse) -> None:
+def draft_attention(
+    query, kv_cache, block_table, seq_lens, query_start_loc, out, scored_rows, scores, lse, max_query_len,
+    positions, kept, prefix_lens,
+) -> None:  # fmt: skip
     tensor("query", query, (None, None, None), FLOATS)
-    rows, query_heads, size = query.shape
+    tokens, query_heads, size = query.shape
     dev = query.device
     tensor("kv_cache", kv_cache, (None, None, None, 2 * size), query.dtype, dev)
     group_size(query_heads, kv_cache.shape[1], "kv_cache")
-    tensor("block_table", block_table, (rows, None), torch.int32, dev)
+    tensor("block_table", block_table, (None, None), torch.int32, dev)
+    rows = block_table.shape[0]
     tensor("seq_lens", seq_lens, (rows,), torch.int32, dev)
+    tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, dev)
     expect(out is not None or scores is not None, "out", "None without scores", "at least one of out and scores")
     if out is not None:
-        tensor("out", out, (rows, query_heads, size), query.dtype, dev)
+        tensor("out", out, (tokens, query_heads, size), query.dtype, dev)
     if scores is not None:
         tensor("scores", scores, (rows, query_heads, None), (torch.float32, torch.bfloat16), dev)
         expect(lse is not None, "lse", None, "a tensor, because scores are asked for")
     if lse is not None:
         tensor("lse", lse, (rows, query_heads), torch.float32, dev)
+        expect(scored_rows is not None, "scored_rows", None, "a tensor, because lse is asked for")
+    if scored_rows is not None:
+        tensor("scored_rows", scored_rows, (rows,), torch.int64, dev)
+    expect(max_query_len >= 1, "max_query_len", max_query_len, "at least 1")
+    _index(positions, kept, rows, dev, prefix_lens=prefix_lens)
+    expect(positions is None or max_query_len == 1, "max_query_len", max_query_len, "1, because positions are given")
 
 
-def accumulate_mass(scores, lse, lens, mass, combine) -> None:
+def _index(positions, kept, rows: int, device, **lengths) -> None:
+    """A list of positions per row and what goes with it: all of it or nothing."""
+    for name, value in (("kept", kept), *lengths.items()):
+        if positions is None:
+            expect(value is None, name, "a value without positions", "both or neither")
+        else:
+            tensor(name, value, (rows,), torch.int32, device)
+    if positions is not None:
+        tensor("positions", positions, (rows, None), torch.int32, device)
+
+
+def accumulate_mass(scores, lse, lens, mass, combine, positions=None, kept=None) -> None:
     tensor("scores", scores, (None, None, None), (torch.float32, torch.bfloat16))
     rows, query_heads, width = scores.shape
     dev = scores.device
@@ -67,6 +89,9 @@ def accumulate_mass(scores, lse, lens, mass, combine) -> None:
     tensor("mass", mass, (rows, None, width), torch.float32, dev)
     group_size(query_heads, mass.shape[1], "mass")
     expect(combine in COMBINE, "combine", repr(combine), " or ".join(COMBINE))
+    _index(positions, kept, rows, dev)
+    # What a list leaves out would keep what it held before, which is no mass of this step.
+    expect(positions is None or combine != "store", "combine", repr(combine), "add or max, because positions are given")
 
 
 def select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent) -> None:
@@ -93,25 +118,55 @@ def build_page_tables(
     tensor("prefix_lens", prefix_lens, (rows,), torch.int32, dev)
     tensor("seq_lens", seq_lens, (rows,), torch.int32, dev)
     tensor("block_table", block_table, (rows, None), torch.int32, dev)
-    tensor("page_table", page_table, (sources, rows, None, None), torch.int32, dev)
-    heads = page_table.shape[2]
-    expect(groups in (1, heads), "bits", f"{groups} score groups", f"1 or the {heads} heads of page_table")
-    tensor("kept", kept, (sources, rows, heads), torch.int32, dev)
+    tensor("page_table", page_table, (sources, rows, groups, None), torch.int32, dev)
+    tensor("kept", kept, (sources, rows, groups), torch.int32, dev)
     expect(block_size > 0, "block_size", block_size, "at least 1")
     expect(len(page_strides) == 3, "page_strides", page_strides, "(block, head, token)")
 
 
-def sparse_attention(query, kv_pages, page_table, kept, query_start_loc, out, max_query_len, lse) -> None:
+def build_positions(bits, lens, positions, kept) -> None:
+    tensor("bits", bits, (None, None, 1, None), torch.int32)
+    sources, rows = bits.shape[:2]
+    tensor("lens", lens, (rows,), torch.int32, bits.device)
+    tensor("positions", positions, (sources, rows, None), torch.int32, bits.device)
+    tensor("kept", kept, (sources, rows), torch.int32, bits.device)
+
+
+def build_block_tables(bits, slots, prefix_lens, seq_lens, block_table, block_size, page_table, kept) -> None:
+    tensor("bits", bits, (None, None, None, None), torch.int32)
+    sources, _, groups, _ = bits.shape
+    dev = bits.device
+    expect(groups == 1, "bits", f"{groups} score groups", "1, because a block holds all heads")
+    tensor("slots", slots, (None,), torch.int64, dev)
+    rows = slots.shape[0]
+    tensor("prefix_lens", prefix_lens, (rows,), torch.int32, dev)
+    tensor("seq_lens", seq_lens, (rows,), torch.int32, dev)
+    tensor("block_table", block_table, (rows, None), torch.int32, dev)
+    tensor("page_table", page_table, (sources, rows, 1, None), torch.int32, dev)
+    tensor("kept", kept, (sources, rows, 1), torch.int32, dev)
+    expect(block_size > 0, "block_size", block_size, "at least 1")
+
+
+def sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, max_query_len, lse) -> int:
+    """Also returns the rows (key and value of one token and head) between neighbouring heads of the cache."""
     tensor("query", query, (None, None, None), FLOATS)
     tokens, query_heads, size = query.shape
     dev = query.device
-    tensor("kv_pages", kv_pages, (None, 2 * size), query.dtype, dev)
+    tensor("kv_cache", kv_cache, (None, None, None, 2 * size), query.dtype, dev)
+    # A dimension of size 1 may have any stride; it is never stepped over.
+    dims = zip(kv_cache.shape[:3], kv_cache.stride()[:3], strict=True)
+    strides = [0 if count == 1 else stride for count, stride in dims]
+    in_rows = all(stride % (2 * size) == 0 for stride in strides)
+    expect(in_rows, "kv_cache", f"strides {kv_cache.stride()}", f"multiples of a row of {2 * size}")
+    heads = kv_cache.shape[1]
+    group_size(query_heads, heads, "kv_cache")
     tensor("page_table", page_table, (None, None, None), torch.int32, dev)
-    rows, heads, _ = page_table.shape
-    group_size(query_heads, heads, "page_table")
-    tensor("kept", kept, (rows, heads), torch.int32, dev)
+    rows, groups, _ = page_table.shape
+    expect(groups in (1, heads), "page_table", f"{groups} groups", f"1 or the {heads} heads of kv_cache")
+    tensor("kept", kept, (rows, groups), torch.int32, dev)
     tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, dev)
     tensor("out", out, (tokens, query_heads, size), query.dtype, dev)
     expect(max_query_len >= 1, "max_query_len", max_query_len, "at least 1")
     if lse is not None:
         tensor("lse", lse, (tokens, query_heads), torch.float32, dev)
+    return strides[1] // (2 * size)

@@ -1,11 +1,14 @@
-"""Page tables of the selected tokens: compaction of bit rows into lists of page-size-1 pages.
+"""Lists of the selected tokens: compaction of bit rows into page tables (for the target) or positions (for the draft).
 
-    kept positions of (s, r, h): p < seq_lens[r] with p >= prefix_lens[r] or bit p of bits[s, slots[r], g] set
-    page(p, h) = block_table[r, p // N] * block + h * head + (p % N) * token        page_strides = (block, head, token)
+    kept positions of (s, r, g): p < seq_lens[r] with p >= prefix_lens[r] or bit p of bits[s, slots[r], g] set
+    page(p, g) = block_table[r, p // N] * block + g * head + (p % N) * token        page_strides = (block, head, token)
 
 The cache is read as one long array of pages of one token and one head. Which page holds a token depends on the cache
 layout, and the three strides say how: (N * H, 1, H) where tokens lie outermost in a block, (H * N, N, 1) where heads
 do. Positions from prefix_len on were not there when the selection was made, and are always kept.
+
+``build_page_tables``: one table per score group. With G = 1 it holds the pages of head 0, and whoever reads it for head
+h adds h * head; with G = H, group g is head g.
 
 bits         [S, num_slots, G, W]  int32, as ``select_top_p`` writes them; G is 1 (all heads alike) or H
 slots        [R]                   int64, row of ``bits`` of each request; -1 = padded row: kept = 0, nothing else
@@ -13,9 +16,19 @@ prefix_lens  [R]                   int32; -1 = no selection, keep everything. Po
                                    are kept as if the prefix ended there
 seq_lens     [R]                   int32; 0 = padded row: kept = 0
 block_table  [R, nb]               int32; entries past ceil(seq_len / N) are stale and never read
-page_table   [S, R, H, width]      int32, width >= max(seq_lens); pages in ascending position; entries past kept are
+page_table   [S, R, G, width]      int32, width >= max(seq_lens); pages in ascending position; entries past kept are
                                    left untouched, and nothing is ever written past width
-kept         [S, R, H]             int32
+kept         [S, R, G]             int32
+
+``build_positions``: the positions themselves, of rows that are in batch order and for which all heads are alike.
+
+bits         [S, R, 1, W]          int32
+lens         [R]                   int32, at most 32 * W; 0 or less: kept = -1, nothing else
+positions    [S, R, width]         int32, width at least the number of bits set below lens; ascending; entries past kept
+                                   are left untouched, and nothing is ever written past width
+kept         [S, R]                int32
+
+Outer strides are arbitrary throughout.
 """
 
 from __future__ import annotations
@@ -25,51 +38,94 @@ import triton
 import triton.language as tl
 
 from . import contracts
+from .bit_words import low_bits, popcount
 
-# One program walks a row, so a step should be long; 2048 positions at 8 warps are 8 a thread.
-BLOCK = 2048
+# Positions per program, 16 a thread; few enough that a handful of rows fills the device, and many enough that counting
+# what comes before (4 KiB of bits at most per 32k positions) is a small part. Not yet measured.
+CHUNK = 4096
+# Words counted per step on the way to the chunk.
+COUNT_STEP = 1024
 NUM_WARPS = 8
+
+
+@triton.jit
+def _kept_words(bits, w, prefix, length):
+    """Words w of a row as they are kept: the bits below the prefix, ones from there up to the length, zeros after."""
+    first = w * 32
+    word = tl.load(bits + w, mask=(first < prefix) & (first < length), other=0)
+    return (word | ~low_bits(prefix - first)) & low_bits(length - first)
+
+
+@triton.jit
+def _compact(bits, prefix, length, chunk, CHUNK: tl.constexpr, COUNT_STEP: tl.constexpr):
+    """The kept positions of one chunk of a row, as (position, column, is kept), each [CHUNK // 32, 32], and the number
+    of positions kept up to the end of the chunk. Every program counts for itself what comes before its chunk."""
+    first_word = chunk * (CHUNK // 32)
+    counts = tl.zeros([COUNT_STEP], tl.int32)
+    for start in range(0, first_word, COUNT_STEP):
+        w = start + tl.arange(0, COUNT_STEP)
+        counts += popcount(_kept_words(bits, w, prefix, tl.minimum(length, first_word * 32)))
+    before = tl.sum(counts, 0)
+
+    w = first_word + tl.arange(0, CHUNK // 32)
+    word = _kept_words(bits, w, prefix, length)
+    number = popcount(word)
+    word_column = before + tl.cumsum(number, 0) - number
+    lane = tl.arange(0, 32)[None, :]
+    column = word_column[:, None] + popcount(word[:, None] & low_bits(lane))
+    return w[:, None] * 32 + lane, column, ((word[:, None] >> lane) & 1) != 0, before + tl.sum(number, 0)
 
 
 @triton.jit
 def _page_table_kernel(
     bits, slots, prefix_lens, seq_lens, block_table, page_table, kept,
-    block_size, per_block, per_head, per_token, words, width,
-    stride_bs, stride_bn, stride_bg, stride_tr, stride_ps, stride_pr, stride_ph, stride_ks, stride_kr, stride_kh,
-    HEADS: tl.constexpr, BLOCK: tl.constexpr,
+    block_size, per_block, per_head, per_token, words, width, groups,
+    stride_bs, stride_bn, stride_bg, stride_tr, stride_ps, stride_pr, stride_pg, stride_ks, stride_kr, stride_kg,
+    CHUNK: tl.constexpr, COUNT_STEP: tl.constexpr,
 ):  # fmt: skip
-    s = tl.program_id(0).to(tl.int64)
-    r = tl.program_id(1).to(tl.int64)
-    g = tl.program_id(2).to(tl.int64)
+    chunk = tl.program_id(0)
+    r = (tl.program_id(1) // groups).to(tl.int64)
+    g = (tl.program_id(1) % groups).to(tl.int64)
+    s = tl.program_id(2).to(tl.int64)
     slot = tl.load(slots + r)
-    length = tl.load(seq_lens + r)
-    prefix = tl.minimum(tl.load(prefix_lens + r), words * 32)
+    length = tl.minimum(tl.load(seq_lens + r), width)
     if slot < 0:
         length = 0
-    bits += s * stride_bs + tl.maximum(slot, 0) * stride_bn + g * stride_bg
-    # HEADS heads share the scan of this program: all of them when G is 1, else the one of the group.
-    first_head = g * HEADS
-    page_table += s * stride_ps + r * stride_pr + first_head * stride_ph
+    kept += s * stride_ks + r * stride_kr + g * stride_kg
+    if chunk * CHUNK >= length:
+        if chunk == 0:
+            tl.store(kept, 0)
+        return
+    prefix = tl.minimum(tl.load(prefix_lens + r), words * 32)
+    bits += s * stride_bs + slot * stride_bn + g * stride_bg
+    p, column, keep, count = _compact(bits, prefix, length, chunk, CHUNK, COUNT_STEP)
+    block = tl.load(block_table + r * stride_tr + p // block_size, mask=keep, other=0)
+    page = block * per_block + (p % block_size) * per_token + g.to(tl.int32) * per_head
+    tl.store(page_table + s * stride_ps + r * stride_pr + g * stride_pg + column, page, mask=keep)
+    if chunk == (length - 1) // CHUNK:
+        tl.store(kept, count)
 
-    count = tl.full([], 0, tl.int32)
-    for start in range(0, length, BLOCK):
-        p = start + tl.arange(0, BLOCK)
-        inside = p < length
-        selectable = inside & (p < prefix)
-        word = tl.load(bits + p // 32, mask=selectable, other=-1)  # all ones: keep
-        keep = inside & (((word >> (p % 32)) & 1) != 0)
-        column = count + tl.cumsum(keep.to(tl.int32), 0) - 1
-        count += tl.sum(keep.to(tl.int32), 0)
-        block = tl.load(block_table + r * stride_tr + p // block_size, mask=keep, other=0)
-        page = block * per_block + (p % block_size) * per_token
-        for i in range(HEADS):
-            tl.store(
-                page_table + i * stride_ph + column,
-                page + (first_head + i).to(tl.int32) * per_head,
-                mask=keep & (column < width),
-            )
-    for i in range(HEADS):
-        tl.store(kept + s * stride_ks + r * stride_kr + (first_head + i) * stride_kh, count)
+
+@triton.jit
+def _positions_kernel(
+    bits, lens, positions, kept, words, width,
+    stride_bs, stride_br, stride_ps, stride_pr, stride_ks, stride_kr,
+    CHUNK: tl.constexpr, COUNT_STEP: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0)
+    r = tl.program_id(1).to(tl.int64)
+    s = tl.program_id(2).to(tl.int64)
+    length = tl.minimum(tl.load(lens + r), words * 32)
+    kept += s * stride_ks + r * stride_kr
+    if chunk * CHUNK >= length:
+        if chunk == 0:
+            tl.store(kept, -1)
+        return
+    bits += s * stride_bs + r * stride_br
+    p, column, keep, count = _compact(bits, length, length, chunk, CHUNK, COUNT_STEP)
+    tl.store(positions + s * stride_ps + r * stride_pr + column, p, mask=keep & (column < width))
+    if chunk == (length - 1) // CHUNK:
+        tl.store(kept, tl.minimum(count, width))
 
 
 def build_page_tables(
@@ -82,12 +138,27 @@ def build_page_tables(
         bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept
     )
     sources, _, groups, words = bits.shape
-    rows, heads, width = page_table.shape[1:]
+    rows, width = page_table.shape[1], page_table.shape[3]
     if sources == 0 or rows == 0:
         return
-    _page_table_kernel[(sources, rows, groups)](
+    # One chunk at least: the first also writes the zeros of padded rows.
+    _page_table_kernel[(max(triton.cdiv(width, CHUNK), 1), rows * groups, sources)](
         bits, slots, prefix_lens, seq_lens, block_table, page_table, kept,
-        block_size, *page_strides, words, width,
+        block_size, *page_strides, words, width, groups,
         *bits.stride()[:3], block_table.stride(0), *page_table.stride()[:3], *kept.stride(),
-        HEADS=heads // groups, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        CHUNK=CHUNK, COUNT_STEP=COUNT_STEP, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def build_positions(bits: torch.Tensor, lens: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor) -> None:
+    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
+    contracts.build_positions(bits, lens, positions, kept)
+    sources, rows, _, words = bits.shape
+    if sources == 0 or rows == 0:
+        return
+    # By the bits, not by the width: positions are sparse, and the last of them may lie anywhere.
+    _positions_kernel[(max(triton.cdiv(words * 32, CHUNK), 1), rows, sources)](
+        bits, lens, positions, kept, words, positions.shape[2],
+        *bits.stride()[:2], *positions.stride()[:2], *kept.stride(),
+        CHUNK=CHUNK, COUNT_STEP=COUNT_STEP, num_warps=NUM_WARPS,
     )  # fmt: skip

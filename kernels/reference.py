@@ -1,7 +1,7 @@
 """PyTorch versions of the kernels: the oracle of their tests, and the code that runs where there is no GPU.
 
 Each function has the signature of its Triton twin; shapes, dtypes, padding rules and errors are stated there, once
-(``decode_attention.py``, ``accumulate_mass.py``, ``top_p.py``, ``page_tables.py``, ``sparse_attention.py``). Scores
+(``draft_attention.py``, ``accumulate_mass.py``, ``top_p.py``, ``page_tables.py``, ``sparse_attention.py``). Scores
 and softmax are computed in fp32. They loop over requests, because requests differ in length and a padded batch would
 spend most of its time on padding, and over nothing else.
 
@@ -47,44 +47,85 @@ def _gather(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.
     return picked.transpose(0, 1).flatten(1, 2)[:, :length]
 
 
-def decode_attention(query, kv_cache, block_table, seq_lens, scale, out, scores=None, lse=None) -> None:
-    """Attention of one query row per request over the paged cache. See ``decode_attention.decode_attention``."""
-    contracts.decode_attention(query, kv_cache, block_table, seq_lens, out, scores, lse)
+def draft_attention(
+    query, kv_cache, block_table, seq_lens, query_start_loc, scale, out, scored_rows=None, scores=None, lse=None,
+    max_query_len=1, positions=None, kept=None, prefix_lens=None,
+) -> None:  # fmt: skip
+    """Attention of a draft step that hands out scores. See ``draft_attention.draft_attention``."""
+    contracts.draft_attention(
+        query, kv_cache, block_table, seq_lens, query_start_loc, out, scored_rows, scores, lse, max_query_len,
+        positions, kept, prefix_lens,
+    )  # fmt: skip
     query_heads, size = query.shape[1:]
     heads, block_size = kv_cache.shape[1:3]
+    group = query_heads // heads
     cache = kv_cache if out is not None else kv_cache[..., :size]
-    for r, length in enumerate(seq_lens.tolist()):
-        if length == 0:
-            if out is not None:
-                out[r].zero_()
-            if lse is not None:
-                lse[r].fill_(-torch.inf)
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    scored = [-1] * len(lengths) if lse is None else scored_rows.tolist()
+    listed = [-1] * len(lengths) if positions is None else kept.tolist()
+    for r, length in enumerate(lengths):
+        begin, end = starts[r], starts[r + 1]
+        i = scored[r] - begin if begin <= scored[r] < end else None
+        if out is None and i is not None:  # as if the scored row were the last and only one
+            begin, end, length, i = scored[r], scored[r] + 1, length - (end - 1 - scored[r]), 0
+        n = end - begin
+        if n == 0 or (out is None and i is None):
             continue
-        kv = _gather(cache, block_table[r, : -(-length // block_size)], length).float()
-        q = query[r].view(heads, query_heads // heads, size).float() * scale
-        logits = torch.bmm(q, kv[..., :size].transpose(1, 2))
-        if scores is not None:
-            scores[r, :, :length] = logits.view(query_heads, length)
-        if lse is not None:
-            lse[r] = logits.logsumexp(-1).view(query_heads)
-        if out is not None:
-            out[r] = torch.bmm(logits.softmax(-1), kv[..., size:]).view(query_heads, size)
-
-
-def accumulate_mass(scores, lse, lens, mass, weight, combine) -> None:
-    """Attention mass per position and score group. See ``accumulate_mass.accumulate_mass``."""
-    contracts.accumulate_mass(scores, lse, lens, mass, combine)
-    groups = mass.shape[1]
-    for r, length in enumerate(lens.tolist()):
-        probs = torch.exp(scores[r, :, :length].float() - lse[r, :, None])
-        new = probs.unflatten(0, (groups, -1)).sum(1).mul_(weight)
-        old = mass[r, :, :length]
-        if combine == "store":
-            old.copy_(new)
-        elif combine == "add":
-            old.add_(new)
+        if length <= 0:
+            if out is not None:
+                out[begin:end] = 0
+            if i is not None:
+                lse[r] = -torch.inf
+            continue
+        if listed[r] >= 0:
+            tail = torch.arange(int(prefix_lens[r]), length, device=query.device)
+            pos = torch.cat((positions[r, : listed[r]].long(), tail))
+            kv = cache[block_table[r, pos // block_size].long(), :, pos % block_size].transpose(0, 1)
+            length = pos.shape[0]
         else:
-            torch.maximum(old, new, out=old)
+            kv = _gather(cache, block_table[r, : -(-length // block_size)], length)
+        kv = kv.float()
+        q = query[begin:end].view(n, heads, group, size).transpose(0, 1).reshape(heads, n * group, size)
+        logits = torch.bmm(q.float() * scale, kv[..., :size].transpose(1, 2)).view(heads, n, group, length)
+        if n > 1:
+            visible = length - torch.arange(n - 1, -1, -1, device=query.device)
+            hidden = torch.arange(length, device=query.device) >= visible[:, None]
+            logits.masked_fill_(hidden[:, None], -torch.inf)
+        if i is not None:
+            seen = max(length - (n - 1 - i), 0)
+            if scores is not None:
+                scores[r, :, :seen] = logits[:, i, :, :seen].reshape(query_heads, seen)
+            lse[r] = logits[:, i].logsumexp(-1).view(query_heads)
+        if out is not None:
+            weights = logits.softmax(-1)
+            if n > length:  # softmax of a token that sees nothing
+                weights.nan_to_num_(0.0)
+            result = torch.bmm(weights.view(heads, n * group, length), kv[..., size:])
+            out[begin:end].view(n, heads, group, size).copy_(result.view(heads, n, group, size).transpose(0, 1))
+
+
+def accumulate_mass(scores, lse, lens, mass, weight, combine, positions=None, kept=None) -> None:
+    """Attention mass per position and score group. See ``accumulate_mass.accumulate_mass``."""
+    contracts.accumulate_mass(scores, lse, lens, mass, combine, positions, kept)
+    groups = mass.shape[1]
+    listed = [-1] * lens.shape[0] if positions is None else kept.tolist()
+    for r, length in enumerate(lens.tolist()):
+        if length == 0:
+            continue
+        where = slice(length)
+        columns = where
+        if listed[r] >= 0:
+            where = positions[r, : listed[r]].long()
+            where = where[where < length]  # ascending, so the columns that are left come first
+            columns = slice(where.shape[0])
+        probs = torch.exp(scores[r, :, columns].float() - lse[r, :, None])
+        new = probs.unflatten(0, (groups, -1)).sum(1).mul_(weight)
+        old = mass[r, :, where]
+        if combine == "add":
+            new += old
+        elif combine == "max":
+            new = torch.maximum(old, new)
+        mass[r, :, where] = new
 
 
 def select_top_p(
@@ -141,11 +182,12 @@ def build_page_tables(
     )
     per_block, per_head, per_token = page_strides
     sources, _, groups, words = bits.shape
-    heads = page_table.shape[2]
-    head_offsets = torch.arange(heads, dtype=torch.int32, device=bits.device) * per_head
+    width = page_table.shape[3]
+    head_offsets = torch.arange(groups, dtype=torch.int32, device=bits.device) * per_head
     rows = zip(slots.tolist(), prefix_lens.tolist(), seq_lens.tolist(), strict=True)
     for r, (slot, prefix, length) in enumerate(rows):
-        if slot < 0 or length == 0:
+        length = min(length, width)
+        if slot < 0 or length <= 0:
             kept[:, r] = 0
             continue
         blocks = block_table[r, : -(-length // block_size), None] * per_block
@@ -158,24 +200,70 @@ def build_page_tables(
             continue
         flags = torch.ones(sources, groups, length, dtype=torch.bool, device=bits.device)
         flags[..., :prefix] = unpack_bits(bits[:, slot], prefix)
-        flags = flags.view(sources * groups, length)
-        counts = flags.sum(-1)
+        row, pos, column, counts = _compact(flags.view(sources * groups, length))
         kept[:, r] = counts.view(sources, groups).to(torch.int32)
-        row, pos = flags.nonzero(as_tuple=True)
-        column = torch.arange(row.shape[0], device=bits.device) - (counts.cumsum(0) - counts)[row]
-        if groups == 1:
-            page_table[row, r, :, column] = ids[pos, None] + head_offsets
-        else:
-            head = row % groups
-            page_table[row // groups, r, head, column] = ids[pos] + head_offsets[head]
+        group = row % groups
+        page_table[row // groups, r, group, column] = ids[pos] + head_offsets[group]
 
 
-def sparse_attention(query, kv_pages, page_table, kept, query_start_loc, scale, out, max_query_len, lse=None) -> None:
+def build_positions(bits, lens, positions, kept) -> None:
+    """Compacts selections into lists of positions. See ``page_tables.build_positions``."""
+    contracts.build_positions(bits, lens, positions, kept)
+    words, width = bits.shape[3], positions.shape[2]
+    for r, length in enumerate(lens.tolist()):
+        if length <= 0:
+            kept[:, r] = -1
+            continue
+        row, pos, column, counts = _compact(unpack_bits(bits[:, r, 0], min(length, words * 32)))
+        fits = column < width
+        positions[row[fits], r, column[fits]] = pos[fits].to(torch.int32)
+        kept[:, r] = counts.clamp(max=width).to(torch.int32)
+
+
+def _compact(flags: torch.Tensor):
+    """Of bool [X, length]: row, position and column (rank within the row) of each set flag, and flags set per row."""
+    counts = flags.sum(-1)
+    row, pos = flags.nonzero(as_tuple=True)
+    column = torch.arange(row.shape[0], device=flags.device) - (counts.cumsum(0) - counts)[row]
+    return row, pos, column, counts
+
+
+def build_block_tables(
+    bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept
+) -> None:
+    """Compacts selections into block tables. See ``block_tables.build_block_tables``."""
+    contracts.build_block_tables(bits, slots, prefix_lens, seq_lens, block_table, block_size, page_table, kept)
+    words = bits.shape[3]
+    rows = zip(slots.tolist(), prefix_lens.tolist(), seq_lens.tolist(), strict=True)
+    for r, (slot, prefix, length) in enumerate(rows):
+        if slot < 0 or length <= 0:
+            kept[:, r] = 0
+            continue
+        blocks = -(-length // block_size)
+        prefix = max(0, min(prefix, length, words * 32))
+        flags = torch.ones(bits.shape[0], blocks * block_size, dtype=torch.bool, device=bits.device)
+        flags[:, length:] = False
+        flags[:, :prefix] = unpack_bits(bits[:, slot, 0], prefix)
+        whole = flags.view(-1, blocks, block_size).any(-1)
+        missing = torch.where(whole[:, -1], blocks * block_size - length, 0)
+        kept[:, r, 0] = (whole.sum(-1) * block_size - missing).to(torch.int32)
+        for s, picked in enumerate(whole):
+            ids = block_table[r, :blocks][picked]
+            page_table[s, r, 0, : ids.shape[0]] = ids
+
+
+def sparse_attention(query, kv_cache, page_table, kept, query_start_loc, scale, out, max_query_len, lse=None) -> None:
     """Attention over the entries of a page table. See ``sparse_attention.sparse_attention``."""
-    contracts.sparse_attention(query, kv_pages, page_table, kept, query_start_loc, out, max_query_len, lse)
+    head_rows = contracts.sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, max_query_len, lse)
     query_heads, size = query.shape[1:]
-    heads = page_table.shape[1]
+    heads = kv_cache.shape[1]
     group = query_heads // heads
+    last = sum((n - 1) * stride for n, stride in zip(kv_cache.shape[:3], kv_cache.stride()[:3], strict=True))
+    kv_pages = kv_cache.as_strided((last // (2 * size) + 1, 2 * size), (2 * size, 1))
+    head_offsets = None
+    if page_table.shape[1] == 1 and heads > 1:
+        head_offsets = torch.arange(heads, dtype=torch.int32, device=query.device)[:, None] * head_rows
+        page_table, kept = page_table.expand(-1, heads, -1), kept.expand(-1, heads)
     starts = query_start_loc.tolist()
     for r, counts in enumerate(kept.tolist()):
         begin, end = starts[r], starts[r + 1]
@@ -190,6 +278,8 @@ def sparse_attention(query, kv_pages, page_table, kept, query_start_loc, scale, 
         column = torch.arange(longest, device=query.device)
         if uneven:  # entries past kept are undefined: read the head's first page again, the mask below drops it
             ids = torch.where(column < have, ids, ids[:, :1])
+        if head_offsets is not None:
+            ids = ids + head_offsets
         kv = kv_pages.index_select(0, ids.flatten()).view(len(live), longest, 2 * size).float()
         q = query[begin:end].unflatten(1, (heads, group)).permute(1, 0, 2, 3)[pick]
         logits = torch.bmm(q.reshape(len(live), n * group, size).float() * scale, kv[..., :size].transpose(1, 2))

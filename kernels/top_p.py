@@ -32,132 +32,182 @@ import triton
 import triton.language as tl
 
 from . import contracts
+from .bit_words import drop_lowest, low_bits, pack, popcount
+from .threshold import NONE_TAKEN, find_in_memory, find_in_registers, quanta
 
-# Candidate thresholds tried per pass over the row: eight find three bits of the threshold, so eleven passes find all
-# 31. A pass costs its trips to L2, not its arithmetic.
-RADIX: tl.constexpr = tl.constexpr(8)
-PASSES: tl.constexpr = tl.constexpr(11)
-# RADIX * BLOCK running sums are 64 registers a thread at 8 warps.
-BLOCK = 2048
-NUM_WARPS = 8
+# Tuned by reasoning about an H200 and by what the compiler makes of it; not yet measured.
+# Longest row that is held in registers: 32 tokens a thread at 32 warps, which leaves as many registers for the work.
+RESIDENT = 32768
+# Tokens a thread holds of the longest resident row, as long as that makes no more than 32 warps.
+PER_THREAD = 8
+# Tokens per step over a longer row, 8 a thread with one running sum per candidate, half as many with two: more spill.
+TILE = 8192
+STAGES = 3  # steps whose loads are in flight
+# Sums with predicated adds in PTX, which a kernel of NVIDIA takes and the interpreter does not.
+FUSED = torch.version.hip is None
+PACK = 4  # tokens they take at a time: every thread has to hold a multiple
+MIN_WARPS = 4
 ALL = 1 << 17  # passed for P when every token is wanted
 
 
 @triton.jit
-def _quanta(mass, p, length, forced_head, forced_tail):
-    """Fixed-point mass at positions p, 0 outside the row; and which of them are in the row but not forced."""
-    inside = p < length
-    q = (tl.load(mass + p, mask=inside, other=0.0) * 1073741824.0).to(tl.int32)
-    return q, inside & (p >= forced_head) & (p < forced_tail)
-
-
-@triton.jit
-def _threshold(mass, length, forced_head, forced_tail, need, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest t for which the free tokens with q >= t weigh ``need`` or more; those with q >= 0 have to. A token
-    weighs its q, or 1 if not WEIGHTED. Also (weight, number) of the tokens with q > t, and the number with q == t."""
-    digit = tl.arange(0, RADIX)
-    t = tl.full([], 0, tl.int32)
-    for i in range(PASSES):
-        # Shifts 28, 25, ... 1, 0. The last pass overlaps by two bits, whose candidates are already known to fail.
-        shift = tl.maximum(28 - 3 * i, 0)
-        candidate = t + (digit << shift)
-        sums = tl.zeros([RADIX, BLOCK], tl.int32)
-        for start in range(0, length, BLOCK):
-            q, free = _quanta(mass, start + tl.arange(0, BLOCK), length, forced_head, forced_tail)
-            reached = free[None, :] & (q[None, :] >= candidate[:, None])
-            if WEIGHTED:
-                sums += tl.where(reached, q[None, :], 0)
-            else:
-                sums += reached.to(tl.int32)
-        enough = (tl.sum(sums, 1) >= need).to(tl.int32)
-        # Digit 0 always is enough, and enough digits come before the others.
-        t += (tl.sum(enough, 0) - 1) << shift
-    weight = tl.zeros([BLOCK], tl.int32)
-    above = tl.zeros([BLOCK], tl.int32)
-    equal = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, length, BLOCK):
-        q, free = _quanta(mass, start + tl.arange(0, BLOCK), length, forced_head, forced_tail)
-        weight += tl.where(free & (q > t), q, 0)
-        above += (free & (q > t)).to(tl.int32)
-        equal += (free & (q == t)).to(tl.int32)
-    return t, tl.sum(weight, 0), tl.sum(above, 0), tl.sum(equal, 0)
-
-
-@triton.jit
-def _top_p_kernel(
-    mass, lens, bits, counts, stride_m, stride_b, words, p_fixed, f_fixed, min_tokens, max_tokens, sink, recent,
-    UNION: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    mass += row * stride_m
-    bits += row * stride_b
-    length = tl.load(lens + row)
-    forced_head = tl.minimum(sink, length)
-    forced_tail = tl.maximum(length - recent, forced_head)
-    forced = forced_head + length - forced_tail
-
-    whole = tl.zeros([BLOCK], tl.int32)
-    part = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, length, BLOCK):
-        q, free = _quanta(mass, start + tl.arange(0, BLOCK), length, forced_head, forced_tail)
-        whole += q
-        part += tl.where(free, q, 0)
-    total = tl.sum(whole, 0)
-    target = ((total.to(tl.int64) * p_fixed + 65535) >> 16).to(tl.int32)
-    need = target - (total - tl.sum(part, 0))  # mass that the free tokens have to bring
-
-    # `threshold` and the number of tokens above and at it describe the last search made; `free_count` tokens are to be
-    # taken off the top of the order. A threshold above every q takes nothing.
-    threshold = tl.full([], 0x7FFFFFFF, tl.int32)
-    above = tl.full([], 0, tl.int32)
-    equal = tl.full([], 0, tl.int32)
-    free_count = tl.full([], 0, tl.int32)
-    if p_fixed > 65536:
-        free_count = length - forced
-    elif need > 0:
-        threshold, weight, above, equal = _threshold(mass, length, forced_head, forced_tail, need, True, BLOCK)
-        # The threshold is positive: tokens of mass 0 never help to reach it.
-        free_count = above + (need - weight + threshold - 1) // tl.maximum(threshold, 1)
-
+def _limits(length, forced, f_fixed, min_tokens, max_tokens):
+    """The fewest and the most free tokens that may be taken."""
     upper = ((length.to(tl.int64) * f_fixed + 65535) >> 16).to(tl.int32)
     if max_tokens >= 0:
         upper = tl.minimum(upper, max_tokens)
     upper = tl.minimum(tl.maximum(upper, forced), length)
     lower = tl.minimum(min_tokens, upper)
-    selected = tl.maximum(tl.minimum(forced + free_count, upper), lower)
-    free_count = selected - forced
-    if free_count >= length - forced:
-        threshold = tl.full([], -1, tl.int32)  # everything lies above it
-        above = free_count
-        equal = tl.full([], 0, tl.int32)
-    elif free_count <= 0:
-        threshold = tl.full([], 0x7FFFFFFF, tl.int32)
-        above = tl.full([], 0, tl.int32)
-        equal = tl.full([], 0, tl.int32)
-    elif (free_count < above) | (free_count > above + equal):
-        threshold, weight, above, equal = _threshold(mass, length, forced_head, forced_tail, free_count, False, BLOCK)
+    return tl.maximum(lower - forced, 0), upper - forced
 
-    # Of the tokens at the threshold the last ones are taken: skip as many as there are too many.
-    skip = equal - (free_count - above)
-    seen = tl.full([], 0, tl.int32)
-    union_bits = tl.zeros([BLOCK // 32], tl.int32)
-    lane = tl.arange(0, 32)
-    for start in range(0, words * 32, BLOCK):
-        p = start + tl.arange(0, BLOCK)
-        q, free = _quanta(mass, p, length, forced_head, forced_tail)
-        tied = free & (q == threshold)
-        rank = seen + tl.cumsum(tied.to(tl.int32), 0) - 1
-        seen += tl.sum(tied.to(tl.int32), 0)
-        keep = ((p < length) & (free == 0)) | (free & (q > threshold)) | (tied & (rank >= skip))
-        word = tl.sum(tl.reshape(keep.to(tl.int32), [BLOCK // 32, 32]) << lane[None, :], 1)
-        w = start // 32 + tl.arange(0, BLOCK // 32)
-        if UNION:
-            word |= tl.load(bits + w, mask=w < words, other=0)
-            union_bits += tl.sum((word[:, None] >> lane[None, :]) & 1, 1)
-        tl.store(bits + w, word, mask=w < words)
+
+@triton.jit
+def _missing(total, free, p_fixed):
+    """Mass that the free tokens have to bring: the target less what is forced."""
+    target = ((total.to(tl.int64) * p_fixed + 65535) >> 16).to(tl.int32)
+    return target - (total - free)
+
+
+@triton.jit
+def _search_needed(need, lower, upper, free_count, WEIGHED: tl.constexpr):
+    """(threshold, whether it has to be searched for): nothing and everything are known without."""
+    if WEIGHED:
+        nothing = (upper <= 0) | ((need <= 0) & (lower <= 0))
+        everything = lower >= free_count
+    else:
+        nothing = upper <= 0
+        everything = upper >= free_count
+    return tl.where(nothing, NONE_TAKEN, 0), (nothing | everything) == 0
+
+
+@triton.jit
+def _write(q, start, length, threshold, skip, seen, bits, words, UNION: tl.constexpr, SIZE: tl.constexpr):
+    """Writes the words of q [SIZE], which starts at position ``start``; returns the number of tied tokens seen and of
+    bits set. Of all tied tokens the first ``skip`` are left out, ``seen`` of which came before."""
+    w = start // 32 + tl.arange(0, SIZE // 32)
+    # Ties are all in, or added below. What is not free is -1, the largest unsigned number: in, if it is in the row.
+    cut = threshold + (skip > 0).to(tl.int32)
+    word = pack(q.to(tl.uint32, bitcast=True) >= cut.to(tl.uint32, bitcast=True), SIZE) & low_bits(length - w * 32)
+    if skip > 0:
+        tied = pack(q == threshold, SIZE)
+        number = popcount(tied)
+        before = seen + tl.cumsum(number, 0) - number
+        seen += tl.sum(number, 0)
+        word |= drop_lowest(tied, skip - before)
     if UNION:
-        selected = tl.sum(union_bits, 0)
-    tl.store(counts + row, selected)
+        word |= tl.load(bits + w, mask=w < words, other=0)
+    tl.store(bits + w, word, mask=w < words)
+    return seen, tl.sum(popcount(word), 0)
+
+
+@triton.jit
+def _write_rest(first, bits, words, UNION: tl.constexpr, SIZE: tl.constexpr):
+    """Clears the words from ``first`` on, or leaves them for a union; returns the number of bits set in them."""
+    count = tl.full([], 0, tl.int32)
+    for start in range(first, words, SIZE):
+        w = start + tl.arange(0, SIZE)
+        if UNION:
+            count += tl.sum(popcount(tl.load(bits + w, mask=w < words, other=0)), 0)
+        else:
+            tl.store(bits + w, tl.zeros([SIZE], tl.int32), mask=w < words)
+    return count
+
+
+@triton.jit
+def _resident_row(
+    mass, length, head, tail, bits, words, p_fixed, lower, upper,
+    WEIGHED: tl.constexpr, COUNTED: tl.constexpr, UNION: tl.constexpr, FUSED: tl.constexpr, VECTOR: tl.constexpr,
+    SIZE: tl.constexpr,
+):  # fmt: skip
+    """Selects in a row of at most SIZE tokens, read once; returns the number of bits set."""
+    whole, q = quanta(mass, tl.arange(0, SIZE), length, head, tail, VECTOR)
+    need = tl.full([], 0, tl.int32)
+    if WEIGHED:
+        need = _missing(tl.sum(whole, 0), tl.sum(tl.maximum(q, 0), 0), p_fixed)
+    threshold, search = _search_needed(need, lower, upper, tail - head, WEIGHED)
+    skip = tl.full([], 0, tl.int32)
+    if search:
+        threshold, skip = find_in_registers(q, need, lower, upper, WEIGHED, COUNTED, FUSED)
+    seen = tl.full([], 0, tl.int32)
+    _, count = _write(q, 0, length, threshold, skip, seen, bits, words, UNION, SIZE)
+    return count + _write_rest(SIZE // 32, bits, words, UNION, 1024)
+
+
+@triton.jit
+def _streamed_row(
+    mass, length, head, tail, bits, words, p_fixed, lower, upper,
+    WEIGHED: tl.constexpr, COUNTED: tl.constexpr, UNION: tl.constexpr, FUSED: tl.constexpr, VECTOR: tl.constexpr,
+    TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Selects in a row of any length, read about a dozen times; returns the number of bits set."""
+    need = tl.full([], 0, tl.int32)
+    if WEIGHED:
+        whole = tl.zeros([TILE], tl.int32)
+        part = tl.zeros([TILE], tl.int32)
+        for start in tl.range(0, length, TILE, num_stages=STAGES):
+            every, q = quanta(mass, start + tl.arange(0, TILE), length, head, tail, VECTOR)
+            whole += every
+            part += tl.maximum(q, 0)
+        need = _missing(tl.sum(whole, 0), tl.sum(part, 0), p_fixed)
+    threshold, search = _search_needed(need, lower, upper, tail - head, WEIGHED)
+    skip = tl.full([], 0, tl.int32)
+    if search:
+        threshold, skip = find_in_memory(
+            mass, length, head, tail, need, lower, upper, WEIGHED, COUNTED, FUSED, VECTOR, TILE, STAGES
+        )
+    seen = tl.full([], 0, tl.int32)
+    count = tl.full([], 0, tl.int32)
+    for start in range(0, words * 32, TILE):
+        _, q = quanta(mass, start + tl.arange(0, TILE), length, head, tail, VECTOR)
+        seen, found = _write(q, start, length, threshold, skip, seen, bits, words, UNION, TILE)
+        count += found
+    return count
+
+
+@triton.jit
+def _top_p_kernel(
+    mass, lens, bits, counts, stride_m, stride_b, words, p_fixed, f_fixed, min_tokens, max_tokens, sink, recent,
+    WEIGHED: tl.constexpr, COUNTED: tl.constexpr, UNION: tl.constexpr, FUSED: tl.constexpr, VECTOR: tl.constexpr,
+    SMALL: tl.constexpr, SIZE: tl.constexpr, LONGER: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    mass += row * stride_m
+    bits += row * stride_b
+    length = tl.load(lens + row)
+    head = tl.minimum(sink, length)
+    tail = tl.maximum(length - recent, head)
+    lower, upper = _limits(length, head + length - tail, f_fixed, min_tokens, max_tokens)
+    # The width is that of the longest row a server takes; the work is that of the row at hand.
+    if length <= SMALL:
+        count = _resident_row(
+            mass, length, head, tail, bits, words, p_fixed, lower, upper, WEIGHED, COUNTED, UNION, FUSED, VECTOR, SMALL
+        )
+    elif length <= SIZE:
+        count = _resident_row(
+            mass, length, head, tail, bits, words, p_fixed, lower, upper, WEIGHED, COUNTED, UNION, FUSED, VECTOR, SIZE
+        )
+    else:
+        count = tl.full([], 0, tl.int32)
+        if LONGER:
+            count = _streamed_row(
+                mass,
+                length,
+                head,
+                tail,
+                bits,
+                words,
+                p_fixed,
+                lower,
+                upper,
+                WEIGHED,
+                COUNTED,
+                UNION,
+                FUSED,
+                VECTOR,
+                TILE,
+                STAGES,
+            )
+    tl.store(counts + row, count)
 
 
 def select_top_p(
@@ -166,10 +216,22 @@ def select_top_p(
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
     contracts.select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent)
-    if mass.shape[0] == 0:
+    rows, width = mass.shape
+    if rows == 0:
         return
     p_fixed = ALL if top_p >= 1 else round(top_p * 65536)
-    _top_p_kernel[(mass.shape[0],)](
-        mass, lens, bits, counts, mass.stride(0), bits.stride(0), bits.shape[1], p_fixed, round(max_fraction * 65536),
-        min_tokens, max_tokens, sink, recent, UNION=union, BLOCK=BLOCK, num_warps=NUM_WARPS,
+    f_fixed = round(max_fraction * 65536)
+    # A threshold by weight, by number, or by both; a kernel is compiled for each.
+    weighed = top_p < 1
+    counted = not weighed or min_tokens > 0 or max_tokens >= 0 or f_fixed < 65536
+    size = min(max(triton.next_power_of_2(width), 32 * PACK * MIN_WARPS), RESIDENT)
+    warps = min(max(size // (32 * PER_THREAD), MIN_WARPS), 32)
+    # Predicated adds take whole packs: with fewer tokens than that, threads would hold copies of each other's.
+    fused = FUSED and isinstance(_top_p_kernel, triton.JITFunction) and size >= 32 * PACK * warps
+    _top_p_kernel[(rows,)](
+        mass, lens, bits, counts, mass.stride(0), bits.stride(0), bits.shape[1], p_fixed, f_fixed,
+        min_tokens, max_tokens, sink, recent, WEIGHED=weighed, COUNTED=counted, UNION=union,
+        FUSED=fused, VECTOR=1 if width % 4 else 4,
+        SMALL=min(max(size // 8, 32 * PACK * warps), size), SIZE=size, LONGER=width > size,
+        TILE=TILE // 2 if weighed and counted else TILE, STAGES=STAGES, num_warps=warps,
     )  # fmt: skip

@@ -47,10 +47,14 @@ def check(vllm_config: VllmConfig) -> None:
 
     if not options.is_lossless or options.layer_map is not None or options.dense_layers:
         resolve_layer_map(vllm_config, options)
-    idle = sorted(options.model_fields_set - {"method", "executor", "stats_interval_s"})
+    # What chooses for the target has no effect where the target reads everything, nor has anything that chooses at all
+    # where the draft does so too. Not an error: a control run differs from the run it controls by its method alone.
+    used = {"method", "executor", "stats_interval_s", "sparse_draft"}
+    if options.sparse_draft:
+        used = set(SpecAttnOptions.model_fields) - {"layer_map", "dense_layers", "check_weights", "combine"}
+    idle = sorted(options.model_fields_set - used)
     if options.is_lossless and idle:
-        # Not an error: a control run differs from the run it controls by its method alone.
-        logger.warning("specattn: method 'dense' reads everything; without effect: %s", ", ".join(idle))
+        logger.warning("specattn: the target reads everything by method 'dense'; without effect: %s", ", ".join(idle))
 
 
 def _engine(config: VllmConfig) -> Iterator[str]:

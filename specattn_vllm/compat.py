@@ -23,8 +23,10 @@ add_worker_method     `collective_rpc("specattn_stats")` needs a method on the w
                       hook.
 
 Leaned on without a patch: `speculation/speculator.py` overrides the methods in SPECULATOR_HOOKS of upstream's
-speculator (`missing_hooks` looks for them at start-up) and reads its `last_token_indices`, `expanded_positions` and
-`input_buffers`; `speculation/wiring.py` reads the attention layers that vLLM has configured.
+speculator (`missing_hooks` looks for them at start-up) and reads its `last_token_indices`, `expanded_positions`,
+`input_buffers`, `block_tables`, `draft_tokens`, `attn_cg_support`, `dp_size` and `draft_watermarker`;
+`speculation/graphs.py` builds on vLLM's `CudaGraphManager`, `InputBuffers` and `InputBatch.make_dummy`;
+`speculation/wiring.py` reads the attention layers that vLLM has configured.
 
 `apply_all` applies them in every vLLM process, but `prepare_cpu_worker`, which a worker applies. Each has an effect
 once, whatever is called how often.
@@ -52,6 +54,7 @@ _ALIASES = {"--spec-model": "--speculative-model", "--spec-tokens": "--num-specu
 SPECULATOR_HOOKS = {
     "load_model": "target_model",
     "set_attn": "target_attn_groups",
+    "init_cudagraph_manager": "cudagraph_mode",
     "capture": None,
     "propose": "dummy_run",
     "_build_attn_metadata": "step",
@@ -288,9 +291,7 @@ def _one(device: torch.device) -> torch.Tensor:
     return torch.ones((), dtype=torch.float32, device=device)
 
 
-def vllm_write_kv(
-    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
-) -> None:
+def vllm_write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
     """Write new keys and values by vLLM's own CUDA kernel; signature of the executors' write_kv."""
     from vllm import _custom_ops as ops
 

@@ -14,7 +14,7 @@ _INT32 = 2**31 - 1  # the kernels count tokens in 32 bits
 
 Method = Literal["specattn", "dense"]
 Combine = Literal["sum", "max", "union", "first"]
-ExecutorName = Literal["auto", "torch", "triton"]
+ExecutorName = Literal["auto", "torch", "triton", "fa3", "xformers"]
 
 
 class OptionsError(ValueError):
@@ -57,8 +57,22 @@ class SpecAttnOptions(BaseModel):
     check_weights: bool = Field(
         True, description="Refuse a layer map calibrated on other weights of the same architecture."
     )
+    sparse_draft: bool = Field(
+        False,
+        description="Draft steps after the first read only what the draft's own first step attended to, chosen by "
+        "the same rule. Never changes the output distribution of 'dense'.",
+    )
+    crossover_tokens: int | None = Field(
+        None,
+        ge=0,
+        le=_INT32,
+        description="Context tokens of a batch, summed over its requests, below which a round reads everything: "
+        "choosing would cost more than it saves. Default: what was measured for the executor, 0 where nothing was.",
+    )
     executor: ExecutorName = Field(
-        "auto", description="'triton' (CUDA; on CPU through the interpreter), 'torch' (CPU), or the best of the two."
+        "auto",
+        description="'fa3' (FlashAttention 3, Hopper), 'xformers' (other CUDA GPUs, whole blocks), 'triton' (CUDA; on "
+        "CPU through the interpreter), 'torch' (CPU), or the first of these that runs.",
     )
     stats_interval_s: float = Field(60.0, gt=0.0, description="Seconds between the statistics lines in the log.")
 
@@ -92,7 +106,7 @@ class SpecAttnOptions(BaseModel):
         if not isinstance(raw, dict):
             raise OptionsError(
                 f"additional_config['{KEY}'] is {raw!r}; it must be an object such as "
-                f"{{\"top_p\": 0.9}} (--additional-config '{{\"{KEY}\": {{\"top_p\": 0.9}}}}')"
+                f'{{"top_p": 0.9}} (--additional-config \'{{"{KEY}": {{"top_p": 0.9}}}}\')'
             )
         try:
             return cls.model_validate(raw)

@@ -20,6 +20,7 @@ class Counts:
     """Rows whose drafts were verified: one request in one step."""
     sampled_tokens: int = 0
     """Tokens those rows produced; divided by `rounds`, the acceptance length."""
+    prefill_rows: int = 0
     verify_rows: int = 0
     """Rows past their prompt, with drafts or without, of which these read a selection, ..."""
     sparse_rows: int = 0
@@ -27,7 +28,6 @@ class Counts:
     """... these had none, ..."""
     stale_rows: int = 0
     """... and these had one made for another length."""
-    prefill_rows: int = 0
     kv_read: int = 0
     kv_full: int = 0
 
@@ -60,11 +60,16 @@ _NAMES = tuple(f.name for f in fields(Counts))
 
 
 class Counters:
-    """Counts kept partly on the device, so that counting never waits for it; reading does."""
+    """Counts kept partly on the device, so that counting never waits for it; reading does.
+
+    What a step counts on the device costs a launch for each amount, so kernels count into vectors (`stage_vector`) or
+    into the totals themselves (`on_device`).
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._host = [0] * len(_NAMES)
         self._staged: list[dict[str, int | torch.Tensor]] = []
+        self._vectors: list[tuple[int, torch.Tensor]] = []
         self._device = torch.zeros(len(_NAMES), dtype=torch.int64, device=device)
 
     def add(self, **amounts: int | torch.Tensor) -> None:
@@ -73,7 +78,7 @@ class Counters:
             index = _NAMES.index(name)
             if isinstance(amount, torch.Tensor):
                 # One by one: gathering them in a tensor of indices would copy that from the host, and wait.
-                self._device[index] += amount
+                self._device[index].add_(amount)
             else:
                 self._host[index] += amount
 
@@ -81,21 +86,36 @@ class Counters:
         """Hold amounts back until it is known whether the step was real: vLLM also runs steps to warm up."""
         self._staged.append(amounts)
 
+    def stage_vector(self, names: tuple[str, ...], amounts: torch.Tensor) -> None:
+        """Hold back amounts [len(names)] int64 on the device, of counters that follow one another in `Counts`."""
+        first = _NAMES.index(names[0])
+        if _NAMES[first : first + len(names)] != names:
+            raise ValueError(f"{names} do not follow one another in Counts")
+        self._vectors.append((first, amounts))
+
+    def on_device(self, name: str) -> torch.Tensor:
+        """The device's part of one total, [1] int64: what an operation adds there is counted."""
+        index = _NAMES.index(name)
+        return self._device[index : index + 1]
+
     def commit(self) -> None:
         """Add what was staged."""
         for amounts in self._staged:
             self.add(**amounts)
-        self._staged.clear()
+        for first, amounts in self._vectors:
+            self._device[first : first + amounts.shape[0]].add_(amounts)
+        self.discard()
 
     def discard(self) -> None:
         """Forget what was staged."""
         self._staged.clear()
+        self._vectors.clear()
 
     def reset(self) -> None:
         """Start again from zero."""
         self._host = [0] * len(_NAMES)
         self._device.zero_()
-        self._staged.clear()
+        self.discard()
 
     def read(self) -> Counts:
         """Totals up to now; waits for the device."""

@@ -177,9 +177,7 @@ def test_options_without_the_backend_are_refused(configure, backend, shown, opti
 @pytest.mark.parametrize("options", [None, {"top_p": 0.5}])
 def test_the_backend_for_some_kinds_of_layers_is_refused(configure, options):
     with pytest.raises(UnsupportedError, match=r"backend_per_kind .*use --attention-backend specattn alone"):
-        configure(
-            backend=None, options=options, attention_config={"backend_per_kind": {"full_attention": "specattn"}}
-        )
+        configure(backend=None, options=options, attention_config={"backend_per_kind": {"full_attention": "specattn"}})
     with pytest.raises(UnsupportedError, match=r"backend_per_kind .*use --attention-backend specattn alone"):
         configure(
             backend=None,
@@ -188,15 +186,51 @@ def test_the_backend_for_some_kinds_of_layers_is_refused(configure, options):
         )
 
 
-def test_options_without_effect_are_named(configure, monkeypatch):
+@pytest.fixture
+def warnings(monkeypatch):
+    """The warnings so far."""
+    given = []
+    monkeypatch.setattr(checks.logger, "warning", lambda message, *args: given.append(message % args))
+    return given
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        ({"top_p": 0.5, "executor": "torch"}, "top_p"),
+        ({"crossover_tokens": 5, "combine": "max", "min_tokens": 7}, "combine, crossover_tokens, min_tokens"),
+        # Off, the draft reads everything too.
+        ({"sparse_draft": False, "sink_tokens": 2, "stats_interval_s": 5}, "sink_tokens"),
+        # On, the rule chooses for the draft: only what is about the target does nothing.
+        (
+            {"sparse_draft": True, "top_p": 0.5, "layer_map": "uniform", "dense_layers": [1], "combine": "max"},
+            "combine, dense_layers, layer_map",
+        ),
+        ({"sparse_draft": True, "crossover_tokens": 5, "check_weights": False}, "check_weights"),
+    ],
+    ids=lambda value: str(value),
+)
+def test_options_without_effect_are_named(configure, warnings, options, idle):
     """A control run may differ by its method alone, but nobody should believe that its other options did something."""
-    warnings = []
-    monkeypatch.setattr(checks.logger, "warning", lambda message, *args: warnings.append(message % args))
-    configure(options={"method": "dense", "top_p": 0.5, "executor": "torch"})
-    (message,) = warnings
-    assert message.endswith("without effect: top_p")
-    configure(options={"method": "dense"})
-    assert len(warnings) == 1
+    configure(options={"method": "dense", **options})
+    assert [message.split("without effect: ")[1] for message in warnings] == [idle]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "dense"},
+        {"method": "dense", "executor": "torch", "stats_interval_s": 5, "sparse_draft": False},
+        {"method": "dense", "sparse_draft": True},
+        {"method": "dense", "sparse_draft": True, "top_p": 0.5, "min_tokens": 7, "max_tokens": 300, "max_fraction": 0.5}
+        | {"sink_tokens": 2, "recent_tokens": 3, "crossover_tokens": 9, "executor": "torch"},
+        {"top_p": 0.5, "sparse_draft": True, "combine": "max", "dense_layers": [1]},
+    ],
+    ids=lambda options: ", ".join(options),
+)
+def test_options_with_an_effect_are_not(configure, warnings, options):
+    configure(options=options)
+    assert not [message for message in warnings if "without effect" in message]
 
 
 def test_a_control_run_may_name_every_layer_dense(configure):

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import os
+import typing
 
 import pytest
 import torch
 
-from specattn_vllm.executors import ExecutorError, Operations, resolve, write_kv
+from specattn_vllm import executors
+from specattn_vllm.executors import ExecutorError, Operations, fa3, resolve, write_kv
+from specattn_vllm.options import ExecutorName
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+OPERATIONS = {field.name for field in dataclasses.fields(Operations)} - {"name", "granularity", "graphs"}
+BOOKKEEPING = {"take_selections", "count_reads", "count_sampled", "load_round"}
 
 
 def test_torch_is_refused_off_the_cpu():
@@ -33,29 +39,121 @@ def test_triton_on_cpu_runs_the_kernels_through_the_interpreter():
     pytest.importorskip("triton")
     operations = resolve("triton", CPU)
     assert operations.name == "triton"
-    for name in ("decode_attention", "accumulate_mass", "select_top_p", "build_page_tables", "sparse_attention"):
-        module = getattr(operations, name).__module__
-        assert module.startswith("specattn_vllm.kernels.")
-        assert not module.endswith(".reference")
+    assert (operations.granularity, operations.graphs) == ("token", False)
+    for name in OPERATIONS - {"write_kv", "dense_attention"}:
+        function = getattr(operations, name)
+        assert function.__name__ == name
+        assert function.__module__.startswith("specattn_vllm.kernels.")
+        assert not function.__module__.endswith("reference")
     # These two have no kernel of ours: on CPU they are the reference's.
     assert operations.write_kv is write_kv
     assert operations.dense_attention is resolve("torch", CPU).dense_attention
 
 
 @pytest.mark.parametrize("interpret", ["0", "1"])
-def test_auto_on_cpu_is_torch_even_with_the_interpreter(monkeypatch, interpret):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_auto_on_cpu_is_torch_even_with_the_interpreter(monkeypatch, interpret, dtype):
     # The interpreter is for tests: it is slower than torch by orders of magnitude.
     monkeypatch.setenv("TRITON_INTERPRET", interpret)
-    assert resolve("auto", CPU) == resolve("torch", CPU)
-    assert resolve("auto", CPU).name == "torch"
+    assert resolve("auto", CPU, dtype) == resolve("torch", CPU, dtype)
+    assert resolve("auto", CPU, dtype).name == "torch"
 
 
 def test_torch_runs_the_reference_for_every_operation():
     operations = resolve("torch", CPU)
-    for field in dataclasses.fields(Operations):
-        if field.name not in ("name", "write_kv", "dense_attention"):
-            function = getattr(operations, field.name)
-            assert (function.__module__, function.__name__) == ("specattn_vllm.kernels.reference", field.name)
+    assert (operations.granularity, operations.graphs) == ("token", False)
+    for name in OPERATIONS - {"write_kv", "dense_attention"}:
+        function = getattr(operations, name)
+        assert function.__name__ == name
+        module = "bookkeeping_reference" if name in BOOKKEEPING else "reference"
+        assert function.__module__ == f"specattn_vllm.kernels.{module}"
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set from the start")
+@pytest.mark.parametrize("name", sorted(OPERATIONS - {"write_kv", "dense_attention"}))
+def test_executors_take_the_same_arguments(name):
+    """Whatever one of them is called with fits the others; a kernel may take more, which nobody has to give."""
+    torch_s, triton_s = (inspect.signature(getattr(resolve(e, CPU), name)).parameters for e in ("torch", "triton"))
+    shared = [*triton_s][: len(torch_s)]
+    assert shared == [*torch_s]
+    assert [triton_s[n].default for n in shared] == [p.default for p in torch_s.values()]
+    assert all(p.default is not p.empty for n, p in triton_s.items() if n not in shared)
+
+
+# Other libraries' attention
+
+
+@pytest.mark.parametrize("name", ["fa3", "xformers"])
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_borrowed_executors_are_refused_on_cpu(monkeypatch, name, interpret):
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    with pytest.raises(ExecutorError) as caught:
+        resolve(name, CPU)
+    assert str(caught.value) == f"executor = {name!r}: runs on NVIDIA GPUs, not on cpu; or use 'auto' or 'triton'"
+
+
+@pytest.mark.parametrize("name", ["fa3", "xformers"])
+def test_borrowed_executors_are_refused_in_fp32(name):
+    with pytest.raises(ExecutorError) as caught:
+        resolve(name, CUDA, torch.float32)
+    assert str(caught.value) == (
+        f"executor = {name!r}: runs models in float16 and bfloat16, not in float32: set --dtype; or use 'auto' or "
+        "'triton'"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU, where either may run")
+@pytest.mark.parametrize("name", ["fa3", "xformers"])
+def test_a_library_that_is_missing_is_named(name):
+    pytest.importorskip("vllm")
+    with pytest.raises(ExecutorError, match=rf"executor = '{name}': .+; or use 'auto' or 'triton'"):
+        resolve(name, CUDA, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("runs", "dtype", "chosen"),
+    [
+        ({"fa3", "xformers"}, torch.bfloat16, "fa3"),
+        ({"fa3"}, torch.float16, "fa3"),
+        ({"xformers"}, torch.bfloat16, "xformers"),
+        (set(), torch.bfloat16, "triton"),
+        ({"fa3", "xformers"}, torch.float32, "triton"),  # not asked: neither takes it
+    ],
+)
+def test_auto_on_a_gpu_takes_the_best_that_runs(monkeypatch, runs, dtype, chosen):
+    unavailable = executors._unavailable
+
+    def some(name, device, dtype):
+        if dtype == torch.float32:
+            return unavailable(name, device, dtype)
+        return None if name in runs else "does not run"
+
+    monkeypatch.setattr(executors, "_unavailable", some)
+    monkeypatch.setattr(executors, "_triton_operations", lambda device: "triton")
+    monkeypatch.setattr(executors, "_borrowed_operations", lambda name, device: name)
+    assert resolve("auto", CUDA, dtype) == chosen
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set from the start")
+def test_fa3_replaces_attention_and_leaves_the_rest_to_the_kernels():
+    ours, theirs = resolve("triton", CPU), executors._borrowed_operations("fa3", CPU)
+    changed = {f.name for f in dataclasses.fields(Operations) if getattr(ours, f.name) != getattr(theirs, f.name)}
+    assert changed == {"name", "sparse_attention", "dense_attention", "graphs"}
+    assert (theirs.name, theirs.granularity, theirs.graphs) == ("fa3", "token", True)
+    assert theirs.sparse_attention is fa3.sparse_attention
+    assert theirs.dense_attention is fa3.dense_attention
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set from the start")
+def test_xformers_reads_whole_blocks():
+    ours, theirs = resolve("triton", CPU), executors._borrowed_operations("xformers", CPU)
+    changed = {f.name for f in dataclasses.fields(Operations) if getattr(ours, f.name) != getattr(theirs, f.name)}
+    assert changed - {"dense_attention", "graphs"} == {"name", "sparse_attention", "build_page_tables", "granularity"}
+    assert (theirs.name, theirs.granularity) == ("xformers", "block")
+
+
+def test_the_names_are_those_of_the_option():
+    assert set(executors.CHOICES) == set(typing.get_args(ExecutorName))
 
 
 # write_kv

@@ -30,6 +30,8 @@ def test_the_defaults_are_the_documented_ones():
         "combine": "sum",
         "dense_layers": (),
         "check_weights": True,
+        "sparse_draft": False,
+        "crossover_tokens": None,
         "executor": "auto",
         "stats_interval_s": 60.0,
     }
@@ -48,6 +50,8 @@ def test_every_option_can_be_given():
         "combine": "union",
         "dense_layers": [0, 3],
         "check_weights": False,
+        "sparse_draft": True,
+        "crossover_tokens": 4096,
         "executor": "torch",
         "stats_interval_s": 0.5,
     }
@@ -94,8 +98,12 @@ def test_an_unknown_option_is_named_with_the_known_ones():
         ("dense_layers", 3, "valid tuple"),
         ("method", "sparse", "'specattn' or 'dense'"),
         ("combine", "mean", "'sum', 'max', 'union' or 'first'"),
-        ("executor", "cuda", "'auto', 'torch' or 'triton'"),
+        ("executor", "cuda", "'auto', 'torch', 'triton', 'fa3' or 'xformers'"),
         ("check_weights", "perhaps", "valid boolean"),
+        ("sparse_draft", "perhaps", "valid boolean"),
+        ("crossover_tokens", -1, "greater than or equal to 0"),
+        ("crossover_tokens", 2**31, "less than or equal to 2147483647"),
+        ("crossover_tokens", 1.5, "valid integer"),
         ("layer_map", 7, "valid string"),
     ],
 )
@@ -163,8 +171,21 @@ def test_an_engine_s_bad_options_are_refused():
         SpecAttnOptions.from_vllm(SimpleNamespace(additional_config={"specattn": None}))
 
 
+@pytest.mark.parametrize("executor", ["auto", "torch", "triton", "fa3", "xformers"])
+def test_every_executor_can_be_named(executor):
+    assert SpecAttnOptions.parse({"executor": executor}).executor == executor
+
+
+@pytest.mark.parametrize("tokens", [None, 0, 1, 2**31 - 1])
+def test_a_crossover_may_be_left_open_or_be_nothing(tokens):
+    assert SpecAttnOptions.parse({"crossover_tokens": tokens}).crossover_tokens == tokens
+
+
 def test_only_dense_is_lossless():
     assert SpecAttnOptions(method="dense").is_lossless
     assert not SpecAttnOptions(method="specattn").is_lossless
+    # What the draft reads changes which tokens it proposes, not which are accepted.
+    assert SpecAttnOptions(method="dense", sparse_draft=True).is_lossless
+    assert not SpecAttnOptions(method="specattn", sparse_draft=True).is_lossless
     # The method decides, not what one setting of it happens to keep.
     assert not SpecAttnOptions(method="specattn", top_p=1.0).is_lossless

@@ -396,12 +396,19 @@ def test_hooks_that_vllm_has_moved_are_named(monkeypatch):
 
         def set_attn(self, target_attn_groups): ...
 
+        def init_cudagraph_manager(self, mode): ...
+
         def propose(self, dummy_run=False): ...
 
         def _build_attn_metadata(self, step): ...
 
     monkeypatch.setattr(compat, "stock_speculator", lambda: Moved)
-    assert compat.missing_hooks() == ["load_model(target_model)", "capture", "_run_model"]
+    assert compat.missing_hooks() == [
+        "load_model(target_model)",
+        "init_cudagraph_manager(cudagraph_mode)",
+        "capture",
+        "_run_model",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from specattn_vllm import executors
+from specattn_vllm.kernels import reference
 from specattn_vllm.selection.pages import page_strides
 from specattn_vllm.selection.pruner import Pruner
 from specattn_vllm.selection.store import NO_SELECTION, SelectionStore
@@ -21,13 +23,17 @@ LAYERS = {"model.layers.1": 0, "model.layers.2": 0, "model.layers.4": 1}
 NUM_LAYERS, SOURCES = 5, 2
 CPU = torch.device("cpu")
 
+FILL = -1
 # Following one of these is an index error; vLLM does not clear a block table between requests.
 STALE = 1_000_000
 
 
 @dataclass
 class Row:
-    """A request in a step: `query` tokens are computed now, after `computed` earlier ones."""
+    """A request in a step: `query` tokens are computed now, after `computed` earlier ones.
+
+    Without a slot (-1), it only fills a graph's batch.
+    """
 
     slot: int
     computed: int
@@ -40,13 +46,16 @@ class Row:
 
 
 class Setup:
-    """A pruner on a fake cache whose rows say where they lie."""
+    """A pruner on a fake cache whose rows say where they lie; `groups`: 1 selection for all heads, or one for each."""
 
-    def __init__(self, layout: str) -> None:
+    def __init__(self, layout: str, groups: int = 1) -> None:
         b, h, n = torch.meshgrid(torch.arange(BLOCKS), torch.arange(HEADS), torch.arange(BLOCK), indexing="ij")
         rows = torch.stack((b, h, n, b), dim=-1).repeat(1, 1, 1, 2 * SIZE // 4).float()
         self.cache = rows.transpose(1, 2).contiguous().transpose(1, 2) if layout == "LBNHC" else rows.contiguous()
-        self.store = SelectionStore(SOURCES, SLOTS, 1, MAX_LEN, CPU)
+        self.layout, self.groups = layout, groups
+        self.store = SelectionStore(SOURCES, SLOTS, groups, MAX_LEN, CPU)
+        # More layers and longer rows than the target needs: it serves the draft too.
+        self.tables = torch.empty((SOURCES + 2, SLOTS, groups, MAX_LEN + 5), dtype=torch.int32)
         self.counters = Counters(CPU)
         self.pruner = Pruner(
             self.store,
@@ -56,26 +65,24 @@ class Setup:
             num_layers=NUM_LAYERS,
             num_kv_heads=HEADS,
             max_query_len=5,
-            max_num_reqs=SLOTS,
-            max_model_len=MAX_LEN,
-            device=CPU,
+            page_table=self.tables,
         )
         self.pruner.attach(BLOCK, lambda: page_strides(self.cache))
         self.generator = torch.Generator().manual_seed(0)
 
     def select(self, slot: int, length: int, *tokens: set[int]) -> None:
-        """Store a selection of a set of tokens per source."""
-        bits = torch.zeros(SOURCES, 1, 1, self.store.bits.shape[-1], dtype=torch.int32)
-        for s, chosen in enumerate(tokens):
+        """Store a selection of a set of tokens per source and group, sources outermost."""
+        bits = torch.zeros(SOURCES, 1, self.groups, self.store.bits.shape[-1], dtype=torch.int32)
+        for i, chosen in enumerate(tokens):
             for word in range(bits.shape[-1]):
                 value = sum(1 << p % 32 for p in chosen if p // 32 == word)
-                bits[s, 0, 0, word] = value - 2**32 if value >= 2**31 else value
+                bits[i // self.groups, 0, i % self.groups, word] = value - 2**32 if value >= 2**31 else value
         self.store.put(torch.tensor([slot]), bits, torch.tensor([length], dtype=torch.int32))
 
     def prune(self, *rows: Row):
         """Prune a step; the plan, and the tokens it keeps as {(source, row, head): [tokens]}."""
         # Poisoned, so that nothing of an earlier call can pass for a result.
-        self.pruner._page_table.fill_(-(2**30))
+        self.tables.fill_(-(2**30))
         self.pruner._kept.fill_(-7)
         width = -(-MAX_LEN // BLOCK)
         table = torch.full((len(rows), width), STALE, dtype=torch.int32)
@@ -97,7 +104,7 @@ class Setup:
         self.counters.commit()  # a real step, not one to warm up
         if plan is None:
             return None, None
-        assert plan.page_table.shape[:3] == plan.kept.shape == (SOURCES, plan.num_rows, HEADS)
+        assert plan.page_table.shape[:3] == plan.kept.shape == (SOURCES, plan.num_rows, self.groups)
         # What a fake page holds is where it lies: block, head and offset, which the table turns into a position.
         block, head, token = page_strides(self.cache)
         place = {
@@ -106,13 +113,18 @@ class Setup:
         }
         tokens = {}
         for s, r, h in itertools.product(range(SOURCES), range(plan.num_rows), range(HEADS)):
+            group = h if self.groups > 1 else 0
             position = {int(b): i for i, b in enumerate(table[r]) if b != STALE}
             kept = []
-            for page in plan.page_table[s, r, h, : int(plan.kept[s, r, h])].tolist():
-                page_block, page_head, offset = place[page]
+            for page in plan.page_table[s, r, group, : int(plan.kept[s, r, group])].tolist():
+                # Shared pages are those of head 0; whoever reads for another head steps on by its stride.
+                page_block, page_head, offset = place[page + (h - group) * head]
                 assert page_head == h
                 kept.append(position[page_block] * BLOCK + offset)
             tokens[s, r, h] = kept
+            assert (plan.page_table[s, r, group, len(kept) :] == -(2**30)).all()
+        assert (self.tables[SOURCES:] == -(2**30)).all()
+        assert (self.tables[:, plan.num_rows :] == -(2**30)).all()
         return plan, tokens
 
 
@@ -213,10 +225,10 @@ def test_a_short_prefill_among_verifications_reads_everything(setup):
     # What the prefilling row read is nobody's verification: rows of 11 and 9 tokens, 2 heads, 5 layers.
     assert counts.kv_full == (11 + 9) * 2 * 5
     # The prefilling rows lost their selections, the others kept theirs.
-    assert setup.store.prefix_lens.tolist() == [8, NO_SELECTION, 8, NO_SELECTION, NO_SELECTION, NO_SELECTION]
+    assert setup.store.prefix_lens[:4].tolist() == [8, NO_SELECTION, 8, NO_SELECTION]
 
 
-def test_a_step_of_prefills_has_no_plan_and_clears_its_slots(setup):
+def test_a_step_of_long_prefills_has_no_plan_and_clears_its_slots(setup):
     setup.select(2, 10, {0}, {1})
     setup.select(3, 10, {0}, {1})
     assert setup.prune(Row(2, 0, query=6, prefilling=True)) == (None, None)
@@ -224,6 +236,17 @@ def test_a_step_of_prefills_has_no_plan_and_clears_its_slots(setup):
     # Slot 2 has a new request. When it is as long as the old one was, it reads everything.
     _, tokens = setup.prune(Row(2, 10, query=1), Row(3, 10, query=1))
     assert tokens == both_heads([range(11), [0, 10]], [range(11), [1, 10]])
+
+
+def test_short_rows_that_all_prefill_get_tables_too(setup):
+    """vLLM runs a prompt's last token through the graph of verifications, which reads the tables in any case."""
+    setup.select(2, 10, {0}, {1})
+    plan, tokens = setup.prune(Row(2, 10, query=1, prefilling=True), Row(4, 0, query=5, prefilling=True))
+    assert tokens == both_heads([range(11), range(5)], [range(11), range(5)])
+    assert (plan.num_rows, plan.num_tokens, plan.max_query_len) == (2, 6, 5)
+    # Nothing was verified, so nothing was read in its place.
+    assert setup.counters.read() == Counts(prefill_rows=2)
+    assert setup.store.prefix_lens[2] == NO_SELECTION
 
 
 def test_a_step_that_starts_with_a_long_prefill_has_no_plan(setup):
@@ -265,6 +288,106 @@ def test_the_counters_add_up_over_steps(setup):
     assert counts.kv_full == 2 * (10 + 11) * 5
 
 
+def test_a_step_that_warms_up_is_not_counted(setup):
+    setup.prune(Row(0, 8))
+    before = setup.counters.read()
+    commit, setup.counters.commit = setup.counters.commit, setup.counters.discard
+    setup.prune(Row(0, 8), Row(1, 6, prefilling=True))
+    setup.counters.commit = commit
+    setup.counters.commit()
+    assert setup.counters.read() == before != Counts()
+
+
+# Batches of a CUDA graph
+
+
+def test_rows_that_fill_a_graph_s_batch_keep_nothing_and_count_nothing(setup):
+    setup.select(0, 9, {0, 3}, {1})
+    rows = [Row(0, 9), Row(5, 4)]
+    plan, tokens = setup.prune(*rows, Row(FILL, 0, query=0), Row(FILL, 0, query=0))
+    assert tokens == both_heads([[0, 3, 9, 10, 11], range(7), [], []], [[1, 9, 10, 11], range(7), [], []])
+    assert (plan.kept[:, 2:] == 0).all()
+    assert (plan.num_rows, plan.num_tokens, plan.max_query_len) == (4, 6, 3)
+    filled = setup.counters.read()
+    other = Setup(setup.layout)
+    other.select(0, 9, {0, 3}, {1})
+    other.prune(*rows)
+    assert filled == other.counters.read()
+    assert (filled.verify_rows, filled.sparse_rows, filled.no_selection_rows) == (2, 1, 1)
+
+
+def test_rows_that_fill_a_batch_read_nothing_of_nobody_s_slot(setup):
+    """Drafting leaves bits there too: those of the rows that filled its own batch."""
+    setup.store.put(torch.tensor([FILL]), torch.full_like(setup.store.bits[:, :1], -1), torch.tensor([4]).int())
+    before = setup.store.prefix_lens.clone()
+    plan, _ = setup.prune(Row(0, 9), Row(FILL, 0, query=0))
+    assert (plan.kept[:, 1] == 0).all()
+    assert torch.equal(setup.store.prefix_lens, before)
+    counts = setup.counters.read()
+    assert (counts.verify_rows, counts.no_selection_rows, counts.stale_rows, counts.sparse_rows) == (1, 1, 0, 0)
+
+
+def test_every_step_s_tables_lie_where_the_first_s_do(setup):
+    """A captured graph reads the tables of the step it is replayed in, so batches of all sizes start at one address."""
+    places = set()
+    for rows in range(1, SLOTS + 1):
+        plan, _ = setup.prune(*(Row(slot, 5) for slot in range(rows)))
+        strides = plan.page_table.stride(), plan.kept.stride()
+        places.add((plan.page_table.data_ptr(), plan.kept.data_ptr(), *strides))
+    assert len(places) == 1
+    assert plan.page_table.data_ptr() == setup.tables.data_ptr()
+
+
+# Selections of whole blocks
+
+
+def test_tables_of_blocks_name_every_block_with_a_kept_token():
+    """For executors that read whole blocks; what they read besides is counted as read."""
+    setup = Setup("LBNHC")
+    setup.pruner.operations = dataclasses.replace(
+        setup.pruner.operations, build_page_tables=reference.build_block_tables, granularity="block"
+    )
+    setup.select(4, 17, {1, 2, 13}, {16})
+    tables = torch.full((2, 8), STALE, dtype=torch.int32)
+    tables[0, :5], tables[1, :2] = torch.tensor([9, 7, 5, 3, 1]), torch.tensor([2, 4])
+    starts = torch.tensor([0, 2, 3], dtype=torch.int32)
+    plan = setup.pruner.prune(
+        slots=torch.tensor([4, 1]),
+        prefilling=torch.tensor([False, False]),
+        prefilling_cpu=torch.tensor([False, False]),
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor([19, 6], dtype=torch.int32),
+        block_table=tables,
+    )
+    setup.counters.commit()
+    # Row 0 has 19 tokens, 3 of them in its last block, where the new ones are; row 1 reads its 6 tokens.
+    assert plan.kept[..., 0].tolist() == [[4 + 4 + 3, 6], [3, 6]]
+    assert plan.page_table[0, 0, 0, :3].tolist() == [9, 3, 1]
+    assert plan.page_table[1, 0, 0, :1].tolist() == [1]
+    assert plan.page_table[0, 1, 0, :2].tolist() == plan.page_table[1, 1, 0, :2].tolist() == [2, 4]
+    counts = setup.counters.read()
+    assert counts.kv_read == (2 * (11 + 6) + (3 + 6) + 2 * (19 + 6)) * HEADS
+    assert counts.kv_full == 5 * (19 + 6) * HEADS
+
+
+# Selections per head
+
+
+@pytest.mark.parametrize("layout", ["LBNHC", "LBHNC"])
+def test_a_selection_per_head_gets_a_table_per_head(layout):
+    setup = Setup(layout, groups=HEADS)
+    setup.select(4, 9, {0, 3, 8}, {1}, set(), {5, 6})
+    plan, tokens = setup.prune(Row(4, 9, query=1), Row(3, 5, query=2))
+    assert plan.kept.tolist() == [[[4, 2], [7, 7]], [[1, 3], [7, 7]]]
+    assert [tokens[s, 0, h] for s in range(2) for h in range(2)] == [[0, 3, 8, 9], [1, 9], [9], [5, 6, 9]]
+    assert all(tokens[s, 1, h] == [*range(7)] for s in range(2) for h in range(2))
+    counts = setup.counters.read()
+    assert counts.kv_full == (10 + 7) * HEADS * NUM_LAYERS
+    # Source 0 serves two layers; two more read everything.
+    assert counts.kv_read == 2 * (4 + 2 + 14) + (1 + 3 + 14) + 2 * (10 + 7) * HEADS
+
+
 # Buffers
 
 
@@ -293,5 +416,5 @@ def test_the_cache_is_looked_at_in_each_step(setup):
         assert tokens == both_heads([[2, 6]], [[3, 6]])
 
 
-def test_nothing_is_allocated_for_more_than_the_tables(setup):
-    assert setup.pruner.nbytes == 4 * SOURCES * SLOTS * HEADS * (MAX_LEN + 1)
+def test_its_size_is_that_of_its_counts(setup):
+    assert setup.pruner.nbytes == 4 * SOURCES * SLOTS

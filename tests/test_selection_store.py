@@ -7,9 +7,11 @@ import random
 import pytest
 import torch
 
+from specattn_vllm import executors
 from specattn_vllm.selection.store import NO_SELECTION, SelectionStore
 
 SOURCES, SLOTS, WORDS = 2, 4, 3
+TORCH = executors.resolve("torch", torch.device("cpu"))
 
 
 @pytest.fixture
@@ -27,11 +29,14 @@ def put(store, lengths: dict[int, int], bits: int = 5) -> None:
 
 
 def take(store, rows: list[tuple[int, int, bool]]) -> tuple[list[int], list[int]]:
-    """take for rows of (slot, computed, prefilling)."""
+    """take for rows of (slot, computed, prefilling), which compute 1, 2, 3, ... tokens."""
     slots, computed, prefilling = zip(*rows, strict=True)
+    query_lens = torch.arange(1, len(rows) + 1, dtype=torch.int32)
     usable, stored = store.take(
+        TORCH,
         torch.tensor(slots, dtype=torch.int64),
-        torch.tensor(computed, dtype=torch.int32),
+        torch.cat((torch.zeros(1, dtype=torch.int32), query_lens.cumsum(0, dtype=torch.int32))),
+        torch.tensor(computed, dtype=torch.int32) + query_lens,
         torch.tensor(prefilling, dtype=torch.bool),
     )
     assert usable.dtype == stored.dtype == torch.int32
@@ -44,7 +49,7 @@ def test_a_new_store_has_nothing(store):
 
 def test_a_token_more_than_a_word_gets_a_word():
     for tokens, words in ((1, 1), (32, 1), (33, 2), (64, 2)):
-        assert SelectionStore(1, 1, 1, tokens, torch.device("cpu")).bits.shape == (1, 1, 1, words)
+        assert SelectionStore(1, 1, 1, tokens, torch.device("cpu")).bits.shape == (1, 2, 1, words)
 
 
 def test_a_selection_is_taken_at_its_own_length_only(store):
@@ -96,8 +101,44 @@ def test_putting_again_replaces(store):
 def test_putting_touches_only_the_slots_named(store):
     put(store, {0: 4, 1: 5, 2: 6, 3: 7}, bits=9)
     put(store, {2: 8}, bits=3)
-    assert store.prefix_lens.tolist() == [4, 5, 8, 7]
-    assert store.bits[0, :, 0, 0].tolist() == [9, 9, 3, 9]
+    assert store.prefix_lens[:SLOTS].tolist() == [4, 5, 8, 7]
+    assert store.bits[0, :SLOTS, 0, 0].tolist() == [9, 9, 3, 9]
+
+
+def test_rows_that_only_fill_a_batch_touch_nobody(store):
+    """Their slot is -1, however many of them there are, and whatever came with them."""
+    put(store, {slot: 10 + slot for slot in range(SLOTS)}, bits=9)
+    store.put(
+        torch.tensor([-1, 2, -1]),
+        torch.full((SOURCES, 3, 1, WORDS), 3, dtype=torch.int32),
+        torch.tensor([0, 8, 0], dtype=torch.int32),
+    )
+    assert store.prefix_lens[:SLOTS].tolist() == [10, 11, 8, 13]
+    assert store.bits[0, :SLOTS, 0, 0].tolist() == [9, 9, 3, 9]
+    # Neither do they get anything, whatever was put for them last.
+    store.put(torch.tensor([-1]), torch.ones(SOURCES, 1, 1, WORDS).int(), torch.tensor([10], dtype=torch.int32))
+    assert take(store, [(3, 13, False), (-1, 0, True), (-1, 10, False)])[0] == [13, NO_SELECTION, NO_SELECTION]
+    assert take(store, [(slot, 10 + slot, False) for slot in (0, 1, 3)])[0] == [10, 11, 13]
+
+
+def test_clearing_forgets_the_slots_named_and_no_others(store):
+    put(store, {0: 4, 1: 5, 2: 6, 3: 7})
+    store.clear(torch.tensor([2, 0]))
+    assert take(store, [(0, 4, False), (1, 5, False), (2, 6, False), (3, 7, False)]) == (
+        [NO_SELECTION, 5, NO_SELECTION, 7],
+        [NO_SELECTION, 5, NO_SELECTION, 7],
+    )
+    store.clear(torch.tensor([-1]))
+    assert take(store, [(1, 5, False), (3, 7, False)])[0] == [5, 7]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_a_cleared_slot_can_be_put_again(store, dtype):
+    put(store, {1: 5}, bits=1)
+    store.clear(torch.tensor([1], dtype=dtype))
+    put(store, {1: 6}, bits=2)
+    assert take(store, [(1, 6, False)])[0] == [6]
+    assert store.bits[:, 1].unique().tolist() == [2]
 
 
 def test_what_is_put_may_be_overwritten_afterwards(store):
@@ -112,7 +153,7 @@ def test_what_is_put_may_be_overwritten_afterwards(store):
 
 
 def test_its_size_is_that_of_its_tensors(store):
-    assert store.nbytes == 4 * (SOURCES * SLOTS * WORDS + SLOTS)
+    assert store.nbytes == 4 * (SOURCES * (SLOTS + 1) * WORDS + SLOTS + 1)  # one slot is nobody's
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -124,7 +165,11 @@ def test_any_sequence_of_calls_agrees_with_a_dictionary(seed):
     masks = {slot: [[0] * words] * SOURCES for slot in range(slots)}
     for _ in range(150):
         batch = rng.sample(range(slots), rng.randint(1, slots))
-        if rng.random() < 0.5:
+        if rng.random() < 0.1:
+            store.clear(torch.tensor(batch))
+            for slot in batch:
+                lengths.pop(slot, None)
+        elif rng.random() < 0.5:
             new = [rng.choice([0, 1, 2, 3]) for _ in batch]
             bits = torch.tensor([[[[rng.randint(-9, 9) for _ in range(words)]] for _ in batch] for _ in range(SOURCES)])
             store.put(torch.tensor(batch), bits.int(), torch.tensor(new, dtype=torch.int32))

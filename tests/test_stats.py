@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import fields
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from specattn_vllm import stats
+from specattn_vllm.kernels.bookkeeping_contracts import READ_COUNTS
 from specattn_vllm.stats import Counters, Counts, Reporter
 
 NAMES = [field.name for field in fields(Counts)]
@@ -186,6 +188,63 @@ def test_staged_amounts_count_only_once_committed():
     counters.commit()
     counters.commit()
     assert counters.read() == Counts(verify_rows=4, kv_read=5)
+
+
+def test_a_vector_counts_once_committed():
+    counters = Counters(torch.device("cpu"))
+    amounts = torch.tensor([2, 2**33, 5])
+    counters.stage_vector(("stale_rows", "kv_read", "kv_full"), amounts)
+    counters.discard()
+    counters.commit()
+    assert counters.read() == Counts()
+    counters.stage_vector(("stale_rows", "kv_read", "kv_full"), amounts)
+    counters.stage_vector(("verify_rows", "sparse_rows"), torch.tensor([7, 8]))
+    counters.stage(stale_rows=10)
+    counters.commit()
+    counters.commit()
+    assert counters.read() == Counts(stale_rows=12, kv_read=2**33, kv_full=5, verify_rows=7, sparse_rows=8)
+    assert amounts.tolist() == [2, 2**33, 5]
+    counters.stage_vector(("stale_rows",), torch.tensor([1]))
+    counters.reset()
+    counters.commit()
+    assert counters.read() == Counts()
+
+
+def test_a_vector_is_of_counters_in_their_order():
+    counters = Counters(torch.device("cpu"))
+    for i, (first, second) in enumerate(itertools.pairwise(NAMES), start=1):
+        counters.stage_vector((first, second), torch.tensor([i, 0]))
+    counters.commit()
+    assert counters.read() == Counts(*range(1, len(NAMES)))
+    for names in (("kv_full", "kv_read"), ("rounds", "kv_read"), ("kv_full", "rounds")):
+        with pytest.raises(ValueError, match="do not follow one another"):
+            counters.stage_vector(names, torch.tensor([1, 1]))
+
+
+def test_what_counting_kernels_write_can_be_staged():
+    Counters(torch.device("cpu")).stage_vector(READ_COUNTS, torch.zeros(len(READ_COUNTS), dtype=torch.int64))
+
+
+def test_a_total_on_the_device_can_be_added_to():
+    counters = Counters(torch.device("cpu"))
+    counters.add(sampled_tokens=1, kv_read=torch.tensor(3))
+    for _ in range(2):
+        counters.on_device("sampled_tokens").add_(2**32)
+    assert counters.read() == Counts(sampled_tokens=1 + 2**33, kv_read=3)
+    counters.reset()
+    assert counters.on_device("sampled_tokens").tolist() == [0]
+
+
+def test_a_reset_forgets_what_was_counted_and_what_was_staged():
+    """What ran while CUDA graphs were captured is nobody's."""
+    counters = Counters(torch.device("cpu"))
+    counters.add(rounds=3, kv_full=torch.tensor(9))
+    counters.stage(verify_rows=2, kv_read=torch.tensor(5))
+    counters.reset()
+    counters.commit()
+    assert counters.read() == Counts()
+    counters.add(rounds=1, kv_full=torch.tensor(4))
+    assert counters.read() == Counts(rounds=1, kv_full=4)
 
 
 def test_the_line_without_pruned_rows_claims_no_fraction():

@@ -1,4 +1,4 @@
-"""Joining draft and target: what does not fit is refused with the numbers and the remedy."""
+"""Joining draft and target: what is made of a layer map, and what does not fit is refused with numbers and a remedy."""
 
 from __future__ import annotations
 
@@ -7,10 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from specattn_vllm import executors
+from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.speculation import wiring
 from specattn_vllm.speculation.wiring import Selection
+from specattn_vllm.stats import Counters
 
 GIB = 2**30
+CPU = torch.device("cpu")
+REQUESTS, LONGEST, DRAFT_HEADS, KV_HEADS, STEPS = 3, 70, 4, 2, 4
+ROW = 128  # LONGEST, rounded up to whole vectors
 
 
 @pytest.fixture
@@ -22,26 +28,182 @@ def on_a_gpu(monkeypatch):
 
 def test_buffers_that_would_crowd_out_the_cache_are_refused(on_a_gpu):
     with pytest.raises(ValueError) as caught:
-        wiring._refuse_if_too_large(88 * GIB, on_a_gpu)
+        wiring._refuse_if_too_large({"scores": 60 * GIB, "page tables": 28 * GIB}, on_a_gpu)
     message = str(caught.value)
     for part in ("88.0 GiB", "max_num_seqs = 1024", "max_model_len = 131072", "40.0 GiB", "lower --max-num-seqs"):
         assert part in message
+    # What is large is named, because not all of it grows with the same number.
+    assert f"(scores {60 * 1024:.1f} MiB, page tables {28 * 1024:.1f} MiB)" in message
 
 
 def test_buffers_of_half_of_what_is_free_are_accepted(on_a_gpu):
-    wiring._refuse_if_too_large(20 * GIB, on_a_gpu)
+    wiring._refuse_if_too_large({"scores": 15 * GIB, "mass": 5 * GIB}, on_a_gpu)
     with pytest.raises(ValueError):
-        wiring._refuse_if_too_large(20 * GIB + 1, on_a_gpu)
+        wiring._refuse_if_too_large({"scores": 15 * GIB, "mass": 5 * GIB + 1}, on_a_gpu)
 
 
 def test_a_cpu_is_not_asked_how_much_is_free(on_a_gpu):
-    on_a_gpu.device = torch.device("cpu")
-    wiring._refuse_if_too_large(88 * GIB, on_a_gpu)
+    on_a_gpu.device = CPU
+    wiring._refuse_if_too_large({"scores": 88 * GIB}, on_a_gpu)
+
+
+# Attaching the pruner
+
+
+def selection_for(*names: str) -> Selection:
+    return Selection(
+        capture=None, store=None, pruner=SimpleNamespace(layer_sources=dict.fromkeys(names, 0)), tables=None
+    )
 
 
 @pytest.mark.parametrize("groups", [[], [["a"], ["b"]]], ids=["none", "two"])
 def test_target_layers_in_several_attention_groups_are_refused(groups):
-    selection = Selection(capture=None, store=None, pruner=SimpleNamespace(layer_sources={"a": 0, "b": 0}))
     made = [[SimpleNamespace(layer_names=names) for names in groups]]
     with pytest.raises(ValueError, match=f"one attention group, but vLLM made {len(groups)}"):
-        selection.attach(made)
+        selection_for("a", "b").attach(made)
+
+
+def test_the_pruner_goes_to_the_builder_of_the_layers_it_prunes(monkeypatch):
+    cache = torch.zeros(3, 4, 2, 8).transpose(1, 2)
+    builder = SimpleNamespace(vllm_config="config", kv_cache_spec=SimpleNamespace(block_size=16), pruner=None)
+    other = SimpleNamespace(pruner=None)
+    layers = {"a": SimpleNamespace(kv_cache=cache), "draft": SimpleNamespace(kv_cache=None)}
+    monkeypatch.setattr(wiring, "get_layers_from_vllm_config", lambda config, base: layers)
+    selection, told = selection_for("a"), []
+    selection.pruner.attach = lambda *arguments: told.append(arguments)
+    selection.attach(
+        [
+            [SimpleNamespace(layer_names=["draft"], metadata_builders=[other])],
+            [SimpleNamespace(layer_names=["a", "b"], metadata_builders=[builder])],
+        ]
+    )
+    assert builder.pruner is selection.pruner and other.pruner is None
+    [(block_size, strides)] = told
+    assert block_size == 16
+    assert strides() == (8, 1, 2)
+    # vLLM allocates the cache afterwards, and after profiling once more.
+    layers["a"].kv_cache = torch.zeros(3, 2, 4, 8)
+    assert strides() == (8, 4, 1)
+
+
+def test_a_target_that_reads_everything_is_left_alone():
+    """Whatever groups its layers are in."""
+    Selection(capture=None, store=None, pruner=None, tables=None).attach([[SimpleNamespace(layer_names=["a"])]])
+
+
+# Making the parts
+
+
+def prepared(monkeypatch, layers: tuple[int | None, ...] | None, device=CPU, size=None, **options) -> Selection:
+    """The selection of a target with a layer map (none: method 'dense') and a draft of five layers, or of a size
+    (requests, longest, draft layers, draft heads)."""
+    requests, longest, draft_layers, draft_heads = size or (REQUESTS, LONGEST, 5, DRAFT_HEADS)
+    target = {f"model.layers.{i}": KV_HEADS for i in range(len(layers or (0, 0)))}
+    draft = {f"draft_model.model.layers.{i}": KV_HEADS for i in range(draft_layers)}
+    # vLLM lists layers in the order in which they were made; names of two digits would sort wrongly.
+    made = {
+        name: SimpleNamespace(impl=SimpleNamespace(num_heads=draft_heads, num_kv_heads=kv_heads))
+        for name, kv_heads in reversed({**target, **draft}.items())
+    }
+    found = None
+    if layers is not None:
+        sources = tuple(sorted({i for i in layers if i is not None}))
+        found = SimpleNamespace(layers=layers, sources=sources, calibrated=True)
+    monkeypatch.setattr(wiring, "get_layers_from_vllm_config", lambda config, base: made)
+    monkeypatch.setattr(wiring, "resolve_layer_map", lambda config, options: found)
+    return wiring.prepare(
+        SimpleNamespace(
+            vllm_config=None,
+            options=SpecAttnOptions(method="specattn" if found else "dense", **options),
+            draft_attn_layer_names=set(draft),
+            max_num_reqs=requests,
+            max_model_len=longest,
+            num_speculative_steps=STEPS,
+            operations=executors.resolve("torch", CPU),
+            counters=Counters(CPU),
+            crossover_tokens=0,
+            device=device,
+        )
+    )
+
+
+def layer(i: int) -> str:
+    return f"draft_model.model.layers.{i}"
+
+
+@pytest.mark.parametrize("sparse_draft", [False, True])
+@pytest.mark.parametrize("target, draft, heads", [(32, 16, 32), (36, 28, 16)], ids=["Llama-8B/1B", "Qwen3-8B/0.6B"])
+def test_64_requests_of_128k_take_less_than_3_gb(target, draft, heads, sparse_draft, monkeypatch):
+    layers = tuple(i * draft // target for i in range(target))
+    meta, size = torch.device("meta"), (64, 131072, draft, heads)
+    made = prepared(monkeypatch, layers, meta, size, sparse_draft=sparse_draft)
+    assert 1e9 < sum(made.nbytes.values()) < 3e9
+    # Everything that is there is counted.
+    owned = [made.tables, made.store.bits, made.store.prefix_lens, made.capture.scores, made.capture._mass]
+    assert sum(made.nbytes.values()) >= sum(tensor.nbytes for tensor in owned)
+
+
+def test_the_draft_layers_of_the_map_choose_for_the_target(monkeypatch):
+    made = prepared(monkeypatch, (None, 1, 1, 3, None, 1))
+    assert made.capture.layer_sources == {layer(1): 0, layer(3): 1}
+    assert made.capture.num_sources == 2
+    assert made.pruner.layer_sources == {
+        "model.layers.1": 0,
+        "model.layers.2": 0,
+        "model.layers.3": 1,
+        "model.layers.5": 0,
+    }
+    assert (made.pruner.num_layers, made.pruner.num_kv_heads, made.pruner.max_query_len) == (6, KV_HEADS, STEPS + 1)
+    assert made.pruner.store is made.store
+    assert made.store.bits.shape[:3] == (2, REQUESTS + 1, 1)
+    assert made.tables.shape == (2, REQUESTS, 1, ROW)
+
+
+def test_a_sparse_draft_captures_its_other_layers_behind_those(monkeypatch):
+    made = prepared(monkeypatch, (None, 1, 1, 3), sparse_draft=True)
+    assert made.capture.layer_sources == {layer(1): 0, layer(3): 1, layer(0): 2, layer(2): 3, layer(4): 4}
+    assert made.capture.num_sources == 2
+    # The target's selections are the first two.
+    assert made.store.bits.shape[0] == 2
+    assert made.pruner.layer_sources == {"model.layers.1": 0, "model.layers.2": 0, "model.layers.3": 1}
+    assert made.tables.shape == (5, REQUESTS, 1, ROW)
+
+
+def test_a_sparse_draft_under_a_dense_target(monkeypatch):
+    made = prepared(monkeypatch, None, sparse_draft=True)
+    assert made.pruner is None
+    assert made.capture.layer_sources == {layer(i): i for i in range(5)}
+    assert made.capture.num_sources == 0
+    assert made.store.bits.shape[0] == 0
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_what_the_draft_reads_lies_where_the_target_s_tables_do(monkeypatch, sparse):
+    made = prepared(monkeypatch, (0, 2), sparse_draft=sparse)
+    assert made.pruner._page_table.data_ptr() == made.tables.data_ptr() == made.capture._positions.data_ptr()
+    assert made.pruner._page_table.shape == (2, REQUESTS, 1, ROW)
+    assert made.capture._positions.shape == (5 if sparse else 2, REQUESTS, ROW)
+
+
+@pytest.mark.parametrize(("layers", "sparse"), [((0, 2), False), ((0, 2), True), (None, True)])
+def test_the_size_that_is_checked_is_that_of_all_buffers(monkeypatch, layers, sparse):
+    checked = []
+    monkeypatch.setattr(wiring, "_refuse_if_too_large", lambda nbytes, speculator: checked.append(nbytes))
+    made = prepared(monkeypatch, layers, sparse_draft=sparse)
+    [sizes] = checked
+    # Sized as for a GPU, whose scores take half of what a CPU's do.
+    assert sizes | {"scores": 2 * sizes["scores"]} == made.nbytes
+    storages = {}
+    for part in (made, made.capture, made.store, made.pruner):
+        for value in vars(part).values() if part is not None else ():
+            if isinstance(value, torch.Tensor):
+                storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    # But for a few bytes that no number of requests changes.
+    assert 0 <= sum(storages.values()) - sum(made.nbytes.values()) <= 64
+
+
+def test_a_selection_that_is_too_large_is_refused_before_it_is_made(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, GIB))
+    # No CUDA device here: had anything been allocated on it, that would be the error.
+    with pytest.raises(ValueError, match="lower --max-num-seqs or --max-model-len"):
+        prepared(monkeypatch, (0, 2), device=torch.device("cuda"))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 
-from specattn_vllm import compat
+from specattn_vllm import compat, executors
 from specattn_vllm.backend.metadata import SpecAttnMetadata
+from specattn_vllm.options import SpecAttnOptions
 
 if TYPE_CHECKING:
     from specattn_vllm.selection.pruner import Pruner, SparsePlan
@@ -18,13 +20,27 @@ if TYPE_CHECKING:
 class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
     """One per attention group; the speculator hands the target's builders a pruner, all others stay plain."""
 
-    # The attention of a step branches on host data (how many rows verify), which a full graph would freeze.
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.NEVER
+    # Our steps need nothing refreshed between them: every operation takes its lengths from vLLM's own buffers.
+    supports_draft_decode_metadata_update: ClassVar[bool] = True
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         compat.prepare_cpu_worker()
         self.pruner: Pruner | None = None
+
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
+        """Full graphs of uniform batches: what a step's rows read stands in page tables, which `build` makes anew each
+        step outside the graph. Mixed batches are split on the host, which a graph would freeze."""
+        device = torch.device(vllm_config.device_config.device)
+        if device.type != "cuda":
+            return AttentionCGSupport.NEVER
+        executor = SpecAttnOptions.from_vllm(vllm_config).executor
+        operations = executors.resolve(executor, device, vllm_config.model_config.dtype)
+        return AttentionCGSupport.UNIFORM_BATCH if operations.graphs else AttentionCGSupport.NEVER
+
+    def update_draft_decode_metadata(self, metadata: SpecAttnMetadata) -> None:
+        """Nothing to do: see `supports_draft_decode_metadata_update`."""
 
     def build(
         self,
@@ -48,10 +64,14 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
         # The draft's own steps carry no slots, and neither do profiling runs.
         if self.pruner is None or common.req_idx is None or common.is_prefilling is None:
             return None
-        rows = len(common.req_idx)
-        prefilling = common.is_prefilling[:rows]
+        # A full graph's batch has more rows than requests; the tables of the rest must be empty.
+        real, rows = len(common.req_idx), common.num_reqs
+        slots = np.full(rows, -1, dtype=np.int64)
+        slots[:real] = common.req_idx
+        prefilling = torch.zeros(rows, dtype=torch.bool)
+        prefilling[:real] = common.is_prefilling[:real]
         return self.pruner.prune(
-            slots=async_tensor_h2d(common.req_idx, device=self.device, dtype=torch.int64),
+            slots=async_tensor_h2d(slots, device=self.device, dtype=torch.int64),
             prefilling=async_tensor_h2d(prefilling, device=self.device),
             prefilling_cpu=prefilling,
             query_start_loc=common.query_start_loc[: rows + 1],

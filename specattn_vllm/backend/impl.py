@@ -9,7 +9,6 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from specattn_vllm import executors
 from specattn_vllm.backend.metadata import SpecAttnMetadata
 from specattn_vllm.options import SpecAttnOptions
-from specattn_vllm.selection.pages import folded_pages
 
 
 class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
@@ -50,7 +49,9 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
                 )
         vllm_config = get_current_vllm_config()
         self.operations = executors.resolve(
-            SpecAttnOptions.from_vllm(vllm_config).executor, torch.device(vllm_config.device_config.device)
+            SpecAttnOptions.from_vllm(vllm_config).executor,
+            torch.device(vllm_config.device_config.device),
+            vllm_config.model_config.dtype,
         )
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
@@ -75,9 +76,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         md = attn_metadata
         out = output[: md.num_actual_tokens]
         query = query[: md.num_actual_tokens]
-        if md.capture is not None and md.capture.attend(
-            layer.layer_name, query, kv_cache, md.block_table, self.scale, out
-        ):
+        if md.capture is not None and md.capture.attend(layer.layer_name, query, kv_cache, md, self.scale, out):
             return output
         source = md.sparse.layer_sources.get(layer.layer_name) if md.sparse is not None else None
         if source is None:
@@ -86,7 +85,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         plan = md.sparse
         self.operations.sparse_attention(
             query[: plan.num_tokens],
-            folded_pages(kv_cache),
+            kv_cache,
             plan.page_table[source],
             plan.kept[source],
             md.query_start_loc[: plan.num_rows + 1],

@@ -1,22 +1,41 @@
-"""The draft's attention over one round, and the selection made from it."""
+"""The draft's attention over one round, and the selections made from it."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 from specattn_vllm.executors import Operations
 from specattn_vllm.options import SpecAttnOptions
 
+# Query rows per request up to which one kernel does a draft layer's attention and leaves the scores behind. Longer rows
+# are prompts: another kernel attends, and only the sampled row's scores are made here.
+MAX_FUSED_QUERY = 16
+
+
+@dataclass(frozen=True)
+class DraftBatch:
+    """How the rows of a draft step lie: vLLM's metadata, as the operations take it."""
+
+    query_start_loc: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    max_query_len: int
+
 
 class DraftCapture:
     """Collects the draft's attention mass while it drafts, then turns it into bitmasks.
 
     One instance lives as long as the engine; a round is `begin_round`, then for each draft step `begin_step`, one
-    `attend` per captured layer and `end_step`, then `select`.
+    `attend` per captured layer and `end_step`, then `select`. Nothing waits for the device and every buffer lasts, so a
+    round of a fixed number of rows can be captured in a CUDA graph.
 
-    The mass of a source layer is its softmax attention averaged over query heads: one vector per layer, shared by all
-    heads (Shah, arXiv 2510.27641, s.3). Only positions of the committed context are ranked; what is newer is always
-    read, so the K draft tokens need no place in the selection.
+    The mass of a layer is its softmax attention averaged over query heads: one vector per layer, shared by all heads
+    (Shah, arXiv 2510.27641, s.3). Only positions of the committed context are ranked; what is newer is always read, so
+    the K draft tokens need no place in the selection.
+
+    With `sparse_draft`, every draft layer is captured at step 0, and later steps read what that step's top-p kept.
     """
 
     def __init__(
@@ -25,34 +44,47 @@ class DraftCapture:
         operations: Operations,
         *,
         layer_sources: dict[str, int],
+        num_sources: int,
         num_heads: int,
         num_steps: int,
         max_num_reqs: int,
         max_model_len: int,
         device: torch.device,
+        positions: torch.Tensor | None = None,
     ) -> None:
-        """`layer_sources`: vLLM layer name of each captured draft layer -> its index 0..S-1."""
+        """`layer_sources`: vLLM layer name of each captured draft layer -> its index. The first `num_sources` choose
+        for the target. `positions` [layers, max_num_reqs, width] int32: what `sparse_draft` reads later."""
         self.options = options
         self.operations = operations
         self.layer_sources = layer_sources
+        self.num_sources = num_sources
         # Every row of mass sums to at most 1, which is what the fixed-point top-p needs.
         spread = num_steps if options.combine in ("sum", "max") else 1
         self.weight = 1.0 / (num_heads * spread)
         self.max_model_len = max_model_len
         self.groups = 1
-        sources, words = len(layer_sources), -(-max_model_len // 32)
-        self.scores = torch.empty((max_num_reqs, num_heads, max_model_len), dtype=torch.float32, device=device)
+        layers, words = len(layer_sources), -(-max_model_len // 32)
+        # Halving the scores costs a mass nothing: their rounding moves it by less than a hundredth.
+        score_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        self.scores = torch.empty((max_num_reqs, num_heads, max_model_len), dtype=score_dtype, device=device)
         self.lse = torch.empty((max_num_reqs, num_heads), dtype=torch.float32, device=device)
         # Flat, so that any number of rows is a contiguous [S, R, G, ...] block.
-        self._mass = torch.empty(sources * max_num_reqs * self.groups * max_model_len, device=device)
-        self._bits = torch.empty(sources * max_num_reqs * self.groups * words, dtype=torch.int32, device=device)
-        self._counts = torch.empty(sources * max_num_reqs * self.groups, dtype=torch.int32, device=device)
+        self._mass = torch.empty(
+            layers * max_num_reqs * self.groups * max_model_len, dtype=torch.float32, device=device
+        )
+        self._bits = torch.empty(layers * max_num_reqs * self.groups * words, dtype=torch.int32, device=device)
+        self._counts = torch.empty(layers * max_num_reqs * self.groups, dtype=torch.int32, device=device)
+        self._positions = positions
+        self._kept = torch.empty((layers, max_num_reqs), dtype=torch.int32, device=device)
+        self._rows = torch.arange(max_num_reqs, device=device)
+        self._starts = torch.arange(max_num_reqs + 1, dtype=torch.int32, device=device)
         self.step = -1
-        self.active = False
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self.scores, self.lse, self._mass, self._bits, self._counts))
+        """Bytes of the buffers, without `positions`, which the caller owns."""
+        buffers = (self.scores, self.lse, self._mass, self._bits, self._counts, self._kept, self._rows, self._starts)
+        return sum(t.nbytes for t in buffers)
 
     def begin_round(self, num_reqs: int, wanted: torch.Tensor) -> None:
         """Start a round of `num_reqs` rows; wanted [R] bool marks the rows whose next step is a verification."""
@@ -66,84 +98,121 @@ class DraftCapture:
         self.bits = self._bits[: rows * words].view(*shape, words)
         self.counts = self._counts[:rows].view(*shape)
 
-    def begin_step(self, step: int, query_rows: torch.Tensor | None, seq_lens: torch.Tensor) -> None:
+    def begin_step(self, step: int, query_rows: torch.Tensor | None, row_lens: torch.Tensor | None) -> None:
         """Announce a draft step.
 
         query_rows [R] int64: row of the batch's query that is sampled for each request, None if row r is request r's
-        only one. seq_lens [R]: keys that row attends. At step 0 they also fix the context length of the round: the
+        only one. row_lens [R]: keys that row attends, at step 0, where they fix the context length of the round: the
         sampled token is the first that verification will recompute.
         """
         self.step = step
-        self.query_rows = query_rows
-        self.seq_lens = torch.where(self.wanted, seq_lens, 0).to(torch.int32)
+        self.query_rows = self._rows[: self.num_reqs] if query_rows is None else query_rows
+        self.scored_rows = torch.where(self.wanted, self.query_rows, -1)
         if step == 0:
-            self.prefix_lens = (self.seq_lens - 1).clamp_(min=0)
-        self.active = step == 0 or self.options.combine != "first"
+            self.row_lens = torch.where(self.wanted, row_lens, 0).to(torch.int32)
+            self.prefix_lens = (self.row_lens - 1).clamp_(min=0)
 
     def attend(
         self,
         layer_name: str,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
+        batch: DraftBatch,
         scale: float,
         out: torch.Tensor,
     ) -> bool:
-        """Capture one layer; returns whether `out` was filled (it is where every row is a sampled one)."""
-        source = self.layer_sources.get(layer_name)
-        if source is None or not self.active:
+        """Capture one layer of a step; returns whether `out` was filled too."""
+        layer = self.layer_sources.get(layer_name)
+        if layer is None:
             return False
-        every_row_sampled = self.query_rows is None
-        rows = query if every_row_sampled else query[self.query_rows]
+        scoring = self.step == 0 or (layer < self.num_sources and self.options.combine != "first")
+        pruned = self.step > 0 and self.options.sparse_draft
+        if not scoring and not pruned:
+            return False
+        reads = {}
+        if pruned:
+            reads = {"positions": self._positions[layer, : self.num_reqs], "kept": self._kept[layer, : self.num_reqs]}
+        fused = batch.max_query_len <= MAX_FUSED_QUERY
         scores, lse = self.scores[: self.num_reqs], self.lse[: self.num_reqs]
-        # Rows that are not wanted have length 0 and get zeros: their request is still prefilling, so vLLM throws its
-        # draft tokens away and rewrites their KV.
-        self.operations.decode_attention(
-            rows,
-            kv_cache,
-            block_table[: self.num_reqs],
-            self.seq_lens,
-            scale,
-            out if every_row_sampled else None,
-            scores,
-            lse,
-        )
-        self.operations.accumulate_mass(
-            scores, lse, self.prefix_lens, self.mass[source], self.weight, self._combine_rule()
-        )
-        return every_row_sampled
+        captured = {"scored_rows": self.scored_rows, "scores": scores, "lse": lse} if scoring else {}
+        if fused:
+            self.operations.draft_attention(
+                query,
+                kv_cache,
+                batch.block_table[: self.num_reqs],
+                batch.seq_lens[: self.num_reqs],
+                batch.query_start_loc[: self.num_reqs + 1],
+                scale,
+                out,
+                **captured,
+                max_query_len=batch.max_query_len,
+                **reads,
+                **({"prefix_lens": self.prefix_lens} if pruned else {}),
+            )
+        else:
+            captured["scored_rows"] = torch.where(self.wanted, self._rows[: self.num_reqs], -1)
+            self.operations.draft_attention(
+                query[self.query_rows],
+                kv_cache,
+                batch.block_table[: self.num_reqs],
+                self.row_lens,
+                self._starts[: self.num_reqs + 1],
+                scale,
+                None,
+                **captured,
+            )
+        if scoring:
+            rule = self._combine_rule()
+            if pruned and rule == "store":
+                # What a pruned step does not read has no mass in it.
+                self.mass[layer].zero_()
+                rule = "add"
+            self.operations.accumulate_mass(scores, lse, self.prefix_lens, self.mass[layer], self.weight, rule, **reads)
+        return fused
 
     def _combine_rule(self) -> str:
-        if self.step == 0 or self.options.combine in ("union", "first"):
+        if self.step == 0 or self.options.combine == "union":
             return "store"
         return "add" if self.options.combine == "sum" else "max"
 
     def end_step(self) -> None:
-        """Close a draft step: the union rule selects after each."""
-        if self.active and self.options.combine == "union":
-            self._select_top_p(union=self.step > 0)
-        self.active = False
+        """Close a draft step: the union rule selects after each, and `sparse_draft` after the first."""
+        union = self.options.combine == "union"
+        if self.step == 0 and self.options.sparse_draft:
+            layers = len(self.layer_sources)
+            self._select_top_p(layers, union=False)
+            positions = self._positions[:layers, : self.num_reqs]
+            self.operations.build_positions(
+                self.bits, self.prefix_lens, positions, self._kept[:layers, : self.num_reqs]
+            )
+        elif union:
+            self._select_top_p(self.num_sources, union=self.step > 0)
 
     def select(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The round's selection: bits [S, R, G, W] and prefix_lens [R] int32 (0 for rows that were not wanted).
+        """The round's selection for the target: bits [S, R, G, W] and prefix_lens [R] int32 (0 for unwanted rows).
 
         A round in which nothing was drafted selects nothing.
         """
+        bits = self.bits[: self.num_sources]
         if self.step < 0:
-            return self.bits.zero_(), torch.zeros_like(self.wanted, dtype=torch.int32)
+            return bits.zero_(), torch.zeros_like(self.wanted, dtype=torch.int32)
         if self.options.combine != "union":
-            self._select_top_p(union=False)
-        return self.bits, self.prefix_lens
+            self._select_top_p(self.num_sources, union=False)
+        return bits, self.prefix_lens
 
-    def _select_top_p(self, *, union: bool) -> None:
+    def _select_top_p(self, layers: int, *, union: bool) -> None:
+        """Bits of the first `layers` layers from their mass."""
         options = self.options
-        rows = self.counts.numel()
-        lens = self.prefix_lens.view(1, -1, 1).expand_as(self.counts).flatten().contiguous()
+        counts = self.counts[:layers]
+        rows = counts.numel()
+        if rows == 0:
+            return
+        lens = self.prefix_lens.view(1, -1, 1).expand_as(counts).flatten().contiguous()
         self.operations.select_top_p(
-            self.mass.view(rows, -1),
+            self.mass[:layers].view(rows, -1),
             lens,
-            self.bits.view(rows, -1),
-            self.counts.view(rows),
+            self.bits[:layers].view(rows, -1),
+            counts.view(rows),
             options.top_p,
             options.min_tokens,
             -1 if options.max_tokens is None else options.max_tokens,

@@ -28,9 +28,18 @@ def page_strides(kv_cache: torch.Tensor) -> tuple[int, int, int]:
     return block, head, token
 
 
-def folded_pages(kv_cache: torch.Tensor) -> torch.Tensor:
-    """The cache as [P, 2D] rows, a view on the same storage; P covers the last row of the last block."""
-    blocks, heads, tokens, row = kv_cache.shape
+def token_pages(kv_cache: torch.Tensor, heads: int) -> torch.Tensor:
+    """The cache as pages [P, 1, heads, 2D] of one token, a view on the same storage.
+
+    Page p starts at row p of the cache. With heads = 1 it is one token of one head; with heads = H it is all heads of a
+    token, and only the ids of head 0's rows are pages.
+    """
+    blocks, all_heads, tokens, row = kv_cache.shape
+    if heads not in (1, all_heads):
+        raise ValueError(f"heads: got {heads}, wanted 1 or the cache's {all_heads}")
     block, head, token = page_strides(kv_cache)
-    rows = (blocks - 1) * block + (heads - 1) * head + (tokens - 1) * token + 1
-    return kv_cache.as_strided((rows, row), (row, 1))
+    first_of_last = (blocks - 1) * block + (tokens - 1) * token
+    rows = first_of_last + 1 if heads == all_heads else first_of_last + (all_heads - 1) * head + 1
+    # Dimensions of size 1 get the stride of a row: zero strides, which a cache may have there, are refused by Hopper's
+    # tensor memory accelerator.
+    return kv_cache.as_strided((rows, 1, heads, row), (row, row, head * row or row, 1))

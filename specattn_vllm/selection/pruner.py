@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from specattn_vllm.executors import Operations
-from specattn_vllm.selection.store import NO_SELECTION, SelectionStore
+from specattn_vllm.kernels.bookkeeping_contracts import READ_COUNTS
+from specattn_vllm.selection.store import SelectionStore
 from specattn_vllm.stats import Counters
 
 
@@ -16,7 +17,9 @@ from specattn_vllm.stats import Counters
 class SparsePlan:
     """Page tables of a step's short rows, which are rows 0..num_rows-1 of the batch and hold all that verify.
 
-    page_table [S, R, H, width] int32, kept [S, R, H] int32: ids into the head-folded view of a layer's cache.
+    page_table [S, R, G, width] int32, kept [S, R, G] int32: ids into the head-folded view of a layer's cache, those of
+    the first KV head where all heads share a selection (G = 1). Both lie in buffers that last, at the same addresses
+    for every step, so a captured graph reads the tables of the step it is replayed in.
     layer_sources: vLLM layer name -> S index, for the target layers that read a selection.
     """
 
@@ -45,12 +48,11 @@ class Pruner:
         num_layers: int,
         num_kv_heads: int,
         max_query_len: int,
-        max_num_reqs: int,
-        max_model_len: int,
-        device: torch.device,
+        page_table: torch.Tensor,
     ) -> None:
         """layer_sources: target layer name -> source; num_layers: target layers in all; max_query_len: tokens of the
-        longest verification, K + 1."""
+        longest verification, K + 1. page_table [S or more, max_num_reqs, G, width] int32: where the tables are made;
+        what else it serves between steps does not matter."""
         self.store = store
         self.operations = operations
         self.counters = counters
@@ -58,19 +60,17 @@ class Pruner:
         self.num_layers = num_layers
         self.num_kv_heads = num_kv_heads
         self.max_query_len = max_query_len
-        self.width = max_model_len
-        self.device = device
-        sources = store.bits.shape[0]
-        entries = sources * max_num_reqs * num_kv_heads
-        # Flat, so that any number of rows is a contiguous [S, R, H, ...] block.
-        self._page_table = torch.empty(entries * self.width, dtype=torch.int32, device=device)
-        self._kept = torch.zeros(entries, dtype=torch.int32, device=device)
+        sources, groups = store.bits.shape[0], store.bits.shape[2]
+        self.device = page_table.device
+        self._page_table = page_table[:sources]
+        self._kept = torch.zeros((sources, page_table.shape[1], groups), dtype=torch.int32, device=self.device)
         layers_of = [list(layer_sources.values()).count(s) for s in range(sources)]
-        self._layers_of = torch.tensor(layers_of, dtype=torch.int64, device=device)
+        self._layers_of = torch.tensor(layers_of, dtype=torch.int64, device=self.device)
 
     @property
     def nbytes(self) -> int:
-        return self._page_table.nbytes + self._kept.nbytes
+        """Bytes of the buffers, without the page tables, which the caller owns."""
+        return self._kept.nbytes
 
     def attach(self, block_size: int, page_strides: Callable[[], tuple[int, int, int]]) -> None:
         """Tell how the cache is laid out. page_strides is asked at each step: vLLM allocates the cache after this, and
@@ -89,26 +89,29 @@ class Pruner:
         seq_lens: torch.Tensor,
         block_table: torch.Tensor,
     ) -> SparsePlan | None:
-        """The plan of a step with R rows, None if none of them verifies.
+        """The plan of a step with R rows, None if the first is longer than any verification.
 
-        On the device: slots [R] int64, prefilling [R] bool, query_start_loc [R+1] int32, seq_lens [R] int32,
-        block_table [R, blocks] int32. On the host: prefilling_cpu [R] bool, query_start_loc_cpu [R+1].
+        On the device: slots [R] int64, -1 for rows that only fill a graph's batch; prefilling [R] bool, query_start_loc
+        [R+1] int32, seq_lens [R] int32, block_table [R, blocks] int32. On the host: prefilling_cpu [R] bool,
+        query_start_loc_cpu [R+1].
         """
-        query_lens = query_start_loc[1:] - query_start_loc[:-1]
-        prefix_lens, stored = self.store.take(slots, seq_lens - query_lens, prefilling)
+        prefix_lens, stored = self.store.take(self.operations, slots, query_start_loc, seq_lens, prefilling)
         rows = self._short_rows(query_start_loc_cpu)
-        verifying = int((~prefilling_cpu[:rows]).sum())
         self.counters.stage(prefill_rows=int(prefilling_cpu.sum()))
-        if verifying == 0:
+        # Rows that all prefill are no reason to stop here: vLLM runs a prompt's last token through the same graph as
+        # verifications, and that graph reads the tables whatever this returns.
+        if rows == 0:
             return None
-        prefix_lens, stored, seq_lens = prefix_lens[:rows], stored[:rows], seq_lens[:rows]
-        sources, heads = self.store.bits.shape[0], self.num_kv_heads
-        entries = sources * rows * heads
-        page_table = self._page_table[: entries * self.width].view(sources, rows, heads, self.width)
-        kept = self._kept[:entries].view(sources, rows, heads)
+        slots, prefilling, seq_lens = slots[:rows], prefilling[:rows], seq_lens[:rows]
+        prefix_lens, stored = prefix_lens[:rows], stored[:rows]
+        # A table of blocks is as wide as the longest sequence has blocks: some executors split their work by the width.
+        width = self._page_table.shape[3]
+        if self.operations.granularity == "block":
+            width = -(-width // self.block_size)
+        page_table, kept = self._page_table[:, :rows, :, :width], self._kept[:, :rows]
         self.operations.build_page_tables(
             self.store.bits,
-            slots[:rows],
+            slots,
             prefix_lens,
             seq_lens,
             block_table[:rows],
@@ -117,7 +120,9 @@ class Pruner:
             page_table,
             kept,
         )
-        self._count(verifying, ~prefilling[:rows], prefix_lens, stored, seq_lens, kept)
+        verifies = ~prefilling_cpu[:rows] & (query_start_loc_cpu[1 : rows + 1] > query_start_loc_cpu[:rows])
+        if verifying := int(verifies.sum()):
+            self._count(verifying, slots, seq_lens, prefilling, prefix_lens, stored, kept)
         starts = query_start_loc_cpu[: rows + 1]
         return SparsePlan(
             num_rows=rows,
@@ -137,16 +142,20 @@ class Pruner:
         long = (query_start_loc_cpu[1:] - query_start_loc_cpu[:-1] > self.max_query_len).nonzero()
         return int(long[0, 0]) if long.numel() else query_start_loc_cpu.shape[0] - 1
 
-    def _count(self, verifying: int, verifies, prefix_lens, stored, seq_lens, kept) -> None:
-        sparse = prefix_lens != NO_SELECTION
-        per_row = (kept.sum(dim=2, dtype=torch.int64) * self._layers_of[:, None]).sum(dim=0)
-        everything = torch.where(verifies, seq_lens, 0).sum(dtype=torch.int64) * self.num_kv_heads
-        dense_layers = self.num_layers - len(self.layer_sources)
-        self.counters.stage(
-            verify_rows=verifying,
-            sparse_rows=sparse.sum(),
-            no_selection_rows=(verifies & (stored == NO_SELECTION)).sum(),
-            stale_rows=(verifies & (stored != NO_SELECTION) & ~sparse).sum(),
-            kv_read=torch.where(verifies, per_row, 0).sum() + everything * dense_layers,
-            kv_full=everything * self.num_layers,
+    def _count(self, verifying: int, slots, seq_lens, prefilling, prefix_lens, stored, kept) -> None:
+        counted = torch.empty(len(READ_COUNTS), dtype=torch.int64, device=self.device)
+        self.operations.count_reads(
+            slots,
+            seq_lens,
+            prefilling,
+            prefix_lens,
+            stored,
+            kept,
+            self._layers_of,
+            self.num_kv_heads,
+            self.num_layers,
+            self.num_layers - len(self.layer_sources),
+            counted,
         )
+        self.counters.stage(verify_rows=verifying)
+        self.counters.stage_vector(READ_COUNTS, counted)

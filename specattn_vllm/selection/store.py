@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from specattn_vllm.executors import Operations
+
 NO_SELECTION = -1
 
 
@@ -15,14 +17,16 @@ class SelectionStore:
     somebody else's selection: a row that is prefilling clears its slot (every new or resumed request starts with one),
     and a selection is only taken where its length equals the number of tokens the row has already computed.
 
-    bits         [S, num_slots, G, W] int32: bit p % 32 of word p // 32 keeps token p.
-    prefix_lens  [num_slots] int32: tokens in the context when the selection was made, NO_SELECTION if there is none.
+    bits         [S, num_slots + 1, G, W] int32: bit p % 32 of word p // 32 keeps token p.
+    prefix_lens  [num_slots + 1] int32: tokens in the context when the selection was made, NO_SELECTION if none.
+
+    The last slot is nobody's: what is put or cleared for a padded row, whose slot is -1, goes there.
     """
 
     def __init__(self, sources: int, slots: int, groups: int, max_model_len: int, device: torch.device) -> None:
         words = -(-max_model_len // 32)
-        self.bits = torch.zeros((sources, slots, groups, words), dtype=torch.int32, device=device)
-        self.prefix_lens = torch.full((slots,), NO_SELECTION, dtype=torch.int32, device=device)
+        self.bits = torch.zeros((sources, slots + 1, groups, words), dtype=torch.int32, device=device)
+        self.prefix_lens = torch.full((slots + 1,), NO_SELECTION, dtype=torch.int32, device=device)
 
     @property
     def nbytes(self) -> int:
@@ -36,15 +40,24 @@ class SelectionStore:
         self.bits[:, slots] = bits
         self.prefix_lens[slots] = torch.where(prefix_lens > 0, prefix_lens, NO_SELECTION)
 
+    def clear(self, slots: torch.Tensor) -> None:
+        """Forget the selections of slots [R] int64: the next step of those requests reads everything."""
+        self.prefix_lens[slots] = NO_SELECTION
+
     def take(
-        self, slots: torch.Tensor, computed: torch.Tensor, prefilling: torch.Tensor
+        self,
+        operations: Operations,
+        slots: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor,
+        prefilling: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The usable selection of each row, clearing the slots of prefilling rows.
 
-        slots [R] int64; computed [R] int32, tokens whose KV the row has before this step; prefilling [R] bool.
+        slots [R] int64; query_start_loc [R+1] int32 and seq_lens [R] int32, of which the tokens whose KV a row has
+        before this step are the difference; prefilling [R] bool. A padded row takes nothing and clears nothing.
         Returns (prefix_lens, stored), both [R] int32: the length to prune to or NO_SELECTION, and what the slot held.
         """
-        stored = self.prefix_lens[slots]
-        usable = (stored == computed) & ~prefilling
-        self.prefix_lens[slots] = torch.where(prefilling, NO_SELECTION, stored)
-        return torch.where(usable, stored, NO_SELECTION), stored
+        usable, stored = torch.empty_like(seq_lens), torch.empty_like(seq_lens)
+        operations.take_selections(slots, query_start_loc, seq_lens, prefilling, self.prefix_lens, usable, stored)
+        return usable, stored

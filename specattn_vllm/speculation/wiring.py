@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.specattn")
 
+ROW_MULTIPLE = 128
+
 
 def model_facts(model_config: ModelConfig) -> ModelFacts:
     """The facts of a model vLLM has configured; the weights' digest only for local folders."""
@@ -54,18 +56,29 @@ def resolve_layer_map(vllm_config: VllmConfig, options: SpecAttnOptions) -> Laye
 
 @dataclass(frozen=True)
 class Selection:
-    """The parts that one engine's selections pass through."""
+    """The parts that one engine's selections pass through; no pruner and no store where the target reads everything."""
 
     capture: DraftCapture
     store: SelectionStore
-    pruner: Pruner
+    pruner: Pruner | None
+    tables: torch.Tensor
+    """[layers, requests, G, width] int32: page tables in the target's step, positions while drafting."""
 
     @property
-    def nbytes(self) -> int:
-        return self.capture.nbytes + self.store.nbytes + self.pruner.nbytes
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by what they hold."""
+        capture = self.capture
+        return {
+            "scores": capture.scores.nbytes,
+            "mass": capture.nbytes - capture.scores.nbytes,
+            "bitmasks": self.store.nbytes,
+            "page tables": self.tables.nbytes + (0 if self.pruner is None else self.pruner.nbytes),
+        }
 
     def attach(self, target_attn_groups: list) -> None:
         """Hand the pruner to the target's metadata builders. vLLM makes new ones after it has profiled CUDA graphs."""
+        if self.pruner is None:
+            return
         names = self.pruner.layer_sources
         groups = [g for groups in target_attn_groups for g in groups if any(n in names for n in g.layer_names)]
         if len(groups) != 1:
@@ -86,24 +99,37 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
     Called as soon as both models are loaded: vLLM measures what is left for the KV cache after that.
     """
     vllm_config, options = speculator.vllm_config, speculator.options
-    found = resolve_layer_map(vllm_config, options)
     layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
     draft = {extract_layer_index(n): n for n in layers if n in speculator.draft_attn_layer_names}
     target = {extract_layer_index(n): n for n in layers if n not in speculator.draft_attn_layer_names}
-    source_of = {draft_layer: s for s, draft_layer in enumerate(found.sources)}
+    found = None if options.is_lossless else resolve_layer_map(vllm_config, options)
+    sources = () if found is None else found.sources
+    # Layers that choose for the target come first, so that theirs are the first selections.
+    captured = [*sources, *(i for i in sorted(draft) if options.sparse_draft and i not in sources)]
+    source_of = {draft_layer: s for s, draft_layer in enumerate(sources)}
+    requests = speculator.max_num_reqs
+    # Rows of a whole number of vectors: a row that begins anywhere is read and written one number at a time, which made
+    # a round a quarter slower (H200, 16 requests of 32k).
+    longest = -(-speculator.max_model_len // ROW_MULTIPLE) * ROW_MULTIPLE
 
     def allocate(device: torch.device) -> Selection:
-        store = SelectionStore(len(found.sources), speculator.max_num_reqs, 1, speculator.max_model_len, device)
+        tables = torch.empty((len(captured), requests, 1, longest), dtype=torch.int32, device=device)
+        store = SelectionStore(len(sources), requests, 1, longest, device)
         capture = DraftCapture(
             options,
             speculator.operations,
-            layer_sources={draft[i]: s for i, s in source_of.items()},
+            layer_sources={draft[i]: s for s, i in enumerate(captured)},
+            num_sources=len(sources),
             num_heads=layers[draft[0]].impl.num_heads,
             num_steps=speculator.num_speculative_steps,
-            max_num_reqs=speculator.max_num_reqs,
-            max_model_len=speculator.max_model_len,
+            max_num_reqs=requests,
+            max_model_len=longest,
             device=device,
+            # Drafting and verification take turns, so what the draft reads may lie where the target's tables do.
+            positions=tables[:, :, 0],
         )
+        if found is None:
+            return Selection(capture, store, None, tables)
         pruner = Pruner(
             store,
             speculator.operations,
@@ -112,32 +138,49 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
             num_layers=len(target),
             num_kv_heads=layers[target[0]].impl.num_kv_heads,
             max_query_len=speculator.num_speculative_steps + 1,
-            max_num_reqs=speculator.max_num_reqs,
-            max_model_len=speculator.max_model_len,
-            device=device,
+            page_table=tables,
         )
-        return Selection(capture, store, pruner)
+        return Selection(capture, store, pruner, tables)
 
     # Sizes first, without memory: an allocation that fails names no option.
     _refuse_if_too_large(allocate(torch.device("meta")).nbytes, speculator)
     selection = allocate(speculator.device)
-    _announce(options, found, speculator.operations.name, selection.nbytes)
+    _announce(options, found, speculator, selection.nbytes)
     return selection
 
 
-def _refuse_if_too_large(nbytes: int, speculator: SpecAttnSpeculator) -> None:
+def _refuse_if_too_large(nbytes: dict[str, int], speculator: SpecAttnSpeculator) -> None:
     if speculator.device.type != "cuda":
         return  # pages of a CPU's memory are taken when they are written
     free, _ = torch.cuda.mem_get_info(speculator.device)
-    if nbytes > free // 2:
+    total = sum(nbytes.values())
+    if total > free // 2:
         raise ValueError(
-            f"specattn needs {nbytes / 2**30:.1f} GiB for scores and page tables of max_num_seqs = "
-            f"{speculator.max_num_reqs} requests of max_model_len = {speculator.max_model_len} tokens, more than half "
-            f"of the {free / 2**30:.1f} GiB that the weights leave: lower --max-num-seqs or --max-model-len"
+            f"specattn needs {total / 2**30:.1f} GiB ({_sizes(nbytes)}) for max_num_seqs = {speculator.max_num_reqs} "
+            f"requests of max_model_len = {speculator.max_model_len} tokens, more than half of the "
+            f"{free / 2**30:.1f} GiB that the weights leave: lower --max-num-seqs or --max-model-len"
         )
 
 
-def _announce(options: SpecAttnOptions, found: LayerMap, executor: str, nbytes: int) -> None:
+def _sizes(nbytes: dict[str, int]) -> str:
+    return ", ".join(f"{what} {size / 2**20:.1f} MiB" for what, size in nbytes.items())
+
+
+def _announce(
+    options: SpecAttnOptions, found: LayerMap | None, speculator: SpecAttnSpeculator, nbytes: dict[str, int]
+) -> None:
+    logger.info(
+        "specattn: executor=%s, buffers %.1f MiB (%s), taken before vLLM measures what is left for the KV cache",
+        speculator.operations.name,
+        sum(nbytes.values()) / 2**20,
+        _sizes(nbytes),
+    )
+    if speculator.crossover_tokens:
+        logger.info("specattn: rounds of fewer than %d context tokens read everything", speculator.crossover_tokens)
+    if options.sparse_draft:
+        logger.info("specattn: sparse_draft: draft steps after the first read what it attended to")
+    if found is None:
+        return
     pairs = " ".join("-" if i is None else str(i) for i in found.layers)
     logger.warning(
         "specattn: method '%s' is APPROXIMATE: verification reads a selection of the KV cache, so the output is not "
@@ -145,13 +188,11 @@ def _announce(options: SpecAttnOptions, found: LayerMap, executor: str, nbytes: 
         options.method,
     )
     logger.info(
-        "specattn: top_p=%s of the draft's attention, combine=%s, executor=%s, draft layer per target layer [%s] "
-        "('-' reads everything), buffers %.1f MiB",
+        "specattn: top_p=%s of the draft's attention, combine=%s, draft layer per target layer [%s] ('-' reads "
+        "everything)",
         options.top_p,
         options.combine,
-        executor,
         pairs,
-        nbytes / 2**20,
     )
     if not found.calibrated:
         logger.warning(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from specattn_vllm.kernels import accumulate_mass as module
 from specattn_vllm.kernels import reference
 from specattn_vllm.kernels.accumulate_mass import accumulate_mass
 
@@ -19,7 +20,8 @@ CASES = [
     case("a group per KV head", [127, 129], 8, 4, 160),
     case("a group per query head", [65], 4, 4, 65),
     case("padded row", [20, 0, 7], 4, 2, 24),
-    case("around a step of 1024", [1023, 1024, 1025], 2, 1, 1100),
+    case("around a step of 512", [511, 512, 513], 2, 1, 600),
+    case("several steps in rows of whole vectors", [1030, 0, 517], 10, 1, 1040),
     case("many heads in a group", [40], 32, 1, 64),
     case("width no multiple of anything", [97, 3], 6, 3, 101),
 ]
@@ -57,6 +59,72 @@ def test_kernel_matches_reference(params, score_dtype, device, poisoned, close):
             assert mass[r, :, n:].isnan().all() and want[r, :, n:].isnan().all()
 
 
+@pytest.mark.parametrize("width", [1100, 1104], ids=["any width", "whole vectors"])
+def test_few_programs_walk_long_rows(width, device, poisoned, close, monkeypatch):
+    """With one program per row instead of one per block, and lengths around the blocks it steps over."""
+    monkeypatch.setattr(module, "PROGRAMS", 1)
+    scores, lse, lens = build(([1024, 1100, 3, 1025], 2, 1, width), device, torch.bfloat16, poisoned)
+    mass, want = (poisoned((4, 1, width), torch.float32, device) for _ in range(2))
+    accumulate_mass(scores, lse, lens, mass, 0.5, "store")
+    reference.accumulate_mass(scores, lse, lens, want, 0.5, "store")
+    written = want.isfinite()
+    close("mass", mass[written], want[written])
+    assert torch.equal(mass.isfinite(), written)
+
+
+LISTED = [
+    # why, lens, kept, query heads, groups, width
+    ("lists around a step of 512", [600, 700, 800], [511, 512, 513], 2, 1, 808),
+    ("a row without a list between rows with one", [40, 50, 60], [7, -1, 33], 4, 2, 64),
+    ("nothing listed, all listed", [20, 20], [0, 20], 4, 1, 21),
+    ("padded rows", [0, 9, 0], [5, 4, -1], 4, 4, 16),
+    ("many heads in a group", [40], [30], 24, 1, 41),
+]
+
+
+def build_listed(params, device, score_dtype, poisoned):
+    """Lists with a few positions at lens and behind it, and columns behind the list that must not count."""
+    lens, kept, query_heads, _, width = params
+    scores, lse, _ = build(([width] * len(lens), query_heads, None, width), device, score_dtype, poisoned)
+    gen = torch.Generator().manual_seed(4)
+    positions = torch.full((len(lens), width), 1 << 30, dtype=torch.int32)
+    for r, count in enumerate(kept):
+        if count > 0:
+            bound = width if count < width else count
+            positions[r, :count] = torch.randperm(bound, generator=gen)[:count].sort().values.int()
+    counts, lens = (torch.tensor(x, dtype=torch.int32, device=device) for x in (kept, lens))
+    return scores, lse, lens, positions.to(device), counts
+
+
+@pytest.mark.parametrize("combine", ["add", "max"])
+@pytest.mark.parametrize("params", [pytest.param(p[1:], id=p[0]) for p in LISTED])
+def test_listed_kernel_matches_reference(params, combine, device, poisoned, close):
+    scores, lse, lens, positions, kept = build_listed(params, device, torch.bfloat16, poisoned)
+    rows, groups, width = len(params[0]), params[3], params[4]
+    mass = torch.rand((rows, groups, width), generator=torch.Generator().manual_seed(6)).to(device) * 0.01
+    for r, n in enumerate(params[0]):
+        mass[r, :, n:] = torch.nan
+    want, before = mass.clone(), mass.clone()
+    accumulate_mass(scores, lse, lens, mass, groups / params[2], combine, positions, kept)
+    reference.accumulate_mass(scores, lse, lens, want, groups / params[2], combine, positions, kept)
+    for r, n in enumerate(params[0]):
+        close("mass", mass[r, :, :n], want[r, :, :n])
+        assert mass[r, :, n:].isnan().all() and want[r, :, n:].isnan().all()
+        listed = positions[r, : max(int(kept[r]), 0)].tolist() if kept[r] >= 0 else range(n)
+        others = [p for p in range(n) if p not in set(listed)]
+        assert torch.equal(mass[r][:, others], before[r][:, others])
+
+
+def test_listed_column_goes_to_its_position(device):
+    """By hand: three columns, of which the second belongs to position 3 and the third to one behind lens."""
+    scores, lse = torch.tensor([[[0.0, 0.5, 9.0, 9.0, 9.0]]], device=device).log(), torch.zeros(1, 1, device=device)
+    ints = [torch.tensor(x, dtype=torch.int32, device=device) for x in ([4], [[1, 3, 4]], [3])]
+    for op in (accumulate_mass, reference.accumulate_mass):
+        mass = torch.tensor([[[0.1, 0.1, 0.1, 0.1, 0.1]]], device=device)
+        op(scores, lse, ints[0], mass, 1.0, "add", *ints[1:])
+        assert mass.flatten().tolist() == pytest.approx([0.1, 0.1, 0.1, 0.6, 0.1])
+
+
 def test_reference_is_softmax(close):
     """With lens = seq_len, "store" is the mean of the heads' softmax rows, and sums to 1."""
     scores = torch.randn(2, 6, 50, generator=torch.Generator().manual_seed(3))
@@ -85,8 +153,14 @@ def test_max_keeps_the_larger(device):
         ({"mass": torch.empty(1, 3, 8)}, "mass: got 3 heads for 4 query heads"),
         ({"mass": torch.empty(1, 2, 9)}, r"mass: got shape \(1, 2, 9\)"),
         ({"scores": torch.empty(1, 4, 8, dtype=torch.float16)}, "scores: got torch.float16"),
+        ({"positions": torch.ones(1, 8, dtype=torch.int32)}, "kept: got NoneType"),
+        ({"kept": torch.ones(1, dtype=torch.int32)}, "kept: got a value without positions"),
+        (
+            {"positions": torch.ones(1, 8, dtype=torch.int32), "kept": torch.ones(1, dtype=torch.int32)},
+            "combine: got 'store', wanted add or max",
+        ),
     ],
-    ids=["combine", "groups", "width", "dtype"],
+    ids=["combine", "groups", "width", "dtype", "positions alone", "kept alone", "store with a list"],
 )
 def test_refuses(op, change, message):
     good = {

@@ -7,14 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from specattn_vllm.kernels import reference
-from specattn_vllm.kernels.sparse_attention import sparse_attention
+from specattn_vllm.kernels.sparse_attention import LaunchConfig, sparse_attention
 
 STALE_PAGE = 2_000_000_000
 
 
-def case(why, q_lens, kept, ratio=2, size=64, layout="LBNHC", max_query_len=None):
-    """kept: [R][H] entries, at least q_len each where not 0."""
-    return pytest.param((q_lens, kept, ratio, size, layout, max_query_len or max(q_lens)), id=why)
+def case(why, q_lens, kept, ratio=2, size=64, layout="LBNHC", max_query_len=None, heads=None):
+    """kept: [R][G] entries, at least q_len each where not 0; heads: G if None, else G is 1 and shared by them."""
+    return pytest.param((q_lens, kept, ratio, size, layout, max_query_len or max(q_lens), heads), id=why)
 
 
 CASES = [
@@ -32,25 +32,29 @@ CASES = [
     case("rows split within a token's heads", [11], [[60, 61]], ratio=6),
     case("splits without entries beside a long row", [1, 1], [[900], [3]], ratio=1),
     case("16 rows over many splits", [16], [[777]], ratio=4, size=128, layout="LBHNC"),
+    case("shared by the heads", [3, 1], [[40], [130]], heads=3),
+    case("shared by the heads, heads outermost", [2, 0, 4], [[65], [9], [200]], layout="LBHNC", heads=2, ratio=4),
+    case("shared by the heads, padded rows", [2, 0, 2, 0], [[30], [0], [-1], [0]], heads=2, size=128),
 ]
 
 
 def build(paged, params, device, dtype, seed=0):
     """A cache of one long request, and tables of randomly chosen pages with stale entries behind them."""
-    q_lens, kept, ratio, size, layout, _ = params
-    heads = len(kept[0])
+    q_lens, kept, ratio, size, layout, _, heads = params
+    groups = len(kept[0])
+    heads = heads or groups
     gen = torch.Generator().manual_seed(seed)
     longest = max(max(k) for k in kept)
     data = paged([longest + 50], heads, size, 16, layout, device, dtype)
-    table = torch.full((len(kept), heads, longest + 5), STALE_PAGE, dtype=torch.int32)
+    table = torch.full((len(kept), groups, longest + 5), STALE_PAGE, dtype=torch.int32)
     chosen = {}
     blocks = data.block_table.cpu()
     block, head, token = data.page_strides
     for r, counts in enumerate(kept):
         for h, n in enumerate(counts):
-            p = torch.randperm(longest + 50, generator=gen)[:n].sort().values
+            p = torch.randperm(longest + 50, generator=gen)[: max(n, 0)].sort().values
             chosen[r, h] = p.to(device)
-            table[r, h, :n] = (blocks[0, p // 16] * block + h * head + p % 16 * token).int()
+            table[r, h, : len(p)] = (blocks[0, p // 16] * block + h * head + p % 16 * token).int()
     starts = torch.tensor([0, *q_lens]).cumsum(0).int()
     tokens = sum(q_lens) + 3  # padding rows of a captured batch
     query = torch.randn(tokens, heads * ratio, size, generator=gen).to(dtype).to(device)
@@ -66,7 +70,7 @@ def test_kernel_matches_reference(params, place, paged, poisoned, close):
     for op in (sparse_attention, reference.sparse_attention):
         out = poisoned(query.shape, dtype, device)
         lse = poisoned(query.shape[:2], torch.float32, device)
-        op(query, data.kv_pages, *rest, out, params[-1], lse)
+        op(query, data.kv_cache, *rest, out, params[5], lse)
         results.append((out, lse))
     (out, lse), (want_out, want_lse) = results
     owned = ~want_lse.isnan()
@@ -79,22 +83,24 @@ def test_kernel_matches_reference(params, place, paged, poisoned, close):
 @pytest.mark.parametrize("params", CASES)
 def test_reference_matches_torch(params, paged, poisoned, close):
     """Against torch on the chosen keys and values, taken from the unpaged tensors; skipped rows stay untouched."""
-    q_lens, kept, ratio, _, _, max_query_len = params
+    q_lens, kept, ratio, _, _, max_query_len, heads = params
     cpu = torch.device("cpu")
     data, chosen, query, rest = build(paged, params, cpu, torch.float32)
     out = poisoned(query.shape, torch.float32, cpu)
     lse = poisoned(query.shape[:2], torch.float32, cpu)
-    reference.sparse_attention(query, data.kv_pages, *rest, out, max_query_len, lse)
+    reference.sparse_attention(query, data.kv_cache, *rest, out, max_query_len, lse)
     begin = 0
     for r, n in enumerate(q_lens):
         rows = slice(begin, begin + n)
         begin += n
-        for h, count in enumerate(kept[r]):
+        for h in range(heads or len(kept[r])):
+            g = h if heads is None else 0
+            count = kept[r][g]
             mine = slice(h * ratio, (h + 1) * ratio)
-            if count == 0:
+            if count <= 0:
                 assert out[rows, mine].isnan().all() and lse[rows, mine].isnan().all()
                 continue
-            k, v = data.keys[0][h, chosen[r, h]], data.values[0][h, chosen[r, h]]
+            k, v = data.keys[0][h, chosen[r, g]], data.values[0][h, chosen[r, g]]
             mask = torch.ones(n, count, dtype=torch.bool).tril(count - n)
             want = F.scaled_dot_product_attention(
                 query[rows, mine].transpose(0, 1), k.expand(ratio, -1, -1), v.expand(ratio, -1, -1), attn_mask=mask
@@ -108,26 +114,69 @@ def test_reference_matches_torch(params, paged, poisoned, close):
 @pytest.mark.parametrize("op", [sparse_attention, reference.sparse_attention], ids=["kernel", "reference"])
 def test_token_that_sees_nothing(op, device, poisoned):
     """kept < q_len is invalid input, and must come out as zeros, not as NaN that spreads through the model."""
-    pages = torch.randn(10, 128, device=device)
+    pages = torch.randn(10, 1, 1, 128, device=device)
     query = torch.randn(3, 1, 64, device=device)
     table = torch.tensor([[[4, 7, STALE_PAGE]]], dtype=torch.int32, device=device)
     kept, starts = (torch.tensor(v, dtype=torch.int32, device=device) for v in ([[2]], [0, 3]))
     out, lse = poisoned((3, 1, 64), torch.float32, device), poisoned((3, 1), torch.float32, device)
     op(query, pages, table, kept, starts, 0.1, out, 3, lse)
     assert (out[0] == 0).all() and lse[0] == -torch.inf
-    assert torch.equal(out[1, 0], pages[4, 64:])  # sees one entry: its value
+    assert torch.equal(out[1, 0], pages[4, 0, 0, 64:])  # sees one entry: its value
     assert lse[1:].isfinite().all()
 
 
 def test_without_lse(place, paged, poisoned, close):
     device, dtype = place
-    params = ([2, 3], [[30, 31], [70, 3]], 2, 64, "LBNHC", 3)
+    params = ([2, 3], [[30, 31], [70, 3]], 2, 64, "LBNHC", 3, None)
     data, _, query, rest = build(paged, params, device, dtype)
     out, want = (poisoned(query.shape, dtype, device) for _ in range(2))
-    sparse_attention(query, data.kv_pages, *rest, out, 3)
-    reference.sparse_attention(query, data.kv_pages, *rest, want, 3)
+    sparse_attention(query, data.kv_cache, *rest, out, 3)
+    reference.sparse_attention(query, data.kv_cache, *rest, want, 3)
     close("out", out[:5], want[:5], dtype)
     assert out[5:].isnan().all()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LaunchConfig(block_m=16, block_n=16, num_warps=1, num_stages=1, waves=1),
+        LaunchConfig(block_m=64, block_n=32, num_warps=4, num_stages=4, waves=8),
+        LaunchConfig(block_m=32, block_n=128, num_warps=8, num_stages=2, waves=0),
+        LaunchConfig(block_m=16, block_n=16, num_warps=2, num_stages=3, waves=64),
+    ],
+    ids=["small", "many rows", "one split", "many splits"],
+)
+def test_config_does_not_change_results(config, place, paged, poisoned, close):
+    device, dtype = place
+    if dtype == torch.float32 and device.type == "cuda" and config.block_n * config.num_stages > 128:
+        pytest.skip("fp32 steps of this size do not fit in shared memory")
+    params = ([3, 0, 4], [[90], [20], [170]], 4, 64, "LBNHC", 4, 2)
+    data, _, query, rest = build(paged, params, device, dtype)
+    results = []
+    for op, extra in ((sparse_attention, {"config": config}), (reference.sparse_attention, {})):
+        out, lse = poisoned(query.shape, dtype, device), poisoned(query.shape[:2], torch.float32, device)
+        op(query, data.kv_cache, *rest, out, 4, lse, **extra)
+        results.append((out, lse))
+    (out, lse), (want_out, want_lse) = results
+    close("out", out[:7], want_out[:7], dtype)
+    close("lse", lse[:7], want_lse[:7])
+    assert out[7:].isnan().all() and lse[7:].isnan().all()
+
+
+def test_table_and_counts_as_views(place, paged, poisoned, close):
+    """Both come as slices of buffers for more sources, rows, groups and entries than a step has."""
+    device, dtype = place
+    params = ([2, 3], [[30, 31], [70, 3]], 2, 64, "LBNHC", 3, None)
+    data, _, query, (table, kept, *rest) = build(paged, params, device, dtype)
+    big_table = poisoned((2, 5, 3, table.shape[2] + 7), torch.int32, device)
+    big_kept = poisoned((2, 5, 3), torch.int32, device)
+    wide_table, wide_kept = big_table[1, 1:5:2, :2, : table.shape[2]], big_kept[1, 1:5:2, :2]
+    wide_table.copy_(table)
+    wide_kept.copy_(kept)
+    out, want = (poisoned(query.shape, dtype, device) for _ in range(2))
+    sparse_attention(query, data.kv_cache, wide_table, wide_kept, *rest, out, 3)
+    reference.sparse_attention(query, data.kv_cache, table, kept, *rest, want, 3)
+    close("out", out[:5], want[:5], dtype)
 
 
 @pytest.mark.parametrize("op", [sparse_attention, reference.sparse_attention], ids=["kernel", "reference"])
@@ -142,7 +191,7 @@ def test_rows_beyond_2_31_elements(op, device, poisoned, close):
     query = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(1)).half().to(device)
     kept, starts = (torch.tensor(v, dtype=torch.int32, device=device) for v in ([[3]], [0, 1]))
     out = poisoned((1, 2, 64), torch.float16, device)
-    op(query, pages, far.view(1, 1, 3).to(device), kept, starts, 0.125, out, 1)
+    op(query, pages.view(-1, 1, 1, 128), far.view(1, 1, 3).to(device), kept, starts, 0.125, out, 1)
     weights = (query[0].float() @ rows[:, :64].float().T * 0.125).softmax(-1)
     close("out", out[0], weights @ rows[:, 64:].float(), torch.float16)
 
@@ -151,17 +200,23 @@ def test_rows_beyond_2_31_elements(op, device, poisoned, close):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"kv_pages": torch.empty(9, 64)}, r"kv_pages: got shape \(9, 64\), wanted shape \('any', 128\)"),
-        ({"kv_pages": torch.empty(9, 128, dtype=torch.float16)}, "kv_pages: got torch.float16"),
+        ({"kv_cache": torch.empty(3, 2, 3, 64)}, r"kv_cache: got shape \(3, 2, 3, 64\), wanted shape .*128\)"),
+        ({"kv_cache": torch.empty(3, 2, 3, 128, dtype=torch.float16)}, "kv_cache: got torch.float16"),
+        (
+            {"kv_cache": torch.empty(3, 2, 3, 192)[..., :128]},
+            "kv_cache: got strides .* multiples of a row of 128",
+        ),
         ({"query_start_loc": torch.zeros(1, dtype=torch.int32)}, "query_start_loc: got shape"),
         ({"max_query_len": 0}, "max_query_len: got 0"),
-        ({"query": torch.empty(2, 3, 64)}, "page_table: got 2 heads for 3 query heads"),
+        ({"query": torch.empty(2, 3, 64)}, "kv_cache: got 2 heads for 3 query heads"),
+        ({"page_table": torch.zeros(1, 3, 8, dtype=torch.int32)}, "page_table: got 3 groups, wanted 1 or the 2 heads"),
+        ({"kept": torch.ones(1, 1, dtype=torch.int32)}, r"kept: got shape \(1, 1\)"),
     ],
-    ids=["row size", "dtype", "starts", "max_query_len", "uneven heads"],
+    ids=["row size", "dtype", "strides", "starts", "max_query_len", "uneven heads", "groups", "kept"],
 )
 def test_refuses(op, change, message):
     good = {
-        "query": torch.empty(2, 4, 64), "kv_pages": torch.empty(9, 128),
+        "query": torch.empty(2, 4, 64), "kv_cache": torch.empty(3, 2, 3, 128),
         "page_table": torch.zeros(1, 2, 8, dtype=torch.int32), "kept": torch.ones(1, 2, dtype=torch.int32),
         "query_start_loc": torch.tensor([0, 2], dtype=torch.int32), "scale": 1.0, "out": torch.empty(2, 4, 64),
         "max_query_len": 2,

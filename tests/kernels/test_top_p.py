@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from specattn_vllm.kernels import reference
+from specattn_vllm.kernels import reference, top_p
 from specattn_vllm.kernels.top_p import select_top_p
 
 DEFAULTS = dict(top_p=0.6, min_tokens=0, max_tokens=-1, max_fraction=1.0, sink=0, recent=0)
@@ -70,6 +70,11 @@ def tied_row(n, seed, levels=4):
     return [v * scale for v in values]
 
 
+def neighbours(smallest):
+    """Values that differ in the last bits of a float32, in a row of more than 32 tokens."""
+    return [smallest * (1 + k * 2.0**-23) for k in (3, 1, 4, 0, 2, 5)] + [0.0] * 40
+
+
 def case(why, lists, **options):
     return pytest.param(lists, options, id=why)
 
@@ -90,6 +95,8 @@ CASES = [
     case("mass below the fixed point is zero", [[2.0**-31] * 40], top_p=0.99),
     case("one dominating token", [[0.0] * 30 + [1.0] + [0.0] * 30], top_p=0.999),
     case("a sum a little over 1", [[0.5, 0.25, 0.25 + 2.0**-22]], top_p=0.999),
+    case("neighbours in float32, by weight", [neighbours(0.125), neighbours(2.0**-7)], top_p=0.39),
+    case("neighbours in float32, by number", [neighbours(0.125), neighbours(2.0**-7)], top_p=1.0, max_tokens=2),
     case("top_p 1 keeps zero-mass tokens", [softmax_row(70, 3), [0.0] * 40], top_p=1.0),
     case("top_p just below 1 drops zero-mass tokens", [[0.5, 0.0, 0.5, 0.0]], top_p=0.99999),
     case("top_p 1 with a cap", [softmax_row(70, 3), tied_row(50, 1)], top_p=1.0, max_tokens=13),
@@ -116,6 +123,47 @@ def test_kernel_equals_reference(lists, options, device, poisoned):
     want_bits, want_counts = run(reference.select_top_p, mass, lens, poisoned, **options)
     assert torch.equal(counts, want_counts)
     assert torch.equal(bits, want_bits)
+
+
+@pytest.mark.parametrize("lists, options", [c for c in CASES if "step" not in c.id])
+@pytest.mark.parametrize("tile", [64, 128])
+def test_rows_too_long_for_registers(lists, options, tile, device, poisoned, monkeypatch):
+    """The same cases with rows of 32 tokens resident, so that the others are read tile by tile."""
+    monkeypatch.setattr(top_p, "RESIDENT", 32)
+    monkeypatch.setattr(top_p, "TILE", tile)
+    test_kernel_equals_reference(lists, options, device, poisoned)
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_p": 0.9}, {"top_p": 1.0, "max_tokens": 30}, {"top_p": 0.7, "min_tokens": 90}]
+)
+@pytest.mark.parametrize("union", [False, True])
+def test_rows_of_every_length_at_one_width(options, union, device, poisoned, monkeypatch):
+    """Short, resident and long rows share a launch; what lies past a row's length is cleared, or stays for a union."""
+    monkeypatch.setattr(top_p, "RESIDENT", 256)
+    monkeypatch.setattr(top_p, "TILE", 128)
+    lists = [softmax_row(n, n) for n in (1, 31, 32, 33, 255, 256, 257, 400, 700)] + [tied_row(n, n) for n in (250, 600)]
+    mass, lens = rows_of(lists, device, width=1200)
+    gen = torch.Generator().manual_seed(0)
+    old = torch.randint(-(2**31), 2**31, (len(lists), 38), generator=gen).int().to(device)
+    results = []
+    for op in (select_top_p, reference.select_top_p):
+        bits, counts = old.clone(), poisoned((len(lists),), torch.int32, device)
+        op(mass, lens, bits, counts, **{**DEFAULTS, **options}, union=union)
+        results.append((bits, counts))
+    (bits, counts), (want_bits, want_counts) = results
+    assert torch.equal(counts, want_counts)
+    assert torch.equal(bits, want_bits)
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_p": 0.9}, {"top_p": 1.0, "max_fraction": 0.1}, {"top_p": 0.9, "max_tokens": 99}]
+)
+def test_rows_of_a_long_context(options, device, poisoned):
+    """Resident and streamed rows as the kernel is tuned, nothing made smaller."""
+    test_kernel_equals_reference(
+        [softmax_row(n, n) for n in (70_001, 32_769, 32_768, 4_000)], options, device, poisoned
+    )
 
 
 @pytest.mark.parametrize("lists, options", CASES)
@@ -154,6 +202,11 @@ def test_reference_equals_oracle_at_random(seed, poisoned):
 @pytest.mark.parametrize("seed", range(100, 120))
 def test_kernel_equals_reference_at_random(seed, device, poisoned):
     test_kernel_equals_reference(*random_problem(seed), device, poisoned)
+
+
+@pytest.mark.parametrize("seed", range(200, 215))
+def test_long_rows_at_random(seed, device, poisoned, monkeypatch):
+    test_rows_too_long_for_registers(*random_problem(seed), 64, device, poisoned, monkeypatch)
 
 
 @pytest.mark.parametrize("op", [select_top_p, reference.select_top_p], ids=["kernel", "reference"])

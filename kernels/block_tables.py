@@ -1,0 +1,212 @@
+"""Block tables of the selected tokens, for executors that read whole blocks of vLLM's cache; and their query rows.
+
+``build_block_tables`` has the signature of ``build_page_tables``, and is its twin at the granularity of a block:
+
+    kept blocks b of (s, r):  some position p of b, p < seq_lens[r], has p >= prefix_lens[r] or its bit set
+    page_table[s, r, 0]       their ids block_table[r, b], ascending in b
+    kept[s, r, 0]             number of TOKENS in these blocks one after another: all of them full, but the sequence's
+                              last block, if kept, which holds (seq_len - 1) % N + 1
+
+With one new token or more (prefix_len < seq_len) the sequence's last block is kept and comes last, so the new tokens
+are the last entries, in order, and causal masking needs no positions.
+
+bits         [S, num_slots, 1, W]  int32, as ``select_top_p`` writes them; shared by all heads, as blocks are
+slots        [R]                   int64, row of ``bits`` of each request; -1 = padded row: kept = 0, nothing else
+prefix_lens  [R]                   int32; -1 = no selection, keep everything. Positions from 32 * W on have no bit, and
+                                   are kept as if the prefix ended there
+seq_lens     [R]                   int32; 0 = padded row: kept = 0
+block_table  [R, nb]               int32, nb * N >= max(seq_lens); entries past ceil(seq_len / N) are stale, never read
+page_strides                       not used: block ids do not depend on the layout
+page_table   [S, R, 1, width]      int32, width >= ceil(max(seq_lens) / N); any outer strides; entries past the kept
+                                   blocks are left untouched, and nothing is ever written past width
+kept         [S, R, 1]             int32; any strides
+
+``pack_queries`` and ``unpack_outputs`` turn the ragged query rows of a batch into M rows per request and back, for
+attention that wants as many of every request. A request's tokens come last among its M rows, where causal attention
+that is aligned to the bottom right has them; the rows before them are zeros.
+
+query, out        [T, Hq, D]      requests one after another
+packed            [R, M, Hq, D]   every row is written; result: the same, of what came out for it, last stride 1
+query_start_loc   [R + 1]         int32; q_len may be 0, and is at most M
+kept              [R]             int32, any stride; rows of out of a request with kept <= 0 are left untouched
+lse, packed_lse   [T, Hq], [Hq, R * M]  float32, packed_lse of any strides; or both None
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import contracts
+
+# Blocks that one program compacts; each counts the kept blocks before its own, COUNT_BLOCKS a step. Bits are few (4 KiB
+# for 32k tokens), so counting them again is cheaper than a second launch. Not yet measured.
+CHUNK = 512
+COUNT_BLOCKS = 2048
+# Elements of a query row that one program copies. Not yet measured.
+PACK_BLOCK = 1024
+NUM_WARPS = 4
+
+
+@triton.jit
+def _low_bits(n):
+    """A word with its n lowest bits set, for any n: none for 0 or less, all for 32 or more."""
+    some = (1 << tl.minimum(tl.maximum(n, 0), 31)) - 1
+    return tl.where(n >= 32, -1, some)
+
+
+@triton.jit
+def _kept_blocks(bits, b, blocks, length, prefix, BLOCK_SIZE: tl.constexpr, WORDS: tl.constexpr):
+    """Which of the blocks b are kept; none from ``blocks`` on. prefix is at most 32 * W, blocks ceil(length / N)."""
+    first = b * BLOCK_SIZE
+    end = tl.minimum(first + BLOCK_SIZE, length)
+    keep = (b < blocks) & (end > prefix)
+    # The other blocks end within the prefix, so all their positions have bits.
+    selectable = (b < blocks) & (end <= prefix)
+    for i in tl.static_range(WORDS):
+        w = first // 32 + i
+        inside = selectable & (w * 32 < end)
+        word = tl.load(bits + w, mask=inside, other=0)
+        mine = _low_bits(end - w * 32) & ~_low_bits(first - w * 32)
+        keep |= inside & ((word & mine) != 0)
+    return keep
+
+
+@triton.jit
+def _block_table_kernel(
+    bits, slots, prefix_lens, seq_lens, block_table, page_table, kept, words, width,
+    stride_bs, stride_bn, stride_tr, stride_ps, stride_pr, stride_ks, stride_kr,
+    BLOCK_SIZE: tl.constexpr, WORDS: tl.constexpr, CHUNK: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    chunk = tl.program_id(0)
+    r = tl.program_id(1).to(tl.int64)
+    s = tl.program_id(2).to(tl.int64)
+    slot = tl.load(slots + r)
+    length = tl.maximum(tl.load(seq_lens + r), 0)
+    length = tl.where(slot < 0, 0, length)
+    blocks = tl.cdiv(length, BLOCK_SIZE)
+    begin = chunk * CHUNK
+    kept += s * stride_ks + r * stride_kr
+    tl.store(kept, 0, mask=(chunk == 0) & (blocks == 0))
+    if begin >= blocks:
+        return
+    prefix = tl.minimum(tl.load(prefix_lens + r), words * 32)
+    bits += s * stride_bs + slot * stride_bn
+
+    before = tl.zeros([COUNT], tl.int32)
+    for start in range(0, begin, COUNT):
+        b = start + tl.arange(0, COUNT)
+        before += _kept_blocks(bits, b, begin, length, prefix, BLOCK_SIZE, WORDS).to(tl.int32)
+    count = tl.sum(before, 0)
+
+    b = begin + tl.arange(0, CHUNK)
+    keep = _kept_blocks(bits, b, blocks, length, prefix, BLOCK_SIZE, WORDS)
+    column = count + tl.cumsum(keep.to(tl.int32), 0) - 1
+    block = tl.load(block_table + r * stride_tr + b, mask=keep, other=0)
+    tl.store(page_table + s * stride_ps + r * stride_pr + column, block, mask=keep & (column < width))
+    # The program of the last block knows the sum.
+    count += tl.sum(keep.to(tl.int32), 0)
+    last = tl.sum((keep & (b == blocks - 1)).to(tl.int32), 0)
+    tokens = count * BLOCK_SIZE - last * (blocks * BLOCK_SIZE - length)
+    tl.store(kept, tokens, mask=begin + CHUNK >= blocks)
+
+
+@triton.jit
+def _pack_kernel(
+    query, query_start_loc, packed, stride_qt, stride_qh, rows_each, elements, D: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    r = row // rows_each
+    begin = tl.load(query_start_loc + r)
+    token = (tl.load(query_start_loc + r + 1) - rows_each + row % rows_each).to(tl.int64)
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    there = tl.where(token >= begin, elements, 0)
+    value = tl.load(query + token * stride_qt + (e // D) * stride_qh + e % D, mask=e < there, other=0.0)
+    tl.store(packed + row * elements + e, value, mask=e < elements)
+
+
+@triton.jit
+def _unpack_kernel(
+    packed, packed_lse, query_start_loc, kept, out, lse,
+    stride_pr, stride_pm, stride_ph, stride_lh, stride_lr, stride_k, stride_ot, stride_oh, stride_lt, rows_each, heads,
+    D: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    r = row // rows_each
+    m = row % rows_each
+    begin = tl.load(query_start_loc + r)
+    token = (tl.load(query_start_loc + r + 1) - rows_each + m).to(tl.int64)
+    if (token < begin) | (tl.load(kept + r * stride_k) <= 0):
+        return
+    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    h = e // D
+    mine = h < heads
+    value = tl.load(packed + r * stride_pr + m * stride_pm + h * stride_ph + e % D, mask=mine, other=0.0)
+    tl.store(out + token * stride_ot + h * stride_oh + e % D, value.to(out.dtype.element_ty), mask=mine)
+    if HAS_LSE:
+        h = tl.arange(0, HEADS)
+        mine = h < tl.where(tl.program_id(1) == 0, heads, 0)
+        total = tl.load(packed_lse + h.to(tl.int64) * stride_lh + row * stride_lr, mask=mine, other=0.0)
+        tl.store(lse + token * stride_lt + h, total, mask=mine)
+
+
+def build_block_tables(
+    bits: torch.Tensor, slots: torch.Tensor, prefix_lens: torch.Tensor, seq_lens: torch.Tensor,
+    block_table: torch.Tensor, block_size: int, page_strides: tuple[int, int, int], page_table: torch.Tensor,
+    kept: torch.Tensor,
+) -> None:  # fmt: skip
+    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
+    contracts.build_block_tables(bits, slots, prefix_lens, seq_lens, block_table, block_size, page_table, kept)
+    sources, _, _, words = bits.shape
+    rows, _, width = page_table.shape[1:]
+    if sources == 0 or rows == 0:
+        return
+    chunks = max(1, triton.cdiv(block_table.shape[1], CHUNK))
+    # Words that a block can lie in: it starts anywhere in the first, unless its size is a power of two or so.
+    spanned = max(1, block_size // 32) if 32 % block_size == 0 or block_size % 32 == 0 else (block_size + 30) // 32 + 1
+    _block_table_kernel[(chunks, rows, sources)](
+        bits, slots, prefix_lens, seq_lens, block_table, page_table, kept, words, width,
+        *bits.stride()[:2], block_table.stride(0), *page_table.stride()[:2], *kept.stride()[:2],
+        BLOCK_SIZE=block_size, WORDS=spanned, CHUNK=CHUNK, COUNT=COUNT_BLOCKS, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def pack_queries(query: torch.Tensor, query_start_loc: torch.Tensor, packed: torch.Tensor) -> None:
+    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
+    rows, rows_each, heads, size = packed.shape
+    contracts.tensor("query", query, (None, heads, size), contracts.FLOATS)
+    contracts.tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, query.device)
+    contracts.tensor("packed", packed, (None, None, None, None), query.dtype, query.device)
+    contracts.expect(packed.is_contiguous(), "packed", f"strides {packed.stride()}", "a contiguous tensor")
+    if packed.numel() == 0:
+        return
+    _pack_kernel[(rows * rows_each, triton.cdiv(heads * size, PACK_BLOCK))](
+        query, query_start_loc, packed, *query.stride()[:2], rows_each, heads * size, D=size, BLOCK=PACK_BLOCK,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+def unpack_outputs(
+    packed: torch.Tensor, packed_lse: torch.Tensor | None, query_start_loc: torch.Tensor, kept: torch.Tensor,
+    out: torch.Tensor, lse: torch.Tensor | None,
+) -> None:  # fmt: skip
+    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
+    rows, rows_each, heads, size = packed.shape
+    contracts.tensor("packed", packed, (None, None, None, None), contracts.FLOATS)
+    contracts.tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, packed.device)
+    contracts.expect(kept.shape == (rows,), "kept", f"shape {tuple(kept.shape)}", f"shape {(rows,)}")
+    contracts.tensor("out", out, (None, heads, size), contracts.FLOATS, packed.device)
+    if lse is not None:
+        fits = packed_lse.shape == (heads, rows * rows_each)
+        contracts.expect(fits, "packed_lse", f"shape {tuple(packed_lse.shape)}", f"shape {(heads, rows * rows_each)}")
+        contracts.tensor("lse", lse, (out.shape[0], heads), torch.float32, packed.device)
+    if packed.numel() == 0:
+        return
+    has_lse = lse is not None
+    _unpack_kernel[(rows * rows_each, triton.cdiv(heads * size, PACK_BLOCK))](
+        packed, packed_lse if has_lse else packed, query_start_loc, kept, out, lse if has_lse else out,
+        *packed.stride()[:3], *(packed_lse.stride() if has_lse else (0, 0)), kept.stride(0), *out.stride()[:2],
+        lse.stride(0) if has_lse else 0, rows_each, heads,
+        D=size, HEADS=triton.next_power_of_2(heads), BLOCK=PACK_BLOCK, HAS_LSE=has_lse, num_warps=NUM_WARPS,
+    )  # fmt: skip

@@ -1,0 +1,199 @@
+"""What is done around a step, each in one launch: taking selections, counting, and loading a round's inputs.
+
+Every tensor here is small. What they cost is launches, so each operation is one kernel, whatever it touches.
+
+``take_selections``: the usable selection of each row, clearing the slots of prefilling rows.
+
+slots            [R]            int64, row of the store; -1 = padded row: usable and stored = -1, nothing is cleared.
+                                No two rows have the same slot, but for -1
+query_start_loc  [R+1]          int32
+seq_lens         [R]            int32; the tokens a row had before this step are seq_lens less its query's
+prefilling       [R]            bool
+prefix_lens      [num_slots+1]  int32; tokens each selection was made for, -1 = none. Updated in place: -1 where a row
+                                prefills. The last is nobody's
+usable           [R]            int32; what the slot held where that is what the row had and the row does not prefill,
+                                else -1
+stored           [R]            int32; what the slot held before
+
+``count_reads``: what the verifying rows of a step read. A row verifies if it has a slot and does not prefill.
+
+slots, seq_lens, prefilling, usable, stored  [R]  as above
+kept             [S, R, G]      int32, any outer strides; tokens read of source s by each head of group g
+layers_of        [S]            int64, layers that read source s
+heads, layers, dense_layers     KV heads (a multiple of G), layers in all, layers that read everything
+out              [5]            int64, written: rows that read a selection, rows that had none, rows whose selection was
+                                made for another length, and (token, KV head, layer) entries read, and present
+
+``count_sampled``: total += num_sampled of verified rows.
+
+num_sampled      [R]            int32 or int64
+verified         [R]            bool, or None: all rows
+total            [1]            int64
+
+``load_round``: copies what a round reads to where a graph of ``rows`` rows of ``query_len`` tokens reads it. Rows from
+``reqs`` on have idx_mapping -1 and zeros in everything else by row or token. Tensors are longer than that as they like;
+what is behind stays. Dtypes are those of ``bookkeeping_contracts.GIVEN`` and ``HELD``; 64-bit token ids and counts are
+held in 32.
+
+input_ids, positions                              [rows * query_len]; of the given, the first reqs * query_len are read
+seq_lens, idx_mapping, num_sampled, num_rejected  [rows]; of the given, the first reqs
+last_sampled, temperature, seeds                  [slots]: all that `held` has room for
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import bookkeeping_contracts as contracts
+from .bookkeeping_contracts import Round
+
+BLOCK = 256
+# Rows and (source, group) pairs that the one counting program takes at a time, at most; 8 of a tile a thread. One
+# program, because several would need sums that are zero to begin with, which is another launch. Not yet measured.
+COUNT_ROWS = 64
+COUNT_ENTRIES = 32
+
+
+# Numbers of rows and tokens change from step to step: a kernel made for 1, or for multiples of 16, would be one more to
+# compile while requests wait.
+@triton.jit(do_not_specialize=["rows"])
+def _take_kernel(
+    slots, query_start_loc, seq_lens, prefilling, prefix_lens, usable, stored, rows, BLOCK: tl.constexpr
+):  # fmt: skip
+    r = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = r < rows
+    slot = tl.load(slots + r, mask=inside, other=-1)
+    ours = slot >= 0
+    held = tl.load(prefix_lens + slot, mask=ours, other=-1)
+    begin = tl.load(query_start_loc + r, mask=inside, other=0)
+    end = tl.load(query_start_loc + r + 1, mask=inside, other=0)
+    computed = tl.load(seq_lens + r, mask=inside, other=0) - (end - begin)
+    clears = tl.load(prefilling + r, mask=inside, other=0) != 0
+    tl.store(usable + r, tl.where((held == computed) & ~clears, held, -1), mask=inside)
+    tl.store(stored + r, held, mask=inside)
+    tl.store(prefix_lens + slot, tl.full([BLOCK], -1, tl.int32), mask=ours & clears)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _count_reads_kernel(
+    slots, seq_lens, prefilling, usable, stored, kept, layers_of, out,
+    rows, entries, groups, shared_by, layers, dense_layers, stride_ks, stride_kr, stride_kg,
+    ROWS: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    sparse = tl.zeros([ROWS], tl.int32)
+    nothing = tl.zeros([ROWS], tl.int32)
+    verifying = tl.zeros([ROWS], tl.int32)
+    tokens = tl.zeros([ROWS], tl.int64)
+    pruned = tl.zeros([ROWS], tl.int64)
+    for start in range(0, rows, ROWS):
+        r = start + tl.arange(0, ROWS)
+        inside = r < rows
+        slot = tl.load(slots + r, mask=inside, other=-1)
+        counts = (slot >= 0) & (tl.load(prefilling + r, mask=inside, other=1) == 0)
+        selected = tl.load(usable + r, mask=counts, other=-1) >= 0
+        empty = counts & (tl.load(stored + r, mask=counts, other=-1) < 0)
+        verifying += counts.to(tl.int32)
+        sparse += selected.to(tl.int32)
+        nothing += empty.to(tl.int32)
+        tokens += tl.load(seq_lens + r, mask=counts, other=0).to(tl.int64)
+        for first in range(0, entries, ENTRIES):
+            e = first + tl.arange(0, ENTRIES)
+            source = e // groups
+            weight = tl.load(layers_of + source, mask=e < entries, other=0)
+            places = source * stride_ks + (e % groups) * stride_kg
+            places = places.to(tl.int64)[None, :] + r.to(tl.int64)[:, None] * stride_kr
+            read = tl.load(kept + places, mask=counts[:, None] & (e < entries)[None, :], other=0)
+            pruned += tl.sum(read.to(tl.int64) * weight[None, :], 1)
+    rows_sparse = tl.sum(sparse, 0)
+    rows_empty = tl.sum(nothing, 0)
+    everything = tl.sum(tokens, 0) * (shared_by * groups)
+    tl.store(out, rows_sparse.to(tl.int64))
+    tl.store(out + 1, rows_empty.to(tl.int64))
+    tl.store(out + 2, (tl.sum(verifying, 0) - rows_sparse - rows_empty).to(tl.int64))
+    tl.store(out + 3, tl.sum(pruned, 0) * shared_by + everything * dense_layers)
+    tl.store(out + 4, everything * layers)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _count_sampled_kernel(num_sampled, verified, total, rows, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+    tokens = tl.zeros([BLOCK], tl.int64)
+    for start in range(0, rows, BLOCK):
+        r = start + tl.arange(0, BLOCK)
+        counts = r < rows
+        if MASKED:
+            counts &= tl.load(verified + r, mask=counts, other=0) != 0
+        tokens += tl.load(num_sampled + r, mask=counts, other=0).to(tl.int64)
+    tl.store(total, tl.load(total) + tl.sum(tokens, 0))
+
+
+@triton.jit(do_not_specialize=["reqs", "rows"])
+def _load_round_kernel(
+    input_ids, positions, seq_lens, idx_mapping, num_sampled, num_rejected, last_sampled, temperature, seeds,
+    to_input_ids, to_positions, to_seq_lens, to_idx_mapping, to_num_sampled, to_num_rejected, to_last_sampled,
+    to_temperature, to_seeds,
+    reqs, rows, query_len, slots, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    given, wanted = i < reqs * query_len, i < rows * query_len
+    tl.store(to_input_ids + i, tl.load(input_ids + i, mask=given, other=0), mask=wanted)
+    tl.store(to_positions + i, tl.load(positions + i, mask=given, other=0), mask=wanted)
+    given, wanted = i < reqs, i < rows
+    tl.store(to_seq_lens + i, tl.load(seq_lens + i, mask=given, other=0), mask=wanted)
+    tl.store(to_idx_mapping + i, tl.load(idx_mapping + i, mask=given, other=-1), mask=wanted)
+    tl.store(to_num_sampled + i, tl.load(num_sampled + i, mask=given, other=0).to(tl.int32), mask=wanted)
+    tl.store(to_num_rejected + i, tl.load(num_rejected + i, mask=given, other=0).to(tl.int32), mask=wanted)
+    wanted = i < slots
+    tl.store(to_last_sampled + i, tl.load(last_sampled + i, mask=wanted, other=0).to(tl.int32), mask=wanted)
+    tl.store(to_temperature + i, tl.load(temperature + i, mask=wanted, other=0), mask=wanted)
+    tl.store(to_seeds + i, tl.load(seeds + i, mask=wanted, other=0), mask=wanted)
+
+
+def take_selections(
+    slots: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor, prefilling: torch.Tensor,
+    prefix_lens: torch.Tensor, usable: torch.Tensor, stored: torch.Tensor,
+) -> None:  # fmt: skip
+    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
+    contracts.take_selections(slots, query_start_loc, seq_lens, prefilling, prefix_lens, usable, stored)
+    rows = slots.shape[0]
+    if rows == 0:
+        return
+    _take_kernel[(triton.cdiv(rows, BLOCK),)](
+        slots, query_start_loc, seq_lens, prefilling, prefix_lens, usable, stored, rows, BLOCK=BLOCK
+    )  # fmt: skip
+
+
+def count_reads(
+    slots: torch.Tensor, seq_lens: torch.Tensor, prefilling: torch.Tensor, usable: torch.Tensor, stored: torch.Tensor,
+    kept: torch.Tensor, layers_of: torch.Tensor, heads: int, layers: int, dense_layers: int, out: torch.Tensor,
+) -> None:  # fmt: skip
+    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
+    contracts.count_reads(
+        slots, seq_lens, prefilling, usable, stored, kept, layers_of, heads, layers, dense_layers, out
+    )
+    sources, rows, groups = kept.shape
+    entries = sources * groups
+    _count_reads_kernel[(1,)](
+        slots, seq_lens, prefilling, usable, stored, kept, layers_of, out,
+        rows, entries, groups, heads // groups, layers, dense_layers, *kept.stride(),
+        ROWS=COUNT_ROWS, ENTRIES=min(triton.next_power_of_2(max(entries, 1)), COUNT_ENTRIES), num_warps=8,
+    )  # fmt: skip
+
+
+def count_sampled(num_sampled: torch.Tensor, verified: torch.Tensor | None, total: torch.Tensor) -> None:
+    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
+    contracts.count_sampled(num_sampled, verified, total)
+    masked = verified is not None
+    _count_sampled_kernel[(1,)](
+        num_sampled, verified if masked else num_sampled, total, num_sampled.shape[0], MASKED=masked, BLOCK=BLOCK
+    )
+
+
+def load_round(given: Round, held: Round, reqs: int, rows: int, query_len: int) -> None:
+    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
+    contracts.load_round(given, held, reqs, rows, query_len)
+    slots = held.seeds.shape[0]
+    _load_round_kernel[(triton.cdiv(max(rows * query_len, slots, 1), BLOCK),)](
+        *given, *held, reqs, rows, query_len, slots, BLOCK=BLOCK
+    )

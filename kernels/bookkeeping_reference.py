@@ -1,0 +1,58 @@
+"""PyTorch versions of ``bookkeeping.py``: the oracle of its tests, and the code that runs where there is no GPU.
+
+Shapes, dtypes, padding rules and errors are stated there, once.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import bookkeeping_contracts as contracts
+from .bookkeeping_contracts import Round
+
+
+def take_selections(slots, query_start_loc, seq_lens, prefilling, prefix_lens, usable, stored) -> None:
+    """What each row may read. See ``bookkeeping.take_selections``."""
+    contracts.take_selections(slots, query_start_loc, seq_lens, prefilling, prefix_lens, usable, stored)
+    ours = slots >= 0
+    stored.copy_(torch.where(ours, prefix_lens[slots], -1))
+    computed = seq_lens - (query_start_loc[1:] - query_start_loc[:-1])
+    usable.copy_(torch.where((stored == computed) & ~prefilling, stored, -1))
+    prefix_lens[slots[ours & prefilling]] = -1
+
+
+def count_reads(slots, seq_lens, prefilling, usable, stored, kept, layers_of, heads, layers, dense_layers, out) -> None:
+    """What verification reads. See ``bookkeeping.count_reads``."""
+    contracts.count_reads(
+        slots, seq_lens, prefilling, usable, stored, kept, layers_of, heads, layers, dense_layers, out
+    )
+    verifies = (slots >= 0) & ~prefilling
+    sparse, nothing = verifies & (usable >= 0), verifies & (stored < 0)
+    per_row = (kept.sum(dim=2, dtype=torch.int64) * layers_of[:, None]).sum(dim=0) * (heads // kept.shape[2])
+    everything = torch.where(verifies, seq_lens, 0).sum(dtype=torch.int64) * heads
+    amounts = (
+        sparse.sum(),
+        nothing.sum(),
+        (verifies & ~sparse & ~nothing).sum(),
+        torch.where(verifies, per_row, 0).sum() + everything * dense_layers,
+        everything * layers,
+    )
+    torch.stack(amounts, out=out)
+
+
+def count_sampled(num_sampled, verified, total) -> None:
+    """Tokens that verified rows produced. See ``bookkeeping.count_sampled``."""
+    contracts.count_sampled(num_sampled, verified, total)
+    total += (num_sampled if verified is None else num_sampled * verified).sum()
+
+
+def load_round(given: Round, held: Round, reqs: int, rows: int, query_len: int) -> None:
+    """A step's inputs where a graph reads them. See ``bookkeeping.load_round``."""
+    contracts.load_round(given, held, reqs, rows, query_len)
+    for name, source, target in zip(Round._fields, given, held, strict=True):
+        if name in ("last_sampled", "temperature", "seeds"):
+            target.copy_(source[: target.shape[0]])
+            continue
+        per_row = query_len if name in ("input_ids", "positions") else 1
+        target[: reqs * per_row].copy_(source[: reqs * per_row])
+        target[reqs * per_row : rows * per_row].fill_(-1 if name == "idx_mapping" else 0)

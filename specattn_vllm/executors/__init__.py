@@ -1,0 +1,186 @@
+"""Which code runs each operation on which device.
+
+`torch` is the PyTorch reference, in production on CPU and the oracle of the tests; `triton` is our kernels, on CUDA or,
+for tests, through Triton's interpreter; `fa3` and `xformers` put another library's attention in place of ours where the
+target reads a selection and where everything is read, and leave the rest to the kernels. All have the same signatures
+(`kernels/README.md`). An executor that is asked for and cannot run is an error; only `auto` chooses.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+CHOICES = ("auto", "torch", "triton", "fa3", "xformers")
+
+
+class ExecutorError(ValueError):
+    """The executor asked for does not run here; the message has the remedy."""
+
+
+@dataclass(frozen=True)
+class Operations:
+    """The operations of one executor; signatures are those of `specattn_vllm.kernels`."""
+
+    name: str
+    draft_attention: Callable[..., None]
+    accumulate_mass: Callable[..., None]
+    select_top_p: Callable[..., None]
+    build_positions: Callable[..., None]
+    build_page_tables: Callable[..., None]
+    sparse_attention: Callable[..., None]
+    take_selections: Callable[..., None]
+    count_reads: Callable[..., None]
+    count_sampled: Callable[..., None]
+    load_round: Callable[..., None]
+    dense_attention: Callable[..., None]
+    write_kv: Callable[..., None]
+    granularity: Literal["token", "block"] = "token"
+    """What `build_page_tables` lists; 'block' reads whole blocks of vLLM's cache, and no selections per head."""
+    graphs: bool = False
+    """Whether verification can be captured in a full CUDA graph."""
+
+
+def resolve(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Operations:
+    """The operations for an executor name (one of CHOICES) on a device, for models of a dtype."""
+    if name == "auto":
+        name = _best(device, dtype)
+    if name == "torch":
+        if device.type != "cpu":
+            raise ExecutorError(f"executor = 'torch' runs on CPU, not on {device.type}: use 'auto' or 'triton'")
+        return _torch_operations()
+    if name in ("fa3", "xformers"):
+        if reason := _unavailable(name, device, dtype):
+            raise ExecutorError(f"executor = {name!r}: {reason}; or use 'auto' or 'triton'")
+        return _borrowed_operations(name, device)
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ExecutorError(
+            f"executor = 'triton' on {device.type} needs Triton's interpreter (TRITON_INTERPRET=1): use 'auto' or "
+            "'torch'"
+        )
+    return _triton_operations(device)
+
+
+def _best(device: torch.device, dtype: torch.dtype) -> str:
+    if device.type != "cuda":
+        return "torch"
+    # Token granularity first: xformers reads whole blocks, and the portable kernel is slower than either.
+    return next((name for name in ("fa3", "xformers") if _unavailable(name, device, dtype) is None), "triton")
+
+
+def _unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an executor made of another library does not run, with the remedy."""
+    if device.type != "cuda":
+        return f"runs on NVIDIA GPUs, not on {device.type}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"runs models in float16 and bfloat16, not in {str(dtype).removeprefix('torch.')}: set --dtype"
+    if name == "fa3":
+        from specattn_vllm.executors import fa3 as module
+    else:
+        from specattn_vllm.executors import xformers as module
+    return module.unavailable()
+
+
+def _torch_operations() -> Operations:
+    from specattn_vllm.kernels import bookkeeping_reference, reference
+
+    return Operations(
+        name="torch",
+        draft_attention=reference.draft_attention,
+        accumulate_mass=reference.accumulate_mass,
+        select_top_p=reference.select_top_p,
+        build_positions=reference.build_positions,
+        build_page_tables=reference.build_page_tables,
+        sparse_attention=reference.sparse_attention,
+        take_selections=bookkeeping_reference.take_selections,
+        count_reads=bookkeeping_reference.count_reads,
+        count_sampled=bookkeeping_reference.count_sampled,
+        load_round=bookkeeping_reference.load_round,
+        dense_attention=_dense_attention,
+        write_kv=write_kv,
+    )
+
+
+def _triton_operations(device: torch.device) -> Operations:
+    from specattn_vllm.kernels import bookkeeping
+    from specattn_vllm.kernels.accumulate_mass import accumulate_mass
+    from specattn_vllm.kernels.draft_attention import draft_attention
+    from specattn_vllm.kernels.page_tables import build_page_tables, build_positions
+    from specattn_vllm.kernels.sparse_attention import sparse_attention
+    from specattn_vllm.kernels.top_p import select_top_p
+
+    dense, write = _dense_attention, write_kv
+    if device.type == "cuda":
+        from specattn_vllm.compat import vllm_dense_attention, vllm_write_kv
+
+        dense, write = vllm_dense_attention, vllm_write_kv
+    return Operations(
+        name="triton",
+        draft_attention=draft_attention,
+        accumulate_mass=accumulate_mass,
+        select_top_p=select_top_p,
+        build_positions=build_positions,
+        build_page_tables=build_page_tables,
+        sparse_attention=sparse_attention,
+        take_selections=bookkeeping.take_selections,
+        count_reads=bookkeeping.count_reads,
+        count_sampled=bookkeeping.count_sampled,
+        load_round=bookkeeping.load_round,
+        dense_attention=dense,
+        write_kv=write,
+        graphs=device.type == "cuda",
+    )
+
+
+def _borrowed_operations(name: str, device: torch.device) -> Operations:
+    base = _triton_operations(device)
+    if name == "fa3":
+        from specattn_vllm.executors import fa3
+
+        return replace(
+            base, name=name, sparse_attention=fa3.sparse_attention, dense_attention=fa3.dense_attention, graphs=True
+        )
+    from specattn_vllm.executors import xformers
+    from specattn_vllm.kernels.block_tables import build_block_tables
+
+    return replace(
+        base,
+        name=name,
+        build_page_tables=build_block_tables,
+        sparse_attention=xformers.sparse_attention,
+        granularity="block",
+    )
+
+
+def _dense_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    max_query_len: int,
+    max_seq_len: int,
+) -> None:
+    """Causal attention over everything; the bounds serve CUDA kernels, which cannot read lengths on the host."""
+    from specattn_vllm.kernels import reference
+
+    reference.dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, scale, out)
+
+
+def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """Write new keys and values into the paged cache.
+
+    key, value [T, H, D]; kv_cache [B, H, N, 2D]; slot_mapping [T] int64, block * N + offset, negative for padding.
+    """
+    tokens = slot_mapping.shape[0]
+    rows = torch.cat((key[:tokens], value[:tokens]), dim=-1)
+    if bool((slot_mapping < 0).any()):
+        rows, slot_mapping = rows[slot_mapping >= 0], slot_mapping[slot_mapping >= 0]
+    block_size = kv_cache.shape[2]
+    kv_cache.transpose(1, 2)[slot_mapping // block_size, slot_mapping % block_size] = rows.to(kv_cache.dtype)

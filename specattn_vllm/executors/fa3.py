@@ -1,0 +1,149 @@
+"""FlashAttention 3, as vLLM ships it, over the cache as it lies: pages of one token.
+
+A page table of token ids turns FA3's paged attention into token-sparse attention: K and V are a view of vLLM's cache in
+which every row of 2D elements starts a page of one token. A selection that all heads share needs one table per request,
+and FA3 steps over the heads by their stride. Selections per KV head make a batch of requests x KV heads, each with its
+own table and one group of query heads ("head-folded").
+
+No schedule is computed ahead: FA3's own is made on the device at each call, from the lengths of that call. A captured
+CUDA graph follows page tables and lengths that change under it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from specattn_vllm.kernels import contracts
+from specattn_vllm.selection.pages import page_strides, token_pages
+
+
+def unavailable() -> str | None:
+    """Why FA3 does not run on this machine's GPU, with the remedy; None if it does."""
+    try:
+        from vllm.vllm_flash_attn import flash_attn_interface as interface
+    except ImportError as error:
+        return f"vLLM's FlashAttention is not installed ({error}): install vLLM's CUDA build"
+    supported, reason = interface._is_fa3_supported()
+    return None if supported else f"{reason}"
+
+
+@functools.cache
+def _flash_attention():
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    return functools.partial(flash_attn_varlen_func, fa_version=3, causal=True)
+
+
+def dense_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    max_query_len: int,
+    max_seq_len: int,
+) -> None:
+    """Causal attention over everything, on vLLM's own blocks; arguments as in `specattn_vllm.executors`."""
+    size = query.shape[-1]
+    blocks, heads, tokens, _ = kv_cache.shape
+    block, head, token = (stride * 2 * size for stride in page_strides(kv_cache))
+    # FA3 hands strides to the tensor memory accelerator, which refuses the zero stride of a dimension of size 1.
+    strides = (block or 2 * size, token or 2 * size, head or 2 * size, 1)
+    pages = kv_cache.as_strided((blocks, tokens, heads, 2 * size), strides)
+    _flash_attention()(
+        q=query,
+        k=pages[..., :size],
+        v=pages[..., size:],
+        out=out,
+        cu_seqlens_q=query_start_loc,
+        max_seqlen_q=max_query_len,
+        seqused_k=seq_lens,
+        max_seqlen_k=max_seq_len,
+        softmax_scale=scale,
+        block_table=block_table,
+    )
+
+
+def sparse_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    page_table: torch.Tensor,
+    kept: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    scale: float,
+    out: torch.Tensor,
+    max_query_len: int,
+    lse: torch.Tensor | None = None,
+) -> None:
+    """Attention over the pages of a table; contract of `kernels/sparse_attention.py`, but for three things.
+
+    A (request, head) with kept = 0 gets zeros, where our kernel leaves its rows alone; FA3 refuses fp32; and `query`
+    holds no padding, unless every request of a graph's batch has max_query_len tokens.
+    """
+    contracts.sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, max_query_len, lse)
+    tokens, query_heads, size = query.shape
+    heads, groups = kv_cache.shape[1], page_table.shape[1]
+    if groups == 1:
+        _attend(query, token_pages(kv_cache, heads), page_table[:, 0], kept[:, 0], query_start_loc, scale, out,
+                max_query_len, lse)  # fmt: skip
+        return
+    order, starts = _head_major(query_start_loc, tokens, kept.shape[0], heads, max_query_len)
+    split = (tokens * heads, query_heads // heads, size)
+    folded_out = torch.empty(split, dtype=out.dtype, device=out.device)
+    folded_lse = None if lse is None else torch.empty(split[:2], dtype=lse.dtype, device=lse.device)
+    folded = query.reshape(split)[order]
+    _attend(folded, token_pages(kv_cache, 1), page_table.flatten(0, 1), kept.flatten(), starts, scale, folded_out,
+            max_query_len, folded_lse)  # fmt: skip
+    # Row i of the folded result is row order[i] of (token, head).
+    out.view(split).index_copy_(0, order, folded_out)
+    if lse is not None:
+        lse.view(split[:2]).index_copy_(0, order, folded_lse)
+
+
+def _attend(query, pages, page_table, kept, query_start_loc, scale, out, max_query_len, lse) -> None:
+    size = query.shape[-1]
+    result = _flash_attention()(
+        q=query,
+        k=pages[..., :size],
+        v=pages[..., size:],
+        out=out,
+        cu_seqlens_q=query_start_loc,
+        max_seqlen_q=max_query_len,
+        seqused_k=kept,
+        max_seqlen_k=page_table.shape[-1],
+        softmax_scale=scale,
+        block_table=page_table,
+        return_softmax_lse=lse is not None,
+    )
+    if lse is not None:
+        lse.copy_(result[1].transpose(0, 1))
+
+
+def _head_major(
+    query_start_loc: torch.Tensor, tokens: int, rows: int, heads: int, max_query_len: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Order of the (token, head) rows in which each (request, head) is one stretch, and where the stretches start.
+
+    Returns order [T * H] int64 (order[i] = token * H + head) and starts [R * H + 1] int32.
+    """
+    device = query_start_loc.device
+    if tokens == rows * max_query_len:
+        # Every request has as many tokens, padded ones included, which the host knows.
+        order = torch.arange(tokens * heads, device=device).view(rows, max_query_len, heads).transpose(1, 2).flatten()
+        return order, torch.arange(0, tokens * heads + 1, max_query_len, dtype=torch.int32, device=device)
+    lens = query_start_loc.diff()
+    head = torch.arange(heads, device=device)
+    starts = (query_start_loc[:-1, None] * heads + head * lens[:, None]).flatten()
+    starts = torch.cat((starts, query_start_loc[-1:] * heads)).int()
+    token = torch.arange(tokens, device=device)
+    row = torch.searchsorted(query_start_loc[1:].contiguous(), token, right=True).clamp_(max=rows - 1)
+    where = query_start_loc[row, None] * heads + head * lens[row, None] + (token - query_start_loc[row])[:, None]
+    # Tokens past the last request are padding: they keep their place, outside every stretch.
+    where = torch.where(token[:, None] < query_start_loc[-1], where, token[:, None] * heads + head)
+    order = torch.empty(tokens * heads, dtype=torch.int64, device=device)
+    order[where.flatten().long()] = torch.arange(tokens * heads, device=device)
+    return order, starts

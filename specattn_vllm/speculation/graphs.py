@@ -1,0 +1,102 @@
+"""A whole round of drafting as one CUDA graph.
+
+vLLM's standalone speculator launches every kernel of its K draft steps from Python. Here its `propose` is run once per
+batch size under capture, on buffers of our own, and afterwards replayed: a round is then a few copies and one launch.
+What is captured with it: the draft model's forward passes, sampling, slot mappings, and the selection.
+
+Only uniform batches, in which every request was just verified with its K draft tokens, have a graph; others, and sizes
+beyond vLLM's largest capture size, run as upstream does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from vllm.config import VllmConfig
+from vllm.config.compilation import CUDAGraphMode
+from vllm.v1.worker.gpu.block_table import BlockTables
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGraphManager
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
+
+from specattn_vllm import executors
+from specattn_vllm.kernels.bookkeeping_contracts import Round
+
+
+class RoundInputs:
+    """What a round reads, at addresses that last; rows past the batch's requests have slot -1 and no context."""
+
+    def __init__(self, max_num_reqs: int, query_len: int, device: torch.device) -> None:
+        self.query_len = query_len
+        self.buffers = InputBuffers(max_num_reqs, max_num_reqs * query_len, device)
+        self.query_start_loc = torch.arange(max_num_reqs + 1, dtype=torch.int32, device=device) * query_len
+        self.idx_mapping = torch.full((max_num_reqs,), -1, dtype=torch.int64, device=device)
+        self.num_sampled = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        self.num_rejected = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        # One element before the first: upstream's kernel reads the last token of slot -1 before it masks it.
+        # And int32, so that upstream takes this tensor and not a copy of it.
+        self._last_sampled = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=device)
+        self.last_sampled = self._last_sampled[1:]
+        self.temperature = torch.zeros(max_num_reqs, dtype=torch.float32, device=device)
+        self.seeds = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
+        buffers = self.buffers
+        self._held = Round(
+            buffers.input_ids, buffers.positions, buffers.seq_lens, self.idx_mapping, self.num_sampled,
+            self.num_rejected, self.last_sampled, self.temperature, self.seeds,
+        )  # fmt: skip
+        # Executors differ in attention alone.
+        self._load_round = executors.resolve("triton" if device.type == "cuda" else "torch", device).load_round
+
+    def batch(self, rows: int) -> InputBatch:
+        """A batch of `rows` verifications, as upstream's `propose` wants it; its host side tells no contents."""
+        dummy = InputBatch.make_dummy(rows, rows * self.query_len, self.buffers, max_query_len=self.query_len)
+        return replace(
+            dummy,
+            idx_mapping=self.idx_mapping[:rows],
+            query_start_loc=self.query_start_loc[: rows + 1],
+            query_start_loc_np=np.arange(rows + 1, dtype=np.int32) * self.query_len,
+        )
+
+    def clear(self) -> None:
+        """No request in any row."""
+        self.idx_mapping.fill_(-1)
+        for tensor in (self.num_sampled, self.num_rejected, self.buffers.seq_lens, self.buffers.positions):
+            tensor.zero_()
+
+    def load(self, batch: InputBatch, rows: int, num_sampled, num_rejected, last_sampled, temperature, seeds) -> None:
+        """Copy a step's inputs in, for a graph of `rows` rows, in stream order."""
+        given = Round(
+            batch.input_ids, batch.positions, batch.seq_lens, batch.idx_mapping, num_sampled, num_rejected,
+            last_sampled.view(-1), temperature, seeds,
+        )  # fmt: skip
+        self._load_round(given, self._held, batch.num_reqs, rows, self.query_len)
+
+
+class RoundGraphs(CudaGraphManager):
+    """Graphs of a round, one per number of rows; vLLM's manager keeps sizes, dispatch, memory pool and profiling."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, query_len: int, inputs: RoundInputs) -> None:
+        super().__init__(vllm_config, device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=query_len)
+        self.inputs = inputs
+
+    def capture_rounds(self, run: Callable[[InputBatch], None], block_tables: BlockTables, description: str) -> None:
+        """Capture run(batch) for every size. Only what `run` does is replayed later."""
+
+        def create(desc: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
+            del warmup
+            batch = self.inputs.batch(desc.num_reqs)
+            self.inputs.clear()
+            block_tables.get_dummy_block_tables(desc.num_reqs)
+            return lambda mode: run(batch)
+
+        self.capture(create, description)
+
+    def find(self, batch: InputBatch) -> BatchExecutionDescriptor | None:
+        """The graph for a batch, None if there is none."""
+        query_len = self.inputs.query_len
+        if batch.num_tokens != batch.num_reqs * query_len or int(batch.num_scheduled_tokens.max()) != query_len:
+            return None
+        desc = self.dispatch(batch.num_reqs, batch.num_tokens, query_len, 0)
+        return desc if desc.cg_mode == CUDAGraphMode.FULL else None

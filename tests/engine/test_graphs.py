@@ -1,0 +1,120 @@
+"""Full CUDA graphs of verification and drafting: the tokens of eager execution, in fp32, and sane ones in bf16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+# Rows of 5 tokens: graphs of 1, 2, 4 and 8 requests. No compilation, which changes nothing that is tested here.
+GRAPHS = {
+    "enforce_eager": False,
+    "compilation_config": {
+        "mode": 0,
+        "cudagraph_mode": "FULL_DECODE_ONLY",
+        "cudagraph_capture_sizes": [5, 10, 20, 40],
+    },
+}
+LENGTHS = [5, 129, 700, 1300, 2500, 4000]
+NEW_TOKENS = 32
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    """Graphs replayed by engines made after it: {'target': n, 'draft': n}."""
+    from vllm.v1.worker.gpu.cudagraph_utils import CudaGraphManager, ModelCudaGraphManager
+
+    from specattn_vllm.speculation.graphs import RoundGraphs
+
+    seen = {"target": 0, "draft": 0}
+    run = CudaGraphManager.run_fullgraph
+
+    def count(self, desc):
+        seen["draft" if isinstance(self, RoundGraphs) else "target"] += 1
+        return run(self, desc)
+
+    monkeypatch.setattr(CudaGraphManager, "run_fullgraph", count)
+    assert "run_fullgraph" in vars(ModelCudaGraphManager)  # which calls the one above
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"method": "dense"}, id="dense"),
+        pytest.param({"method": "dense", "sparse_draft": True, "top_p": 0.7}, id="dense-sparse_draft"),
+        pytest.param({"top_p": 1.0}, id="top_p=1"),
+    ],
+)
+def test_exact_modes_equal_plain_decoding(options, engine, greedy, prompts, counts, replayed):
+    expected = greedy(engine(None), prompts(LENGTHS), NEW_TOKENS)
+    llm = engine(options, **GRAPHS)
+    assert greedy(llm, prompts(LENGTHS), NEW_TOKENS) == expected
+    assert counts(llm).acceptance_length > 1.5
+    assert replayed["target"] > 5
+    assert replayed["draft"] > 5
+
+
+@pytest.mark.parametrize(
+    "options", [{"top_p": 0.8}, {"top_p": 0.8, "sparse_draft": True}], ids=["specattn", "sparse_draft"]
+)
+def test_selections_in_graphs_equal_those_of_eager_steps(options, engine, greedy, prompts, counts, replayed):
+    eager = engine(options)
+    expected, upstream = greedy(eager, prompts(LENGTHS), NEW_TOKENS), counts(eager)
+    assert replayed["draft"] == 0
+    llm = engine(options, **GRAPHS)
+    assert greedy(llm, prompts(LENGTHS), NEW_TOKENS) == expected
+    seen = counts(llm)
+    assert seen.sparse_rows == seen.verify_rows
+    # A logit that rounds the other way moves a token in or out of a selection, no more.
+    assert seen.kv_fraction == pytest.approx(upstream.kv_fraction, rel=0.01)
+    assert replayed["target"] > 5
+    assert replayed["draft"] > 5
+
+
+@pytest.mark.parametrize("executor", ["fa3", "triton"])
+def test_bf16_reads_less_and_says_the_same(executor, engine, greedy, prompts, counts, replayed):
+    """In 16 bits near-ties fall either way, so tokens are compared up to where most agree."""
+    expected = greedy(engine(None, dtype="bfloat16"), prompts(LENGTHS), 8)
+    llm = engine({"top_p": 0.95, "executor": executor}, dtype="bfloat16", **GRAPHS)
+    tokens = greedy(llm, prompts(LENGTHS), 8)
+    same = sum(t == e for row, want in zip(tokens, expected, strict=True) for t, e in zip(row, want, strict=True))
+    assert same >= 0.8 * 8 * len(LENGTHS)
+    seen = counts(llm)
+    assert seen.sparse_rows == seen.verify_rows > 0
+    assert seen.kv_fraction < 0.7
+    assert replayed["target"] > 0
+    assert replayed["draft"] > 0
+
+
+def test_requests_that_come_and_go_between_graph_sizes(engine, prompts, greedy, counts, replayed):
+    lengths = [900, 40, 600, 30, 1200, 250, 500, 90, 333, 420, 77, 1000]
+    expected = greedy(engine({"top_p": 0.8}, max_num_seqs=8), prompts(lengths), 24)
+    llm = engine({"top_p": 0.8}, max_num_seqs=8, **GRAPHS)
+    tokens = greedy(llm, prompts(lengths), 24)
+    # One row's selection may differ by a token whose mass is at the threshold.
+    assert sum(t == e for t, e in zip(tokens, expected, strict=True)) >= len(lengths) - 1
+    seen = counts(llm)
+    assert seen.sparse_rows == seen.verify_rows
+    assert replayed["target"] > 5
+    assert replayed["draft"] > 5
+
+
+def test_xformers_reads_whole_blocks(engine, greedy, prompts, counts):
+    pytest.importorskip("xformers")
+    expected = greedy(engine(None, dtype="bfloat16"), prompts(LENGTHS), 8)
+    seen = {}
+    for executor in ("xformers", "triton"):
+        llm = engine({"top_p": 0.9, "executor": executor}, dtype="bfloat16")
+        tokens = greedy(llm, prompts(LENGTHS), 8)
+        same = sum(t == e for row, want in zip(tokens, expected, strict=True) for t, e in zip(row, want, strict=True))
+        assert same >= 0.8 * 8 * len(LENGTHS)
+        seen[executor] = counts(llm)
+    assert seen["xformers"].sparse_rows == seen["xformers"].verify_rows > 0
+    # A block is read for one kept token in it.
+    assert seen["triton"].kv_fraction < seen["xformers"].kv_fraction < 1

@@ -1,0 +1,106 @@
+"""A round on inputs that last, as CUDA graphs replay it. Without a GPU the same calls run eagerly on those buffers."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from specattn_vllm.speculation.graphs import RoundInputs
+from specattn_vllm.speculation.speculator import SpecAttnSpeculator
+
+pytestmark = pytest.mark.engine
+
+
+class Replays:
+    """Stands in for `RoundGraphs`: 'replaying' runs the round that would have been captured."""
+
+    def __init__(self, speculator: SpecAttnSpeculator, sizes: tuple[int, ...]) -> None:
+        self.inputs = RoundInputs(speculator.max_num_reqs, speculator.num_speculative_steps + 1, speculator.device)
+        # Made beforehand, as at capture: from then on only `load` puts anything into the buffers.
+        self.batches = {rows: self.inputs.batch(rows) for rows in sizes}
+        self.inputs.clear()
+        self.run = speculator._captured(self.inputs, recording=speculator.selection is not None)
+        self.padding: list[int] = []
+
+    def find(self, batch):
+        query_len = self.inputs.query_len
+        fits = [rows for rows in self.batches if rows >= batch.num_reqs]
+        if not fits or (batch.num_scheduled_tokens != query_len).any():
+            return None
+        self.padding.append(fits[0] - batch.num_reqs)
+        return SimpleNamespace(num_reqs=fits[0])
+
+    def run_fullgraph(self, desc):
+        self.run(self.batches[desc.num_reqs])
+
+
+@pytest.fixture
+def replays(monkeypatch):
+    """replays(sizes): engines made after it draft through `Replays`, which are put in the list that it returns."""
+    made: list[Replays] = []
+    set_attn = SpecAttnSpeculator.set_attn
+
+    def use(*sizes: int) -> list[Replays]:
+        def with_replays(self, *args, **kwargs):
+            set_attn(self, *args, **kwargs)
+            made.append(Replays(self, sizes))
+            setattr(self, "recording_graphs" if self.selection is not None else "plain_graphs", made[-1])
+
+        monkeypatch.setattr(SpecAttnSpeculator, "set_attn", with_replays)
+        return made
+
+    return use
+
+
+LENGTHS = [40, 700, 333, 1200, 128]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"method": "dense"}, id="dense"),
+        pytest.param({"top_p": 0.8}, id="specattn"),
+        pytest.param({"top_p": 0.8, "combine": "union"}, id="union"),
+        pytest.param({"top_p": 0.8, "sparse_draft": True}, id="sparse_draft"),
+    ],
+)
+def test_replayed_rounds_give_the_tokens_and_selections_of_upstream_s(
+    options, engine, greedy, prompts, counts, replays
+):
+    llm = engine(options)
+    expected, upstream = greedy(llm, prompts(LENGTHS), 30), counts(llm)
+    # 5 requests in a graph of 6 rows, fewer in one of 3 once some are done.
+    made = replays(3, 6)
+    llm = engine(options)
+    assert greedy(llm, prompts(LENGTHS), 30) == expected
+    assert counts(llm) == upstream
+    assert len(made[0].padding) > 5
+    assert {1} <= set(made[0].padding)
+
+
+def test_selections_of_replayed_rounds_belong_to_their_requests(engine, greedy, prompts, audit, replays):
+    made = replays(2, 4, 8)
+    llm = engine({"top_p": 0.8}, max_num_seqs=8)
+    greedy(llm, prompts([900, 40, 600, 30, 1200, 250, 500, 90, 333, 420]), 20)
+    assert len(audit.sparse_rows) == 10
+    assert any(made[0].padding)
+    # A padded row stores nothing anywhere but in the slot that is nobody's.
+    assert not audit.violations
+
+
+def test_sparse_drafting_is_lossless_for_a_dense_target(engine, greedy, prompts, counts):
+    expected = greedy(engine(None), prompts(LENGTHS), 30)
+    llm = engine({"method": "dense", "sparse_draft": True, "top_p": 0.5, "min_tokens": 16, "recent_tokens": 8})
+    assert greedy(llm, prompts(LENGTHS), 30) == expected
+    assert counts(llm).acceptance_length > 1.5
+
+
+def test_below_the_crossover_everything_is_read(engine, greedy, prompts, counts, audit):
+    llm = engine({"top_p": 0.8, "crossover_tokens": 2000})
+    greedy(llm, prompts([900]), 12)
+    assert counts(llm).sparse_rows == 0
+    assert audit.sparse_rows == {}
+    greedy(llm, prompts([900, 800, 700, 600]), 12)
+    seen = counts(llm)
+    assert 0 < seen.sparse_rows < seen.verify_rows

@@ -1,0 +1,380 @@
+"""draft_attention: kernel against reference, reference against torch's own attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from specattn_vllm.kernels import draft_attention as module
+from specattn_vllm.kernels import reference
+from specattn_vllm.kernels.draft_attention import LaunchConfig, draft_attention
+
+OPS = pytest.mark.parametrize("op", [draft_attention, reference.draft_attention], ids=["kernel", "reference"])
+
+
+def case(why, lens, q_lens, heads, ratio, size=64, block_size=16, layout="LBHNC"):
+    return pytest.param((lens, q_lens, heads, ratio, size, block_size, layout), id=why)
+
+
+CASES = [
+    case("one key", [1], [1], 1, 1),
+    case("around a page edge", [15, 16, 17], [1, 1, 1], 2, 2, layout="LBNHC"),
+    case("around a step of keys", [31, 32, 33, 63, 64, 65], 6 * [1], 1, 4, layout="LBNHC"),
+    case("several tokens around a step of keys", [31, 32, 33, 34, 64, 65], 6 * [3], 1, 2),
+    case("around 128 with a big page", [127, 128, 129], [1, 2, 1], 1, 8, block_size=128, layout="LBNHC"),
+    case("a page of one step", [70, 64], [2, 1], 1, 2, block_size=32),
+    case("ragged queries", [40, 3, 100, 257], [7, 2, 0, 1], 2, 2),
+    case("more tokens than keys", [2, 5], [4, 7], 1, 2, layout="LBNHC"),
+    case("padded rows between requests", [40, 0, 70, 0], [1, 1, 2, 0], 2, 2),
+    case("only padded rows", [0, 0], [0, 1], 2, 4),
+    case("many splits", [1000], [2], 1, 4),
+    case("rows for several programs to combine", [300], [7], 2, 4),
+    case("splits without keys beside a long row", [70, 900], [1, 3], 1, 2, size=128),
+    case("more rows than a tile", [50, 9], [7, 7], 1, 6),
+    case("a group that is no power of two", [50], [3], 1, 24),
+    case("page size that is no power of two", [50, 49], [1, 2], 3, 1, block_size=24, layout="LBNHC"),
+    case("one split", [20, 40, 33, 5, 64, 30, 2, 8], [1, 7, 2, 1, 1, 0, 3, 1], 8, 1, size=128),
+]
+
+
+@dataclass
+class Batch:
+    """Arguments of the operation, and the keys and values behind them."""
+
+    data: object
+    query: torch.Tensor
+    starts: torch.Tensor
+    scored: torch.Tensor
+    longest_query: int
+
+    def args(self, out, scale=None):
+        scale = self.query.shape[-1] ** -0.5 if scale is None else scale
+        return self.query, self.data.kv_cache, self.data.block_table, self.data.seq_lens, self.starts, scale, out
+
+
+def build(paged, params, device, dtype):
+    """The last token of each request is scored, or the one before it, or in every fourth request none."""
+    lens, q_lens, heads, ratio, size, block_size, layout = params
+    data = paged(lens, heads, size, block_size, layout, device, dtype)
+    gen = torch.Generator().manual_seed(1)
+    query = (2 * torch.randn(sum(q_lens) + 3, heads * ratio, size, generator=gen)).to(dtype)
+    query[sum(q_lens) :] = torch.nan  # rows of a padded batch belong to nobody
+    starts = torch.tensor([0, *q_lens], dtype=torch.int32).cumsum(0).int()
+    scored = [-1 if q == 0 or r % 4 == 3 else int(starts[r]) + max(q - 1 - r % 2, 0) for r, q in enumerate(q_lens)]
+    scored = torch.tensor(scored, dtype=torch.int64, device=device)
+    return Batch(data, query.to(device), starts.to(device), scored, max(1, *q_lens))
+
+
+def run(op, poisoned, batch, width, score_dtype=torch.float32, scale=None, with_out=True, **more):
+    """out, scores, lse of one call into poisoned buffers."""
+    q, rows = batch.query, batch.starts.shape[0] - 1
+    out = poisoned(q.shape, q.dtype, q.device) if with_out else None
+    scores = poisoned((rows, q.shape[1], width), score_dtype, q.device)
+    lse = poisoned((rows, q.shape[1]), torch.float32, q.device)
+    op(*batch.args(out, scale), batch.scored, scores, lse, batch.longest_query, **more)
+    return out, scores, lse
+
+
+def check(close, batch, got, want, dtype, kind=None):
+    """Everything written agrees, and what the reference left poisoned the kernel did, too."""
+    (out, scores, lse), (want_out, want_scores, want_lse) = got, want
+    kind = kind or ("scores", dtype)
+    if out is not None:
+        used = int(batch.starts[-1])
+        close("out", out[:used], want_out[:used], dtype)
+        assert out[used:].isnan().all()
+    for r, row in enumerate(batch.scored.tolist()):
+        written = want_scores[r].isfinite()
+        assert torch.equal(scores[r].isfinite(), written), f"scores of request {r}"
+        close(kind[0], scores[r][written], want_scores[r][written], kind[1])
+        if row < 0:
+            assert lse[r].isnan().all() and not written.any()
+        else:
+            close("lse", lse[r], want_lse[r])
+
+
+@pytest.mark.parametrize("params", CASES)
+def test_kernel_matches_reference(params, place, paged, poisoned, close):
+    device, dtype = place
+    batch = build(paged, params, device, dtype)
+    width = max(params[0]) + 9
+    got = run(draft_attention, poisoned, batch, width)
+    want = run(reference.draft_attention, poisoned, batch, width)
+    check(close, batch, got, want, dtype)
+
+
+@pytest.mark.parametrize("params", CASES)
+def test_kernel_with_large_tiles_matches_reference(params, place, paged, poisoned, close, monkeypatch):
+    """Tiles of more than 16 rows make the scores by a product of their own; fp32 has none unless it is made to."""
+    monkeypatch.setattr(module, "FP32_MAX_BLOCK_M", 128)
+    test_kernel_matches_reference(params, place, paged, poisoned, close)
+
+
+@pytest.mark.parametrize("params", CASES)
+def test_reference_matches_torch(params, paged, poisoned, close):
+    """The reference against torch on the unpaged tensors: nothing of ours but the page table's construction."""
+    lens, q_lens, _, ratio, size = params[:5]
+    batch = build(paged, params, torch.device("cpu"), torch.float32)
+    out, scores, lse = run(reference.draft_attention, poisoned, batch, max(lens) + 1)
+    for r, (length, n) in enumerate(zip(lens, q_lens, strict=True)):
+        begin = int(batch.starts[r])
+        i = int(batch.scored[r]) - begin if batch.scored[r] >= 0 else None
+        seen = [max(length - (n - 1 - t), 0) for t in range(n)]
+        q = batch.query[begin : begin + n].transpose(0, 1)
+        for t in range(n):
+            k, v = (x[r][:, : seen[t]].repeat_interleave(ratio, 0) for x in (batch.data.keys, batch.data.values))
+            if seen[t] == 0:
+                assert (out[begin + t] == 0).all()
+                continue
+            want = F.scaled_dot_product_attention(q[:, t : t + 1], k, v)
+            close("out", out[begin + t], want[:, 0], torch.float32)
+        if i is None:
+            assert lse[r].isnan().all() and scores[r].isnan().all()
+            continue
+        k = batch.data.keys[r][:, : seen[i]].repeat_interleave(ratio, 0)
+        logits = (q[:, i : i + 1] @ k.transpose(1, 2))[:, 0] * size**-0.5
+        close("scores", scores[r, :, : seen[i]], logits, torch.float32)
+        assert scores[r, :, seen[i] :].isnan().all()
+        close("lse", lse[r], logits.logsumexp(-1))
+
+
+@pytest.mark.parametrize("score_dtype", [torch.float32, torch.bfloat16], ids=["fp32 scores", "bf16 scores"])
+@pytest.mark.parametrize("lens, q_lens", [([65, 0, 33, 9], [1, 1, 1, 1]), ([300, 40, 5, 20], [3, 6, 7, 2])])
+def test_scores_without_output(lens, q_lens, score_dtype, place, paged, poisoned, close):
+    """out=None takes another path: the scored row alone, and no values are loaded."""
+    device, dtype = place
+    batch = build(paged, (lens, q_lens, 2, 2, 64, 16, "LBNHC"), device, dtype)
+    full = run(reference.draft_attention, poisoned, batch, 310)[1:]
+    batch.data.kv_cache[..., 64:] = torch.nan  # reading a value would show
+    kind = ("bf16 scores", None) if score_dtype is torch.bfloat16 else ("scores", dtype)
+    for op in (draft_attention, reference.draft_attention):
+        _, scores, lse = run(op, poisoned, batch, 310, score_dtype, with_out=False)
+        check(close, batch, (None, scores, lse), (None, *full), dtype, kind)
+
+
+@OPS
+def test_output_alone(op, place, paged, poisoned, close):
+    """Neither scores nor lse, and strided outputs are honoured; one (R, H) grid has one split, the other several."""
+    device, dtype = place
+    for heads, lens, q_lens in ((2, [130, 20], [2, 1]), (4, [20, 30, 9], [1, 5, 2])):
+        batch = build(paged, (lens, q_lens, heads, 2, 64, 16, "LBHNC"), device, dtype)
+        wide = poisoned((batch.query.shape[0], 2 * heads + 3, 64), dtype, device)
+        want = run(reference.draft_attention, poisoned, batch, 140)[0]
+        op(*batch.args(wide[:, 1 : 2 * heads + 1]), max_query_len=batch.longest_query)
+        used = int(batch.starts[-1])
+        close("out", wide[:used, 1 : 2 * heads + 1], want[:used], dtype)
+        assert wide[:, 0].isnan().all() and wide[:, 2 * heads + 1 :].isnan().all() and wide[used:].isnan().all()
+
+
+def test_lse_alone(place, paged, poisoned, close):
+    device, dtype = place
+    batch = build(paged, ([100, 20], [2, 1], 1, 2, 64, 16, "LBHNC"), device, dtype)
+    want = run(reference.draft_attention, poisoned, batch, 100)
+    for op in (draft_attention, reference.draft_attention):
+        out, lse = poisoned(batch.query.shape, dtype, device), poisoned((2, 2), torch.float32, device)
+        op(*batch.args(out), batch.scored, None, lse, 2)
+        close("out", out[:3], want[0][:3], dtype)
+        close("lse", lse, want[2])
+
+
+@OPS
+@pytest.mark.parametrize("with_out", [True, False], ids=["out", "scores only"])
+def test_scored_row_of_another_request(with_out, op, place, paged, poisoned):
+    """A row of no request of that number stores nothing; padded rows may hold one."""
+    device, dtype = place
+    batch = build(paged, ([30, 40, 20], [2, 0, 1], 1, 2, 64, 16, "LBHNC"), device, dtype)
+    batch.scored = torch.tensor([2, 0, 5], device=device)
+    _, scores, lse = run(op, poisoned, batch, 50, with_out=with_out)
+    assert scores.isnan().all() and lse.isnan().all()
+
+
+def test_kernel_large_logits(place, paged, poisoned, close):
+    """Logits of several hundred overflow exp unless the running maximum is subtracted, in every split."""
+    device, dtype = place
+    batch = build(paged, ([300], [1], 1, 2, 64, 16, "LBNHC"), device, dtype)
+    got = run(draft_attention, poisoned, batch, 300, scale=10.0)
+    want = run(reference.draft_attention, poisoned, batch, 300, scale=10.0)
+    close("out", got[0][:1], want[0][:1], dtype)
+    close("lse", got[2], want[2])
+    assert got[2].min() > 89  # exp of that is infinite in fp32
+
+
+@pytest.mark.parametrize("config", [LaunchConfig(16, 4, 2, 1), LaunchConfig(64, 4, 3, 8), LaunchConfig(128, 8, 2, 64)])
+def test_launch_config_changes_no_result(config, place, paged, poisoned, close):
+    device, dtype = place
+    batch = build(paged, ([260, 31], [2, 1], 1, 2, 64, 16, "LBHNC"), device, dtype)
+    got = run(draft_attention, poisoned, batch, 261, config=config)
+    check(close, batch, got, run(reference.draft_attention, poisoned, batch, 261), dtype)
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_every_tile_has_a_configuration(size):
+    block_m = 16
+    while block_m <= module.MAX_BLOCK_M:
+        assert module.launch_config(size, block_m).num_stages >= 2
+        block_m *= 2
+
+
+# Indexed mode.
+
+LISTED = [
+    # why, lens, prefix lens, kept (a number, "all" of the prefix, or -1)
+    ("lists around a step", [60, 61, 62], [50, 50, 50], [31, 32, 33], 16, 1),
+    ("row without a list between rows with one", [70, 70, 20], [60, 13, 18], [9, -1, 3], 16, 2),
+    ("nothing listed, all listed", [40, 40], [37, 37], [0, "all"], 16, 2),
+    ("nothing behind the list", [40, 50], [40, 30], [5, 7], 16, 1),
+    ("padded rows", [0, 33, 0], [0, 20, 9], [-1, 4, 6], 16, 2),
+    ("many splits", [700], [650], [400], 16, 4),
+    ("big pages", [300, 200], [299, 100], [90, 20], 128, 2),
+    ("page size that is no power of two", [90, 50], [80, 49], [41, 10], 24, 2),
+    ("one split", [20, 40, 33, 5, 64, 30, 2, 8], [18, 30, 21, 4, 64, 29, 1, 7], [9, 3, -1, 2, 30, 5, 1, 0], 16, 1),
+]
+
+
+def build_listed(paged, params, device, dtype):
+    lens, prefixes, kept, block_size, ratio = params
+    heads = 8 if len(lens) == 8 else 2
+    batch = build(paged, (lens, [1] * len(lens), heads, ratio, 64, block_size, "LBNHC"), device, dtype)
+    batch.scored = torch.arange(len(lens), device=device)  # all of them
+    gen = torch.Generator().manual_seed(5)
+    width = max(lens) + 3
+    positions = torch.full((len(lens), width), 1 << 30, dtype=torch.int32)
+    counts = [prefix if k == "all" else k for k, prefix in zip(kept, prefixes, strict=True)]
+    lists = []
+    for r, (length, prefix, count) in enumerate(zip(lens, prefixes, counts, strict=True)):
+        if count < 0:
+            lists.append(list(range(length)))
+            continue
+        chosen = torch.randperm(max(prefix, count), generator=gen)[:count].sort().values
+        positions[r, :count] = chosen.int()
+        lists.append(chosen.tolist() + list(range(prefix, length)) if length else [])
+    ints = [torch.tensor(x, dtype=torch.int32, device=device) for x in (counts, prefixes)]
+    return batch, dict(zip(("positions", "kept", "prefix_lens"), (positions.to(device), *ints), strict=True)), lists
+
+
+@pytest.mark.parametrize("with_out", [True, False], ids=["out", "scores only"])
+@pytest.mark.parametrize("params", [pytest.param(p[1:], id=p[0]) for p in LISTED])
+def test_listed_kernel_matches_reference(params, with_out, place, paged, poisoned, close):
+    device, dtype = place
+    batch, index, _ = build_listed(paged, params, device, dtype)
+    width = max(params[0]) + 2
+    got = run(draft_attention, poisoned, batch, width, with_out=with_out, **index)
+    want = run(reference.draft_attention, poisoned, batch, width, with_out=with_out, **index)
+    check(close, batch, got, want, dtype)
+
+
+@pytest.mark.parametrize("params", [pytest.param(p[1:], id=p[0]) for p in LISTED])
+def test_listed_reference_matches_torch(params, paged, poisoned, close):
+    batch, index, lists = build_listed(paged, params, torch.device("cpu"), torch.float32)
+    out, scores, lse = run(reference.draft_attention, poisoned, batch, max(params[0]) + 1, **index)
+    for r, entries in enumerate(lists):
+        if not entries:
+            assert (out[r] == 0).all() and (lse[r] == -torch.inf).all() and scores[r].isnan().all()
+            continue
+        k, v = (x[r][:, entries].repeat_interleave(params[-1], 0) for x in (batch.data.keys, batch.data.values))
+        q = batch.query[r][:, None]
+        close("out", out[r], F.scaled_dot_product_attention(q, k, v)[:, 0], torch.float32)
+        logits = (q @ k.transpose(1, 2))[:, 0] / 8
+        close("scores", scores[r, :, : len(entries)], logits, torch.float32)
+        assert scores[r, :, len(entries) :].isnan().all()
+        close("lse", lse[r], logits.logsumexp(-1))
+
+
+# Memory.
+
+
+@pytest.mark.parametrize("layout", ["LBNHC", "LBHNC"])
+def test_reference_with_blocks_in_order(layout, paged, poisoned, close):
+    """The reference reads such blocks in place instead of copying them."""
+    cpu = torch.device("cpu")
+    lens = [33, 100, 16]
+    data = paged(lens, 2, 64, 16, layout, cpu, torch.float32, in_order=True)
+    query = torch.randn(3, 4, 64, generator=torch.Generator().manual_seed(1))
+    out = poisoned(query.shape, torch.float32, cpu)
+    starts = torch.arange(4, dtype=torch.int32)
+    reference.draft_attention(query, data.kv_cache, data.block_table, data.seq_lens, starts, 0.125, out)
+    for r in range(3):
+        k, v = (t[r].repeat_interleave(2, 0) for t in (data.keys, data.values))
+        close("out", out[r], F.scaled_dot_product_attention(query[r][:, None], k, v)[:, 0], torch.float32)
+
+
+@OPS
+@pytest.mark.parametrize("listed", [False, True], ids=["all", "listed"])
+def test_blocks_beyond_2_31_elements(listed, op, device, poisoned, close):
+    """block * block stride overflows int32 here. The cache is virtual memory but for the two blocks written."""
+    cache = torch.empty(2**20 + 8, 1, 16, 128, dtype=torch.float16, device=device)
+    blocks = [2**20 + 5, 2]
+    assert blocks[0] * cache.stride(0) > 2**31
+    tokens = torch.randn(2, 16, 128, generator=torch.Generator().manual_seed(0)).half().to(device)
+    for block, content in zip(blocks, tokens, strict=True):
+        cache[block, 0] = content
+    entries = [3, 5, 12, 18, 19] if listed else list(range(20))
+    tokens = tokens.flatten(0, 1)[entries].float()
+    query = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(1)).half().to(device)
+    values = ([blocks], [20], [0, 1], [[3, 5, 12]], [3], [18])
+    table, lens, starts, positions, kept, prefix = (torch.tensor(v, dtype=torch.int32, device=device) for v in values)
+    index = {"positions": positions, "kept": kept, "prefix_lens": prefix} if listed else {}
+    out = poisoned(query.shape, torch.float16, device)
+    op(query, cache, table, lens, starts, 0.125, out, **index)
+    weights = (query[0].float() @ tokens[:, :64].T * 0.125).softmax(-1)
+    close("out", out[0], weights @ tokens[:, 64:], torch.float16)
+
+
+def test_scores_beyond_2_31_elements(device, paged, poisoned, close):
+    """row * row stride of the scores overflows int32; virtual memory but for what is written."""
+    batch = build(paged, ([5, 7, 9], [1, 1, 1], 1, 2, 64, 16, "LBNHC"), device, torch.float32)
+    scores = torch.empty(3, 2, 3 * 2**28, dtype=torch.bfloat16, device=device)
+    lse = poisoned((3, 2), torch.float32, device)
+    assert 2 * scores.stride(0) > 2**31
+    draft_attention(*batch.args(None), batch.scored, scores, lse)
+    want = run(reference.draft_attention, poisoned, batch, 16)
+    close("bf16 scores", scores[2, :, :9], want[1][2, :, :9])
+
+
+@OPS
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"seq_lens": torch.ones(2, dtype=torch.int64)}, "seq_lens: got torch.int64, wanted torch.int32"),
+        ({"out": None}, "out: got None without scores"),
+        ({"scores": torch.empty(2, 4, 8)}, "lse: got None, wanted a tensor"),
+        ({"lse": torch.empty(2, 4)}, "scored_rows: got None, wanted a tensor"),
+        ({"scored_rows": torch.zeros(2, dtype=torch.int32)}, "scored_rows: got torch.int32"),
+        ({"block_table": torch.zeros(3, 4, dtype=torch.int32)}, r"seq_lens: got shape \(2,\)"),
+        ({"query_start_loc": torch.zeros(2, dtype=torch.int32)}, r"query_start_loc: got shape \(2,\)"),
+        ({"query": torch.empty(2, 3, 64), "out": torch.empty(2, 3, 64)}, "kv_cache: got 2 heads for 3 query heads"),
+        ({"kv_cache": torch.empty(4, 2, 256, 16).transpose(2, 3)}, "kv_cache: got .*"),
+        ({"kept": torch.ones(2, dtype=torch.int32)}, "kept: got a value without positions"),
+        ({"positions": torch.ones(2, 3, dtype=torch.int32)}, "kept: got NoneType"),
+        (
+            {
+                "positions": torch.ones(2, 3, dtype=torch.int32), "kept": torch.ones(2, dtype=torch.int32),
+                "prefix_lens": torch.ones(2, dtype=torch.int32), "max_query_len": 2,
+            },
+            "max_query_len: got 2, wanted 1",
+        ),
+    ],
+    ids=[
+        "dtype", "nothing asked", "scores without lse", "lse without row", "row dtype", "row count", "starts",
+        "uneven heads", "cache shape", "kept alone", "positions alone", "list with several tokens",
+    ],
+)  # fmt: skip
+def test_refuses(op, change, message):
+    good = {
+        "query": torch.empty(2, 4, 64), "kv_cache": torch.empty(4, 2, 16, 128),
+        "block_table": torch.zeros(2, 2, dtype=torch.int32), "seq_lens": torch.ones(2, dtype=torch.int32),
+        "query_start_loc": torch.arange(3, dtype=torch.int32), "scale": 1.0, "out": torch.empty(2, 4, 64),
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=message):
+        op(**{**good, **change})
+
+
+def test_kernel_refuses_untuned_head_size():
+    q = torch.empty(1, 1, 32)
+    one = torch.ones(1, dtype=torch.int32)
+    starts = torch.arange(2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="head size 32"):
+        draft_attention(q, torch.empty(1, 1, 16, 64), one[None], one, starts, 1.0, torch.empty_like(q))

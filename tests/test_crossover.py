@@ -1,0 +1,46 @@
+"""Where pruning starts to pay: the option's word, else what was measured for the executor."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from specattn_vllm import crossover, executors
+from specattn_vllm.crossover import crossover_tokens
+from specattn_vllm.options import SpecAttnOptions
+
+
+@pytest.fixture
+def operations():
+    """operations(name): those of an executor; only its name is asked for."""
+    torch_s = executors.resolve("torch", torch.device("cpu"))
+    return lambda name: dataclasses.replace(torch_s, name=name)
+
+
+@pytest.fixture(autouse=True)
+def measured(monkeypatch):
+    monkeypatch.setattr(crossover, "MEASURED", {"fa3": 9000, "triton": 20000})
+
+
+def test_what_was_measured_for_the_executor_is_the_default(operations):
+    assert crossover_tokens(SpecAttnOptions(), operations("fa3")) == 9000
+    assert crossover_tokens(SpecAttnOptions(), operations("triton")) == 20000
+
+
+def test_what_was_not_measured_is_always_pruned(operations):
+    assert crossover_tokens(SpecAttnOptions(), operations("torch")) == 0
+
+
+@pytest.mark.parametrize("name", ["fa3", "torch"])
+@pytest.mark.parametrize("tokens", [0, 1, 123456])
+def test_the_option_has_the_last_word(operations, name, tokens):
+    # 0 is an answer too: prune always.
+    assert crossover_tokens(SpecAttnOptions(crossover_tokens=tokens), operations(name)) == tokens
+
+
+def test_only_executors_that_there_are_have_been_measured(monkeypatch):
+    monkeypatch.undo()
+    assert set(crossover.MEASURED) <= set(executors.CHOICES) - {"auto"}
+    assert all(isinstance(tokens, int) and tokens >= 0 for tokens in crossover.MEASURED.values())
