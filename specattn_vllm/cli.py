@@ -107,8 +107,29 @@ def _demo_path_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("role", choices=DEMO_ROLES)
 
 
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    from specattn_vllm.bench import command
+
+    command.add_arguments(parser)
+
+
+def bench(args: argparse.Namespace) -> int | None:
+    from specattn_vllm.bench import command
+
+    return command.run(args)
+
+
+def _with_default_part(argv: Sequence[str]) -> list[str]:
+    """`specattn bench --shape S` means `specattn bench engines --shape S`."""
+    argv = list(argv)
+    if argv[:1] == ["bench"] and not (len(argv) > 1 and (argv[1] in ("-h", "--help") or not argv[1].startswith("-"))):
+        argv.insert(1, "engines")
+    return argv
+
+
 class Command(NamedTuple):
-    run: Callable[[argparse.Namespace], None]
+    run: Callable[[argparse.Namespace], int | None]
+    """Returns the exit code; None is 0."""
     help: str
     arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 
@@ -118,6 +139,7 @@ COMMANDS = {
     "info": Command(info, "what is installed, and whether it fits together"),
     "cpu-env": Command(cpu_env, "the variables that let vLLM use this plugin without a GPU", _cpu_env_arguments),
     "demo-path": Command(demo_path, "the folder of one of the two demo models", _demo_path_arguments),
+    "bench": Command(bench, "how fast it decodes, next to stock vLLM, on this machine", _bench_arguments),
 }
 
 
@@ -131,14 +153,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(argv)
+    args = build_parser().parse_args(_with_default_part(sys.argv[1:] if argv is None else argv))
     try:
-        COMMANDS[args.command].run(args)
+        return COMMANDS[args.command].run(args) or 0
     except UserError as error:
         print(f"specattn: error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    # The one that `bench` imports UserError from: this module is another copy of it.
+    from specattn_vllm import cli
+
+    sys.exit(cli.main())

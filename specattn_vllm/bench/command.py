@@ -1,0 +1,231 @@
+"""The command line of `specattn bench`. Loads torch, vLLM, rich and matplotlib where they are used, if at all."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from specattn_vllm.bench import models
+from specattn_vllm.bench.arguments import engines_arguments, table_arguments
+from specattn_vllm.cli import UserError
+
+if TYPE_CHECKING:
+    from specattn_vllm.bench.jobs import Request
+    from specattn_vllm.bench.schema import EngineResult, Job, Report
+
+
+def request_of(args: argparse.Namespace) -> Request:
+    from specattn_vllm.bench.jobs import Request
+    from specattn_vllm.bench.provenance import has_gpu
+
+    device = args.device
+    if device == "auto":
+        device = "cuda" if (args.list and args.shape != models.DEMO) or has_gpu() else "cpu"
+        if device == "cpu" and args.shape != models.DEMO:
+            raise UserError(
+                f"no NVIDIA GPU was found, and {args.shape} is too large for a CPU: try "
+                "`specattn bench --shape demo --grid 2x256 --output-tokens 16`, or insist with --device cpu"
+            )
+    for name, least in (("draft_tokens", 1), ("output_tokens", 1), ("repeats", 1), ("max_warmups", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
+    length = args.acceptance_length
+    if length and not 1 <= length <= args.draft_tokens + 1:
+        raise UserError(f"--acceptance-length {length:g}: between 1 and --draft-tokens + 1 = {args.draft_tokens + 1}")
+    return Request(
+        shape=models.load_shape(args.shape),
+        grid=args.grid,
+        modes=args.modes,
+        kept=args.kept,
+        device=device,
+        draft_tokens=args.draft_tokens,
+        acceptance_length=length,
+        output_tokens=args.output_tokens,
+        repeats=args.repeats,
+        max_warmups=args.max_warmups,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        capture_sizes=args.cudagraph_capture_sizes,
+        options=dict(args.option),
+        engine_options=dict(args.engine_argument),
+        seed=args.seed,
+    )
+
+
+def planned_jobs(request: Request) -> list[Job]:
+    from pydantic import ValidationError
+
+    from specattn_vllm.bench.jobs import make_jobs
+    from specattn_vllm.options import SpecAttnOptions
+
+    try:
+        jobs = make_jobs(request)
+        for job in jobs:  # an engine would refuse them too, but after minutes
+            SpecAttnOptions.model_validate(job.engine_arguments.get("additional_config", {}).get("specattn", {}))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(f"--option {'.'.join(map(str, first['loc']))}: {first['msg']} (docs/options.md)") from None
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return jobs
+
+
+def engines(args: argparse.Namespace) -> int:
+    request = request_of(args)
+    jobs = planned_jobs(request)
+    if args.list:
+        for job in jobs:
+            print(describe(job))
+        return 0
+    require(("rich", *(("matplotlib",) if args.plot else ())))
+    from rich.console import Console
+
+    from specattn_vllm.bench import runner, terminal
+    from specattn_vllm.bench.provenance import provenance
+    from specattn_vllm.bench.schema import Report
+
+    report = Report(provenance=provenance(args.commit), settings=request.settings(), engines=[])
+    earlier = earlier_engines(args, report)
+    console = Console()
+    folder = args.out.with_suffix(".logs")
+    with ended_as_interrupted(), terminal.board(jobs, console) as board:
+        runner.run_all(
+            jobs,
+            report,
+            args.out,
+            folder,
+            args.engine_timeout,
+            earlier,
+            keep_going=args.keep_going,
+            rerun=args.rerun,
+            gpus=args.gpus,
+            watch=board.watch,
+            done=board.done,
+        )
+    terminal.show(report, console)
+    console.print(f"{args.out} (table for documents: specattn bench table {args.out}); logs in {folder}")
+    if args.plot:
+        draw(report, args.plot)
+    names = {job.name for job in jobs}
+    ran = {engine.name for engine in report.engines if engine.status == "ok" and engine.name in names}
+    return 0 if ran == names else 1
+
+
+@contextmanager
+def ended_as_interrupted() -> Iterator[None]:
+    """An end by SIGTERM, as `timeout` sends it, like one by Ctrl-C: engines end too, and the report is written."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def earlier_engines(args: argparse.Namespace, report: Report) -> dict[str, EngineResult]:
+    from specattn_vllm.bench import runner
+
+    if args.resume or args.rerun:
+        try:
+            return runner.earlier_engines(args.out, report)
+        except ValueError as error:
+            raise UserError(f"{error}: give another --out, or --overwrite instead") from None
+    if args.out.exists() and not args.overwrite:
+        raise UserError(f"{args.out} is there already: --resume goes on with it, --overwrite starts anew")
+    return {}
+
+
+def describe(job: Job) -> str:
+    """A job as `--list` shows it."""
+    cells = ", ".join(f"{cell.name} ({cell.prompt_tokens:,} tokens a prompt)" for cell in job.cells)
+    variables = " ".join(f"{k}={v!r}" if v is not None else f"without {k}" for k, v in job.environment.items())
+    lines = [
+        f"{job.name}",
+        f"  cells: {cells}",
+        f"  {job.generated_tokens} tokens a request and generation: 1 or more to warm up, {job.repeats} to measure",
+        f"  environment: {variables}",
+        f"  vllm.LLM: {json.dumps(job.engine_arguments)}",
+    ]
+    return "\n".join(lines)
+
+
+def table(args: argparse.Namespace) -> int:
+    from specattn_vllm.bench import report as reports
+    from specattn_vllm.bench.schema import Report
+
+    try:
+        results = json.loads(args.file.read_text())
+        report = Report.model_validate(results)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{args.file} is no report of `specattn bench`: {str(error).splitlines()[0]}") from None
+    print(reports.markdown(results), end="")
+    if args.details:
+        print("\n" + reports.details(results), end="")
+    if args.plot:
+        require(("matplotlib",))
+        draw(report, args.plot)
+    return 0
+
+
+def draw(report: Report, path: Path) -> None:
+    from specattn_vllm.bench import plot
+
+    plot.save(report, path)
+
+
+def require(modules: tuple[str, ...]) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"{' and '.join(missing)} is not installed: pip install 'specattn-vllm[bench]'")
+
+
+def kernels_arguments(parser: argparse.ArgumentParser) -> None:
+    from specattn_vllm.bench.kernels import add_arguments
+
+    add_arguments(parser)
+
+
+def kernels(args: argparse.Namespace) -> int | None:
+    from specattn_vllm.bench.kernels import run
+
+    return run(args)
+
+
+class LazyParser(argparse.ArgumentParser):
+    """Gets its arguments when it is the one that parses: those of `kernels` may load torch."""
+
+    arguments: Callable[[argparse.ArgumentParser], None] | None = None
+
+    def parse_known_args(self, args=None, namespace=None):
+        if self.arguments is not None:
+            add, self.arguments = self.arguments, None
+            add(self)
+        return super().parse_known_args(args, namespace)
+
+
+# Name -> what runs it, its arguments, its help.
+PARTS = {
+    "engines": (engines, engines_arguments, "decoding speed of whole engines, side by side (the default)"),
+    "kernels": (kernels, kernels_arguments, "single kernels"),
+    "table": (table, table_arguments, "the table of a report, as Markdown"),
+}
+DEFAULT_PART = "engines"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parts = parser.add_subparsers(dest="part", metavar="PART", required=True, parser_class=LazyParser)
+    for name, (_, arguments, text) in PARTS.items():
+        parts.add_parser(name, help=text, description=text).arguments = arguments
+
+
+def run(args: argparse.Namespace) -> int | None:
+    return PARTS[args.part][0](args)

@@ -1,0 +1,188 @@
+"""From what is asked for to one job per engine: exact vLLM arguments and environment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from specattn_vllm.bench.grid import OUR_MODES, Cell, generated_tokens, prompt_tokens, slack_tokens
+from specattn_vllm.bench.models import Shape
+from specattn_vllm.bench.schema import Job, JobCell
+
+Device = Literal["cuda", "cpu"]
+SPARSE_DRAFT = 0.1
+"""Share of the context that the draft's later steps read in mode 'sparse-draft'."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for; one job per mode, and per kept fraction of mode `specattn`."""
+
+    shape: Shape
+    grid: Sequence[Cell]
+    modes: Sequence[str]
+    kept: Sequence[float]
+    device: Device = "cuda"
+    draft_tokens: int = 5
+    acceptance_length: float = 3.5
+    """Mean tokens of a round; 0: what the models agree on."""
+    output_tokens: int = 64
+    repeats: int = 3
+    max_warmups: int = 5
+    max_num_batched_tokens: int = 8192
+    gpu_memory_utilization: float = 0.92
+    capture_sizes: Sequence[int] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the plugin, for our modes."""
+    engine_options: dict[str, Any] = field(default_factory=dict)
+    """Arguments of vllm.LLM for every mode, over those made here."""
+    seed: int = 0
+
+    def settings(self) -> dict[str, Any]:
+        """What all engines of one report have in common: figures that differ in it stand in no common table."""
+        return {
+            "shape": self.shape.name,
+            "shape_description": self.shape.description,
+            "grid": [str(cell) for cell in self.grid],
+            "device": self.device,
+            "draft_tokens": self.draft_tokens,
+            "acceptance_length": self.acceptance_length or None,
+            "output_tokens": self.output_tokens,
+            "seed": self.seed,
+        }
+
+
+def make_jobs(request: Request) -> list[Job]:
+    jobs = []
+    for mode in request.modes:
+        for kept in request.kept if mode == "specattn" else (None,):
+            jobs.append(_job(request, mode, kept))
+    return jobs
+
+
+def job_name(mode: str, kept: float | None) -> str:
+    return mode if kept is None else f"{mode} {kept * 100:g}%"
+
+
+def _job(request: Request, mode: str, kept: float | None) -> Job:
+    generated = generated_tokens(request.output_tokens, request.draft_tokens)
+    cells = [
+        JobCell(
+            name=str(cell),
+            batch=cell.batch,
+            # The same for every mode, speculating or not.
+            prompt_tokens=prompt_tokens(cell, generated, request.draft_tokens, request.shape.max_position),
+        )
+        for cell in request.grid
+    ]
+    speculates = mode != "plain"
+    return Job(
+        name=job_name(mode, kept),
+        mode=mode,
+        kept=kept,
+        shape=request.shape.name,
+        cells=cells,
+        engine_arguments=_engine_arguments(request, mode, kept, cells, generated) | request.engine_options,
+        environment=_environment(request, mode),
+        draft_tokens=request.draft_tokens if speculates else 0,
+        acceptance_length=(request.acceptance_length or None) if speculates else None,
+        generated_tokens=generated,
+        repeats=request.repeats,
+        max_warmups=request.max_warmups,
+        seed=request.seed,
+    )
+
+
+def _environment(request: Request, mode: str) -> dict[str, str | None]:
+    environment: dict[str, str | None] = {
+        # Of runner V1 there is nothing but the draft mode that asks for it: everything else is compared on V2.
+        "VLLM_USE_V2_MODEL_RUNNER": "0" if mode == "draft-v1" else "1",
+        # Stock vLLM without hooks of this package: an empty name matches no plugin.
+        "VLLM_PLUGINS": "specattn" if mode in OUR_MODES else "",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    if request.device == "cpu":
+        from specattn_vllm import cpu_runner
+
+        # PYTHONPATH and the cache's size are this machine's affair; the worker adds them (`runner`).
+        environment |= {k: v for k, v in cpu_runner.environment({}).items() if k == "TRITON_INTERPRET"}
+    return environment
+
+
+def _engine_arguments(
+    request: Request, mode: str, kept: float | None, cells: Sequence[JobCell], generated: int
+) -> dict[str, Any]:
+    longest = max(cell.prompt_tokens for cell in cells)
+    arguments: dict[str, Any] = {
+        "model": "{target}",
+        "skip_tokenizer_init": True,
+        "enable_prefix_caching": True,
+        "max_num_seqs": max(cell.batch for cell in cells),
+        "max_model_len": longest + generated + slack_tokens(request.draft_tokens),
+        "max_num_batched_tokens": request.max_num_batched_tokens,
+        "seed": request.seed,
+    }
+    if not request.shape.has_weights:
+        arguments["load_format"] = "dummy"
+    if request.device == "cpu":
+        arguments |= {"dtype": "float32", "enforce_eager": True, "distributed_executor_backend": "uni"}
+    else:
+        arguments |= {"dtype": "bfloat16", "gpu_memory_utilization": request.gpu_memory_utilization}
+        sizes = request.capture_sizes or capture_sizes(mode, [cell.batch for cell in cells], request.draft_tokens)
+        arguments["compilation_config"] = {"cudagraph_capture_sizes": list(sizes)}
+    if mode != "plain":
+        arguments["speculative_config"] = _speculation(request)
+    if mode in OUR_MODES:
+        arguments["attention_backend"] = "specattn"
+        arguments["additional_config"] = {"specattn": _options(mode, kept) | options_of(mode, request.options)}
+    return arguments
+
+
+def _speculation(request: Request) -> dict[str, Any]:
+    speculation = {
+        "model": "{draft}",
+        "method": "draft_model",
+        "num_speculative_tokens": request.draft_tokens,
+    }
+    if request.acceptance_length:
+        # vLLM then accepts drafts at random, so that a round gives so many tokens on average whatever the models say:
+        # random weights agree on nothing, and what agreement a method costs is not a matter of speed.
+        speculation |= {
+            "rejection_sample_method": "synthetic",
+            "synthetic_acceptance_length": request.acceptance_length,
+        }
+    return speculation
+
+
+def _options(mode: str, kept: float | None) -> dict[str, Any]:
+    if mode == "dense":
+        return {"method": "dense"}
+    if mode == "sparse-draft":
+        return {"method": "dense", "sparse_draft": True, "top_p": 1.0, "max_fraction": SPARSE_DRAFT, "min_tokens": 0}
+    # A fixed share, whatever the (random) attention looks like: top_p keeps everything, the cap cuts it.
+    return {"top_p": 1.0, "max_fraction": kept, "min_tokens": 0, "layer_map": "uniform"}
+
+
+def options_of(mode: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options given for a mode: 'KEY' is for all of ours, 'MODE:KEY' for one, and goes before the other."""
+    for_all = {key: value for key, value in options.items() if ":" not in key}
+    own = {key.removeprefix(f"{mode}:"): value for key, value in options.items() if key.startswith(f"{mode}:")}
+    return for_all | own
+
+
+def capture_sizes(mode: str, batches: Sequence[int], draft_tokens: int) -> list[int]:
+    """Sizes of CUDA graphs, in tokens, that the grid's batches need.
+
+    A plain step has a token per request, a verification K + 1. On runner V1 the draft model runs in graphs of these
+    sizes as well: K + 2 tokens per request in its first step, and one in the others; what is no multiple of K + 1 is
+    rounded up here, because vLLM rounds it too and then drops what exceeds the largest size given.
+    """
+    if mode == "plain":
+        return sorted(set(batches))
+    verified = draft_tokens + 1
+    wanted = [batch * verified for batch in batches]
+    if mode == "draft-v1":
+        wanted += [tokens for batch in batches for tokens in (batch, batch * (draft_tokens + 2))]
+    return sorted({-(-tokens // verified) * verified for tokens in wanted})

@@ -1,0 +1,63 @@
+"""Model shapes: the configuration of a target and its draft, and the folders that an engine loads them from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+DEMO = "demo"
+"""The pair that ships with the package, with its real weights; the other shapes have random ones."""
+ROLES = ("target", "draft")
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    description: str
+    configs: dict[str, dict]
+    """Role -> config.json."""
+
+    @property
+    def has_weights(self) -> bool:
+        return self.name == DEMO
+
+    @property
+    def max_position(self) -> int:
+        return min(config["max_position_embeddings"] for config in self.configs.values())
+
+    @property
+    def vocab_size(self) -> int:
+        return min(config["vocab_size"] for config in self.configs.values())
+
+
+def shape_names() -> list[str]:
+    files = (resources.files("specattn_vllm.bench") / "shapes").iterdir()
+    return [DEMO, *sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))]
+
+
+def load_shape(name: str) -> Shape:
+    if name == DEMO:
+        from specattn_vllm.cli import demo_folder
+
+        configs = {role: json.loads((demo_folder(role) / "config.json").read_text()) for role in ROLES}
+        return Shape(name, "The demo pair, with its own weights", configs)
+    if name not in shape_names():
+        raise ValueError(f"no shape '{name}': choose from {', '.join(shape_names())}")
+    found = json.loads((resources.files("specattn_vllm.bench") / "shapes" / f"{name}.json").read_text())
+    return Shape(name, found["description"], {role: found[role] for role in ROLES})
+
+
+def model_folders(shape: Shape, below: Path) -> dict[str, Path]:
+    """Role -> a folder that vLLM loads; those of random weights hold a config.json and are written into `below`."""
+    if shape.has_weights:
+        from specattn_vllm.cli import demo_folder
+
+        return {role: demo_folder(role) for role in ROLES}
+    folders = {}
+    for role in ROLES:
+        folders[role] = below / role
+        folders[role].mkdir(parents=True)
+        (folders[role] / "config.json").write_text(json.dumps(shape.configs[role]))
+    return folders

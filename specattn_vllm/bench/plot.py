@@ -1,0 +1,62 @@
+"""The report as a picture: for each cell, the speed of every engine as a multiple of plain decoding's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # a file, whatever the machine shows
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from specattn_vllm.bench.report import entries, title
+from specattn_vllm.bench.schema import Report
+
+STOCK_COLOURS = ("#4d4d4d", "#8c8c8c", "#bfbfbf")
+OUR_COLOURS = ("#1b6ca8", "#2a9d8f", "#e9a03b", "#d1495b", "#7b5ea7", "#5c946e")
+
+
+def draw(report: Report) -> Figure:
+    """Bars by cell; figures above them are tokens per second. Hatched: slower than the best stock mode."""
+    rows = entries(report)
+    speeds = [[entry.speed for entry in row] for _, row in rows]
+    plain = next((i for i, engine in enumerate(report.engines) if engine.job.mode == "plain"), None)
+    relative = plain is not None and all(row[plain] for row in speeds)
+    width = 0.84 / max(1, len(report.engines))
+    figure, axes = plt.subplots(figsize=(max(6.0, 0.62 * len(rows) * len(report.engines) + 1.5), 4.2))
+    stock, ours = iter(STOCK_COLOURS), iter(OUR_COLOURS * 4)
+    for index, engine in enumerate(report.engines):
+        colour = next(ours if engine.job.ours else stock)
+        label = title(engine)
+        for place, (_, row) in enumerate(rows):
+            entry = row[index]
+            if entry.speed is None:
+                continue
+            height = entry.speed / row[plain].speed if relative else entry.speed
+            x = place - 0.42 + (index + 0.5) * width
+            hatch = "///" if entry.losing else None
+            axes.bar(x, height, 0.94 * width, color=colour, edgecolor="white", hatch=hatch, label=label)
+            label = None  # once in the legend
+            axes.annotate(f"{entry.speed:,.0f}", (x, height), ha="center", va="bottom", fontsize=7, rotation=90,
+                          xytext=(0, 2), textcoords="offset points")  # fmt: skip
+    axes.set_xticks(range(len(rows)), [str(cell) for cell, _ in rows])
+    axes.set_xlabel("requests x context")
+    axes.set_ylabel("speed, plain decoding = 1" if relative else "tokens per second")
+    if relative:
+        axes.axhline(1.0, color="#4d4d4d", linewidth=0.8, linestyle=":")
+    axes.margins(y=0.18)
+    axes.spines[["top", "right"]].set_visible(False)
+    machine = report.provenance.get("gpu") or report.provenance.get("cpu") or ""
+    axes.set_title(f"{report.settings['shape']}, {machine} (figures: tokens per second)", fontsize=10)
+    # Below the axes: within them there is no place that a tall bar cannot need.
+    axes.legend(fontsize=8, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+    figure.tight_layout()
+    return figure
+
+
+def save(report: Report, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = draw(report)
+    figure.savefig(path, dpi=160, bbox_inches="tight")
+    plt.close(figure)

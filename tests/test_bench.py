@@ -1,0 +1,281 @@
+"""What `specattn bench` would run: cells, modes and options, and the exact engine of each mode."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from specattn_vllm import cli, cpu_runner
+from specattn_vllm.bench import grid, jobs, models
+from specattn_vllm.bench.grid import Cell
+
+
+def request(**changed) -> jobs.Request:
+    wanted = {
+        "shape": models.load_shape("llama-8b-1b"),
+        "grid": grid.parse_grid("16x32k,4x128k,1x32k"),
+        "modes": grid.MODES,
+        "kept": [0.25, 0.05],
+        "acceptance_length": 3.5,
+    }
+    return jobs.Request(**{**wanted, **changed})
+
+
+def jobs_by_name(**changed) -> dict:
+    return {job.name: job for job in jobs.make_jobs(request(**changed))}
+
+
+@pytest.mark.parametrize(
+    ("text", "cell"),
+    [
+        ("16x32k", Cell(16, 32768)),
+        (" 1x256", Cell(1, 256)),
+        ("4X128K", Cell(4, 131072)),
+        ("2x1m", Cell(2, 1048576)),
+    ],
+)
+def test_cells(text, cell):
+    assert Cell.parse(text) == cell
+    assert Cell.parse(str(cell)) == cell
+
+
+@pytest.mark.parametrize("text", ["", "16", "16x", "x32k", "0x32k", "16x0", "-1x32k", "1x32kk", "1.5x32k", "1x3.2k"])
+def test_what_is_no_cell_is_refused(text):
+    with pytest.raises(ValueError, match="is not a cell"):
+        Cell.parse(text)
+
+
+def test_the_order_keeps_the_prefix_cache_warm():
+    cells = grid.parse_grid("4x128k,1x32k,16x32k,4x32k,64x4k")
+    assert [str(cell) for cell in cells] == ["64x4k", "16x32k", "4x32k", "1x32k", "4x128k"]
+    with pytest.raises(ValueError, match="twice"):
+        grid.parse_grid("4x32k,4x32768")
+
+
+@pytest.mark.parametrize(
+    ("text", "option"),
+    [
+        ("sparse_draft=true", ("sparse_draft", True)),
+        ("top_p=0.9", ("top_p", 0.9)),
+        ("dense_layers=[0, 1]", ("dense_layers", [0, 1])),
+        ("combine=max", ("combine", "max")),
+        ("layer_map=a=b", ("layer_map", "a=b")),
+    ],
+)
+def test_options(text, option):
+    assert grid.parse_option(text) == option
+
+
+@pytest.mark.parametrize(
+    ("parse", "text"),
+    [
+        (grid.parse_option, "sparse_draft"),
+        (grid.parse_option, "=1"),
+        (grid.parse_modes, "plain,fast"),
+        (grid.parse_modes, "plain,plain"),
+        (grid.parse_fractions, "0.1,1.5"),
+        (grid.parse_fractions, "0"),
+        (grid.parse_fractions, "0.1,0.1"),
+        (grid.parse_sizes, "0,4"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(parse, text):
+    with pytest.raises(ValueError):
+        parse(text)
+
+
+def test_a_job_per_mode_and_kept_fraction():
+    assert list(jobs_by_name()) == [
+        "plain",
+        "draft-v2",
+        "draft-v1",
+        "dense",
+        "sparse-draft",
+        "specattn 25%",
+        "specattn 5%",
+    ]
+
+
+def test_stock_engines_are_stock():
+    found = jobs_by_name()
+    common = {
+        "model": "{target}",
+        "skip_tokenizer_init": True,
+        "load_format": "dummy",
+        "dtype": "bfloat16",
+        "enable_prefix_caching": True,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 8192,
+        "gpu_memory_utilization": 0.92,
+        "seed": 0,
+    }
+    speculation = {
+        "model": "{draft}",
+        "method": "draft_model",
+        "num_speculative_tokens": 5,
+        "rejection_sample_method": "synthetic",
+        "synthetic_acceptance_length": 3.5,
+    }
+    own = {}
+    for name in ("plain", "draft-v2", "draft-v1"):
+        arguments = dict(found[name].engine_arguments)
+        assert {key: arguments.pop(key) for key in common} == common
+        assert arguments.pop("max_model_len") <= 131072
+        own[name] = arguments
+    assert own == {
+        "plain": {"compilation_config": {"cudagraph_capture_sizes": [1, 4, 16]}},
+        "draft-v2": {"compilation_config": {"cudagraph_capture_sizes": [6, 24, 96]}, "speculative_config": speculation},
+        "draft-v1": {
+            "compilation_config": {"cudagraph_capture_sizes": [6, 12, 18, 24, 30, 96, 114]},
+            "speculative_config": speculation,
+        },
+    }
+    environments = {name: job.environment for name, job in found.items()}
+    assert {name: environments[name]["VLLM_PLUGINS"] for name in own} == dict.fromkeys(own, "")
+    assert {name: e["VLLM_USE_V2_MODEL_RUNNER"] for name, e in environments.items()} == {
+        **dict.fromkeys(environments, "1"),
+        "draft-v1": "0",
+    }
+
+
+def test_our_engines_differ_from_stock_in_the_backend_and_its_options_only():
+    found = jobs_by_name(options={"combine": "max", "specattn:sparse_draft": True, "dense:combine": "first"})
+    stock = found["draft-v2"].engine_arguments
+    expected = {
+        "dense": {"method": "dense", "combine": "first"},
+        "sparse-draft": {
+            "method": "dense",
+            "sparse_draft": True,
+            "top_p": 1.0,
+            "max_fraction": 0.1,
+            "min_tokens": 0,
+            "combine": "max",
+        },
+        "specattn 5%": {
+            "top_p": 1.0,
+            "max_fraction": 0.05,
+            "min_tokens": 0,
+            "layer_map": "uniform",
+            "combine": "max",
+            "sparse_draft": True,
+        },
+    }
+    for name, options in expected.items():
+        arguments = dict(found[name].engine_arguments)
+        assert arguments.pop("attention_backend") == "specattn"
+        assert arguments.pop("additional_config") == {"specattn": options}
+        assert arguments == stock
+        assert found[name].environment["VLLM_PLUGINS"] == "specattn"
+
+
+def test_what_is_generated_fits_into_the_engine():
+    for job in jobs_by_name().values():
+        lengths = {cell.name: cell.prompt_tokens for cell in job.cells}
+        assert lengths["16x32k"] == lengths["1x32k"] == 32768
+        assert 130_000 < lengths["4x128k"] < 131_072
+        longest = lengths["4x128k"] + job.generated_tokens
+        # Drafts of two rounds in flight, past the last token.
+        assert longest + 2 * 6 <= job.engine_arguments["max_model_len"] <= 131_072
+
+
+def test_a_model_without_room_is_refused():
+    with pytest.raises(ValueError, match="do not fit"):
+        jobs_by_name(shape=models.load_shape("demo"), output_tokens=8192)
+
+
+def test_acceptance_by_the_models_themselves():
+    arguments = jobs_by_name(acceptance_length=0)["dense"].engine_arguments
+    assert set(arguments["speculative_config"]) == {"model", "method", "num_speculative_tokens"}
+
+
+def test_the_user_has_the_last_word():
+    found = jobs_by_name(capture_sizes=[8], engine_options={"dtype": "float16"}, options={"top_p": 0.5})
+    assert found["plain"].engine_arguments["compilation_config"] == {"cudagraph_capture_sizes": [8]}
+    assert {job.engine_arguments["dtype"] for job in found.values()} == {"float16"}
+    assert found["specattn 5%"].engine_arguments["additional_config"]["specattn"]["top_p"] == 0.5
+
+
+def test_on_a_cpu():
+    job = jobs_by_name(shape=models.load_shape("demo"), grid=[Cell(2, 256)], device="cpu")["specattn 25%"]
+    assert job.engine_arguments["dtype"] == "float32"
+    assert job.engine_arguments["enforce_eager"]
+    assert not {"load_format", "compilation_config", "gpu_memory_utilization"} & set(job.engine_arguments)
+    assert job.environment["TRITON_INTERPRET"] == "1"
+    assert cpu_runner.environment({})["PYTHONPATH"] not in json.dumps(job.model_dump(mode="json"))
+
+
+def test_the_key_of_a_job_is_what_it_runs():
+    first, same, other = (jobs_by_name(**changed)["dense"].key for changed in ({}, {}, {"repeats": 4}))
+    assert first == same != other
+
+
+@pytest.mark.parametrize("name", models.shape_names())
+def test_shapes(name, tmp_path):
+    from transformers import AutoConfig
+
+    shape = models.load_shape(name)
+    folders = models.model_folders(shape, tmp_path)
+    configs = {role: AutoConfig.from_pretrained(folder) for role, folder in folders.items()}
+    assert configs["target"].vocab_size == configs["draft"].vocab_size
+    sizes = {}
+    for role, config in configs.items():
+        assert config.head_dim in (64, 128)
+        assert config.rope_parameters["rope_theta"] == shape.configs[role]["rope_parameters"]["rope_theta"]
+        attention = config.hidden_size * config.head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)
+        layer = attention + 3 * config.hidden_size * config.intermediate_size
+        embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+        sizes[role] = round((config.num_hidden_layers * layer + embeddings) / 1e9, 1)
+    assert (sizes["target"], sizes["draft"]) == {
+        "llama-8b-1b": (8.0, 1.2),
+        "qwen3-8b-0.6b": (8.2, 0.6),
+        "demo": (0.0, 0.0),
+    }[name]
+    assert (tmp_path / "target").is_dir() != shape.has_weights
+
+
+def test_list_shows_every_engine_and_runs_none(capsys):
+    assert cli.main(["bench", "--list", "--modes", "plain,specattn", "--kept", "0.1", "--grid", "4x32k"]) == 0
+    out = capsys.readouterr().out
+    assert [line for line in out.splitlines() if not line.startswith(" ")] == ["plain", "specattn 10%"]
+    assert '"max_fraction": 0.1' in out
+
+
+def test_engines_is_what_bench_does_if_nothing_else_is_named(capsys):
+    outputs = []
+    for arguments in (["bench", "--list"], ["bench", "engines", "--list"]):
+        assert cli.main(arguments) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--option", "no_such=1"], "no_such"),
+        (["--option", "combine=least"], "combine"),
+        (["--acceptance-length", "7"], "--draft-tokens + 1 = 6"),
+        (["--repeats", "0"], "--repeats"),
+    ],
+)
+def test_what_an_engine_would_refuse_is_refused_before_it_starts(capsys, arguments, message):
+    assert cli.main(["bench", "--list", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--grid", "4"], ["--modes", "fast"], ["--shape", "gpt"], ["--kept", "a"]])
+def test_wrong_arguments_exit_with_2(capsys, arguments):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["bench", *arguments])
+    assert stop.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+def test_the_command_line_loads_nothing_heavy():
+    program = (
+        "import sys; from specattn_vllm import cli\n"
+        "assert cli.main(['bench', '--list']) == 0\n"
+        "heavy = {'torch', 'vllm', 'triton', 'rich', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", program], check=True, stdout=subprocess.DEVNULL)

@@ -1,0 +1,180 @@
+"""Tables and picture of a stored report."""
+
+import copy
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from specattn_vllm import cli
+from specattn_vllm.bench import report
+from specattn_vllm.bench.schema import Report
+
+FILE = Path(__file__).with_name("test_bench_report.json")
+
+
+@pytest.fixture
+def results() -> dict:
+    return json.loads(FILE.read_text())
+
+
+def rows(text: str) -> list[list[str]]:
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[part.strip() for part in line.strip("|").split("|")] for line in lines]
+
+
+def cell_of(results: dict, engine: str, cell: str) -> dict:
+    (found,) = [e for e in results["engines"] if e["name"] == engine]
+    return next(c for c in found["cells"] if c["name"] == cell)
+
+
+def test_the_table(results):
+    assert rows(report.markdown(results)) == [
+        ["requests x context", "plain decoding", "draft model, runner V2", "draft model, runner V1 (timeout)",
+         "specattn 10%"],
+        ["---"] * 5,
+        # 690 plain; 836 and 850 with a draft model, of which the better one counts.
+        ["16 x 32k", "690", "836 (1.21x)", "850 (1.23x)", "2,415 (3.50x, 2.84x)"],
+        # The best stock mode is plain decoding here: 90.5 is less than 0.95 of 96, and more than any draft mode.
+        ["1 x 32k", "96.0", "60.0 (0.62x)", "-", "90.5 (0.94x, 1.51x)†"],
+    ]  # fmt: skip
+
+
+def test_what_stands_below_the_table(results):
+    text = report.markdown(results)
+    assert "5 draft tokens, 3.5 tokens a round on average" in text
+    assert "NVIDIA H200, vLLM 0.32.0, 2026-11-22." in text
+    assert "draft-v1: timeout, took longer than 300 s (--engine-timeout)." in text
+    assert "† slower than 0.95 times the best stock mode." in text
+    assert "‡" not in text
+
+
+@pytest.mark.parametrize(("speed", "losing"), [(91.19, True), (91.21, False)])
+def test_losing_is_below_a_share_of_the_best_stock_mode(results, speed, losing):
+    cell_of(results, "specattn 10%", "1x32k")["tokens_per_second"] = speed
+    assert ("†" in report.markdown(results)) is losing
+
+
+def test_stock_modes_never_lose(results):
+    assert "†" not in rows(report.markdown(results))[3][2]
+
+
+def test_what_is_not_steady_or_not_there_is_marked(results):
+    cell_of(results, "plain", "16x32k")["steady"] = False
+    skipped = cell_of(results, "specattn 10%", "16x32k")
+    for name in ("tokens_per_second", "tokens_per_second_range"):
+        del skipped[name]
+    skipped["skipped"] = "needs a KV cache of 2 tokens, there is room for 1"
+    text = report.markdown(results)
+    assert rows(text)[2] == ["16 x 32k", "690‡", "836 (1.21x)", "850 (1.23x)", "-"]
+    assert "‡ not steady" in text
+    assert "specattn 10%, 16x32k: needs a KV cache of 2 tokens" in text
+
+
+def test_without_plain_decoding_nothing_is_compared_with_it(results):
+    results["engines"] = [engine for engine in results["engines"] if engine["name"] != "plain"]
+    assert rows(report.markdown(results))[2][1:] == ["836", "850", "2,415 (2.84x)"]
+
+
+def test_shortened_prompts_and_mixed_machines_are_owned_up_to(results):
+    assert "Not all from one machine" not in report.markdown(results)
+    cell_of(results, "plain", "16x32k")["prompt_tokens"] = 32000
+    results["engines"][0]["provenance"] = results["provenance"] | {"gpu": "NVIDIA H100"}
+    results["engines"][1]["provenance"] = results["provenance"]
+    text = report.markdown(results)
+    assert "16x32k: prompts of 32,000 tokens" in text
+    assert "Not all from one machine" in text
+
+
+def test_details(results):
+    found = {tuple(row[:2]): row[2:] for row in rows(report.details(results))[2:]}
+    assert len(found) == 7
+    assert found["specattn 10%", "16x32k"] == ["2,415.0 (2,400.0 to 2,430.0)", "23.19 (23.00 to 23.40)", "3.50",
+                                               "10.1%", "44"]  # fmt: skip
+
+
+def test_a_report_survives_the_file(results, tmp_path):
+    Report.model_validate(results).write(tmp_path / "deep" / "copy.json")
+    assert Report.model_validate_json((tmp_path / "deep" / "copy.json").read_text()) == Report.model_validate(results)
+
+
+def test_the_command_prints_the_same_table(results, capsys):
+    assert cli.main(["bench", "table", str(FILE)]) == 0
+    assert capsys.readouterr().out == report.markdown(results)
+    assert cli.main(["bench", "table", str(FILE), "--details"]) == 0
+    assert capsys.readouterr().out.endswith(report.details(results))
+
+
+@pytest.mark.parametrize("text", [None, "no json", "{}"])
+def test_other_files_are_refused(tmp_path, capsys, text):
+    file = tmp_path / "other.json"
+    if text is not None:
+        file.write_text(text)
+    assert cli.main(["bench", "table", str(file)]) == 2
+    assert "is no report" in capsys.readouterr().err
+
+
+def test_the_terminal_shows_the_same_figures(results):
+    pytest.importorskip("rich")
+    from rich.console import Console
+
+    from specattn_vllm.bench import terminal
+
+    console = Console(width=200, record=True, file=io.StringIO())
+    terminal.show(Report.model_validate(results), console)
+    shown = console.export_text()
+    for row in rows(report.markdown(results))[2:]:
+        for text in row[1:]:
+            assert text in shown
+    assert "timeout, took longer" in shown
+
+
+def test_the_board_names_what_runs(results):
+    pytest.importorskip("rich")
+    from rich.console import Console
+
+    from specattn_vllm.bench import terminal
+
+    engines = Report.model_validate(results).engines
+    jobs = [engine.job for engine in engines]
+    events = [{"cell": None, "phase": "start"}, {"cell": "16x32k", "phase": "prefill"}]
+    for is_terminal in (True, False):
+        console = Console(width=200, record=True, force_terminal=is_terminal, file=io.StringIO())
+        with terminal.board(jobs, console) as board:
+            board.watch(jobs[0], events[:1])
+            board.watch(jobs[0], events)
+            if not is_terminal:
+                assert console.export_text(clear=False).count("start") == 1
+            board.done(engines[0])
+            board.done(engines[2])
+        shown = console.export_text()
+        assert "16x32k 690, 1x32k 96 tokens/s" in shown
+        assert "until then 16x32k 850 tokens/s" in shown
+
+
+def test_the_picture(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    from specattn_vllm.bench import plot
+
+    figure = plot.draw(Report.model_validate(results))
+    (axes,) = figure.axes
+    heights = sorted(round(bar.get_height(), 3) for bar in axes.patches)
+    assert heights == sorted([1, 1, 1.212, 1.232, 3.5, 0.625, 0.943])
+    assert [bar.get_hatch() for bar in axes.patches].count("///") == 1
+    assert [text.get_text() for text in axes.get_xticklabels()] == ["16x32k", "1x32k"]
+    assert len(axes.get_legend().get_texts()) == 4
+    path = tmp_path / "deep" / "bench.png"
+    assert cli.main(["bench", "table", str(FILE), "--plot", str(path)]) == 0
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_picture_without_plain_decoding_shows_speeds(results):
+    pytest.importorskip("matplotlib")
+    from specattn_vllm.bench import plot
+
+    without = copy.deepcopy(results)
+    without["engines"] = without["engines"][1:]
+    (axes,) = plot.draw(Report.model_validate(without)).axes
+    assert max(bar.get_height() for bar in axes.patches) == 2415
+    assert axes.get_ylabel() == "tokens per second"

@@ -1,0 +1,279 @@
+"""Engines that work, fail, hang or are there already; the workers are small programs instead of vLLM."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from specattn_vllm import cli
+from specattn_vllm.bench import command, grid, jobs, models, runner
+from specattn_vllm.bench.schema import Report
+
+# What a worker does, by the mode of its job.
+WORKER = """
+import json, os, subprocess, sys, time
+from pathlib import Path
+from specattn_vllm.bench.schema import CellResult, EngineResult, Job, Sample, write_json
+from specattn_vllm.bench.summary import summarise
+
+job_path, result_path, events_path = map(Path, sys.argv[1:])
+job = Job.model_validate_json(job_path.read_text())
+events_path.write_text(json.dumps({"cell": None, "phase": "start"}) + "\\n")
+result = EngineResult(name=job.name, status="failed", reason="ended early", job=job, job_key=job.key)
+
+
+def measure(cell):
+    sample = Sample(tokens=100, seconds=0.5, rounds=50, tokens_per_round=1)
+    result.cells.append(summarise(CellResult(**cell.model_dump(), samples=[sample])))
+    write_json(result_path, result.model_dump(mode="json"))
+
+
+behaviour = json.loads(os.environ["BEHAVIOUR"]).get(job.mode, "work")
+print("log of", job.name, os.environ["VLLM_USE_V2_MODEL_RUNNER"], repr(os.environ["VLLM_PLUGINS"]), flush=True)
+if behaviour == "raise":
+    print("(EngineCore pid=1) ERROR 11-22 09:17:41 [core.py:1] Traceback", flush=True)
+    print("(EngineCore pid=1) ValueError: no memory for this", flush=True)
+    print("RuntimeError: Engine core initialization failed.", flush=True)
+    sys.exit(1)
+if "CUDA_VISIBLE_DEVICES" in os.environ:
+    print("on GPU", os.environ["CUDA_VISIBLE_DEVICES"], flush=True)
+if behaviour == "meet":  # ends only while another engine runs
+    mine = Path(os.environ["CHILD"]).with_name(job.name)
+    mine.touch()
+    while len(list(mine.parent.glob("d*"))) < 2:
+        time.sleep(0.02)
+if behaviour == "vanish":
+    os.kill(os.getpid(), 9)
+if behaviour == "hang":
+    measure(job.cells[0])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    Path(os.environ["CHILD"]).write_text(str(child.pid))
+    time.sleep(600)
+for cell in job.cells:
+    measure(cell)
+result.status, result.reason = "ok", None
+write_json(result_path, result.model_dump(mode="json"))
+"""
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """bench(behaviour by mode, **arguments of run_all) -> (report as it was written, names of the engines that ran)."""
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    monkeypatch.setattr(runner, "POLL_SECONDS", 0.02)
+    monkeypatch.setattr(runner, "worker_command", lambda: [sys.executable, "-P", str(script)])
+    monkeypatch.setattr(command, "require", lambda modules: None)
+    monkeypatch.setenv("CHILD", str(tmp_path / "child"))
+
+    def run(behaviour: dict | None = None, earlier=None, timeout: float = 60.0, repeats: int = 3, **arguments):
+        monkeypatch.setenv("BEHAVIOUR", json.dumps(behaviour or {}))
+        request = jobs.Request(
+            shape=models.load_shape("demo"),
+            grid=grid.parse_grid("2x1k,1x1k"),
+            modes=["plain", "draft-v2", "dense"],
+            kept=[],
+            device="cpu",
+            repeats=repeats,
+        )
+        report = Report(provenance={"date": "2026-11-22"}, settings=request.settings(), engines=[])
+        path, ran = tmp_path / "out" / "report.json", []
+        if earlier == "resume":
+            earlier = runner.earlier_engines(path, report)
+        runner.run_all(
+            jobs.make_jobs(request),
+            report,
+            path,
+            tmp_path / "logs",
+            timeout,
+            earlier or {},
+            watch=lambda job, events: ran.append(job.name),
+            **arguments,
+        )
+        return Report.model_validate_json(path.read_text()), list(dict.fromkeys(ran))
+
+    run.folder = tmp_path
+    return run
+
+
+def statuses(report: Report) -> dict[str, str]:
+    return {engine.name: engine.status for engine in report.engines}
+
+
+def test_every_engine_runs_in_its_own_environment(bench):
+    report, _ = bench()
+    assert statuses(report) == {"plain": "ok", "draft-v2": "ok", "dense": "ok"}
+    assert [[cell.name for cell in engine.cells] for engine in report.engines] == [["2x1k", "1x1k"]] * 3
+    logs = {path.stem: path.read_text() for path in (bench.folder / "logs").glob("*.log")}
+    assert logs == {
+        "plain": "log of plain 1 ''\n",
+        "draft-v2": "log of draft-v2 1 ''\n",
+        "dense": "log of dense 1 'specattn'\n",
+    }
+    assert report.engines[0].log == "logs/plain.log"
+    assert report.engines[0].provenance == {"date": "2026-11-22"}
+
+
+def test_one_that_fails_does_not_stop_the_others(bench):
+    report, _ = bench({"draft-v2": "raise"})
+    assert statuses(report) == {"plain": "ok", "draft-v2": "failed", "dense": "ok"}
+    # The first error of the log, not what vLLM says about it afterwards.
+    assert report.engines[1].reason == "ValueError: no memory for this"
+
+
+def test_of_a_validation_error_what_is_wrong_is_reported():
+    log = """INFO 11-22 all is well
+    ValueError: within a line of a traceback
+(EngineCore pid=7) pydantic_core._pydantic_core.ValidationError: 1 validation error for VllmConfig
+(EngineCore pid=7)   Value error, K is too large: use less [type=value_error, input_value=1]
+(EngineCore pid=7)     For further information visit https://errors.pydantic.dev
+RuntimeError: Engine core initialization failed."""
+    assert runner._cause(log).startswith("Value error, K is too large: use less")
+    assert runner._cause("INFO 11-22 all is well") is None
+
+
+def test_one_that_is_killed_is_reported_too(bench):
+    report, _ = bench({"plain": "vanish"})
+    assert statuses(report) == {"plain": "failed", "draft-v2": "ok", "dense": "ok"}
+    assert "-9" in report.engines[0].reason
+
+
+def test_stopping_at_the_first_failure_can_be_asked_for(bench):
+    report, ran = bench({"draft-v2": "raise"}, keep_going=False)
+    assert statuses(report) == {"plain": "ok", "draft-v2": "failed"}
+    assert "dense" not in ran
+
+
+def test_engines_run_at_the_same_time_each_on_a_gpu_of_its_own(bench, monkeypatch):
+    monkeypatch.setenv("CHILD", str(bench.folder / "meeting" / "child"))
+    (bench.folder / "meeting").mkdir()
+    report, _ = bench({"draft-v2": "meet", "dense": "meet"}, gpus=["2", "5"], timeout=30)
+    assert statuses(report) == {"plain": "ok", "draft-v2": "ok", "dense": "ok"}
+    used = [path.read_text().split("on GPU ")[1].split()[0] for path in (bench.folder / "logs").glob("d*.log")]
+    assert sorted(used) == ["2", "5"]
+
+
+def test_one_that_hangs_is_ended_with_its_children_and_keeps_what_it_measured(bench):
+    report, _ = bench({"draft-v2": "hang"}, timeout=8.0)
+    assert statuses(report) == {"plain": "ok", "draft-v2": "timeout", "dense": "ok"}
+    hung = report.engines[1]
+    assert [cell.tokens_per_second for cell in hung.cells] == [200.0]
+    assert "--engine-timeout" in hung.reason
+    child = int((bench.folder / "child").read_text())
+    assert not_running(child)
+
+
+def not_running(pid: int) -> bool:
+    """Gone, or dead and waiting for whoever inherited it."""
+    for _ in range(50):
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                state = file.read().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        if state == "Z":
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def test_resuming_runs_what_is_missing(bench):
+    first, _ = bench({"draft-v2": "raise"})
+    second, ran = bench(earlier="resume")
+    assert ran == ["draft-v2"]
+    assert statuses(second) == {"plain": "ok", "draft-v2": "ok", "dense": "ok"}
+    assert second.engines[0] == first.engines[0]
+
+
+def test_resuming_runs_anew_what_would_run_otherwise(bench):
+    bench()
+    _, ran = bench(earlier="resume", repeats=4)
+    assert ran == ["plain", "draft-v2", "dense"]
+
+
+def test_measuring_again_can_be_asked_for(bench):
+    bench()
+    report, ran = bench({"draft-v2": "raise"}, earlier="resume", rerun=True)
+    assert ran == ["plain", "draft-v2", "dense"]
+    assert statuses(report) == {"plain": "ok", "draft-v2": "failed", "dense": "ok"}
+
+
+def test_resuming_keeps_engines_that_are_not_asked_for_now(bench):
+    bench()
+    path = bench.folder / "out" / "report.json"
+    stored = json.loads(path.read_text())
+    stored["engines"][0]["name"] = stored["engines"][0]["job"]["name"] = "plain, earlier"
+    path.write_text(json.dumps(stored))
+    report, ran = bench(earlier="resume")
+    assert ran == ["plain"]
+    assert list(statuses(report)) == ["plain, earlier", "plain", "draft-v2", "dense"]
+
+
+def test_figures_of_something_else_are_not_gone_on_with(bench):
+    bench()
+    path = bench.folder / "out" / "report.json"
+    stored = json.loads(path.read_text())
+    stored["settings"]["draft_tokens"] = 7
+    path.write_text(json.dumps(stored))
+    with pytest.raises(runner.SettingsDiffer, match="draft_tokens differ"):
+        bench(earlier="resume")
+
+
+def run_command(bench, monkeypatch, behaviour: dict, *more: str) -> int:
+    monkeypatch.setenv("BEHAVIOUR", json.dumps(behaviour))
+    arguments = ["--shape", "demo", "--device", "cpu", "--grid", "1x1k", "--modes", "plain,dense"]
+    return cli.main(["bench", *arguments, "--out", str(bench.folder / "r.json"), *more])
+
+
+def test_the_exit_status_says_whether_all_ran(bench, monkeypatch, capsys):
+    pytest.importorskip("rich")
+    assert run_command(bench, monkeypatch, {"dense": "raise"}) == 1
+    assert "no memory for this" in capsys.readouterr().out.replace("\n", " ")
+    assert run_command(bench, monkeypatch, {}) == 2
+    assert "--resume" in capsys.readouterr().err
+    assert run_command(bench, monkeypatch, {}, "--resume") == 0
+    assert "200" in capsys.readouterr().out
+    assert run_command(bench, monkeypatch, {}, "--resume", "--grid", "2x1k") == 2
+    assert "grid differ" in capsys.readouterr().err
+    assert run_command(bench, monkeypatch, {"dense": "raise"}, "--rerun", "--modes", "dense") == 1
+    assert run_command(bench, monkeypatch, {}, "--overwrite", "--grid", "2x1k") == 0
+
+
+def test_an_end_by_signal_ends_the_engine_and_leaves_a_report(bench, monkeypatch, capsys):
+    pytest.importorskip("rich")
+    child = bench.folder / "child"
+
+    def terminate():
+        while not child.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=terminate)
+    thread.start()
+    assert run_command(bench, monkeypatch, {"plain": "hang"}) == 1
+    thread.join()
+    report = Report.model_validate_json((bench.folder / "r.json").read_text())
+    assert statuses(report) == {"plain": "interrupted"}
+    assert not_running(int(child.read_text()))
+
+
+def test_what_is_missing_is_named_with_its_remedy(monkeypatch):
+    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else object())
+    with pytest.raises(cli.UserError, match=r"matplotlib is not installed: pip install 'specattn-vllm\[bench\]'"):
+        command.require(("rich", "matplotlib"))
+
+
+def test_kernels_are_loaded_only_if_they_are_asked_for():
+    program = (
+        "import sys; from specattn_vllm import cli\n"
+        "parser = cli.build_parser()\n"
+        "assert 'specattn_vllm.bench.kernels' not in sys.modules\n"
+        "args = parser.parse_args(['bench', 'kernels'])\n"
+        "assert 'specattn_vllm.bench.kernels' in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-P", "-c", program], check=True)
