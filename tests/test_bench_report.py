@@ -169,6 +169,20 @@ def test_the_picture(results, tmp_path):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_many_cells_are_drawn_in_rows(results):
+    pytest.importorskip("matplotlib")
+    from specattn_vllm.bench import plot
+
+    measured = Report.model_validate_json((Path(__file__).parents[1] / "docs/results/h200-engine.json").read_text())
+    figure = plot.draw(measured)
+    assert [len(axes.patches) for axes in figure.axes] == [32, 32]
+    cells = [text.get_text() for axes in figure.axes for text in axes.get_xticklabels()]
+    assert cells == [str(cell) for cell in measured.cells]
+    wide, high = figure.get_size_inches()
+    assert wide < 3 * high
+    assert len(figure.axes[1].get_legend().get_texts()) == 8
+
+
 def test_a_picture_without_plain_decoding_shows_speeds(results):
     pytest.importorskip("matplotlib")
     from specattn_vllm.bench import plot

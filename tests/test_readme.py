@@ -14,15 +14,50 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "
 
 
 def test_the_table_is_what_was_measured():
+    from specattn_vllm.bench.report import markdown
+
+    measured = json.loads((ROOT / "docs/results/h200-engine.json").read_text())
+    assert markdown(measured) in README
+
+
+def test_the_command_above_the_table_runs_the_engines_in_it(capsys):
+    from specattn_vllm import cli
+
+    [command] = re.findall(r"^specattn (bench --grid .*?)\nspecattn bench table", README, re.M | re.S)
+    measured = json.loads((ROOT / "docs/results/h200-engine.json").read_text())
+    assert cli.main([*command.replace("\\\n", " ").split(), "--list", "--device", "cuda"]) == 0
+    listed = re.findall(r"^(\S.*)\n  cells: ", capsys.readouterr().out, re.M)
+    assert sorted(listed) == sorted(engine["name"] for engine in measured["engines"])
+
+
+def test_the_figures_of_rounds_are_those_measured():
+    engines = json.loads((ROOT / "docs/results/h200-engine.json").read_text())["engines"]
+    rounds = {
+        (engine["name"], cell["name"]): f"{cell['milliseconds_per_round']:.1f}"
+        for engine in engines
+        for cell in engine["cells"]
+    }
+    text = " ".join(README.split())
+    for cell, words in (
+        ("1x4k", "a round of one request of 4k takes {} ms instead of {}"),
+        ("4x32k", "of 4 of 32k {} instead of {}"),
+        ("16x32k", "where reading KV takes the time, {} instead of {}"),
+    ):
+        assert words.format(rounds["dense", cell], rounds["draft-v2", cell]) in text
+    assert f"A round of 16 requests of 32k at 10%** takes {rounds['specattn 10%', '16x32k']} ms" in text
+
+
+def test_the_cpu_s_table_is_what_was_measured():
+    document = (ROOT / "docs/cpu.md").read_text()
     results = {r["mode"]: r for r in json.loads((ROOT / "docs/results/cpu.json").read_text())["results"]}
     for mode, end in (("plain", "| |"), ("dense", "100% |"), ("specattn", f"{results['specattn']['kv_read']:.1%} |")):
         result = results[mode]
         slowest, fastest = result["tokens_per_second_range"]
         speed = f"{result['tokens_per_second']:.1f} ({slowest:.1f} to {fastest:.1f})"
         length = f"{result['acceptance_length']:.2f} | " if "acceptance_length" in result else ""
-        assert f"| {speed} | {length}{end}" in README
+        assert f"| {speed} | {length}{end}" in document
     for mode in ("plain", "specattn"):
-        assert f"{results[mode]['prefill_tokens_per_second']:,}" in README
+        assert f"{results[mode]['prefill_tokens_per_second']:,}" in document
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

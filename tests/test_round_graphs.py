@@ -12,7 +12,7 @@ pytest.importorskip("vllm")
 from vllm.config.compilation import CUDAGraphMode
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 
-from specattn_vllm.speculation.graphs import RoundGraphs, RoundInputs
+from specattn_vllm.speculation.graphs import RoundGraphs, RoundInputs, thinned
 
 REQUESTS, QUERY = 5, 3
 CPU = torch.device("cpu")
@@ -139,3 +139,40 @@ def test_other_batches_have_none(graphs, scheduled):
 def test_before_capture_there_are_none(graphs):
     graphs._graphs_captured = False
     assert graphs.find(step(2)["batch"]) is None
+
+
+VLLM_SIZES = [1, 2, 4, *range(8, 256, 8), *range(256, 513, 16)]
+
+
+@pytest.mark.parametrize("query_len", [2, 5, 6, 9])
+def test_few_graphs_and_little_padding(query_len):
+    sizes = thinned(VLLM_SIZES, query_len)
+    rows = [-(-size // query_len) for size in sizes]
+    assert len(rows) <= 16 < len(VLLM_SIZES)
+    assert rows == sorted(set(rows))
+    largest = max(-(-size // query_len) for size in VLLM_SIZES if -(-size // query_len) * query_len <= 512)
+    assert rows[-1] == largest
+    # No batch runs in a graph of much more than half as many rows again, nor do small ones of a row more than needed.
+    for reqs in range(1, largest + 1):
+        fits = next(n for n in rows if n >= reqs)
+        assert fits <= max(1.5 * reqs + 1, 2)
+
+
+def test_sizes_that_were_chosen_by_hand_all_stay():
+    assert thinned([6, 24, 96], 6) == [6, 24, 96]
+    assert thinned([5, 10, 20, 40], 5) == [5, 10, 20, 40]
+    assert thinned([], 6) == []
+
+
+def test_vllm_s_manager_plans_the_graphs_of_those_sizes_and_keeps_its_own():
+    made = object.__new__(RoundGraphs)
+    config = SimpleNamespace(cudagraph_capture_sizes=VLLM_SIZES, max_cudagraph_capture_size=512)
+    made.compilation_config, made.cudagraph_mode = config, CUDAGraphMode.FULL_DECODE_ONLY
+    made.vllm_config = SimpleNamespace(speculative_config=None)
+    made.max_num_reqs, made.decode_query_len, made.varlen_decode, made.ubatch_runner = 256, 6, False, None
+    made.lora_capture_cases, made._candidates, made._capture_descs = [0], {}, {}
+    made._init_candidates()
+    assert config.cudagraph_capture_sizes is VLLM_SIZES, "the target's graphs are made of them too"
+    [planned] = made._capture_descs.values()
+    assert sorted(d.num_reqs for d in planned) == [-(-size // 6) for size in thinned(VLLM_SIZES, 6)]
+    assert made._candidates[17 * 6, 0][0].num_reqs == 20

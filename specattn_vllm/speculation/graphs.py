@@ -74,12 +74,39 @@ class RoundInputs:
         self._load_round(given, self._held, batch.num_reqs, rows, self.query_len)
 
 
+def thinned(sizes: list[int], query_len: int) -> list[int]:
+    """Of vLLM's capture sizes, in tokens, those that a round gets a graph for.
+
+    vLLM has one for every eight tokens or so. Capturing a round takes as long as running it a few times, and a row too
+    many costs next to nothing: it has no context to read. So a graph is made where it has at least a third more rows
+    than the one before, and for the largest size. vLLM drops sizes that exceed the largest once rounded up to whole
+    rows.
+    """
+    rows_of = {size: -(-size // query_len) for size in sorted(sizes)}
+    usable = [size for size, rows in rows_of.items() if rows * query_len <= max(sizes)]
+    kept: list[int] = []
+    for size in usable:
+        before = rows_of[kept[-1]] if kept else 0
+        if rows_of[size] > before and (rows_of[size] <= 4 or 3 * rows_of[size] >= 4 * before):
+            kept.append(size)
+    return sorted({*kept, *usable[-1:]})
+
+
 class RoundGraphs(CudaGraphManager):
     """Graphs of a round, one per number of rows; vLLM's manager keeps sizes, dispatch, memory pool and profiling."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, query_len: int, inputs: RoundInputs) -> None:
         super().__init__(vllm_config, device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=query_len)
         self.inputs = inputs
+
+    def _init_candidates(self) -> None:
+        config = self.compilation_config
+        sizes = config.cudagraph_capture_sizes
+        config.cudagraph_capture_sizes = thinned(sizes or [], self.decode_query_len)
+        try:
+            super()._init_candidates()
+        finally:
+            config.cudagraph_capture_sizes = sizes
 
     def capture_rounds(self, run: Callable[[InputBatch], None], block_tables: BlockTables, description: str) -> None:
         """Capture run(batch) for every size. Only what `run` does is replayed later."""

@@ -156,8 +156,9 @@ def test_what_is_captured_is_the_attention_of_the_draft_model(engine, greedy, pr
     assert lengths[0] == 333 and len(lengths) >= 6
     steps = {b - a for a, b in itertools.pairwise(lengths)}
     assert STEPS + 1 in steps and len(steps) > 1, "rounds with all drafts accepted, and with some rejected"
-    # vLLM lets CUDA round fp32 products to 10 bits (TF32): on an H200 the mass was off by 0.0003 at most.
-    rtol, atol = (2e-2, 1e-3) if torch.cuda.is_available() else (1e-3, 1e-5)
+    # On CUDA, scores are stored as bfloat16: a logit of 8 to 16 is off by up to 1/32, its weight by as much of itself.
+    # (vLLM also lets fp32 products be rounded to 10 bits there, which moved the mass by 0.0003 at most.)
+    rtol, atol = (5e-2, 1e-3) if torch.cuda.is_available() else (1e-3, 1e-5)
     for length, mass, layer_sources in captured[: len(lengths)]:
         for name, source in layer_sources.items():
             layer = int(name.split(".layers.")[1].split(".")[0])
