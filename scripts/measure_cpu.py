@@ -77,9 +77,9 @@ def measure(mode: str, context: int, requests: int, tokens: int, draft_tokens: i
     from transformers import AutoTokenizer
     from vllm import LLM, SamplingParams
 
-    from specattn_vllm import cli
+    from specattn_vllm import installed
 
-    target, draft = (str(cli.demo_folder(role)) for role in cli.DEMO_ROLES)
+    target, draft = (str(installed.demo_folder(role)) for role in installed.DEMO_ROLES)
     stdlib = Path(sysconfig.get_path("stdlib"))
     text = "\n\n".join((stdlib / name).read_text() for name in MODULES)
     ids = AutoTokenizer.from_pretrained(target)(text, add_special_tokens=False).input_ids

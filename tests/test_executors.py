@@ -16,7 +16,6 @@ from specattn_vllm.options import ExecutorName
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 OPERATIONS = {field.name for field in dataclasses.fields(Operations)} - {"name", "granularity", "graphs"}
-BOOKKEEPING = {"take_selections", "count_reads", "count_sampled", "load_round"}
 
 
 def test_torch_is_refused_off_the_cpu():
@@ -65,8 +64,7 @@ def test_torch_runs_the_reference_for_every_operation():
     for name in OPERATIONS - {"write_kv", "dense_attention"}:
         function = getattr(operations, name)
         assert function.__name__ == name
-        module = "bookkeeping_reference" if name in BOOKKEEPING else "reference"
-        assert function.__module__ == f"specattn_vllm.kernels.{module}"
+        assert function.__module__.startswith("specattn_vllm.kernels.reference.")
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set from the start")

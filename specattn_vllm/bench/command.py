@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from specattn_vllm.bench import models
 from specattn_vllm.bench.arguments import engines_arguments, table_arguments
-from specattn_vllm.cli import UserError
+from specattn_vllm.installed import UserError
 
 if TYPE_CHECKING:
     from specattn_vllm.bench.jobs import Request

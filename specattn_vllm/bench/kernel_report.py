@@ -71,10 +71,10 @@ def provenance(device, commit: str | None = None) -> dict[str, Any]:
     import torch
 
     from specattn_vllm.bench.provenance import provenance as machine
-    from specattn_vllm.cli import _version
+    from specattn_vllm.installed import version_of
 
     facts: dict[str, Any] = {"commit": None, "gpu": None} | machine(commit)
-    facts["versions"] |= {name: found for name in ("xformers", "flashinfer-python") if (found := _version(name))}
+    facts["versions"] |= {name: found for name in ("xformers", "flashinfer-python") if (found := version_of(name))}
     facts["versions"]["torch"] = torch.__version__
     if device.type == "cuda":
         chip = torch.cuda.get_device_properties(device)

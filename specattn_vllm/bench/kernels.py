@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
 
     from specattn_vllm.bench import kernel_report as report
     from specattn_vllm.bench.kernel_bench import Bench
-    from specattn_vllm.cli import UserError
+    from specattn_vllm.installed import UserError
 
     device = torch.device(args.device)
     if device.type == "cuda":

@@ -39,7 +39,7 @@ def shape_names() -> list[str]:
 
 def load_shape(name: str) -> Shape:
     if name == DEMO:
-        from specattn_vllm.cli import demo_folder
+        from specattn_vllm.installed import demo_folder
 
         configs = {role: json.loads((demo_folder(role) / "config.json").read_text()) for role in ROLES}
         return Shape(name, "The demo pair, with its own weights", configs)
@@ -52,7 +52,7 @@ def load_shape(name: str) -> Shape:
 def model_folders(shape: Shape, below: Path) -> dict[str, Path]:
     """Role -> a folder that vLLM loads; those of random weights hold a config.json and are written into `below`."""
     if shape.has_weights:
-        from specattn_vllm.cli import demo_folder
+        from specattn_vllm.installed import demo_folder
 
         return {role: demo_folder(role) for role in ROLES}
     folders = {}

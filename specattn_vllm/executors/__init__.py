@@ -86,7 +86,7 @@ def _unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | N
 
 
 def _torch_operations() -> Operations:
-    from specattn_vllm.kernels import bookkeeping_reference, reference
+    from specattn_vllm.kernels import reference
 
     return Operations(
         name="torch",
@@ -96,10 +96,10 @@ def _torch_operations() -> Operations:
         build_positions=reference.build_positions,
         build_page_tables=reference.build_page_tables,
         sparse_attention=reference.sparse_attention,
-        take_selections=bookkeeping_reference.take_selections,
-        count_reads=bookkeeping_reference.count_reads,
-        count_sampled=bookkeeping_reference.count_sampled,
-        load_round=bookkeeping_reference.load_round,
+        take_selections=reference.take_selections,
+        count_reads=reference.count_reads,
+        count_sampled=reference.count_sampled,
+        load_round=reference.load_round,
         dense_attention=_dense_attention,
         write_kv=write_kv,
     )

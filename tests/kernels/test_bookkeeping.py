@@ -7,10 +7,10 @@ import random
 import pytest
 import torch
 
-from specattn_vllm.kernels import bookkeeping, bookkeeping_reference
+from specattn_vllm.kernels import bookkeeping, reference
 from specattn_vllm.kernels.bookkeeping_contracts import READ_COUNTS, Round
 
-OPS = pytest.mark.parametrize("ops", [bookkeeping, bookkeeping_reference], ids=["kernel", "reference"])
+OPS = pytest.mark.parametrize("ops", [bookkeeping, reference], ids=["kernel", "reference"])
 POISON = -858993460
 ROWS = pytest.mark.parametrize("rows", [0, 1, 5, 300])
 SLOTS = 400
@@ -255,7 +255,7 @@ def good(op: str) -> dict:
     ],
 )
 def test_refuses(ops, op, change, message):
-    getattr(bookkeeping_reference, op)(**good(op))
+    getattr(reference, op)(**good(op))
     with pytest.raises(ValueError, match=message):
         getattr(ops, op)(**{**good(op), **change})
 

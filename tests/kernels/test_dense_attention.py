@@ -55,13 +55,13 @@ def test_agrees_with_sparse_attention_on_a_full_table(paged, close):
     starts = torch.tensor([0, 4, 5], dtype=torch.int32)
     query = torch.randn(5, 4, 64, generator=torch.Generator().manual_seed(6))
     dense, sparse = torch.empty_like(query), torch.empty_like(query)
-    table, kept = torch.zeros(1, 2, 2, 77, dtype=torch.int32), torch.zeros(1, 2, 2, dtype=torch.int32)
+    table, kept = torch.zeros(1, 2, 1, 77, dtype=torch.int32), torch.zeros(1, 2, 1, dtype=torch.int32)
     everything = torch.full((2,), -1, dtype=torch.int32)
     bits, slots = torch.zeros(1, 2, 1, 3, dtype=torch.int32), torch.tensor([0, 1])
     reference.build_page_tables(
         bits, slots, everything, data.seq_lens, data.block_table, 16, data.page_strides, table, kept
     )
-    reference.sparse_attention(query, data.kv_pages, table[0], kept[0], starts, 0.125, sparse, max(q_lens))
+    reference.sparse_attention(query, data.kv_cache, table[0], kept[0], starts, 0.125, sparse, max(q_lens))
     reference.dense_attention(query, data.kv_cache, data.block_table, data.seq_lens, starts, 0.125, dense)
     close("out", sparse, dense, torch.float32)
 

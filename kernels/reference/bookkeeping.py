@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from . import bookkeeping_contracts as contracts
-from .bookkeeping_contracts import Round
+from .. import bookkeeping_contracts as contracts
+from ..bookkeeping_contracts import Round
 
 
 def take_selections(slots, query_start_loc, seq_lens, prefilling, prefix_lens, usable, stored) -> None:

@@ -1,33 +1,11 @@
-"""PyTorch versions of the kernels: the oracle of their tests, and the code that runs where there is no GPU.
-
-Each function has the signature of its Triton twin; shapes, dtypes, padding rules and errors are stated there, once
-(``draft_attention.py``, ``accumulate_mass.py``, ``top_p.py``, ``page_tables.py``, ``sparse_attention.py``). Scores
-and softmax are computed in fp32. They loop over requests, because requests differ in length and a padded batch would
-spend most of its time on padding, and over nothing else.
-
-They read lengths with ``.tolist()``, so they would wait for the device on a GPU; there they are for tests only.
-"""
+"""Attention and what is made of its scores, in PyTorch: one row at a time, in fp32."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from . import contracts
-
-
-def unpack_bits(bits: torch.Tensor, length: int) -> torch.Tensor:
-    """bits [..., W] int32 -> bool [..., length]; bit p % 32 of word p // 32 is position p; length <= 32 * W."""
-    shifts = torch.arange(32, dtype=torch.int32, device=bits.device)
-    words = bits[..., : -(-length // 32)]
-    return ((words.unsqueeze(-1) >> shifts) & 1).flatten(-2)[..., :length].bool()
-
-
-def _pack_bits(flags: torch.Tensor) -> torch.Tensor:
-    """bool [X, 32 * n] -> int32 [X, n]; the inverse of ``unpack_bits``."""
-    weights = torch.ones((), dtype=torch.int64, device=flags.device) << torch.arange(32, device=flags.device)
-    # 2^31 does not fit int32: sum in int64 and let the cast wrap.
-    return (flags.unflatten(-1, (-1, 32)) * weights).sum(-1).to(torch.int32)
+from .. import contracts
 
 
 def _gather(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Tensor:
@@ -126,130 +104,6 @@ def accumulate_mass(scores, lse, lens, mass, weight, combine, positions=None, ke
         elif combine == "max":
             new = torch.maximum(old, new)
         mass[r, :, where] = new
-
-
-def select_top_p(
-    mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, union=False
-) -> None:
-    """Top-p token selection, here by sorting. See ``top_p.select_top_p``."""
-    contracts.select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent)
-    longest = int(lens.max()) if lens.numel() else 0
-    if not union:
-        bits.zero_()
-    if longest:
-        pos = torch.arange(longest, device=mass.device)
-        length = lens.long()[:, None]
-        inside = pos < length
-        forced = inside & ((pos < sink) | (pos >= length - recent))
-        quanta = (mass[:, :longest] * float(1 << 30)).long().masked_fill_(~inside, 0)
-        # One integer per token that sorts the way tokens are taken: forced first, then by mass, then by position;
-        # what lies past the length sorts last. The position bits make every key unique, so any sort is exact.
-        key = (quanta << 31) | pos
-        key = key.masked_fill_(forced, 1 << 62).masked_fill_(~inside, -1)
-        order = key.sort(dim=-1, descending=True).indices
-        total = quanta.sum(-1, keepdim=True)
-        n_forced = forced.sum(-1, keepdim=True)
-        if top_p >= 1:
-            wanted = length
-        else:
-            target = (total * round(top_p * 65536) + 65535) >> 16
-            # The shortest prefix that reaches the target is as long as the number of prefixes that do not.
-            taken = quanta.gather(-1, order)
-            wanted = ((taken.cumsum(-1) - taken) < target).logical_and_(inside).sum(-1, keepdim=True)
-            wanted = wanted.maximum(n_forced)
-        upper = (length * round(max_fraction * 65536) + 65535) >> 16
-        if max_tokens >= 0:
-            upper = upper.clamp(max=max_tokens)
-        upper = upper.maximum(n_forced)
-        lower = upper.clamp(max=min_tokens)
-        n = wanted.minimum(upper).maximum(lower)
-        flags = torch.zeros(mass.shape[0], -(-longest // 32) * 32, dtype=torch.bool, device=mass.device)
-        flags.scatter_(-1, order, pos < n)
-        bits[:, : flags.shape[1] // 32] |= _pack_bits(flags)
-        counts.copy_(n[:, 0])
-    else:
-        counts.zero_()
-    if union:
-        counts.copy_(unpack_bits(bits, bits.shape[1] * 32).sum(-1))
-
-
-def build_page_tables(
-    bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept
-) -> None:
-    """Compacts selections into page tables. See ``page_tables.build_page_tables``."""
-    contracts.build_page_tables(
-        bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept
-    )
-    per_block, per_head, per_token = page_strides
-    sources, _, groups, words = bits.shape
-    width = page_table.shape[3]
-    head_offsets = torch.arange(groups, dtype=torch.int32, device=bits.device) * per_head
-    rows = zip(slots.tolist(), prefix_lens.tolist(), seq_lens.tolist(), strict=True)
-    for r, (slot, prefix, length) in enumerate(rows):
-        length = min(length, width)
-        if slot < 0 or length <= 0:
-            kept[:, r] = 0
-            continue
-        blocks = block_table[r, : -(-length // block_size), None] * per_block
-        in_block = torch.arange(block_size, dtype=torch.int32, device=bits.device) * per_token
-        ids = (blocks + in_block).flatten()[:length]
-        prefix = max(0, min(prefix, length, words * 32))
-        if prefix == 0:
-            page_table[:, r, :, :length] = ids + head_offsets[:, None]
-            kept[:, r] = length
-            continue
-        flags = torch.ones(sources, groups, length, dtype=torch.bool, device=bits.device)
-        flags[..., :prefix] = unpack_bits(bits[:, slot], prefix)
-        row, pos, column, counts = _compact(flags.view(sources * groups, length))
-        kept[:, r] = counts.view(sources, groups).to(torch.int32)
-        group = row % groups
-        page_table[row // groups, r, group, column] = ids[pos] + head_offsets[group]
-
-
-def build_positions(bits, lens, positions, kept) -> None:
-    """Compacts selections into lists of positions. See ``page_tables.build_positions``."""
-    contracts.build_positions(bits, lens, positions, kept)
-    words, width = bits.shape[3], positions.shape[2]
-    for r, length in enumerate(lens.tolist()):
-        if length <= 0:
-            kept[:, r] = -1
-            continue
-        row, pos, column, counts = _compact(unpack_bits(bits[:, r, 0], min(length, words * 32)))
-        fits = column < width
-        positions[row[fits], r, column[fits]] = pos[fits].to(torch.int32)
-        kept[:, r] = counts.clamp(max=width).to(torch.int32)
-
-
-def _compact(flags: torch.Tensor):
-    """Of bool [X, length]: row, position and column (rank within the row) of each set flag, and flags set per row."""
-    counts = flags.sum(-1)
-    row, pos = flags.nonzero(as_tuple=True)
-    column = torch.arange(row.shape[0], device=flags.device) - (counts.cumsum(0) - counts)[row]
-    return row, pos, column, counts
-
-
-def build_block_tables(
-    bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept
-) -> None:
-    """Compacts selections into block tables. See ``block_tables.build_block_tables``."""
-    contracts.build_block_tables(bits, slots, prefix_lens, seq_lens, block_table, block_size, page_table, kept)
-    words = bits.shape[3]
-    rows = zip(slots.tolist(), prefix_lens.tolist(), seq_lens.tolist(), strict=True)
-    for r, (slot, prefix, length) in enumerate(rows):
-        if slot < 0 or length <= 0:
-            kept[:, r] = 0
-            continue
-        blocks = -(-length // block_size)
-        prefix = max(0, min(prefix, length, words * 32))
-        flags = torch.ones(bits.shape[0], blocks * block_size, dtype=torch.bool, device=bits.device)
-        flags[:, length:] = False
-        flags[:, :prefix] = unpack_bits(bits[:, slot, 0], prefix)
-        whole = flags.view(-1, blocks, block_size).any(-1)
-        missing = torch.where(whole[:, -1], blocks * block_size - length, 0)
-        kept[:, r, 0] = (whole.sum(-1) * block_size - missing).to(torch.int32)
-        for s, picked in enumerate(whole):
-            ids = block_table[r, :blocks][picked]
-            page_table[s, r, 0, : ids.shape[0]] = ids
 
 
 def sparse_attention(query, kv_cache, page_table, kept, query_start_loc, scale, out, max_query_len, lse=None) -> None:
