@@ -1,4 +1,4 @@
-"""The only module that patches vLLM or calls its private operations. Each piece says why it is there and when it goes.
+"""The only module that patches vLLM. Each piece says why it is there and when it goes.
 
 Ledger, for vLLM 0.32.0:
 
@@ -19,6 +19,10 @@ default_draft_length  `--speculative-model` without a number of tokens is an err
                       the backend has a default. Goes if vLLM gets one.
 check_engine_config   Start-up checks need the finished config in the process of the user's command, where an error is
                       read; vLLM has no hook there. Goes with one.
+check_request         A request's extra arguments are validated where `SamplingParams` is made, so that a wrong value is
+                      the client's error (HTTP 400) and not the engine's. Goes when plugins may validate requests.
+watch_new_requests    The speculator learns of requests as rows of batches; what they asked for is only in the worker's
+                      `add_request`. Wraps that method of one object. Goes with a hook for new requests.
 add_worker_method     `collective_rpc("specattn_stats")` needs a method on the worker. Goes if backends get a stats
                       hook.
 
@@ -37,9 +41,12 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from specattn_vllm.request import problem
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -92,6 +99,7 @@ def apply_all() -> None:
     allow_on_cpu()
     add_cli_aliases()
     check_engine_config()
+    check_request()
     add_worker_method()
 
 
@@ -236,6 +244,37 @@ def default_draft_length(engine_args: Any) -> None:
         logger.info("specattn: drafting %d tokens a round (--num-speculative-tokens)", DEFAULT_DRAFT_LENGTH)
 
 
+def check_request() -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+
+    original = SamplingParams._verify_args
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def verify_args(self) -> None:
+        original(self)
+        if reason := problem(self.extra_args):
+            raise VLLMValidationError(reason, parameter="extra_args")
+
+    setattr(verify_args, _MARK, True)
+    SamplingParams._verify_args = verify_args
+
+
+def watch_new_requests(model_state: Any, seen: Callable[[int, Any], None]) -> None:
+    """Call seen(slot, sampling parameters) for each request that the worker takes up, a resumed one included."""
+    original = getattr(model_state.add_request, "original", model_state.add_request)
+
+    @functools.wraps(original)
+    def add_request(req_index, new_req_data):
+        seen(req_index, new_req_data.sampling_params)
+        return original(req_index, new_req_data)
+
+    add_request.original = original
+    model_state.add_request = add_request
+
+
 def add_worker_method() -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 
@@ -248,53 +287,3 @@ def add_worker_method() -> None:
         return vars(counters.read()) if counters is not None else None
 
     WorkerBase.specattn_stats = specattn_stats
-
-
-def vllm_dense_attention(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    scale: float,
-    out: torch.Tensor,
-    max_query_len: int,
-    max_seq_len: int,
-) -> None:
-    """Causal attention over everything by vLLM's own Triton kernel; signature of the executors' dense attention."""
-    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
-
-    key_cache, value_cache = kv_cache.transpose(1, 2).split(query.shape[-1], dim=-1)
-    unified_attention(
-        q=query,
-        k=key_cache,
-        v=value_cache,
-        out=out,
-        cu_seqlens_q=query_start_loc,
-        max_seqlen_q=max_query_len,
-        seqused_k=seq_lens,
-        max_seqlen_k=max_seq_len,
-        softmax_scale=scale,
-        causal=True,
-        window_size=(-1, -1),
-        block_table=block_table,
-        softcap=0,
-        q_descale=None,
-        k_descale=None,
-        v_descale=None,
-    )
-
-
-@functools.cache
-def _one(device: torch.device) -> torch.Tensor:
-    """The scale of a cache that is not quantised."""
-    return torch.ones((), dtype=torch.float32, device=device)
-
-
-def vllm_write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    """Write new keys and values by vLLM's own CUDA kernel; signature of the executors' write_kv."""
-    from vllm import _custom_ops as ops
-
-    key_cache, value_cache = kv_cache.transpose(1, 2).split(key.shape[-1], dim=-1)
-    one = _one(key.device)
-    ops.reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, "auto", one, one)

@@ -153,7 +153,8 @@ def test_what_is_put_may_be_overwritten_afterwards(store):
 
 
 def test_its_size_is_that_of_its_tensors(store):
-    assert store.nbytes == 4 * (SOURCES * (SLOTS + 1) * WORDS + SLOTS + 1)  # one slot is nobody's
+    # One slot is nobody's; 4 bytes a word and a length, one a flag.
+    assert store.nbytes == 4 * SOURCES * (SLOTS + 1) * WORDS + 5 * (SLOTS + 1)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -143,6 +143,18 @@ def test_64_requests_of_128k_take_less_than_3_gb(target, draft, heads, sparse_dr
     assert sum(made.nbytes.values()) >= sum(tensor.nbytes for tensor in owned)
 
 
+@pytest.mark.parametrize(("requests", "warned"), [(1024, True), (64, False)])
+def test_buffers_that_take_much_from_the_cache_are_named_with_the_remedy(requests, warned, monkeypatch):
+    """vLLM's own default on a large GPU is 1024 requests."""
+    lines = []
+    monkeypatch.setattr(wiring.logger, "warning", lambda text, *values: lines.append(text % values))
+    prepared(monkeypatch, (None, 0, 1), torch.device("meta"), (requests, 131072, 16, 32), sparse_draft=True)
+    found = [line for line in lines if "GiB from the KV cache" in line]
+    assert len(found) == warned
+    if warned:
+        assert "max_num_seqs = 1024 requests of max_model_len = 131072 tokens: lower either" in found[0]
+
+
 def test_the_draft_layers_of_the_map_choose_for_the_target(monkeypatch):
     made = prepared(monkeypatch, (None, 1, 1, 3, None, 1))
     assert made.capture.layer_sources == {layer(1): 0, layer(3): 1}

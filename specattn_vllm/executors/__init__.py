@@ -115,9 +115,9 @@ def _triton_operations(device: torch.device) -> Operations:
 
     dense, write = _dense_attention, write_kv
     if device.type == "cuda":
-        from specattn_vllm.compat import vllm_dense_attention, vllm_write_kv
+        from specattn_vllm.executors import stock
 
-        dense, write = vllm_dense_attention, vllm_write_kv
+        dense, write = stock.dense_attention, stock.write_kv
     return Operations(
         name="triton",
         draft_attention=draft_attention,

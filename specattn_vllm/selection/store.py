@@ -20,6 +20,8 @@ class SelectionStore:
     bits         [S, num_slots + 1, G, W] int32: bit p % 32 of word p // 32 keeps token p.
     prefix_lens  [num_slots + 1] int32: tokens in the context when the selection was made, NO_SELECTION if none.
 
+    exact        [num_slots + 1] bool: requests that asked for exact verification, for which nothing is selected.
+
     The last slot is nobody's: what is put or cleared for a padded row, whose slot is -1, goes there.
     """
 
@@ -27,10 +29,18 @@ class SelectionStore:
         words = -(-max_model_len // 32)
         self.bits = torch.zeros((sources, slots + 1, groups, words), dtype=torch.int32, device=device)
         self.prefix_lens = torch.full((slots + 1,), NO_SELECTION, dtype=torch.int32, device=device)
+        self.exact = torch.zeros(slots + 1, dtype=torch.bool, device=device)
+        self._exact_on_host = [False] * slots
 
     @property
     def nbytes(self) -> int:
-        return self.bits.nbytes + self.prefix_lens.nbytes
+        return self.bits.nbytes + self.prefix_lens.nbytes + self.exact.nbytes
+
+    def hold(self, slot: int, exact: bool) -> None:
+        """A request enters a slot; from then on it is exact or not. Does not wait for the device."""
+        if self._exact_on_host[slot] != exact:
+            self._exact_on_host[slot] = exact
+            self.exact[slot].fill_(exact)
 
     def put(self, slots: torch.Tensor, bits: torch.Tensor, prefix_lens: torch.Tensor) -> None:
         """Store the selections of a batch.

@@ -15,6 +15,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from specattn_vllm import compat, executors
 from specattn_vllm.crossover import crossover_tokens
 from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.request import asks_for_exactness
 from specattn_vllm.speculation.graphs import RoundGraphs, RoundInputs
 from specattn_vllm.speculation.wiring import Selection, prepare
 from specattn_vllm.stats import Counters, Reporter
@@ -61,6 +62,8 @@ class SpecAttnSpeculator(compat.stock_speculator()):
             )
         if self.selection is not None:
             self.selection.attach(target_attn_groups)
+            store = self.selection.store
+            compat.watch_new_requests(model_state, lambda slot, params: store.hold(slot, asks_for_exactness(params)))
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         super().init_cudagraph_manager(cudagraph_mode)
@@ -131,7 +134,9 @@ class SpecAttnSpeculator(compat.stock_speculator()):
         num_reqs = batch.num_reqs
         if recording:
             # A row that sampled nothing is inside its prompt, or fills a graph's batch: it will not be verified next.
-            self.selection.capture.begin_round(num_reqs, num_sampled[:num_reqs] > 0)
+            # Nor is anything to be selected for requests that asked for exactness.
+            wanted = (num_sampled[:num_reqs] > 0) & ~self.selection.store.exact[batch.idx_mapping[:num_reqs]]
+            self.selection.capture.begin_round(num_reqs, wanted)
         try:
             drafts = super().propose(
                 batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args, **kwargs

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.specattn")
 
 ROW_MULTIPLE = 128
+LARGE = 4 * 2**30  # bytes of buffers from which on the log says what to do about them
 
 
 def model_facts(model_config: ModelConfig) -> ModelFacts:
@@ -175,6 +176,14 @@ def _announce(
         sum(nbytes.values()) / 2**20,
         _sizes(nbytes),
     )
+    if sum(nbytes.values()) > LARGE:
+        logger.warning(
+            "specattn: its buffers take %.1f GiB from the KV cache, because they are sized for max_num_seqs = %d "
+            "requests of max_model_len = %d tokens: lower either to what you serve",
+            sum(nbytes.values()) / 2**30,
+            speculator.max_num_reqs,
+            speculator.max_model_len,
+        )
     if speculator.crossover_tokens:
         logger.info("specattn: rounds of fewer than %d context tokens read everything", speculator.crossover_tokens)
     if options.sparse_draft:

@@ -89,6 +89,18 @@ def test_selections_of_replayed_rounds_belong_to_their_requests(engine, greedy, 
     assert not audit.violations
 
 
+def test_replayed_rounds_select_nothing_for_exact_requests(engine, prompts, audit, replays):
+    from vllm import SamplingParams
+
+    replays(2, 4, 8)
+    llm = engine({"top_p": 0.8})
+    exact = SamplingParams(max_tokens=20, ignore_eos=True, detokenize=False, extra_args={"specattn": "exact"})
+    other = SamplingParams(max_tokens=20, ignore_eos=True, detokenize=False)
+    llm.generate(prompts([900, 700, 500]), [exact, other, exact], use_tqdm=False)
+    assert {name.split("-")[0] for name in audit.sparse_rows} == {"1"}
+    assert {name.split("-")[0] for name in audit.dense_rows} == {"0", "2"}
+
+
 def test_sparse_drafting_is_lossless_for_a_dense_target(engine, greedy, prompts, counts):
     expected = greedy(engine(None), prompts(LENGTHS), 30)
     llm = engine({"method": "dense", "sparse_draft": True, "top_p": 0.5, "min_tokens": 16, "recent_tokens": 8})

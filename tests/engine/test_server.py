@@ -162,6 +162,37 @@ def test_each_way_of_sampling_is_served(server, client, arguments):
         assert re.fullmatch("[a-z]{5}", answer.choices[0].text)
 
 
+def test_a_request_can_ask_for_exact_verification(server, client, prompts):
+    """Beside one that is pruned. What an exact answer is worth is tested where plain decoding can be compared with."""
+    [prompt] = [p["prompt_token_ids"] for p in prompts([3000])]
+    exact = {"vllm_xargs": {"specattn": "exact"}, "ignore_eos": True}
+
+    async def ask(**extra):
+        return await client.completions.create(
+            model="demo", prompt=prompt, max_tokens=60, temperature=0, extra_body=extra
+        )
+
+    async def both():
+        return await asyncio.gather(ask(**exact), ask(ignore_eos=True))
+
+    first, _ = asyncio.run(both())
+    again = asyncio.run(ask(**exact))
+    assert first.usage.completion_tokens == 60
+    assert first.choices[0].text == again.choices[0].text
+
+
+def test_a_wrong_wish_is_the_client_s_error(server, client):
+    import openai
+
+    async def ask():
+        return await client.completions.create(
+            model="demo", prompt="import os\n", max_tokens=4, extra_body={"vllm_xargs": {"specattn": "always"}}
+        )
+
+    with pytest.raises(openai.BadRequestError, match="the only value is 'exact'"):
+        asyncio.run(ask())
+
+
 def test_chat_is_served(server, client):
     async def ask():
         return await client.chat.completions.create(

@@ -1,0 +1,78 @@
+"""What one request may ask for: validated where the client is told, passed on when the worker takes the request up."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from specattn_vllm import compat
+from specattn_vllm.request import asks_for_exactness, problem
+from specattn_vllm.selection.store import SelectionStore
+
+
+@pytest.mark.parametrize("extra", [None, {}, {"other": 1}, {"specattn": "exact"}, {"specattn": "exact", "other": 1}])
+def test_good_arguments(extra):
+    assert problem(extra) is None
+
+
+@pytest.mark.parametrize("value", ["Exact", "", "dense", 1, 0, None, ["exact"]])
+def test_wrong_arguments_are_named_with_the_remedy(value):
+    message = problem({"specattn": value})
+    assert repr(value) in message
+    assert "the only value is 'exact'" in message and "leave it out" in message
+
+
+def test_vllm_refuses_them_as_the_client_s_error():
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    compat.check_request()
+    compat.check_request()  # plugins load more than once
+    assert SamplingParams(extra_args={"specattn": "exact"}).extra_args == {"specattn": "exact"}
+    with pytest.raises(VLLMValidationError, match="the only value is 'exact'"):
+        SamplingParams(extra_args={"specattn": "approximate"})
+    with pytest.raises(VLLMValidationError, match="temperature"):
+        SamplingParams(temperature=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("params", "exact"),
+    [
+        (None, False),  # pooling
+        (SimpleNamespace(extra_args=None), False),
+        (SimpleNamespace(extra_args={"other": "exact"}), False),
+        (SimpleNamespace(extra_args={"specattn": "exact"}), True),
+    ],
+)
+def test_who_asks(params, exact):
+    assert asks_for_exactness(params) is exact
+
+
+def test_requests_are_seen_once_each_by_the_last_who_watches():
+    taken, first, second = [], [], []
+
+    class ModelState:
+        def add_request(self, req_index, new_req_data):
+            taken.append(req_index)
+            return "result"
+
+    state = ModelState()
+    compat.watch_new_requests(state, lambda slot, params: first.append((slot, params)))
+    # vLLM calls set_attn again after profiling.
+    compat.watch_new_requests(state, lambda slot, params: second.append((slot, params)))
+    assert state.add_request(3, SimpleNamespace(sampling_params="p")) == "result"
+    assert (taken, first, second) == ([3], [], [(3, "p")])
+
+
+def test_a_slot_is_exact_for_as_long_as_such_a_request_holds_it():
+    store = SelectionStore(1, 4, 1, 32, torch.device("cpu"))
+    assert not store.exact.any()
+    store.hold(2, True)
+    store.hold(3, False)
+    assert store.exact.tolist() == [False, False, True, False, False]
+    store.hold(2, True)
+    assert store.exact.tolist() == [False, False, True, False, False]
+    store.hold(2, False)
+    assert not store.exact.any()
