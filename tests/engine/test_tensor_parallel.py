@@ -1,0 +1,67 @@
+"""Two ranks on one machine, each with half of the heads, in processes of their own as vLLM starts them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two processor cores"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="runs two ranks on a CPU"),
+]
+
+# A rank of the demo target holds one of its two KV heads.
+PROGRAM = """
+import json, sys
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    target, draft, options, prompts = json.loads(sys.argv[1])
+    llm = LLM(
+        target, dtype="float32", enforce_eager=True, max_model_len=1024, max_num_seqs=2, tensor_parallel_size=2,
+        attention_backend="specattn", additional_config={"specattn": options},
+        speculative_config={"model": draft, "method": "draft_model", "num_speculative_tokens": 3},
+    )
+    parameters = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
+    outputs = llm.generate(prompts, parameters, use_tqdm=False)
+    result = [[list(o.outputs[0].token_ids) for o in outputs], llm.collective_rpc("specattn_stats")]
+    print("RESULT", json.dumps(result), flush=True)
+    llm.llm_engine.engine_core.shutdown()
+"""
+
+
+def run_on_two_ranks(tmp_path, pair, options: dict, prompts: list[dict]) -> tuple[list[list[int]], list[dict]]:
+    script = tmp_path / "ranks.py"
+    script.write_text(PROGRAM)
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    command = [sys.executable, "-P", str(script), json.dumps([*pair, options, prompts])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
+    lines = [line.split("RESULT ", 1)[1] for line in done.stdout.splitlines() if "RESULT " in line]
+    assert lines, done.stdout[-2000:] + done.stderr[-2000:]
+    return tuple(json.loads(lines[0]))
+
+
+def test_two_ranks_give_the_tokens_of_one(engine, greedy, prompts, demo_pair, tmp_path):
+    asked = prompts([300, 600])
+    expected = greedy(engine(None, max_model_len=1024, max_num_seqs=2), asked, 16)
+    tokens, ranks = run_on_two_ranks(tmp_path, demo_pair, {"top_p": 1.0}, asked)
+    assert tokens == expected
+    assert len(ranks) == 2
+    for counts in ranks:
+        assert counts["sparse_rows"] == counts["verify_rows"] > 0
+        assert counts["kv_read"] == counts["kv_full"]
+
+
+def test_each_rank_prunes(prompts, demo_pair, tmp_path):
+    tokens, ranks = run_on_two_ranks(tmp_path, demo_pair, {"top_p": 0.7, "min_tokens": 16}, prompts([600, 900]))
+    assert all(len(row) == 16 for row in tokens)
+    for counts in ranks:
+        assert counts["sparse_rows"] == counts["verify_rows"] > 0
+        assert counts["kv_read"] < 0.8 * counts["kv_full"]
