@@ -101,10 +101,8 @@ def main(argv=None):
     args = parse_args(argv)
     AttentionInterface.register(ROWS, capture := RowCapture())
     # fp32: on a CPU it is faster than bf16 and leaves the weights as they are.
-    target, draft = (
-        AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32, attn_implementation=ROWS).eval()
-        for p in (args.target, args.draft)
-    )
+    target, draft = (AutoModelForCausalLM.from_pretrained(p, dtype=torch.float32, attn_implementation=ROWS).eval()
+                     for p in (args.target, args.draft))
     if not 0 <= args.dense_layers < target.config.num_hidden_layers:
         raise SystemExit(f"--dense-layers: 0 to {target.config.num_hidden_layers - 1}")
     if not 0 < args.queries <= args.window - args.window // 16:
@@ -123,35 +121,19 @@ def main(argv=None):
     mean = similarity.mean()
     layers = [None] * args.dense_layers + monotone_map(mean[args.dense_layers :])
     # Names, not paths: where the folders lay when the map was made tells a reader nothing.
-    command = (
-        f"scripts/calibrate_demo_map.py --target {args.target.name} --draft {args.draft.name} "
-        f"--out {args.out.name} --tokens {args.tokens} --window {args.window} --queries {args.queries} "
-        f"--dense-layers {args.dense_layers} --seed {args.seed}"
-    )
+    command = (f"scripts/calibrate_demo_map.py --target {args.target.name} --draft {args.draft.name} "
+               f"--out {args.out.name} --tokens {args.tokens} --window {args.window} --queries {args.queries} "
+               f"--dense-layers {args.dense_layers} --seed {args.seed}")
     layer_map = {
-        "schema": "specattn-layer-map/1",
-        "method": "specattn",
-        "calibrated": True,
-        "target": fingerprint(args.target),
-        "draft": fingerprint(args.draft),
-        "layers": layers,
-        "heads": None,
+        "schema": "specattn-layer-map/1", "method": "specattn", "calibrated": True,
+        "target": fingerprint(args.target), "draft": fingerprint(args.draft), "layers": layers, "heads": None,
         "provenance": {
             "similarity": [[round(value, 4) for value in row] for row in mean.tolist()],
-            "tokens": ids.numel(),
-            "windows": len(ids),
-            "seed": args.seed,
-            "epsilon": EPSILON,
+            "tokens": ids.numel(), "windows": len(ids), "seed": args.seed, "epsilon": EPSILON,
             "text_sha256": hashlib.sha256("\n".join(tokenizer.batch_decode(ids.tolist())).encode()).hexdigest(),
-            "created": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "command": command,
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-            },
-        },
-    }
+            "created": datetime.datetime.now(datetime.UTC).date().isoformat(), "command": command,
+            "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                         "transformers": transformers.__version__}}}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(layer_map, indent=1) + "\n")
     print(f"{args.out}: layers {layers} from {ids.numel()} tokens, {similarity.queries} queries")

@@ -95,29 +95,14 @@ def pair(tmp_path_factory):
     root = tmp_path_factory.mktemp("pair")
     tok = tokenizers.Tokenizer(tokenizers.models.BPE())
     tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.train_from_iterator(
-        [],
-        tokenizers.trainers.BpeTrainer(
-            vocab_size=258,
-            special_tokens=["<|bos|>", "<|eos|>"],
-            show_progress=False,
-            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        ),
-    )
+    tok.train_from_iterator([], tokenizers.trainers.BpeTrainer(
+        vocab_size=258, special_tokens=["<|bos|>", "<|eos|>"], show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     for name, layers in (("target", 3), ("draft", 2)):
         torch.manual_seed(layers)
         config = transformers.LlamaConfig(
-            vocab_size=258,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            bos_token_id=0,
-            eos_token_id=1,
-            initializer_range=0.3,
-        )
+            vocab_size=258, hidden_size=32, intermediate_size=32, num_hidden_layers=layers, num_attention_heads=4,
+            num_key_value_heads=2, head_dim=16, bos_token_id=0, eos_token_id=1, initializer_range=0.3)
         transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(root / name)
         transformers.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<|bos|>").save_pretrained(root / name)
     package = root / "corpus" / "pack1"
@@ -146,8 +131,7 @@ def test_captured_rows_are_those_of_eager_attention(script, pair):
 
     def load(implementation):
         return AutoModelForCausalLM.from_pretrained(
-            pair / "target", dtype=torch.float32, attn_implementation=implementation
-        ).eval()
+            pair / "target", dtype=torch.float32, attn_implementation=implementation).eval()
 
     with torch.inference_mode():
         found = capture.run(load(script.ROWS), ids, queries)
@@ -160,24 +144,8 @@ def test_script_writes_a_map_the_loader_takes_and_repeats_it(script, pair, tmp_p
     layer_map = pytest.importorskip("specattn_vllm.layer_map")
     texts = []
     for name in ("one.json", "two.json"):
-        script.main(
-            [
-                "--target",
-                str(pair / "target"),
-                "--draft",
-                str(pair / "draft"),
-                "--corpus",
-                str(pair / "corpus"),
-                "--out",
-                str(tmp_path / name),
-                "--tokens",
-                "1000",
-                "--window",
-                "256",
-                "--queries",
-                "16",
-            ]
-        )
+        script.main(["--target", str(pair / "target"), "--draft", str(pair / "draft"), "--corpus", str(pair / "corpus"),
+                     "--out", str(tmp_path / name), "--tokens", "1000", "--window", "256", "--queries", "16"])
         texts.append((tmp_path / name).read_text())
     assert texts[0] == texts[1].replace("two.json", "one.json")
     data = json.loads(texts[0])

@@ -184,7 +184,9 @@ def test_other_weights_are_refused_unless_allowed(write, side):
     assert resolve(path, served["target"], served["draft"], check_weights=False).layers == (None, 0, 1, 1)
 
 
-@pytest.mark.parametrize("changes", [{"method": "sts"}, {"heads": [[0, 1]] * 4}], ids=["another method", "a head map"])
+@pytest.mark.parametrize(
+    "changes", [{"method": "sts"}, {"heads": [[0, 1]] * 4}], ids=["another method", "a head map"]
+)
 def test_a_map_that_this_version_would_only_half_read_is_refused(write, changes):
     with pytest.raises(LayerMapError, match=r"maps for 'specattn' without heads only.*'uniform'"):
         resolve(str(write(content(**changes))), TARGET, DRAFT)
