@@ -35,54 +35,17 @@ product, as in FlashAttention. Scores may be bfloat16 to halve their traffic.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 
 from . import contracts
+from .draft_config import FP32_CONFIG, LaunchConfig, launch_config
 from .split_kv import COMBINE_ELEMENTS, combine_tokens, log_norm, num_splits
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """What may be tuned; no value changes a result beyond rounding."""
-
-    block_n: int  # keys per step, a power of two
-    num_warps: int
-    num_stages: int  # steps whose keys and values are in flight, plus one
-    waves: int  # programs wanted per multiprocessor, which sets the number of splits
-
 
 # Rows of the tile: at 128, the accumulator of head size 128 takes half the registers of 8 warps.
 MAX_BLOCK_M = 128
-# By head size and tile rows, for rows that are read whole. Marked *: the best of 24 to 72 on an H200, 16 requests of
-# 32k, bf16 scores, 2026-11-22: (64, 16) 4 query heads a KV head, 1 query row, 0.280 ms (0.282 before); (64, 32) 7 query
-# rows, 0.298 ms (0.348 before, most of it by `SMALL_DOT`); (128, 16) 2 query heads, 1 row 0.514 ms (0.522) and 7 rows
-# 0.519 ms (0.526). The others are reasoned: 48 to 64 KiB of keys and values in flight, two to four programs at once.
-CONFIGS = {
-    (64, 16): LaunchConfig(128, 8, 3, 4),  # *
-    (64, 32): LaunchConfig(64, 4, 3, 4),  # *
-    (64, 64): LaunchConfig(64, 4, 3, 4),
-    (64, 128): LaunchConfig(64, 8, 4, 4),
-    (128, 16): LaunchConfig(128, 8, 3, 2),  # *
-    (128, 32): LaunchConfig(64, 4, 3, 4),
-    (128, 64): LaunchConfig(32, 4, 4, 4),
-    (128, 128): LaunchConfig(32, 8, 4, 4),
-}
-# For rows that are read through a list, a tenth of 32k: 0.039 ms (0.041 before) and 0.067 ms (0.069).
-INDEXED_CONFIGS = {64: LaunchConfig(64, 4, 3, 4), 128: LaunchConfig(32, 4, 2, 4)}
-# fp32 is for tests: products that are not rounded run on no tensor core and take their operands from registers.
-FP32_CONFIG = LaunchConfig(32, 8, 2, 2)
 FP32_MAX_BLOCK_M = 16
-
-
-def launch_config(head_size: int, block_m: int, indexed: bool = False) -> LaunchConfig:
-    """The tuned configuration for 16-bit inputs."""
-    if indexed and block_m == 16:
-        return INDEXED_CONFIGS[head_size]
-    return CONFIGS[head_size, block_m]
 
 
 @triton.jit
