@@ -172,11 +172,11 @@ def test_a_request_can_ask_for_exact_verification(server, client, prompts):
             model="demo", prompt=prompt, max_tokens=60, temperature=0, extra_body=extra
         )
 
-    async def both():
-        return await asyncio.gather(ask(**exact), ask(ignore_eos=True))
+    async def beside_another_and_alone():
+        first, _ = await asyncio.gather(ask(**exact), ask(ignore_eos=True))
+        return first, await ask(**exact)
 
-    first, _ = asyncio.run(both())
-    again = asyncio.run(ask(**exact))
+    first, again = asyncio.run(beside_another_and_alone())
     assert first.usage.completion_tokens == 60
     assert first.choices[0].text == again.choices[0].text
 
