@@ -218,7 +218,6 @@ PARTS = {
     "kernels": (kernels, kernels_arguments, "single kernels"),
     "table": (table, table_arguments, "the table of a report, as Markdown"),
 }
-DEFAULT_PART = "engines"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
