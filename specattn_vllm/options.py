@@ -13,6 +13,7 @@ KEY = "specattn"
 _INT32 = 2**31 - 1  # the kernels count tokens in 32 bits
 
 Method = Literal["specattn", "dense"]
+Rule = Literal["top_p", "top_k"]
 Combine = Literal["sum", "max", "union", "first"]
 ExecutorName = Literal["auto", "torch", "triton", "fa3", "xformers"]
 
@@ -36,9 +37,15 @@ class SpecAttnOptions(BaseModel):
         description="Name of a shipped layer map, path of a JSON file, or 'uniform' (layers paired by depth, not "
         "calibrated). Default: the shipped map made for this pair of models if there is one, else 'uniform'.",
     )
-    top_p: float = Field(
-        0.9, gt=0.0, le=1.0, description="Share of the draft's attention mass on the context that the kept tokens hold."
+    rule: Rule | None = Field(
+        None,
+        description="'top_p': as many tokens as hold `top_p` of the attention mass. 'top_k': a fixed share of the "
+        "context, `ratio`. Default: that of the method.",
     )
+    top_p: float = Field(
+        0.9, gt=0.0, le=1.0, description="Share of the attention mass on the context that the kept tokens hold."
+    )
+    ratio: float = Field(0.1, gt=0.0, le=1.0, description="Share of the context that rule 'top_k' keeps.")
     min_tokens: int = Field(128, ge=0, le=_INT32, description="Floor on kept tokens, sink and recent ones included.")
     max_tokens: int | None = Field(None, ge=1, le=_INT32, description="Cap on kept tokens; none by default.")
     max_fraction: float = Field(
@@ -94,6 +101,11 @@ class SpecAttnOptions(BaseModel):
                     f"({self.sink_tokens} + {self.recent_tokens}), which are always kept: raise it or lower those"
                 )
         return self
+
+    @property
+    def fixed_budget(self) -> bool:
+        """Whether a fixed share of the context is kept, instead of a share of the attention mass."""
+        return self.rule == "top_k"
 
     @property
     def is_lossless(self) -> bool:

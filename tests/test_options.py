@@ -21,7 +21,9 @@ def test_the_defaults_are_the_documented_ones():
     assert SpecAttnOptions.parse({}).model_dump() == {
         "method": "specattn",
         "layer_map": None,
+        "rule": None,
         "top_p": 0.9,
+        "ratio": 0.1,
         "min_tokens": 128,
         "max_tokens": None,
         "max_fraction": 1.0,
@@ -41,7 +43,9 @@ def test_every_option_can_be_given():
     raw = {
         "method": "dense",
         "layer_map": "uniform",
+        "rule": "top_k",
         "top_p": 1.0,
+        "ratio": 0.05,
         "min_tokens": 0,
         "max_tokens": 10,
         "max_fraction": 0.25,

@@ -8,6 +8,7 @@ import torch
 
 from specattn_vllm.executors import Operations
 from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.selection.choose import Limits, choose
 
 # Query rows per request up to which one kernel does a draft layer's attention and leaves the scores behind. Longer rows
 # are prompts: another kernel attends, and only the sampled row's scores are made here.
@@ -55,6 +56,7 @@ class DraftCapture:
         """`layer_sources`: vLLM layer name of each captured draft layer -> its index. The first `num_sources` choose
         for the target. `positions` [layers, max_num_reqs, width] int32: what `sparse_draft` reads later."""
         self.options = options
+        self.limits = Limits.of(options)
         self.operations = operations
         self.layer_sources = layer_sources
         self.num_sources = num_sources
@@ -180,13 +182,13 @@ class DraftCapture:
         union = self.options.combine == "union"
         if self.step == 0 and self.options.sparse_draft:
             layers = len(self.layer_sources)
-            self._select_top_p(layers, union=False)
+            self._choose(layers, union=False)
             positions = self._positions[:layers, : self.num_reqs]
             self.operations.build_positions(
                 self.bits, self.prefix_lens, positions, self._kept[:layers, : self.num_reqs]
             )
         elif union:
-            self._select_top_p(self.num_sources, union=self.step > 0)
+            self._choose(self.num_sources, union=self.step > 0)
 
     def select(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The round's selection for the target: bits [S, R, G, W] and prefix_lens [R] int32 (0 for unwanted rows).
@@ -197,27 +199,17 @@ class DraftCapture:
         if self.step < 0:
             return bits.zero_(), torch.zeros_like(self.wanted, dtype=torch.int32)
         if self.options.combine != "union":
-            self._select_top_p(self.num_sources, union=False)
+            self._choose(self.num_sources, union=False)
         return bits, self.prefix_lens
 
-    def _select_top_p(self, layers: int, *, union: bool) -> None:
+    def _choose(self, layers: int, *, union: bool) -> None:
         """Bits of the first `layers` layers from their mass."""
-        options = self.options
-        counts = self.counts[:layers]
-        rows = counts.numel()
-        if rows == 0:
-            return
-        lens = self.prefix_lens.view(1, -1, 1).expand_as(counts).flatten().contiguous()
-        self.operations.select_top_p(
-            self.mass[:layers].view(rows, -1),
-            lens,
-            self.bits[:layers].view(rows, -1),
-            counts.view(rows),
-            options.top_p,
-            options.min_tokens,
-            -1 if options.max_tokens is None else options.max_tokens,
-            options.max_fraction,
-            options.sink_tokens,
-            options.recent_tokens,
-            union,
+        choose(
+            self.operations,
+            self.limits,
+            self.mass[:layers],
+            self.prefix_lens,
+            self.bits[:layers],
+            self.counts[:layers],
+            union=union,
         )
