@@ -20,6 +20,7 @@ page_strides                       not used: block ids do not depend on the layo
 page_table   [S, R, 1, width]      int32, width >= ceil(max(seq_lens) / N); any outer strides; entries past the kept
                                    blocks are left untouched, and nothing is ever written past width
 kept         [S, R, 1]             int32; any strides
+sources, groups                    None: maps per head would list other blocks for each head, and a block holds them all
 
 ``pack_queries`` and ``unpack_outputs`` turn the ragged query rows of a batch into M rows per request and back, for
 attention that wants as many of every request. A request's tokens come last among its M rows, where causal attention
@@ -154,18 +155,20 @@ def _unpack_kernel(
 def build_block_tables(
     bits: torch.Tensor, slots: torch.Tensor, prefix_lens: torch.Tensor, seq_lens: torch.Tensor,
     block_table: torch.Tensor, block_size: int, page_strides: tuple[int, int, int], page_table: torch.Tensor,
-    kept: torch.Tensor,
+    kept: torch.Tensor, sources: torch.Tensor | None = None, groups: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    contracts.build_block_tables(bits, slots, prefix_lens, seq_lens, block_table, block_size, page_table, kept)
-    sources, _, _, words = bits.shape
-    rows, _, width = page_table.shape[1:]
-    if sources == 0 or rows == 0:
+    contracts.build_block_tables(
+        bits, slots, prefix_lens, seq_lens, block_table, block_size, page_table, kept, sources, groups
+    )
+    tables, rows, _, width = page_table.shape
+    words = bits.shape[3]
+    if tables == 0 or rows == 0:
         return
     chunks = max(1, triton.cdiv(block_table.shape[1], CHUNK))
     # Words that a block can lie in: it starts anywhere in the first, unless its size is a power of two or so.
     spanned = max(1, block_size // 32) if 32 % block_size == 0 or block_size % 32 == 0 else (block_size + 30) // 32 + 1
-    _block_table_kernel[(chunks, rows, sources)](
+    _block_table_kernel[(chunks, rows, tables)](
         bits, slots, prefix_lens, seq_lens, block_table, page_table, kept, words, width,
         *bits.stride()[:2], block_table.stride(0), *page_table.stride()[:2], *kept.stride()[:2],
         BLOCK_SIZE=block_size, WORDS=spanned, CHUNK=CHUNK, COUNT=COUNT_BLOCKS, num_warps=NUM_WARPS,

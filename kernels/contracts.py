@@ -108,18 +108,24 @@ def select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fr
 
 
 def build_page_tables(
-    bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept
+    bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept, sources, groups
 ) -> None:
     tensor("bits", bits, (None, None, None, None), torch.int32)
-    sources, _, groups, _ = bits.shape
+    tables, _, heads, _ = bits.shape
     dev = bits.device
+    expect((sources is None) == (groups is None), "groups", type(groups).__name__, "given with sources, or neither")
+    if sources is not None:
+        expect(min(bits.shape[0], heads) > 0, "bits", f"shape {tuple(bits.shape)}", "a source and a group to map to")
+        tensor("sources", sources, (None,), torch.int32, dev)
+        tensor("groups", groups, (sources.shape[0], None), torch.int32, dev)
+        tables, heads = groups.shape
     tensor("slots", slots, (None,), torch.int64, dev)
     rows = slots.shape[0]
     tensor("prefix_lens", prefix_lens, (rows,), torch.int32, dev)
     tensor("seq_lens", seq_lens, (rows,), torch.int32, dev)
     tensor("block_table", block_table, (rows, None), torch.int32, dev)
-    tensor("page_table", page_table, (sources, rows, groups, None), torch.int32, dev)
-    tensor("kept", kept, (sources, rows, groups), torch.int32, dev)
+    tensor("page_table", page_table, (tables, rows, heads, None), torch.int32, dev)
+    tensor("kept", kept, (tables, rows, heads), torch.int32, dev)
     expect(block_size > 0, "block_size", block_size, "at least 1")
     expect(len(page_strides) == 3, "page_strides", page_strides, "(block, head, token)")
 
@@ -132,18 +138,22 @@ def build_positions(bits, lens, positions, kept) -> None:
     tensor("kept", kept, (sources, rows), torch.int32, bits.device)
 
 
-def build_block_tables(bits, slots, prefix_lens, seq_lens, block_table, block_size, page_table, kept) -> None:
+def build_block_tables(
+    bits, slots, prefix_lens, seq_lens, block_table, block_size, page_table, kept, sources, groups
+) -> None:
+    for name, value in (("sources", sources), ("groups", groups)):
+        expect(value is None, name, "a map", "None, because a block holds all heads")
     tensor("bits", bits, (None, None, None, None), torch.int32)
-    sources, _, groups, _ = bits.shape
+    tables, _, shared, _ = bits.shape
     dev = bits.device
-    expect(groups == 1, "bits", f"{groups} score groups", "1, because a block holds all heads")
+    expect(shared == 1, "bits", f"{shared} score groups", "1, because a block holds all heads")
     tensor("slots", slots, (None,), torch.int64, dev)
     rows = slots.shape[0]
     tensor("prefix_lens", prefix_lens, (rows,), torch.int32, dev)
     tensor("seq_lens", seq_lens, (rows,), torch.int32, dev)
     tensor("block_table", block_table, (rows, None), torch.int32, dev)
-    tensor("page_table", page_table, (sources, rows, 1, None), torch.int32, dev)
-    tensor("kept", kept, (sources, rows, 1), torch.int32, dev)
+    tensor("page_table", page_table, (tables, rows, 1, None), torch.int32, dev)
+    tensor("kept", kept, (tables, rows, 1), torch.int32, dev)
     expect(block_size > 0, "block_size", block_size, "at least 1")
 
 

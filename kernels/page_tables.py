@@ -10,15 +10,22 @@ do. Positions from prefix_len on were not there when the selection was made, and
 ``build_page_tables``: one table per score group. With G = 1 it holds the pages of head 0, and whoever reads it for head
 h adds h * head; with G = H, group g is head g.
 
-bits         [S, num_slots, G, W]  int32, as ``select_top_p`` writes them; G is 1 (all heads alike) or H
+Without maps, table (s, r, g) is made from the bits of source s and group g. With both maps it is made from
+bits[sources[s], slots[r], groups[s, g]], and its pages are still those of head g: several layers may share the bits of
+a source, each head of each choosing among its groups (Xu et al., arXiv 2605.15508, head map).
+
+bits         [S, num_slots, G, W]  int32, as ``select_top_p`` writes them; G is 1 (all heads alike) or H without maps,
+                                   any number with them
 slots        [R]                   int64, row of ``bits`` of each request; -1 = padded row: kept = 0, nothing else
 prefix_lens  [R]                   int32; -1 = no selection, keep everything. Positions from 32 * W on have no bit, and
                                    are kept as if the prefix ended there
 seq_lens     [R]                   int32; 0 = padded row: kept = 0
 block_table  [R, nb]               int32; entries past ceil(seq_len / N) are stale and never read
 page_table   [S, R, G, width]      int32, width >= max(seq_lens); pages in ascending position; entries past kept are
-                                   left untouched, and nothing is ever written past width
-kept         [S, R, G]             int32
+                                   left untouched, and nothing is ever written past width. With maps [T, R, H, width]
+kept         [S, R, G]             int32; with maps [T, R, H]
+sources      [T]                   int32, 0 to S-1: the source of each table; or None
+groups       [T, H]                int32, 0 to G-1: the group of each table and head; None if and only if sources is
 
 ``build_positions``: the positions themselves, of rows that are in batch order and for which all heads are alike.
 
@@ -78,14 +85,14 @@ def _compact(bits, prefix, length, chunk, CHUNK: tl.constexpr, COUNT_STEP: tl.co
 
 @triton.jit
 def _page_table_kernel(
-    bits, slots, prefix_lens, seq_lens, block_table, page_table, kept,
-    block_size, per_block, per_head, per_token, words, width, groups,
+    bits, slots, prefix_lens, seq_lens, block_table, page_table, kept, sources, groups,
+    block_size, per_block, per_head, per_token, words, width, heads,
     stride_bs, stride_bn, stride_bg, stride_tr, stride_ps, stride_pr, stride_pg, stride_ks, stride_kr, stride_kg,
-    CHUNK: tl.constexpr, COUNT_STEP: tl.constexpr,
+    stride_gs, CHUNK: tl.constexpr, COUNT_STEP: tl.constexpr, MAPPED: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
-    r = (tl.program_id(1) // groups).to(tl.int64)
-    g = (tl.program_id(1) % groups).to(tl.int64)
+    r = (tl.program_id(1) // heads).to(tl.int64)
+    g = (tl.program_id(1) % heads).to(tl.int64)
     s = tl.program_id(2).to(tl.int64)
     slot = tl.load(slots + r)
     length = tl.minimum(tl.load(seq_lens + r), width)
@@ -97,7 +104,11 @@ def _page_table_kernel(
             tl.store(kept, 0)
         return
     prefix = tl.minimum(tl.load(prefix_lens + r), words * 32)
-    bits += s * stride_bs + slot * stride_bn + g * stride_bg
+    source, group = s, g
+    if MAPPED:
+        source = tl.load(sources + s).to(tl.int64)
+        group = tl.load(groups + s * stride_gs + g).to(tl.int64)
+    bits += source * stride_bs + slot * stride_bn + group * stride_bg
     p, column, keep, count = _compact(bits, prefix, length, chunk, CHUNK, COUNT_STEP)
     block = tl.load(block_table + r * stride_tr + p // block_size, mask=keep, other=0)
     page = block * per_block + (p % block_size) * per_token + g.to(tl.int32) * per_head
@@ -131,22 +142,24 @@ def _positions_kernel(
 def build_page_tables(
     bits: torch.Tensor, slots: torch.Tensor, prefix_lens: torch.Tensor, seq_lens: torch.Tensor,
     block_table: torch.Tensor, block_size: int, page_strides: tuple[int, int, int], page_table: torch.Tensor,
-    kept: torch.Tensor,
+    kept: torch.Tensor, sources: torch.Tensor | None = None, groups: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
     contracts.build_page_tables(
-        bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept
+        bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept, sources, groups
     )
-    sources, _, groups, words = bits.shape
-    rows, width = page_table.shape[1], page_table.shape[3]
-    if sources == 0 or rows == 0:
+    tables, rows, heads, width = page_table.shape
+    if tables == 0 or rows == 0:
         return
+    mapped = sources is not None
     # One chunk at least: the first also writes the zeros of padded rows.
-    _page_table_kernel[(max(triton.cdiv(width, CHUNK), 1), rows * groups, sources)](
+    _page_table_kernel[(max(triton.cdiv(width, CHUNK), 1), rows * heads, tables)](
         bits, slots, prefix_lens, seq_lens, block_table, page_table, kept,
-        block_size, *page_strides, words, width, groups,
+        sources if mapped else slots, groups if mapped else slots,
+        block_size, *page_strides, bits.shape[3], width, heads,
         *bits.stride()[:3], block_table.stride(0), *page_table.stride()[:3], *kept.stride(),
-        CHUNK=CHUNK, COUNT_STEP=COUNT_STEP, num_warps=NUM_WARPS,
+        groups.stride(0) if mapped else 0,
+        CHUNK=CHUNK, COUNT_STEP=COUNT_STEP, MAPPED=mapped, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 

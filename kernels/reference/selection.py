@@ -75,16 +75,17 @@ def _compact(flags: torch.Tensor):
 
 
 def build_page_tables(
-    bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept
-) -> None:
+    bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept, sources=None,
+    groups=None,
+) -> None:  # fmt: skip
     """Compacts selections into page tables. See ``page_tables.build_page_tables``."""
     contracts.build_page_tables(
-        bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept
+        bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept, sources, groups
     )
     per_block, per_head, per_token = page_strides
-    sources, _, groups, words = bits.shape
-    width = page_table.shape[3]
-    head_offsets = torch.arange(groups, dtype=torch.int32, device=bits.device) * per_head
+    words = bits.shape[3]
+    tables, _, heads, width = page_table.shape
+    head_offsets = torch.arange(heads, dtype=torch.int32, device=bits.device) * per_head
     rows = zip(slots.tolist(), prefix_lens.tolist(), seq_lens.tolist(), strict=True)
     for r, (slot, prefix, length) in enumerate(rows):
         length = min(length, width)
@@ -99,12 +100,13 @@ def build_page_tables(
             page_table[:, r, :, :length] = ids + head_offsets[:, None]
             kept[:, r] = length
             continue
-        flags = torch.ones(sources, groups, length, dtype=torch.bool, device=bits.device)
-        flags[..., :prefix] = unpack_bits(bits[:, slot], prefix)
-        row, pos, column, counts = _compact(flags.view(sources * groups, length))
-        kept[:, r] = counts.view(sources, groups).to(torch.int32)
-        group = row % groups
-        page_table[row // groups, r, group, column] = ids[pos] + head_offsets[group]
+        chosen = bits[:, slot] if sources is None else bits[sources.long()[:, None], slot, groups.long()]
+        flags = torch.ones(tables, heads, length, dtype=torch.bool, device=bits.device)
+        flags[..., :prefix] = unpack_bits(chosen, prefix)
+        row, pos, column, counts = _compact(flags.view(tables * heads, length))
+        kept[:, r] = counts.view(tables, heads).to(torch.int32)
+        head = row % heads
+        page_table[row // heads, r, head, column] = ids[pos] + head_offsets[head]
 
 
 def build_positions(bits, lens, positions, kept) -> None:
@@ -122,10 +124,13 @@ def build_positions(bits, lens, positions, kept) -> None:
 
 
 def build_block_tables(
-    bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept
-) -> None:
+    bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept, sources=None,
+    groups=None,
+) -> None:  # fmt: skip
     """Compacts selections into block tables. See ``block_tables.build_block_tables``."""
-    contracts.build_block_tables(bits, slots, prefix_lens, seq_lens, block_table, block_size, page_table, kept)
+    contracts.build_block_tables(
+        bits, slots, prefix_lens, seq_lens, block_table, block_size, page_table, kept, sources, groups
+    )
     words = bits.shape[3]
     rows = zip(slots.tolist(), prefix_lens.tolist(), seq_lens.tolist(), strict=True)
     for r, (slot, prefix, length) in enumerate(rows):

@@ -156,8 +156,10 @@ def test_nothing_is_written_past_width(device, poisoned):
         ({"page_table": torch.zeros(1, 1, 2, 8, dtype=torch.int32)}, r"page_table: got shape \(1, 1, 2, 8\)"),
         ({"kept": torch.zeros(1, 2, 1, dtype=torch.int32)}, r"kept: got shape \(1, 2, 1\)"),
         ({"block_size": 0}, "block_size: got 0"),
+        ({"sources": torch.zeros(1, dtype=torch.int32)}, "sources: got a map, wanted None, because a block holds all"),
+        ({"groups": torch.zeros(1, 1, dtype=torch.int32)}, "groups: got a map, wanted None, because a block holds all"),
     ],
-    ids=["groups", "slot dtype", "tables per head", "kept shape", "block size"],
+    ids=["groups", "slot dtype", "tables per head", "kept shape", "block size", "source map", "group map"],
 )
 def test_refuses(op, change, message):
     one = torch.ones(1, dtype=torch.int32)

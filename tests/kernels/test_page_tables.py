@@ -11,16 +11,18 @@ from specattn_vllm.kernels.page_tables import build_page_tables
 OPS = pytest.mark.parametrize("op", [build_page_tables, reference.build_page_tables], ids=["kernel", "reference"])
 
 
-def oracle(bits, slots, prefix_lens, seq_lens, block_table, block_size, strides):
+def oracle(bits, slots, prefix_lens, seq_lens, block_table, block_size, strides, sources=None, groups=None):
     """{(s, r, g): [pages]}, position by position."""
+    sources = range(bits.shape[0]) if sources is None else sources.tolist()
+    groups = [list(range(bits.shape[2]))] * len(sources) if groups is None else groups.tolist()
     tables = {}
-    for s in range(bits.shape[0]):
+    for s, source in enumerate(sources):
         for r, slot in enumerate(slots.tolist()):
-            for g in range(bits.shape[2]):
+            for g, group in enumerate(groups[s]):
                 pages = tables[s, r, g] = []
                 if slot < 0:
                     continue
-                words = bits[s, slot, g].tolist()
+                words = bits[source, slot, group].tolist()
                 for p in range(int(seq_lens[r])):
                     if p >= int(prefix_lens[r]) or p >= 32 * len(words) or words[p // 32] >> (p % 32) & 1:
                         block = int(block_table[r, p // block_size])
@@ -77,9 +79,9 @@ def build(params, device, seed=0):
     return [t.to(device) for t in inputs] + [block_size, strides], (sources, len(rows), groups), longest
 
 
-def check(op, inputs, table, kept):
-    op(*inputs, table, kept)
-    want = oracle(*[t.cpu() if isinstance(t, torch.Tensor) else t for t in inputs])
+def check(op, inputs, table, kept, *maps):
+    op(*inputs, table, kept, *maps)
+    want = oracle(*[t.cpu() if isinstance(t, torch.Tensor) else t for t in (*inputs, *maps)])
     for (s, r, g), pages in want.items():
         assert kept[s, r, g] == len(pages)
         assert table[s, r, g, : len(pages)].tolist() == pages
@@ -91,6 +93,50 @@ def check(op, inputs, table, kept):
 def test_equals_oracle(op, params, device, poisoned):
     inputs, shape, longest = build(params, device)
     check(op, inputs, poisoned((*shape, longest + 3), torch.int32, device), poisoned(shape, torch.int32, device))
+
+
+# (sources, groups): source of each table, group of each of its heads
+MAPS = [
+    pytest.param([1, 0, 1, 2], [[0, 1], [1, 1], [1, 0], [0, 0]], id="more tables than sources, fewer heads"),
+    pytest.param([2], [[2, 0, 2, 1, 0]], id="one table of more heads than groups"),
+    pytest.param([1, 1], [[2], [0]], id="one list for all heads"),
+    pytest.param([], [], id="no table"),
+]
+
+
+@OPS
+@pytest.mark.parametrize("sources, groups", MAPS)
+@pytest.mark.parametrize("layout", ["LBNHC", "LBHNC"])
+def test_maps_choose_the_bits_and_not_the_pages(op, sources, groups, layout, device, poisoned):
+    """Rows of all kinds, in tables that are parts of larger buffers, through maps that are parts too."""
+    rows = [(1, 40, 50), (-1, 9, 9), (0, -1, 33), (4, 95, 100), (2, 64, 64), (3, 5, 0)]
+    heads = len(groups[0]) if groups else 2
+    inputs, _, longest = build((rows, 3, heads, 3, 16, layout, 0.4, None), device)
+    shape = (len(sources), len(rows), heads)
+    table = poisoned((shape[0] + 1, shape[1] + 2, heads + 1, longest + 7), torch.int32, device)
+    kept = poisoned(table.shape[:3], torch.int32, device)
+    part = (slice(shape[0]), slice(1, shape[1] + 1), slice(heads))
+    # What lies beside the maps is no source and no group.
+    source_map = torch.tensor([*sources, 1000], dtype=torch.int32, device=device)[: shape[0]]
+    group_map = torch.full((shape[0], heads + 1), 1000, dtype=torch.int32, device=device)[:, :heads]
+    if groups:
+        group_map[:] = torch.tensor(groups, dtype=torch.int32)
+    check(op, inputs, table[part][..., : longest + 3], kept[part], source_map, group_map)
+    table[part] = kept[part] = -858993460
+    assert (table == -858993460).all() and (kept == -858993460).all()
+
+
+@OPS
+def test_maps_onto_themselves_are_no_maps(op, device, poisoned):
+    params = ([(0, 70, 75), (3, 31, 40), (-1, 5, 5)], 2, 2, 3, 16, "LBNHC", 0.4, None)
+    inputs, shape, longest = build(params, device)
+    results = []
+    identity = (torch.arange(3), torch.arange(2).repeat(3, 1))
+    for maps in ((), [m.to(device, torch.int32) for m in identity]):
+        table, kept = poisoned((*shape, longest), torch.int32, device), poisoned(shape, torch.int32, device)
+        op(*inputs, table, kept, *maps)
+        results.append((table, kept))
+    assert all(torch.equal(plain, mapped) for plain, mapped in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -175,6 +221,10 @@ def test_offsets_beyond_32_bits(device, poisoned):
     check(build_page_tables, inputs, table, poisoned((sources, rows, groups), torch.int32, device))
 
 
+def maps(sources, groups):
+    return {name: torch.tensor(m, dtype=torch.int32) for name, m in (("sources", sources), ("groups", groups))}
+
+
 @OPS
 @pytest.mark.parametrize(
     "change, message",
@@ -183,8 +233,20 @@ def test_offsets_beyond_32_bits(device, poisoned):
         ({"slots": torch.zeros(1, dtype=torch.int32)}, "slots: got torch.int32, wanted torch.int64"),
         ({"kept": torch.zeros(1, 1, 2, dtype=torch.int32)}, r"kept: got shape \(1, 1, 2\)"),
         ({"block_size": 0}, "block_size: got 0"),
+        ({"sources": torch.zeros(1, dtype=torch.int32)}, "groups: got NoneType, wanted given with sources"),
+        ({"groups": torch.zeros(1, 1, dtype=torch.int32)}, "groups: got Tensor, wanted given with sources"),
+        (maps([0], [[0, 0]]), r"page_table: got shape \(1, 1, 1, 8\), wanted shape \(1, 1, 2, 'any'\)"),
+        (maps([0, 0], [[0], [0]]), r"page_table: got shape \(1, 1, 1, 8\), wanted shape \(2, 1, 1, 'any'\)"),
+        (maps([0, 0], [[0]]), r"groups: got shape \(1, 1\), wanted shape \(2, 'any'\)"),
+        (
+            maps([0], [[0]]) | {"bits": torch.zeros(0, 2, 1, 2, dtype=torch.int32)},
+            r"bits: got shape \(0, 2, 1, 2\), wanted a source",
+        ),
     ],
-    ids=["groups", "slot dtype", "kept shape", "block size"],
+    ids=[
+        "groups", "slot dtype", "kept shape", "block size", "no groups", "no sources", "heads of the map",
+        "tables of the map", "maps of two sizes", "nothing to map to",
+    ],
 )
 def test_refuses(op, change, message):
     one = torch.ones(1, dtype=torch.int32)
