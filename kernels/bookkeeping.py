@@ -9,8 +9,8 @@ slots            [R]            int64, row of the store; -1 = padded row: usable
 query_start_loc  [R+1]          int32
 seq_lens         [R]            int32; the tokens a row had before this step are seq_lens less its query's
 prefilling       [R]            bool
-prefix_lens      [num_slots+1]  int32; tokens each selection was made for, -1 = none. Updated in place: -1 where a row
-                                prefills. The last is nobody's
+prefix_lens      [num_slots+1]  int32; tokens each selection was made for, negative: none, and why. Updated in place: -1
+                                where a row prefills. The last is nobody's
 usable           [R]            int32; what the slot held where that is what the row had and the row does not prefill,
                                 else -1
 stored           [R]            int32; what the slot held before
@@ -21,8 +21,9 @@ slots, seq_lens, prefilling, usable, stored  [R]  as above
 kept             [S, R, G]      int32, any outer strides; tokens read of source s by each head of group g
 layers_of        [S]            int64, layers that read source s
 heads, layers, dense_layers     KV heads (a multiple of G), layers in all, layers that read everything
-out              [5]            int64, written: rows that read a selection, rows that had none, rows whose selection was
-                                made for another length, and (token, KV head, layer) entries read, and present
+out              [6]            int64, written: rows that read a selection, rows that had none (stored is NO_SELECTION),
+                                rows whose selection was made for another length, rows that were due to read everything
+                                (REFRESH), and (token, KV head, layer) entries read, and present
 
 ``count_sampled``: total += num_sampled of verified rows.
 
@@ -47,7 +48,7 @@ import triton
 import triton.language as tl
 
 from . import bookkeeping_contracts as contracts
-from .bookkeeping_contracts import Round
+from .bookkeeping_contracts import NO_SELECTION, REFRESH, Round
 
 BLOCK = 256
 # Rows and (source, group) pairs that the one counting program takes at a time, at most; 8 of a tile a thread. One
@@ -80,10 +81,11 @@ def _take_kernel(
 def _count_reads_kernel(
     slots, seq_lens, prefilling, usable, stored, kept, layers_of, out,
     rows, entries, groups, shared_by, layers, dense_layers, stride_ks, stride_kr, stride_kg,
-    ROWS: tl.constexpr, ENTRIES: tl.constexpr,
+    ROWS: tl.constexpr, ENTRIES: tl.constexpr, NO_SELECTION_CODE: tl.constexpr, REFRESH_CODE: tl.constexpr,
 ):  # fmt: skip
     sparse = tl.zeros([ROWS], tl.int32)
     nothing = tl.zeros([ROWS], tl.int32)
+    refreshed = tl.zeros([ROWS], tl.int32)
     verifying = tl.zeros([ROWS], tl.int32)
     tokens = tl.zeros([ROWS], tl.int64)
     pruned = tl.zeros([ROWS], tl.int64)
@@ -93,10 +95,11 @@ def _count_reads_kernel(
         slot = tl.load(slots + r, mask=inside, other=-1)
         counts = (slot >= 0) & (tl.load(prefilling + r, mask=inside, other=1) == 0)
         selected = tl.load(usable + r, mask=counts, other=-1) >= 0
-        empty = counts & (tl.load(stored + r, mask=counts, other=-1) < 0)
+        held = tl.load(stored + r, mask=counts, other=0)
         verifying += counts.to(tl.int32)
         sparse += selected.to(tl.int32)
-        nothing += empty.to(tl.int32)
+        nothing += (held == NO_SELECTION_CODE).to(tl.int32)
+        refreshed += (held == REFRESH_CODE).to(tl.int32)
         tokens += tl.load(seq_lens + r, mask=counts, other=0).to(tl.int64)
         for first in range(0, entries, ENTRIES):
             e = first + tl.arange(0, ENTRIES)
@@ -108,12 +111,14 @@ def _count_reads_kernel(
             pruned += tl.sum(read.to(tl.int64) * weight[None, :], 1)
     rows_sparse = tl.sum(sparse, 0)
     rows_empty = tl.sum(nothing, 0)
+    rows_refreshed = tl.sum(refreshed, 0)
     everything = tl.sum(tokens, 0) * (shared_by * groups)
     tl.store(out, rows_sparse.to(tl.int64))
     tl.store(out + 1, rows_empty.to(tl.int64))
-    tl.store(out + 2, (tl.sum(verifying, 0) - rows_sparse - rows_empty).to(tl.int64))
-    tl.store(out + 3, tl.sum(pruned, 0) * shared_by + everything * dense_layers)
-    tl.store(out + 4, everything * layers)
+    tl.store(out + 2, (tl.sum(verifying, 0) - rows_sparse - rows_empty - rows_refreshed).to(tl.int64))
+    tl.store(out + 3, rows_refreshed.to(tl.int64))
+    tl.store(out + 4, tl.sum(pruned, 0) * shared_by + everything * dense_layers)
+    tl.store(out + 5, everything * layers)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -177,7 +182,8 @@ def count_reads(
     _count_reads_kernel[(1,)](
         slots, seq_lens, prefilling, usable, stored, kept, layers_of, out,
         rows, entries, groups, heads // groups, layers, dense_layers, *kept.stride(),
-        ROWS=COUNT_ROWS, ENTRIES=min(triton.next_power_of_2(max(entries, 1)), COUNT_ENTRIES), num_warps=8,
+        ROWS=COUNT_ROWS, ENTRIES=min(triton.next_power_of_2(max(entries, 1)), COUNT_ENTRIES),
+        NO_SELECTION_CODE=NO_SELECTION, REFRESH_CODE=REFRESH, num_warps=8,
     )  # fmt: skip
 
 

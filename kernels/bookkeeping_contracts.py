@@ -14,7 +14,10 @@ from . import contracts
 from .contracts import expect
 
 INTEGERS = (torch.int32, torch.int64)
-READ_COUNTS = ("sparse_rows", "no_selection_rows", "stale_rows", "kv_read", "kv_full")
+# Where a slot's length would stand, why it has no selection.
+NO_SELECTION = -1  # nothing was chosen
+REFRESH = -2  # something was chosen, and it is the request's turn to read everything
+READ_COUNTS = ("sparse_rows", "no_selection_rows", "stale_rows", "refresh_rows", "kv_read", "kv_full")
 """What ``count_reads`` counts, in the order in which it writes them."""
 
 

@@ -51,7 +51,8 @@ def check(vllm_config: VllmConfig) -> None:
     # where the draft does so too. Not an error: a control run differs from the run it controls by its method alone.
     used = {"method", "executor", "stats_interval_s", "sparse_draft"}
     if options.sparse_draft:
-        used = set(SpecAttnOptions.model_fields) - {"layer_map", "dense_layers", "check_weights", "combine"}
+        for_target = {"layer_map", "dense_layers", "check_weights", "combine", "refresh_every"}
+        used = set(SpecAttnOptions.model_fields) - for_target
     idle = sorted(options.model_fields_set - used)
     if options.is_lossless and idle:
         logger.warning("specattn: the target reads everything by method 'dense'; without effect: %s", ", ".join(idle))

@@ -61,6 +61,13 @@ class SpecAttnOptions(BaseModel):
     dense_layers: tuple[int, ...] = Field(
         (), description="Target layers that always read everything, besides those the layer map leaves unmapped."
     )
+    refresh_every: int | None = Field(
+        None,
+        ge=2,
+        le=_INT32,
+        description="Every so many verifications of a request, one reads everything, which bounds what sparse "
+        "verification leaves behind in the KV cache. Default: never. For every verification, use method 'dense'.",
+    )
     check_weights: bool = Field(
         True, description="Refuse a layer map calibrated on other weights of the same architecture."
     )

@@ -27,7 +27,9 @@ class Counts:
     no_selection_rows: int = 0
     """... these had none, ..."""
     stale_rows: int = 0
-    """... and these had one made for another length."""
+    """... these had one made for another length, ..."""
+    refresh_rows: int = 0
+    """... and these were due to read everything."""
     kv_read: int = 0
     kv_full: int = 0
 
@@ -51,8 +53,8 @@ class Counts:
             return head + "verification read all of KV (no row was pruned)"
         return head + (
             f"verification read {self.kv_fraction:.1%} of KV, dense verification rows "
-            f"{self.verify_rows - self.sparse_rows} (no selection {self.no_selection_rows}, stale {self.stale_rows}), "
-            f"prefill rows {self.prefill_rows}"
+            f"{self.verify_rows - self.sparse_rows} (no selection {self.no_selection_rows}, stale {self.stale_rows}, "
+            f"refresh {self.refresh_rows}), prefill rows {self.prefill_rows}"
         )
 
 

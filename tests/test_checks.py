@@ -207,6 +207,8 @@ def warnings(monkeypatch):
             "combine, dense_layers, layer_map",
         ),
         ({"sparse_draft": True, "crossover_tokens": 5, "check_weights": False}, "check_weights"),
+        ({"sparse_draft": True, "refresh_every": 4}, "refresh_every"),
+        ({"refresh_every": 4}, "refresh_every"),
     ],
     ids=lambda value: str(value),
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from .. import bookkeeping_contracts as contracts
-from ..bookkeeping_contracts import Round
+from ..bookkeeping_contracts import NO_SELECTION, REFRESH, Round
 
 
 def take_selections(slots, query_start_loc, seq_lens, prefilling, prefix_lens, usable, stored) -> None:
@@ -27,13 +27,15 @@ def count_reads(slots, seq_lens, prefilling, usable, stored, kept, layers_of, he
         slots, seq_lens, prefilling, usable, stored, kept, layers_of, heads, layers, dense_layers, out
     )
     verifies = (slots >= 0) & ~prefilling
-    sparse, nothing = verifies & (usable >= 0), verifies & (stored < 0)
+    sparse, nothing = verifies & (usable >= 0), verifies & (stored == NO_SELECTION)
+    refreshed = verifies & (stored == REFRESH)
     per_row = (kept.sum(dim=2, dtype=torch.int64) * layers_of[:, None]).sum(dim=0) * (heads // kept.shape[2])
     everything = torch.where(verifies, seq_lens, 0).sum(dtype=torch.int64) * heads
     amounts = (
         sparse.sum(),
         nothing.sum(),
-        (verifies & ~sparse & ~nothing).sum(),
+        (verifies & ~sparse & ~nothing & ~refreshed).sum(),
+        refreshed.sum(),
         torch.where(verifies, per_row, 0).sum() + everything * dense_layers,
         everything * layers,
     )

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 
 from specattn_vllm.executors import Operations
-
-NO_SELECTION = -1
+from specattn_vllm.kernels.bookkeeping_contracts import NO_SELECTION, REFRESH
 
 
 class SelectionStore:
@@ -18,23 +17,35 @@ class SelectionStore:
     and a selection is only taken where its length equals the number of tokens the row has already computed.
 
     bits         [S, num_slots + 1, G, W] int32: bit p % 32 of word p // 32 keeps token p.
-    prefix_lens  [num_slots + 1] int32: tokens in the context when the selection was made, NO_SELECTION if none.
-
+    prefix_lens  [num_slots + 1] int32: tokens in the context when the selection was made, or why there is none:
+                 NO_SELECTION, or REFRESH where it is the request's turn to read everything.
+    rounds       [num_slots + 1] int32: selections put since the request last read everything, the latest not counted.
     exact        [num_slots + 1] bool: requests that asked for exact verification, for which nothing is selected.
 
     The last slot is nobody's: what is put or cleared for a padded row, whose slot is -1, goes there.
     """
 
-    def __init__(self, sources: int, slots: int, groups: int, max_model_len: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        sources: int,
+        slots: int,
+        groups: int,
+        max_model_len: int,
+        device: torch.device,
+        refresh_every: int | None = None,
+    ) -> None:
+        """`refresh_every`: every so many verifications of a request one finds no selection; None: never."""
+        self.refresh_every = refresh_every
         words = -(-max_model_len // 32)
         self.bits = torch.zeros((sources, slots + 1, groups, words), dtype=torch.int32, device=device)
         self.prefix_lens = torch.full((slots + 1,), NO_SELECTION, dtype=torch.int32, device=device)
+        self.rounds = torch.zeros(slots + 1, dtype=torch.int32, device=device)
         self.exact = torch.zeros(slots + 1, dtype=torch.bool, device=device)
         self._exact_on_host = [False] * slots
 
     @property
     def nbytes(self) -> int:
-        return self.bits.nbytes + self.prefix_lens.nbytes + self.exact.nbytes
+        return self.bits.nbytes + self.prefix_lens.nbytes + self.rounds.nbytes + self.exact.nbytes
 
     def hold(self, slot: int, exact: bool) -> None:
         """A request enters a slot; from then on it is exact or not. Does not wait for the device."""
@@ -48,7 +59,14 @@ class SelectionStore:
         slots [R] int64, bits [S, R, G, W], prefix_lens [R] int32; a length of 0 or less stores 'no selection'.
         """
         self.bits[:, slots] = bits
-        self.prefix_lens[slots] = torch.where(prefix_lens > 0, prefix_lens, NO_SELECTION)
+        lengths = prefix_lens
+        if self.refresh_every is not None:
+            # What the slot held says what the last verification read. A selection that was there and did not fit counts
+            # as read: the next dense one comes a round early then, never late.
+            rounds = torch.where(self.prefix_lens[slots] > 0, self.rounds[slots] + 1, 0)
+            self.rounds[slots] = rounds
+            lengths = torch.where(rounds < self.refresh_every - 1, prefix_lens, REFRESH)
+        self.prefix_lens[slots] = torch.where(prefix_lens > 0, lengths, NO_SELECTION)
 
     def clear(self, slots: torch.Tensor) -> None:
         """Forget the selections of slots [R] int64: the next step of those requests reads everything."""

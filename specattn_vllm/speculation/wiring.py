@@ -115,7 +115,7 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
 
     def allocate(device: torch.device) -> Selection:
         tables = torch.empty((len(captured), requests, 1, longest), dtype=torch.int32, device=device)
-        store = SelectionStore(len(sources), requests, 1, longest, device)
+        store = SelectionStore(len(sources), requests, 1, longest, device, options.refresh_every)
         capture = DraftCapture(
             options,
             speculator.operations,
@@ -203,6 +203,8 @@ def _announce(
         options.combine,
         pairs,
     )
+    if options.refresh_every is not None:
+        logger.info("specattn: verification %d of each %d of a request reads everything", *[options.refresh_every] * 2)
     if not found.calibrated:
         logger.warning(
             "specattn: the layer map is uniform, not calibrated for this pair of models: expect worse quality at the "

@@ -141,7 +141,7 @@ def audit(monkeypatch) -> Audit:
 
     from specattn_vllm.kernels.reference import unpack_bits
     from specattn_vllm.selection.pruner import Pruner
-    from specattn_vllm.selection.store import SelectionStore
+    from specattn_vllm.selection.store import REFRESH, SelectionStore
 
     seen = Audit()
     add_request, put, prune = RequestState.add_request, SelectionStore.put, Pruner.prune
@@ -157,7 +157,10 @@ def audit(monkeypatch) -> Audit:
             if slot < 0:
                 continue  # a row that only fills a graph's batch
             seen.made_for[slot] = (seen.owner[slot], length, bits[:, row].clone())
-        return put(self, slots, bits, prefix_lens)
+        put(self, slots, bits, prefix_lens)
+        for slot in slots.tolist():
+            if slot >= 0 and self.prefix_lens[slot] == REFRESH:
+                del seen.made_for[slot]
 
     def watch_prune(self, **step):
         plan = prune(self, **step)

@@ -63,6 +63,7 @@ LENGTHS = [40, 700, 333, 1200, 128]
         pytest.param({"top_p": 0.8}, id="specattn"),
         pytest.param({"top_p": 0.8, "combine": "union"}, id="union"),
         pytest.param({"top_p": 0.8, "sparse_draft": True}, id="sparse_draft"),
+        pytest.param({"top_p": 0.8, "refresh_every": 3}, id="refresh_every"),
     ],
 )
 def test_replayed_rounds_give_the_tokens_and_selections_of_upstream_s(
