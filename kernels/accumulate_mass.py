@@ -8,7 +8,8 @@
 With weight = G / Hq the mass of a row sums to at most 1 after "store"; the caller scales so that it still does after
 further calls, because ``select_top_p`` counts on it.
 
-scores     [R, Hq, L]  float32 or bfloat16, scaled logits as ``draft_attention`` stores them
+scores     [R, Hq, L]  float32 or bfloat16, scaled logits as ``draft_attention`` stores them; with two scored
+                       rows, its 2 * Hq rows are Hq here, those of a KV head still consecutive
 lse        [R, Hq]     float32, natural logarithm, finite wherever lens > 0
 lens       [R]         int32, at most the seq_len the scores were made for; 0 = padded row, which stays untouched
 mass       [R, G, L]   float32, in and out; G divides Hq, and the heads of a group are consecutive; positions from lens

@@ -11,6 +11,7 @@ import torch
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_SIZES = (64, 128)  # what the Triton kernels are tuned and tested for; the references take any
+SCORED_ROWS = (1, 2)  # per request
 COMBINE = ("store", "add", "max")
 
 
@@ -56,14 +57,18 @@ def draft_attention(
     expect(out is not None or scores is not None, "out", "None without scores", "at least one of out and scores")
     if out is not None:
         tensor("out", out, (tokens, query_heads, size), query.dtype, dev)
+    scored = query_heads
+    if scored_rows is not None:
+        tensor("scored_rows", scored_rows, (rows, None), torch.int64, dev)
+        per_request = scored_rows.shape[1]
+        expect(per_request in SCORED_ROWS, "scored_rows", f"{per_request} rows per request", "1 or 2")
+        scored = per_request * query_heads
     if scores is not None:
-        tensor("scores", scores, (rows, query_heads, None), (torch.float32, torch.bfloat16), dev)
+        tensor("scores", scores, (rows, scored, None), (torch.float32, torch.bfloat16), dev)
         expect(lse is not None, "lse", None, "a tensor, because scores are asked for")
     if lse is not None:
-        tensor("lse", lse, (rows, query_heads), torch.float32, dev)
+        tensor("lse", lse, (rows, scored), torch.float32, dev)
         expect(scored_rows is not None, "scored_rows", None, "a tensor, because lse is asked for")
-    if scored_rows is not None:
-        tensor("scored_rows", scored_rows, (rows,), torch.int64, dev)
     expect(max_query_len >= 1, "max_query_len", max_query_len, "at least 1")
     _index(positions, kept, rows, dev, prefix_lens=prefix_lens)
     expect(positions is None or max_query_len == 1, "max_query_len", max_query_len, "1, because positions are given")

@@ -19,6 +19,8 @@ class LaunchConfig:
 # 32k, bf16 scores, 2026-11-22: (64, 16) 4 query heads a KV head, 1 query row, 0.280 ms (0.282 before); (64, 32) 7 query
 # rows, 0.298 ms (0.348 before, most of it by `SMALL_DOT`); (128, 16) 2 query heads, 1 row 0.514 ms (0.522) and 7 rows
 # 0.519 ms (0.526). The others are reasoned: 48 to 64 KiB of keys and values in flight, two to four programs at once.
+# (128, 32) is also what a verification of 6 rows with two scored ones takes (4 query heads a KV head): its second
+# product costs 8 registers a thread and none spills (176 of them, compiled for sm_90), so two programs still fit.
 CONFIGS = {
     (64, 16): LaunchConfig(128, 8, 3, 4),  # *
     (64, 32): LaunchConfig(64, 4, 3, 4),  # *

@@ -39,21 +39,21 @@ def draft_attention(
     group = query_heads // heads
     cache = kv_cache if out is not None else kv_cache[..., :size]
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
-    scored = [-1] * len(lengths) if lse is None else scored_rows.tolist()
+    asked = [[]] * len(lengths) if lse is None else scored_rows.tolist()
     listed = [-1] * len(lengths) if positions is None else kept.tolist()
     for r, length in enumerate(lengths):
         begin, end = starts[r], starts[r + 1]
-        i = scored[r] - begin if begin <= scored[r] < end else None
-        if out is None and i is not None:  # as if the scored row were the last and only one
-            begin, end, length, i = scored[r], scored[r] + 1, length - (end - 1 - scored[r]), 0
+        scored = [(c, row - begin) for c, row in enumerate(asked[r]) if begin <= row < end]
         n = end - begin
-        if n == 0 or (out is None and i is None):
+        tokens = range(n) if out is not None else sorted({i for _, i in scored})
+        if not tokens:
             continue
+        lse_of = None if lse is None else lse[r].view(heads, -1, group)
         if length <= 0:
             if out is not None:
                 out[begin:end] = 0
-            if i is not None:
-                lse[r] = -torch.inf
+            for c, _ in scored:
+                lse_of[:, c] = -torch.inf
             continue
         if listed[r] >= 0:
             tail = torch.arange(int(prefix_lens[r]), length, device=query.device)
@@ -63,17 +63,18 @@ def draft_attention(
         else:
             kv = _gather(cache, block_table[r, : -(-length // block_size)], length)
         kv = kv.float()
-        q = query[begin:end].view(n, heads, group, size).transpose(0, 1).reshape(heads, n * group, size)
-        logits = torch.bmm(q.float() * scale, kv[..., :size].transpose(1, 2)).view(heads, n, group, length)
+        q = query[begin:end] if out is not None else query[[begin + i for i in tokens]]
+        q = q.unflatten(1, (heads, group)).transpose(0, 1).reshape(heads, -1, size)
+        logits = torch.bmm(q.float() * scale, kv[..., :size].transpose(1, 2)).view(heads, -1, group, length)
         if n > 1:
-            visible = length - torch.arange(n - 1, -1, -1, device=query.device)
+            visible = torch.tensor([length - (n - 1 - i) for i in tokens], device=query.device)
             hidden = torch.arange(length, device=query.device) >= visible[:, None]
             logits.masked_fill_(hidden[:, None], -torch.inf)
-        if i is not None:
-            seen = max(length - (n - 1 - i), 0)
+        for c, i in scored:
+            seen, row = max(length - (n - 1 - i), 0), logits[:, tokens.index(i)]
             if scores is not None:
-                scores[r, :, :seen] = logits[:, i, :, :seen].reshape(query_heads, seen)
-            lse[r] = logits[:, i].logsumexp(-1).view(query_heads)
+                scores[r].unflatten(0, (heads, -1, group))[:, c, :, :seen] = row[..., :seen]
+            lse_of[:, c] = row.logsumexp(-1)
         if out is not None:
             weights = logits.softmax(-1)
             if n > length:  # softmax of a token that sees nothing

@@ -37,7 +37,7 @@ class Step(NamedTuple):
     def calls(
         self, draft: Callable[..., None], layers: Sequence[torch.Tensor], scores: Sequence[torch.Tensor], **more: Any
     ) -> list[Callable[[], None]]:
-        """Calls over layers; scores [R, Hq, L], taken in turns, or none."""
+        """Calls over layers; scores [R, C * Hq, L], taken in turns, or none."""
         req = self.req
         if scores:
             more |= {"scored_rows": self.scored_rows, "lse": self.lse}
@@ -50,18 +50,22 @@ class Step(NamedTuple):
         ]  # fmt: skip
 
 
-def make_step(bench: Bench, heads: Heads, batch: Batch, q_len: int) -> Step:
+def make_step(bench: Bench, heads: Heads, batch: Batch, q_len: int, scored: Sequence[int] = (-1,)) -> Step:
+    """`scored`: the tokens of a request whose scores are handed out, counted from its end."""
     req = requests(heads, batch, q_len, bench.device, bench.dtype)
     # The sampled row is the last one of a request here; the kernel must not count on that.
-    scored = torch.arange(batch.rows, device=bench.device) * q_len + q_len - 1
-    lse = torch.empty(batch.rows, heads.query, device=bench.device)
-    return Step(heads, batch, q_len, req, scored, lse)
+    ends = torch.arange(1, batch.rows + 1, device=bench.device) * q_len
+    rows = ends[:, None] + torch.tensor(scored, device=bench.device)
+    lse = torch.empty(batch.rows, len(scored) * heads.query, device=bench.device)
+    return Step(heads, batch, q_len, req, rows, lse)
 
 
-def score_buffers(bench: Bench, heads: Heads, batch: Batch, dtype: torch.dtype, rotate: bool = False) -> list:
-    """[R, Hq, L] buffers: one, as in production, or enough to exceed L2."""
-    shape = (batch.rows, heads.query, batch.context)
-    nbytes = batch.rows * heads.query * batch.context * dtype.itemsize
+def score_buffers(
+    bench: Bench, heads: Heads, batch: Batch, dtype: torch.dtype, rotate: bool = False, scored: int = 1
+) -> list[torch.Tensor]:
+    """[R, scored * Hq, L] buffers: one, as in production, or enough to exceed L2."""
+    shape = (batch.rows, scored * heads.query, batch.context)
+    nbytes = batch.rows * scored * heads.query * batch.context * dtype.itemsize
     count = layer_count(nbytes, wanted=4 * max(bench.clock.l2, 1)) if rotate else 1
     return [torch.empty(shape, dtype=dtype, device=bench.device).normal_() for _ in range(count)]
 
@@ -91,6 +95,7 @@ def draft(bench: Bench, batch: Batch, pair: Pair, full: bool) -> None:
             del scores
     if full:
         _indexed(bench, heads, batch, layers, plain)
+        _two_rows(bench, pair.target, batch)
     for kind in kinds:
         _mass(bench, heads, batch, kind, full)
 
@@ -133,6 +138,26 @@ def _with_mass(bench, step, layers, scores, kind, nbytes, alone: Row) -> None:
     bench.measure(
         "draft", f"draft_attention + {kind} scores + mass", alone.shape, make, nbytes + more, alone, scores=kind
     )
+
+
+def _two_rows(bench: Bench, heads: Heads, batch: Batch) -> None:
+    """A verification of self-speculation: the scores of its first and its last row, against the same pass without."""
+    layers = bench.arena.layers(heads, batch)
+    step = make_step(bench, heads, batch, VERIFY_LEN, scored=(-VERIFY_LEN, -1))
+    shape = f"{batch} {heads} q{VERIFY_LEN}"
+    dense = fa3_dense(bench, "draft", batch, heads, step.req, layers, VERIFY_LEN)
+    nbytes = shapes.dense_bytes(heads, batch, VERIFY_LEN, bench.element)
+    plain = bench.measure(
+        "draft", "draft_attention", shape, partial(_plain, bench, step, layers), nbytes, dense,
+        check=partial(_check, bench, step, layers), q_len=VERIFY_LEN,
+    )  # fmt: skip
+    scores = score_buffers(bench, heads, batch, SCORES["bf16"], scored=2)
+    nbytes += shapes.score_bytes(heads, 2 * batch.rows, batch.context, 2)
+    bench.measure(
+        "draft", "draft_attention + bf16 scores of two rows", shape,
+        lambda: step.calls(bench.operation("draft_attention"), layers, scores), nbytes, plain,
+        {"time_ratio": CAPTURE_RATIO}, q_len=VERIFY_LEN, scores="bf16", scored_rows=2,
+    )  # fmt: skip
 
 
 def _indexed(bench: Bench, heads: Heads, batch: Batch, layers: Sequence[torch.Tensor], plain: Row) -> None:

@@ -109,7 +109,7 @@ class DraftCapture:
         """
         self.step = step
         self.query_rows = self._rows[: self.num_reqs] if query_rows is None else query_rows
-        self.scored_rows = torch.where(self.wanted, self.query_rows, -1)
+        self.scored_rows = torch.where(self.wanted, self.query_rows, -1)[:, None]
         if step == 0:
             self.row_lens = torch.where(self.wanted, row_lens, 0).to(torch.int32)
             self.prefix_lens = (self.row_lens - 1).clamp_(min=0)
@@ -152,7 +152,7 @@ class DraftCapture:
                 **({"prefix_lens": self.prefix_lens} if pruned else {}),
             )
         else:
-            captured["scored_rows"] = torch.where(self.wanted, self._rows[: self.num_reqs], -1)
+            captured["scored_rows"] = torch.where(self.wanted, self._rows[: self.num_reqs], -1)[:, None]
             self.operations.draft_attention(
                 query[self.query_rows],
                 kv_cache,

@@ -12,6 +12,7 @@ from specattn_vllm.kernels import draft_attention as module
 from specattn_vllm.kernels import reference
 from specattn_vllm.kernels.draft_attention import LaunchConfig, draft_attention
 
+SCORED_ROWS = pytest.mark.parametrize("per_request", [1, 2], ids=["one scored row", "two scored rows"])
 OPS = pytest.mark.parametrize("op", [draft_attention, reference.draft_attention], ids=["kernel", "reference"])
 
 
@@ -55,16 +56,29 @@ class Batch:
         return self.query, self.data.kv_cache, self.data.block_table, self.data.seq_lens, self.starts, scale, out
 
 
-def build(paged, params, device, dtype):
-    """The last token of each request is scored, or the one before it, or in every fourth request none."""
+def scored_rows(starts, q_lens, per_request):
+    """One: the last token of each request, or the one before it, or in every fourth request none. Two: the first and
+    the last in either order, which are the same in a request of one token, or the last alone."""
+    rows = []
+    for r, (begin, q) in enumerate(zip(starts, q_lens, strict=True)):
+        last = begin + q - 1
+        if q == 0:
+            rows.append([-1] * per_request)
+        elif per_request == 1:
+            rows.append([-1 if r % 4 == 3 else max(last - r % 2, begin)])
+        else:
+            rows.append([[begin, last], [-1, last], [last, begin]][r % 3])
+    return rows
+
+
+def build(paged, params, device, dtype, per_request=1):
     lens, q_lens, heads, ratio, size, block_size, layout = params
     data = paged(lens, heads, size, block_size, layout, device, dtype)
     gen = torch.Generator().manual_seed(1)
     query = (2 * torch.randn(sum(q_lens) + 3, heads * ratio, size, generator=gen)).to(dtype)
     query[sum(q_lens) :] = torch.nan  # rows of a padded batch belong to nobody
     starts = torch.tensor([0, *q_lens], dtype=torch.int32).cumsum(0).int()
-    scored = [-1 if q == 0 or r % 4 == 3 else int(starts[r]) + max(q - 1 - r % 2, 0) for r, q in enumerate(q_lens)]
-    scored = torch.tensor(scored, dtype=torch.int64, device=device)
+    scored = torch.tensor(scored_rows(starts[:-1].tolist(), q_lens, per_request), device=device)
     return Batch(data, query.to(device), starts.to(device), scored, max(1, *q_lens))
 
 
@@ -72,8 +86,9 @@ def run(op, poisoned, batch, width, score_dtype=torch.float32, scale=None, with_
     """out, scores, lse of one call into poisoned buffers."""
     q, rows = batch.query, batch.starts.shape[0] - 1
     out = poisoned(q.shape, q.dtype, q.device) if with_out else None
-    scores = poisoned((rows, q.shape[1], width), score_dtype, q.device)
-    lse = poisoned((rows, q.shape[1]), torch.float32, q.device)
+    scored = batch.scored.shape[1] * q.shape[1]
+    scores = poisoned((rows, scored, width), score_dtype, q.device)
+    lse = poisoned((rows, scored), torch.float32, q.device)
     op(*batch.args(out, scale), batch.scored, scores, lse, batch.longest_query, **more)
     return out, scores, lse
 
@@ -86,42 +101,47 @@ def check(close, batch, got, want, dtype, kind=None):
         used = int(batch.starts[-1])
         close("out", out[:used], want_out[:used], dtype)
         assert out[used:].isnan().all()
-    for r, row in enumerate(batch.scored.tolist()):
+    by_row = (batch.data.kv_cache.shape[1], batch.scored.shape[1], -1)
+    for r, rows in enumerate(batch.scored.tolist()):
         written = want_scores[r].isfinite()
         assert torch.equal(scores[r].isfinite(), written), f"scores of request {r}"
         close(kind[0], scores[r][written], want_scores[r][written], kind[1])
-        if row < 0:
-            assert lse[r].isnan().all() and not written.any()
-        else:
-            close("lse", lse[r], want_lse[r])
+        for c, row in enumerate(rows):
+            got_lse, wanted_lse = lse[r].view(by_row)[:, c], want_lse[r].view(by_row)[:, c]
+            if row < 0:
+                assert got_lse.isnan().all() and not written.unflatten(0, by_row)[:, c].any()
+            else:
+                close("lse", got_lse, wanted_lse)
 
 
+@SCORED_ROWS
 @pytest.mark.parametrize("params", CASES)
-def test_kernel_matches_reference(params, place, paged, poisoned, close):
+def test_kernel_matches_reference(params, per_request, place, paged, poisoned, close):
     device, dtype = place
-    batch = build(paged, params, device, dtype)
+    batch = build(paged, params, device, dtype, per_request)
     width = max(params[0]) + 9
     got = run(draft_attention, poisoned, batch, width)
     want = run(reference.draft_attention, poisoned, batch, width)
     check(close, batch, got, want, dtype)
 
 
+@SCORED_ROWS
 @pytest.mark.parametrize("params", CASES)
-def test_kernel_with_large_tiles_matches_reference(params, place, paged, poisoned, close, monkeypatch):
+def test_kernel_with_large_tiles_matches_reference(params, per_request, place, paged, poisoned, close, monkeypatch):
     """Tiles of more than 16 rows make the scores by a product of their own; fp32 has none unless it is made to."""
     monkeypatch.setattr(module, "FP32_MAX_BLOCK_M", 128)
-    test_kernel_matches_reference(params, place, paged, poisoned, close)
+    test_kernel_matches_reference(params, per_request, place, paged, poisoned, close)
 
 
+@SCORED_ROWS
 @pytest.mark.parametrize("params", CASES)
-def test_reference_matches_torch(params, paged, poisoned, close):
+def test_reference_matches_torch(params, per_request, paged, poisoned, close):
     """The reference against torch on the unpaged tensors: nothing of ours but the page table's construction."""
-    lens, q_lens, _, ratio, size = params[:5]
-    batch = build(paged, params, torch.device("cpu"), torch.float32)
+    lens, q_lens, heads, ratio, size = params[:5]
+    batch = build(paged, params, torch.device("cpu"), torch.float32, per_request)
     out, scores, lse = run(reference.draft_attention, poisoned, batch, max(lens) + 1)
     for r, (length, n) in enumerate(zip(lens, q_lens, strict=True)):
         begin = int(batch.starts[r])
-        i = int(batch.scored[r]) - begin if batch.scored[r] >= 0 else None
         seen = [max(length - (n - 1 - t), 0) for t in range(n)]
         q = batch.query[begin : begin + n].transpose(0, 1)
         for t in range(n):
@@ -131,22 +151,27 @@ def test_reference_matches_torch(params, paged, poisoned, close):
                 continue
             want = F.scaled_dot_product_attention(q[:, t : t + 1], k, v)
             close("out", out[begin + t], want[:, 0], torch.float32)
-        if i is None:
-            assert lse[r].isnan().all() and scores[r].isnan().all()
-            continue
-        k = batch.data.keys[r][:, : seen[i]].repeat_interleave(ratio, 0)
-        logits = (q[:, i : i + 1] @ k.transpose(1, 2))[:, 0] * size**-0.5
-        close("scores", scores[r, :, : seen[i]], logits, torch.float32)
-        assert scores[r, :, seen[i] :].isnan().all()
-        close("lse", lse[r], logits.logsumexp(-1))
+        for c, row in enumerate(batch.scored[r].tolist()):
+            # What belongs to a KV head is together, the query heads of one token after those of the other.
+            where = torch.tensor([(k * per_request + c) * ratio + i for k in range(heads) for i in range(ratio)])
+            if row < 0:
+                assert lse[r, where].isnan().all() and scores[r, where].isnan().all()
+                continue
+            i = row - begin
+            k = batch.data.keys[r][:, : seen[i]].repeat_interleave(ratio, 0)
+            logits = (q[:, i : i + 1] @ k.transpose(1, 2))[:, 0] * size**-0.5
+            close("scores", scores[r, where, : seen[i]], logits, torch.float32)
+            assert scores[r, where, seen[i] :].isnan().all()
+            close("lse", lse[r, where], logits.logsumexp(-1))
 
 
+@SCORED_ROWS
 @pytest.mark.parametrize("score_dtype", [torch.float32, torch.bfloat16], ids=["fp32 scores", "bf16 scores"])
 @pytest.mark.parametrize("lens, q_lens", [([65, 0, 33, 9], [1, 1, 1, 1]), ([300, 40, 5, 20], [3, 6, 7, 2])])
-def test_scores_without_output(lens, q_lens, score_dtype, place, paged, poisoned, close):
-    """out=None takes another path: the scored row alone, and no values are loaded."""
+def test_scores_without_output(lens, q_lens, score_dtype, per_request, place, paged, poisoned, close):
+    """out=None takes another path: the scored rows alone, and no values are loaded."""
     device, dtype = place
-    batch = build(paged, (lens, q_lens, 2, 2, 64, 16, "LBNHC"), device, dtype)
+    batch = build(paged, (lens, q_lens, 2, 2, 64, 16, "LBNHC"), device, dtype, per_request)
     full = run(reference.draft_attention, poisoned, batch, 310)[1:]
     batch.data.kv_cache[..., 64:] = torch.nan  # reading a value would show
     kind = ("bf16 scores", None) if score_dtype is torch.bfloat16 else ("scores", dtype)
@@ -186,7 +211,7 @@ def test_scored_row_of_another_request(with_out, op, place, paged, poisoned):
     """A row of no request of that number stores nothing; padded rows may hold one."""
     device, dtype = place
     batch = build(paged, ([30, 40, 20], [2, 0, 1], 1, 2, 64, 16, "LBHNC"), device, dtype)
-    batch.scored = torch.tensor([2, 0, 5], device=device)
+    batch.scored = torch.tensor([[2, -1], [0, 1], [5, 0]], device=device)
     _, scores, lse = run(op, poisoned, batch, 50, with_out=with_out)
     assert scores.isnan().all() and lse.isnan().all()
 
@@ -238,7 +263,7 @@ def build_listed(paged, params, device, dtype):
     lens, prefixes, kept, block_size, ratio = params
     heads = 8 if len(lens) == 8 else 2
     batch = build(paged, (lens, [1] * len(lens), heads, ratio, 64, block_size, "LBNHC"), device, dtype)
-    batch.scored = torch.arange(len(lens), device=device)  # all of them
+    batch.scored = torch.arange(len(lens), device=device)[:, None]  # all of them
     gen = torch.Generator().manual_seed(5)
     width = max(lens) + 3
     positions = torch.full((len(lens), width), 1 << 30, dtype=torch.int32)
@@ -342,7 +367,13 @@ def test_scores_beyond_2_31_elements(device, paged, poisoned, close):
         ({"out": None}, "out: got None without scores"),
         ({"scores": torch.empty(2, 4, 8)}, "lse: got None, wanted a tensor"),
         ({"lse": torch.empty(2, 4)}, "scored_rows: got None, wanted a tensor"),
-        ({"scored_rows": torch.zeros(2, dtype=torch.int32)}, "scored_rows: got torch.int32"),
+        ({"scored_rows": torch.zeros(2, 1, dtype=torch.int32)}, "scored_rows: got torch.int32"),
+        ({"scored_rows": torch.zeros(2, dtype=torch.int64)}, r"scored_rows: got shape \(2,\), wanted .*\(2, 'any'\)"),
+        ({"scored_rows": torch.zeros(2, 3, dtype=torch.int64)}, "scored_rows: got 3 rows per request, wanted 1 or 2"),
+        (
+            {"scored_rows": torch.zeros(2, 2, dtype=torch.int64), "lse": torch.empty(2, 4)},
+            r"lse: got shape \(2, 4\), wanted shape \(2, 8\)",
+        ),
         ({"block_table": torch.zeros(3, 4, dtype=torch.int32)}, r"seq_lens: got shape \(2,\)"),
         ({"query_start_loc": torch.zeros(2, dtype=torch.int32)}, r"query_start_loc: got shape \(2,\)"),
         ({"query": torch.empty(2, 3, 64), "out": torch.empty(2, 3, 64)}, "kv_cache: got 2 heads for 3 query heads"),
@@ -358,7 +389,8 @@ def test_scores_beyond_2_31_elements(device, paged, poisoned, close):
         ),
     ],
     ids=[
-        "dtype", "nothing asked", "scores without lse", "lse without row", "row dtype", "row count", "starts",
+        "dtype", "nothing asked", "scores without lse", "lse without row", "row dtype", "rows flat",
+        "three rows", "lse of one row", "row count", "starts",
         "uneven heads", "cache shape", "kept alone", "positions alone", "list with several tokens",
     ],
 )  # fmt: skip

@@ -1,0 +1,218 @@
+"""The kernel of ``draft_attention``, whose file says what it computes and has the launcher."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .draft_combine import scored_token
+from .split_kv import log_norm
+
+
+@triton.jit
+def _block_ids(table, step, length, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """The block-table entries of a step's positions: as few loads as the two sizes allow."""
+    if BLOCK_SIZE % BLOCK == 0:  # the step lies in one block
+        first = step * BLOCK
+        ids = tl.load(table + first // BLOCK_SIZE, mask=first < length, other=0)
+    elif BLOCK % BLOCK_SIZE == 0:  # whole blocks
+        entry = step * (BLOCK // BLOCK_SIZE) + tl.arange(0, BLOCK // BLOCK_SIZE)
+        ids = tl.load(table + entry, mask=entry * BLOCK_SIZE < length, other=0)
+    else:
+        p = step * BLOCK + tl.arange(0, BLOCK)
+        ids = tl.load(table + p // BLOCK_SIZE, mask=p < length, other=0)
+    return ids
+
+
+@triton.jit
+def _spread_ids(ids, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """What ``_block_ids`` loaded, for each position (or for all of them alike), as int64."""
+    if (BLOCK_SIZE % BLOCK != 0) and (BLOCK % BLOCK_SIZE == 0):
+        ids = tl.reshape(tl.broadcast_to(ids[:, None], (BLOCK // BLOCK_SIZE, BLOCK_SIZE)), (BLOCK,))
+    return ids.to(tl.int64)
+
+
+@triton.jit
+def _listed(entries, step, kept, BLOCK: tl.constexpr):
+    """The positions that a list holds for a step; 0 from ``kept`` on."""
+    j = step * BLOCK + tl.arange(0, BLOCK)
+    return tl.load(entries + j, mask=j < kept, other=0)
+
+
+@triton.jit
+def _position(listed, step, kept, prefix, BLOCK: tl.constexpr):
+    j = step * BLOCK + tl.arange(0, BLOCK)
+    return tl.where(j < kept, listed, prefix + (j - kept))
+
+
+@triton.jit
+def _store(target, value, rows, j, visible, whole):
+    """What the rows see of a step's scores. Without a mask along the columns the stores are vectors."""
+    if whole:
+        tl.store(target, value, mask=rows[:, None])
+    else:
+        tl.store(target, value, mask=rows[:, None] & (j[None, :] < visible[:, None]))
+
+
+@triton.jit
+def draft_kernel(
+    query, kv_cache, block_table, seq_lens, query_start_loc, scored_rows, positions, kept_lens, prefix_lens,
+    scores, out, lse, part_acc, part_lse, scale,
+    stride_qt, stride_qh, stride_b, stride_h, stride_n, stride_tr, stride_pr, stride_sr, stride_sh,
+    stride_wr, stride_ot, stride_oh, stride_lr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, HAS_OUT: tl.constexpr,
+    SCORED: tl.constexpr, HAS_SCORES: tl.constexpr, SMALL_DOT: tl.constexpr, INDEXED: tl.constexpr,
+):  # fmt: skip
+    # Heads vary fastest: the heads of a token lie side by side in vLLM's cache, and run at the same time.
+    head = tl.program_id(0) // TILES
+    tile = tl.program_id(0) % TILES
+    split = tl.program_id(1)
+    r = tl.program_id(2).to(tl.int64)
+    begin = tl.load(query_start_loc + r)
+    q_len = tl.load(query_start_loc + r + 1) - begin
+    length = tl.load(seq_lens + r)
+    # A tile row is a query token and a head of the group, tokens outermost; without output, of the scored tokens alone,
+    # which is the order of the scores.
+    m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    q_head = head * GROUP + m % GROUP
+    scored_row = head * (C * GROUP)  # the first one of this KV head in ``scores`` and ``lse``
+    wanted = scored_rows + r * stride_wr
+    if HAS_OUT:
+        i = m // GROUP
+        live = i < q_len
+        if tile * BLOCK_M >= q_len * GROUP:
+            return
+        token = (begin + i).to(tl.int64)
+        part = (token * (HEADS * GROUP) + q_head) * SPLITS + split
+        if SCORED:
+            # A token may be scored twice, so each of the two has its own mask over the same rows of the tile.
+            is_first = live & (i == scored_token(wanted, 0, begin, q_len, C))
+            is_second = live & (i == scored_token(wanted, C - 1, begin, q_len, C))
+            scored_row += m % GROUP
+    else:
+        i = scored_token(wanted, m // GROUP, begin, q_len, C)
+        live = i >= 0
+        if tl.max(i, 0) < 0:
+            return
+        token = (begin + i).to(tl.int64)
+        part = (r * (HEADS * C * GROUP) + scored_row + m) * SPLITS + split
+        is_first = live
+        scored_row += m
+
+    # Entries that the last token sees: a list and what follows it, or every position.
+    kept = 0
+    prefix = 0
+    count = length
+    if INDEXED:
+        kept = tl.load(kept_lens + r)
+        prefix = tl.where(kept < 0, 0, tl.load(prefix_lens + r))
+        # A padded row has nothing to read, whatever its list says.
+        kept = tl.where(length > 0, tl.maximum(kept, 0), 0)
+        count = kept + tl.maximum(length - prefix, 0)
+    visible = count - (q_len - 1 - i)
+    all_visible = count - (q_len - 1)
+
+    steps = tl.cdiv(count, BLOCK)
+    per_split = tl.cdiv(steps, SPLITS)
+    lo = split * per_split
+    hi = tl.minimum(lo + per_split, steps)
+    if SPLITS > 1 and lo >= hi:
+        tl.store(part_lse + part, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=live)
+        return
+
+    d = tl.arange(0, D)
+    column = tl.arange(0, BLOCK)
+    q = tl.load(
+        query + token[:, None] * stride_qt + q_head[:, None] * stride_qh + d[None, :], mask=live[:, None], other=0.0
+    )
+    keys = kv_cache + head.to(tl.int64) * stride_h
+    table = block_table + r * stride_tr
+    entries = positions + r * stride_pr
+    if SMALL_DOT:
+        # The scored rows alone, once more: in a tile of their own their logits reach memory with less to rearrange than
+        # a few rows of the large tile would. 7 query rows of 4 heads: 0.298 ms, without this 0.348 (H200, 16 x 32k).
+        m_scored = tl.arange(0, 16)
+        i_scored = scored_token(wanted, m_scored // GROUP, begin, q_len, C)
+        live_scored = i_scored >= 0
+        visible_scored = count - (q_len - 1 - i_scored)
+        where = scores + r * stride_sr + (head * (C * GROUP) + m_scored).to(tl.int64) * stride_sh
+        q_scored = tl.load(
+            query
+            + (begin + i_scored).to(tl.int64)[:, None] * stride_qt
+            + (head * GROUP + m_scored % GROUP)[:, None] * stride_qh
+            + d[None, :],
+            mask=live_scored[:, None],
+            other=0.0,
+        )
+    elif HAS_SCORES:
+        where = scores + r * stride_sr + scored_row.to(tl.int64) * stride_sh
+
+    # Block ids are loaded one step ahead (listed positions two), into registers that the loop carries: the loads of
+    # keys then never wait for them, and the pipeliner sees one level of loads.
+    listed = column
+    p = lo * BLOCK + column
+    if INDEXED:
+        p = _position(_listed(entries, lo, kept, BLOCK), lo, kept, prefix, BLOCK)
+        ids = tl.load(table + p // BLOCK_SIZE, mask=p < length, other=0)
+        listed = _listed(entries, lo + 1, kept, BLOCK)
+    else:
+        ids = _block_ids(table, lo, length, BLOCK, BLOCK_SIZE)
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    # Summed over the columns at the end only: a sum across warps in every step would be a barrier in every step.
+    norm = tl.zeros([BLOCK_M, BLOCK], tl.float32)
+    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    for step in range(lo, hi):
+        j = step * BLOCK + column
+        inside = j < count
+        if INDEXED:
+            row = ids.to(tl.int64) * stride_b + (p % BLOCK_SIZE) * stride_n
+            p = _position(listed, step + 1, kept, prefix, BLOCK)
+            ids = tl.load(table + p // BLOCK_SIZE, mask=p < length, other=0)
+            listed = _listed(entries, step + 2, kept, BLOCK)
+        else:
+            row = _spread_ids(ids, BLOCK, BLOCK_SIZE) * stride_b + (j % BLOCK_SIZE) * stride_n
+            ids = _block_ids(table, step + 1, length, BLOCK, BLOCK_SIZE)
+        pair = keys + row[:, None] + d[None, :]
+        k = tl.load(pair, mask=inside[:, None], other=0.0)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if HAS_SCORES:
+            if SMALL_DOT:
+                value = (tl.dot(q_scored, tl.trans(k), input_precision="ieee") * scale).to(scores.dtype.element_ty)
+                seen = live_scored[:, None] & (j[None, :] < visible_scored[:, None])
+                tl.store(where[:, None] + j[None, :], value, mask=seen)
+            else:
+                target = where[:, None] + j[None, :]
+                value = logits.to(scores.dtype.element_ty)
+                _store(target, value, is_first, j, visible, (step + 1) * BLOCK <= all_visible)
+                if HAS_OUT and C == 2:
+                    second = target + GROUP * stride_sh
+                    _store(second, value, is_second, j, visible, (step + 1) * BLOCK <= all_visible)
+        logits = tl.where(j[None, :] < visible[:, None], logits, float("-inf"))
+        new_top = tl.maximum(top, tl.max(logits, 1))
+        # A row that has seen only masked logits has maximum -inf, and -inf - -inf would be nan.
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        weights = tl.exp(logits - safe[:, None])
+        rescale = tl.exp(top - safe)
+        norm = norm * rescale[:, None] + weights
+        top = new_top
+        if HAS_OUT:
+            v = tl.load(pair + D, mask=inside[:, None], other=0.0)
+            acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+
+    total = tl.sum(norm, 1)
+    acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
+    if SPLITS > 1:
+        tl.store(part_lse + part, log_norm(top, total), mask=live)
+        if HAS_OUT:
+            tl.store(part_acc + part[:, None] * D + d[None, :], acc, mask=live[:, None])
+    else:
+        if SCORED:
+            row_of_lse = lse + r * stride_lr + scored_row
+            tl.store(row_of_lse, log_norm(top, total), mask=is_first)
+            if HAS_OUT and C == 2:
+                tl.store(row_of_lse + GROUP, log_norm(top, total), mask=is_second)
+        if HAS_OUT:
+            row_of_out = out + token[:, None] * stride_ot + q_head[:, None] * stride_oh
+            tl.store(row_of_out + d[None, :], acc.to(out.dtype.element_ty), mask=live[:, None])
