@@ -135,9 +135,12 @@ def build_page_tables(
     expect(len(page_strides) == 3, "page_strides", page_strides, "(block, head, token)")
 
 
-def build_positions(bits, lens, positions, kept) -> None:
+def build_positions(bits, slots, prefix_lens, lens, positions, kept) -> None:
     tensor("bits", bits, (None, None, 1, None), torch.int32)
-    sources, rows = bits.shape[:2]
+    sources = bits.shape[0]
+    tensor("slots", slots, (None,), torch.int64, bits.device)
+    rows = slots.shape[0]
+    tensor("prefix_lens", prefix_lens, (rows,), torch.int32, bits.device)
     tensor("lens", lens, (rows,), torch.int32, bits.device)
     tensor("positions", positions, (sources, rows, None), torch.int32, bits.device)
     tensor("kept", kept, (sources, rows), torch.int32, bits.device)

@@ -27,11 +27,14 @@ kept         [S, R, G]             int32; with maps [T, R, H]
 sources      [T]                   int32, 0 to S-1: the source of each table; or None
 groups       [T, H]                int32, 0 to G-1: the group of each table and head; None if and only if sources is
 
-``build_positions``: the positions themselves, of rows that are in batch order and for which all heads are alike.
+``build_positions``: the positions themselves, where all heads are alike, up to a length of their own.
 
-bits         [S, R, 1, W]          int32
-lens         [R]                   int32, at most 32 * W; 0 or less: kept = -1, nothing else
-positions    [S, R, width]         int32, width at least the number of bits set below lens; ascending; entries past kept
+bits         [S, num_slots, 1, W]  int32
+slots        [R]                   int64, row of ``bits``; -1 = padded row: kept = -1, nothing else
+prefix_lens  [R]                   int32, at most lens; 0 or less = no selection: kept = -1, nothing else
+lens         [R]                   int32, at most 32 * W; positions from prefix_len up to here are all listed, further
+                                   ones not. 0 or less: kept = -1, nothing else
+positions    [S, R, width]         int32, width at least the number of positions to list; ascending; entries past kept
                                    are left untouched, and nothing is ever written past width
 kept         [S, R]                int32
 
@@ -119,21 +122,24 @@ def _page_table_kernel(
 
 @triton.jit
 def _positions_kernel(
-    bits, lens, positions, kept, words, width,
-    stride_bs, stride_br, stride_ps, stride_pr, stride_ks, stride_kr,
+    bits, slots, prefix_lens, lens, positions, kept, words, width,
+    stride_bs, stride_bn, stride_ps, stride_pr, stride_ks, stride_kr,
     CHUNK: tl.constexpr, COUNT_STEP: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     r = tl.program_id(1).to(tl.int64)
     s = tl.program_id(2).to(tl.int64)
+    slot = tl.load(slots + r)
+    prefix = tl.load(prefix_lens + r)
     length = tl.minimum(tl.load(lens + r), words * 32)
+    length = tl.where((slot < 0) | (prefix <= 0), 0, length)
     kept += s * stride_ks + r * stride_kr
     if chunk * CHUNK >= length:
         if chunk == 0:
             tl.store(kept, -1)
         return
-    bits += s * stride_bs + r * stride_br
-    p, column, keep, count = _compact(bits, length, length, chunk, CHUNK, COUNT_STEP)
+    bits += s * stride_bs + slot * stride_bn
+    p, column, keep, count = _compact(bits, prefix, length, chunk, CHUNK, COUNT_STEP)
     tl.store(positions + s * stride_ps + r * stride_pr + column, p, mask=keep & (column < width))
     if chunk == (length - 1) // CHUNK:
         tl.store(kept, tl.minimum(count, width))
@@ -163,15 +169,19 @@ def build_page_tables(
     )  # fmt: skip
 
 
-def build_positions(bits: torch.Tensor, lens: torch.Tensor, positions: torch.Tensor, kept: torch.Tensor) -> None:
+def build_positions(
+    bits: torch.Tensor, slots: torch.Tensor, prefix_lens: torch.Tensor, lens: torch.Tensor, positions: torch.Tensor,
+    kept: torch.Tensor,
+) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    contracts.build_positions(bits, lens, positions, kept)
-    sources, rows, _, words = bits.shape
+    contracts.build_positions(bits, slots, prefix_lens, lens, positions, kept)
+    sources, _, _, words = bits.shape
+    rows = slots.shape[0]
     if sources == 0 or rows == 0:
         return
     # By the bits, not by the width: positions are sparse, and the last of them may lie anywhere.
     _positions_kernel[(max(triton.cdiv(words * 32, CHUNK), 1), rows, sources)](
-        bits, lens, positions, kept, words, positions.shape[2],
+        bits, slots, prefix_lens, lens, positions, kept, words, positions.shape[2],
         *bits.stride()[:2], *positions.stride()[:2], *kept.stride(),
         CHUNK=CHUNK, COUNT_STEP=COUNT_STEP, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -109,15 +109,20 @@ def build_page_tables(
         page_table[row // heads, r, head, column] = ids[pos] + head_offsets[head]
 
 
-def build_positions(bits, lens, positions, kept) -> None:
+def build_positions(bits, slots, prefix_lens, lens, positions, kept) -> None:
     """Compacts selections into lists of positions. See ``page_tables.build_positions``."""
-    contracts.build_positions(bits, lens, positions, kept)
+    contracts.build_positions(bits, slots, prefix_lens, lens, positions, kept)
     words, width = bits.shape[3], positions.shape[2]
-    for r, length in enumerate(lens.tolist()):
-        if length <= 0:
+    rows = zip(slots.tolist(), prefix_lens.tolist(), lens.tolist(), strict=True)
+    for r, (slot, prefix, length) in enumerate(rows):
+        if slot < 0 or prefix <= 0 or length <= 0:
             kept[:, r] = -1
             continue
-        row, pos, column, counts = _compact(unpack_bits(bits[:, r, 0], min(length, words * 32)))
+        length = min(length, words * 32)
+        prefix = min(prefix, length)
+        flags = torch.ones(bits.shape[0], length, dtype=torch.bool, device=bits.device)
+        flags[:, :prefix] = unpack_bits(bits[:, slot, 0], prefix)
+        row, pos, column, counts = _compact(flags)
         fits = column < width
         positions[row[fits], r, column[fits]] = pos[fits].to(torch.int32)
         kept[:, r] = counts.clamp(max=width).to(torch.int32)

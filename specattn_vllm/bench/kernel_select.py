@@ -148,7 +148,7 @@ def prune(bench: Bench, batch: Batch, pair: Pair, full: bool) -> dict[int, list[
                 outer = (pair.sources, batch.rows)
                 out = torch.empty(*outer, batch.context, dtype=torch.int32, device=bench.device)
                 kept = torch.empty(outer, dtype=torch.int32, device=bench.device)
-                return [partial(build, bits, lens, out, kept)]
+                return [partial(build, bits, slots, lens, lens, out, kept)]
 
             nbytes = shapes.position_bytes(batch, pair.sources, kept_tokens)
             paid[1].append(bench.measure("prune", "build_positions", shape, lists, nbytes, kept=CAP, groups=1))

@@ -183,10 +183,9 @@ class DraftCapture:
         if self.step == 0 and self.options.sparse_draft:
             layers = len(self.layer_sources)
             self._choose(layers, union=False)
-            positions = self._positions[:layers, : self.num_reqs]
-            self.operations.build_positions(
-                self.bits, self.prefix_lens, positions, self._kept[:layers, : self.num_reqs]
-            )
+            rows, lengths = self._rows[: self.num_reqs], self.prefix_lens
+            positions, kept = self._positions[:layers, : self.num_reqs], self._kept[:layers, : self.num_reqs]
+            self.operations.build_positions(self.bits, rows, lengths, lengths, positions, kept)
         elif union:
             self._choose(self.num_sources, union=self.step > 0)
 
