@@ -1,0 +1,113 @@
+"""One setting in one engine, in this process: forced through the documents, then free from their beginnings."""
+
+from __future__ import annotations
+
+import gc
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from specattn_vllm.evaluation.forcing import Forcing, ForcingError
+from specattn_vllm.evaluation.schema import DocumentResult, FreeRun, Job, SettingResult
+from specattn_vllm.evaluation.scores import Reference, Scores
+from specattn_vllm.stats import Counts
+
+
+def run(job: Job, reference: Path) -> tuple[Scores, SettingResult]:
+    """Measure one setting. The dense one writes its distributions to the folder `reference`, the others read them."""
+    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
+        raise RuntimeError("VLLM_ENABLE_V1_MULTIPROCESSING has to be 0: the engine must run in this process")
+    start = time.perf_counter()
+    scores = Scores(len(job.documents), job.positions, Reference(reference, write=job.setting.is_reference))
+    device = torch.device("cuda" if job.device == "cuda" else "cpu")
+    forcing = Forcing(job.batch, job.max_model_len, device)
+    with forcing.installed(), engine(job.engine_arguments()) as llm:
+        forced = forced_run(llm, job, forcing, scores)
+        free = free_run(llm, job)
+    scores.reference.close()
+    result = SettingResult(
+        name=job.setting.name,
+        options=job.setting.options,
+        lossless=job.setting.lossless,
+        job_key=job.key,
+        forced=vars(forced),
+        free=free,
+        documents=[
+            DocumentResult(nll=nll.mean(), kl=kl.mean(), agreement=agrees.mean())
+            for nll, kl, agrees in zip(scores.nll, scores.kl, scores.agrees, strict=True)
+        ],
+        seconds=round(time.perf_counter() - start, 1),
+    )
+    return scores, result
+
+
+@contextmanager
+def engine(arguments: dict[str, Any]) -> Iterator[Any]:
+    """A vLLM engine, and an end to all it holds."""
+    from vllm import LLM
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = LLM(**arguments)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+
+
+def forced_run(llm: Any, job: Job, forcing: Forcing, scores: Scores) -> Counts:
+    """Lead every document through verification; returns what was counted meanwhile.
+
+    The token after the prompt comes from the prompt's own pass, which reads everything: scores begin with the next.
+    """
+    names = {f"document-{number}": number for number in range(len(job.documents))}
+    before = counts(llm)
+    with tqdm(total=scores.nll.size, desc=job.setting.name, unit="tok", disable=None) as bar:
+
+        def observe(name: str, position: int, following: torch.Tensor, logits: torch.Tensor) -> None:
+            bar.update(scores.add(names[name], position - job.context, following, logits))
+
+        texts = {name: job.documents[number] for name, number in names.items()}
+        with forcing.through(texts, observe):
+            generate(llm, {name: text[: job.context] for name, text in texts.items()}, 1 + job.verified)
+    if scores.missing():
+        raise ForcingError(f"{scores.missing()} of {scores.nll.size} positions were never verified")
+    counted = counts(llm) - before
+    if counted.sampled_tokens != counted.rounds * (job.draft_tokens + 1):
+        raise ForcingError(f"{counted.rounds} rounds gave {counted.sampled_tokens} tokens: some draft was not accepted")
+    return counted
+
+
+def free_run(llm: Any, job: Job) -> FreeRun:
+    """Greedy generation from the same prompts, drafts accepted as they deserve."""
+    before = counts(llm)
+    prompts = {f"free-{number}": text[: job.context] for number, text in enumerate(job.documents)}
+    tokens = generate(llm, prompts, job.free_tokens)
+    return FreeRun(counts=vars(counts(llm) - before), tokens=[tokens[name] for name in prompts])
+
+
+def generate(llm: Any, prompts: dict[str, list[int]], tokens: int) -> dict[str, list[int]]:
+    """So many greedy tokens for each prompt, by name."""
+    from vllm import SamplingParams
+
+    core, outputs = llm.llm_engine, {}
+    parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    for name, prompt in prompts.items():
+        core.add_request(name, {"prompt_token_ids": prompt}, parameters)
+    while core.has_unfinished_requests():
+        for output in core.step():
+            outputs[output.request_id] = list(output.outputs[0].token_ids)
+    return outputs
+
+
+def counts(llm: Any) -> Counts:
+    [counted] = llm.collective_rpc("specattn_stats")
+    return Counts(**counted)

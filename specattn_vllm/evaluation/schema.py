@@ -1,0 +1,140 @@
+"""What is measured and what comes of it: settings, jobs, results and the report, as JSON. Loads no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from specattn_vllm.options import SpecAttnOptions
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Setting(_Model):
+    """One row of the table: the plugin's options under a name."""
+
+    name: str = Field(min_length=1)
+    options: dict[str, Any]
+
+    @field_validator("options")
+    @classmethod
+    def _usable(cls, options: dict[str, Any]) -> dict[str, Any]:
+        SpecAttnOptions.parse(options)
+        return options
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether this is what the others are compared with: the target alone, with all of its KV."""
+        return self.options == {"method": "dense"}
+
+    @property
+    def lossless(self) -> bool:
+        return SpecAttnOptions.parse(self.options).is_lossless
+
+
+class Job(_Model):
+    """One setting, with everything that its figures depend on."""
+
+    setting: Setting
+    target: str
+    draft: str
+    documents: list[list[int]]
+    """Token ids, `text_tokens` of each."""
+    context: int
+    positions: int
+    draft_tokens: int
+    free_tokens: int
+    batch: int
+    device: Literal["cuda", "cpu"]
+    dtype: str
+    engine_options: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def verified(self) -> int:
+        """Tokens after the first that are verified: whole rounds."""
+        return verified_tokens(self.positions, self.draft_tokens)
+
+    @property
+    def max_model_len(self) -> int:
+        generated = max(1 + self.verified, self.free_tokens + self.draft_tokens)
+        return self.context + generated + 2 * (self.draft_tokens + 1)
+
+    @property
+    def key(self) -> str:
+        """Changes with anything that the figures depend on, so that a later run can tell what is measured."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def engine_arguments(self) -> dict[str, Any]:
+        """Of vllm.LLM."""
+        arguments: dict[str, Any] = {
+            "model": self.target,
+            "attention_backend": "specattn",
+            # A batch below the crossover is not pruned; how good pruning is has to be measured below it too.
+            "additional_config": {"specattn": {"crossover_tokens": 0} | self.setting.options},
+            "speculative_config": {
+                "model": self.draft,
+                "method": "draft_model",
+                "num_speculative_tokens": self.draft_tokens,
+            },
+            "dtype": self.dtype,
+            "max_num_seqs": self.batch,
+            "max_model_len": self.max_model_len,
+            # Forcing looks at each step when it is done.
+            "async_scheduling": False,
+            "distributed_executor_backend": "uni",
+            "seed": 0,
+        }
+        if self.device == "cpu":
+            arguments |= {"enforce_eager": True, "max_num_batched_tokens": 2048}
+        return arguments | self.engine_options
+
+
+class DocumentResult(_Model):
+    """Means over the scored positions of one document, in nats where they have a unit."""
+
+    nll: float
+    kl: float
+    agreement: float
+
+
+class FreeRun(_Model):
+    counts: dict[str, int]
+    tokens: list[list[int]]
+
+
+class SettingResult(_Model):
+    name: str
+    options: dict[str, Any]
+    lossless: bool
+    job_key: str
+    forced: dict[str, int]
+    """What the plugin's counters counted in the forced run."""
+    free: FreeRun
+    documents: list[DocumentResult]
+    seconds: float
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+
+class Report(_Model):
+    kind: Literal["specattn-eval-methods"] = "specattn-eval-methods"
+    version: int = 1
+    provenance: dict[str, Any]
+    setup: dict[str, Any]
+    """What all settings of the report share."""
+    results: list[SettingResult]
+
+
+def verified_tokens(positions: int, draft_tokens: int) -> int:
+    """Positions rounded up to whole rounds of K + 1."""
+    return -(-positions // (draft_tokens + 1)) * (draft_tokens + 1)
+
+
+def text_tokens(context: int, positions: int, draft_tokens: int) -> int:
+    """Tokens a document needs: the prompt, the next one, whole rounds, and the drafts made in the last of them."""
+    return context + 1 + verified_tokens(positions, draft_tokens) + draft_tokens

@@ -1,0 +1,135 @@
+"""What `specattn eval` measures in an engine, against the same computed in plain PyTorch.
+
+The other computation shares nothing with the engine but the weights and the shipped layer map: transformers' models run
+once over the whole text, the draft for its attention, the target with a mask per layer that is made of it round by
+round. If forcing led the engine anywhere else than through the text, if selections were a round late or early, or if
+logits were taken from the wrong place, the two would not agree.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytestmark = [
+    pytest.mark.engine,
+    # Both sides compute in fp32; on CUDA vLLM lets products be rounded to 10 bits.
+    pytest.mark.skipif(torch.cuda.is_available(), reason="compares fp32 on a CPU"),
+]
+
+CONTEXT, POSITIONS, STEPS = 330, 33, 4  # positions are no whole number of rounds
+SINK, RECENT, RATIO = 4, 16, 0.1
+PRUNED = {
+    "rule": "top_k", "ratio": RATIO, "min_tokens": 0, "sink_tokens": SINK, "recent_tokens": RECENT, "combine": "sum",
+}  # fmt: skip
+
+
+def keep(mass: list[float]) -> list[bool]:
+    """The heaviest tokens up to the budget, the first and the last always."""
+    length = len(mass)
+    forced = {p for p in range(length) if p < SINK or p >= length - RECENT}
+    budget = max(-(-length * round(RATIO * 65536) // 65536), len(forced))
+    others = sorted(set(range(length)) - forced, key=lambda p: (mass[p], p), reverse=True)
+    kept = forced | set(others[: budget - len(forced)])
+    return [p in kept for p in range(length)]
+
+
+@torch.no_grad()
+def plain_pytorch(folders: tuple[str, str], layer_map: list[int | None], text: list[int]) -> tuple:
+    """Log-probabilities [POSITIONS, vocabulary] of the dense target and of the pruned one, and the share of KV read."""
+    from transformers import LlamaForCausalLM
+
+    rounds = -(-POSITIONS // (STEPS + 1))
+    ids = torch.tensor([text[: CONTEXT + rounds * (STEPS + 1)]])
+    target, draft = (
+        LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager") for folder in folders
+    )
+    attentions = draft(ids, output_attentions=True).attentions
+    size = ids.shape[1]
+    causal = torch.ones(size, size, dtype=torch.bool).tril()
+    allowed, read, full = [], 0, 0
+    for source in layer_map:
+        mask = causal.clone()
+        for begin in range(CONTEXT, size, STEPS + 1):
+            rows = range(begin, begin + STEPS + 1)
+            if source is not None:
+                # Draft step s attends from the s-th token of the round; what is newer than the round's context stays.
+                mass = sum(attentions[source][0, :, row, :begin].mean(0) for row in rows[:STEPS])
+                mask[begin : begin + STEPS + 1, :begin] &= torch.tensor(keep(mass.tolist()))
+            read += int(mask[rows[-1]].sum())
+            full += rows[-1] + 1
+        allowed.append(mask)
+    dense = target(ids).logits[0]
+
+    def prune(mask):
+        bias = torch.zeros(1, 1, size, size).masked_fill(~mask, torch.finfo(torch.float32).min)
+        return lambda module, args, kwargs: (args, kwargs | {"attention_mask": bias})
+
+    for layer, mask in zip(target.model.layers, allowed, strict=True):
+        layer.self_attn.register_forward_pre_hook(prune(mask), with_kwargs=True)
+    pruned = target(ids).logits[0]
+    span = slice(CONTEXT, CONTEXT + POSITIONS)
+    return dense[span].double().log_softmax(-1), pruned[span].double().log_softmax(-1), read / full
+
+
+@torch.no_grad()
+def favourites(folder: str, ids: list[int]) -> list[int]:
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model(torch.tensor([ids])).logits[0].argmax(-1).tolist()
+
+
+def test_figures_are_those_of_plain_pytorch(demo_pair, prompts, tmp_path):
+    from specattn_vllm.evaluation.engine import run
+    from specattn_vllm.evaluation.schema import Job, Setting, text_tokens
+
+    length = text_tokens(CONTEXT, POSITIONS, STEPS)
+    texts = [prompt["prompt_token_ids"] for prompt in prompts([length] * 3)]
+    jobs = [
+        Job(
+            setting=Setting(name=name, options=options),
+            target=demo_pair[0],
+            draft=demo_pair[1],
+            documents=texts,
+            context=CONTEXT,
+            positions=POSITIONS,
+            draft_tokens=STEPS,
+            free_tokens=24,
+            batch=2,  # fewer than documents, so that a slot is taken over
+            device="cpu",
+            dtype="float32",
+        )
+        for name, options in (("dense", {"method": "dense"}), ("pruned", PRUNED))
+    ]
+    layer_map = json.loads((Path(__file__).parents[2] / "configs/demo.json").read_text())["layers"]
+    expected = [plain_pytorch(demo_pair, layer_map, text) for text in texts]
+    scores = {}
+    results = {}
+    for job in jobs:
+        scores[job.setting.name], results[job.setting.name] = run(job, tmp_path)
+    for number, (dense, pruned, _) in enumerate(expected):
+        following = torch.tensor(texts[number][CONTEXT + 1 : CONTEXT + 1 + POSITIONS])[:, None]
+        for name, logprobs in (("dense", dense), ("pruned", pruned)):
+            found = scores[name]
+            assert found.nll[number] == pytest.approx(-logprobs.gather(1, following)[:, 0].numpy(), abs=1e-3), name
+            kl = (dense.exp() * (dense - logprobs)).sum(-1).numpy()
+            assert found.kl[number] == pytest.approx(kl, abs=1e-3), name
+            agrees = (logprobs.argmax(-1) == dense.argmax(-1)).numpy()
+            assert found.agrees[number].tolist() == agrees.tolist(), name
+        # Something that a wrong selection would not pass by chance.
+        assert kl.mean() > 0.01 and not agrees.all()
+    free = results["pruned"].free
+    assert [len(tokens) for tokens in free.tokens] == [24] * 3
+    assert results["dense"].forced["kv_read"] == 0
+    counted = results["pruned"].forced
+    assert counted["sparse_rows"] == counted["verify_rows"] == counted["rounds"] == 3 * 7
+    assert counted["kv_read"] / counted["kv_full"] == pytest.approx(np.mean([read for *_, read in expected]), abs=2e-3)
+    # The free run is no forced one: some drafts were rejected, and what comes out is the target's own choice.
+    assert free.counts["sampled_tokens"] < 5 * free.counts["rounds"]
+    own = favourites(demo_pair[0], texts[0][:CONTEXT] + results["dense"].free.tokens[0])
+    assert own[CONTEXT - 1 : -1] == results["dense"].free.tokens[0]
