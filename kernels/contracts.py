@@ -71,7 +71,6 @@ def draft_attention(
         expect(scored_rows is not None, "scored_rows", None, "a tensor, because lse is asked for")
     expect(max_query_len >= 1, "max_query_len", max_query_len, "at least 1")
     _index(positions, kept, rows, dev, prefix_lens=prefix_lens)
-    expect(positions is None or max_query_len == 1, "max_query_len", max_query_len, "1, because positions are given")
 
 
 def _index(positions, kept, rows: int, device, **lengths) -> None:

@@ -7,6 +7,7 @@ The same test bodies run twice: in Triton's interpreter where there is no GPU, a
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -136,3 +137,87 @@ def poisoned():
         return torch.full(shape, value, dtype=dtype, device=device)
 
     return make
+
+
+@dataclass
+class DraftBatch:
+    """Arguments of the operation, and the keys and values behind them."""
+
+    data: object
+    query: torch.Tensor
+    starts: torch.Tensor
+    scored: torch.Tensor
+    longest_query: int
+
+    def args(self, out, scale=None):
+        scale = self.query.shape[-1] ** -0.5 if scale is None else scale
+        return self.query, self.data.kv_cache, self.data.block_table, self.data.seq_lens, self.starts, scale, out
+
+
+def _scored_rows(starts, q_lens, per_request):
+    """One: the last token of each request, or the one before it, or in every fourth request none. Two: the first and
+    the last in either order, which are the same in a request of one token, or the last alone."""
+    rows = []
+    for r, (begin, q) in enumerate(zip(starts, q_lens, strict=True)):
+        last = begin + q - 1
+        if q == 0:
+            rows.append([-1] * per_request)
+        elif per_request == 1:
+            rows.append([-1 if r % 4 == 3 else max(last - r % 2, begin)])
+        else:
+            rows.append([[begin, last], [-1, last], [last, begin]][r % 3])
+    return rows
+
+
+@dataclass
+class Drafting:
+    """Builds batches for ``draft_attention``, runs an implementation on one, and compares two runs."""
+
+    paged: Callable
+    poisoned: Callable
+    close: Callable
+
+    def build(self, params, device, dtype, per_request=1):
+        lens, q_lens, heads, ratio, size, block_size, layout = params
+        data = self.paged(lens, heads, size, block_size, layout, device, dtype)
+        gen = torch.Generator().manual_seed(1)
+        query = (2 * torch.randn(sum(q_lens) + 3, heads * ratio, size, generator=gen)).to(dtype)
+        query[sum(q_lens) :] = torch.nan  # rows of a padded batch belong to nobody
+        starts = torch.tensor([0, *q_lens], dtype=torch.int32).cumsum(0).int()
+        scored = torch.tensor(_scored_rows(starts[:-1].tolist(), q_lens, per_request), device=device)
+        return DraftBatch(data, query.to(device), starts.to(device), scored, max(1, *q_lens))
+
+    def run(self, op, batch, width, score_dtype=torch.float32, scale=None, with_out=True, **more):
+        """out, scores, lse of one call into poisoned buffers."""
+        q, rows = batch.query, batch.starts.shape[0] - 1
+        out = self.poisoned(q.shape, q.dtype, q.device) if with_out else None
+        scored = batch.scored.shape[1] * q.shape[1]
+        scores = self.poisoned((rows, scored, width), score_dtype, q.device)
+        lse = self.poisoned((rows, scored), torch.float32, q.device)
+        op(*batch.args(out, scale), batch.scored, scores, lse, batch.longest_query, **more)
+        return out, scores, lse
+
+    def check(self, batch, got, want, dtype, kind=None):
+        """Everything written agrees, and what the reference left poisoned the kernel did, too."""
+        (out, scores, lse), (want_out, want_scores, want_lse) = got, want
+        kind = kind or ("scores", dtype)
+        if out is not None:
+            used = int(batch.starts[-1])
+            self.close("out", out[:used], want_out[:used], dtype)
+            assert out[used:].isnan().all()
+        by_row = (batch.data.kv_cache.shape[1], batch.scored.shape[1], -1)
+        for r, rows in enumerate(batch.scored.tolist()):
+            written = want_scores[r].isfinite()
+            assert torch.equal(scores[r].isfinite(), written), f"scores of request {r}"
+            self.close(kind[0], scores[r][written], want_scores[r][written], kind[1])
+            for c, row in enumerate(rows):
+                got_lse, wanted_lse = lse[r].view(by_row)[:, c], want_lse[r].view(by_row)[:, c]
+                if row < 0:
+                    assert got_lse.isnan().all() and not written.unflatten(0, by_row)[:, c].any()
+                else:
+                    self.close("lse", got_lse, wanted_lse)
+
+
+@pytest.fixture(scope="session")
+def drafting(paged, poisoned, close):
+    return Drafting(paged, poisoned, close)
