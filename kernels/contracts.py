@@ -12,6 +12,7 @@ import torch
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_SIZES = (64, 128)  # what the Triton kernels are tuned and tested for; the references take any
 SCORED_ROWS = (1, 2)  # per request
+MAX_DILATION = 64
 COMBINE = ("store", "add", "max")
 
 
@@ -109,6 +110,24 @@ def select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fr
     expect(max_tokens >= -1, "max_tokens", max_tokens, "at least 0, or -1 for no limit")
     for name, value in (("min_tokens", min_tokens), ("sink", sink), ("recent", recent)):
         expect(0 <= value < 2**31, name, value, "0 or more, below 2^31")
+
+
+def dilate_mass(mass, lens, out, steps, weight) -> None:
+    tensor("mass", mass, (None, None), torch.float32)
+    tensor("lens", lens, (mass.shape[0],), torch.int32, mass.device)
+    tensor("out", out, tuple(mass.shape), torch.float32, mass.device)
+    expect(not _overlap(mass, out), "out", "memory of mass", "memory of its own")
+    expect(0 <= steps <= MAX_DILATION, "steps", steps, f"0 to {MAX_DILATION}")
+    expect(weight > 0, "weight", weight, "more than 0")
+
+
+def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether the stretches of memory between the first and the last element of two matrices meet."""
+    if not a.numel() or not b.numel():
+        return False
+    spans = ((t.data_ptr(), sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1) for t in (a, b))
+    (first, n), (second, m) = spans
+    return first < second + m * b.element_size() and second < first + n * a.element_size()
 
 
 def build_page_tables(

@@ -21,6 +21,16 @@ def _pack_bits(flags: torch.Tensor) -> torch.Tensor:
     return (flags.unflatten(-1, (-1, 32)) * weights).sum(-1).to(torch.int32)
 
 
+def dilate_mass(mass, lens, out, steps, weight) -> None:
+    """Mass spread forward. See ``dilate_mass.dilate_mass``."""
+    contracts.dilate_mass(mass, lens, out, steps, weight)
+    for x, length in enumerate(lens.tolist()):
+        spread = mass[x, :length].clone()
+        for d in range(1, min(steps, length - 1) + 1):
+            torch.maximum(spread[d:], mass[x, : length - d], out=spread[d:])
+        torch.mul(spread, weight, out=out[x, :length])
+
+
 def select_top_p(
     mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, union=False
 ) -> None:

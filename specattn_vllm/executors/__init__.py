@@ -29,6 +29,7 @@ class Operations:
     name: str
     draft_attention: Callable[..., None]
     accumulate_mass: Callable[..., None]
+    dilate_mass: Callable[..., None]
     select_top_p: Callable[..., None]
     build_positions: Callable[..., None]
     build_page_tables: Callable[..., None]
@@ -92,6 +93,7 @@ def _torch_operations() -> Operations:
         name="torch",
         draft_attention=reference.draft_attention,
         accumulate_mass=reference.accumulate_mass,
+        dilate_mass=reference.dilate_mass,
         select_top_p=reference.select_top_p,
         build_positions=reference.build_positions,
         build_page_tables=reference.build_page_tables,
@@ -108,6 +110,7 @@ def _torch_operations() -> Operations:
 def _triton_operations(device: torch.device) -> Operations:
     from specattn_vllm.kernels import bookkeeping
     from specattn_vllm.kernels.accumulate_mass import accumulate_mass
+    from specattn_vllm.kernels.dilate_mass import dilate_mass
     from specattn_vllm.kernels.draft_attention import draft_attention
     from specattn_vllm.kernels.page_tables import build_page_tables, build_positions
     from specattn_vllm.kernels.sparse_attention import sparse_attention
@@ -122,6 +125,7 @@ def _triton_operations(device: torch.device) -> Operations:
         name="triton",
         draft_attention=draft_attention,
         accumulate_mass=accumulate_mass,
+        dilate_mass=dilate_mass,
         select_top_p=select_top_p,
         build_positions=build_positions,
         build_page_tables=build_page_tables,
