@@ -1,4 +1,4 @@
-"""Layer maps: which draft layer's attention chooses the KV entries of each target layer.
+"""Layer maps: which draft layer's attention, and which of its heads', chooses the KV entries of each target layer.
 
 A map is a JSON file (schema below) made for one pair of models and refused for any other. See `docs/layer-maps.md`.
 """
@@ -15,6 +15,8 @@ from specattn_vllm.fingerprint import ModelFacts
 
 SCHEMA = "specattn-layer-map/1"
 UNIFORM = "uniform"
+FITS = {"specattn": ("specattn",), "sts": ("sts", "specattn"), "dense": ("specattn", "sts")}
+"""Methods whose maps serve each method, the best first. `dense` reads none, and is run in the place of any."""
 
 
 class LayerMapError(ValueError):
@@ -33,8 +35,8 @@ class LayerMap(BaseModel):
     draft: ModelFacts
     layers: tuple[int | None, ...]
     """Draft layer for each target layer; None reads everything."""
-    heads: tuple[tuple[int, ...], ...] | None = None
-    """For per-head methods: draft KV head for each target layer and target KV head."""
+    heads: tuple[tuple[int, ...] | None, ...] | None = None
+    """Draft KV head for each target layer and KV head, None where the layer reads everything; method 'sts' alone."""
     provenance: dict[str, Any] = {}
 
     @model_validator(mode="before")
@@ -53,7 +55,24 @@ class LayerMap(BaseModel):
         for j, i in enumerate(self.layers):
             if i is not None and not 0 <= i < self.draft.num_hidden_layers:
                 raise ValueError(f"layers[{j}] = {i}, but the draft has layers 0 to {self.draft.num_hidden_layers - 1}")
+        if (self.method == "sts") != (self.heads is not None):
+            raise ValueError(f"method {self.method!r} {'needs' if self.heads is None else 'has no'} heads")
+        if self.heads is not None:
+            self._head_shapes_agree(self.heads)
         return self
+
+    def _head_shapes_agree(self, heads: tuple[tuple[int, ...] | None, ...]) -> None:
+        ours, theirs = self.target.num_key_value_heads, self.draft.num_key_value_heads
+        if len(heads) != len(self.layers):
+            raise ValueError(f"heads has {len(heads)} entries for {len(self.layers)} target layers")
+        for j, row in enumerate(heads):
+            if (row is None) != (self.layers[j] is None):
+                raise ValueError(f"heads[{j}] = {row}, but layers[{j}] = {self.layers[j]}: null goes with null")
+            if row is not None and len(row) != ours:
+                raise ValueError(f"heads[{j}] has {len(row)} entries for {ours} target KV heads")
+            for h, head in enumerate(row or ()):
+                if not 0 <= head < theirs:
+                    raise ValueError(f"heads[{j}][{h}] = {head}, but the draft has KV heads 0 to {theirs - 1}")
 
     def with_dense(self, dense_layers: tuple[int, ...]) -> LayerMap:
         """The same map with more target layers reading everything."""
@@ -63,7 +82,40 @@ class LayerMap(BaseModel):
                     f"dense_layers contains {j}, but the target has layers 0 to {len(self.layers) - 1}: remove it"
                 )
         layers = tuple(None if j in dense_layers else i for j, i in enumerate(self.layers))
-        return self.model_copy(update={"layers": layers})
+        heads = self.heads and tuple(None if j in dense_layers else row for j, row in enumerate(self.heads))
+        return self.model_copy(update={"layers": layers, "heads": heads})
+
+    def local_heads(self, rank: int, ranks: int) -> tuple[tuple[int, ...] | None, ...]:
+        """The head map of one tensor-parallel rank: for each target layer and each of the rank's KV heads, which of its
+        own draft KV heads chooses. Without `heads`, heads are paired by proportion.
+
+        Raises LayerMapError if the ranks do not hold equal shares of both models' heads, or if a head is mapped to one
+        of another rank.
+        """
+        ours, theirs = self.target.num_key_value_heads, self.draft.num_key_value_heads
+        for side, count in (("target", ours), ("draft", theirs)):
+            if count % ranks:
+                raise LayerMapError(
+                    f"tensor_parallel_size = {ranks} does not divide the {count} KV heads of the {side}, and "
+                    "selections per head need as many on every rank: use a size that does, or method='specattn'"
+                )
+        first, local = rank * (theirs // ranks), theirs // ranks
+        rows: list[tuple[int, ...] | None] = []
+        for j, layer in enumerate(self.layers):
+            row = self.heads[j] if self.heads is not None else tuple(h * theirs // ours for h in range(ours))
+            if layer is None or row is None:
+                rows.append(None)
+                continue
+            mine = range(rank * (ours // ranks), (rank + 1) * (ours // ranks))
+            for h in mine:
+                if not first <= row[h] < first + local:
+                    raise LayerMapError(
+                        f"heads[{j}][{h}] = {row[h]} of the layer map lies on another rank than the target's head {h} "
+                        f"(tensor_parallel_size = {ranks}): use a map that stays within each rank, or set "
+                        "layer_map='uniform'"
+                    )
+            rows.append(tuple(row[h] - first for h in mine))
+        return tuple(rows)
 
     @property
     def sources(self) -> tuple[int, ...]:
@@ -98,25 +150,26 @@ def read(path: Path) -> LayerMap:
         raise LayerMapError(f"layer map {path} is not valid ({SCHEMA}): {problems}") from None
 
 
-def resolve(name: str | None, target: ModelFacts, draft: ModelFacts, *, check_weights: bool = True) -> LayerMap:
-    """The map an engine uses: a named one must fit the models, the default falls back to `uniform`.
+def resolve(
+    name: str | None, target: ModelFacts, draft: ModelFacts, *, method: str = "specattn", check_weights: bool = True
+) -> LayerMap:
+    """The map an engine uses for a method: a named one must fit method and models, the default falls back to `uniform`.
 
-    Raises LayerMapError if a map that was asked for was made for other models.
+    Raises LayerMapError if a map that was asked for was made for another method or other models.
     """
+    fits = FITS[method]
     if name == UNIFORM:
         return uniform(target, draft)
     if name is None:
-        for path in shipped().values():
-            candidate = read(path)
-            # By default only a map for these very weights is taken; anything else has to be asked for.
-            if candidate.target == target and candidate.draft == draft:
-                return candidate
-        return uniform(target, draft)
+        # By default only a map for these very weights is taken; anything else has to be asked for.
+        maps = [found for path in shipped().values() if (found := read(path)).target == target and found.draft == draft]
+        usable = [found for found in maps if found.method in fits]
+        return min(usable, key=lambda found: fits.index(found.method)) if usable else uniform(target, draft)
     found = read(shipped().get(name, Path(name)))
-    if found.method != "specattn" or found.heads is not None:
+    if found.method not in fits:
         raise LayerMapError(
-            f"layer_map = {name!r} is for method {found.method!r}{' with a head map' if found.heads else ''}; this "
-            "version has maps for 'specattn' without heads only: use another map, or layer_map='uniform'"
+            f"layer_map = {name!r} was made for method {found.method!r}, and method = {method!r} takes maps for "
+            f"{' or '.join(map(repr, fits))}: use another map, or layer_map='uniform'"
         )
     problems = [
         f"{side} {difference}"

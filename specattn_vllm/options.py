@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 KEY = "specattn"
 _INT32 = 2**31 - 1  # the kernels count tokens in 32 bits
 
-Method = Literal["specattn", "dense"]
+Method = Literal["specattn", "sts", "dense"]
 Rule = Literal["top_p", "top_k"]
 Combine = Literal["sum", "max", "union", "first"]
 ExecutorName = Literal["auto", "torch", "triton", "fa3", "xformers"]
@@ -30,6 +30,8 @@ class SpecAttnOptions(BaseModel):
     method: Method = Field(
         "specattn",
         description="'specattn': the draft model's attention prunes the target's verification (approximate). "
+        "'sts': the same for each KV head, which reads what the draft head it is mapped to attended to, by default a "
+        "fixed share of the context (Xu et al., arXiv 2605.15508; approximate). "
         "'dense': the same speculation with full attention (lossless; the control).",
     )
     layer_map: str | None = Field(
@@ -112,7 +114,12 @@ class SpecAttnOptions(BaseModel):
     @property
     def fixed_budget(self) -> bool:
         """Whether a fixed share of the context is kept, instead of a share of the attention mass."""
-        return self.rule == "top_k"
+        return (self.rule or ("top_k" if self.method == "sts" else "top_p")) == "top_k"
+
+    @property
+    def per_head(self) -> bool:
+        """Whether each KV head of the target reads a selection of its own."""
+        return self.method == "sts"
 
     @property
     def is_lossless(self) -> bool:

@@ -542,6 +542,15 @@ def test_nothing_left_to_prune_is_refused(configure):
         configure(options={"dense_layers": [0, 1, 2]})
 
 
+@cpu_only
+def test_selections_per_head_need_as_many_heads_on_every_rank(configure):
+    """The models have one KV head, which vLLM would give to both ranks."""
+    configure(options={"method": "sts"})
+    configure(options={"method": "specattn"}, tensor_parallel_size=2)
+    with pytest.raises(LayerMapError, match="tensor_parallel_size = 2 does not divide the 1 KV heads of the target"):
+        configure(options={"method": "sts"}, tensor_parallel_size=2)
+
+
 @pytest.mark.parametrize("name", ["target", "windowed", "bare"])
 def test_an_engine_sees_the_facts_that_a_fingerprint_wrote(configure, models, name):
     """Maps are made from a folder and checked against vLLM's configuration: both have to read it alike."""

@@ -150,6 +150,22 @@ def test_xformers_reads_whole_blocks():
     assert (theirs.name, theirs.granularity) == ("xformers", "block")
 
 
+def test_blocks_hold_no_selections_per_head(monkeypatch):
+    with pytest.raises(ExecutorError, match=r"executor = 'xformers' reads whole blocks.* method = 'sts'.*'triton'"):
+        resolve("xformers", CUDA, per_head=True)
+    monkeypatch.setattr(executors, "_unavailable", lambda name, device, dtype: "no" if name == "fa3" else None)
+    monkeypatch.setattr(executors, "_triton_operations", lambda device: "triton")
+    monkeypatch.setattr(executors, "_borrowed_operations", lambda name, device: name)
+    assert resolve("auto", CUDA) == "xformers"
+    assert resolve("auto", CUDA, per_head=True) == "triton"
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set from the start")
+def test_the_executors_of_blocks_are_those_whose_operations_say_so():
+    made = {name: executors._borrowed_operations(name, CPU) for name in ("fa3", "xformers")}
+    assert tuple(name for name, operations in made.items() if operations.granularity == "block") == executors.BLOCKS
+
+
 def test_the_names_are_those_of_the_option():
     assert set(executors.CHOICES) == set(typing.get_args(ExecutorName))
 

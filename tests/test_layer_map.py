@@ -42,6 +42,13 @@ def content(**changes) -> dict:
     return base | changes
 
 
+HEADS = [None, [0, 1], [1, 1], [1, 0]]
+
+
+def with_heads(**changes) -> dict:
+    return content(method="sts", heads=HEADS, **changes)
+
+
 @pytest.fixture
 def write(tmp_path):
     """write(content, name): a map file."""
@@ -128,6 +135,23 @@ def test_a_layer_the_draft_does_not_have_is_refused(write, layers, place):
     assert f"{place}, but the draft has layers 0 to 1" in refusal(write(content(layers=layers)))
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heads": None}, "method 'sts' needs heads"),
+        ({"method": "specattn"}, "method 'specattn' has no heads"),
+        ({"heads": HEADS[:3]}, "heads has 3 entries for 4 target layers"),
+        ({"heads": [[0, 0], *HEADS[1:]]}, "heads[0] = (0, 0), but layers[0] = None: null goes with null"),
+        ({"heads": [None, None, *HEADS[2:]]}, "heads[1] = None, but layers[1] = 0: null goes with null"),
+        ({"heads": [*HEADS[:3], [1, 0, 0]]}, "heads[3] has 3 entries for 2 target KV heads"),
+        ({"heads": [*HEADS[:3], [1, 2]]}, "heads[3][1] = 2, but the draft has KV heads 0 to 1"),
+        ({"heads": [*HEADS[:3], [-1, 1]]}, "heads[3][0] = -1, but the draft has KV heads 0 to 1"),
+    ],
+)
+def test_a_head_map_that_does_not_fit_is_refused(write, changes, message):
+    assert message in refusal(write(with_heads() | changes))
+
+
 def test_a_missing_file_is_refused_with_what_could_be_given(tmp_path, monkeypatch):
     path = tmp_path / "nowhere.json"
     assert "shipped map: none" in refusal(path)
@@ -184,12 +208,19 @@ def test_other_weights_are_refused_unless_allowed(write, side):
     assert resolve(path, served["target"], served["draft"], check_weights=False).layers == (None, 0, 1, 1)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"method": "sts"}, {"heads": [[0, 1]] * 4}], ids=["another method", "a head map"]
-)
-def test_a_map_that_this_version_would_only_half_read_is_refused(write, changes):
-    with pytest.raises(LayerMapError, match=r"maps for 'specattn' without heads only.*'uniform'"):
-        resolve(str(write(content(**changes))), TARGET, DRAFT)
+def test_a_map_for_another_method_is_refused(write):
+    path = write(with_heads())
+    with pytest.raises(LayerMapError, match=r"made for method 'sts', and method = 'specattn' takes .*'uniform'"):
+        resolve(str(path), TARGET, DRAFT, method="specattn")
+    # A control run differs from what it controls by its method alone.
+    for method in ("dense", "sts"):
+        assert resolve(str(path), TARGET, DRAFT, method=method) == read(path)
+
+
+@pytest.mark.parametrize("method", ["specattn", "sts", "dense"])
+def test_a_map_without_heads_serves_every_method(write, method):
+    path = write(content())
+    assert resolve(str(path), TARGET, DRAFT, method=method) == read(path)
 
 
 def test_unknown_weights_differ_from_nothing(write):
@@ -206,6 +237,19 @@ def test_by_default_a_shipped_map_for_exactly_these_models_is_used(write, monkey
     }
     monkeypatch.setattr(layer_map, "shipped", lambda: maps)
     assert resolve(None, TARGET, DRAFT) == read(maps["these"])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_by_default_the_map_that_fits_the_method_best_is_used(write, monkeypatch, order):
+    maps = [("layers", write(content(), "a.json")), ("heads", write(with_heads(), "b.json"))][::order]
+    monkeypatch.setattr(layer_map, "shipped", lambda: dict(maps))
+    assert {method: resolve(None, TARGET, DRAFT, method=method).method for method in ("specattn", "sts", "dense")} == {
+        "specattn": "specattn", "sts": "sts", "dense": "specattn",
+    }  # fmt: skip
+    monkeypatch.setattr(layer_map, "shipped", lambda: {"layers": dict(maps)["layers"]})
+    assert resolve(None, TARGET, DRAFT, method="sts") == read(dict(maps)["layers"])
+    monkeypatch.setattr(layer_map, "shipped", lambda: {"heads": dict(maps)["heads"]})
+    assert resolve(None, TARGET, DRAFT, method="specattn") == uniform(TARGET, DRAFT)
 
 
 @pytest.mark.parametrize("weights", ["another fine-tune", None])
@@ -231,7 +275,7 @@ def test_what_the_package_ships_is_valid_and_under_the_name_of_its_file(monkeypa
     for name, path in layer_map.shipped().items():
         assert path.name == f"{name}.json"
         found = read(path)
-        assert resolve(name, found.target, found.draft) == found
+        assert resolve(name, found.target, found.draft, method=found.method) == found
 
 
 # What a map says
@@ -259,6 +303,11 @@ def test_dense_layers_are_taken_out():
     assert found.layers == (None, 0, 1, 1), "the map itself stays"
 
 
+def test_dense_layers_are_taken_out_of_the_head_map_too():
+    found = LayerMap.model_validate(with_heads()).with_dense((3, 1))
+    assert (found.layers, found.heads) == ((None, None, 1, None), (None, None, (1, 1), None))
+
+
 def test_a_dense_layer_the_target_does_not_have_is_refused():
     with pytest.raises(LayerMapError, match="dense_layers contains 4, but the target has layers 0 to 3: remove it"):
         uniform(TARGET, DRAFT).with_dense((1, 4))
@@ -269,3 +318,51 @@ def test_sources_are_the_captured_draft_layers_ascending():
     assert found.sources == (2, 4)
     assert found.with_dense((2,)).sources == (4,)
     assert found.with_dense((0, 2, 3)).sources == ()
+
+
+# Heads on ranks
+
+
+def paired(ours: int, theirs: int, heads=None) -> LayerMap:
+    """Target layers 1 and 2 are mapped; `heads`: the map of both."""
+    changes = {} if heads is None else {"method": "sts", "heads": [None, heads, heads]}
+    target, draft = facts(3, num_key_value_heads=ours), facts(2, num_key_value_heads=theirs)
+    layers = [None, 0, 1]
+    return LayerMap.model_validate(
+        content(target=target.model_dump(), draft=draft.model_dump(), layers=layers, **changes)
+    )
+
+
+def test_one_rank_has_the_whole_map():
+    assert paired(3, 2, [1, 0, 1]).local_heads(0, 1) == (None, (1, 0, 1), (1, 0, 1))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(8, 8), (8, 4), (4, 8), (8, 2), (2, 8), (6, 4)])
+def test_heads_paired_by_proportion_are_on_the_same_rank(ours, theirs):
+    found = paired(ours, theirs)
+    [whole] = {row for row in found.local_heads(0, 1) if row is not None}
+    assert whole == tuple(h * theirs // ours for h in range(ours))
+    ranks = [found.local_heads(rank, 2)[1] for rank in range(2)]
+    assert ranks[0] + tuple(g + theirs // 2 for g in ranks[1]) == whole
+
+
+def test_a_rank_numbers_its_own_heads():
+    found = paired(4, 4, [1, 1, 2, 3])
+    assert found.local_heads(0, 2) == (None, (1, 1), (1, 1))
+    assert found.local_heads(1, 2) == (None, (0, 1), (0, 1))
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "side", "count"), [(3, 2, "target", 3), (4, 3, "draft", 3), (1, 2, "target", 1)]
+)
+def test_heads_that_do_not_divide_among_the_ranks_are_refused(ours, theirs, side, count):
+    with pytest.raises(LayerMapError, match=f"parallel_size = 2 does not divide the {count} KV heads of the {side}"):
+        paired(ours, theirs).local_heads(0, 2)
+
+
+def test_a_head_of_another_rank_is_refused_with_the_remedy():
+    found = paired(4, 4, [0, 2, 2, 3])
+    assert found.local_heads(1, 2) == (None, (0, 1), (0, 1))
+    message = r"heads\[1\]\[1\] = 2 of the layer map.*within each rank.*layer_map='uniform'"
+    with pytest.raises(LayerMapError, match=message):
+        found.local_heads(0, 2)

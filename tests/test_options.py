@@ -102,7 +102,7 @@ def test_an_unknown_option_is_named_with_the_known_ones():
         ("stats_interval_s", 0.0, "greater than 0"),
         ("dense_layers", [2, -1], "counted from 0"),
         ("dense_layers", 3, "valid tuple"),
-        ("method", "sparse", "'specattn' or 'dense'"),
+        ("method", "sparse", "'specattn', 'sts' or 'dense'"),
         ("combine", "mean", "'sum', 'max', 'union' or 'first'"),
         ("executor", "cuda", "'auto', 'torch', 'triton', 'fa3' or 'xformers'"),
         ("refresh_every", 1, "greater than or equal to 2"),
@@ -196,5 +196,24 @@ def test_only_dense_is_lossless():
     # What the draft reads changes which tokens it proposes, not which are accepted.
     assert SpecAttnOptions(method="dense", sparse_draft=True).is_lossless
     assert not SpecAttnOptions(method="specattn", sparse_draft=True).is_lossless
+    assert not SpecAttnOptions(method="sts", ratio=1.0).is_lossless
     # The method decides, not what one setting of it happens to keep.
     assert not SpecAttnOptions(method="specattn", top_p=1.0).is_lossless
+
+
+@pytest.mark.parametrize(
+    ("method", "rule", "fixed"),
+    [
+        ("specattn", None, False),
+        ("sts", None, True),
+        ("dense", None, False),
+        ("specattn", "top_k", True),
+        ("sts", "top_p", False),
+    ],
+)
+def test_the_rule_is_that_of_the_method_unless_given(method, rule, fixed):
+    assert SpecAttnOptions(method=method, rule=rule).fixed_budget == fixed
+
+
+def test_sts_alone_chooses_per_head():
+    assert [SpecAttnOptions(method=method).per_head for method in ("specattn", "sts", "dense")] == [False, True, False]

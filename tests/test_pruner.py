@@ -12,7 +12,7 @@ import torch
 from specattn_vllm import executors
 from specattn_vllm.kernels import reference
 from specattn_vllm.selection.pages import page_strides
-from specattn_vllm.selection.pruner import Pruner
+from specattn_vllm.selection.pruner import Pruner, TableMaps
 from specattn_vllm.selection.store import NO_SELECTION, SelectionStore
 from specattn_vllm.stats import Counters, Counts
 
@@ -386,6 +386,53 @@ def test_a_selection_per_head_gets_a_table_per_head(layout):
     assert counts.kv_full == (10 + 7) * HEADS * NUM_LAYERS
     # Source 0 serves two layers; two more read everything.
     assert counts.kv_read == 2 * (4 + 2 + 14) + (1 + 3 + 14) + 2 * (10 + 7) * HEADS
+
+
+@pytest.mark.parametrize("layout", ["LBNHC", "LBHNC"])
+def test_tables_through_maps_are_each_layer_s_own(layout):
+    """Three tables of two sources, whose bits have three groups, for two heads."""
+    setup, groups = Setup(layout, groups=HEADS), 3
+    setup.store = SelectionStore(SOURCES, SLOTS, groups, MAX_LEN, CPU)
+    tables = torch.full((5, SLOTS, HEADS, MAX_LEN + 5), -(2**30), dtype=torch.int32)
+    layers = {"model.layers.1": 0, "model.layers.2": 1, "model.layers.4": 2}
+    setup.pruner = Pruner(
+        setup.store,
+        executors.resolve("torch", CPU),
+        setup.counters,
+        layer_sources=layers,
+        num_layers=NUM_LAYERS,
+        num_kv_heads=HEADS,
+        max_query_len=5,
+        page_table=tables,
+        maps=TableMaps.of([(0, (2, 0)), (1, (1, 1)), (0, (0, 1))], CPU),
+    )
+    setup.pruner.attach(BLOCK, lambda: page_strides(setup.cache))
+    words = torch.tensor([[0b1, 0b110, 0b1000], [0b10000, 0b100000, 0b11]], dtype=torch.int32)
+    setup.store.put(torch.tensor([4]), words.view(SOURCES, 1, groups, 1), torch.tensor([9], dtype=torch.int32))
+    block_table = torch.tensor([[7, 3, 11], [8, 5, STALE]], dtype=torch.int32)
+    starts = torch.tensor([0, 1, 3], dtype=torch.int32)
+    plan = setup.pruner.prune(
+        slots=torch.tensor([4, 1]),
+        prefilling=torch.tensor([False, False]),
+        prefilling_cpu=torch.tensor([False, False]),
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=torch.tensor([10, 7], dtype=torch.int32),
+        block_table=block_table,
+    )
+    setup.counters.commit()
+    assert plan.layer_sources == layers
+    kept = [[[3], [0]], [[5], [5]], [[0], [1, 2]]]
+    assert plan.kept.tolist() == [[[len(head) + 1 for head in table], [7, 7]] for table in kept]
+    block, head_stride, token = page_strides(setup.cache)
+    for t, h in itertools.product(range(3), range(HEADS)):
+        for r, positions in enumerate(([*kept[t][h], 9], range(7))):
+            pages = [int(block_table[r, p // BLOCK]) * block + h * head_stride + p % BLOCK * token for p in positions]
+            assert plan.page_table[t, r, h, : len(pages)].tolist() == pages
+    assert (tables[3:] == -(2**30)).all()
+    counts = setup.counters.read()
+    assert counts.kv_full == (10 + 7) * HEADS * NUM_LAYERS
+    assert counts.kv_read == int(plan.kept.sum()) + 2 * (10 + 7) * HEADS
 
 
 # Buffers

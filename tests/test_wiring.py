@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from specattn_vllm import executors
+from specattn_vllm.fingerprint import ModelFacts
+from specattn_vllm.layer_map import SCHEMA, LayerMap
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.speculation import wiring
 from specattn_vllm.speculation.wiring import Selection
@@ -23,7 +25,8 @@ ROW = 128  # LONGEST, rounded up to whole vectors
 def on_a_gpu(monkeypatch):
     """A speculator on a GPU on which the weights have left 40 GiB."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * GIB, 141 * GIB))
-    return SimpleNamespace(device=torch.device("cuda"), max_num_reqs=1024, max_model_len=131072)
+    options = SpecAttnOptions()
+    return SimpleNamespace(device=torch.device("cuda"), max_num_reqs=1024, max_model_len=131072, options=options)
 
 
 def test_buffers_that_would_crowd_out_the_cache_are_refused(on_a_gpu):
@@ -34,6 +37,12 @@ def test_buffers_that_would_crowd_out_the_cache_are_refused(on_a_gpu):
         assert part in message
     # What is large is named, because not all of it grows with the same number.
     assert f"(scores {60 * 1024:.1f} MiB, page tables {28 * 1024:.1f} MiB)" in message
+
+
+def test_tables_per_head_have_one_remedy_more(on_a_gpu):
+    on_a_gpu.options = SpecAttnOptions(method="sts")
+    with pytest.raises(ValueError, match="lower --max-num-seqs or --max-model-len, or set method='specattn', whose"):
+        wiring._refuse_if_too_large({"page tables": 28 * GIB}, on_a_gpu)
 
 
 def test_buffers_of_half_of_what_is_free_are_accepted(on_a_gpu):
@@ -94,27 +103,39 @@ def test_a_target_that_reads_everything_is_left_alone():
 # Making the parts
 
 
-def prepared(monkeypatch, layers: tuple[int | None, ...] | None, device=CPU, size=None, **options) -> Selection:
+def facts(layers: int, kv_heads: int) -> ModelFacts:
+    return ModelFacts(
+        architecture="LlamaForCausalLM", num_hidden_layers=layers, num_attention_heads=2 * kv_heads,
+        num_key_value_heads=kv_heads, head_dim=64, hidden_size=512, vocab_size=1000,
+    )  # fmt: skip
+
+
+def prepared(monkeypatch, layers: tuple[int | None, ...] | None, device=CPU, size=None, heads=None,
+             kv_heads=(KV_HEADS, KV_HEADS), ranks=1, **options) -> Selection:  # fmt: skip
     """The selection of a target with a layer map (none: method 'dense') and a draft of five layers, or of a size
-    (requests, longest, draft layers, draft heads)."""
+    (requests, longest, draft layers, draft heads); kv_heads: those of target and draft on this rank, heads: a head
+    map."""
     requests, longest, draft_layers, draft_heads = size or (REQUESTS, LONGEST, 5, DRAFT_HEADS)
-    target = {f"model.layers.{i}": KV_HEADS for i in range(len(layers or (0, 0)))}
-    draft = {f"draft_model.model.layers.{i}": KV_HEADS for i in range(draft_layers)}
+    target = {f"model.layers.{i}": kv_heads[0] for i in range(len(layers or (0, 0)))}
+    draft = {f"draft_model.model.layers.{i}": kv_heads[1] for i in range(draft_layers)}
     # vLLM lists layers in the order in which they were made; names of two digits would sort wrongly.
     made = {
-        name: SimpleNamespace(impl=SimpleNamespace(num_heads=draft_heads, num_kv_heads=kv_heads))
-        for name, kv_heads in reversed({**target, **draft}.items())
+        name: SimpleNamespace(impl=SimpleNamespace(num_heads=draft_heads, num_kv_heads=count))
+        for name, count in reversed({**target, **draft}.items())
     }
     found = None
     if layers is not None:
-        sources = tuple(sorted({i for i in layers if i is not None}))
-        found = SimpleNamespace(layers=layers, sources=sources, calibrated=True)
+        found = LayerMap(
+            schema_=SCHEMA, method="specattn" if heads is None else "sts", calibrated=True,
+            target=facts(len(layers), kv_heads[0] * ranks), draft=facts(draft_layers, kv_heads[1] * ranks),
+            layers=layers, heads=heads,
+        )  # fmt: skip
     monkeypatch.setattr(wiring, "get_layers_from_vllm_config", lambda config, base: made)
     monkeypatch.setattr(wiring, "resolve_layer_map", lambda config, options: found)
     return wiring.prepare(
         SimpleNamespace(
             vllm_config=None,
-            options=SpecAttnOptions(method="specattn" if found else "dense", **options),
+            options=SpecAttnOptions(**{"method": "specattn" if found else "dense", **options}),
             draft_attn_layer_names=set(draft),
             max_num_reqs=requests,
             max_model_len=longest,
@@ -139,7 +160,7 @@ def test_64_requests_of_128k_take_less_than_3_gb(target, draft, heads, sparse_dr
     made = prepared(monkeypatch, layers, meta, size, sparse_draft=sparse_draft)
     assert 1e9 < sum(made.nbytes.values()) < 3e9
     # Everything that is there is counted.
-    owned = [made.tables, made.store.bits, made.store.prefix_lens, made.capture.scores, made.capture._mass]
+    owned = [made.tables, made.store.bits, made.store.prefix_lens, made.capture.scores, made.capture.ranking._mass]
     assert sum(made.nbytes.values()) >= sum(tensor.nbytes for tensor in owned)
 
 
@@ -197,16 +218,25 @@ def test_what_the_draft_reads_lies_where_the_target_s_tables_do(monkeypatch, spa
     assert made.capture._positions.shape == (5 if sparse else 2, REQUESTS, ROW)
 
 
-@pytest.mark.parametrize(("layers", "sparse"), [((0, 2), False), ((0, 2), True), (None, True)])
-def test_the_size_that_is_checked_is_that_of_all_buffers(monkeypatch, layers, sparse):
+@pytest.mark.parametrize(
+    ("layers", "options"),
+    [
+        ((0, 2), {}),
+        ((0, 2), {"sparse_draft": True}),
+        (None, {"sparse_draft": True}),
+        ((0, 2, None), {"method": "sts", "kv_heads": (4, 2)}),
+        ((0, 2), {"method": "sts", "sparse_draft": True}),
+    ],
+)
+def test_the_size_that_is_checked_is_that_of_all_buffers(monkeypatch, layers, options):
     checked = []
     monkeypatch.setattr(wiring, "_refuse_if_too_large", lambda nbytes, speculator: checked.append(nbytes))
-    made = prepared(monkeypatch, layers, sparse_draft=sparse)
+    made = prepared(monkeypatch, layers, **options)
     [sizes] = checked
     # Sized as for a GPU, whose scores take half of what a CPU's do.
     assert sizes | {"scores": 2 * sizes["scores"]} == made.nbytes
     storages = {}
-    for part in (made, made.capture, made.store, made.pruner):
+    for part in (made, made.capture, made.capture.ranking, made.capture.own_ranking, made.store, made.pruner):
         for value in vars(part).values() if part is not None else ():
             if isinstance(value, torch.Tensor):
                 storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
@@ -219,3 +249,76 @@ def test_a_selection_that_is_too_large_is_refused_before_it_is_made(monkeypatch)
     # No CUDA device here: had anything been allocated on it, that would be the error.
     with pytest.raises(ValueError, match="lower --max-num-seqs or --max-model-len"):
         prepared(monkeypatch, (0, 2), device=torch.device("cuda"))
+
+
+# Selections per head
+
+
+def maps_of(made: Selection) -> list[tuple[int, list[int]]]:
+    return [*zip(made.pruner.maps.sources.tolist(), made.pruner.maps.groups.tolist(), strict=True)]
+
+
+def test_each_target_layer_reads_tables_of_its_own_heads(monkeypatch):
+    heads = ((1, 0), None, (0, 0), (1, 0), (1, 1))
+    made = prepared(monkeypatch, (3, None, 1, 1, 3), method="sts", heads=heads)
+    assert made.capture.layer_sources == {layer(1): 0, layer(3): 1}
+    assert made.pruner.layer_sources == {f"model.layers.{j}": t for t, j in enumerate((0, 2, 3, 4))}
+    assert maps_of(made) == [(1, [1, 0]), (0, [0, 0]), (0, [1, 0]), (1, [1, 1])]
+    assert made.store.bits.shape[:3] == (2, REQUESTS + 1, KV_HEADS)
+    assert made.tables.shape == (4, REQUESTS, KV_HEADS, ROW)
+    assert made.capture.ranking.groups == KV_HEADS
+
+
+def test_layers_that_are_mapped_alike_share_a_table(monkeypatch):
+    made = prepared(monkeypatch, (0, 0, None, 1, 1), method="sts")
+    assert made.pruner.layer_sources == {f"model.layers.{j}": t for j, t in ((0, 0), (1, 0), (3, 1), (4, 1))}
+    assert maps_of(made) == [(0, [0, 1]), (1, [0, 1])]
+    assert made.pruner._layers_of.tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("kv_heads", "pairs"), [((4, 2), [0, 0, 1, 1]), ((2, 4), [0, 2]), ((3, 2), [0, 0, 1]), ((4, 1), [0, 0, 0, 0])]
+)
+def test_without_a_head_map_heads_are_paired_by_proportion(monkeypatch, kv_heads, pairs):
+    """Bits are those of the draft's KV heads, tables those of the target's."""
+    lines = []
+    monkeypatch.setattr(wiring.logger, "warning", lambda text, *values: lines.append(text % values))
+    made = prepared(monkeypatch, (None, 0), method="sts", kv_heads=kv_heads)
+    assert maps_of(made) == [(0, pairs)]
+    assert made.store.bits.shape[2] == kv_heads[1]
+    assert made.tables.shape[2] == kv_heads[0]
+    assert any("paired by proportion, which is not calibrated" in line for line in lines)
+
+
+def test_a_head_map_needs_no_warning(monkeypatch):
+    lines = []
+    monkeypatch.setattr(wiring.logger, "warning", lambda text, *values: lines.append(text % values))
+    prepared(monkeypatch, (None, 0), method="sts", heads=(None, (1, 1)))
+    assert [line for line in lines if "APPROXIMATE" not in line] == []
+
+
+def test_a_rank_has_the_map_of_its_own_heads(monkeypatch):
+    monkeypatch.setattr(wiring, "get_tensor_model_parallel_rank", lambda: 1)
+    made = prepared(monkeypatch, (0,), method="sts", heads=((0, 1, 3, 2),), kv_heads=(2, 2), ranks=2)
+    assert maps_of(made) == [(0, [1, 0])]
+
+
+def test_a_sparse_draft_reads_lists_that_its_heads_share(monkeypatch):
+    made = prepared(monkeypatch, (0, 2), method="sts", sparse_draft=True)
+    # Two tables of two heads, but five draft layers with a list each.
+    assert made.tables.shape == (5, REQUESTS, KV_HEADS, ROW)
+    assert made.pruner._page_table.shape == (2, REQUESTS, KV_HEADS, ROW)
+    assert made.capture._positions.shape == (5, REQUESTS, ROW)
+    assert made.capture._positions.data_ptr() == made.tables.data_ptr()
+    ranking, own = made.capture.ranking, made.capture.own_ranking
+    assert [(r.layers, r.groups) for r in (ranking, own)] == [(2, KV_HEADS), (5, 1)]
+
+
+def test_page_tables_per_head_are_counted(monkeypatch):
+    """Layers x requests x heads x tokens: for 16 requests of 32k, Llama 8B with 1B, 31 mapped layers."""
+    layers = (None, *(j // 2 for j in range(1, 32)))
+    heads = (None, *(tuple((h + j) % 8 for h in range(8)) for j in range(1, 32)))
+    size = (16, 32768, 16, 32)
+    made = prepared(monkeypatch, layers, torch.device("meta"), size, heads=heads, kv_heads=(8, 8), method="sts")
+    assert made.nbytes["page tables"] == pytest.approx(4 * 31 * 16 * 8 * 32768, rel=1e-3)
+    assert made.nbytes["mass"] == pytest.approx(4 * 16 * 16 * 8 * 32768, rel=0.05)

@@ -35,8 +35,9 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
         device = torch.device(vllm_config.device_config.device)
         if device.type != "cuda":
             return AttentionCGSupport.NEVER
-        executor = SpecAttnOptions.from_vllm(vllm_config).executor
-        operations = executors.resolve(executor, device, vllm_config.model_config.dtype)
+        options = SpecAttnOptions.from_vllm(vllm_config)
+        dtype = vllm_config.model_config.dtype
+        operations = executors.resolve(options.executor, device, dtype, per_head=options.per_head)
         return AttentionCGSupport.UNIFORM_BATCH if operations.graphs else AttentionCGSupport.NEVER
 
     def update_draft_decode_metadata(self, metadata: SpecAttnMetadata) -> None:

@@ -48,10 +48,12 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
                     "serve this model with vLLM's own backends"
                 )
         vllm_config = get_current_vllm_config()
+        options = SpecAttnOptions.from_vllm(vllm_config)
         self.operations = executors.resolve(
-            SpecAttnOptions.from_vllm(vllm_config).executor,
+            options.executor,
             torch.device(vllm_config.device_config.device),
             vllm_config.model_config.dtype,
+            per_head=options.per_head,
         )
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:

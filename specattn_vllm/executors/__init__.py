@@ -16,6 +16,8 @@ from typing import Literal
 import torch
 
 CHOICES = ("auto", "torch", "triton", "fa3", "xformers")
+BLOCKS = ("xformers",)
+"""Executors of granularity 'block'."""
 
 
 class ExecutorError(ValueError):
@@ -46,10 +48,18 @@ class Operations:
     """Whether verification can be captured in a full CUDA graph."""
 
 
-def resolve(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Operations:
-    """The operations for an executor name (one of CHOICES) on a device, for models of a dtype."""
+def resolve(
+    name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, *, per_head: bool = False
+) -> Operations:
+    """The operations for an executor name (one of CHOICES) on a device, for models of a dtype; `per_head`: for
+    selections of which each KV head has its own."""
     if name == "auto":
-        name = _best(device, dtype)
+        name = _best(device, dtype, per_head)
+    if name in BLOCKS and per_head:
+        raise ExecutorError(
+            f"executor = {name!r} reads whole blocks, which hold all KV heads, and method = 'sts' chooses for each: "
+            "use 'auto' or 'triton', or method='specattn'"
+        )
     if name == "torch":
         if device.type != "cpu":
             raise ExecutorError(f"executor = 'torch' runs on CPU, not on {device.type}: use 'auto' or 'triton'")
@@ -66,11 +76,12 @@ def resolve(name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16
     return _triton_operations(device)
 
 
-def _best(device: torch.device, dtype: torch.dtype) -> str:
+def _best(device: torch.device, dtype: torch.dtype, per_head: bool) -> str:
     if device.type != "cuda":
         return "torch"
     # Token granularity first: xformers reads whole blocks, and the portable kernel is slower than either.
-    return next((name for name in ("fa3", "xformers") if _unavailable(name, device, dtype) is None), "triton")
+    usable = [name for name in ("fa3", "xformers") if not (per_head and name in BLOCKS)]
+    return next((name for name in usable if _unavailable(name, device, dtype) is None), "triton")
 
 
 def _unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:

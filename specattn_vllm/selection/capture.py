@@ -8,7 +8,8 @@ import torch
 
 from specattn_vllm.executors import Operations
 from specattn_vllm.options import SpecAttnOptions
-from specattn_vllm.selection.choose import Limits, choose
+from specattn_vllm.selection.choose import Limits
+from specattn_vllm.selection.ranking import Ranking
 
 # Query rows per request up to which one kernel does a draft layer's attention and leaves the scores behind. Longer rows
 # are prompts: another kernel attends, and only the sampled row's scores are made here.
@@ -32,11 +33,13 @@ class DraftCapture:
     `attend` per captured layer and `end_step`, then `select`. Nothing waits for the device and every buffer lasts, so a
     round of a fixed number of rows can be captured in a CUDA graph.
 
-    The mass of a layer is its softmax attention averaged over query heads: one vector per layer, shared by all heads
-    (Shah, arXiv 2510.27641, s.3). Only positions of the committed context are ranked; what is newer is always read, so
-    the K draft tokens need no place in the selection.
+    The mass of a layer is its softmax attention averaged over query heads: over all of them, one vector per layer
+    (Shah, arXiv 2510.27641, s.3), or over those of each KV head, one vector per head (Xu et al., arXiv 2605.15508).
+    Only positions of the committed context are ranked; what is newer is always read, so the K draft tokens need no
+    place in the selection.
 
-    With `sparse_draft`, every draft layer is captured at step 0, and later steps read what that step's top-p kept.
+    With `sparse_draft`, every draft layer is captured at step 0, and later steps read what was chosen from that step's
+    mass, averaged over all heads.
     """
 
     def __init__(
@@ -51,10 +54,12 @@ class DraftCapture:
         max_num_reqs: int,
         max_model_len: int,
         device: torch.device,
+        groups: int = 1,
         positions: torch.Tensor | None = None,
     ) -> None:
         """`layer_sources`: vLLM layer name of each captured draft layer -> its index. The first `num_sources` choose
-        for the target. `positions` [layers, max_num_reqs, width] int32: what `sparse_draft` reads later."""
+        for the target, in `groups` score groups: 1, or the draft's KV heads. `positions` [layers, max_num_reqs, width]
+        int32: what `sparse_draft` reads later."""
         self.options = options
         self.limits = Limits.of(options)
         self.operations = operations
@@ -62,20 +67,18 @@ class DraftCapture:
         self.num_sources = num_sources
         # Every row of mass sums to at most 1, which is what the fixed-point top-p needs.
         spread = num_steps if options.combine in ("sum", "max") else 1
-        self.weight = 1.0 / (num_heads * spread)
-        self.max_model_len = max_model_len
-        self.groups = 1
-        layers, words = len(layer_sources), -(-max_model_len // 32)
+        self.weight = groups / (num_heads * spread)
+        layers = len(layer_sources)
         # Halving the scores costs a mass nothing: their rounding moves it by less than a hundredth.
         score_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.scores = torch.empty((max_num_reqs, num_heads, max_model_len), dtype=score_dtype, device=device)
         self.lse = torch.empty((max_num_reqs, num_heads), dtype=torch.float32, device=device)
-        # Flat, so that any number of rows is a contiguous [S, R, G, ...] block.
-        self._mass = torch.empty(
-            layers * max_num_reqs * self.groups * max_model_len, dtype=torch.float32, device=device
-        )
-        self._bits = torch.empty(layers * max_num_reqs * self.groups * words, dtype=torch.int32, device=device)
-        self._counts = torch.empty(layers * max_num_reqs * self.groups, dtype=torch.int32, device=device)
+        # Where all heads share a selection, one ranking serves the target and the draft's own later steps.
+        shared = groups == 1
+        self.ranking = Ranking(layers if shared else num_sources, groups, max_num_reqs, max_model_len, device)
+        self.own_ranking = self.ranking
+        if options.sparse_draft and not shared:
+            self.own_ranking = Ranking(layers, 1, max_num_reqs, max_model_len, device)
         self._positions = positions
         self._kept = torch.empty((layers, max_num_reqs), dtype=torch.int32, device=device)
         self._rows = torch.arange(max_num_reqs, device=device)
@@ -85,20 +88,16 @@ class DraftCapture:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, without `positions`, which the caller owns."""
-        buffers = (self.scores, self.lse, self._mass, self._bits, self._counts, self._kept, self._rows, self._starts)
-        return sum(t.nbytes for t in buffers)
+        rankings = {self.ranking, self.own_ranking}  # one, or two
+        return sum(part.nbytes for part in (self.scores, self.lse, self._kept, self._rows, self._starts, *rankings))
 
     def begin_round(self, num_reqs: int, wanted: torch.Tensor) -> None:
         """Start a round of `num_reqs` rows; wanted [R] bool marks the rows whose next step is a verification."""
         self.num_reqs = num_reqs
         self.wanted = wanted
         self.step = -1
-        shape = (len(self.layer_sources), num_reqs, self.groups)
-        rows = shape[0] * shape[1] * shape[2]
-        words = -(-self.max_model_len // 32)
-        self.mass = self._mass[: rows * self.max_model_len].view(*shape, self.max_model_len)
-        self.bits = self._bits[: rows * words].view(*shape, words)
-        self.counts = self._counts[:rows].view(*shape)
+        self.ranking.begin(num_reqs)
+        self.own_ranking.begin(num_reqs)
 
     def begin_step(self, step: int, query_rows: torch.Tensor | None, row_lens: torch.Tensor | None) -> None:
         """Announce a draft step.
@@ -164,13 +163,24 @@ class DraftCapture:
                 **captured,
             )
         if scoring:
-            rule = self._combine_rule()
-            if pruned and rule == "store":
-                # What a pruned step does not read has no mass in it.
-                self.mass[layer].zero_()
-                rule = "add"
-            self.operations.accumulate_mass(scores, lse, self.prefix_lens, self.mass[layer], self.weight, rule, **reads)
+            self._accumulate(layer, pruned, reads)
         return fused
+
+    def _accumulate(self, layer: int, pruned: bool, reads: dict[str, torch.Tensor]) -> None:
+        """Mass of a layer from the scores that it just left."""
+        scores, lse = self.scores[: self.num_reqs], self.lse[: self.num_reqs]
+        if self.step == 0 and self.own_ranking is not self.ranking:
+            weight = self.weight / self.ranking.groups
+            mass = self.own_ranking.mass[layer]
+            self.operations.accumulate_mass(scores, lse, self.prefix_lens, mass, weight, "store")
+        if layer >= self.ranking.layers:
+            return
+        mass, rule = self.ranking.mass[layer], self._combine_rule()
+        if pruned and rule == "store":
+            # What a pruned step does not read has no mass in it.
+            mass.zero_()
+            rule = "add"
+        self.operations.accumulate_mass(scores, lse, self.prefix_lens, mass, self.weight, rule, **reads)
 
     def _combine_rule(self) -> str:
         if self.step == 0 or self.options.combine == "union":
@@ -179,36 +189,28 @@ class DraftCapture:
 
     def end_step(self) -> None:
         """Close a draft step: the union rule selects after each, and `sparse_draft` after the first."""
-        union = self.options.combine == "union"
         if self.step == 0 and self.options.sparse_draft:
             layers = len(self.layer_sources)
-            self._choose(layers, union=False)
-            rows, lengths = self._rows[: self.num_reqs], self.prefix_lens
+            own, rows, lengths = self.own_ranking, self._rows[: self.num_reqs], self.prefix_lens
+            own.choose(self.operations, self.limits, lengths, layers)
             positions, kept = self._positions[:layers, : self.num_reqs], self._kept[:layers, : self.num_reqs]
-            self.operations.build_positions(self.bits, rows, lengths, lengths, positions, kept)
-        elif union:
-            self._choose(self.num_sources, union=self.step > 0)
+            self.operations.build_positions(own.bits, rows, lengths, lengths, positions, kept)
+            if own is self.ranking:
+                return
+        if self.options.combine == "union":
+            self._choose(union=self.step > 0)
 
     def select(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The round's selection for the target: bits [S, R, G, W] and prefix_lens [R] int32 (0 for unwanted rows).
 
         A round in which nothing was drafted selects nothing.
         """
-        bits = self.bits[: self.num_sources]
+        bits = self.ranking.bits[: self.num_sources]
         if self.step < 0:
             return bits.zero_(), torch.zeros_like(self.wanted, dtype=torch.int32)
         if self.options.combine != "union":
-            self._choose(self.num_sources, union=False)
+            self._choose(union=False)
         return bits, self.prefix_lens
 
-    def _choose(self, layers: int, *, union: bool) -> None:
-        """Bits of the first `layers` layers from their mass."""
-        choose(
-            self.operations,
-            self.limits,
-            self.mass[:layers],
-            self.prefix_lens,
-            self.bits[:layers],
-            self.counts[:layers],
-            union=union,
-        )
+    def _choose(self, *, union: bool) -> None:
+        self.ranking.choose(self.operations, self.limits, self.prefix_lens, self.num_sources, union=union)

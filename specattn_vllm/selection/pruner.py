@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,10 +18,10 @@ from specattn_vllm.stats import Counters
 class SparsePlan:
     """Page tables of a step's short rows, which are rows 0..num_rows-1 of the batch and hold all that verify.
 
-    page_table [S, R, G, width] int32, kept [S, R, G] int32: ids into the head-folded view of a layer's cache, those of
-    the first KV head where all heads share a selection (G = 1). Both lie in buffers that last, at the same addresses
-    for every step, so a captured graph reads the tables of the step it is replayed in.
-    layer_sources: vLLM layer name -> S index, for the target layers that read a selection.
+    page_table [T, R, G, width] int32, kept [T, R, G] int32: ids into the head-folded view of a layer's cache, those of
+    the first KV head where all heads share a selection (G = 1), else those of each (G = H). Both lie in buffers that
+    last, at the same addresses for every step, so a captured graph reads the tables of the step it is replayed in.
+    layer_sources: vLLM layer name -> T index, for the target layers that read a selection.
     """
 
     num_rows: int
@@ -29,6 +30,21 @@ class SparsePlan:
     page_table: torch.Tensor
     kept: torch.Tensor
     layer_sources: dict[str, int]
+
+
+class TableMaps(NamedTuple):
+    """From what each page table is made, where each KV head reads a selection of its own; on the pruner's device."""
+
+    sources: torch.Tensor
+    """[T] int32: source of the store."""
+    groups: torch.Tensor
+    """[T, H] int32: group of the store for each KV head."""
+
+    @classmethod
+    def of(cls, made_from: list[tuple[int, tuple[int, ...]]], device: torch.device) -> TableMaps:
+        """From (source, groups) of each table."""
+        sources, groups = zip(*made_from, strict=True)
+        return cls(*(torch.tensor(m, dtype=torch.int32, device=device) for m in (sources, groups)))
 
 
 class Pruner:
@@ -49,10 +65,12 @@ class Pruner:
         num_kv_heads: int,
         max_query_len: int,
         page_table: torch.Tensor,
+        maps: TableMaps | None = None,
     ) -> None:
-        """layer_sources: target layer name -> source; num_layers: target layers in all; max_query_len: tokens of the
-        longest verification, K + 1. page_table [S or more, max_num_reqs, G, width] int32: where the tables are made;
-        what else it serves between steps does not matter."""
+        """layer_sources: target layer name -> table; num_layers: target layers in all; max_query_len: tokens of the
+        longest verification, K + 1. page_table [T or more, max_num_reqs, G, width] int32: where the tables are made;
+        what else it serves between steps does not matter. Without maps there is a table for each source and group of
+        the store."""
         self.store = store
         self.operations = operations
         self.counters = counters
@@ -60,16 +78,17 @@ class Pruner:
         self.num_layers = num_layers
         self.num_kv_heads = num_kv_heads
         self.max_query_len = max_query_len
-        sources, groups = store.bits.shape[0], store.bits.shape[2]
+        self.maps = maps
+        tables, groups = (store.bits.shape[0], store.bits.shape[2]) if maps is None else maps.groups.shape
         self.device = page_table.device
-        self._page_table = page_table[:sources]
-        self._kept = torch.zeros((sources, page_table.shape[1], groups), dtype=torch.int32, device=self.device)
-        layers_of = [list(layer_sources.values()).count(s) for s in range(sources)]
+        self._page_table = page_table[:tables]
+        self._kept = torch.zeros((tables, page_table.shape[1], groups), dtype=torch.int32, device=self.device)
+        layers_of = [list(layer_sources.values()).count(t) for t in range(tables)]
         self._layers_of = torch.tensor(layers_of, dtype=torch.int64, device=self.device)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers, without the page tables, which the caller owns."""
+        """Bytes of the buffers, without the page tables and their maps, which the caller owns."""
         return self._kept.nbytes
 
     def attach(self, block_size: int, page_strides: Callable[[], tuple[int, int, int]]) -> None:
@@ -119,6 +138,7 @@ class Pruner:
             self.page_strides(),
             page_table,
             kept,
+            *(() if self.maps is None else self.maps),
         )
         verifies = ~prefilling_cpu[:rows] & (query_start_loc_cpu[1 : rows + 1] > query_start_loc_cpu[:rows])
         if verifying := int(verifies.sum()):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from vllm.config import ModelConfig, VllmConfig, get_layers_from_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
@@ -17,7 +18,7 @@ from specattn_vllm.fingerprint import ModelFacts, facts_from_config
 from specattn_vllm.layer_map import LayerMap, LayerMapError
 from specattn_vllm.selection.capture import DraftCapture
 from specattn_vllm.selection.pages import page_strides
-from specattn_vllm.selection.pruner import Pruner
+from specattn_vllm.selection.pruner import Pruner, TableMaps
 from specattn_vllm.selection.store import SelectionStore
 
 if TYPE_CHECKING:
@@ -45,13 +46,18 @@ def resolve_layer_map(vllm_config: VllmConfig, options: SpecAttnOptions) -> Laye
     """The layer map for an engine's pair of models, with the options' dense layers."""
     target = model_facts(vllm_config.model_config)
     draft = model_facts(vllm_config.speculative_config.draft_model_config)
-    found = layer_map.resolve(options.layer_map, target, draft, check_weights=options.check_weights)
-    found = found.with_dense(options.dense_layers)
+    found = layer_map.resolve(
+        options.layer_map, target, draft, method=options.method, check_weights=options.check_weights
+    ).with_dense(options.dense_layers)
     if not found.sources and not options.is_lossless:
         raise LayerMapError(
             "every target layer is dense (layer map and dense_layers together), so nothing would be pruned: "
             "use method='dense', or leave some layers out of dense_layers"
         )
+    if options.per_head:
+        ranks = vllm_config.parallel_config.tensor_parallel_size
+        for rank in range(ranks):
+            found.local_heads(rank, ranks)  # or a refusal
     return found
 
 
@@ -63,7 +69,7 @@ class Selection:
     store: SelectionStore
     pruner: Pruner | None
     tables: torch.Tensor
-    """[layers, requests, G, width] int32: page tables in the target's step, positions while drafting."""
+    """[tables, requests, G, width] int32: page tables in the target's step, positions while drafting."""
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -107,15 +113,19 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
     sources = () if found is None else found.sources
     # Layers that choose for the target come first, so that theirs are the first selections.
     captured = [*sources, *(i for i in sorted(draft) if options.sparse_draft and i not in sources)]
-    source_of = {draft_layer: s for s, draft_layer in enumerate(sources)}
+    layer_tables, made_from = _tables(found, target, layers[target[0]].impl.num_kv_heads, options)
+    # The bits of a source are those of the draft's KV heads, a table has those of the target's.
+    groups = layers[draft[0]].impl.num_kv_heads if options.per_head else 1
+    num_tables, heads = (len(sources), 1) if made_from is None else (len(made_from), len(made_from[0][1]))
     requests = speculator.max_num_reqs
     # Rows of a whole number of vectors: a row that begins anywhere is read and written one number at a time, which made
     # a round a quarter slower (H200, 16 requests of 32k).
     longest = -(-speculator.max_model_len // ROW_MULTIPLE) * ROW_MULTIPLE
 
     def allocate(device: torch.device) -> Selection:
-        tables = torch.empty((len(captured), requests, 1, longest), dtype=torch.int32, device=device)
-        store = SelectionStore(len(sources), requests, 1, longest, device, options.refresh_every)
+        shape = (max(num_tables, len(captured)), requests, heads, longest)
+        tables = torch.empty(shape, dtype=torch.int32, device=device)
+        store = SelectionStore(len(sources), requests, groups, longest, device, options.refresh_every)
         capture = DraftCapture(
             options,
             speculator.operations,
@@ -126,8 +136,9 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
             max_num_reqs=requests,
             max_model_len=longest,
             device=device,
+            groups=groups,
             # Drafting and verification take turns, so what the draft reads may lie where the target's tables do.
-            positions=tables[:, :, 0],
+            positions=tables[: len(captured), :, 0],
         )
         if found is None:
             return Selection(capture, store, None, tables)
@@ -135,11 +146,12 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
             store,
             speculator.operations,
             speculator.counters,
-            layer_sources={target[j]: source_of[i] for j, i in enumerate(found.layers) if i is not None},
+            layer_sources=layer_tables,
             num_layers=len(target),
             num_kv_heads=layers[target[0]].impl.num_kv_heads,
             max_query_len=speculator.num_speculative_steps + 1,
             page_table=tables,
+            maps=None if made_from is None else TableMaps.of(made_from, device),
         )
         return Selection(capture, store, pruner, tables)
 
@@ -150,16 +162,35 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
     return selection
 
 
+def _tables(
+    found: LayerMap | None, target: dict[int, str], local_kv_heads: int, options: SpecAttnOptions
+) -> tuple[dict[str, int], list[tuple[int, tuple[int, ...]]] | None]:
+    """Table of each target layer that reads a selection, and for selections per head from what each table is made:
+    its source, and the group of each of this rank's KV heads. Layers that are mapped alike share a table."""
+    if found is None:
+        return {}, None
+    source_of = {draft_layer: s for s, draft_layer in enumerate(found.sources)}
+    mapped = {j: source_of[i] for j, i in enumerate(found.layers) if i is not None}
+    if not options.per_head:
+        return {target[j]: source for j, source in mapped.items()}, None
+    ranks = found.target.num_key_value_heads // local_kv_heads
+    heads = found.local_heads(get_tensor_model_parallel_rank() if ranks > 1 else 0, ranks)
+    made_from = {j: (source, heads[j]) for j, source in mapped.items()}
+    distinct = list(dict.fromkeys(made_from.values()))
+    return {target[j]: distinct.index(of) for j, of in made_from.items()}, distinct
+
+
 def _refuse_if_too_large(nbytes: dict[str, int], speculator: SpecAttnSpeculator) -> None:
     if speculator.device.type != "cuda":
         return  # pages of a CPU's memory are taken when they are written
     free, _ = torch.cuda.mem_get_info(speculator.device)
     total = sum(nbytes.values())
     if total > free // 2:
+        remedy = ", or set method='specattn', whose heads share page tables" if speculator.options.per_head else ""
         raise ValueError(
             f"specattn needs {total / 2**30:.1f} GiB ({_sizes(nbytes)}) for max_num_seqs = {speculator.max_num_reqs} "
             f"requests of max_model_len = {speculator.max_model_len} tokens, more than half of the "
-            f"{free / 2**30:.1f} GiB that the weights leave: lower --max-num-seqs or --max-model-len"
+            f"{free / 2**30:.1f} GiB that the weights leave: lower --max-num-seqs or --max-model-len{remedy}"
         )
 
 
@@ -196,11 +227,14 @@ def _announce(
         "the target model's own. For lossless speculation set method='dense'.",
         options.method,
     )
+    kept = f"top_p={options.top_p} of the draft's attention"
+    if options.fixed_budget:
+        kept = f"ratio={options.ratio} of the context"
     logger.info(
-        "specattn: top_p=%s of the draft's attention, combine=%s, draft layer per target layer [%s] ('-' reads "
-        "everything)",
-        options.top_p,
+        "specattn: %s, combine=%s, selections %s, draft layer per target layer [%s] ('-' reads everything)",
+        kept,
         options.combine,
+        "per KV head" if options.per_head else "shared by all heads",
         pairs,
     )
     if options.refresh_every is not None:
@@ -209,4 +243,11 @@ def _announce(
         logger.warning(
             "specattn: the layer map is uniform, not calibrated for this pair of models: expect worse quality at the "
             "same KV read. Set layer_map to a calibrated map to silence this."
+        )
+    if options.per_head and found.heads is None:
+        logger.warning(
+            "specattn: the layer map has no heads, so the KV heads of target and draft are paired by proportion, which "
+            "is not calibrated: expect worse quality at the same KV read. Set layer_map to a map for method '%s' to "
+            "silence this.",
+            options.method,
         )

@@ -44,6 +44,7 @@ def _make(opts: SpecAttnOptions, num_sources: int = len(SOURCES), executor: str 
         max_num_reqs=MAX_REQS,
         max_model_len=MAX_LEN,
         device=CPU,
+        groups=KV_HEADS if opts.per_head else 1,
         positions=tables[:, :, 0],
     )
 
@@ -155,47 +156,56 @@ class Draft:
         """The top-p of step 0 on its own, which is what `sparse_draft` goes by."""
         return top_p(self.step_mass(name, r, opts)[0], opts)
 
-    def step_mass(self, name: str, r: int, opts: SpecAttnOptions) -> list[list[float]]:
-        """The mass of each step on the committed context of request r, averaged over query heads."""
-        known = self.memory.setdefault((name, r, opts.sparse_draft and opts), [])
+    def step_mass(self, name: str, r: int, opts: SpecAttnOptions, group: int | None = None) -> list[list[float]]:
+        """The mass of each step on the committed context of request r, averaged over query heads: all, or those of a
+        KV head."""
+        known = self.memory.setdefault((name, r, opts.sparse_draft and opts, group), [])
+        each = HEADS // KV_HEADS
+        heads = slice(None) if group is None else slice(group * each, (group + 1) * each)
         while len(known) < STEPS:
             k = len(known)
             query = self.queries[name, k][int(self.query_rows[r]) if k == 0 else r]
             mass = [0.0] * (self.lens[r] - 1)
             if k > 0 and opts.sparse_draft and self.lens[r] > 1:
-                read = [*sorted(top_p(known[0], opts)), *range(self.lens[r] - 1, self.lens[r] + k)]
+                # What a step reads is the same for all heads.
+                first = known if group is None else self.step_mass(name, r, opts)
+                read = [*sorted(top_p(first[0], opts)), *range(self.lens[r] - 1, self.lens[r] + k)]
             else:
                 read = [*range(self.lens[r] + k)]
-            for p, weight in zip(read, self.attention(name, query, r, read)[0].mean(0).tolist(), strict=True):
+            weights = self.attention(name, query, r, read)[0][heads].mean(0).tolist()
+            for p, weight in zip(read, weights, strict=True):
                 if p < len(mass):
                     mass[p] = weight
             known.append(mass)
         return known
 
-    def combined(self, name: str, r: int, opts: SpecAttnOptions) -> list[float]:
+    def combined(self, name: str, r: int, opts: SpecAttnOptions, group: int | None = None) -> list[float]:
         """One mass per token, in the units of a single step."""
-        steps = self.step_mass(name, r, opts)
+        steps = self.step_mass(name, r, opts, group)
         if opts.combine == "sum":
             return [sum(masses) / STEPS for masses in zip(*steps, strict=True)]
         if opts.combine == "max":
             return [max(masses) / STEPS for masses in zip(*steps, strict=True)]
         return steps[0]
 
-    def selection(self, opts: SpecAttnOptions, name: str, r: int) -> set[int]:
+    def selection(self, opts: SpecAttnOptions, name: str, r: int, group: int | None = None) -> set[int]:
         if opts.combine == "union":
-            return set().union(*(top_p(mass, opts) for mass in self.step_mass(name, r, opts)))
-        return top_p(self.combined(name, r, opts), opts)
+            return set().union(*(top_p(mass, opts) for mass in self.step_mass(name, r, opts, group)))
+        return top_p(self.combined(name, r, opts, group), opts)
 
 
 def top_p(mass: list[float], opts: SpecAttnOptions) -> set[int]:
-    """The forced tokens, then by mass until the share is reached, between floor and cap."""
+    """The forced tokens, then by mass until the share is reached, between floor and cap; a fixed budget is a cap."""
+    share, fraction = opts.top_p, opts.max_fraction
+    if opts.rule == "top_k" or (opts.rule is None and opts.method == "sts"):
+        share, fraction = 1, min(opts.ratio, fraction)
     n = len(mass)
     forced = {p for p in range(n) if p < opts.sink_tokens or p >= n - opts.recent_tokens}
     order = sorted(forced) + sorted(set(range(n)) - forced, key=lambda p: (-mass[p], -p))
     count, total = len(forced), sum(mass)
-    while count < n and (opts.top_p == 1 or sum(mass[p] for p in order[:count]) < opts.top_p * total):
+    while count < n and (share == 1 or sum(mass[p] for p in order[:count]) < share * total):
         count += 1
-    cap = min(n, math.ceil(n * opts.max_fraction), n if opts.max_tokens is None else opts.max_tokens)
+    cap = min(n, math.ceil(n * fraction), n if opts.max_tokens is None else opts.max_tokens)
     cap = max(cap, len(forced))
     return set(order[: max(min(count, cap), min(opts.min_tokens, cap))])
 

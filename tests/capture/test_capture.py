@@ -64,7 +64,7 @@ def test_the_mass_is_the_mean_over_heads_combined_over_steps(draft_of, options, 
     draft.run(capture, [True, True])
     for (s, name), r in itertools.product(enumerate(sources), range(2)):
         wanted = torch.tensor(draft.combined(name, r, opts))
-        torch.testing.assert_close(capture.mass[s, r, 0, : draft.lens[r] - 1], wanted, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(capture.ranking.mass[s, r, 0, : draft.lens[r] - 1], wanted, rtol=1e-4, atol=1e-7)
 
 
 @COMBINE
@@ -75,7 +75,7 @@ def test_mass_never_sums_to_more_than_one(draft_of, options, make, combine, spar
     sums = []
 
     def watch(k, source):
-        sums.extend(capture.mass[source, r, 0, : n - 1].sum().item() for r, n in enumerate(draft.lens))
+        sums.extend(capture.ranking.mass[source, r, 0, : n - 1].sum().item() for r, n in enumerate(draft.lens))
 
     draft.run(capture, [True] * 3, after_layer=watch)
     assert len(sums) == STEPS * len(capture.layer_sources) * 3
@@ -104,7 +104,7 @@ def test_rows_that_are_not_wanted_get_nothing_and_change_nothing(draft_of, optio
 @COMBINE
 def test_a_round_without_wanted_rows_selects_nothing(draft_of, options, make, combine):
     draft, capture = draft_of(60, 33), make(options(combine))
-    capture._bits.fill_(-1)
+    capture.ranking._bits.fill_(-1)
     draft.run(capture, [False, False])
     bits, prefix_lens = capture.select()
     assert prefix_lens.tolist() == [0, 0]
@@ -127,8 +127,8 @@ def test_rounds_of_different_sizes_do_not_see_each_other(draft_of, options, make
     capture = make(opts)
     for seed, lens in enumerate(([60, 33, 20, 17, 50], [9], [66, 40], [5, 6, 7, 8, 9])):
         # Bits nobody set, masses above everything: what an earlier round left must not matter.
-        capture._bits.fill_(-1)
-        capture._mass.fill_(1e9)
+        capture.ranking._bits.fill_(-1)
+        capture.ranking._mass.fill_(1e9)
         capture._kept.fill_(7)
         capture.scores.fill_(1e9)
         draft = draft_of(*lens, seed=seed)
@@ -251,7 +251,8 @@ def test_a_round_of_the_same_size_lies_at_the_same_addresses(draft_of, options, 
     for lens in ((60, 33), (9,), (66, 40)):
         draft_of(*lens).run(capture, [True] * len(lens))
         bits, _ = capture.select()
-        held = (capture.mass, bits, capture.counts, capture.scores, capture.lse, capture._kept, capture._positions)
+        ranking = capture.ranking
+        held = (ranking.mass, bits, ranking.counts, capture.scores, capture.lse, capture._kept, capture._positions)
         places.append([t.data_ptr() for t in held])
     assert places[0] == places[2]
 
@@ -272,7 +273,7 @@ def test_a_round_without_a_draft_step_selects_nothing(make, combine):
     capture = make(SpecAttnOptions(combine=combine))
     for rows in (3, 1, 2):
         capture.begin_round(rows, torch.ones(rows, dtype=torch.bool))
-        capture._bits.fill_(-1)
+        capture.ranking._bits.fill_(-1)
         bits, prefix_lens = capture.select()
         assert bits.shape[1] == rows
         assert not bits.any()

@@ -70,7 +70,7 @@ def test_the_mass_of_a_step_is_that_of_its_own_softmax(draft_of, sparse, make, s
     draft.run(capture, [True] * 4)
     for (s, name), r in itertools.product(enumerate(sources), range(4)):
         wanted = torch.tensor(draft.combined(name, r, opts))
-        torch.testing.assert_close(capture.mass[s, r, 0, : LENS[r] - 1], wanted, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(capture.ranking.mass[s, r, 0, : LENS[r] - 1], wanted, rtol=1e-4, atol=1e-7)
 
 
 def test_the_union_s_mass_is_that_of_the_last_step_alone(draft_of, sparse, make, sources):
@@ -80,7 +80,7 @@ def test_the_union_s_mass_is_that_of_the_last_step_alone(draft_of, sparse, make,
     draft.run(capture, [True] * 4)
     for (s, name), r in itertools.product(enumerate(sources), range(4)):
         wanted = torch.tensor(draft.step_mass(name, r, opts)[-1])
-        torch.testing.assert_close(capture.mass[s, r, 0, : LENS[r] - 1], wanted, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(capture.ranking.mass[s, r, 0, : LENS[r] - 1], wanted, rtol=1e-4, atol=1e-7)
 
 
 def test_it_makes_a_difference_to_later_steps_alone(draft_of, sparse, options, sources):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import math
 from collections import defaultdict
 
@@ -16,15 +17,16 @@ pytestmark = pytest.mark.engine
 SINK, RECENT, FLOOR, STEPS = 4, 16, 48, 4
 
 
-def _choose(mass: list[float], top_p: float) -> set[int]:
-    """Token positions by the documented rule, on a Python list: sort, add up, stop."""
+def _choose(mass: list[float], top_p: float, ratio: float | None = None) -> set[int]:
+    """Token positions by the documented rule, on a Python list: sort, add up, stop; with a ratio, at that share."""
     length = len(mass)
     quanta = [int(m * 2**30) for m in mass]
     forced = {p for p in range(length) if p < SINK or p >= length - RECENT}
     goal = (sum(quanta) * round(top_p * 65536) + 65535) // 65536
     kept, held = set(forced), sum(quanta[p] for p in forced)
+    budget = None if ratio is None else max((length * round(ratio * 65536) + 65535) // 65536, len(forced))
     for p in sorted(set(range(length)) - forced, key=lambda p: (quanta[p], p), reverse=True):
-        if held >= goal and len(kept) >= min(FLOOR, length):
+        if len(kept) >= budget if budget is not None else held >= goal and len(kept) >= min(FLOOR, length):
             break
         kept.add(p)
         held += quanta[p]
@@ -34,19 +36,19 @@ def _choose(mass: list[float], top_p: float) -> set[int]:
 class Oracle:
     """Follows scores and tables through wrappers around the operations, and remembers what should have been kept."""
 
-    def __init__(self, combine: str, top_p: float, monkeypatch) -> None:
+    def __init__(self, combine: str, top_p: float, monkeypatch, ratio: float | None = None) -> None:
         from specattn_vllm import executors
         from specattn_vllm.selection.store import SelectionStore
 
-        self.combine, self.top_p = combine, top_p
-        self.round: list[list[list[float]]] = []  # [step * S + source][row] -> mass over positions
-        self.selected: dict[int, tuple[int, list[set[int]]]] = {}  # slot -> (context length, kept per source)
+        self.combine, self.top_p, self.ratio = combine, top_p, ratio
+        self.round: list[list[list[list[float]]]] = []  # [step * S + source][row][group] -> mass over positions
+        self.selected: dict[int, tuple[int, list[list[set[int]]]]] = {}  # slot -> (context length, [source][group])
         self.checked = self.pruned = 0
         self.sources = None
         resolve, put = executors.resolve, SelectionStore.put
 
-        def watched(name, device, dtype):
-            real = resolve(name, device, dtype)
+        def watched(*arguments, **keywords):
+            real = resolve(*arguments, **keywords)
             return dataclasses.replace(
                 real,
                 accumulate_mass=functools.partial(accumulate_mass, real.accumulate_mass),
@@ -57,7 +59,7 @@ class Oracle:
             rows = []
             for r, length in enumerate(lens.tolist()):
                 softmax = torch.exp(scores[r, :, :length].float() - lse[r, :, None])
-                rows.append((softmax.sum(0) * weight).tolist())
+                rows.append((softmax.unflatten(0, (mass.shape[1], -1)).sum(1) * weight).tolist())
             self.round.append(rows)
             operation(scores, lse, lens, mass, weight, combine)
 
@@ -69,52 +71,86 @@ class Oracle:
             put(store, slots, bits, prefix_lens)
 
         def build_page_tables(
-            operation, bits, slots, prefix_lens, seq_lens, block_table, block_size, strides, table, kept
+            operation, bits, slots, prefix_lens, seq_lens, block_table, block_size, strides, table, kept, *maps
         ):
-            operation(bits, slots, prefix_lens, seq_lens, block_table, block_size, strides, table, kept)
+            operation(bits, slots, prefix_lens, seq_lens, block_table, block_size, strides, table, kept, *maps)
+            made_from = [(s, [0]) for s in range(bits.shape[0])]
+            if maps:
+                made_from = [*zip(maps[0].tolist(), maps[1].tolist(), strict=True)]
             for row, slot in enumerate(slots.tolist()):
-                self._check(row, slot, prefix_lens, seq_lens, block_table, block_size, strides, table, kept)
+                self._check(row, slot, prefix_lens, seq_lens, block_table, block_size, strides, table, kept, made_from)
 
         monkeypatch.setattr(executors, "resolve", watched)
         monkeypatch.setattr(SelectionStore, "put", store_put)
 
-    def _kept(self, row: int, length: int) -> list[set[int]]:
+    def _kept(self, row: int, length: int) -> list[list[set[int]]]:
         steps = defaultdict(list)
         for call, rows in enumerate(self.round):
             steps[call % self.sources].append(rows[row])
-        kept = []
         for source in range(self.sources):
-            masses = steps[source]
-            assert len(masses) == (1 if self.combine == "first" else STEPS)
-            if self.combine == "union":
-                kept.append(set().union(*(_choose(mass, self.top_p) for mass in masses)))
-                continue
-            total = torch.tensor(masses[0], dtype=torch.float32)
-            for mass in masses[1:]:
-                more = torch.tensor(mass, dtype=torch.float32)
-                total = total + more if self.combine == "sum" else torch.maximum(total, more)
-            kept.append(_choose(total.tolist(), self.top_p))
-        return kept
+            assert len(steps[source]) == (1 if self.combine == "first" else STEPS)
+        return [[self._group(masses) for masses in zip(*steps[source], strict=True)] for source in range(self.sources)]
 
-    def _check(self, row, slot, prefix_lens, seq_lens, block_table, block_size, strides, table, kept) -> None:
+    def _group(self, masses: tuple[list[float], ...]) -> set[int]:
+        """What one group keeps by its mass in each step."""
+        if self.combine == "union":
+            return set().union(*(_choose(mass, self.top_p, self.ratio) for mass in masses))
+        total = torch.tensor(masses[0], dtype=torch.float32)
+        for mass in masses[1:]:
+            more = torch.tensor(mass, dtype=torch.float32)
+            total = total + more if self.combine == "sum" else torch.maximum(total, more)
+        return _choose(total.tolist(), self.top_p, self.ratio)
+
+    def _check(
+        self, row, slot, prefix_lens, seq_lens, block_table, block_size, strides, table, kept, made_from
+    ) -> None:
         prefix, total = int(prefix_lens[row]), int(seq_lens[row])
-        for source in range(table.shape[0]):
-            if prefix < 0:
+        block, per_head, token = strides
+        for t, (source, groups) in enumerate(made_from):
+            for head, group in enumerate(groups):
                 positions = list(range(total))
-            else:
-                length, chosen = self.selected[slot]
-                assert length == prefix
-                positions = sorted(chosen[source]) + list(range(prefix, total))
-            self.pruned += len(positions) < total
-            for head in range(table.shape[2]):
-                block, per_head, token = strides
+                if prefix >= 0:
+                    length, chosen = self.selected[slot]
+                    assert length == prefix
+                    positions = sorted(chosen[source][group]) + list(range(prefix, total))
+                self.pruned += len(positions) < total
                 ids = [
                     int(block_table[row, p // block_size]) * block + head * per_head + p % block_size * token
                     for p in positions
                 ]
-                assert int(kept[source, row, head]) == len(ids)
-                assert table[source, row, head, : len(ids)].tolist() == ids
+                assert int(kept[t, row, head]) == len(ids)
+                assert table[t, row, head, : len(ids)].tolist() == ids
                 self.checked += 1
+
+
+@pytest.mark.parametrize("combine", ["sum", "union"])
+def test_page_tables_per_head_equal_the_oracle(combine, engine, greedy, prompts, monkeypatch, counts, tmp_path):
+    """Method 'sts', through a map in which no head is mapped to the one of its own number alone."""
+    from specattn_vllm import layer_map
+
+    shipped = json.loads(layer_map.shipped()["demo"].read_bytes())
+    heads = [None if i is None else ([1, 0], [0, 0], [1, 1])[j % 3] for j, i in enumerate(shipped["layers"])]
+    path = tmp_path / "crossed.json"
+    path.write_text(json.dumps({**shipped, "method": "sts", "heads": heads}))
+    oracle = Oracle(combine, 1.0, monkeypatch, ratio=0.125)
+    options = {
+        "method": "sts", "ratio": 0.125, "combine": combine, "sink_tokens": SINK, "recent_tokens": RECENT,
+        "min_tokens": 0, "layer_map": str(path),
+    }  # fmt: skip
+    llm = engine(options, num_speculative_tokens=STEPS)
+    greedy(llm, prompts([20, 130, 700, 1300]), 12)
+    assert oracle.checked > 100 and oracle.pruned >= 80
+    seen = counts(llm)
+    assert seen.sparse_rows == seen.verify_rows
+    # One of six layers is dense; budgets are met but for what a short context forces, and the new tokens.
+    assert seen.kv_fraction < (1 + 5 * 0.15) / 6 or combine == "union"
+    [pruner] = _pruners(llm)
+    tables = {j: tuple(pruner.maps.groups[t].tolist()) for j, t in _by_layer(pruner).items()}
+    assert tables == {j: tuple(row) for j, row in enumerate(heads) if row is not None}
+
+
+def _by_layer(pruner) -> dict[int, int]:
+    return {int(name.split(".layers.")[1].split(".")[0]): t for name, t in pruner.layer_sources.items()}
 
 
 @pytest.mark.parametrize("combine", ["sum", "max", "union", "first"])
@@ -142,7 +178,7 @@ def test_what_is_captured_is_the_attention_of_the_draft_model(engine, greedy, pr
     select = DraftCapture.select
 
     def watched(self):
-        captured.append((int(self.prefix_lens[0]), self.mass[:, 0, 0].clone().cpu(), dict(self.layer_sources)))
+        captured.append((int(self.prefix_lens[0]), self.ranking.mass[:, 0, 0].clone().cpu(), dict(self.layer_sources)))
         return select(self)
 
     monkeypatch.setattr(DraftCapture, "select", watched)

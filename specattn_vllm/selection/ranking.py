@@ -1,0 +1,45 @@
+"""Attention mass of draft layers, and the tokens chosen from it, in buffers that serve any number of rows."""
+
+from __future__ import annotations
+
+import torch
+
+from specattn_vllm.executors import Operations
+from specattn_vllm.selection.choose import Limits, choose
+
+
+class Ranking:
+    """Mass of S layers in G score groups, the bits chosen from it, and how many they are.
+
+    After `begin(R)`: mass [S, R, G, L] float32, bits [S, R, G, W] int32 and counts [S, R, G] int32, contiguous, at the
+    same addresses for every round of as many rows. What they held before is undefined.
+    """
+
+    def __init__(self, layers: int, groups: int, max_num_reqs: int, max_model_len: int, device: torch.device) -> None:
+        self.layers, self.groups, self.max_model_len = layers, groups, max_model_len
+        self.words = -(-max_model_len // 32)
+        # Flat, so that any number of rows is a contiguous [S, R, G, ...] block.
+        rows = layers * max_num_reqs * groups
+        self._mass = torch.empty(rows * max_model_len, dtype=torch.float32, device=device)
+        self._bits = torch.empty(rows * self.words, dtype=torch.int32, device=device)
+        self._counts = torch.empty(rows, dtype=torch.int32, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return self._mass.nbytes + self._bits.nbytes + self._counts.nbytes
+
+    def begin(self, num_reqs: int) -> None:
+        """Lay the buffers out for a number of rows."""
+        shape = (self.layers, num_reqs, self.groups)
+        rows = shape[0] * shape[1] * shape[2]
+        self.mass = self._mass[: rows * self.max_model_len].view(*shape, self.max_model_len)
+        self.bits = self._bits[: rows * self.words].view(*shape, self.words)
+        self.counts = self._counts[:rows].view(*shape)
+
+    def choose(
+        self, operations: Operations, limits: Limits, lens: torch.Tensor, layers: int, *, union: bool = False
+    ) -> None:
+        """Bits of the first `layers` layers from their mass on the first lens [R] int32 tokens of each row."""
+        choose(
+            operations, limits, self.mass[:layers], lens, self.bits[:layers], self.counts[:layers], union=union
+        )  # fmt: skip
