@@ -1,4 +1,5 @@
-"""Layer similarity and the monotone map against plain references, and the calibration script on a tiny pair."""
+"""Similarities of layers and heads and the maps made of them against plain references, and the calibration script on a
+tiny pair."""
 
 import importlib.util
 import itertools
@@ -11,7 +12,17 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from specattn_vllm.calibration import EPSILON, Similarity, layer_similarity, monotone_map  # noqa: E402
+from specattn_vllm.calibration import (  # noqa: E402
+    EPSILON,
+    HEAD_SIMILARITIES,
+    HeadSimilarity,
+    Similarity,
+    head_jaccard,
+    head_map,
+    head_overlap,
+    layer_similarity,
+    monotone_map,
+)
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 
@@ -87,6 +98,61 @@ def test_map_of_a_tensor_and_of_nonsense():
             monotone_map(bad)
 
 
+def test_overlap_is_what_two_heads_agree_on():
+    lengths = torch.tensor([1, 5, 12])
+    a, b = distributions(3, lengths, 12, 0), distributions(2, lengths, 12, 1)
+    want = [[np.minimum(p.numpy(), q.numpy()).sum(dtype=float) for q in b] for p in a]
+    np.testing.assert_allclose(head_overlap(a, b, lengths).numpy(), want, rtol=1e-6)
+    assert torch.allclose(head_overlap(a, a, lengths).diagonal(), torch.full((3,), 3.0, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("top", [1, 4, 12, 50])
+def test_jaccard_is_that_of_the_most_attended_keys(top):
+    lengths = torch.tensor([2, 5, 12])
+    a, b = distributions(3, lengths, 12, 2), distributions(2, lengths, 12, 3)
+
+    def best(row, keys):
+        return set(sorted(range(keys), key=lambda k: -row[k])[:top])
+
+    want = np.zeros((3, 2))
+    for h, d, r in itertools.product(range(3), range(2), range(3)):
+        p, q = (best(x[r].tolist(), int(lengths[r])) for x in (a[h], b[d]))
+        want[h, d] += len(p & q) / len(p | q)
+    np.testing.assert_allclose(head_jaccard(a, b, lengths, top).numpy(), want, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", HEAD_SIMILARITIES)
+def test_head_similarity_is_the_mean_over_all_queries_of_every_pair_of_layers(kind):
+    lengths = torch.tensor([2, 100, 90, 128])
+    a = torch.stack([distributions(3, lengths, 128, seed) for seed in (0, 1)])
+    b = torch.stack([distributions(2, lengths, 128, seed) for seed in (2, 3, 4)])
+    accumulator = HeadSimilarity(kind)
+    with pytest.raises(ValueError, match="no queries"):
+        accumulator.mean()
+    accumulator.add(a[:, :, :1], b[:, :, :1], lengths[:1])
+    accumulator.add(a[:, :, 1:], b[:, :, 1:], lengths[1:])
+    found = accumulator.mean()
+    assert found.shape == (2, 3, 3, 2) and (found > 0).all() and (found < 1).all()
+    for j, i in itertools.product(range(2), range(3)):
+        want = HEAD_SIMILARITIES[kind](a[j], b[i], lengths) / 4
+        torch.testing.assert_close(found[j, i], want)
+
+
+def test_head_map_takes_the_most_similar_and_of_equals_the_first():
+    similarity = torch.tensor([[0.1, 0.7, 0.2], [0.5, 0.5, 0.4], [0.0, 0.0, 0.0]])
+    assert head_map(similarity) == [1, 0, 0]
+
+
+def test_head_map_within_ranks_stays_there():
+    similarity = torch.tensor([[0.1, 0.2, 0.3, 0.9], [0.9, 0.2, 0.3, 0.9], [0.9, 0.1, 0.2, 0.3], [0.1, 0.9, 0.3, 0.2]])
+    assert head_map(similarity) == [3, 0, 0, 1]
+    assert head_map(similarity, ranks=2) == [1, 0, 3, 2]
+    assert head_map(similarity, ranks=4) == [0, 1, 2, 3]
+    assert head_map(similarity[:, :2], ranks=2) == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match="3 ranks do not divide 4 target heads and 4 draft heads"):
+        head_map(similarity, ranks=3)
+
+
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """Folders of a target and a draft with random weights, and a corpus directory."""
@@ -136,7 +202,8 @@ def test_captured_rows_are_those_of_eager_attention(script, pair):
     with torch.inference_mode():
         found = capture.run(load(script.ROWS), ids, queries)
         eager = load("eager")(input_ids=ids[None], output_attentions=True).attentions
-    want = torch.stack([layer[0].mean(0)[queries] for layer in eager])
+    # Four query heads share two KV heads.
+    want = torch.stack([layer[0].unflatten(0, (2, 2)).mean(1)[:, queries] for layer in eager])
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-6)
 
 
@@ -144,8 +211,7 @@ def test_script_writes_a_map_the_loader_takes_and_repeats_it(script, pair, tmp_p
     layer_map = pytest.importorskip("specattn_vllm.layer_map")
     texts = []
     for name in ("one.json", "two.json"):
-        script.main(["--target", str(pair / "target"), "--draft", str(pair / "draft"), "--corpus", str(pair / "corpus"),
-                     "--out", str(tmp_path / name), "--tokens", "1000", "--window", "256", "--queries", "16"])
+        run(script, pair, tmp_path / name)
         texts.append((tmp_path / name).read_text())
     assert texts[0] == texts[1].replace("two.json", "one.json")
     data = json.loads(texts[0])
@@ -156,3 +222,50 @@ def test_script_writes_a_map_the_loader_takes_and_repeats_it(script, pair, tmp_p
     assert str(pair) not in texts[0]
     read = layer_map.read(tmp_path / "one.json")
     assert read.calibrated and read.target.num_hidden_layers == 3
+
+
+@pytest.mark.parametrize("kind", HEAD_SIMILARITIES)
+def test_script_writes_a_head_map_that_follows_from_what_it_measured(script, pair, tmp_path, kind):
+    layer_map = pytest.importorskip("specattn_vllm.layer_map")
+    texts = []
+    for name in ("one.json", "two.json"):
+        run(script, pair, tmp_path / name, "--method", "sts", "--head-similarity", kind)
+        texts.append((tmp_path / name).read_text())
+    assert texts[0] == texts[1].replace("two.json", "one.json")
+    data = json.loads(texts[0])
+    found = data["provenance"]["heads"]
+    assert (data["method"], found["similarity"], found["ranks"]) == ("sts", kind, 1)
+    assert data["layers"][0] is data["heads"][0] is found["values"][0] is None
+    for heads, values in zip(data["heads"][1:], found["values"][1:], strict=True):
+        assert heads == [row.index(max(row)) for row in values]
+        assert all(0 < value < 1 for row in values for value in row)
+    # Layers are compared as for any map.
+    run(script, pair, tmp_path / "layers.json")
+    plain = json.loads((tmp_path / "layers.json").read_text())
+    assert (plain["layers"], plain["provenance"]["similarity"]) == (data["layers"], data["provenance"]["similarity"])
+    read = layer_map.read(tmp_path / "one.json")
+    assert [row and list(row) for row in read.heads] == data["heads"]
+    assert layer_map.resolve(str(tmp_path / "one.json"), read.target, read.draft, method="sts") == read
+
+
+def test_script_keeps_heads_within_ranks(script, pair, tmp_path):
+    run(script, pair, tmp_path / "ranks.json", "--method", "sts", "--ranks", "2")
+    assert json.loads((tmp_path / "ranks.json").read_text())["heads"] == [None, [0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--ranks", "2"), "are for --method sts"),
+        (("--head-similarity", "jaccard"), "are for --method sts"),
+        (("--method", "sts", "--ranks", "3"), "3 ranks do not divide"),
+    ],
+)
+def test_script_refuses_what_makes_no_sense(script, pair, tmp_path, more, message):
+    with pytest.raises(SystemExit, match=message):
+        run(script, pair, tmp_path / "never.json", *more)
+
+
+def run(script, pair, out: Path, *more: str) -> None:
+    script.main(["--target", str(pair / "target"), "--draft", str(pair / "draft"), "--corpus", str(pair / "corpus"),
+                 "--out", str(out), "--tokens", "1000", "--window", "256", "--queries", "16", *more])
