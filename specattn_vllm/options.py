@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from specattn_vllm import presets
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
@@ -33,6 +35,10 @@ class SpecAttnOptions(BaseModel):
         "'sts': the same for each KV head, which reads what the draft head it is mapped to attended to, by default a "
         "fixed share of the context (Xu et al., arXiv 2605.15508; approximate). "
         "'dense': the same speculation with full attention (lossless; the control).",
+    )
+    preset: Literal["paper"] | None = Field(
+        None,
+        description="'paper': the published setting of the method, for all options that are not given themselves.",
     )
     layer_map: str | None = Field(
         None,
@@ -91,6 +97,11 @@ class SpecAttnOptions(BaseModel):
         "CPU through the interpreter), 'torch' (CPU), or the first of these that runs.",
     )
     stats_interval_s: float = Field(60.0, gt=0.0, description="Seconds between the statistics lines in the log.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_the_preset(cls, data: Any) -> Any:
+        return presets.apply(data, cls.model_fields["method"].default) if isinstance(data, dict) else data
 
     @field_validator("dense_layers")
     @classmethod

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import typing
 from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
 
-from specattn_vllm.options import OptionsError, SpecAttnOptions
+from specattn_vllm import presets
+from specattn_vllm.options import Method, OptionsError, SpecAttnOptions
+from specattn_vllm.selection.choose import Limits
 
 
 def refusal(raw) -> str:
@@ -20,6 +23,7 @@ def test_the_defaults_are_the_documented_ones():
     # Written out: changing one changes what every user of the plugin gets.
     assert SpecAttnOptions.parse({}).model_dump() == {
         "method": "specattn",
+        "preset": None,
         "layer_map": None,
         "rule": None,
         "top_p": 0.9,
@@ -42,7 +46,8 @@ def test_the_defaults_are_the_documented_ones():
 
 def test_every_option_can_be_given():
     raw = {
-        "method": "dense",
+        "method": "sts",
+        "preset": "paper",
         "layer_map": "uniform",
         "rule": "top_k",
         "top_p": 1.0,
@@ -114,6 +119,8 @@ def test_an_unknown_option_is_named_with_the_known_ones():
         ("crossover_tokens", 2**31, "less than or equal to 2147483647"),
         ("crossover_tokens", 1.5, "valid integer"),
         ("layer_map", 7, "valid string"),
+        ("preset", "papers", "'paper'"),
+        ("preset", ["paper"], "'paper'"),
     ],
 )
 def test_a_bad_value_is_refused_with_key_value_and_what_is_allowed(key, value, allowed):
@@ -217,3 +224,52 @@ def test_the_rule_is_that_of_the_method_unless_given(method, rule, fixed):
 
 def test_sts_alone_chooses_per_head():
     assert [SpecAttnOptions(method=method).per_head for method in ("specattn", "sts", "dense")] == [False, True, False]
+
+
+# Presets
+
+
+@pytest.mark.parametrize("method", ["specattn", "sts"])
+def test_a_preset_sets_what_is_not_given(method):
+    given = {"method": method}
+    plain, preset = (SpecAttnOptions.parse(given | more).model_dump() for more in ({}, {"preset": "paper"}))
+    changed = {key: value for key, value in preset.items() if value != plain[key]}
+    assert changed == {"preset": "paper"} | {
+        "specattn": {"rule": "top_p", "top_p": 0.97, "combine": "union", "dense_layers": (0, 1), "min_tokens": 0,
+                     "sink_tokens": 0, "recent_tokens": 0},
+        "sts": {"rule": "top_k", "ratio": 1.0, "max_tokens": 256, "min_tokens": 0, "sink_tokens": 0,
+                "recent_tokens": 0},
+    }[method]  # fmt: skip
+
+
+def test_a_preset_is_that_of_the_default_method_too():
+    assert SpecAttnOptions(preset="paper") == SpecAttnOptions(method="specattn", preset="paper")
+    assert SpecAttnOptions(preset="paper").top_p == 0.97
+
+
+def test_what_is_given_wins_over_a_preset():
+    given = {"top_p": 0.9, "sink_tokens": 4, "dense_layers": [], "max_tokens": None}  # the defaults, but given
+    options = SpecAttnOptions.parse({"preset": "paper", **given})
+    assert (options.top_p, options.sink_tokens, options.dense_layers, options.max_tokens) == (0.9, 4, (), None)
+    assert (options.combine, options.recent_tokens) == ("union", 0)
+
+
+def test_a_preset_s_budget_is_a_number_of_tokens():
+    limits = Limits.of(SpecAttnOptions(method="sts", preset="paper"))
+    assert (limits.top_p, limits.max_fraction, limits.max_tokens, limits.min_tokens) == (1.0, 1.0, 256, 0)
+
+
+def test_a_preset_does_not_get_around_the_checks():
+    assert "max_tokens 256 is below min_tokens 300" in refusal({"method": "sts", "preset": "paper", "min_tokens": 300})
+    assert "method = 'sparse'" in refusal({"method": "sparse", "preset": "paper"})
+    assert "method = 3" in refusal({"method": 3, "preset": "paper"})
+
+
+def test_a_preset_without_a_choice_to_make_is_refused():
+    message = refusal({"method": "dense", "preset": "paper"})
+    assert "preset = 'paper' sets how tokens are chosen, and method 'dense' reads all: remove preset" in message
+
+
+def test_every_method_that_chooses_has_every_preset():
+    for methods in presets.PRESETS.values():
+        assert {*methods} == {*typing.get_args(Method)} - {"dense"}

@@ -16,6 +16,7 @@ from vllm.model_executor.models.utils import extract_layer_index
 from specattn_vllm import layer_map
 from specattn_vllm.fingerprint import ModelFacts, facts_from_config
 from specattn_vllm.layer_map import LayerMap, LayerMapError
+from specattn_vllm.presets import PRESETS
 from specattn_vllm.selection.capture import DraftCapture
 from specattn_vllm.selection.pages import page_strides
 from specattn_vllm.selection.pruner import Pruner, TableMaps
@@ -227,6 +228,10 @@ def _announce(
         "the target model's own. For lossless speculation set method='dense'.",
         options.method,
     )
+    if options.preset is not None:
+        values = {name: getattr(options, name) for name in PRESETS[options.preset][options.method]}
+        text = ", ".join(f"{name}={value}" for name, value in values.items())
+        logger.info("specattn: preset '%s', with what was given beside it: %s", options.preset, text)
     kept = f"top_p={options.top_p} of the draft's attention"
     if options.fixed_budget:
         kept = f"ratio={options.ratio} of the context"
