@@ -13,7 +13,7 @@ DEFAULT_GRID = "16x32k,4x32k,1x32k,4x128k"
 DEFAULT_OUT = Path("specattn-bench.json")
 
 
-def _checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """For argparse's `type`: its error line shows our message only from its own kind of exception."""
 
     def convert(text: str) -> Any:
@@ -30,21 +30,21 @@ def engines_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--shape", default="llama-8b-1b", choices=models.shape_names(), help="[%(default)s]")
     what.add_argument(
         "--grid",
-        type=_checked(grid.parse_grid),
+        type=checked(grid.parse_grid),
         default=DEFAULT_GRID,
         metavar="BATCHxCONTEXT,...",
         help="requests at a time, and tokens of prompt of each; k is 1024 [%(default)s]",
     )
     what.add_argument(
         "--modes",
-        type=_checked(grid.parse_modes),
+        type=checked(grid.parse_modes),
         default=",".join(grid.MODES),
         metavar="MODE,...",
         help="of stock vLLM: plain, draft-v2, draft-v1; of this plugin: dense, sparse-draft, specattn [all]",
     )
     what.add_argument(
         "--kept",
-        type=_checked(grid.parse_fractions),
+        type=checked(grid.parse_fractions),
         default="0.25,0.1,0.05",
         metavar="SHARE,...",
         help="shares of the context that mode specattn keeps, an engine each [%(default)s]",
@@ -59,7 +59,7 @@ def engines_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--option",
-        type=_checked(grid.parse_option),
+        type=checked(grid.parse_option),
         action="append",
         default=[],
         metavar="KEY=VALUE",
@@ -86,7 +86,7 @@ def engines_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument(
         "--cudagraph-capture-sizes",
-        type=_checked(grid.parse_sizes),
+        type=checked(grid.parse_sizes),
         metavar="TOKENS,...",
         help="default: only those that the grid's batches need, which shortens the start",
     )
@@ -94,7 +94,7 @@ def engines_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--gpu-memory-utilization", type=float, default=0.92, metavar="SHARE", help="[%(default)s]")
     how.add_argument(
         "--engine-argument",
-        type=_checked(grid.parse_option),
+        type=checked(grid.parse_option),
         action="append",
         default=[],
         metavar="KEY=VALUE",

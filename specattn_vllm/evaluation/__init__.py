@@ -3,4 +3,9 @@
 forcing.py    an engine made to walk through a given text: every hook into vLLM that this takes
 scores.py     target logits to loss, KL and agreement with the dense run, whose distributions lie on disk
 engine.py     one setting in one engine: the forced run, then a free one
+schema.py     settings, jobs, results and the report, as JSON
+settings.py   which settings are compared; texts.py on which documents
+runner.py     an engine for each setting, one after the other, each in a process of its own
+report.py     the table; plot.py the picture
+command.py    the command line
 """

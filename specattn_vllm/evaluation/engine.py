@@ -8,19 +8,26 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TextIO
 
 import torch
 from tqdm import tqdm
 
 from specattn_vllm.evaluation.forcing import Forcing, ForcingError
-from specattn_vllm.evaluation.schema import DocumentResult, FreeRun, Job, SettingResult
+from specattn_vllm.evaluation.schema import DocumentResult, Job, SettingResult
 from specattn_vllm.evaluation.scores import Reference, Scores
 from specattn_vllm.stats import Counts
 
 
-def run(job: Job, reference: Path) -> tuple[Scores, SettingResult]:
-    """Measure one setting. The dense one writes its distributions to the folder `reference`, the others read them."""
+class Run(NamedTuple):
+    result: SettingResult
+    scores: Scores
+    free_tokens: list[list[int]]
+
+
+def run(job: Job, reference: Path, terminal: TextIO | None = None) -> Run:
+    """Measure one setting. The dense one writes its distributions to the folder `reference`, the others read them.
+    Progress is shown on `terminal` (default: the standard error stream) if it is one."""
     if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
         raise RuntimeError("VLLM_ENABLE_V1_MULTIPROCESSING has to be 0: the engine must run in this process")
     start = time.perf_counter()
@@ -28,8 +35,8 @@ def run(job: Job, reference: Path) -> tuple[Scores, SettingResult]:
     device = torch.device("cuda" if job.device == "cuda" else "cpu")
     forcing = Forcing(job.batch, job.max_model_len, device)
     with forcing.installed(), engine(job.engine_arguments()) as llm:
-        forced = forced_run(llm, job, forcing, scores)
-        free = free_run(llm, job)
+        forced = forced_run(llm, job, forcing, scores, terminal)
+        free, tokens = free_run(llm, job)
     scores.reference.close()
     result = SettingResult(
         name=job.setting.name,
@@ -37,14 +44,14 @@ def run(job: Job, reference: Path) -> tuple[Scores, SettingResult]:
         lossless=job.setting.lossless,
         job_key=job.key,
         forced=vars(forced),
-        free=free,
+        free=vars(free),
         documents=[
             DocumentResult(nll=nll.mean(), kl=kl.mean(), agreement=agrees.mean())
             for nll, kl, agrees in zip(scores.nll, scores.kl, scores.agrees, strict=True)
         ],
         seconds=round(time.perf_counter() - start, 1),
     )
-    return scores, result
+    return Run(result, scores, tokens)
 
 
 @contextmanager
@@ -63,14 +70,14 @@ def engine(arguments: dict[str, Any]) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def forced_run(llm: Any, job: Job, forcing: Forcing, scores: Scores) -> Counts:
+def forced_run(llm: Any, job: Job, forcing: Forcing, scores: Scores, terminal: TextIO | None) -> Counts:
     """Lead every document through verification; returns what was counted meanwhile.
 
     The token after the prompt comes from the prompt's own pass, which reads everything: scores begin with the next.
     """
     names = {f"document-{number}": number for number in range(len(job.documents))}
     before = counts(llm)
-    with tqdm(total=scores.nll.size, desc=job.setting.name, unit="tok", disable=None) as bar:
+    with tqdm(total=scores.nll.size, desc=job.setting.name, unit="tok", disable=None, file=terminal) as bar:
 
         def observe(name: str, position: int, following: torch.Tensor, logits: torch.Tensor) -> None:
             bar.update(scores.add(names[name], position - job.context, following, logits))
@@ -86,12 +93,12 @@ def forced_run(llm: Any, job: Job, forcing: Forcing, scores: Scores) -> Counts:
     return counted
 
 
-def free_run(llm: Any, job: Job) -> FreeRun:
+def free_run(llm: Any, job: Job) -> tuple[Counts, list[list[int]]]:
     """Greedy generation from the same prompts, drafts accepted as they deserve."""
     before = counts(llm)
     prompts = {f"free-{number}": text[: job.context] for number, text in enumerate(job.documents)}
     tokens = generate(llm, prompts, job.free_tokens)
-    return FreeRun(counts=vars(counts(llm) - before), tokens=[tokens[name] for name in prompts])
+    return counts(llm) - before, [tokens[name] for name in prompts]
 
 
 def generate(llm: Any, prompts: dict[str, list[int]], tokens: int) -> dict[str, list[int]]:

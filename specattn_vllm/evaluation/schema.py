@@ -20,6 +20,8 @@ class Setting(_Model):
 
     name: str = Field(min_length=1)
     options: dict[str, Any]
+    draft: Literal["target"] | None = None
+    """'target' for methods in which the target drafts for itself; else the draft model of the evaluation."""
 
     @field_validator("options")
     @classmethod
@@ -43,6 +45,8 @@ class Job(_Model):
     setting: Setting
     target: str
     draft: str
+    models: dict[str, dict[str, Any]]
+    """What the two are, wherever they lie."""
     documents: list[list[int]]
     """Token ids, `text_tokens` of each."""
     context: int
@@ -67,7 +71,7 @@ class Job(_Model):
     @property
     def key(self) -> str:
         """Changes with anything that the figures depend on, so that a later run can tell what is measured."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        text = json.dumps(self.model_dump(mode="json", exclude={"target", "draft"}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def engine_arguments(self) -> dict[str, Any]:
@@ -78,7 +82,7 @@ class Job(_Model):
             # A batch below the crossover is not pruned; how good pruning is has to be measured below it too.
             "additional_config": {"specattn": {"crossover_tokens": 0} | self.setting.options},
             "speculative_config": {
-                "model": self.draft,
+                "model": self.target if self.setting.draft == "target" else self.draft,
                 "method": "draft_model",
                 "num_speculative_tokens": self.draft_tokens,
             },
@@ -103,22 +107,22 @@ class DocumentResult(_Model):
     agreement: float
 
 
-class FreeRun(_Model):
-    counts: dict[str, int]
-    tokens: list[list[int]]
-
-
 class SettingResult(_Model):
     name: str
     options: dict[str, Any]
     lossless: bool
     job_key: str
     forced: dict[str, int]
-    """What the plugin's counters counted in the forced run."""
-    free: FreeRun
+    """What the plugin's counters counted in the forced run, ..."""
+    free: dict[str, int]
+    """... and in the free one."""
     documents: list[DocumentResult]
     seconds: float
     provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def is_reference(self) -> bool:
+        return Setting(name=self.name, options=self.options).is_reference
 
 
 class Report(_Model):

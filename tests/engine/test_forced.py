@@ -95,6 +95,7 @@ def test_figures_are_those_of_plain_pytorch(demo_pair, prompts, tmp_path):
             setting=Setting(name=name, options=options),
             target=demo_pair[0],
             draft=demo_pair[1],
+            models={},
             documents=texts,
             context=CONTEXT,
             positions=POSITIONS,
@@ -108,14 +109,13 @@ def test_figures_are_those_of_plain_pytorch(demo_pair, prompts, tmp_path):
     ]
     layer_map = json.loads((Path(__file__).parents[2] / "configs/demo.json").read_text())["layers"]
     expected = [plain_pytorch(demo_pair, layer_map, text) for text in texts]
-    scores = {}
-    results = {}
+    runs = {}
     for job in jobs:
-        scores[job.setting.name], results[job.setting.name] = run(job, tmp_path)
+        runs[job.setting.name] = run(job, tmp_path)
     for number, (dense, pruned, _) in enumerate(expected):
         following = torch.tensor(texts[number][CONTEXT + 1 : CONTEXT + 1 + POSITIONS])[:, None]
         for name, logprobs in (("dense", dense), ("pruned", pruned)):
-            found = scores[name]
+            found = runs[name].scores
             assert found.nll[number] == pytest.approx(-logprobs.gather(1, following)[:, 0].numpy(), abs=1e-3), name
             kl = (dense.exp() * (dense - logprobs)).sum(-1).numpy()
             assert found.kl[number] == pytest.approx(kl, abs=1e-3), name
@@ -123,13 +123,12 @@ def test_figures_are_those_of_plain_pytorch(demo_pair, prompts, tmp_path):
             assert found.agrees[number].tolist() == agrees.tolist(), name
         # Something that a wrong selection would not pass by chance.
         assert kl.mean() > 0.01 and not agrees.all()
-    free = results["pruned"].free
-    assert [len(tokens) for tokens in free.tokens] == [24] * 3
-    assert results["dense"].forced["kv_read"] == 0
-    counted = results["pruned"].forced
+    counted = runs["pruned"].result.forced
     assert counted["sparse_rows"] == counted["verify_rows"] == counted["rounds"] == 3 * 7
     assert counted["kv_read"] / counted["kv_full"] == pytest.approx(np.mean([read for *_, read in expected]), abs=2e-3)
     # The free run is no forced one: some drafts were rejected, and what comes out is the target's own choice.
-    assert free.counts["sampled_tokens"] < 5 * free.counts["rounds"]
-    own = favourites(demo_pair[0], texts[0][:CONTEXT] + results["dense"].free.tokens[0])
-    assert own[CONTEXT - 1 : -1] == results["dense"].free.tokens[0]
+    assert [len(tokens) for tokens in runs["pruned"].free_tokens] == [24] * 3
+    free = runs["pruned"].result.free
+    assert free["rounds"] < free["sampled_tokens"] < 5 * free["rounds"]
+    own = favourites(demo_pair[0], texts[0][:CONTEXT] + runs["dense"].free_tokens[0])
+    assert own[CONTEXT - 1 : -1] == runs["dense"].free_tokens[0]

