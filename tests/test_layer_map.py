@@ -7,7 +7,8 @@ import json
 import pytest
 
 from specattn_vllm import layer_map
-from specattn_vllm.fingerprint import ModelFacts
+from specattn_vllm.cli import demo_folder
+from specattn_vllm.fingerprint import ModelFacts, fingerprint
 from specattn_vllm.layer_map import LayerMap, LayerMapError, read, resolve, uniform
 
 
@@ -276,6 +277,13 @@ def test_what_the_package_ships_is_valid_and_under_the_name_of_its_file(monkeypa
         assert path.name == f"{name}.json"
         found = read(path)
         assert resolve(name, found.target, found.draft, method=found.method) == found
+
+
+@pytest.mark.parametrize(("method", "name"), [("specattn", "demo"), ("sts", "demo-sts"), ("dense", "demo")])
+def test_the_demo_pair_has_a_map_for_each_method(monkeypatch, method, name):
+    monkeypatch.undo()
+    target, draft = (ModelFacts(**fingerprint(demo_folder(role))) for role in ("target", "draft"))
+    assert resolve(None, target, draft, method=method) == read(layer_map.shipped()[name])
 
 
 # What a map says
