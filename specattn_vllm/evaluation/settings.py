@@ -22,23 +22,20 @@ def default_settings(context: int) -> list[Setting]:
         Setting(name="dense, sparse_draft", options={"method": "dense", "sparse_draft": True}),
         Setting(name="specattn", options={"method": "specattn"}),
         Setting(name="specattn, sparse_draft", options={"method": "specattn", "sparse_draft": True}),
-        # As published (Shah, arXiv 2510.27641): nothing is kept but what the draft's attention holds.
-        Setting(
-            name="specattn as published",
-            options={
-                "method": "specattn", "top_p": 0.97, "combine": "union", "dense_layers": [0, 1],
-                "sink_tokens": 0, "recent_tokens": 0, "min_tokens": 0,
-            },
+        *(
+            Setting(name=f"{method}, as published", options={"method": method, "preset": "paper"})
+            for method in ("specattn", "sts")
         ),
         *(
             Setting(
-                name=f"specattn {share * 100:g}%",
-                options={"method": "specattn", "rule": "top_k", "ratio": share, "min_tokens": 0},
+                name=f"{method} {share * 100:g}%",
+                options={"method": method, "rule": "top_k", "ratio": share, "min_tokens": 0},
             )
+            for method in ("specattn", "sts")
             for share in shares
         ),
         *(Setting(name=f"sink and recent {share * 100:g}%", options=_streaming(context, share)) for share in shares),
-    ]  # fmt: skip
+    ]
 
 
 def _streaming(context: int, share: float) -> dict:
