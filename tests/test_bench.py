@@ -78,6 +78,12 @@ def test_options(text, option):
         (grid.parse_fractions, "0"),
         (grid.parse_fractions, "0.1,0.1"),
         (grid.parse_sizes, "0,4"),
+        (grid.parse_for_mode(int), "4.5"),
+        (grid.parse_for_mode(int), "vegas:"),
+        (grid.parse_for_mode(int), ":4"),
+        (grid.parse_for_mode(int), "plain:4"),
+        (grid.parse_for_mode(int), "dense 10%:4"),
+        (grid.parse_for_mode(int), "vegas 10:4"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(parse, text):
@@ -94,7 +100,24 @@ def test_a_job_per_mode_and_kept_fraction():
         "sparse-draft",
         "specattn 25%",
         "specattn 5%",
+        "vegas 25%",
+        "vegas 5%",
+        "streamingllm 25%",
+        "streamingllm 5%",
     ]
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "value"),
+    [
+        (int, "4", ("", 4)),
+        (int, "vegas:4", ("vegas", 4)),
+        (float, "sparse-draft:3.25", ("sparse-draft", 3.25)),
+        (float, "vegas 7.5%:0", ("vegas 7.5%", 0.0)),
+    ],
+)
+def test_a_value_for_all_or_for_one_mode(parse, text, value):
+    assert grid.parse_for_mode(parse)(text) == value
 
 
 def test_stock_engines_are_stock():
@@ -169,6 +192,48 @@ def test_our_engines_differ_from_stock_in_the_backend_and_its_options_only():
         assert found[name].environment["VLLM_PLUGINS"] == "specattn"
 
 
+@pytest.mark.parametrize("mode", grid.SELF_MODES)
+def test_a_target_that_drafts_for_itself(mode):
+    """Beside the options, what it drafts with is all that differs from the other modes of ours."""
+    found = jobs_by_name()
+    job, control = found[f"{mode} 5%"], found["dense"]
+    arguments, expected = dict(job.engine_arguments), dict(control.engine_arguments)
+    assert arguments.pop("additional_config") == {"specattn": {"method": mode, "ratio": 0.05, "min_tokens": 0}}
+    del expected["additional_config"]
+    assert arguments.pop("speculative_config") == {**expected.pop("speculative_config"), "model": "{target}"}
+    assert arguments == expected
+    assert (job.environment, job.cells) == (control.environment, control.cells)
+
+
+def test_rounds_of_a_mode_or_of_one_of_its_engines():
+    changed = {
+        "draft_tokens_of": {"vegas": 7, "streamingllm": 2},
+        "acceptance_length_of": {"vegas": 6, "vegas 5%": 4.5, "streamingllm": 0},
+    }
+    found, before = jobs_by_name(**changed), jobs_by_name()
+    speculation = {name: job.engine_arguments.get("speculative_config", {}) for name, job in found.items()}
+    keys = ("num_speculative_tokens", "synthetic_acceptance_length")
+    assert {name: tuple(map(own.get, keys)) for name, own in speculation.items()} == {
+        "plain": (None, None),
+        **dict.fromkeys(("draft-v2", "draft-v1", "dense", "sparse-draft", "specattn 25%", "specattn 5%"), (5, 3.5)),
+        "vegas 25%": (7, 6),
+        "vegas 5%": (7, 4.5),
+        "streamingllm 25%": (2, None),
+        "streamingllm 5%": (2, None),
+    }
+    assert [(found[n].draft_tokens, found[n].acceptance_length) for n in ("vegas 5%", "streamingllm 5%", "plain")] == [
+        (7, 4.5), (2, None), (0, None),
+    ]  # fmt: skip
+    sizes = {name: job.engine_arguments["compilation_config"]["cudagraph_capture_sizes"] for name, job in found.items()}
+    assert (sizes["vegas 5%"], sizes["streamingllm 5%"], sizes["dense"]) == ([8, 32, 128], [3, 12, 48], [6, 24, 96])
+    # One set of prompts for all: the longest leaves room for the mode that drafts most.
+    (cells,) = {tuple((cell.name, cell.prompt_tokens) for cell in job.cells) for job in found.values()}
+    assert dict(cells)["4x128k"] < {c.name: c.prompt_tokens for c in before["dense"].cells}["4x128k"]
+    assert dict(cells)["4x128k"] + found["vegas 5%"].generated_tokens + 2 * 8 <= 131_072
+    # What is timed stays about the same, in rounds of another length.
+    assert [found[n].generated_tokens for n in ("plain", "vegas 5%", "streamingllm 5%")] == [94, 104, 79]
+
+
 def test_what_is_generated_fits_into_the_engine():
     for job in jobs_by_name().values():
         lengths = {cell.name: cell.prompt_tokens for cell in job.cells}
@@ -241,6 +306,16 @@ def test_list_shows_every_engine_and_runs_none(capsys):
     assert '"max_fraction": 0.1' in out
 
 
+def test_values_for_a_mode_on_the_command_line(capsys):
+    given = ["--draft-tokens", "4", "--draft-tokens", "specattn:7", "--acceptance-length", "specattn 5%:6"]
+    assert cli.main(["bench", "--list", "--modes", "dense,specattn", "--kept", "0.1,0.05", *given]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    engines = [json.loads(line.partition("vllm.LLM: ")[2]) for line in lines if "vllm.LLM" in line]
+    found = [engine["speculative_config"] for engine in engines]
+    assert [own["num_speculative_tokens"] for own in found] == [4, 7, 7]
+    assert [own["synthetic_acceptance_length"] for own in found] == [3.5, 3.5, 6]
+
+
 def test_engines_is_what_bench_does_if_nothing_else_is_named(capsys):
     outputs = []
     for arguments in (["bench", "--list"], ["bench", "engines", "--list"]):
@@ -255,6 +330,11 @@ def test_engines_is_what_bench_does_if_nothing_else_is_named(capsys):
         (["--option", "no_such=1"], "no_such"),
         (["--option", "combine=least"], "combine"),
         (["--acceptance-length", "7"], "--draft-tokens + 1 = 6"),
+        (["--acceptance-length", "5", "--draft-tokens", "dense:3"], "5 for dense: between 1 and --draft-tokens"),
+        (["--acceptance-length", "dense:-1"], "-1 for dense"),
+        (["--draft-tokens", "specattn:0"], "--draft-tokens 0: at least 1"),
+        (["--modes", "plain,dense", "--draft-tokens", "specattn:4"], "--draft-tokens specattn:4: no such engine"),
+        (["--kept", "0.1", "--acceptance-length", "specattn 5%:2"], "specattn 5%:2: no such engine"),
         (["--repeats", "0"], "--repeats"),
     ],
 )
@@ -263,7 +343,8 @@ def test_what_an_engine_would_refuse_is_refused_before_it_starts(capsys, argumen
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--grid", "4"], ["--modes", "fast"], ["--shape", "gpt"], ["--kept", "a"]])
+@pytest.mark.parametrize("arguments", [["--grid", "4"], ["--modes", "fast"], ["--shape", "gpt"], ["--kept", "a"],
+                                       ["--draft-tokens", "x:4"], ["--acceptance-length", "a"]])  # fmt: skip
 def test_wrong_arguments_exit_with_2(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         cli.main(["bench", *arguments])

@@ -73,7 +73,7 @@ def test_vllm_takes_the_arguments_of_every_mode(name, tmp_path, monkeypatch):
     shape = models.load_shape(name)
     folders = {role: str(path) for role, path in models.model_folders(shape, tmp_path).items()}
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    request = jobs.Request(shape, grid.parse_grid("16x32k,4x128k"), grid.MODES, [0.1])
+    request = jobs.Request(shape, grid.parse_grid("16x32k,4x128k"), grid.DEFAULT_MODES, [0.1])
     for job in jobs.make_jobs(request):
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", job.environment["VLLM_USE_V2_MODEL_RUNNER"])
         config = EngineArgs(**fill_in(job.engine_arguments, folders)).create_engine_config()

@@ -50,6 +50,19 @@ def test_what_stands_below_the_table(results):
     assert "‡" not in text
 
 
+def test_rounds_that_differ_stand_below_the_table(results):
+    assert "draft tokens, " not in "".join(report.remarks(Report.model_validate(results)))
+    for engine in results["engines"]:
+        if engine["name"] == "specattn 10%":
+            engine["job"] |= {"draft_tokens": 7, "acceptance_length": 4.25}
+        if engine["name"] == "draft-v2":
+            engine["job"]["acceptance_length"] = None
+    text = report.markdown(results)
+    assert "specattn 10%: 7 draft tokens, 4.25 tokens a round." in text
+    assert "draft-v2: 5 draft tokens, accepted as the models agree." in text
+    assert "draft-v1: 5 draft tokens" not in text
+
+
 @pytest.mark.parametrize(("speed", "losing"), [(91.19, True), (91.21, False)])
 def test_losing_is_below_a_share_of_the_best_stock_mode(results, speed, losing):
     cell_of(results, "specattn 10%", "1x32k")["tokens_per_second"] = speed

@@ -38,24 +38,34 @@ def engines_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--modes",
         type=checked(grid.parse_modes),
-        default=",".join(grid.MODES),
+        default=",".join(grid.DEFAULT_MODES),
         metavar="MODE,...",
-        help="of stock vLLM: plain, draft-v2, draft-v1; of this plugin: dense, sparse-draft, specattn [all]",
+        help="of stock vLLM: plain, draft-v2, draft-v1; of this plugin: dense, sparse-draft, specattn, and where the "
+        "target drafts for itself: vegas, streamingllm [all but the last two]",
     )
     what.add_argument(
         "--kept",
         type=checked(grid.parse_fractions),
         default="0.25,0.1,0.05",
         metavar="SHARE,...",
-        help="shares of the context that mode specattn keeps, an engine each [%(default)s]",
+        help="shares of the context that specattn, vegas and streamingllm keep, an engine each [%(default)s]",
     )
-    what.add_argument("--draft-tokens", type=int, default=5, metavar="K", help="drafted a round [%(default)s]")
+    what.add_argument(
+        "--draft-tokens",
+        type=checked(grid.parse_for_mode(int)),
+        action="append",
+        default=[],
+        metavar="[MODE:]K",
+        help=f"drafted a round, in all modes or in one; may be repeated [{grid.DRAFT_TOKENS}]",
+    )
     what.add_argument(
         "--acceptance-length",
-        type=float,
-        default=3.5,
-        metavar="A",
-        help="mean tokens of a round, by vLLM's synthetic acceptance; 0: what the models agree on [%(default)s]",
+        type=checked(grid.parse_for_mode(float)),
+        action="append",
+        default=[],
+        metavar="[MODE:]A",
+        help="mean tokens of a round, by vLLM's synthetic acceptance, in all modes, in one (vegas:4) or in one of its "
+        f"engines ('vegas 5%%:3.2'); may be repeated; 0: what the models agree on [{grid.ACCEPTANCE_LENGTH:g}]",
     )
     what.add_argument(
         "--option",

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specattn_vllm.bench import models
+from specattn_vllm.bench import grid, models
 from specattn_vllm.bench.arguments import engines_arguments, table_arguments
 from specattn_vllm.installed import UserError
 
@@ -32,20 +32,22 @@ def request_of(args: argparse.Namespace) -> Request:
                 f"no NVIDIA GPU was found, and {args.shape} is too large for a CPU: try "
                 "`specattn bench --shape demo --grid 2x256 --output-tokens 16`, or insist with --device cpu"
             )
-    for name, least in (("draft_tokens", 1), ("output_tokens", 1), ("repeats", 1), ("max_warmups", 1), ("seed", 0)):
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
-    length = args.acceptance_length
-    if length and not 1 <= length <= args.draft_tokens + 1:
-        raise UserError(f"--acceptance-length {length:g}: between 1 and --draft-tokens + 1 = {args.draft_tokens + 1}")
+    draft_tokens, lengths = dict(args.draft_tokens), dict(args.acceptance_length)
+    counts = [("draft_tokens", n, 1) for n in draft_tokens.values()]
+    counts += [(name, getattr(args, name), 1) for name in ("output_tokens", "repeats", "max_warmups")]
+    for name, value, least in (*counts, ("seed", args.seed, 0)):
+        if value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: at least {least}")
     return Request(
         shape=models.load_shape(args.shape),
         grid=args.grid,
         modes=args.modes,
         kept=args.kept,
         device=device,
-        draft_tokens=args.draft_tokens,
-        acceptance_length=length,
+        draft_tokens=draft_tokens.pop("", grid.DRAFT_TOKENS),
+        acceptance_length=lengths.pop("", grid.ACCEPTANCE_LENGTH),
+        draft_tokens_of=draft_tokens,
+        acceptance_length_of=lengths,
         output_tokens=args.output_tokens,
         repeats=args.repeats,
         max_warmups=args.max_warmups,
@@ -73,6 +75,17 @@ def planned_jobs(request: Request) -> list[Job]:
         raise UserError(f"--option {'.'.join(map(str, first['loc']))}: {first['msg']} (docs/options.md)") from None
     except ValueError as error:
         raise UserError(str(error)) from None
+    for job in jobs:
+        length, most = job.acceptance_length, job.draft_tokens + 1
+        if length is not None and not 1 <= length <= most:
+            raise UserError(
+                f"--acceptance-length {length:g} for {job.name}: between 1 and --draft-tokens + 1 = {most}, or 0"
+            )
+    known = {name for job in jobs for name in (job.name, job.mode)}
+    for flag, given in (("draft-tokens", request.draft_tokens_of), ("acceptance-length", request.acceptance_length_of)):
+        for name in given:
+            if name not in known:
+                raise UserError(f"--{flag} {name}:{given[name]:g}: no such engine in this run (--modes, --kept)")
     return jobs
 
 

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 STOCK_MODES = ("plain", "draft-v2", "draft-v1")
-OUR_MODES = ("dense", "sparse-draft", "specattn")
+SELF_MODES = ("vegas", "streamingllm")
+"""The target drafts for itself. Named to be measured: the acceptance of a draft model says nothing about theirs."""
+KEPT_MODES = ("specattn", *SELF_MODES)
+"""An engine for each kept share of the context."""
+OUR_MODES = ("dense", "sparse-draft", *KEPT_MODES)
 MODES = (*STOCK_MODES, *OUR_MODES)
+DEFAULT_MODES = tuple(mode for mode in MODES if mode not in SELF_MODES)
+DRAFT_TOKENS = 5
+ACCEPTANCE_LENGTH = 3.5
 SETTLING_ROUNDS = 2
 """Rounds after the last request's first token that are not timed: the pipeline of steps fills up."""
 
@@ -80,6 +89,28 @@ def parse_option(text: str) -> tuple[str, Any]:
         return key.strip(), json.loads(value)
     except json.JSONDecodeError:
         return key.strip(), value
+
+
+T = TypeVar("T", int, float)
+
+
+def parse_for_mode(parse: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
+    """A parser of 'VALUE', for all modes, and 'MODE:VALUE', for one mode that speculates or one of its engines:
+    'vegas:4' -> ('vegas', 4), 'vegas 5%:4' -> ('vegas 5%', 4), '4' -> ('', 4)."""
+    modes = [mode for mode in MODES if mode != "plain"]
+
+    def convert(text: str) -> tuple[str, T]:
+        name, sign, value = text.rpartition(":")
+        mode, space, share = name.partition(" ")
+        known = mode in modes and (not space or (mode in KEPT_MODES and re.fullmatch(r"[\d.]+%", share)))
+        if sign and not known:
+            raise ValueError(f"'{name}' is no mode that speculates, alone or as in 'vegas 10%': {', '.join(modes)}")
+        try:
+            return name, parse(value)
+        except ValueError:
+            raise ValueError(f"'{text}' is not VALUE or MODE:VALUE, e.g. 4 or vegas:4") from None
+
+    return convert
 
 
 def generated_tokens(output_tokens: int, draft_tokens: int) -> int:

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from specattn_vllm.bench.grid import OUR_MODES, Cell, generated_tokens, prompt_tokens, slack_tokens
+from specattn_vllm.bench.grid import (
+    ACCEPTANCE_LENGTH,
+    DRAFT_TOKENS,
+    KEPT_MODES,
+    OUR_MODES,
+    SELF_MODES,
+    Cell,
+    generated_tokens,
+    prompt_tokens,
+    slack_tokens,
+)
 from specattn_vllm.bench.models import Shape
 from specattn_vllm.bench.schema import Job, JobCell
 
@@ -17,16 +27,19 @@ SPARSE_DRAFT = 0.1
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for; one job per mode, and per kept fraction of mode `specattn`."""
+    """What the user asks for; one job per mode, and per kept fraction of the modes that keep one."""
 
     shape: Shape
     grid: Sequence[Cell]
     modes: Sequence[str]
     kept: Sequence[float]
     device: Device = "cuda"
-    draft_tokens: int = 5
-    acceptance_length: float = 3.5
+    draft_tokens: int = DRAFT_TOKENS
+    acceptance_length: float = ACCEPTANCE_LENGTH
     """Mean tokens of a round; 0: what the models agree on."""
+    draft_tokens_of: Mapping[str, int] = field(default_factory=dict)
+    acceptance_length_of: Mapping[str, float] = field(default_factory=dict)
+    """Where a mode ('vegas'), or an engine ('vegas 10%'), has others than those for all."""
     output_tokens: int = 64
     repeats: int = 3
     max_warmups: int = 5
@@ -56,7 +69,7 @@ class Request:
 def make_jobs(request: Request) -> list[Job]:
     jobs = []
     for mode in request.modes:
-        for kept in request.kept if mode == "specattn" else (None,):
+        for kept in request.kept if mode in KEPT_MODES else (None,):
             jobs.append(_job(request, mode, kept))
     return jobs
 
@@ -66,32 +79,47 @@ def job_name(mode: str, kept: float | None) -> str:
 
 
 def _job(request: Request, mode: str, kept: float | None) -> Job:
-    generated = generated_tokens(request.output_tokens, request.draft_tokens)
+    name = job_name(mode, kept)
+    draft_tokens = _own(request.draft_tokens_of, name, mode, request.draft_tokens)
+    acceptance_length = _own(request.acceptance_length_of, name, mode, request.acceptance_length)
+    generated = generated_tokens(request.output_tokens, draft_tokens)
+    # Prompts are the same for every mode, speculating or not, so they leave room for the one that drafts most.
+    most = max([request.draft_tokens, *request.draft_tokens_of.values()])
+    room = generated_tokens(request.output_tokens, most)
     cells = [
         JobCell(
             name=str(cell),
             batch=cell.batch,
-            # The same for every mode, speculating or not.
-            prompt_tokens=prompt_tokens(cell, generated, request.draft_tokens, request.shape.max_position),
+            prompt_tokens=prompt_tokens(cell, room, most, request.shape.max_position),
         )
         for cell in request.grid
     ]
     speculates = mode != "plain"
+    arguments = _engine_arguments(request, mode, cells, generated, draft_tokens)
+    if speculates:
+        arguments["speculative_config"] = _speculation(mode, draft_tokens, acceptance_length)
+    if mode in OUR_MODES:
+        arguments["attention_backend"] = "specattn"
+        arguments["additional_config"] = {"specattn": _options(mode, kept) | options_of(mode, request.options)}
     return Job(
-        name=job_name(mode, kept),
+        name=name,
         mode=mode,
         kept=kept,
         shape=request.shape.name,
         cells=cells,
-        engine_arguments=_engine_arguments(request, mode, kept, cells, generated) | request.engine_options,
+        engine_arguments=arguments | request.engine_options,
         environment=_environment(request, mode),
-        draft_tokens=request.draft_tokens if speculates else 0,
-        acceptance_length=(request.acceptance_length or None) if speculates else None,
+        draft_tokens=draft_tokens if speculates else 0,
+        acceptance_length=(acceptance_length or None) if speculates else None,
         generated_tokens=generated,
         repeats=request.repeats,
         max_warmups=request.max_warmups,
         seed=request.seed,
     )
+
+
+def _own(values: Mapping[str, Any], name: str, mode: str, common: Any) -> Any:
+    return values.get(name, values.get(mode, common))
 
 
 def _environment(request: Request, mode: str) -> dict[str, str | None]:
@@ -112,15 +140,16 @@ def _environment(request: Request, mode: str) -> dict[str, str | None]:
 
 
 def _engine_arguments(
-    request: Request, mode: str, kept: float | None, cells: Sequence[JobCell], generated: int
+    request: Request, mode: str, cells: Sequence[JobCell], generated: int, draft_tokens: int
 ) -> dict[str, Any]:
+    """What stock vLLM and ours have in common."""
     longest = max(cell.prompt_tokens for cell in cells)
     arguments: dict[str, Any] = {
         "model": "{target}",
         "skip_tokenizer_init": True,
         "enable_prefix_caching": True,
         "max_num_seqs": max(cell.batch for cell in cells),
-        "max_model_len": longest + generated + slack_tokens(request.draft_tokens),
+        "max_model_len": longest + generated + slack_tokens(draft_tokens),
         "max_num_batched_tokens": request.max_num_batched_tokens,
         "seed": request.seed,
     }
@@ -130,28 +159,23 @@ def _engine_arguments(
         arguments |= {"dtype": "float32", "enforce_eager": True, "distributed_executor_backend": "uni"}
     else:
         arguments |= {"dtype": "bfloat16", "gpu_memory_utilization": request.gpu_memory_utilization}
-        sizes = request.capture_sizes or capture_sizes(mode, [cell.batch for cell in cells], request.draft_tokens)
+        sizes = request.capture_sizes or capture_sizes(mode, [cell.batch for cell in cells], draft_tokens)
         arguments["compilation_config"] = {"cudagraph_capture_sizes": list(sizes)}
-    if mode != "plain":
-        arguments["speculative_config"] = _speculation(request)
-    if mode in OUR_MODES:
-        arguments["attention_backend"] = "specattn"
-        arguments["additional_config"] = {"specattn": _options(mode, kept) | options_of(mode, request.options)}
     return arguments
 
 
-def _speculation(request: Request) -> dict[str, Any]:
+def _speculation(mode: str, draft_tokens: int, acceptance_length: float) -> dict[str, Any]:
     speculation = {
-        "model": "{draft}",
+        "model": "{target}" if mode in SELF_MODES else "{draft}",
         "method": "draft_model",
-        "num_speculative_tokens": request.draft_tokens,
+        "num_speculative_tokens": draft_tokens,
     }
-    if request.acceptance_length:
+    if acceptance_length:
         # vLLM then accepts drafts at random, so that a round gives so many tokens on average whatever the models say:
         # random weights agree on nothing, and what agreement a method costs is not a matter of speed.
         speculation |= {
             "rejection_sample_method": "synthetic",
-            "synthetic_acceptance_length": request.acceptance_length,
+            "synthetic_acceptance_length": acceptance_length,
         }
     return speculation
 
@@ -161,6 +185,8 @@ def _options(mode: str, kept: float | None) -> dict[str, Any]:
         return {"method": "dense"}
     if mode == "sparse-draft":
         return {"method": "dense", "sparse_draft": True, "top_p": 1.0, "max_fraction": SPARSE_DRAFT, "min_tokens": 0}
+    if mode in SELF_MODES:
+        return {"method": mode, "ratio": kept, "min_tokens": 0}
     # A fixed share, whatever the (random) attention looks like: top_p keeps everything, the cap cuts it.
     return {"top_p": 1.0, "max_fraction": kept, "min_tokens": 0, "layer_map": "uniform"}
 

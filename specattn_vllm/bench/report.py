@@ -78,6 +78,8 @@ def remarks(report: Report) -> list[str]:
     if any(entry.result and entry.speed and not entry.result.steady for entry in all_entries):
         found.append("‡ not steady when it was measured (--max-warmups).")
     for engine in report.engines:
+        if own := _own_rounds(engine, report.settings):
+            found.append(f"{engine.name}: {own}.")
         if engine.status != "ok":
             found.append(f"{engine.name}: {engine.status}, {engine.reason}.")
         found += [f"{engine.name}, {cell.name}: {cell.skipped}." for cell in engine.cells if cell.skipped]
@@ -93,6 +95,14 @@ def remarks(report: Report) -> list[str]:
     if len(_machines(report)) > 1:
         found.append("Not all from one machine and commit: see the provenance of each engine.")
     return found
+
+
+def _own_rounds(engine: EngineResult, settings: dict[str, Any]) -> str | None:
+    """Draft tokens and acceptance of an engine that has others than those for all."""
+    drafted, length = engine.job.draft_tokens, engine.job.acceptance_length
+    if not drafted or (drafted, length) == (settings["draft_tokens"], settings.get("acceptance_length")):
+        return None
+    return f"{drafted} draft tokens, " + (f"{length:g} tokens a round" if length else "accepted as the models agree")
 
 
 def _machines(report: Report) -> set[tuple]:
