@@ -206,3 +206,14 @@ def sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, ma
     if lse is not None:
         tensor("lse", lse, (tokens, query_heads), torch.float32, dev)
     return strides[1] // (2 * size)
+
+
+def mark_rows(query_start_loc, seq_lens, max_query_len, scored_rows, lens) -> None:
+    tensor("seq_lens", seq_lens, (None,), torch.int32)
+    rows, dev = seq_lens.shape[0], seq_lens.device
+    tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, dev)
+    tensor("lens", lens, (None,), torch.int32, dev)
+    expect(lens.shape[0] >= rows, "lens", f"{lens.shape[0]} elements", f"the {rows} rows or more")
+    tensor("scored_rows", scored_rows, (lens.shape[0], 2), torch.int64, dev)
+    expect(scored_rows.is_contiguous(), "scored_rows", f"strides {scored_rows.stride()}", "contiguous rows")
+    expect(max_query_len >= 1, "max_query_len", max_query_len, "at least 1")

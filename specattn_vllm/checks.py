@@ -45,17 +45,32 @@ def check(vllm_config: VllmConfig) -> None:
         return
     from specattn_vllm.speculation.wiring import resolve_layer_map
 
-    if not options.is_lossless or options.layer_map is not None or options.dense_layers:
+    if not options.drafts_for_itself and (
+        not options.is_lossless or options.layer_map is not None or options.dense_layers
+    ):
         resolve_layer_map(vllm_config, options)
-    # What chooses for the target has no effect where the target reads everything, nor has anything that chooses at all
-    # where the draft does so too. Not an error: a control run differs from the run it controls by its method alone.
-    used = {"method", "executor", "stats_interval_s", "sparse_draft"}
+    if idle := sorted(options.model_fields_set & _without_effect(options)):
+        # Not an error: a control run differs from the run it controls by its method alone.
+        logger.warning("specattn: not used by method '%s', without effect: %s", options.method, ", ".join(idle))
+
+
+_FOR_TARGET = {"layer_map", "dense_layers", "check_weights", "combine", "refresh_every"}
+"""What only matters where a draft model chooses for the target."""
+
+_FOR_VEGAS = {"per_kv_head", "dilation"}
+
+
+def _without_effect(options: SpecAttnOptions) -> set[str]:
+    """Options that mean nothing under the method at hand."""
+    if options.drafts_for_itself:
+        by_attention = {"top_p", "rule", *_FOR_VEGAS} if options.method == "streamingllm" else set()
+        return _FOR_TARGET | {"sparse_draft"} | by_attention
+    if not options.is_lossless:
+        return _FOR_VEGAS
     if options.sparse_draft:
-        for_target = {"layer_map", "dense_layers", "check_weights", "combine", "refresh_every"}
-        used = set(SpecAttnOptions.model_fields) - for_target
-    idle = sorted(options.model_fields_set - used)
-    if options.is_lossless and idle:
-        logger.warning("specattn: the target reads everything by method 'dense'; without effect: %s", ", ".join(idle))
+        return _FOR_TARGET | _FOR_VEGAS
+    # Where the draft reads everything too, nothing is chosen at all.
+    return set(SpecAttnOptions.model_fields) - {"method", "executor", "stats_interval_s", "sparse_draft"}
 
 
 def _engine(config: VllmConfig) -> Iterator[str]:
@@ -111,7 +126,9 @@ def _models(config: VllmConfig) -> Iterator[str]:
 def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
     spec = config.speculative_config
     if spec is None:
-        if options.method != "dense":
+        if options.drafts_for_itself:
+            yield f"method = {options.method!r} without speculation: give --num-speculative-tokens K"
+        elif options.method != "dense":
             yield (
                 f"method = {options.method!r} without a draft model: give --speculative-model DRAFT "
                 "--num-speculative-tokens K, or set method='dense' to use the backend for plain decoding"
@@ -123,6 +140,13 @@ def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
             "guesses the method from the path, so a folder named after eagle, dflash or dspark has to be renamed"
         )
         return
+    if options.drafts_for_itself and spec.draft_model_config.model != config.model_config.model:
+        yield (
+            f"method = {options.method!r} with --speculative-model {spec.draft_model_config.model}: the target drafts "
+            "for itself, and no draft model would be loaded; leave --speculative-model out, or set method='specattn'"
+        )
+    if options.drafts_for_itself and config.parallel_config.enable_eplb:
+        yield f"method = {options.method!r} with enable_eplb: one model would be registered twice; turn EPLB off"
     if spec.draft_sample_method == "probabilistic" and _interpreted():
         yield (
             "draft_sample_method = 'probabilistic': vLLM's kernel for it does not run in Triton's interpreter; use "

@@ -15,8 +15,9 @@ prepare_cpu_worker    vLLM's Triton kernel for top-k/top-p sampling does not run
                       the kernel runs interpreted, or Triton compiles for CPU.
 add_cli_aliases       vLLM's flags are `--spec-model` and `--spec-tokens`; ours are the words users look for. Goes if
                       vLLM takes them.
-default_draft_length  `--speculative-model` without a number of tokens is an error in vLLM for a separate draft model;
-                      the backend has a default. Goes if vLLM gets one.
+complete_speculation  `--speculative-model` without a number of tokens is an error in vLLM for a separate draft model,
+                      and a model that drafts for itself would have to be named twice; the backend knows both. Goes if
+                      vLLM gets defaults that a backend can set.
 check_engine_config   Start-up checks need the finished config in the process of the user's command, where an error is
                       read; vLLM has no hook there. Goes with one.
 check_request         A request's extra arguments are validated where `SamplingParams` is made, so that a wrong value is
@@ -55,6 +56,7 @@ BACKEND_NAME = "SPECATTN"
 # By name, as vLLM keeps classes itself: they import this module, and are not needed before an engine starts.
 BACKEND_PATH = "specattn_vllm.backend.backend.SpecAttnBackend"
 SPECULATOR_PATH = "specattn_vllm.speculation.speculator.SpecAttnSpeculator"
+SELF_SPECULATOR_PATH = "specattn_vllm.speculation.self_speculator.SelfSpeculator"
 CHECK_PATH = "specattn_vllm.checks.check"
 _ALIASES = {"--spec-model": "--speculative-model", "--spec-tokens": "--num-speculative-tokens"}
 # Method -> the argument that an override needs by name.
@@ -69,6 +71,9 @@ SPECULATOR_HOOKS = {
 }
 _MARK = "_specattn_patched"
 DEFAULT_DRAFT_LENGTH = 4
+SELF_DRAFT_LENGTH = 6
+"""Drafts that cost as much as the target's own steps are accepted nearly always: more of them than of a small model's.
+Vegas drafts 5 to 9 (arXiv 2602.07223)."""
 
 logger = logging.getLogger("vllm.specattn")
 
@@ -130,7 +135,10 @@ def choose_speculator() -> None:
     def build(vllm_config: VllmConfig, device: torch.device):
         if not is_ours(vllm_config):
             return stock(vllm_config, device)
-        return _resolve(SPECULATOR_PATH)(vllm_config, device)
+        from specattn_vllm.options import SpecAttnOptions
+
+        for_itself = SpecAttnOptions.from_vllm(vllm_config).drafts_for_itself
+        return _resolve(SELF_SPECULATOR_PATH if for_itself else SPECULATOR_PATH)(vllm_config, device)
 
     setattr(build, _MARK, True)
     build.stock = stock
@@ -223,7 +231,7 @@ def check_engine_config() -> None:
 
     @functools.wraps(original)
     def create_engine_config(self, *args: Any, **kwargs: Any) -> VllmConfig:
-        default_draft_length(self)
+        complete_speculation(self)
         vllm_config = original(self, *args, **kwargs)
         _resolve(CHECK_PATH)(vllm_config)
         return vllm_config
@@ -232,16 +240,26 @@ def check_engine_config() -> None:
     EngineArgs.create_engine_config = create_engine_config
 
 
-def default_draft_length(engine_args: Any) -> None:
-    """Set K where our backend was asked for with a draft model, but not how many tokens it drafts."""
+def complete_speculation(engine_args: Any) -> None:
+    """Fill in what our backend needs not be told: that a target that drafts for itself is its own draft model, and how
+    many tokens are drafted."""
     backend = engine_args.attention_backend or getattr(engine_args.attention_config, "backend", None)
     if str(getattr(backend, "name", backend)).upper() != BACKEND_NAME:
         return
+    from specattn_vllm.options import KEY, SpecAttnOptions
+
+    additional = engine_args.additional_config
+    options = SpecAttnOptions.parse(additional.get(KEY, {}) if isinstance(additional, dict) else {})
     given = {key.replace("-", "_") for key in engine_args.speculative_config or {}}
     has_model = engine_args.spec_model is not None or "model" in given
+    if options.drafts_for_itself and not has_model:
+        engine_args.spec_model, has_model = engine_args.model, True
+        if engine_args.spec_method is None and "method" not in given:
+            # vLLM would guess from the model's name.
+            engine_args.spec_method = "draft_model"
     if has_model and engine_args.spec_tokens is None and "num_speculative_tokens" not in given:
-        engine_args.spec_tokens = DEFAULT_DRAFT_LENGTH
-        logger.info("specattn: drafting %d tokens a round (--num-speculative-tokens)", DEFAULT_DRAFT_LENGTH)
+        engine_args.spec_tokens = SELF_DRAFT_LENGTH if options.drafts_for_itself else DEFAULT_DRAFT_LENGTH
+        logger.info("specattn: drafting %d tokens a round (--num-speculative-tokens)", engine_args.spec_tokens)
 
 
 def check_request() -> None:

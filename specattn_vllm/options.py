@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 KEY = "specattn"
 _INT32 = 2**31 - 1  # the kernels count tokens in 32 bits
 
-Method = Literal["specattn", "sts", "dense"]
+Method = Literal["specattn", "sts", "vegas", "streamingllm", "dense"]
 Rule = Literal["top_p", "top_k"]
 Combine = Literal["sum", "max", "union", "first"]
 ExecutorName = Literal["auto", "torch", "triton", "fa3", "xformers"]
@@ -34,7 +34,9 @@ class SpecAttnOptions(BaseModel):
         description="'specattn': the draft model's attention prunes the target's verification (approximate). "
         "'sts': the same for each KV head, which reads what the draft head it is mapped to attended to, by default a "
         "fixed share of the context (Xu et al., arXiv 2605.15508; approximate). "
-        "'dense': the same speculation with full attention (lossless; the control).",
+        "'vegas': the target drafts for itself, reading what its own last verification attended to (lossless). "
+        "'streamingllm': the same, reading the first and the last tokens (lossless; a baseline). "
+        "'dense': speculation with a draft model and full attention (lossless; the control).",
     )
     preset: Literal["paper"] | None = Field(
         None,
@@ -65,6 +67,16 @@ class SpecAttnOptions(BaseModel):
         "sum",
         description="How the K draft steps of a round become one selection: top-p on their summed or maximal mass, "
         "the union of each step's own top-p (Shah, arXiv 2510.27641), or the first step alone.",
+    )
+    per_kv_head: bool = Field(
+        False, description="With 'vegas', a selection for each KV head instead of one that all heads of a layer share."
+    )
+    dilation: int = Field(
+        0,
+        ge=0,
+        le=64,
+        description="With 'vegas', positions by which attention is spread forward before tokens are chosen: heads that "
+        "copy move on by a token a step. K + 1 covers a round.",
     )
     dense_layers: tuple[int, ...] = Field(
         (), description="Target layers that always read everything, besides those the layer map leaves unmapped."
@@ -125,17 +137,22 @@ class SpecAttnOptions(BaseModel):
     @property
     def fixed_budget(self) -> bool:
         """Whether a fixed share of the context is kept, instead of a share of the attention mass."""
-        return (self.rule or ("top_k" if self.method == "sts" else "top_p")) == "top_k"
+        return (self.rule or ("top_p" if self.method in ("specattn", "dense") else "top_k")) == "top_k"
 
     @property
     def per_head(self) -> bool:
-        """Whether each KV head of the target reads a selection of its own."""
+        """Whether each KV head of the target reads a selection of its own in verification."""
         return self.method == "sts"
+
+    @property
+    def drafts_for_itself(self) -> bool:
+        """Whether the target is its own draft model."""
+        return self.method in ("vegas", "streamingllm")
 
     @property
     def is_lossless(self) -> bool:
         """Whether the output distribution is the target's own."""
-        return self.method == "dense"
+        return self.method == "dense" or self.drafts_for_itself
 
     @classmethod
     def parse(cls, raw: Any) -> SpecAttnOptions:

@@ -30,8 +30,24 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "sink_tokens": 0,
             "recent_tokens": 0,
         },
+        # Vegas, arXiv 2602.07223: 7% of the context and 256 tokens at least, one set for all heads of a layer; the
+        # class's own default is 5%.
+        "vegas": {
+            "rule": "top_k",
+            "ratio": 0.07,
+            "min_tokens": 256,
+            "sink_tokens": 0,
+            "recent_tokens": 0,
+            "per_kv_head": False,
+            "dilation": 0,
+        },
     },
 }
+UNPUBLISHED = {
+    "dense": "it reads everything",
+    "streamingllm": "here it is a baseline of the same budget as 'vegas'",
+}
+"""Methods that no preset sets, and why."""
 """preset -> method -> options that it sets."""
 
 
@@ -44,9 +60,9 @@ def apply(given: Mapping[str, Any], default_method: str) -> dict[str, Any]:
     preset, method = given.get("preset"), given.get("method", default_method)
     if not (isinstance(preset, str) and preset in PRESETS and isinstance(method, str)):
         return dict(given)
-    if method == "dense":
+    if method in UNPUBLISHED:
         raise ValueError(
-            f"preset = {preset!r} sets how tokens are chosen, and method 'dense' reads all: remove preset, or set "
-            f"method to one of {', '.join(PRESETS[preset])}"
+            f"preset = {preset!r} sets how tokens are chosen, and method {method!r} has no such setting "
+            f"({UNPUBLISHED[method]}): remove preset, or set method to one of {', '.join(PRESETS[preset])}"
         )
     return {**PRESETS[preset].get(method, {}), **given}

@@ -24,6 +24,7 @@ def builder():
     made = object.__new__(SpecAttnMetadataBuilder)
     made.device = CPU
     made.pruner = SimpleNamespace(prune=lambda **step: step)
+    made.target_capture = None
     return made
 
 

@@ -19,7 +19,7 @@ def kept(options: dict, mass: torch.Tensor) -> list[int]:
     bits = torch.zeros(1, 1, 1, 1, dtype=torch.int32)
     counts = torch.zeros(1, 1, 1, dtype=torch.int32)
     lens = torch.tensor([length], dtype=torch.int32)
-    choose(executors.resolve("torch", CPU), limits, mass.view(1, 1, 1, -1), lens, bits, counts)
+    choose(executors.resolve("torch", CPU), limits, mass.view(1, 1, 1, -1), lens.view(1, 1, 1), bits, counts)
     assert counts.item() == unpack_bits(bits, length).sum()
     return unpack_bits(bits[0, 0, 0], length).nonzero().flatten().tolist()
 

@@ -34,6 +34,8 @@ def test_the_defaults_are_the_documented_ones():
         "sink_tokens": 4,
         "recent_tokens": 64,
         "combine": "sum",
+        "per_kv_head": False,
+        "dilation": 0,
         "dense_layers": (),
         "refresh_every": None,
         "check_weights": True,
@@ -58,6 +60,8 @@ def test_every_option_can_be_given():
         "sink_tokens": 0,
         "recent_tokens": 10,
         "combine": "union",
+        "per_kv_head": True,
+        "dilation": 5,
         "dense_layers": [0, 3],
         "refresh_every": 8,
         "check_weights": False,
@@ -107,7 +111,7 @@ def test_an_unknown_option_is_named_with_the_known_ones():
         ("stats_interval_s", 0.0, "greater than 0"),
         ("dense_layers", [2, -1], "counted from 0"),
         ("dense_layers", 3, "valid tuple"),
-        ("method", "sparse", "'specattn', 'sts' or 'dense'"),
+        ("method", "sparse", "'sts', 'vegas', 'streamingllm' or"),
         ("combine", "mean", "'sum', 'max', 'union' or 'first'"),
         ("executor", "cuda", "'auto', 'torch', 'triton', 'fa3' or 'xformers'"),
         ("refresh_every", 1, "greater than or equal to 2"),
@@ -267,9 +271,9 @@ def test_a_preset_does_not_get_around_the_checks():
 
 def test_a_preset_without_a_choice_to_make_is_refused():
     message = refusal({"method": "dense", "preset": "paper"})
-    assert "preset = 'paper' sets how tokens are chosen, and method 'dense' reads all: remove preset" in message
+    assert "preset = 'paper' sets how tokens are chosen, and method 'dense' has no such setting" in message
 
 
 def test_every_method_that_chooses_has_every_preset():
     for methods in presets.PRESETS.values():
-        assert {*methods} == {*typing.get_args(Method)} - {"dense"}
+        assert {*methods} == {*typing.get_args(Method)} - {*presets.UNPUBLISHED}

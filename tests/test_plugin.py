@@ -269,8 +269,10 @@ def stand_ins(monkeypatch):
     compat.choose_speculator()
 
 
-def engine_config(backend: str | None):
-    return SimpleNamespace(attention_config=AttentionConfig(backend=backend))
+def engine_config(backend: str | None, **options):
+    return SimpleNamespace(
+        attention_config=AttentionConfig(backend=backend), additional_config={"specattn": options} if options else {}
+    )
 
 
 @pytest.mark.parametrize(

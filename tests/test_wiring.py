@@ -31,7 +31,7 @@ def on_a_gpu(monkeypatch):
 
 def test_buffers_that_would_crowd_out_the_cache_are_refused(on_a_gpu):
     with pytest.raises(ValueError) as caught:
-        wiring._refuse_if_too_large({"scores": 60 * GIB, "page tables": 28 * GIB}, on_a_gpu)
+        wiring.refuse_if_too_large({"scores": 60 * GIB, "page tables": 28 * GIB}, on_a_gpu)
     message = str(caught.value)
     for part in ("88.0 GiB", "max_num_seqs = 1024", "max_model_len = 131072", "40.0 GiB", "lower --max-num-seqs"):
         assert part in message
@@ -42,18 +42,18 @@ def test_buffers_that_would_crowd_out_the_cache_are_refused(on_a_gpu):
 def test_tables_per_head_have_one_remedy_more(on_a_gpu):
     on_a_gpu.options = SpecAttnOptions(method="sts")
     with pytest.raises(ValueError, match="lower --max-num-seqs or --max-model-len, or set method='specattn', whose"):
-        wiring._refuse_if_too_large({"page tables": 28 * GIB}, on_a_gpu)
+        wiring.refuse_if_too_large({"page tables": 28 * GIB}, on_a_gpu)
 
 
 def test_buffers_of_half_of_what_is_free_are_accepted(on_a_gpu):
-    wiring._refuse_if_too_large({"scores": 15 * GIB, "mass": 5 * GIB}, on_a_gpu)
+    wiring.refuse_if_too_large({"scores": 15 * GIB, "mass": 5 * GIB}, on_a_gpu)
     with pytest.raises(ValueError):
-        wiring._refuse_if_too_large({"scores": 15 * GIB, "mass": 5 * GIB + 1}, on_a_gpu)
+        wiring.refuse_if_too_large({"scores": 15 * GIB, "mass": 5 * GIB + 1}, on_a_gpu)
 
 
 def test_a_cpu_is_not_asked_how_much_is_free(on_a_gpu):
     on_a_gpu.device = CPU
-    wiring._refuse_if_too_large({"scores": 88 * GIB}, on_a_gpu)
+    wiring.refuse_if_too_large({"scores": 88 * GIB}, on_a_gpu)
 
 
 # Attaching the pruner
@@ -230,7 +230,7 @@ def test_what_the_draft_reads_lies_where_the_target_s_tables_do(monkeypatch, spa
 )
 def test_the_size_that_is_checked_is_that_of_all_buffers(monkeypatch, layers, options):
     checked = []
-    monkeypatch.setattr(wiring, "_refuse_if_too_large", lambda nbytes, speculator: checked.append(nbytes))
+    monkeypatch.setattr(wiring, "refuse_if_too_large", lambda nbytes, speculator: checked.append(nbytes))
     made = prepared(monkeypatch, layers, **options)
     [sizes] = checked
     # Sized as for a GPU, whose scores take half of what a CPU's do.

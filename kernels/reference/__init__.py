@@ -9,7 +9,7 @@ They read lengths with ``.tolist()``, so they would wait for the device on a GPU
 """
 
 from .attention import accumulate_mass, dense_attention, draft_attention, sparse_attention
-from .bookkeeping import count_reads, count_sampled, load_round, take_selections
+from .bookkeeping import count_reads, count_sampled, load_round, mark_rows, take_selections
 from .selection import build_block_tables, build_page_tables, build_positions, dilate_mass, select_top_p, unpack_bits
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "dilate_mass",
     "draft_attention",
     "load_round",
+    "mark_rows",
     "select_top_p",
     "sparse_attention",
     "take_selections",

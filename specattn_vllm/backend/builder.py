@@ -15,10 +15,12 @@ from specattn_vllm.options import SpecAttnOptions
 
 if TYPE_CHECKING:
     from specattn_vllm.selection.pruner import Pruner, SparsePlan
+    from specattn_vllm.selection.target_capture import TargetCapture, TargetStep
 
 
 class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
-    """One per attention group; the speculator hands the target's builders a pruner, all others stay plain."""
+    """One per attention group. The speculator hands the target's a pruner, or the capture of a target that drafts for
+    itself; all others stay plain."""
 
     # Our steps need nothing refreshed between them: every operation takes its lengths from vLLM's own buffers.
     supports_draft_decode_metadata_update: ClassVar[bool] = True
@@ -27,6 +29,7 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         compat.prepare_cpu_worker()
         self.pruner: Pruner | None = None
+        self.target_capture: TargetCapture | None = None
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
@@ -59,7 +62,16 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
             sparse=self._prune(common),
+            capture=self._capture(common),
         )
+
+    def _capture(self, common: CommonAttentionMetadata) -> TargetStep | None:
+        # Profiling runs carry no slots, and what they attended to means nothing.
+        if self.target_capture is None or common.req_idx is None:
+            return None
+        rows = common.num_reqs
+        starts = common.query_start_loc_cpu[: rows + 1]
+        return self.target_capture.begin(common.query_start_loc[: rows + 1], common.seq_lens[:rows], starts)
 
     def _prune(self, common: CommonAttentionMetadata) -> SparsePlan | None:
         # The draft's own steps carry no slots, and neither do profiling runs.

@@ -11,6 +11,7 @@ from vllm.v1.attention.backend import AttentionMetadata
 if TYPE_CHECKING:
     from specattn_vllm.selection.capture import DraftCapture
     from specattn_vllm.selection.pruner import SparsePlan
+    from specattn_vllm.selection.target_capture import TargetStep
 
 
 @dataclass
@@ -29,5 +30,5 @@ class SpecAttnMetadata(AttentionMetadata):
     block_table: torch.Tensor
     sparse: SparsePlan | None = None
     """Set for a target step with verification rows; the rows after them read everything."""
-    capture: DraftCapture | None = None
-    """Set for a draft step whose attention is captured."""
+    capture: DraftCapture | TargetStep | None = None
+    """Set for a step whose attention is captured: of a draft model, or of a target that drafts for itself."""

@@ -40,6 +40,7 @@ class Operations:
     count_reads: Callable[..., None]
     count_sampled: Callable[..., None]
     load_round: Callable[..., None]
+    mark_rows: Callable[..., None]
     dense_attention: Callable[..., None]
     write_kv: Callable[..., None]
     granularity: Literal["token", "block"] = "token"
@@ -113,6 +114,7 @@ def _torch_operations() -> Operations:
         count_reads=reference.count_reads,
         count_sampled=reference.count_sampled,
         load_round=reference.load_round,
+        mark_rows=reference.mark_rows,
         dense_attention=_dense_attention,
         write_kv=write_kv,
     )
@@ -123,6 +125,7 @@ def _triton_operations(device: torch.device) -> Operations:
     from specattn_vllm.kernels.accumulate_mass import accumulate_mass
     from specattn_vllm.kernels.dilate_mass import dilate_mass
     from specattn_vllm.kernels.draft_attention import draft_attention
+    from specattn_vllm.kernels.mark_rows import mark_rows
     from specattn_vllm.kernels.page_tables import build_page_tables, build_positions
     from specattn_vllm.kernels.sparse_attention import sparse_attention
     from specattn_vllm.kernels.top_p import select_top_p
@@ -145,6 +148,7 @@ def _triton_operations(device: torch.device) -> Operations:
         count_reads=bookkeeping.count_reads,
         count_sampled=bookkeeping.count_sampled,
         load_round=bookkeeping.load_round,
+        mark_rows=mark_rows,
         dense_attention=dense,
         write_kv=write,
         graphs=device.type == "cuda",

@@ -48,14 +48,17 @@ def choose(
     *,
     union: bool = False,
 ) -> None:
-    """Bits of every layer, row and group: mass [S, R, G, L] float32, lens [R] int32, bits [S, R, G, W] int32 and counts
-    [S, R, G] int32, all contiguous but lens. The first `lens` tokens of a row are ranked."""
+    """Bits of every row of mass, whatever its first dimensions are.
+
+    mass [..., L] float32, bits [..., W] and counts [...] int32, contiguous; lens int32, of a shape that spreads to that
+    of counts: tokens of each row that are ranked.
+    """
     rows = counts.numel()
     if rows == 0:
         return
     operations.select_top_p(
         mass.view(rows, -1),
-        lens.view(1, -1, 1).expand_as(counts).flatten().contiguous(),
+        lens.expand_as(counts).flatten().contiguous(),
         bits.view(rows, -1),
         counts.view(rows),
         limits.top_p,

@@ -40,6 +40,5 @@ class Ranking:
         self, operations: Operations, limits: Limits, lens: torch.Tensor, layers: int, *, union: bool = False
     ) -> None:
         """Bits of the first `layers` layers from their mass on the first lens [R] int32 tokens of each row."""
-        choose(
-            operations, limits, self.mass[:layers], lens, self.bits[:layers], self.counts[:layers], union=union
-        )  # fmt: skip
+        mass, bits, counts = self.mass[:layers], self.bits[:layers], self.counts[:layers]
+        choose(operations, limits, mass, lens.view(1, -1, 1), bits, counts, union=union)

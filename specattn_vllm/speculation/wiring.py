@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import ModelConfig, VllmConfig, get_layers_from_vllm_config
@@ -24,6 +25,7 @@ from specattn_vllm.selection.store import SelectionStore
 
 if TYPE_CHECKING:
     from specattn_vllm.options import SpecAttnOptions
+    from specattn_vllm.speculation.rounds import RoundSpeculator
     from specattn_vllm.speculation.speculator import SpecAttnSpeculator
 
 logger = init_logger("vllm.specattn")
@@ -62,6 +64,30 @@ def resolve_layer_map(vllm_config: VllmConfig, options: SpecAttnOptions) -> Laye
     return found
 
 
+def row_width(max_model_len: int) -> int:
+    """Elements of a row of scores, mass or pages: a whole number of vectors. A row that begins anywhere is read and
+    written one number at a time, which made a round a quarter slower (H200, 16 requests of 32k)."""
+    return -(-max_model_len // ROW_MULTIPLE) * ROW_MULTIPLE
+
+
+def target_builder(target_attn_groups: list, names: Container[str]) -> Any:
+    """The one metadata builder of the target's layers."""
+    groups = [g for groups in target_attn_groups for g in groups if any(n in names for n in g.layer_names)]
+    if len(groups) != 1:
+        raise ValueError(
+            f"specattn needs the target's layers in one attention group, but vLLM made {len(groups)}: models with "
+            "layers of different shapes are not supported"
+        )
+    [builder] = groups[0].metadata_builders
+    return builder
+
+
+def cache_of(builder: Any, layer_name: str) -> Callable[[], torch.Tensor]:
+    """A layer's KV cache, which vLLM allocates later, and when it profiles CUDA graphs, twice."""
+    layer = get_layers_from_vllm_config(builder.vllm_config, AttentionLayerBase)[layer_name]
+    return lambda: layer.kv_cache
+
+
 @dataclass(frozen=True)
 class Selection:
     """The parts that one engine's selections pass through; no pruner and no store where the target reads everything."""
@@ -88,16 +114,9 @@ class Selection:
         if self.pruner is None:
             return
         names = self.pruner.layer_sources
-        groups = [g for groups in target_attn_groups for g in groups if any(n in names for n in g.layer_names)]
-        if len(groups) != 1:
-            raise ValueError(
-                f"specattn needs the target's layers in one attention group, but vLLM made {len(groups)}: models with "
-                "layers of different shapes are not supported"
-            )
-        [builder] = groups[0].metadata_builders
-        layers = get_layers_from_vllm_config(builder.vllm_config, AttentionLayerBase)
-        first = layers[next(iter(names))]
-        self.pruner.attach(builder.kv_cache_spec.block_size, lambda: page_strides(first.kv_cache))
+        builder = target_builder(target_attn_groups, names)
+        cache = cache_of(builder, next(iter(names)))
+        self.pruner.attach(builder.kv_cache_spec.block_size, lambda: page_strides(cache()))
         builder.pruner = self.pruner
 
 
@@ -119,9 +138,7 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
     groups = layers[draft[0]].impl.num_kv_heads if options.per_head else 1
     num_tables, heads = (len(sources), 1) if made_from is None else (len(made_from), len(made_from[0][1]))
     requests = speculator.max_num_reqs
-    # Rows of a whole number of vectors: a row that begins anywhere is read and written one number at a time, which made
-    # a round a quarter slower (H200, 16 requests of 32k).
-    longest = -(-speculator.max_model_len // ROW_MULTIPLE) * ROW_MULTIPLE
+    longest = row_width(speculator.max_model_len)
 
     def allocate(device: torch.device) -> Selection:
         shape = (max(num_tables, len(captured)), requests, heads, longest)
@@ -157,7 +174,7 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
         return Selection(capture, store, pruner, tables)
 
     # Sizes first, without memory: an allocation that fails names no option.
-    _refuse_if_too_large(allocate(torch.device("meta")).nbytes, speculator)
+    refuse_if_too_large(allocate(torch.device("meta")).nbytes, speculator)
     selection = allocate(speculator.device)
     _announce(options, found, speculator, selection.nbytes)
     return selection
@@ -181,7 +198,8 @@ def _tables(
     return {target[j]: distinct.index(of) for j, of in made_from.items()}, distinct
 
 
-def _refuse_if_too_large(nbytes: dict[str, int], speculator: SpecAttnSpeculator) -> None:
+def refuse_if_too_large(nbytes: dict[str, int], speculator: RoundSpeculator) -> None:
+    """Raise ValueError where the buffers would take most of a GPU."""
     if speculator.device.type != "cuda":
         return  # pages of a CPU's memory are taken when they are written
     free, _ = torch.cuda.mem_get_info(speculator.device)
@@ -189,24 +207,23 @@ def _refuse_if_too_large(nbytes: dict[str, int], speculator: SpecAttnSpeculator)
     if total > free // 2:
         remedy = ", or set method='specattn', whose heads share page tables" if speculator.options.per_head else ""
         raise ValueError(
-            f"specattn needs {total / 2**30:.1f} GiB ({_sizes(nbytes)}) for max_num_seqs = {speculator.max_num_reqs} "
+            f"specattn needs {total / 2**30:.1f} GiB ({sizes(nbytes)}) for max_num_seqs = {speculator.max_num_reqs} "
             f"requests of max_model_len = {speculator.max_model_len} tokens, more than half of the "
             f"{free / 2**30:.1f} GiB that the weights leave: lower --max-num-seqs or --max-model-len{remedy}"
         )
 
 
-def _sizes(nbytes: dict[str, int]) -> str:
+def sizes(nbytes: dict[str, int]) -> str:
     return ", ".join(f"{what} {size / 2**20:.1f} MiB" for what, size in nbytes.items())
 
 
-def _announce(
-    options: SpecAttnOptions, found: LayerMap | None, speculator: SpecAttnSpeculator, nbytes: dict[str, int]
-) -> None:
+def announce_buffers(speculator: RoundSpeculator, nbytes: dict[str, int]) -> None:
+    """Say what was allocated, and what to do where it is much."""
     logger.info(
         "specattn: executor=%s, buffers %.1f MiB (%s), taken before vLLM measures what is left for the KV cache",
         speculator.operations.name,
         sum(nbytes.values()) / 2**20,
-        _sizes(nbytes),
+        sizes(nbytes),
     )
     if sum(nbytes.values()) > LARGE:
         logger.warning(
@@ -216,6 +233,12 @@ def _announce(
             speculator.max_num_reqs,
             speculator.max_model_len,
         )
+
+
+def _announce(
+    options: SpecAttnOptions, found: LayerMap | None, speculator: SpecAttnSpeculator, nbytes: dict[str, int]
+) -> None:
+    announce_buffers(speculator, nbytes)
     if speculator.crossover_tokens:
         logger.info("specattn: rounds of fewer than %d context tokens read everything", speculator.crossover_tokens)
     if options.sparse_draft:

@@ -75,9 +75,10 @@ def engine(demo_pair):
         if options is not None:
             arguments["attention_backend"] = "specattn"
             arguments["additional_config"] = {"specattn": options}
+            for_itself = options.get("method") in ("vegas", "streamingllm")
             arguments["speculative_config"] = {
                 "method": "draft_model",
-                "model": draft or demo_pair[1],
+                "model": (target or demo_pair[0]) if for_itself else draft or demo_pair[1],
                 "num_speculative_tokens": num_speculative_tokens,
             }
         torch.manual_seed(0)

@@ -1,0 +1,179 @@
+"""The target's own attention in its last verification, for a target that drafts for itself (Vegas, arXiv 2602.07223).
+
+Verification reads everything, and leaves the scores of two query rows per request behind. What they attended to is what
+the target reads while it drafts the next round. Selections are made and read within one step, so they stay in the order
+of the batch and nothing is kept by request.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from specattn_vllm.executors import Operations
+from specattn_vllm.selection.choose import Limits, choose
+
+SCORED = 2  # query rows per request
+
+
+class TargetCapture:
+    """Attention mass of the target's layers in one step, and the bitmasks made of it.
+
+    Per step: `begin` outside of any graph, one `attend` of what it returned per layer, then `select`. Buffers last, so
+    that verification and drafting can be captured in CUDA graphs, each by itself.
+
+    The mass of a layer is the softmax weight of the scored rows, averaged over both rows and over the query heads of a
+    group: all heads (G = 1) or those of a KV head (G = H).
+    """
+
+    def __init__(
+        self,
+        operations: Operations,
+        limits: Limits,
+        *,
+        layer_sources: dict[str, int],
+        num_heads: int,
+        groups: int,
+        max_query_len: int,
+        max_num_reqs: int,
+        max_model_len: int,
+        dilation: int,
+        device: torch.device,
+    ) -> None:
+        """layer_sources: vLLM's name of each target layer -> its index. max_query_len: tokens of the longest
+        verification, K + 1. dilation: positions by which the mass is spread forward."""
+        self.operations = operations
+        self.limits = limits
+        self.layer_sources = layer_sources
+        self.max_query_len = max_query_len
+        self.weight = groups / (SCORED * num_heads)
+        self.dilation = dilation
+        layers, words = len(layer_sources), -(-max_model_len // 32)
+        score_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        rows = SCORED * num_heads
+        self.scores = torch.empty((max_num_reqs, rows, max_model_len), dtype=score_dtype, device=device)
+        self.lse = torch.empty((max_num_reqs, rows), dtype=torch.float32, device=device)
+        # By request first: the rows of any batch are then one block, in a graph that pads it and outside.
+        shape = (max_num_reqs, layers, groups)
+        self.mass = torch.empty((*shape, max_model_len), dtype=torch.float32, device=device)
+        if dilation:
+            self._sharp = torch.empty((max_num_reqs, groups, max_model_len), dtype=torch.float32, device=device)
+        self.bits = torch.empty((*shape, words), dtype=torch.int32, device=device)
+        self.counts = torch.empty(shape, dtype=torch.int32, device=device)
+        self.scored_rows = torch.full((max_num_reqs, SCORED), -1, dtype=torch.int64, device=device)
+        self.lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        self.alone = torch.arange(max_num_reqs + 1, dtype=torch.int32, device=device)
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by what they hold."""
+        return {
+            "scores": self.scores.nbytes + self.lse.nbytes,
+            "mass": self.mass.nbytes + (self._sharp.nbytes if self.dilation else 0),
+            "bitmasks": self.bits.nbytes + self.counts.nbytes,
+        }
+
+    def begin(
+        self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor, query_start_loc_cpu: torch.Tensor
+    ) -> TargetStep:
+        """Announce a step of R rows: query_start_loc [R+1] and seq_lens [R] int32, the former on the host as well.
+
+        vLLM puts rows with drafts first and sorts the rest by length: those before the first long one go through the
+        kernel that leaves its scores as it attends.
+        """
+        self.operations.mark_rows(query_start_loc, seq_lens, self.max_query_len, self.scored_rows, self.lens)
+        lengths = query_start_loc_cpu[1:] - query_start_loc_cpu[:-1]
+        long = (lengths > self.max_query_len).nonzero()
+        rows = int(long[0, 0]) if long.numel() else lengths.shape[0]
+        longest = int(lengths[:rows].max()) if rows else 1
+        return TargetStep(self, rows, int(query_start_loc_cpu[rows]), max(longest, 1))
+
+    def record(self, layer: int, rows: slice) -> None:
+        """Mass of a layer from the scores of rows of the batch."""
+        lens, mass = self.lens[rows], self.mass[rows, layer]
+        target = self._sharp[rows] if self.dilation else mass
+        self.operations.accumulate_mass(self.scores[rows], self.lse[rows], lens, target, self.weight, "store")
+        if self.dilation:
+            weight = 1.0 / (self.dilation + 1)
+            for group in range(mass.shape[1]):
+                self.operations.dilate_mass(target[:, group], lens, mass[:, group], self.dilation, weight)
+
+    def select(self, wanted: torch.Tensor, committed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Selections of the step that has just been verified.
+
+        wanted [R] bool: rows for which tokens are drafted next. committed [R] int32: tokens each row has now, accepted
+        ones included. Returns bits [R, S, G, W] and prefix_lens [R] int32; positions from there on are not ranked, and
+        to be kept.
+        """
+        rows = wanted.shape[0]
+        lens = torch.where(wanted, torch.minimum(self.lens[:rows], committed), 0)
+        bits = self.bits[:rows]
+        choose(self.operations, self.limits, self.mass[:rows], lens.view(-1, 1, 1), bits, self.counts[:rows])
+        return bits, lens
+
+
+@dataclass(frozen=True)
+class TargetStep:
+    """One step of the target: the first `num_rows` rows of the batch, `num_tokens` tokens, are no prompts."""
+
+    capture: TargetCapture
+    num_rows: int
+    num_tokens: int
+    max_query_len: int
+
+    def attend(self, layer_name: str, query, kv_cache, batch, scale: float, out) -> bool:
+        """Attention of one layer, scores left behind; False for a layer that is not captured. `batch` is the step's
+        metadata; query and out [T, Hq, D] without padding."""
+        capture, md = self.capture, batch
+        layer = capture.layer_sources.get(layer_name)
+        if layer is None:
+            return False
+        short, long = slice(0, self.num_rows), slice(self.num_rows, md.num_reqs)
+        if self.num_rows:
+            capture.operations.draft_attention(
+                query[: self.num_tokens],
+                kv_cache,
+                md.block_table[short],
+                md.seq_lens[short],
+                md.query_start_loc[: self.num_rows + 1],
+                scale,
+                out[: self.num_tokens],
+                scored_rows=capture.scored_rows[short],
+                scores=capture.scores[short],
+                lse=capture.lse[short],
+                max_query_len=self.max_query_len,
+            )
+        if self.num_rows < md.num_reqs:
+            self._attend_prompts(query, kv_cache, md, scale, out, long)
+        capture.record(layer, slice(0, md.num_reqs))
+        return True
+
+    def _attend_prompts(self, query, kv_cache, md, scale: float, out, long: slice) -> None:
+        capture, rows = self.capture, long.stop - long.start
+        starts = md.query_start_loc[long.start : long.stop + 1]
+        capture.operations.dense_attention(
+            query[self.num_tokens :],
+            kv_cache,
+            md.block_table[long],
+            md.seq_lens[long],
+            starts - self.num_tokens if self.num_tokens else starts,
+            scale,
+            out[self.num_tokens :],
+            md.max_query_len,
+            md.max_seq_len,
+        )
+        # The last row of each prompt by itself: another pass over the keys, for one row of very many.
+        last = capture.alone[:rows, None].long().expand(-1, SCORED).contiguous()
+        capture.operations.draft_attention(
+            query[capture.scored_rows[long, -1]],
+            kv_cache,
+            md.block_table[long],
+            md.seq_lens[long],
+            capture.alone[: rows + 1],
+            scale,
+            None,
+            scored_rows=last,
+            scores=capture.scores[long],
+            lse=capture.lse[long],
+        )

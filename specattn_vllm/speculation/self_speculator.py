@@ -1,0 +1,119 @@
+"""A target that drafts for itself: no second set of weights, no second KV cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config.compilation import CUDAGraphMode
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
+from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+from vllm.v1.worker.gpu.input_batch import InputBatch
+
+from specattn_vllm.speculation.rounds import RoundSpeculator
+from specattn_vllm.speculation.self_wiring import SelfSelection, prepare_self
+
+
+class SelfSpeculator(RoundSpeculator):
+    """Drafts with the target's own weights and cache, against a part of the context (Vegas, arXiv 2602.07223).
+
+    The cache holds every accepted token when drafting begins, so a draft step is a plain decoding step: no expanded
+    first step as for a separate draft model. Its keys and values land where the next verification writes, which reads
+    everything: what it leaves in the cache, and what it accepts, is the target's own.
+    """
+
+    num_extra_query_per_req = 0
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.selection: SelfSelection | None = None
+
+    def load_draft_model(self, target_model: torch.nn.Module, target_attn_layer_names: set[str]) -> torch.nn.Module:
+        return target_model
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        super().load_model(target_model)
+        self.selection = prepare_self(self)
+
+    def set_attn(self, model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups) -> None:
+        # Metadata builders are made for the draft's layers. Only here are those the target's: vLLM takes what is named
+        # as the draft's to have a cache of its own.
+        self.draft_attn_layer_names = set(get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase))
+        try:
+            super().set_attn(model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups)
+        finally:
+            self.draft_attn_layer_names = set()
+        if len(kv_cache_config.kv_cache_groups) != 1:
+            raise ValueError(
+                f"specattn needs all layers in one KV-cache group, but vLLM made "
+                f"{len(kv_cache_config.kv_cache_groups)}: models with mixed attention types are not supported"
+            )
+        self.selection.attach(target_attn_groups)
+
+    def _round(self, batch: InputBatch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states,
+               num_sampled: torch.Tensor, num_rejected: torch.Tensor, last_sampled: torch.Tensor, next_prefill_tokens,
+               temperature: torch.Tensor, seeds: torch.Tensor, *, recording: bool, dp_sync_state=None,
+               dummy_run: bool = False, skip_attn_for_dummy_run: bool = False, **kwargs) -> torch.Tensor:  # fmt: skip
+        """K decoding steps of the target; against a selection if `recording`, else against everything."""
+        rows = batch.num_reqs
+        self._copy_request_inputs(rows, batch.idx_mapping, temperature, seeds, dummy_run=dummy_run)
+        committed = batch.seq_lens[:rows] - num_rejected[:rows].int()
+        # What each step's token sees, itself included.
+        steps = torch.arange(1, self.num_speculative_steps + 1, dtype=torch.int32, device=self.device)
+        step_lens = (committed + steps[:, None]).clamp_(max=self.max_model_len)
+        if recording:
+            self._select(num_sampled[:rows] > 0, committed, step_lens)
+        self.input_buffers.query_start_loc[: rows + 1].copy_(self.arange_gpu[: rows + 1])
+        across_dp = None if dp_sync_state is None else dp_sync_state.num_tokens_across_dp
+        tokens = last_sampled.view(-1)[self.idx_mapping[:rows]]
+        for step in range(self.num_speculative_steps):
+            self.input_buffers.input_ids[:rows].copy_(tokens)
+            torch.sub(step_lens[step], 1, out=self.input_buffers.positions[:rows])
+            self.input_buffers.seq_lens[:rows].copy_(step_lens[step])
+            attention, slots = None, None
+            if not (dummy_run and skip_attn_for_dummy_run):
+                attention, slots = self._step_metadata(batch, step, recording)
+            hidden_states = self._run_model(
+                self.input_buffers.input_ids[:rows], self.input_buffers.positions[:rows], attention, slots, across_dp
+            )
+            self.current_draft_step.fill_(step)
+            tokens = self.sample_draft(
+                hidden_states[:rows], self.input_buffers.positions[:rows], self.idx_mapping[:rows], self.temperature,
+                self.seeds, self.current_draft_step, self.draft_logits,
+            )  # fmt: skip
+            self.draft_tokens[:rows, step] = tokens
+        return self.draft_tokens[:rows]
+
+    def _select(self, wanted: torch.Tensor, committed: torch.Tensor, step_lens: torch.Tensor) -> None:
+        """Tables for a round. A row that sampled nothing is inside its prompt, or fills a graph's batch: what it drafts
+        is thrown away, and it reads nothing."""
+        bits, prefix_lens = self.selection.source.select(wanted, committed)
+        self.selection.tables.build(
+            bits.transpose(0, 1),
+            prefix_lens,
+            torch.where(wanted, step_lens, 0),
+            self.block_tables.input_block_tables[0][: wanted.shape[0]],
+        )
+
+    def _step_metadata(self, batch: InputBatch, step: int, recording: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        rows = batch.num_reqs
+        positions = self.input_buffers.positions[:rows]
+        slots = self.block_tables.compute_slot_mappings(
+            self.idx_mapping[:rows], self.input_buffers.query_start_loc[: rows + 1], positions, rows
+        )
+        metadata = self._build_uniform_attn_metadata(
+            batch_desc=BatchExecutionDescriptor(
+                cg_mode=CUDAGraphMode.NONE, num_tokens=rows, num_reqs=rows, uniform_token_count=1
+            ),
+            num_reqs=rows,
+            num_query_per_req=1,
+            seq_lens_cpu_upper_bound=batch.seq_lens_cpu_upper_bound,
+            step=step + 1,
+        )
+        if recording:
+            plan = self.selection.tables.plan(step)
+            for layer_metadata in metadata.values():
+                layer_metadata.sparse = plan
+        return metadata, build_slot_mappings_by_layer(slots, self.kv_cache_config)

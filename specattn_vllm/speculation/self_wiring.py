@@ -1,0 +1,97 @@
+"""What a target needs to draft for itself: a capture of its verifications, and tables to draft by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+from specattn_vllm.selection.choose import Limits
+from specattn_vllm.selection.draft_tables import DraftTables
+from specattn_vllm.selection.pages import page_strides
+from specattn_vllm.selection.target_capture import TargetCapture
+from specattn_vllm.selection.window import Window
+from specattn_vllm.speculation.wiring import (
+    announce_buffers,
+    cache_of,
+    refuse_if_too_large,
+    row_width,
+    target_builder,
+)
+
+if TYPE_CHECKING:
+    from specattn_vllm.speculation.self_speculator import SelfSpeculator
+
+logger = init_logger("vllm.specattn")
+
+
+@dataclass(frozen=True)
+class SelfSelection:
+    """Where the tokens come from that drafting reads, and the tables made of them."""
+
+    source: TargetCapture | Window
+    tables: DraftTables
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by what they hold; the tables lie in the mass they are made from, where there is any."""
+        return self.source.nbytes | {"page tables": self.tables.nbytes}
+
+    def attach(self, target_attn_groups: list) -> None:
+        """Hand the capture to the target's metadata builder. vLLM makes new ones after it has profiled CUDA graphs."""
+        names = self.tables.layer_sources
+        builder = target_builder(target_attn_groups, names)
+        cache = cache_of(builder, next(iter(names)))
+        self.tables.attach(builder.kv_cache_spec.block_size, lambda: page_strides(cache()))
+        if isinstance(self.source, TargetCapture):
+            builder.target_capture = self.source
+
+
+def prepare_self(speculator: SelfSpeculator) -> SelfSelection:
+    """Everything that drafting for itself needs, its buffers included; called as soon as the target is loaded, because
+    vLLM measures what is left for the KV cache after that."""
+    options = speculator.options
+    layers = get_layers_from_vllm_config(speculator.vllm_config, AttentionLayerBase)
+    names, first = list(layers), next(iter(layers.values()))
+    requests, width = speculator.max_num_reqs, row_width(speculator.max_model_len)
+
+    def allocate(device: torch.device) -> SelfSelection:
+        if options.method == "streamingllm":
+            window = Window(speculator.operations, Limits.of(options), requests, width, device)
+            tables = torch.empty((1, requests, 1, width), dtype=torch.int32, device=device)
+            return SelfSelection(window, _tables(dict.fromkeys(names, 0), tables, tables.nbytes))
+        sources = {name: s for s, name in enumerate(names)}
+        capture = TargetCapture(
+            speculator.operations,
+            Limits.of(options),
+            layer_sources=sources,
+            num_heads=first.impl.num_heads,
+            groups=first.impl.num_kv_heads if options.per_kv_head else 1,
+            max_query_len=speculator.num_speculative_steps + 1,
+            max_num_reqs=requests,
+            max_model_len=width,
+            dilation=options.dilation,
+            device=device,
+        )
+        # The mass has been chosen from when the tables are made.
+        tables = capture.mass.view(torch.int32).view(len(names), requests, capture.mass.shape[2], width)
+        return SelfSelection(capture, _tables(sources, tables, 0))
+
+    def _tables(sources: dict[str, int], page_table: torch.Tensor, nbytes: int) -> DraftTables:
+        return DraftTables(speculator.operations, sources, page_table, nbytes)
+
+    refuse_if_too_large(allocate(torch.device("meta")).nbytes, speculator)
+    selection = allocate(speculator.device)
+    announce_buffers(speculator, selection.nbytes)
+    logger.info(
+        "specattn: method '%s': the target drafts for itself, %d tokens a round, against %s; its verification reads "
+        "everything, so the output is the target model's own",
+        options.method,
+        speculator.num_speculative_steps,
+        f"{options.ratio:.1%} of the context" if options.fixed_budget else f"top_p={options.top_p} of its attention",
+    )
+    return selection
