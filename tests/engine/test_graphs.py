@@ -49,6 +49,10 @@ def replayed(monkeypatch):
         pytest.param({"method": "dense"}, id="dense"),
         pytest.param({"method": "dense", "sparse_draft": True, "top_p": 0.7}, id="dense-sparse_draft"),
         pytest.param({"top_p": 1.0}, id="top_p=1"),
+        pytest.param({"method": "sts", "ratio": 1.0}, id="sts-everything"),
+        pytest.param({"method": "vegas", "min_tokens": 32, "crossover_tokens": 0}, id="vegas"),
+        pytest.param({"method": "vegas", "min_tokens": 32, "per_kv_head": True, "dilation": 5}, id="vegas-per_kv_head"),
+        pytest.param({"method": "streamingllm", "min_tokens": 32}, id="streamingllm"),
     ],
 )
 def test_exact_modes_equal_plain_decoding(options, engine, greedy, prompts, counts, replayed):
@@ -61,7 +65,9 @@ def test_exact_modes_equal_plain_decoding(options, engine, greedy, prompts, coun
 
 
 @pytest.mark.parametrize(
-    "options", [{"top_p": 0.8}, {"top_p": 0.8, "sparse_draft": True}], ids=["specattn", "sparse_draft"]
+    "options",
+    [{"top_p": 0.8}, {"top_p": 0.8, "sparse_draft": True}, {"method": "sts", "ratio": 0.3}],
+    ids=["specattn", "sparse_draft", "sts"],
 )
 def test_selections_in_graphs_equal_those_of_eager_steps(options, engine, greedy, prompts, counts, replayed):
     eager = engine(options)
@@ -75,6 +81,20 @@ def test_selections_in_graphs_equal_those_of_eager_steps(options, engine, greedy
     assert seen.kv_fraction == pytest.approx(upstream.kv_fraction, rel=0.01)
     assert replayed["target"] > 5
     assert replayed["draft"] > 5
+
+
+def test_a_target_s_own_selections_in_graphs_accept_as_many_drafts(engine, greedy, prompts, counts, replayed):
+    """Drafts are only as good as what they read: a table that is off shows in the acceptance alone."""
+    options = {"method": "vegas", "min_tokens": 32, "dilation": 5}
+    eager = engine(options)
+    greedy(eager, prompts(LENGTHS), NEW_TOKENS)
+    upstream = counts(eager)
+    assert replayed["draft"] == 0
+    llm = engine(options, **GRAPHS)
+    greedy(llm, prompts(LENGTHS), NEW_TOKENS)
+    assert replayed["target"] > 5
+    assert replayed["draft"] > 5
+    assert counts(llm).acceptance_length == pytest.approx(upstream.acceptance_length, rel=0.03)
 
 
 @pytest.mark.parametrize("executor", ["fa3", "triton"])
