@@ -169,7 +169,7 @@ def audit(monkeypatch) -> Audit:
         for row in range(plan.num_rows if plan is not None else 0):
             slot, total, new = int(step["slots"][row]), int(step["seq_lens"][row]), lengths[row]
             request = seen.owner.get(slot, "nobody")
-            kept = plan.kept[:, row, 0].tolist()
+            kept = plan.kept[:, row].flatten().tolist()
             if bool(step["prefilling_cpu"][row]):
                 seen.prefill_rows.append((request, new, kept[0]))
                 if kept != [total] * len(kept):
@@ -183,15 +183,25 @@ def audit(monkeypatch) -> Audit:
                     seen.violations.append(f"{request}, {total - new} computed, read {kept} by {made and made[:2]}")
                 continue
             seen.sparse_rows[request] = seen.sparse_rows.get(request, 0) + 1
-            flags = unpack_bits(made[2][:, 0], total - new)
+            flags = unpack_bits(made[2], total - new)
             blocks = step["block_table"][row].tolist()
-            block, _, token = self.page_strides()
-            for source in range(flags.shape[0]):
-                positions = [*flags[source].nonzero().flatten().tolist(), *range(total - new, total)]
-                ids = [blocks[p // self.block_size] * block + p % self.block_size * token for p in positions]
-                if plan.page_table[source, row, 0, : kept[source]].tolist() != ids:
-                    seen.violations.append(f"{request}: the table of source {source} is not its selection")
+            block, per_head, token = self.page_strides()
+            for t, head, source, group in made_from(self):
+                positions = [*flags[source, group].nonzero().flatten().tolist(), *range(total - new, total)]
+                ids = [
+                    blocks[p // self.block_size] * block + head * per_head + p % self.block_size * token
+                    for p in positions
+                ]
+                if plan.page_table[t, row, head, : int(plan.kept[t, row, head])].tolist() != ids:
+                    seen.violations.append(f"{request}: table {t} of head {head} is not what source {source} chose")
         return plan
+
+    def made_from(pruner):
+        """(table, head, source, group) of every table: each of its own, where the selections are not per head."""
+        if pruner.maps is None:
+            return [(source, 0, source, 0) for source in range(pruner.store.bits.shape[0])]
+        tables = zip(pruner.maps.sources.tolist(), pruner.maps.groups.tolist(), strict=True)
+        return [(t, h, source, g) for t, (source, groups) in enumerate(tables) for h, g in enumerate(groups)]
 
     def watch_preempt(self, *args, **kwargs):
         seen.preemptions += 1

@@ -8,6 +8,8 @@ import pytest
 pytestmark = pytest.mark.engine
 
 OPTIONS = {"top_p": 0.8, "min_tokens": 32, "recent_tokens": 16}
+PER_HEAD = {"method": "sts", "ratio": 0.2, "min_tokens": 32, "recent_tokens": 16}
+METHODS = pytest.mark.parametrize("options", [OPTIONS, PER_HEAD], ids=["specattn", "sts"])
 
 
 def _exactly(options: dict) -> dict:
@@ -15,17 +17,19 @@ def _exactly(options: dict) -> dict:
     return {**options, "top_p": 1.0}
 
 
-def test_chunked_prefill_and_slot_reuse(engine, greedy, prompts, audit):
+@METHODS
+def test_chunked_prefill_and_slot_reuse(options, engine, greedy, prompts, audit):
     """Prompts of many chunks among running requests, more requests than slots."""
-    llm = engine(OPTIONS, max_num_seqs=3, max_num_batched_tokens=256)
+    llm = engine(options, max_num_seqs=3, max_num_batched_tokens=256)
     greedy(llm, prompts([900, 40, 600, 30, 1200, 250, 500, 90]), 10)
     assert len(audit.owner) <= 3 < len(audit.sparse_rows) + len(audit.dense_rows)
     assert len(audit.sparse_rows) == 8 and sum(audit.sparse_rows.values()) >= 16
 
 
-def test_prefix_cache_hits(engine, greedy, prompts, audit):
+@METHODS
+def test_prefix_cache_hits(options, engine, greedy, prompts, audit):
     """A second request with the same long prompt starts from cached blocks, the draft's among them."""
-    llm = engine(OPTIONS)
+    llm = engine(options)
     prompt = prompts([1100])
     first = greedy(llm, prompt, 12)
     hits = _cached_tokens(llm, prompt)
@@ -71,17 +75,19 @@ def test_preemption_and_resume(engine, greedy, prompts, audit):
     assert audit.preemptions > 0
 
 
-def test_preemption_with_pruning(engine, greedy, prompts, audit):
-    llm = engine(OPTIONS, max_num_seqs=4, block_size=16, num_gpu_blocks_override=120, max_model_len=1024)
+@METHODS
+def test_preemption_with_pruning(options, engine, greedy, prompts, audit):
+    llm = engine(options, max_num_seqs=4, block_size=16, num_gpu_blocks_override=120, max_model_len=1024)
     greedy(llm, prompts([420, 430, 440, 450]), 90)
     assert audit.preemptions > 0
     assert sum(audit.sparse_rows.values()) > 40
 
 
-def test_abort_frees_a_slot_for_somebody_else(engine, prompts, audit):
+@METHODS
+def test_abort_frees_a_slot_for_somebody_else(options, engine, prompts, audit):
     from vllm import SamplingParams
 
-    llm = engine(OPTIONS, max_num_seqs=2)
+    llm = engine(options, max_num_seqs=2)
     parameters = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
     a, b, c = prompts([700, 600, 500])
     run = llm.llm_engine

@@ -59,8 +59,15 @@ def test_two_ranks_give_the_tokens_of_one(engine, greedy, prompts, demo_pair, tm
         assert counts["kv_read"] == counts["kv_full"]
 
 
-def test_each_rank_prunes(prompts, demo_pair, tmp_path):
-    tokens, ranks = run_on_two_ranks(tmp_path, demo_pair, {"top_p": 0.7, "min_tokens": 16}, prompts([600, 900]))
+@pytest.mark.parametrize(
+    "options",
+    # A map of heads by proportion stays within each rank.
+    [{"top_p": 0.7}, {"method": "sts", "ratio": 0.2, "layer_map": "uniform"}],
+    ids=["specattn", "sts"],
+)
+def test_each_rank_prunes(options, prompts, demo_pair, tmp_path):
+    options = {**options, "min_tokens": 16}
+    tokens, ranks = run_on_two_ranks(tmp_path, demo_pair, options, prompts([600, 900]))
     assert all(len(row) == 16 for row in tokens)
     for counts in ranks:
         assert counts["sparse_rows"] == counts["verify_rows"] > 0
