@@ -31,9 +31,7 @@ PROGRAMS = 2048
 
 
 @triton.jit
-def _dilate_kernel(
-    mass, lens, out, weight, stride_m, stride_o, STEPS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+def _dilate_kernel(mass, lens, out, weight, stride_m, stride_o, STEPS: tl.constexpr, BLOCK: tl.constexpr):
     x = tl.program_id(1).to(tl.int64)
     length = tl.load(lens + x)
     row = mass + x * stride_m
