@@ -111,7 +111,7 @@ def test_settings_that_cannot_stand_together_are_refused(given, only, message):
         ('[{"name": "x", "options": {"method": "magic"}}]', r"0.options: .*method = 'magic'"),
         ('[{"name": "x", "options": {"top_q": 1}}]', "top_q: unknown option"),
         ('[{"name": "x"}]', "0.options: Field required"),
-        ('[{"name": "x", "options": {}, "draft": "other"}]', "0.draft: Input should be 'target'"),
+        ('[{"name": "x", "options": {}, "draft": "other"}]', "0.draft: Extra inputs are not permitted"),
         ("{", "file: Invalid JSON"),
     ],
 )
@@ -204,7 +204,8 @@ def test_engines_are_pruned_below_the_crossover_too():
 
 
 def test_a_target_that_drafts_for_itself_is_its_own_draft_model():
-    own = HALF.model_copy(update={"draft": "target"})
+    own = Setting(name="own", options={"method": "vegas"})
+    assert own.lossless
     assert job(own).engine_arguments()["speculative_config"]["model"] == "/somewhere/target"
     assert job(HALF).engine_arguments()["speculative_config"]["model"] == "/somewhere/draft"
 
@@ -240,11 +241,12 @@ def engines(monkeypatch):
 
 
 JOBS = [job(), job(HALF), job(Setting(name="quarter", options={"rule": "top_k", "ratio": 0.25}))]
+ORDER = [job.setting.name for job in JOBS]
 
 
 def evaluate(path, jobs=JOBS, **more) -> tuple[list[str], Report]:
     found = Report(provenance={"date": "2026"}, setup={"context": 100}, results=runner.earlier(path, {"context": 100}))
-    failed = runner.run_all(jobs, found, path, say=lambda text: None, **more)
+    failed = runner.run_all(jobs, found, path, ORDER, say=lambda text: None, **more)
     return failed, Report.model_validate_json(path.read_bytes())
 
 
@@ -257,6 +259,14 @@ def test_what_is_measured_is_not_run_again(engines, tmp_path):
     assert [result.name for result in found.results] == ["dense", "half", "quarter"]
     evaluate(path)
     assert len(engines.ran) == 3
+
+
+def test_results_stand_in_the_order_of_the_settings_whichever_ran_first(engines, tmp_path):
+    path = tmp_path / "report.json"
+    evaluate(path, [JOBS[0], JOBS[2]], keep_reference=True)
+    _, found = evaluate(path, JOBS[:2])
+    assert engines.ran == ["dense", "quarter", "half"]
+    assert [result.name for result in found.results] == ORDER
 
 
 def test_the_dense_run_is_made_again_where_its_distributions_are_gone(engines, tmp_path):
@@ -291,7 +301,7 @@ def test_a_setting_that_fails_is_named_and_the_others_go_on(engines, tmp_path):
 def test_without_the_dense_run_nothing_else_is_run(engines, tmp_path):
     engines.broken = {"dense"}
     report = Report(provenance={}, setup={}, results=[])
-    assert runner.run_all(JOBS, report, tmp_path / "report.json", say=lambda text: None) == ["dense"]
+    assert runner.run_all(JOBS, report, tmp_path / "report.json", ORDER, say=lambda text: None) == ["dense"]
     assert engines.ran == ["dense"]
 
 

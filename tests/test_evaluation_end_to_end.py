@@ -11,12 +11,12 @@ from specattn_vllm.evaluation.schema import Report
 pytestmark = pytest.mark.engine
 
 SETTINGS = [
-    {"name": "sparse draft", "options": {"method": "dense", "sparse_draft": True, "top_p": 0.5, "min_tokens": 0}},
+    {"name": "own drafts", "options": {"method": "vegas", "ratio": 0.1, "min_tokens": 0}},
     {"name": "no map", "options": {"layer_map": "nowhere.json"}},
 ]
 
 
-def test_a_lossless_setting_differs_in_nothing_but_its_drafts(tmp_path):
+def test_a_target_that_drafts_for_itself_differs_in_nothing_but_its_drafts(tmp_path):
     path, settings = tmp_path / "report.json", tmp_path / "settings.json"
     settings.write_text(json.dumps(SETTINGS))
     command = [sys.executable, "-P", "-c", "import sys; from specattn_vllm import cli; sys.exit(cli.main())", "eval"]
@@ -31,14 +31,14 @@ def test_a_lossless_setting_differs_in_nothing_but_its_drafts(tmp_path):
     assert run.returncode == 1, run.stdout + run.stderr
     assert "no map: failed: LayerMapError: layer_map = 'nowhere.json' cannot be read" in run.stdout
     assert "failed: no map" in run.stdout
-    dense, sparse = Report.model_validate(json.loads(path.read_text())).results
-    assert "| sparse draft | 100.0% |" in run.stdout
-    for result in (dense, sparse):
+    dense, own = Report.model_validate(json.loads(path.read_text())).results
+    assert "| own drafts | 100.0% |" in run.stdout
+    for result in (dense, own):
         # 20 positions are four rounds; the token after the prompt is none of theirs.
         assert (result.forced["rounds"], result.forced["sampled_tokens"]) == (8, 40)
         assert result.lossless
         assert 0 < result.free["rounds"] < result.free["sampled_tokens"]
-    for before, after in zip(dense.documents, sparse.documents, strict=True):
+    for before, after in zip(dense.documents, own.documents, strict=True):
         assert after.nll == pytest.approx(before.nll, abs=1e-4)
         assert after.agreement == 1.0
         assert abs(after.kl) < 1e-5

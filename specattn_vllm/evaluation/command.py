@@ -92,7 +92,8 @@ def methods(args: argparse.Namespace) -> int:
     setup, jobs = plan(args, settings)
     results = [] if args.overwrite else runner.earlier(args.out, setup)
     report = Report(provenance=provenance(args.commit), setup=setup, results=results)
-    failed = runner.run_all(jobs, report, args.out, keep_reference=args.keep_reference)
+    order = [setting.name for setting in given]
+    failed = runner.run_all(jobs, report, args.out, order, keep_reference=args.keep_reference)
     if any(result.is_reference for result in report.results):
         print("\n" + markdown(report.model_dump(mode="json")))
     if failed:

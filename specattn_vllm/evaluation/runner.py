@@ -23,9 +23,18 @@ from specattn_vllm.installed import UserError
 
 
 def run_all(
-    jobs: list[Job], report: Report, out: Path, *, keep_reference: bool = False, say: Callable[[str], None] = print
+    jobs: list[Job],
+    report: Report,
+    out: Path,
+    order: list[str],
+    *,
+    keep_reference: bool = False,
+    say: Callable[[str], None] = print,
 ) -> list[str]:
-    """Run what the report does not have yet, the dense setting first; returns the names of those that failed."""
+    """Run what the report does not have yet, the dense setting first; returns the names of those that failed.
+
+    Results stand in the order of the names in `order`, whichever of them are run now; the dense one goes first.
+    """
     prepare_environment(jobs[0].device)
     reference = out.with_suffix(".reference")
     have = {result.job_key: result for result in report.results}
@@ -50,8 +59,8 @@ def run_all(
         outcome.provenance = report.provenance
         say(f"{job.setting.name}: {outcome.seconds:.0f} s")
         kept = [result for result in report.results if result.name != outcome.name]
-        order = [job.setting.name for job in jobs]
-        report.results = sorted([*kept, outcome], key=lambda r: order.index(r.name) if r.name in order else len(order))
+        place = {name: index for index, name in enumerate([dense.setting.name, *order])}
+        report.results = sorted([*kept, outcome], key=lambda result: place.get(result.name, len(place)))
         write_json(out, report.model_dump(mode="json"))
     if not failed and not keep_reference:
         shutil.rmtree(reference)

@@ -20,8 +20,6 @@ class Setting(_Model):
 
     name: str = Field(min_length=1)
     options: dict[str, Any]
-    draft: Literal["target"] | None = None
-    """'target' for methods in which the target drafts for itself; else the draft model of the evaluation."""
 
     @field_validator("options")
     @classmethod
@@ -76,13 +74,14 @@ class Job(_Model):
 
     def engine_arguments(self) -> dict[str, Any]:
         """Of vllm.LLM."""
+        draft = self.target if SpecAttnOptions.parse(self.setting.options).drafts_for_itself else self.draft
         arguments: dict[str, Any] = {
             "model": self.target,
             "attention_backend": "specattn",
             # A batch below the crossover is not pruned; how good pruning is has to be measured below it too.
             "additional_config": {"specattn": {"crossover_tokens": 0} | self.setting.options},
             "speculative_config": {
-                "model": self.target if self.setting.draft == "target" else self.draft,
+                "model": draft,
                 "method": "draft_model",
                 "num_speculative_tokens": self.draft_tokens,
             },
