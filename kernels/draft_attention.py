@@ -30,12 +30,12 @@ max_query_len    int            bound of q_len; up to 16 is meant, more is right
 Indexed, if all three of these are given: the keys are the entries j of a list that the query tokens of a request
 share. Entry j is position positions[r, j] for j < kept[r], and prefix_lens[r] + (j - kept[r]) from there on, up to
 seq_lens[r] - 1. The last token sees all of these entries, the i-th before it all but the last i, which are the tokens
-after it. The column of ``scores`` is j. kept[r] = -1: request r reads everything, and its column is the position.
+after it: the last q_len entries are the request's own tokens, in the list or behind it. The column of ``scores`` is j.
+kept[r] = -1: request r reads everything, and its column is the position.
 
 positions        [R, W]         int32, ascending, below prefix_len
 kept             [R]            int32, at most W
-prefix_lens      [R]            int32, at most seq_len - q_len, so that a request's own tokens follow its list; not read
-                                where kept is -1
+prefix_lens      [R]            int32, at most seq_len; not read where kept is -1
 
 Products of 16-bit inputs are summed in fp32; the softmax weights are rounded to the cache's dtype for the second
 product, as in FlashAttention. Scores may be bfloat16 to halve their traffic.

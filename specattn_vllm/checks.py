@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from specattn_vllm import compat
 from specattn_vllm.options import KEY, OptionsError, SpecAttnOptions
+from specattn_vllm.selection.capture import MAX_FUSED_QUERY
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -64,7 +65,7 @@ def _without_effect(options: SpecAttnOptions) -> set[str]:
     """Options that mean nothing under the method at hand."""
     if options.drafts_for_itself:
         by_attention = {"top_p", "rule", *_FOR_VEGAS} if options.method == "streamingllm" else set()
-        return _FOR_TARGET | {"sparse_draft"} | by_attention
+        return _FOR_TARGET | {"sparse_draft", "refresh_draft_every"} | by_attention
     if not options.is_lossless:
         return _FOR_VEGAS
     if options.sparse_draft:
@@ -151,6 +152,13 @@ def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
         yield (
             "draft_sample_method = 'probabilistic': vLLM's kernel for it does not run in Triton's interpreter; use "
             "'greedy' on CPU (the output distribution is the same)"
+        )
+    longest = MAX_FUSED_QUERY - 2  # step 0 attends the verified tokens, the target's own and one more
+    if options.refresh_draft_every > 1 and spec.num_speculative_tokens > longest:
+        yield (
+            f"refresh_draft_every = {options.refresh_draft_every} with num_speculative_tokens = "
+            f"{spec.num_speculative_tokens}: a first draft step that reads a list has room for {longest}; lower "
+            "--num-speculative-tokens, or leave refresh_draft_every at 1"
         )
     if spec.parallel_drafting:
         yield "parallel_drafting: selections need one draft step per token; turn it off"

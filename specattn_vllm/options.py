@@ -96,6 +96,13 @@ class SpecAttnOptions(BaseModel):
         description="Draft steps after the first read only what the draft's own first step attended to, chosen by "
         "the same rule. Never changes the output distribution of 'dense'.",
     )
+    refresh_draft_every: int = Field(
+        1,
+        ge=1,
+        le=_INT32,
+        description="With 'sparse_draft', the first draft step of a round reads everything in every so many rounds, "
+        "and in the others what it attended to the last time, and everything since. 1: in every round.",
+    )
     crossover_tokens: int | None = Field(
         None,
         ge=0,
@@ -132,6 +139,15 @@ class SpecAttnOptions(BaseModel):
                     f"max_tokens {self.max_tokens} is below sink_tokens + recent_tokens "
                     f"({self.sink_tokens} + {self.recent_tokens}), which are always kept: raise it or lower those"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _draft_refresh_has_something_to_refresh(self) -> SpecAttnOptions:
+        if self.refresh_draft_every > 1 and not self.sparse_draft:
+            raise ValueError(
+                f"refresh_draft_every {self.refresh_draft_every} without sparse_draft, where every draft step reads "
+                "everything: set sparse_draft=true, or leave it at 1"
+            )
         return self
 
     @property

@@ -32,6 +32,10 @@ class Counts:
     """... and these were due to read everything."""
     kv_read: int = 0
     kv_full: int = 0
+    """Entries of the target's cache that rows past their prompt read, and that were there."""
+    draft_kv_read: int = 0
+    draft_kv_full: int = 0
+    """The same of the draft's cache, over the draft steps of a round, with `sparse_draft` (else 0)."""
 
     def __sub__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
@@ -46,13 +50,19 @@ class Counts:
         """Share of the KV entries of verification rows that verification read, dense layers included."""
         return self.kv_read / self.kv_full if self.kv_full else 1.0
 
+    @property
+    def draft_kv_fraction(self) -> float:
+        """Share of the draft's KV entries that drafting read, with `sparse_draft`."""
+        return self.draft_kv_read / self.draft_kv_full if self.draft_kv_full else 1.0
+
     def line(self, seconds: float) -> str:
         """The log line for these counts over a stretch of time."""
         head = f"specattn: {self.rounds} rounds in {seconds:.0f} s, acceptance length {self.acceptance_length:.2f}, "
+        drafting = f", drafting read {self.draft_kv_fraction:.1%} of KV" if self.draft_kv_full else ""
         if not self.verify_rows:
-            return head + "verification read all of KV (no row was pruned)"
+            return f"{head}verification read all of KV (no row was pruned){drafting}"
         return head + (
-            f"verification read {self.kv_fraction:.1%} of KV, dense verification rows "
+            f"verification read {self.kv_fraction:.1%} of KV{drafting}, dense verification rows "
             f"{self.verify_rows - self.sparse_rows} (no selection {self.no_selection_rows}, stale {self.stale_rows}, "
             f"refresh {self.refresh_rows}), prefill rows {self.prefill_rows}"
         )

@@ -40,6 +40,7 @@ def test_the_defaults_are_the_documented_ones():
         "refresh_every": None,
         "check_weights": True,
         "sparse_draft": False,
+        "refresh_draft_every": 1,
         "crossover_tokens": None,
         "executor": "auto",
         "stats_interval_s": 60.0,
@@ -66,6 +67,7 @@ def test_every_option_can_be_given():
         "refresh_every": 8,
         "check_weights": False,
         "sparse_draft": True,
+        "refresh_draft_every": 4,
         "crossover_tokens": 4096,
         "executor": "torch",
         "stats_interval_s": 0.5,
@@ -119,6 +121,8 @@ def test_an_unknown_option_is_named_with_the_known_ones():
         ("refresh_every", 2.5, "valid integer"),
         ("check_weights", "perhaps", "valid boolean"),
         ("sparse_draft", "perhaps", "valid boolean"),
+        ("refresh_draft_every", 0, "greater than or equal to 1"),
+        ("refresh_draft_every", 2**31, "less than or equal to 2147483647"),
         ("crossover_tokens", -1, "greater than or equal to 0"),
         ("crossover_tokens", 2**31, "less than or equal to 2147483647"),
         ("crossover_tokens", 1.5, "valid integer"),
@@ -168,6 +172,13 @@ def test_a_cap_below_what_is_always_kept_is_refused():
     message = refusal({"max_tokens": 20, "min_tokens": 0, "sink_tokens": 5, "recent_tokens": 16})
     assert "max_tokens 20 is below sink_tokens + recent_tokens (5 + 16)" in message
     assert "raise it or lower those" in message
+
+
+def test_refreshes_of_a_draft_that_reads_everything_are_refused():
+    message = refusal({"refresh_draft_every": 4})
+    assert "refresh_draft_every 4 without sparse_draft" in message
+    assert "set sparse_draft=true, or leave it at 1" in message
+    assert SpecAttnOptions.parse({"refresh_draft_every": 1}).refresh_draft_every == 1
 
 
 def test_a_cap_equal_to_the_floors_is_accepted():

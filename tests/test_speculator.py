@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("vllm")
 from specattn_vllm import compat, executors
+from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.selection.store import SelectionStore
 from specattn_vllm.speculation.speculator import SpecAttnSpeculator
 from specattn_vllm.stats import Counters, Counts
@@ -41,7 +42,8 @@ def speculator(monkeypatch):
     store = SelectionStore(1, REQUESTS, 1, 64, CPU)
     store.prefix_lens[:REQUESTS] = 7
     made.selection = SimpleNamespace(store=store, capture=None, pruner=object())
-    made.recording_graphs = made.plain_graphs = None
+    made.recording_graphs = made.recalling_graphs = made.plain_graphs = None
+    made.options, made._since_dense = SpecAttnOptions(), 0
     made.crossover_tokens = 0
     made._recording = False
     made.device = CPU
@@ -52,8 +54,11 @@ def speculator(monkeypatch):
     made.draft_tokens = torch.arange(REQUESTS * STEPS).view(REQUESTS, STEPS)
     made.rounds = []
 
-    def round_(batch, *args, recording, **kwargs):
+    made.recalled = []
+
+    def round_(batch, *args, recording, recall, **kwargs):
         made.rounds.append(recording)
+        made.recalled.append(recall)
         return "drafts"
 
     monkeypatch.setattr(made, "_round", round_, raising=False)
@@ -63,6 +68,7 @@ def speculator(monkeypatch):
 def batch(*lens: int, drafts: list[int] | None = None, prefilling: list[bool] | None = None) -> SimpleNamespace:
     return SimpleNamespace(
         num_reqs=len(lens),
+        num_scheduled_tokens=np.full(len(lens), STEPS + 1, dtype=np.int32),
         # Bounds, and longer than the batch where a graph pads it.
         seq_lens_cpu_upper_bound=torch.tensor([*lens, 10**6], dtype=torch.int32),
         idx_mapping=torch.arange(3, 3 - len(lens), -1),
@@ -135,6 +141,53 @@ def test_a_round_without_a_graph_runs_as_it_is(speculator):
     assert speculator.recording_graphs.replayed == []
 
 
+@pytest.fixture
+def recalling(speculator):
+    """recalling(every): the speculator, whose draft reads everything in one round of so many."""
+
+    def make(every: int):
+        speculator.options = SpecAttnOptions(sparse_draft=True, refresh_draft_every=every)
+        speculator._since_dense = every - 1
+        return speculator
+
+    return make
+
+
+@pytest.mark.parametrize(("every", "pattern"), [(1, "DDDDDD"), (2, "DRDRDR"), (4, "DRRRDR")])
+def test_one_round_of_so_many_reads_everything_and_the_others_recall(recalling, every, pattern):
+    speculator = recalling(every)
+    for _ in pattern:
+        propose(speculator, batch(60))
+    assert "".join("DR"[recall] for recall in speculator.recalled) == pattern
+
+
+def test_a_batch_with_a_long_prompt_reads_everything_and_starts_the_count_again(recalling):
+    speculator = recalling(3)
+    for tokens in (3, 3, 16, 15, 3, 3):  # a token more in step 0
+        given = batch(60, 40)
+        given.num_scheduled_tokens[1] = tokens
+        propose(speculator, given)
+    assert speculator.recalled == [False, True, False, True, True, False]
+
+
+def test_rounds_below_the_crossover_do_not_count(recalling):
+    speculator = recalling(3)
+    speculator.crossover_tokens = 50
+    for tokens in (60, 40, 60, 40, 60, 60):
+        propose(speculator, batch(tokens))
+    assert speculator.rounds == [True, False, True, False, True, True]
+    assert speculator.recalled == [False, False, True, False, True, False]
+
+
+def test_a_round_that_recalls_has_graphs_of_its_own(recalling):
+    speculator = recalling(2)
+    speculator.recording_graphs, speculator.recalling_graphs = Graphs(), Graphs()
+    for _ in range(3):
+        propose(speculator, batch(60))
+    assert speculator.recording_graphs.replayed == [2, 2]
+    assert speculator.recalling_graphs.replayed == [2]
+
+
 @pytest.mark.parametrize("graph", [False, True])
 def test_verified_rows_are_counted_however_the_round_ran(speculator, graph):
     speculator.recording_graphs = Graphs(found=graph)
@@ -162,8 +215,8 @@ class Capture:
         self.told, self.step = [], -1
         self.prefix_lens = torch.tensor(prefix_lens, dtype=torch.int32)
 
-    def begin_round(self, rows, wanted):
-        self.told.append(("round", rows, wanted.tolist()))
+    def begin_round(self, rows, wanted, slots, recall):
+        self.told.append(("round", rows, wanted.tolist(), slots.tolist(), recall))
 
     def begin_step(self, step, rows, lens):
         self.step = step
@@ -215,7 +268,7 @@ def test_a_recorded_round_tells_the_capture_each_step_and_stores_its_selection(d
     assert one_round(drafting, True) == "drafts"
     capture = drafting.selection.capture
     assert capture.told == [
-        ("round", 2, [False, True]),
+        ("round", 2, [False, True], [3, 1], False),
         ("step", 0, [2, 5], [13, 10]),
         ("end", 0),
         ("step", 1, None, None),

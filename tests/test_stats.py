@@ -58,6 +58,13 @@ def test_the_line_says_it_all():
     )
 
 
+def test_the_line_says_what_the_draft_read_where_it_read_less():
+    assert ", drafting read 25.0% of KV, dense" in Counts(verify_rows=1, draft_kv_read=2, draft_kv_full=8).line(1)
+    assert Counts(draft_kv_read=2, draft_kv_full=8).line(1).endswith("(no row was pruned), drafting read 25.0% of KV")
+    assert "drafting" not in Counts(verify_rows=1).line(1)
+    assert Counts().draft_kv_fraction == 1.0
+
+
 def test_counters_add_host_and_device_amounts_to_the_same_total():
     counters = Counters(torch.device("cpu"))
     counters.add(rounds=2, kv_read=5)

@@ -213,9 +213,21 @@ def test_a_sparse_draft_under_a_dense_target(monkeypatch):
 @pytest.mark.parametrize("sparse", [False, True])
 def test_what_the_draft_reads_lies_where_the_target_s_tables_do(monkeypatch, sparse):
     made = prepared(monkeypatch, (0, 2), sparse_draft=sparse)
-    assert made.pruner._page_table.data_ptr() == made.tables.data_ptr() == made.capture._positions.data_ptr()
+    assert made.pruner._page_table.data_ptr() == made.tables.data_ptr()
     assert made.pruner._page_table.shape == (2, REQUESTS, 1, ROW)
-    assert made.capture._positions.shape == (5 if sparse else 2, REQUESTS, ROW)
+    assert made.tables.shape == (5 if sparse else 2, REQUESTS, 1, ROW)
+    if not sparse:
+        assert made.capture.lists is None
+        return
+    assert made.capture.lists._positions.data_ptr() == made.tables.data_ptr()
+    assert made.capture.lists._positions.shape == (5, REQUESTS, ROW)
+
+
+@pytest.mark.parametrize(("every", "slots"), [(1, 0), (2, REQUESTS + 1)])
+def test_choices_are_kept_where_a_round_may_recall_them(monkeypatch, every, slots):
+    lists = prepared(monkeypatch, (0, 2), sparse_draft=True, refresh_draft_every=every).capture.lists
+    assert lists.recalls == (every > 1)
+    assert lists.bits.shape == (5, slots, 1, ROW // 32)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +236,7 @@ def test_what_the_draft_reads_lies_where_the_target_s_tables_do(monkeypatch, spa
         ((0, 2), {}),
         ((0, 2), {"sparse_draft": True}),
         (None, {"sparse_draft": True}),
+        (None, {"sparse_draft": True, "refresh_draft_every": 4}),
         ((0, 2, None), {"method": "sts", "kv_heads": (4, 2)}),
         ((0, 2), {"method": "sts", "sparse_draft": True}),
     ],
@@ -236,7 +249,8 @@ def test_the_size_that_is_checked_is_that_of_all_buffers(monkeypatch, layers, op
     # Sized as for a GPU, whose scores take half of what a CPU's do.
     assert sizes | {"scores": 2 * sizes["scores"]} == made.nbytes
     storages = {}
-    for part in (made, made.capture, made.capture.ranking, made.capture.own_ranking, made.store, made.pruner):
+    capture = made.capture
+    for part in (made, capture, capture.ranking, capture.own_ranking, capture.lists, made.store, made.pruner):
         for value in vars(part).values() if part is not None else ():
             if isinstance(value, torch.Tensor):
                 storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
@@ -308,8 +322,8 @@ def test_a_sparse_draft_reads_lists_that_its_heads_share(monkeypatch):
     # Two tables of two heads, but five draft layers with a list each.
     assert made.tables.shape == (5, REQUESTS, KV_HEADS, ROW)
     assert made.pruner._page_table.shape == (2, REQUESTS, KV_HEADS, ROW)
-    assert made.capture._positions.shape == (5, REQUESTS, ROW)
-    assert made.capture._positions.data_ptr() == made.tables.data_ptr()
+    assert made.capture.lists._positions.shape == (5, REQUESTS, ROW)
+    assert made.capture.lists._positions.data_ptr() == made.tables.data_ptr()
     ranking, own = made.capture.ranking, made.capture.own_ranking
     assert [(r.layers, r.groups) for r in (ranking, own)] == [(2, KV_HEADS), (5, 1)]
 

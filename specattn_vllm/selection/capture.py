@@ -9,6 +9,7 @@ import torch
 from specattn_vllm.executors import Operations
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.selection.choose import Limits
+from specattn_vllm.selection.draft_lists import DraftLists
 from specattn_vllm.selection.ranking import Ranking
 
 # Query rows per request up to which one kernel does a draft layer's attention and leaves the scores behind. Longer rows
@@ -39,7 +40,7 @@ class DraftCapture:
     place in the selection.
 
     With `sparse_draft`, every draft layer is captured at step 0, and later steps read what was chosen from that step's
-    mass, averaged over all heads.
+    mass, averaged over all heads; in a round that recalls, step 0 reads what was chosen in an earlier one.
     """
 
     def __init__(
@@ -55,16 +56,17 @@ class DraftCapture:
         max_model_len: int,
         device: torch.device,
         groups: int = 1,
-        positions: torch.Tensor | None = None,
+        lists: DraftLists | None = None,
     ) -> None:
         """`layer_sources`: vLLM layer name of each captured draft layer -> its index. The first `num_sources` choose
-        for the target, in `groups` score groups: 1, or the draft's KV heads. `positions` [layers, max_num_reqs, width]
-        int32: what `sparse_draft` reads later."""
+        for the target, in `groups` score groups: 1, or the draft's KV heads. `lists`: what the draft reads, with
+        `sparse_draft`."""
         self.options = options
         self.limits = Limits.of(options)
         self.operations = operations
         self.layer_sources = layer_sources
         self.num_sources = num_sources
+        self.num_steps = num_steps
         # Every row of mass sums to at most 1, which is what the fixed-point top-p needs.
         spread = num_steps if options.combine in ("sum", "max") else 1
         self.weight = groups / (num_heads * spread)
@@ -77,24 +79,27 @@ class DraftCapture:
         shared = groups == 1
         self.ranking = Ranking(layers if shared else num_sources, groups, max_num_reqs, max_model_len, device)
         self.own_ranking = self.ranking
-        if options.sparse_draft and not shared:
+        if lists is not None and not shared:
             self.own_ranking = Ranking(layers, 1, max_num_reqs, max_model_len, device)
-        self._positions = positions
-        self._kept = torch.empty((layers, max_num_reqs), dtype=torch.int32, device=device)
+        self.lists = lists
         self._rows = torch.arange(max_num_reqs, device=device)
         self._starts = torch.arange(max_num_reqs + 1, dtype=torch.int32, device=device)
         self.step = -1
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers, without `positions`, which the caller owns."""
-        rankings = {self.ranking, self.own_ranking}  # one, or two
-        return sum(part.nbytes for part in (self.scores, self.lse, self._kept, self._rows, self._starts, *rankings))
+        """Bytes of the buffers, those of the lists included."""
+        parts = {self.ranking, self.own_ranking}  # one, or two
+        if self.lists is not None:
+            parts.add(self.lists)
+        return sum(part.nbytes for part in (self.scores, self.lse, self._rows, self._starts, *parts))
 
-    def begin_round(self, num_reqs: int, wanted: torch.Tensor) -> None:
-        """Start a round of `num_reqs` rows; wanted [R] bool marks the rows whose next step is a verification."""
+    def begin_round(self, num_reqs: int, wanted: torch.Tensor, slots: torch.Tensor, recall: bool = False) -> None:
+        """Start a round of `num_reqs` rows in slots [R] int64, -1 for nobody's; wanted [R] bool marks the rows whose
+        next step is a verification. With `recall`, step 0 reads lists too, and no row has more than `MAX_FUSED_QUERY`
+        query tokens."""
         self.num_reqs = num_reqs
-        self.wanted = wanted
+        self.wanted, self.slots, self.recall = wanted, slots, recall
         self.step = -1
         self.ranking.begin(num_reqs)
         self.own_ranking.begin(num_reqs)
@@ -112,6 +117,8 @@ class DraftCapture:
         if step == 0:
             self.row_lens = torch.where(self.wanted, row_lens, 0).to(torch.int32)
             self.prefix_lens = (self.row_lens - 1).clamp_(min=0)
+            if self.lists is not None:
+                self.lists.begin(self.slots, self.row_lens, recall=self.recall)
 
     def attend(
         self,
@@ -127,12 +134,10 @@ class DraftCapture:
         if layer is None:
             return False
         scoring = self.step == 0 or (layer < self.num_sources and self.options.combine != "first")
-        pruned = self.step > 0 and self.options.sparse_draft
+        pruned = self.lists is not None and (self.step > 0 or self.recall)
         if not scoring and not pruned:
             return False
-        reads = {}
-        if pruned:
-            reads = {"positions": self._positions[layer, : self.num_reqs], "kept": self._kept[layer, : self.num_reqs]}
+        reads = self.lists.of(layer) if pruned else {}
         fused = batch.max_query_len <= MAX_FUSED_QUERY
         scores, lse = self.scores[: self.num_reqs], self.lse[: self.num_reqs]
         captured = {"scored_rows": self.scored_rows, "scores": scores, "lse": lse} if scoring else {}
@@ -168,19 +173,19 @@ class DraftCapture:
 
     def _accumulate(self, layer: int, pruned: bool, reads: dict[str, torch.Tensor]) -> None:
         """Mass of a layer from the scores that it just left."""
-        scores, lse = self.scores[: self.num_reqs], self.lse[: self.num_reqs]
         if self.step == 0 and self.own_ranking is not self.ranking:
             weight = self.weight / self.ranking.groups
-            mass = self.own_ranking.mass[layer]
-            self.operations.accumulate_mass(scores, lse, self.prefix_lens, mass, weight, "store")
-        if layer >= self.ranking.layers:
-            return
-        mass, rule = self.ranking.mass[layer], self._combine_rule()
+            self._add_mass(self.own_ranking.mass[layer], weight, "store", pruned, reads)
+        if layer < self.ranking.layers:
+            self._add_mass(self.ranking.mass[layer], self.weight, self._combine_rule(), pruned, reads)
+
+    def _add_mass(self, mass: torch.Tensor, weight: float, rule: str, pruned: bool, reads: dict) -> None:
         if pruned and rule == "store":
             # What a pruned step does not read has no mass in it.
             mass.zero_()
             rule = "add"
-        self.operations.accumulate_mass(scores, lse, self.prefix_lens, mass, self.weight, rule, **reads)
+        scores, lse = self.scores[: self.num_reqs], self.lse[: self.num_reqs]
+        self.operations.accumulate_mass(scores, lse, self.prefix_lens, mass, weight, rule, **reads)
 
     def _combine_rule(self) -> str:
         if self.step == 0 or self.options.combine == "union":
@@ -189,13 +194,10 @@ class DraftCapture:
 
     def end_step(self) -> None:
         """Close a draft step: the union rule selects after each, and `sparse_draft` after the first."""
-        if self.step == 0 and self.options.sparse_draft:
-            layers = len(self.layer_sources)
-            own, rows, lengths = self.own_ranking, self._rows[: self.num_reqs], self.prefix_lens
-            own.choose(self.operations, self.limits, lengths, layers)
-            positions, kept = self._positions[:layers, : self.num_reqs], self._kept[:layers, : self.num_reqs]
-            self.operations.build_positions(own.bits, rows, lengths, lengths, positions, kept)
-            if own is self.ranking:
+        if self.step == 0 and self.lists is not None:
+            self.own_ranking.choose(self.operations, self.limits, self.prefix_lens, len(self.layer_sources))
+            self.lists.choose(self.own_ranking.bits, self.num_steps)
+            if self.own_ranking is self.ranking:
                 return
         if self.options.combine == "union":
             self._choose(union=self.step > 0)

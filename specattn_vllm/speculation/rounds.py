@@ -23,7 +23,8 @@ class RoundSpeculator(compat.stock_speculator()):
     """vLLM's standalone speculator with its rounds in CUDA graphs, of which upstream has none for it.
 
     A subclass says what a round is (`_round`). With a `selection`, a round runs in one of two ways: `recording`, in
-    which attention is captured, chosen from or read through, and plain, as upstream would. Each has graphs of its own.
+    which attention is captured, chosen from or read through, and plain, as upstream would; a recording one may besides
+    `recall` what an earlier one chose. Each way has graphs of its own.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -43,10 +44,12 @@ class RoundSpeculator(compat.stock_speculator()):
         self.selection: Any = None
         # Direct attributes: vLLM finds graph managers here when it discards those it made to measure their memory.
         self.recording_graphs: RoundGraphs | None = None
+        self.recalling_graphs: RoundGraphs | None = None
         self.plain_graphs: RoundGraphs | None = None
 
     def _round(self, batch: InputBatch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states,
-               num_sampled: torch.Tensor, *args, recording: bool, **kwargs) -> torch.Tensor:  # fmt: skip
+               num_sampled: torch.Tensor, *args, recording: bool, recall: bool = False,
+               **kwargs) -> torch.Tensor:  # fmt: skip
         """Draft for a batch, arguments as upstream's `propose`. Runs as it is or under CUDA graph capture: then every
         argument lies in `RoundInputs`."""
         raise NotImplementedError
@@ -57,6 +60,10 @@ class RoundSpeculator(compat.stock_speculator()):
 
     def _step_aside(self, batch: InputBatch) -> None:
         """Called before a round that is plain because the batch is small."""
+
+    def _recalls(self, batch: InputBatch) -> bool:
+        """Called before a recording round: whether it recalls."""
+        return False
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         super().init_cudagraph_manager(cudagraph_mode)
@@ -69,24 +76,31 @@ class RoundSpeculator(compat.stock_speculator()):
         inputs = RoundInputs(self.max_num_reqs, query_len, self.device)
         if self.selection is not None:
             self.recording_graphs = RoundGraphs(self.vllm_config, self.device, query_len, inputs)
+            if self.options.refresh_draft_every > 1 and not self.options.drafts_for_itself:
+                self.recalling_graphs = RoundGraphs(self.vllm_config, self.device, query_len, inputs)
         if self.selection is None or self.crossover_tokens:
             self.plain_graphs = RoundGraphs(self.vllm_config, self.device, query_len, inputs)
 
     @torch.inference_mode()
     def capture(self) -> None:
         super().capture()
-        for graphs, recording in ((self.recording_graphs, True), (self.plain_graphs, False)):
+        ways = (
+            (self.recording_graphs, {"recording": True}, " with selection"),
+            (self.recalling_graphs, {"recording": True, "recall": True}, " that recall a selection"),
+            (self.plain_graphs, {"recording": False}, ""),
+        )
+        for graphs, way, what in ways:
             if graphs is not None and graphs.needs_capture():
-                what = "Capturing draft rounds" + (" with selection" if recording else "")
-                graphs.capture_rounds(self._captured(graphs.inputs, recording), self.block_tables, what)
+                run = self._captured(graphs.inputs, **way)
+                graphs.capture_rounds(run, self.block_tables, f"Capturing draft rounds{what}")
         # Capturing the target's graphs ran steps that nobody asked for.
         self.counters.reset()
 
-    def _captured(self, given: RoundInputs, recording: bool) -> Callable[[InputBatch], Any]:
-        """A round on inputs that last."""
+    def _captured(self, given: RoundInputs, **way: bool) -> Callable[[InputBatch], Any]:
+        """A round on inputs that last; `recording` and `recall` as in `_round`."""
         return lambda batch: self._round(
             batch, {}, {}, None, None, given.num_sampled[: batch.num_reqs], given.num_rejected[: batch.num_reqs],
-            given.last_sampled, None, given.temperature, given.seeds, recording=recording,
+            given.last_sampled, None, given.temperature, given.seeds, **way,
         )  # fmt: skip
 
     def propose(self, input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
@@ -97,7 +111,10 @@ class RoundSpeculator(compat.stock_speculator()):
         if recording and self._too_small(input_batch):
             recording = False
             self._step_aside(input_batch)
-        graphs = self.recording_graphs if recording else self.plain_graphs
+        recall = recording and self._recalls(input_batch)
+        graphs = self.plain_graphs
+        if recording:
+            graphs = self.recalling_graphs if recall else self.recording_graphs
         desc = graphs.find(input_batch) if graphs is not None and not dummy_run else None
         if desc is not None:
             graphs.inputs.load(input_batch, desc.num_reqs, num_sampled, num_rejected, last_sampled, temperature, seeds)
@@ -107,7 +124,7 @@ class RoundSpeculator(compat.stock_speculator()):
             drafts = self._round(
                 input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
                 num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, *args, dummy_run=dummy_run,
-                recording=recording, **kwargs,
+                recording=recording, recall=recall, **kwargs,
             )  # fmt: skip
         if dummy_run:
             self.counters.discard()

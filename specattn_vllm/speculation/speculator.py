@@ -10,6 +10,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from specattn_vllm import compat
 from specattn_vllm.request import asks_for_exactness
+from specattn_vllm.selection.capture import MAX_FUSED_QUERY
 from specattn_vllm.speculation.rounds import RoundSpeculator
 from specattn_vllm.speculation.wiring import Selection, prepare
 
@@ -26,6 +27,7 @@ class SpecAttnSpeculator(RoundSpeculator):
         super().__init__(vllm_config, device)
         self.selection: Selection | None = None
         self._recording = False
+        self._since_dense = self.options.refresh_draft_every - 1
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
@@ -41,22 +43,36 @@ class SpecAttnSpeculator(RoundSpeculator):
             )
         if self.selection is not None:
             self.selection.attach(target_attn_groups)
-            store = self.selection.store
-            compat.watch_new_requests(model_state, lambda slot, params: store.hold(slot, asks_for_exactness(params)))
+            compat.watch_new_requests(model_state, self._enter)
+
+    def _enter(self, slot: int, params: Any) -> None:
+        """A request, new or resumed, is given a slot."""
+        self.selection.store.hold(slot, asks_for_exactness(params))
+        if self.selection.capture.lists is not None:
+            self.selection.capture.lists.forget(slot)
 
     def _step_aside(self, batch: InputBatch) -> None:
         self.selection.store.clear(batch.idx_mapping)
 
+    def _recalls(self, batch: InputBatch) -> bool:
+        # In step 0 each request has a token more than was verified; prompts are attended to by another kernel, which
+        # reads no lists, so a batch with one is as good a time as any to read everything.
+        long = int(batch.num_scheduled_tokens.max()) + 1 > MAX_FUSED_QUERY
+        due = self._since_dense + 1 >= self.options.refresh_draft_every
+        self._since_dense = 0 if long or due else self._since_dense + 1
+        return self._since_dense > 0
+
     def _round(self, batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args,
-               recording: bool, **kwargs) -> torch.Tensor:  # fmt: skip
+               recording: bool, recall: bool = False, **kwargs) -> torch.Tensor:  # fmt: skip
         """Upstream's `propose`, with its attention captured and a selection stored if `recording`."""
         self._recording = recording
         num_reqs = batch.num_reqs
         if recording:
             # A row that sampled nothing is inside its prompt, or fills a graph's batch: it will not be verified next.
             # Nor is anything to be selected for requests that asked for exactness.
-            wanted = (num_sampled[:num_reqs] > 0) & ~self.selection.store.exact[batch.idx_mapping[:num_reqs]]
-            self.selection.capture.begin_round(num_reqs, wanted)
+            slots = batch.idx_mapping[:num_reqs]
+            wanted = (num_sampled[:num_reqs] > 0) & ~self.selection.store.exact[slots]
+            self.selection.capture.begin_round(num_reqs, wanted, slots, recall)
         try:
             drafts = self._upstream_round(
                 batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args, **kwargs
@@ -65,7 +81,7 @@ class SpecAttnSpeculator(RoundSpeculator):
             self._recording = False
         if recording and self.selection.pruner is not None:
             bits, prefix_lens = self.selection.capture.select()
-            self.selection.store.put(batch.idx_mapping[:num_reqs], bits, prefix_lens)
+            self.selection.store.put(slots, bits, prefix_lens)
         return drafts
 
     def _build_attn_metadata(self, num_reqs: int, *args, step: int, **kwargs) -> dict[str, Any] | None:

@@ -19,6 +19,7 @@ from specattn_vllm.fingerprint import ModelFacts, facts_from_config
 from specattn_vllm.layer_map import LayerMap, LayerMapError
 from specattn_vllm.presets import PRESETS
 from specattn_vllm.selection.capture import DraftCapture
+from specattn_vllm.selection.draft_lists import DraftLists
 from specattn_vllm.selection.pages import page_strides
 from specattn_vllm.selection.pruner import Pruner, TableMaps
 from specattn_vllm.selection.store import SelectionStore
@@ -144,6 +145,17 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
         shape = (max(num_tables, len(captured)), requests, heads, longest)
         tables = torch.empty(shape, dtype=torch.int32, device=device)
         store = SelectionStore(len(sources), requests, groups, longest, device, options.refresh_every)
+        lists = None
+        if options.sparse_draft:
+            lists = DraftLists(
+                speculator.operations,
+                speculator.counters,
+                # Drafting and verification take turns, so what the draft reads may lie where the target's tables do.
+                tables[: len(captured), :, 0],
+                max_model_len=longest,
+                num_kv_heads=layers[draft[0]].impl.num_kv_heads,
+                recalls=options.refresh_draft_every > 1,
+            )
         capture = DraftCapture(
             options,
             speculator.operations,
@@ -155,8 +167,7 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
             max_model_len=longest,
             device=device,
             groups=groups,
-            # Drafting and verification take turns, so what the draft reads may lie where the target's tables do.
-            positions=tables[: len(captured), :, 0],
+            lists=lists,
         )
         if found is None:
             return Selection(capture, store, None, tables)
@@ -243,6 +254,10 @@ def _announce(
         logger.info("specattn: rounds of fewer than %d context tokens read everything", speculator.crossover_tokens)
     if options.sparse_draft:
         logger.info("specattn: sparse_draft: draft steps after the first read what it attended to")
+    if options.refresh_draft_every > 1:
+        logger.info(
+            "specattn: refresh_draft_every: the draft reads everything in one round of %d", options.refresh_draft_every
+        )
     if found is None:
         return
     pairs = " ".join("-" if i is None else str(i) for i in found.layers)

@@ -13,6 +13,8 @@ from specattn_vllm import executors
 from specattn_vllm.kernels.reference import unpack_bits
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.selection.capture import DraftBatch, DraftCapture
+from specattn_vllm.selection.draft_lists import DraftLists
+from specattn_vllm.stats import Counters
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, SIZE, BLOCK = 4, 2, 64, 16
@@ -34,9 +36,20 @@ def _make(opts: SpecAttnOptions, num_sources: int = len(SOURCES), executor: str 
     names = (*SOURCES, EXTRA) if opts.sparse_draft else SOURCES
     # Wider and longer than needed, because it serves the target's page tables too; what it held is no position.
     tables = torch.full((len(names) + 1, MAX_REQS, 1, MAX_LEN + 3), -(2**30), dtype=torch.int32)
+    operations = executors.resolve(executor, CPU)
+    lists = None
+    if opts.sparse_draft:
+        lists = DraftLists(
+            operations,
+            Counters(CPU),
+            tables[: len(names), :, 0],
+            max_model_len=MAX_LEN,
+            num_kv_heads=KV_HEADS,
+            recalls=opts.refresh_draft_every > 1,
+        )
     return DraftCapture(
         opts,
-        executors.resolve(executor, CPU),
+        operations,
         layer_sources={name: s for s, name in enumerate(names)},
         num_sources=num_sources,
         num_heads=HEADS,
@@ -45,7 +58,7 @@ def _make(opts: SpecAttnOptions, num_sources: int = len(SOURCES), executor: str 
         max_model_len=MAX_LEN,
         device=CPU,
         groups=KV_HEADS if opts.per_head else 1,
-        positions=tables[:, :, 0],
+        lists=lists,
     )
 
 
@@ -100,9 +113,17 @@ class Draft:
             max_query_len=max(b - a for a, b in itertools.pairwise(starts)),
         )
 
-    def run(self, capture: DraftCapture, wanted: list[bool], after_layer=None, after_step=None) -> list[dict]:
+    def run(
+        self,
+        capture: DraftCapture,
+        wanted: list[bool],
+        after_layer=None,
+        after_step=None,
+        slots: list[int] | None = None,
+        recall: bool = False,
+    ) -> list[dict]:
         """One round; returns per step {layer: (whether attention was done, its output)}."""
-        capture.begin_round(self.rows, torch.tensor(wanted))
+        capture.begin_round(self.rows, torch.tensor(wanted), torch.tensor(slots or range(self.rows)), recall)
         steps = []
         for k in range(STEPS):
             if k == 0:

@@ -129,7 +129,8 @@ def test_rounds_of_different_sizes_do_not_see_each_other(draft_of, options, make
         # Bits nobody set, masses above everything: what an earlier round left must not matter.
         capture.ranking._bits.fill_(-1)
         capture.ranking._mass.fill_(1e9)
-        capture._kept.fill_(7)
+        if capture.lists is not None:
+            capture.lists._kept.fill_(7)
         capture.scores.fill_(1e9)
         draft = draft_of(*lens, seed=seed)
         draft.run(capture, [True] * len(lens))
@@ -251,8 +252,8 @@ def test_a_round_of_the_same_size_lies_at_the_same_addresses(draft_of, options, 
     for lens in ((60, 33), (9,), (66, 40)):
         draft_of(*lens).run(capture, [True] * len(lens))
         bits, _ = capture.select()
-        ranking = capture.ranking
-        held = (ranking.mass, bits, ranking.counts, capture.scores, capture.lse, capture._kept, capture._positions)
+        ranking, lists = capture.ranking, capture.lists
+        held = (ranking.mass, bits, ranking.counts, capture.scores, capture.lse, lists.positions, lists.kept)
         places.append([t.data_ptr() for t in held])
     assert places[0] == places[2]
 
@@ -263,8 +264,13 @@ def test_a_round_of_the_same_size_lies_at_the_same_addresses(draft_of, options, 
 def test_its_size_is_that_of_its_buffers(options, make):
     requests, layers = 5, 2
     scores = requests * HEADS * (MAX_LEN + 1)  # with their logsumexp
-    selections = layers * requests * (MAX_LEN + 3 + 1 + 1)  # mass, bits, their count, and that of positions
+    selections = layers * requests * (MAX_LEN + 3 + 1)  # mass, bits, and their count
     assert make(options()).nbytes == 4 * (scores + selections) + 8 * requests + 4 * (requests + 1)
+    sparse = make(options(sparse_draft=True))
+    layers += 1
+    selections = layers * requests * (MAX_LEN + 3 + 1)
+    own = 4 * (scores + selections) + 8 * requests + 4 * (requests + 1)
+    assert sparse.nbytes == own + sparse.lists.nbytes
 
 
 @COMBINE
@@ -272,7 +278,7 @@ def test_a_round_without_a_draft_step_selects_nothing(make, combine):
     """Also after a round that did, of another size: nothing of it may be stored again."""
     capture = make(SpecAttnOptions(combine=combine))
     for rows in (3, 1, 2):
-        capture.begin_round(rows, torch.ones(rows, dtype=torch.bool))
+        capture.begin_round(rows, torch.ones(rows, dtype=torch.bool), torch.arange(rows))
         capture.ranking._bits.fill_(-1)
         bits, prefix_lens = capture.select()
         assert bits.shape[1] == rows

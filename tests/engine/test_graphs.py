@@ -48,6 +48,10 @@ def replayed(monkeypatch):
     [
         pytest.param({"method": "dense"}, id="dense"),
         pytest.param({"method": "dense", "sparse_draft": True, "top_p": 0.7}, id="dense-sparse_draft"),
+        pytest.param(
+            {"method": "dense", "sparse_draft": True, "top_p": 0.7, "refresh_draft_every": 4},
+            id="dense-refresh_draft_every",
+        ),
         pytest.param({"top_p": 1.0}, id="top_p=1"),
         pytest.param({"method": "sts", "ratio": 1.0}, id="sts-everything"),
         pytest.param({"method": "vegas", "min_tokens": 32, "crossover_tokens": 0}, id="vegas"),
@@ -66,8 +70,13 @@ def test_exact_modes_equal_plain_decoding(options, engine, greedy, prompts, coun
 
 @pytest.mark.parametrize(
     "options",
-    [{"top_p": 0.8}, {"top_p": 0.8, "sparse_draft": True}, {"method": "sts", "ratio": 0.3}],
-    ids=["specattn", "sparse_draft", "sts"],
+    [
+        pytest.param({"top_p": 0.8}, id="specattn"),
+        pytest.param({"top_p": 0.8, "sparse_draft": True}, id="sparse_draft"),
+        pytest.param({"top_p": 0.8, "sparse_draft": True, "refresh_draft_every": 3}, id="refresh_draft_every"),
+        pytest.param({"top_p": 0.8, "refresh_every": 3}, id="refresh_every"),
+        pytest.param({"method": "sts", "ratio": 0.3}, id="sts"),
+    ],
 )
 def test_selections_in_graphs_equal_those_of_eager_steps(options, engine, greedy, prompts, counts, replayed):
     eager = engine(options)
@@ -76,7 +85,8 @@ def test_selections_in_graphs_equal_those_of_eager_steps(options, engine, greedy
     llm = engine(options, **GRAPHS)
     assert greedy(llm, prompts(LENGTHS), NEW_TOKENS) == expected
     seen = counts(llm)
-    assert seen.sparse_rows == seen.verify_rows
+    assert seen.sparse_rows == seen.verify_rows - seen.refresh_rows
+    assert (seen.refresh_rows > 0) == ("refresh_every" in options)
     # A logit that rounds the other way moves a token in or out of a selection, no more.
     assert seen.kv_fraction == pytest.approx(upstream.kv_fraction, rel=0.01)
     assert replayed["target"] > 5

@@ -15,12 +15,12 @@ pytestmark = pytest.mark.engine
 class Replays:
     """Stands in for `RoundGraphs`: 'replaying' runs the round that would have been captured."""
 
-    def __init__(self, speculator: SpecAttnSpeculator, sizes: tuple[int, ...]) -> None:
+    def __init__(self, speculator: SpecAttnSpeculator, sizes: tuple[int, ...], **way: bool) -> None:
         self.inputs = RoundInputs(speculator.max_num_reqs, speculator.num_speculative_steps + 1, speculator.device)
         # Made beforehand, as at capture: from then on only `load` puts anything into the buffers.
         self.batches = {rows: self.inputs.batch(rows) for rows in sizes}
         self.inputs.clear()
-        self.run = speculator._captured(self.inputs, recording=speculator.selection is not None)
+        self.run = speculator._captured(self.inputs, **way)
         self.padding: list[int] = []
 
     def find(self, batch):
@@ -44,8 +44,15 @@ def replays(monkeypatch):
     def use(*sizes: int) -> list[Replays]:
         def with_replays(self, *args, **kwargs):
             set_attn(self, *args, **kwargs)
-            made.append(Replays(self, sizes))
-            setattr(self, "recording_graphs" if self.selection is not None else "plain_graphs", made[-1])
+            ways = {"plain_graphs": {"recording": False}}
+            if self.selection is not None:
+                ways = {
+                    "recording_graphs": {"recording": True},
+                    "recalling_graphs": {"recording": True, "recall": True},
+                }
+            for name, way in ways.items():
+                made.append(Replays(self, sizes, **way))
+                setattr(self, name, made[-1])
 
         monkeypatch.setattr(SpecAttnSpeculator, "set_attn", with_replays)
         return made
@@ -64,6 +71,7 @@ LENGTHS = [40, 700, 333, 1200, 128]
         pytest.param({"top_p": 0.8, "combine": "union"}, id="union"),
         pytest.param({"top_p": 0.8, "sparse_draft": True}, id="sparse_draft"),
         pytest.param({"top_p": 0.8, "refresh_every": 3}, id="refresh_every"),
+        pytest.param({"top_p": 0.8, "sparse_draft": True, "refresh_draft_every": 3}, id="refresh_draft_every"),
     ],
 )
 def test_replayed_rounds_give_the_tokens_and_selections_of_upstream_s(
@@ -76,8 +84,11 @@ def test_replayed_rounds_give_the_tokens_and_selections_of_upstream_s(
     llm = engine(options)
     assert greedy(llm, prompts(LENGTHS), 30) == expected
     assert counts(llm) == upstream
-    assert len(made[0].padding) > 5
-    assert {1} <= set(made[0].padding)
+    replayed = [padding for graphs in made for padding in graphs.padding]
+    assert len(replayed) > 5
+    assert 1 in replayed
+    # Of three rounds two recall.
+    assert (len(made[-1].padding) > len(made[0].padding)) == ("refresh_draft_every" in options)
 
 
 def test_selections_of_replayed_rounds_belong_to_their_requests(engine, greedy, prompts, audit, replays):
@@ -104,9 +115,18 @@ def test_replayed_rounds_select_nothing_for_exact_requests(engine, prompts, audi
 
 def test_sparse_drafting_is_lossless_for_a_dense_target(engine, greedy, prompts, counts):
     expected = greedy(engine(None), prompts(LENGTHS), 30)
-    llm = engine({"method": "dense", "sparse_draft": True, "top_p": 0.5, "min_tokens": 16, "recent_tokens": 8})
-    assert greedy(llm, prompts(LENGTHS), 30) == expected
-    assert counts(llm).acceptance_length > 1.5
+    options = {"method": "dense", "sparse_draft": True, "top_p": 0.5, "min_tokens": 16, "recent_tokens": 8}
+    read = {}
+    for every in (1, 4):
+        llm = engine({**options, "refresh_draft_every": every})
+        assert greedy(llm, prompts(LENGTHS), 30) == expected
+        seen = counts(llm)
+        assert seen.acceptance_length > 1.5
+        assert seen.verify_rows == seen.kv_full == 0  # nothing is pruned, nor counted
+        read[every] = seen.draft_kv_fraction
+    # Of 4 steps of a round 1 reads everything, or 1 of 16 and what the prompts take.
+    assert read[1] > 0.25
+    assert read[4] < 0.8 * read[1]
 
 
 def test_below_the_crossover_everything_is_read(engine, greedy, prompts, counts, audit):

@@ -14,7 +14,8 @@ OPS = pytest.mark.parametrize("op", [draft_attention, reference.draft_attention]
 
 
 def listed(why, lens, q_lens, prefixes, kept, block_size=16, ratio=2):
-    """kept: entries of each list, "all" of the prefix, or -1 for a row that reads everything."""
+    """kept: entries of each list, "all" of the prefix, -1 for a row that reads everything, or (entries, n): these, and
+    each of the last n positions of the prefix."""
     return pytest.param((lens, q_lens, prefixes, kept, block_size, ratio), id=why)
 
 
@@ -45,6 +46,7 @@ SHARED = [
     listed("nothing but the new tokens", [9, 7], [7, 7], [2, 0], [0, 0]),
     listed("several tokens, many splits", [700, 20], [5, 2], [650, 11], [400, 3], ratio=4),
     listed("several tokens, page size that is no power of two", [90, 50], [3, 4], [80, 40], [41, 10], block_size=24),
+    listed("own tokens that are listed", [61, 62, 40], [7, 5, 3], [60, 62, 38], [(31, 6), (0, 9), (4, 2)]),
     listed("more rows than a tile", [50, 90], [7, 5], [40, 60], [20, 40], ratio=6),
 ]  # fmt: skip
 
@@ -57,13 +59,17 @@ def build_listed(drafting, params, device, dtype):
     gen = torch.Generator().manual_seed(5)
     width = max(lens) + 3
     positions = torch.full((len(lens), width), 1 << 30, dtype=torch.int32)
-    counts = [prefix if k == "all" else k for k, prefix in zip(kept, prefixes, strict=True)]
+    pairs = [
+        (0, p) if k == "all" else k if isinstance(k, tuple) else (k, 0) for k, p in zip(kept, prefixes, strict=True)
+    ]
+    counts = [entries + last for entries, last in pairs]
     lists = []
-    for r, (length, prefix, count) in enumerate(zip(lens, prefixes, counts, strict=True)):
+    for r, (length, prefix, count, (entries, last)) in enumerate(zip(lens, prefixes, counts, pairs, strict=True)):
         if count < 0:
             lists.append(list(range(length)))
             continue
-        chosen = torch.randperm(prefix, generator=gen)[:count].sort().values
+        chosen = torch.randperm(prefix - last, generator=gen)[:entries].sort().values
+        chosen = torch.cat((chosen, torch.arange(prefix - last, prefix)))
         positions[r, :count] = chosen.int()
         lists.append(chosen.tolist() + list(range(prefix, length)) if length else [])
     ints = [torch.tensor(x, dtype=torch.int32, device=device) for x in (counts, prefixes)]
