@@ -12,8 +12,11 @@ others, in *order* - by q descending, at equal q by position descending (most re
 mass to M or more; top_p >= 1 wants every token. The number selected is then clamped to [lower, upper], by going on or
 stopping early in the same order:
 
-    upper = min(max_tokens, (len * F + 65535) >> 16), at least the forced, at most len;  F = round(max_fraction * 65536)
+    share = (len * F + 65535) >> 16                F = round(max_fraction * 65536)
+    upper = min(max_tokens, max(share, min_tokens)), at least the forced, at most len
     lower = min(min_tokens, upper)
+
+With top_p >= 1 that is a fixed budget, a share of the row between a floor and a cap.
 
 mass    [X, L]  float32, 0 or more; the sum of a row is at most 1, give or take rounding (sums are kept in int32, which
                 holds up to 2)
@@ -53,7 +56,7 @@ ALL = 1 << 17  # passed for P when every token is wanted
 @triton.jit
 def _limits(length, forced, f_fixed, min_tokens, max_tokens):
     """The fewest and the most free tokens that may be taken."""
-    upper = ((length.to(tl.int64) * f_fixed + 65535) >> 16).to(tl.int32)
+    upper = tl.maximum(((length.to(tl.int64) * f_fixed + 65535) >> 16).to(tl.int32), min_tokens)
     if max_tokens >= 0:
         upper = tl.minimum(upper, max_tokens)
     upper = tl.minimum(tl.maximum(upper, forced), length)

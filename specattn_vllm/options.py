@@ -56,7 +56,12 @@ class SpecAttnOptions(BaseModel):
         0.9, gt=0.0, le=1.0, description="Share of the attention mass on the context that the kept tokens hold."
     )
     ratio: float = Field(0.1, gt=0.0, le=1.0, description="Share of the context that rule 'top_k' keeps.")
-    min_tokens: int = Field(128, ge=0, le=_INT32, description="Floor on kept tokens, sink and recent ones included.")
+    min_tokens: int = Field(
+        128,
+        ge=0,
+        le=_INT32,
+        description="Floor on kept tokens, sink and recent ones included; `ratio` and `max_fraction` yield to it.",
+    )
     max_tokens: int | None = Field(None, ge=1, le=_INT32, description="Cap on kept tokens; none by default.")
     max_fraction: float = Field(
         1.0, gt=0.0, le=1.0, description="Cap on kept tokens as a share of the request's context."

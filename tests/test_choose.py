@@ -38,6 +38,8 @@ def test_top_k_keeps_a_share_of_the_context():
 
 def test_top_k_obeys_floor_and_caps():
     assert len(kept({"rule": "top_k", "ratio": 0.125, "min_tokens": 1}, MASS)) == 1
+    assert kept({"rule": "top_k", "ratio": 0.125, "min_tokens": 2}, MASS) == [1, 3]
+    assert len(kept({"rule": "top_k", "ratio": 0.125, "min_tokens": 256}, MASS)) == 8
     assert kept({"rule": "top_k", "ratio": 1.0, "max_tokens": 2, "min_tokens": 1}, MASS) == [1, 3]
     assert kept({"rule": "top_k", "ratio": 1.0, "max_fraction": 0.25}, MASS) == [1, 3]
 

@@ -60,10 +60,10 @@ def select_top_p(
             taken = quanta.gather(-1, order)
             wanted = ((taken.cumsum(-1) - taken) < target).logical_and_(inside).sum(-1, keepdim=True)
             wanted = wanted.maximum(n_forced)
-        upper = (length * round(max_fraction * 65536) + 65535) >> 16
+        upper = ((length * round(max_fraction * 65536) + 65535) >> 16).clamp(min=min_tokens)
         if max_tokens >= 0:
             upper = upper.clamp(max=max_tokens)
-        upper = upper.maximum(n_forced)
+        upper = upper.maximum(n_forced).minimum(length)
         lower = upper.clamp(max=min_tokens)
         n = wanted.minimum(upper).maximum(lower)
         flags = torch.zeros(mass.shape[0], -(-longest // 32) * 32, dtype=torch.bool, device=mass.device)

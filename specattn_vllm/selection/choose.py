@@ -14,7 +14,8 @@ from specattn_vllm.options import SpecAttnOptions
 class Limits:
     """What `select_top_p` is told besides the mass; counts are in tokens.
 
-    A fixed budget (rule 'top_k') is a top-p of everything under a cap: the heaviest tokens up to the cap.
+    A fixed budget (rule 'top_k') is a top-p of everything under a cap: the heaviest tokens up to the cap, which is a
+    share of the context, but no less than `min_tokens` and no more than `max_tokens`.
     """
 
     top_p: float

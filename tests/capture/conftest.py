@@ -218,7 +218,7 @@ class Draft:
 def top_p(mass: list[float], opts: SpecAttnOptions) -> set[int]:
     """The forced tokens, then by mass until the share is reached, between floor and cap; a fixed budget is a cap."""
     share, fraction = opts.top_p, opts.max_fraction
-    if opts.rule == "top_k" or (opts.rule is None and opts.method == "sts"):
+    if opts.fixed_budget:
         share, fraction = 1, min(opts.ratio, fraction)
     n = len(mass)
     forced = {p for p in range(n) if p < opts.sink_tokens or p >= n - opts.recent_tokens}
@@ -226,7 +226,7 @@ def top_p(mass: list[float], opts: SpecAttnOptions) -> set[int]:
     count, total = len(forced), sum(mass)
     while count < n and (share == 1 or sum(mass[p] for p in order[:count]) < share * total):
         count += 1
-    cap = min(n, math.ceil(n * fraction), n if opts.max_tokens is None else opts.max_tokens)
+    cap = min(n, max(math.ceil(n * fraction), opts.min_tokens), n if opts.max_tokens is None else opts.max_tokens)
     cap = max(cap, len(forced))
     return set(order[: max(min(count, cap), min(opts.min_tokens, cap))])
 
@@ -275,3 +275,9 @@ def draft_of():
 def tokens():
     """tokens(bits): the positions whose bit is set."""
     return lambda bits: set(unpack_bits(bits, 32 * bits.shape[-1]).nonzero().flatten().tolist())
+
+
+@pytest.fixture(scope="session")
+def choose():
+    """choose(mass, options): the positions to keep by a list of masses."""
+    return top_p

@@ -20,7 +20,7 @@ def oracle(mass, top_p, min_tokens, max_tokens, max_fraction, sink, recent):
     selected = {p for p in range(n) if p < sink or p >= n - recent}
     forced = len(selected)
     order = sorted((p for p in range(n) if p not in selected), key=lambda p: (q[p], p), reverse=True)
-    upper = (n * round(max_fraction * 65536) + 65535) // 65536
+    upper = max((n * round(max_fraction * 65536) + 65535) // 65536, min_tokens)
     if max_tokens >= 0:
         upper = min(upper, max_tokens)
     upper = min(max(upper, forced), n)
@@ -109,6 +109,9 @@ CASES = [
     case("floor above the cap: the cap wins", [softmax_row(100, 9)], min_tokens=50, max_tokens=20),
     case("fraction rounds up", [softmax_row(n, n) for n in (1, 9, 10, 11)], top_p=0.999, max_fraction=0.1),
     case("fraction 0", [softmax_row(20, 1)], max_fraction=0.0),
+    case("fraction below the floor: the floor wins", [softmax_row(n, n) for n in (6, 50, 90)], max_fraction=0.1,
+         top_p=1.0, min_tokens=8),
+    case("fraction below the floor, by mass", [softmax_row(90, 5)], max_fraction=0.05, top_p=0.9, min_tokens=8),
     case("sink and recent overlap in a short row", [softmax_row(6, 2), softmax_row(8, 3)], sink=4, recent=4),
     case("sink longer than the row", [softmax_row(6, 2)], sink=100),
     case("forced mass already enough", [[0.9] + [0.01] * 10], sink=1, top_p=0.8),
