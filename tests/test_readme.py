@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,23 @@ def test_the_cpu_s_table_is_what_was_measured():
         assert f"| {speed} | {length}{end}" in document
     for mode in ("plain", "specattn"):
         assert f"{results[mode]['prefill_tokens_per_second']:,}" in document
+
+
+def test_the_table_of_methods_is_what_was_measured(capsys):
+    from specattn_vllm import cli
+    from specattn_vllm.evaluation.report import markdown
+    from specattn_vllm.evaluation.settings import default_settings
+
+    document = (ROOT / "docs/evaluation.md").read_text()
+    measured = json.loads((ROOT / "docs/results/demo-methods.json").read_text())
+    assert markdown(measured) in document
+    # The command above it runs what is in it, as the settings are now.
+    [command] = re.findall(r"^    specattn (eval methods --documents .*?)\n\n", document, re.M | re.S)
+    assert cli.main([*shlex.split(command.replace("\\\n", " ")), "--list"]) == 0
+    names = [result["name"] for result in measured["results"]]
+    assert sorted(re.findall(r"^(\S.*)\n  \{", capsys.readouterr().out, re.M)) == sorted(names)
+    now = {setting.name: setting.options for setting in default_settings(measured["setup"]["context"])}
+    assert {result["name"]: result["options"] for result in measured["results"]} == {n: now[n] for n in names}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -59,7 +59,7 @@ def run_all(
         outcome.provenance = report.provenance
         say(f"{job.setting.name}: {outcome.seconds:.0f} s")
         kept = [result for result in report.results if result.name != outcome.name]
-        place = {name: index for index, name in enumerate([dense.setting.name, *order])}
+        place = {name: index for index, name in enumerate(order)} | {dense.setting.name: -1}
         report.results = sorted([*kept, outcome], key=lambda result: place.get(result.name, len(place)))
         write_json(out, report.model_dump(mode="json"))
     if not failed and not keep_reference:
