@@ -35,7 +35,7 @@ class Counts:
     """Entries of the target's cache that rows past their prompt read, and that were there."""
     draft_kv_read: int = 0
     draft_kv_full: int = 0
-    """The same of the draft's cache, over the draft steps of a round, with `sparse_draft` (else 0)."""
+    """The same of the cache that drafting reads, over the draft steps of a round, where it reads a part (else 0)."""
 
     def __sub__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
@@ -52,7 +52,7 @@ class Counts:
 
     @property
     def draft_kv_fraction(self) -> float:
-        """Share of the draft's KV entries that drafting read, with `sparse_draft`."""
+        """Share of the KV entries that drafting read, where it reads a part."""
         return self.draft_kv_read / self.draft_kv_full if self.draft_kv_full else 1.0
 
     def line(self, seconds: float) -> str:

@@ -90,12 +90,15 @@ class SelfSpeculator(RoundSpeculator):
         """Tables for a round. A row that sampled nothing is inside its prompt, or fills a graph's batch: what it drafts
         is thrown away, and it reads nothing."""
         bits, prefix_lens = self.selection.source.select(wanted, committed)
-        self.selection.tables.build(
-            bits.transpose(0, 1),
-            prefix_lens,
-            torch.where(wanted, step_lens, 0),
-            self.block_tables.input_block_tables[0][: wanted.shape[0]],
-        )
+        seen = torch.where(wanted, step_lens, 0)
+        block_table = self.block_tables.input_block_tables[0][: wanted.shape[0]]
+        kept = self.selection.tables.build(bits.transpose(0, 1), prefix_lens, seen, block_table)
+        # Of what each step sees, what it reads; a table may serve several layers, and a list several heads.
+        layers, heads = len(self.selection.tables.layer_sources), self.selection.num_kv_heads
+        _, tables, _, groups = kept.shape
+        self.counters.on_device("draft_kv_full").add_(seen.sum(dtype=torch.int64), alpha=layers * heads)
+        read = kept.sum(dtype=torch.int64)
+        self.counters.on_device("draft_kv_read").add_(read, alpha=layers // tables * (heads // groups))
 
     def _step_metadata(self, batch: InputBatch, step: int, recording: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         rows = batch.num_reqs

@@ -35,6 +35,7 @@ class SelfSelection:
 
     source: TargetCapture | Window
     tables: DraftTables
+    num_kv_heads: int
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -57,20 +58,21 @@ def prepare_self(speculator: SelfSpeculator) -> SelfSelection:
     options = speculator.options
     layers = get_layers_from_vllm_config(speculator.vllm_config, AttentionLayerBase)
     names, first = list(layers), next(iter(layers.values()))
+    heads = first.impl.num_kv_heads
     requests, width = speculator.max_num_reqs, row_width(speculator.max_model_len)
 
     def allocate(device: torch.device) -> SelfSelection:
         if options.method == "streamingllm":
             window = Window(speculator.operations, Limits.of(options), requests, width, device)
             tables = torch.empty((1, requests, 1, width), dtype=torch.int32, device=device)
-            return SelfSelection(window, _tables(dict.fromkeys(names, 0), tables, tables.nbytes))
+            return SelfSelection(window, _tables(dict.fromkeys(names, 0), tables, tables.nbytes), heads)
         sources = {name: s for s, name in enumerate(names)}
         capture = TargetCapture(
             speculator.operations,
             Limits.of(options),
             layer_sources=sources,
             num_heads=first.impl.num_heads,
-            groups=first.impl.num_kv_heads if options.per_kv_head else 1,
+            groups=heads if options.per_kv_head else 1,
             max_query_len=speculator.num_speculative_steps + 1,
             max_num_reqs=requests,
             max_model_len=width,
@@ -79,7 +81,7 @@ def prepare_self(speculator: SelfSpeculator) -> SelfSelection:
         )
         # The mass has been chosen from when the tables are made.
         tables = capture.mass.view(torch.int32).view(len(names), requests, capture.mass.shape[2], width)
-        return SelfSelection(capture, _tables(sources, tables, 0))
+        return SelfSelection(capture, _tables(sources, tables, 0), heads)
 
     def _tables(sources: dict[str, int], page_table: torch.Tensor, nbytes: int) -> DraftTables:
         return DraftTables(speculator.operations, sources, page_table, nbytes)
