@@ -74,6 +74,33 @@ def test_steps_that_are_not_the_target_s_are_not_pruned(builder, missing):
     assert (metadata.num_reqs, metadata.num_actual_tokens, metadata.capture) == (2, 16, None)
 
 
+class Capture:
+    """Stands for the capture of a target that drafts for itself; says what it was told of a step."""
+
+    def begin(self, query_start_loc, seq_lens, query_start_loc_cpu):
+        assert query_start_loc is not query_start_loc_cpu
+        return [tensor.tolist() for tensor in (query_start_loc, seq_lens, query_start_loc_cpu)]
+
+
+@pytest.mark.parametrize("padded_to", [2, 5])
+def test_a_target_that_drafts_for_itself_is_captured_in_each_step(builder, padded_to):
+    builder.pruner, builder.target_capture = None, Capture()
+    given = common([3, 1], [4, 4], [False, True], padded_to)
+    metadata = builder.build(0, given)
+    fill = padded_to - 2
+    starts = [0, 4, 8] + [8] * fill
+    assert metadata.capture == [starts, [20, 21] + [0] * fill, starts]
+    assert metadata.sparse is None
+
+
+def test_its_draft_steps_and_profiling_runs_are_not(builder):
+    """They carry no slots: what the draft's own steps attend to is no verification."""
+    builder.pruner, builder.target_capture = None, Capture()
+    given = common([3, 1], [1, 1], [False, False], 2)
+    given.req_idx = None
+    assert builder.build(0, given).capture is None
+
+
 def config(device: str, executor: str = "auto", dtype: torch.dtype = torch.bfloat16) -> SimpleNamespace:
     return SimpleNamespace(
         device_config=SimpleNamespace(device=device),

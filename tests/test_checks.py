@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -161,6 +162,71 @@ def test_a_number_of_draft_tokens_is_kept(configure):
     assert configure(spec={"num_speculative_tokens": 3}).speculative_config.num_speculative_tokens == 3
 
 
+SELF = pytest.mark.parametrize("method", ["vegas", "streamingllm"])
+
+
+def completed(arguments: dict):
+    """The speculative configuration of `EngineArgs(**arguments)`; vLLM writes into the dictionaries it is given."""
+    base = dict(skip_tokenizer_init=True, enforce_eager=True, dtype="float32", max_model_len=128)
+    return EngineArgs(**copy.deepcopy(base | arguments)).create_engine_config().speculative_config
+
+
+@SELF
+def test_a_target_that_drafts_for_itself_need_not_be_named_twice(models, method):
+    arguments = dict(model=models["target"], additional_config={"specattn": {"method": method}})
+    spec = completed(arguments | {"attention_backend": "specattn"})
+    assert spec.model == spec.draft_model_config.model == models["target"]
+    assert (spec.method, spec.num_speculative_tokens) == ("draft_model", compat.SELF_DRAFT_LENGTH)
+
+
+@pytest.mark.parametrize(
+    "backend",
+    [{"attention_backend": "SPECATTN"}, {"attention_config": {"backend": "specattn"}}],
+    ids=["in capitals", "attention_config"],
+)
+def test_the_shorthand_goes_by_the_backend_however_it_is_named(models, backend):
+    arguments = dict(model=models["target"], additional_config={"specattn": {"method": "vegas"}})
+    assert completed(arguments | backend).model == models["target"]
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"spec_tokens": 3}, {"speculative_config": {"num_speculative_tokens": 3}},
+     {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 3}}],
+    ids=str,
+)  # fmt: skip
+def test_what_is_given_about_drafts_is_kept(models, given):
+    arguments = dict(model=models["target"], additional_config={"specattn": {"method": "vegas"}})
+    spec = completed(arguments | given | {"attention_backend": "specattn"})
+    assert (spec.model, spec.num_speculative_tokens) == (models["target"], 3)
+
+
+def test_a_target_with_another_method_s_name_is_refused_with_the_remedy(models, tmp_path):
+    """vLLM goes by the draft model's name, which here is the target's, whatever method is given."""
+    folder = tmp_path / "my-eagle-target"
+    shutil.copytree(models["target"], folder)
+    arguments = dict(model=str(folder), additional_config={"specattn": {"method": "vegas"}})
+    with pytest.raises(UnsupportedError, match=r"speculative method 'eagle': .* has to be renamed"):
+        completed(arguments | {"attention_backend": "specattn"})
+
+
+@pytest.mark.parametrize("options", [{}, {"specattn": {}}, {"specattn": {"method": "dense"}}], ids=str)
+def test_other_methods_are_given_no_draft_model(options):
+    asked = EngineArgs(model="target", attention_backend="specattn", additional_config=options)
+    compat.complete_speculation(asked)
+    assert (asked.spec_model, asked.spec_tokens, asked.spec_method) == (None, None, None)
+
+
+@pytest.mark.parametrize("backend", [None, "TRITON_ATTN"])
+def test_other_backends_are_given_nothing(backend):
+    asked = EngineArgs(
+        model="target", attention_backend=backend, spec_model="draft",
+        additional_config={"specattn": {"method": "vegas"}},
+    )  # fmt: skip
+    compat.complete_speculation(asked)
+    assert (asked.spec_model, asked.spec_tokens, asked.spec_method) == ("draft", None, None)
+
+
 # Options
 
 
@@ -216,6 +282,35 @@ def test_options_without_effect_are_named(configure, warnings, options, idle):
     """A control run may differ by its method alone, but nobody should believe that its other options did something."""
     configure(options={"method": "dense", **options})
     assert [message.split("without effect: ")[1] for message in warnings] == [idle]
+
+
+@pytest.mark.parametrize(
+    ("options", "idle"),
+    [
+        # Whatever decides what verification reads, which is everything.
+        (
+            {"method": "vegas", "layer_map": "uniform", "combine": "max", "dense_layers": [1], "refresh_every": 4}
+            | {"check_weights": False, "sparse_draft": True},
+            "check_weights, combine, dense_layers, layer_map, refresh_every, sparse_draft",
+        ),
+        (
+            {"method": "streamingllm", "top_p": 0.5, "rule": "top_p", "per_kv_head": True, "dilation": 3, "ratio": 0.2},
+            "dilation, per_kv_head, rule, top_p",
+        ),
+        ({"method": "specattn", "per_kv_head": True, "dilation": 3}, "dilation, per_kv_head"),
+    ],
+    ids=lambda value: value["method"] if isinstance(value, dict) else "idle",
+)
+def test_options_of_other_methods_are_named(configure, warnings, options, idle):
+    draft = "target" if options["method"] in ("vegas", "streamingllm") else "draft"
+    configure(options=options, draft=draft)
+    assert [message.split("without effect: ")[1] for message in warnings] == [idle]
+
+
+@pytest.mark.parametrize("options", [{"preset": "paper"}, {"per_kv_head": True, "dilation": 5, "crossover_tokens": 9}])
+def test_options_of_vegas_have_an_effect_there(configure, warnings, options):
+    configure(options={"method": "vegas", **options}, draft="target")
+    assert not [message for message in warnings if "without effect" in message]
 
 
 @pytest.mark.parametrize(
@@ -437,6 +532,25 @@ def test_speculation_without_a_draft_model_is_refused(reasons):
     assert "renamed" in reason
 
 
+@SELF
+def test_a_draft_model_beside_a_target_that_drafts_for_itself_is_refused(reasons, models, method):
+    assert reasons(options={"method": method}) == [
+        f"method = {method!r} with --speculative-model {models['draft']}: the target drafts for itself, and no draft "
+        "model would be loaded; leave --speculative-model out, or set method='specattn'",
+    ]
+
+
+@SELF
+def test_experts_that_move_are_refused_for_a_target_that_drafts_for_itself(method):
+    config = speculation(draft_model_config=SimpleNamespace(model="target"))
+    config.model_config = SimpleNamespace(model="target")
+    assert list(checks._speculation(config, SpecAttnOptions(method=method))) == []
+    config.parallel_config.enable_eplb = True
+    (reason,) = checks._speculation(config, SpecAttnOptions(method=method))
+    assert reason == f"method = {method!r} with enable_eplb: one model would be registered twice; turn EPLB off"
+    assert list(checks._speculation(config, SpecAttnOptions(method="dense"))) == []
+
+
 @cpu_only
 def test_draft_and_target_need_the_same_tensor_parallelism(reasons):
     assert reasons(tensor_parallel_size=2, spec={"draft_tensor_parallel_size": 1}) == [
@@ -457,7 +571,7 @@ def speculation(**changes):
     }
     return SimpleNamespace(
         speculative_config=SimpleNamespace(**base | changes),
-        parallel_config=SimpleNamespace(tensor_parallel_size=4),
+        parallel_config=SimpleNamespace(tensor_parallel_size=4, enable_eplb=False),
         cache_config=SimpleNamespace(cache_dtype="bfloat16"),
     )
 

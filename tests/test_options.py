@@ -212,8 +212,9 @@ def test_a_crossover_may_be_left_open_or_be_nothing(tokens):
     assert SpecAttnOptions.parse({"crossover_tokens": tokens}).crossover_tokens == tokens
 
 
-def test_only_dense_is_lossless():
-    assert SpecAttnOptions(method="dense").is_lossless
+def test_where_the_target_reads_everything_it_is_lossless():
+    for method in ("dense", "vegas", "streamingllm"):
+        assert SpecAttnOptions(method=method).is_lossless
     assert not SpecAttnOptions(method="specattn").is_lossless
     # What the draft reads changes which tokens it proposes, not which are accepted.
     assert SpecAttnOptions(method="dense", sparse_draft=True).is_lossless
@@ -231,10 +232,18 @@ def test_only_dense_is_lossless():
         ("dense", None, False),
         ("specattn", "top_k", True),
         ("sts", "top_p", False),
+        ("vegas", None, True),
+        ("vegas", "top_p", False),
+        ("streamingllm", None, True),
     ],
 )
 def test_the_rule_is_that_of_the_method_unless_given(method, rule, fixed):
     assert SpecAttnOptions(method=method, rule=rule).fixed_budget == fixed
+
+
+def test_which_targets_draft_for_themselves():
+    methods = [m for m in typing.get_args(Method) if SpecAttnOptions(method=m).drafts_for_itself]
+    assert methods == ["vegas", "streamingllm"]
 
 
 def test_sts_alone_chooses_per_head():
@@ -244,7 +253,7 @@ def test_sts_alone_chooses_per_head():
 # Presets
 
 
-@pytest.mark.parametrize("method", ["specattn", "sts"])
+@pytest.mark.parametrize("method", ["specattn", "sts", "vegas"])
 def test_a_preset_sets_what_is_not_given(method):
     given = {"method": method}
     plain, preset = (SpecAttnOptions.parse(given | more).model_dump() for more in ({}, {"preset": "paper"}))
@@ -254,6 +263,7 @@ def test_a_preset_sets_what_is_not_given(method):
                      "sink_tokens": 0, "recent_tokens": 0},
         "sts": {"rule": "top_k", "ratio": 1.0, "max_tokens": 256, "min_tokens": 0, "sink_tokens": 0,
                 "recent_tokens": 0},
+        "vegas": {"rule": "top_k", "ratio": 0.07, "min_tokens": 256, "sink_tokens": 0, "recent_tokens": 0},
     }[method]  # fmt: skip
 
 
@@ -274,6 +284,12 @@ def test_a_preset_s_budget_is_a_number_of_tokens():
     assert (limits.top_p, limits.max_fraction, limits.max_tokens, limits.min_tokens) == (1.0, 1.0, 256, 0)
 
 
+def test_a_preset_s_budget_may_have_a_floor():
+    """Vegas keeps 7% of the context and 256 tokens at least (arXiv 2602.07223)."""
+    limits = Limits.of(SpecAttnOptions(method="vegas", preset="paper"))
+    assert (limits.top_p, limits.max_fraction, limits.max_tokens, limits.min_tokens) == (1.0, 0.07, -1, 256)
+
+
 def test_a_preset_does_not_get_around_the_checks():
     assert "max_tokens 256 is below min_tokens 300" in refusal({"method": "sts", "preset": "paper", "min_tokens": 300})
     assert "method = 'sparse'" in refusal({"method": "sparse", "preset": "paper"})
@@ -281,8 +297,10 @@ def test_a_preset_does_not_get_around_the_checks():
 
 
 def test_a_preset_without_a_choice_to_make_is_refused():
-    message = refusal({"method": "dense", "preset": "paper"})
-    assert "preset = 'paper' sets how tokens are chosen, and method 'dense' has no such setting" in message
+    for method in ("dense", "streamingllm"):
+        message = refusal({"method": method, "preset": "paper"})
+        assert f"preset = 'paper' sets how tokens are chosen, and method {method!r} has no such setting" in message
+        assert "set method to one of specattn, sts, vegas" in message
 
 
 def test_every_method_that_chooses_has_every_preset():
