@@ -99,7 +99,7 @@ def accumulate_mass(scores, lse, lens, mass, combine, positions=None, kept=None)
     expect(positions is None or combine != "store", "combine", repr(combine), "add or max, because positions are given")
 
 
-def select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent) -> None:
+def select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, budgets) -> None:
     tensor("mass", mass, (None, None), torch.float32)
     rows, width = mass.shape
     tensor("lens", lens, (rows,), torch.int32, mass.device)
@@ -110,6 +110,9 @@ def select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fr
     expect(max_tokens >= -1, "max_tokens", max_tokens, "at least 0, or -1 for no limit")
     for name, value in (("min_tokens", min_tokens), ("sink", sink), ("recent", recent)):
         expect(0 <= value < 2**31, name, value, "0 or more, below 2^31")
+    if budgets is not None:
+        tensor("budgets", budgets, (rows,), torch.int32, mass.device)
+        expect(top_p >= 1, "top_p", top_p, "1 or more, because the budgets say how many tokens are wanted")
 
 
 def dilate_mass(mass, lens, out, steps, weight) -> None:

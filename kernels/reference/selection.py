@@ -32,10 +32,10 @@ def dilate_mass(mass, lens, out, steps, weight) -> None:
 
 
 def select_top_p(
-    mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, union=False
+    mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, union=False, budgets=None
 ) -> None:
     """Top-p token selection, here by sorting. See ``top_p.select_top_p``."""
-    contracts.select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent)
+    contracts.select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, budgets)
     longest = int(lens.max()) if lens.numel() else 0
     if not union:
         bits.zero_()
@@ -52,7 +52,9 @@ def select_top_p(
         order = key.sort(dim=-1, descending=True).indices
         total = quanta.sum(-1, keepdim=True)
         n_forced = forced.sum(-1, keepdim=True)
-        if top_p >= 1:
+        if budgets is not None:
+            wanted = budgets[:, None].maximum(n_forced)
+        elif top_p >= 1:
             wanted = length
         else:
             target = (total * round(top_p * 65536) + 65535) >> 16
