@@ -26,14 +26,14 @@ LINE = re.compile(
 
 
 class Server:
-    def __init__(self, log: Path) -> None:
+    def __init__(self, log: Path, *arguments: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.log = log
         command = [
             str(ROOT / "scripts" / "serve"), "--host", "127.0.0.1", "--port", str(self.port),
-            "--additional-config.specattn.stats_interval_s", "5",
+            "--additional-config.specattn.stats_interval_s", "5", *arguments,
         ]  # fmt: skip
         # The environment that runs this test is the one to serve from.
         environment = {**os.environ, "SPECATTN_VENV": sys.prefix, "VLLM_LOGGING_LEVEL": "INFO"}
@@ -236,3 +236,42 @@ def test_the_log_says_how_much_was_read_of_long_contexts(server, client, prompts
 
 def test_start_up_says_that_the_method_is_approximate(server):
     assert "is APPROXIMATE" in server.text()
+
+
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [("sts", "is APPROXIMATE"), ("vegas", "the output is the target model's own")],
+)
+def test_other_methods_are_served_alike(method, says, tmp_path, demo_pair, prompts):
+    """The same command with another method; a target that drafts for itself is its own draft model."""
+    import openai
+
+    models = ["--speculative-model", demo_pair[0]] if method == "vegas" else []
+    other = Server(tmp_path / "log", "--additional-config.specattn.method", method, *models)
+    try:
+        other.wait_until_ready(300)
+        assert says in other.text()
+        client = openai.OpenAI(base_url=f"http://127.0.0.1:{other.port}/v1", api_key="none", timeout=600)
+        [prompt] = prompts([1500])
+        made = client.completions.create(
+            model="demo", prompt=prompt["prompt_token_ids"], max_tokens=32, temperature=0,
+            extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        assert made.usage.completion_tokens == 32
+        with urllib.request.urlopen(f"http://127.0.0.1:{other.port}/metrics", timeout=10) as page:
+            metrics = page.read().decode()
+        [accepted] = re.findall(r"^vllm:spec_decode_num_accepted_tokens_total\{.*\} (\S+)$", metrics, re.M)
+        assert float(accepted) > 8
+    finally:
+        other.stop()
+
+
+def test_a_method_that_makes_no_sense_is_refused_at_start(tmp_path):
+    """A target that drafts for itself, beside the draft model that `scripts/serve` names."""
+    other = Server(tmp_path / "log", "--additional-config.specattn.method", "vegas")
+    try:
+        assert other.process.wait(300) != 0
+    finally:
+        other.stop()
+    assert "method = 'vegas' with --speculative-model" in other.text()
+    assert "leave --speculative-model out" in other.text()
