@@ -51,14 +51,18 @@ def test_greedy_tokens_equal_plain_decoding(options, plain, engine, greedy, prom
     expected = plain("together")
     llm = engine(OPTIONS | options, max_num_batched_tokens=512)
     assert greedy(llm, prompts(LENGTHS["together"]), NEW_TOKENS) == expected
-    assert counts(llm).acceptance_length > 2
+    seen = counts(llm)
+    assert seen.acceptance_length > 2
+    assert 0 < seen.draft_kv_read < 0.5 * seen.draft_kv_full
 
 
 def test_reading_everything_every_draft_is_accepted(engine, greedy, prompts, counts):
     """Of the same weights and the same cache: what is rejected then is our doing."""
     llm = engine({"method": "vegas", "ratio": 1.0})
     greedy(llm, prompts([40, 300, 1000, 2500]), 41)
-    assert (counts(llm).acceptance_length - 1) / 4 >= 0.98
+    seen = counts(llm)
+    assert (seen.acceptance_length - 1) / 4 >= 0.98
+    assert seen.draft_kv_read == seen.draft_kv_full > 0
 
 
 def test_chunks_slots_and_cached_prefixes(plain, engine, greedy, prompts):
