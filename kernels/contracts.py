@@ -55,7 +55,8 @@ def draft_attention(
     rows = block_table.shape[0]
     tensor("seq_lens", seq_lens, (rows,), torch.int32, dev)
     tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, dev)
-    expect(out is not None or scores is not None, "out", "None without scores", "at least one of out and scores")
+    some = any(result is not None for result in (out, scores, lse))
+    expect(some, "out", "None without scores and lse", "at least one of the three")
     if out is not None:
         tensor("out", out, (tokens, query_heads, size), query.dtype, dev)
     scored = query_heads

@@ -20,7 +20,7 @@ block_table      [R, nb]        int32; entries past ceil(seq_len / N) are stale 
 seq_lens         [R]            int32, keys that the last token of the request sees; at most nb * N and the width L
 query_start_loc  [R + 1]        int32; q_len may be 0. Rows of ``out`` behind the last request are left untouched
 scale            float          multiplies query . key
-out              [T, Hq, D]     query's dtype, or None when only scores are wanted: then no value is read
+out              [T, Hq, D]     query's dtype, or None when only scores or lse are wanted: then no value is read
 scored_rows      [R, C]         int64, a row of the request in ``query``, or -1: its scores and lse stay untouched. C is
                                 1 or 2; the two may be one row, whose scores are then written twice
 scores           [R, C * Hq, L] float32 or bfloat16, or None

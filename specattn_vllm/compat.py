@@ -24,8 +24,8 @@ check_request         A request's extra arguments are validated where `SamplingP
                       the client's error (HTTP 400) and not the engine's. Goes when plugins may validate requests.
 watch_new_requests    The speculator learns of requests as rows of batches; what they asked for is only in the worker's
                       `add_request`. Wraps that method of one object. Goes with a hook for new requests.
-add_worker_method     `collective_rpc("specattn_stats")` needs a method on the worker. Goes if backends get a stats
-                      hook.
+add_worker_method     `collective_rpc("specattn_stats")` and `("specattn_audit")` need methods on the worker. Goes if
+                      backends get a stats hook.
 
 Leaned on without a patch: `speculation/speculator.py` overrides the methods in SPECULATOR_HOOKS of upstream's
 speculator (`missing_hooks` looks for them at start-up) and reads its `last_token_indices`, `expanded_positions`,
@@ -304,4 +304,10 @@ def add_worker_method() -> None:
         counters = getattr(getattr(self.model_runner, "speculator", None), "counters", None)
         return vars(counters.read()) if counters is not None else None
 
+    def specattn_audit(self) -> dict[str, dict[str, float]] | None:
+        """What this worker's audits found since start-up, by layer; None without an audit. For `collective_rpc`."""
+        audit = getattr(getattr(self.model_runner, "speculator", None), "audit", None)
+        return audit.read().by_layer() if audit is not None else None
+
     WorkerBase.specattn_stats = specattn_stats
+    WorkerBase.specattn_audit = specattn_audit

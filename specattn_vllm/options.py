@@ -93,6 +93,13 @@ class SpecAttnOptions(BaseModel):
         description="Every so many verifications of a request, one reads everything, which bounds what sparse "
         "verification leaves behind in the KV cache. Default: never. For every verification, use method 'dense'.",
     )
+    audit_share: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="Share of the (layer, request) pairs of each verification in which the target's attention mass on "
+        "what was read is measured, at the cost of one more pass over the keys.",
+    )
     check_weights: bool = Field(
         True, description="Refuse a layer map calibrated on other weights of the same architecture."
     )

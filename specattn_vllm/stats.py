@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -36,6 +37,8 @@ class Counts:
     draft_kv_read: int = 0
     draft_kv_full: int = 0
     """The same of the cache that drafting reads, over the draft steps of a round, where it reads a part (else 0)."""
+    audited_pairs: int = 0
+    """Pairs of a layer and a row whose retained mass was measured."""
 
     def __sub__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))
@@ -140,6 +143,8 @@ class Reporter:
     def __init__(self, counters: Counters, interval_s: float) -> None:
         self.counters = counters
         self.interval_s = interval_s
+        self.more: list[Callable[[], str | None]] = []
+        """Asked for a further line whenever one is due."""
         self._since = time.monotonic()
         self._last = Counts()
 
@@ -152,4 +157,7 @@ class Reporter:
         new = counts - self._last
         if new.rounds:
             logger.info(new.line(now - self._since))
+        for further in self.more:
+            if line := further():
+                logger.info(line)
         self._since, self._last = now, counts

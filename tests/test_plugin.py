@@ -61,6 +61,7 @@ def patched() -> list:
         EngineArgs.add_cli_args,
         upstream.StandaloneARSpeculator,
         WorkerBase.specattn_stats,
+        WorkerBase.specattn_audit,
         type(current_platform).get_attn_backend_cls.__func__,
         AttentionBackendEnum["SPECATTN"],
         len(AttentionBackendEnum),
@@ -389,6 +390,8 @@ def test_a_worker_without_our_speculator_reports_nothing():
     without = worker()
     del without.model_runner.speculator
     assert without.specattn_stats() is None
+    assert without.specattn_audit() is None
+    assert worker(audit=None).specattn_audit() is None
 
 
 def test_hooks_that_vllm_has_moved_are_named(monkeypatch):

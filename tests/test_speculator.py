@@ -45,6 +45,7 @@ def speculator(monkeypatch):
     made.recording_graphs = made.recalling_graphs = made.plain_graphs = None
     made.options, made._since_dense = SpecAttnOptions(), 0
     made.crossover_tokens = 0
+    made.audit = None
     made._recording = False
     made.device = CPU
     made.operations = executors.resolve("torch", CPU)

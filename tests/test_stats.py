@@ -155,6 +155,16 @@ def test_each_line_is_about_its_own_interval(lines, clock):
     assert [line.split(",")[0] for line in lines()] == ["specattn: 5 rounds in 10 s", "specattn: 7 rounds in 30 s"]
 
 
+def test_further_lines_follow_when_one_is_due_and_have_something_to_say(lines, clock):
+    reporter, asked = Reporter(Counters(torch.device("cpu")), interval_s=10), iter(["audit of 3", None])
+    reporter.more.append(lambda: next(asked))
+    for seconds in (5, 5, 5, 5):
+        clock.now += seconds
+        reporter.tick()
+    assert lines() == ["audit of 3"]
+    assert next(asked, "asked twice") == "asked twice"
+
+
 def test_an_idle_interval_is_silent_and_not_added_to_the_next(lines, clock):
     counters = Counters(torch.device("cpu"))
     reporter = Reporter(counters, interval_s=10)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
@@ -9,6 +11,9 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from specattn_vllm import executors
 from specattn_vllm.backend.metadata import SpecAttnMetadata
 from specattn_vllm.options import SpecAttnOptions
+
+if TYPE_CHECKING:
+    from specattn_vllm.selection.audit import LayerAudit
 
 
 class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
@@ -55,9 +60,12 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             vllm_config.model_config.dtype,
             per_head=options.per_head,
         )
+        self.audit: LayerAudit | None = None
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         self.operations.write_kv(key, value, kv_cache, slot_mapping)
+        if self.audit is not None:
+            self.audit.note_values(value, slot_mapping)
 
     def forward(
         self,
@@ -85,6 +93,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             self._dense(query, kv_cache, md, out, first_row=0, first_token=0)
             return output
         plan = md.sparse
+        lse = None if self.audit is None else self.audit.empty_lse(plan.num_tokens)
         self.operations.sparse_attention(
             query[: plan.num_tokens],
             kv_cache,
@@ -94,7 +103,10 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             self.scale,
             out[: plan.num_tokens],
             plan.max_query_len,
+            lse,
         )
+        if lse is not None:
+            self.audit.observe(query[: plan.num_tokens], kv_cache, md, self.scale, lse)
         if plan.num_rows < md.num_reqs:
             self._dense(query, kv_cache, md, out, first_row=plan.num_rows, first_token=plan.num_tokens)
         return output

@@ -10,6 +10,7 @@ import torch
 
 from specattn_vllm.executors import Operations
 from specattn_vllm.kernels.bookkeeping_contracts import READ_COUNTS
+from specattn_vllm.selection.audit import Audit
 from specattn_vllm.selection.store import SelectionStore
 from specattn_vllm.stats import Counters
 
@@ -79,6 +80,7 @@ class Pruner:
         self.num_kv_heads = num_kv_heads
         self.max_query_len = max_query_len
         self.maps = maps
+        self.audit: Audit | None = None
         tables, groups = (store.bits.shape[0], store.bits.shape[2]) if maps is None else maps.groups.shape
         self.device = page_table.device
         self._page_table = page_table[:tables]
@@ -140,6 +142,8 @@ class Pruner:
             kept,
             *(() if self.maps is None else self.maps),
         )
+        if self.audit is not None:
+            self.audit.choose(slots, prefix_lens, query_start_loc[:rows], seq_lens)
         verifies = ~prefilling_cpu[:rows] & (query_start_loc_cpu[1 : rows + 1] > query_start_loc_cpu[:rows])
         if verifying := int(verifies.sum()):
             self._count(verifying, slots, seq_lens, prefilling, prefix_lens, stored, kept)

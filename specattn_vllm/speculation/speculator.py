@@ -10,7 +10,9 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from specattn_vllm import compat
 from specattn_vllm.request import asks_for_exactness
+from specattn_vllm.selection.audit import Audit
 from specattn_vllm.selection.capture import MAX_FUSED_QUERY
+from specattn_vllm.speculation.audit_wiring import prepare_audit
 from specattn_vllm.speculation.rounds import RoundSpeculator
 from specattn_vllm.speculation.wiring import Selection, prepare
 
@@ -26,6 +28,7 @@ class SpecAttnSpeculator(RoundSpeculator):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.selection: Selection | None = None
+        self.audit: Audit | None = None
         self._recording = False
         self._since_dense = self.options.refresh_draft_every - 1
 
@@ -33,6 +36,7 @@ class SpecAttnSpeculator(RoundSpeculator):
         super().load_model(target_model)
         if not self.options.is_lossless or self.options.sparse_draft:
             self.selection = prepare(self)
+            self.audit = prepare_audit(self)
 
     def set_attn(self, model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups) -> None:
         super().set_attn(model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups)
@@ -44,6 +48,20 @@ class SpecAttnSpeculator(RoundSpeculator):
         if self.selection is not None:
             self.selection.attach(target_attn_groups)
             compat.watch_new_requests(model_state, self._enter)
+
+    def capture(self) -> None:
+        super().capture()
+        if self.audit is not None:
+            self.audit.reset()
+
+    def propose(self, input_batch, *args, dummy_run: bool = False, **kwargs) -> torch.Tensor:
+        if self.audit is not None:
+            # The target's step is over; this round stores what its next one may read.
+            if dummy_run:
+                self.audit.discard()
+            else:
+                self.audit.fold()
+        return super().propose(input_batch, *args, dummy_run=dummy_run, **kwargs)
 
     def _enter(self, slot: int, params: Any) -> None:
         """A request, new or resumed, is given a slot."""

@@ -131,6 +131,24 @@ def test_lse_alone(place, drafting, poisoned, close):
         close("lse", lse, want[2])
 
 
+@SCORED_ROWS
+@pytest.mark.parametrize("lens, q_lens", [([65, 0, 33, 9], [1, 1, 1, 1]), ([900, 40, 5, 20], [3, 0, 7, 2])])
+def test_nothing_but_lse(lens, q_lens, per_request, place, drafting, poisoned, close):
+    """What an audit asks for, of some rows: no value is read, and nothing is written for the others."""
+    device, dtype = place
+    batch = drafting.build((lens, q_lens, 2, 2, 64, 16, "LBNHC"), device, dtype, per_request)
+    batch.scored[2] = -1
+    want = drafting.run(reference.draft_attention, batch, 910)[2]
+    assert want[2].isnan().all() and not want[0].isnan().all()
+    batch.data.kv_cache[..., 64:] = torch.nan
+    for op in (draft_attention, reference.draft_attention):
+        lse = poisoned((len(lens), 4 * per_request), torch.float32, device)
+        op(*batch.args(None), batch.scored, None, lse)
+        missing = want.isnan()
+        assert torch.equal(lse.isnan(), missing)
+        close("lse", lse[~missing], want[~missing])
+
+
 @OPS
 @pytest.mark.parametrize("with_out", [True, False], ids=["out", "scores only"])
 def test_scored_row_of_another_request(with_out, op, place, drafting):

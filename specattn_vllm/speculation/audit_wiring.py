@@ -1,0 +1,47 @@
+"""Gives the target's pruned layers an audit, where the options ask for one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+from specattn_vllm.selection.audit import Audit
+
+if TYPE_CHECKING:
+    from specattn_vllm.speculation.speculator import SpecAttnSpeculator
+
+logger = init_logger("vllm.specattn")
+
+
+def prepare_audit(speculator: SpecAttnSpeculator) -> Audit | None:
+    """The audit of an engine whose selection is prepared, buffers included; None without a share or a selection."""
+    options = speculator.options
+    pruner = None if speculator.selection is None else speculator.selection.pruner
+    if not options.audit_share or pruner is None:
+        return None
+    layers = get_layers_from_vllm_config(speculator.vllm_config, AttentionLayerBase)
+    names = list(pruner.layer_sources)
+    impls = {name: layers[name].impl for name in names}
+    audit = Audit(
+        speculator.operations,
+        speculator.counters,
+        layers=names,
+        num_heads=impls[names[0]].num_heads,
+        num_kv_heads=impls[names[0]].num_kv_heads,
+        max_num_reqs=speculator.max_num_reqs,
+        share=options.audit_share,
+        device=speculator.device,
+    )
+    pruner.audit = audit
+    for name, impl in impls.items():
+        impl.audit = audit.of_layer(name)
+    speculator.reporter.more.append(audit.line)
+    logger.warning(
+        "specattn: audit_share = %s: each verification reads all keys once more in so many of its (layer, request) "
+        "pairs, which takes time; set it to 0 to measure speed",
+        options.audit_share,
+    )
+    return audit

@@ -1,0 +1,79 @@
+"""Audits in whole engines: the measured mass is that of the target's attention on what its verification read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.engine
+
+OPTIONS = {"top_p": 0.5, "min_tokens": 16, "recent_tokens": 8, "sink_tokens": 2}
+
+
+@pytest.fixture
+def plainly(monkeypatch):
+    """What each observed pair should give: samples {layer: [s of each query head, ...]}, from whole softmaxes."""
+    from specattn_vllm.selection.audit import LayerAudit
+    from specattn_vllm.selection.pages import page_strides
+
+    samples: dict[str, list[float]] = {}
+    observe = LayerAudit.observe
+
+    def watch(self, query, kv_cache, md, scale, lse):
+        observe(self, query, kv_cache, md, scale, lse)
+        plan, name = md.sparse, self._audit.layers[self._index]
+        block_stride, head_stride, token_stride = page_strides(kv_cache)
+        size = query.shape[-1]
+        table = plan.layer_sources[name]
+        for r, row in enumerate(self._audit.scored_rows[self._index, : plan.num_rows, 0].tolist()):
+            if row < 0:
+                continue
+            seen = int(md.seq_lens[r]) - int(md.query_start_loc[r + 1] - md.query_start_loc[r]) + 1
+            positions = torch.arange(seen)
+            blocks = md.block_table[r, positions // kv_cache.shape[2]].long()
+            offsets = positions % kv_cache.shape[2]
+            for hq in range(query.shape[1]):
+                head = hq // (query.shape[1] // kv_cache.shape[1])
+                weights = (scale * kv_cache[blocks, head, offsets, :size] @ query[row, hq]).softmax(0)
+                group = head if plan.page_table.shape[2] > 1 else 0
+                read = plan.page_table[table, r, group, : int(plan.kept[table, r, group])]
+                places = blocks * block_stride + group * head_stride + offsets * token_stride
+                kept = torch.isin(places, read.long())
+                samples.setdefault(name, []).append(float(weights[kept].sum()))
+
+    monkeypatch.setattr(LayerAudit, "observe", watch)
+    return samples
+
+
+@pytest.mark.parametrize("method", [{"method": "specattn"}, {"method": "sts", "ratio": 0.1}], ids=["specattn", "sts"])
+def test_every_pair_is_measured_as_it_is(method, engine, greedy, prompts, counts, plainly):
+    llm = engine(OPTIONS | method | {"audit_share": 1.0})
+    greedy(llm, prompts([200, 420]), 12)
+    [report] = llm.collective_rpc("specattn_audit")
+    seen = counts(llm)
+    assert sorted(report) == sorted(plainly)
+    # All layers that read a selection, in every row that did.
+    assert seen.sparse_rows > 4 and seen.audited_pairs == seen.sparse_rows * len(report)
+    for layer, found in report.items():
+        mass = torch.tensor(plainly[layer])
+        assert found["pairs"] == seen.sparse_rows
+        assert found["retained_mean"] == pytest.approx(float(mass.mean()), abs=1e-4)
+        # Quantiles are edges of bins, of which the widest has 0.031.
+        for name, q in (("retained_p1", 0.01), ("retained_p10", 0.1), ("retained_p50", 0.5)):
+            wanted = float(mass.sort().values[max(int(-(-q * len(mass) // 1)) - 1, 0)])
+            assert found[name] <= wanted + 1e-4 and wanted - found[name] < 0.032
+        assert 0 < found["bound_mean"] <= found["bound_max"]
+    # A selection of this size leaves something out.
+    assert min(found["retained_mean"] for found in report.values()) < 0.99
+
+
+def test_without_a_share_nothing_is_measured(engine, greedy, prompts, counts, monkeypatch):
+    from specattn_vllm.backend.impl import SpecAttnImpl
+
+    impls, forward = [], SpecAttnImpl.forward
+    monkeypatch.setattr(SpecAttnImpl, "forward", lambda self, *a, **k: (impls.append(self), forward(self, *a, **k))[1])
+    llm = engine(OPTIONS)
+    greedy(llm, prompts([200]), 6)
+    assert counts(llm).sparse_rows > 0 and counts(llm).audited_pairs == 0
+    assert impls and all(impl.audit is None for impl in impls)
+    assert llm.collective_rpc("specattn_audit") == [None]
