@@ -21,9 +21,10 @@ slots, seq_lens, prefilling, usable, stored  [R]  as above
 kept             [S, R, G]      int32, any outer strides; tokens read of source s by each head of group g
 layers_of        [S]            int64, layers that read source s
 heads, layers, dense_layers     KV heads (a multiple of G), layers in all, layers that read everything
-out              [6]            int64, written: rows that read a selection, rows that had none (stored is NO_SELECTION),
+out              [7]            int64, written: rows that read a selection, rows that had none (stored is NO_SELECTION),
                                 rows whose selection was made for another length, rows that were due to read everything
-                                (REFRESH), and (token, KV head, layer) entries read, and present
+                                (REFRESH), or had to after an audit (AUDIT), and (token, KV head, layer) entries read,
+                                and present
 
 ``count_sampled``: total += num_sampled of verified rows.
 
@@ -48,7 +49,7 @@ import triton
 import triton.language as tl
 
 from . import bookkeeping_contracts as contracts
-from .bookkeeping_contracts import NO_SELECTION, REFRESH, Round
+from .bookkeeping_contracts import AUDIT, NO_SELECTION, REFRESH, Round
 
 BLOCK = 256
 # Rows and (source, group) pairs that the one counting program takes at a time, at most; 8 of a tile a thread. One
@@ -82,10 +83,12 @@ def _count_reads_kernel(
     slots, seq_lens, prefilling, usable, stored, kept, layers_of, out,
     rows, entries, groups, shared_by, layers, dense_layers, stride_ks, stride_kr, stride_kg,
     ROWS: tl.constexpr, ENTRIES: tl.constexpr, NO_SELECTION_CODE: tl.constexpr, REFRESH_CODE: tl.constexpr,
+    AUDIT_CODE: tl.constexpr,
 ):  # fmt: skip
     sparse = tl.zeros([ROWS], tl.int32)
     nothing = tl.zeros([ROWS], tl.int32)
     refreshed = tl.zeros([ROWS], tl.int32)
+    audited = tl.zeros([ROWS], tl.int32)
     verifying = tl.zeros([ROWS], tl.int32)
     tokens = tl.zeros([ROWS], tl.int64)
     pruned = tl.zeros([ROWS], tl.int64)
@@ -100,6 +103,7 @@ def _count_reads_kernel(
         sparse += selected.to(tl.int32)
         nothing += (held == NO_SELECTION_CODE).to(tl.int32)
         refreshed += (held == REFRESH_CODE).to(tl.int32)
+        audited += (held == AUDIT_CODE).to(tl.int32)
         tokens += tl.load(seq_lens + r, mask=counts, other=0).to(tl.int64)
         for first in range(0, entries, ENTRIES):
             e = first + tl.arange(0, ENTRIES)
@@ -112,13 +116,16 @@ def _count_reads_kernel(
     rows_sparse = tl.sum(sparse, 0)
     rows_empty = tl.sum(nothing, 0)
     rows_refreshed = tl.sum(refreshed, 0)
+    rows_audited = tl.sum(audited, 0)
+    rows_stale = tl.sum(verifying, 0) - rows_sparse - rows_empty - rows_refreshed - rows_audited
     everything = tl.sum(tokens, 0) * (shared_by * groups)
     tl.store(out, rows_sparse.to(tl.int64))
     tl.store(out + 1, rows_empty.to(tl.int64))
-    tl.store(out + 2, (tl.sum(verifying, 0) - rows_sparse - rows_empty - rows_refreshed).to(tl.int64))
+    tl.store(out + 2, rows_stale.to(tl.int64))
     tl.store(out + 3, rows_refreshed.to(tl.int64))
-    tl.store(out + 4, tl.sum(pruned, 0) * shared_by + everything * dense_layers)
-    tl.store(out + 5, everything * layers)
+    tl.store(out + 4, rows_audited.to(tl.int64))
+    tl.store(out + 5, tl.sum(pruned, 0) * shared_by + everything * dense_layers)
+    tl.store(out + 6, everything * layers)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -183,7 +190,7 @@ def count_reads(
         slots, seq_lens, prefilling, usable, stored, kept, layers_of, out,
         rows, entries, groups, heads // groups, layers, dense_layers, *kept.stride(),
         ROWS=COUNT_ROWS, ENTRIES=min(triton.next_power_of_2(max(entries, 1)), COUNT_ENTRIES),
-        NO_SELECTION_CODE=NO_SELECTION, REFRESH_CODE=REFRESH, num_warps=8,
+        NO_SELECTION_CODE=NO_SELECTION, REFRESH_CODE=REFRESH, AUDIT_CODE=AUDIT, num_warps=8,
     )  # fmt: skip
 
 

@@ -55,7 +55,10 @@ def check(vllm_config: VllmConfig) -> None:
         logger.warning("specattn: not used by method '%s', without effect: %s", options.method, ", ".join(idle))
 
 
-_FOR_TARGET = {"layer_map", "dense_layers", "check_weights", "combine", "refresh_every", "audit_share"}
+_FOR_TARGET = {
+    "layer_map", "dense_layers", "check_weights", "combine", "refresh_every", "audit_share", "audit_floor",
+    "audit_dense_rounds",
+}  # fmt: skip
 """What only matters where a draft model chooses for the target."""
 
 _FOR_VEGAS = {"per_kv_head", "dilation"}

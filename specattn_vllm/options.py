@@ -100,6 +100,19 @@ class SpecAttnOptions(BaseModel):
         description="Share of the (layer, request) pairs of each verification in which the target's attention mass on "
         "what was read is measured, at the cost of one more pass over the keys.",
     )
+    audit_floor: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="With 'audit_share': a request whose audited pairs of a verification retain less of the target's "
+        "attention mass, on average, reads everything for 'audit_dense_rounds'. Default: audits only report.",
+    )
+    audit_dense_rounds: int = Field(
+        16,
+        ge=1,
+        le=_INT32,
+        description="Verifications in which a request reads everything once it fell below 'audit_floor'.",
+    )
     check_weights: bool = Field(
         True, description="Refuse a layer map calibrated on other weights of the same architecture."
     )
@@ -159,6 +172,20 @@ class SpecAttnOptions(BaseModel):
             raise ValueError(
                 f"refresh_draft_every {self.refresh_draft_every} without sparse_draft, where every draft step reads "
                 "everything: set sparse_draft=true, or leave it at 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _audits_have_what_they_need(self) -> SpecAttnOptions:
+        if self.audit_floor is not None and not self.audit_share:
+            raise ValueError(
+                f"audit_floor {self.audit_floor} without audit_share, so that nothing is measured: set audit_share, "
+                "such as to 0.05, or leave audit_floor out"
+            )
+        if "audit_dense_rounds" in self.model_fields_set and self.audit_floor is None:
+            raise ValueError(
+                f"audit_dense_rounds {self.audit_dense_rounds} without audit_floor, below which it would begin: set "
+                "audit_floor, or leave it out"
             )
         return self
 

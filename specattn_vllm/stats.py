@@ -30,7 +30,9 @@ class Counts:
     stale_rows: int = 0
     """... these had one made for another length, ..."""
     refresh_rows: int = 0
-    """... and these were due to read everything."""
+    """... these were due to read everything, ..."""
+    audit_rows: int = 0
+    """... and these had to, because an audit had found too little retained."""
     kv_read: int = 0
     kv_full: int = 0
     """Entries of the target's cache that rows past their prompt read, and that were there."""
@@ -67,7 +69,7 @@ class Counts:
         return head + (
             f"verification read {self.kv_fraction:.1%} of KV{drafting}, dense verification rows "
             f"{self.verify_rows - self.sparse_rows} (no selection {self.no_selection_rows}, stale {self.stale_rows}, "
-            f"refresh {self.refresh_rows}), prefill rows {self.prefill_rows}"
+            f"refresh {self.refresh_rows}, audit {self.audit_rows}), prefill rows {self.prefill_rows}"
         )
 
 

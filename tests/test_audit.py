@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from specattn_vllm import executors
-from specattn_vllm.selection.audit import Audit
+from specattn_vllm.selection.audit import Audit, Floor
 from specattn_vllm.selection.audit_report import BINS, AuditTotals, lower_edge, quantile
+from specattn_vllm.selection.store import SelectionStore
 from specattn_vllm.stats import Counters, Counts
 
 CPU = torch.device("cpu")
@@ -218,6 +219,38 @@ def test_the_largest_value_is_that_of_what_was_written():
     layer.note_values(value[:1] * 2, torch.tensor([9]))
     layer.note_values(value, torch.empty(0, dtype=torch.int64))
     assert made.largest_values.tolist() == [[0, 0], [6, 5], [0, 0]]
+
+
+# The floor
+
+
+def test_requests_that_retain_less_than_the_floor_are_to_read_everything():
+    """Each by the mean over its own audited pairs and their heads; a request without any is left alone."""
+    mass, _ = Step().plainly()
+    first, second = (float(mass.view(len(LAYERS), 2, QUERY_HEADS)[:, r].mean()) for r in range(2))
+    assert abs(first - second) > 0.01
+    for floor, low in (
+        (min(first, second) - 1e-4, set()),
+        ((first + second) / 2, {1} if first < second else {3}),
+        (max(first, second) + 1e-4, {1, 3}),
+    ):
+        store = SelectionStore(1, REQUESTS, 1, 64, CPU, audited=True)
+        made, step = audit(floor=Floor(store, floor, 5)), Step()
+        made.lse_selected.fill_(torch.nan)
+        step.run(made)
+        made.fold()
+        assert store.rounds[:REQUESTS].tolist() == [-5 if slot in low else 0 for slot in range(REQUESTS)]
+
+
+def test_pairs_that_were_not_audited_say_nothing_of_their_request():
+    store = SelectionStore(1, REQUESTS, 1, 64, CPU, audited=True)
+    made, step = audit(floor=Floor(store, 1.0, 5)), Step()
+    step.run(made)
+    made.scored_rows[:, 0] = -1  # request 0, in slot 1
+    made.scored_rows[1:, 2] = -1
+    made.lse_selected[1:, 2] = torch.nan
+    made.fold()
+    assert store.rounds[:REQUESTS].tolist() == [0, 0, 0, -5, 0, 0]
 
 
 # What the totals say

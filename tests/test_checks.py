@@ -276,7 +276,10 @@ def warnings(monkeypatch):
         ({"sparse_draft": True, "refresh_every": 4}, "refresh_every"),
         ({"refresh_every": 4}, "refresh_every"),
         ({"audit_share": 0.5}, "audit_share"),
-        ({"sparse_draft": True, "audit_share": 0.5}, "audit_share"),
+        (
+            {"sparse_draft": True, "audit_share": 0.5, "audit_floor": 0.8, "audit_dense_rounds": 4},
+            "audit_dense_rounds, audit_floor, audit_share",
+        ),
     ],
     ids=lambda value: str(value),
 )
@@ -292,8 +295,8 @@ def test_options_without_effect_are_named(configure, warnings, options, idle):
         # Whatever decides what verification reads, which is everything.
         (
             {"method": "vegas", "layer_map": "uniform", "combine": "max", "dense_layers": [1], "refresh_every": 4}
-            | {"check_weights": False, "sparse_draft": True, "audit_share": 0.5},
-            "audit_share, check_weights, combine, dense_layers, layer_map, refresh_every, sparse_draft",
+            | {"check_weights": False, "sparse_draft": True, "audit_share": 0.5, "audit_floor": 0.8},
+            "audit_floor, audit_share, check_weights, combine, dense_layers, layer_map, refresh_every, sparse_draft",
         ),
         (
             {"method": "streamingllm", "top_p": 0.5, "rule": "top_p", "per_kv_head": True, "dilation": 3, "ratio": 0.2},

@@ -39,6 +39,8 @@ def test_the_defaults_are_the_documented_ones():
         "dense_layers": (),
         "refresh_every": None,
         "audit_share": 0.0,
+        "audit_floor": None,
+        "audit_dense_rounds": 16,
         "check_weights": True,
         "sparse_draft": False,
         "refresh_draft_every": 1,
@@ -67,6 +69,8 @@ def test_every_option_can_be_given():
         "dense_layers": [0, 3],
         "refresh_every": 8,
         "audit_share": 0.05,
+        "audit_floor": 0.8,
+        "audit_dense_rounds": 4,
         "check_weights": False,
         "sparse_draft": True,
         "refresh_draft_every": 4,
@@ -124,6 +128,10 @@ def test_an_unknown_option_is_named_with_the_known_ones():
         ("audit_share", -0.1, "greater than or equal to 0"),
         ("audit_share", 1.01, "less than or equal to 1"),
         ("audit_share", float("nan"), "less than or equal to 1"),
+        ("audit_floor", 0.0, "greater than 0"),
+        ("audit_floor", 1.5, "less than or equal to 1"),
+        ("audit_dense_rounds", 0, "greater than or equal to 1"),
+        ("audit_dense_rounds", 2**31, "less than or equal to 2147483647"),
         ("check_weights", "perhaps", "valid boolean"),
         ("sparse_draft", "perhaps", "valid boolean"),
         ("refresh_draft_every", 0, "greater than or equal to 1"),
@@ -184,6 +192,19 @@ def test_refreshes_of_a_draft_that_reads_everything_are_refused():
     assert "refresh_draft_every 4 without sparse_draft" in message
     assert "set sparse_draft=true, or leave it at 1" in message
     assert SpecAttnOptions.parse({"refresh_draft_every": 1}).refresh_draft_every == 1
+
+
+def test_a_floor_without_audits_is_refused():
+    message = refusal({"audit_floor": 0.8})
+    assert "audit_floor 0.8 without audit_share" in message
+    assert "set audit_share, such as to 0.05, or leave audit_floor out" in message
+    assert "audit_floor 0.8 without" in refusal({"audit_floor": 0.8, "audit_share": 0.0})
+
+
+def test_dense_rounds_without_a_floor_are_refused():
+    message = refusal({"audit_share": 0.1, "audit_dense_rounds": 16})  # the default, but given
+    assert "audit_dense_rounds 16 without audit_floor" in message
+    assert "set audit_floor, or leave it out" in message
 
 
 def test_a_cap_equal_to_the_floors_is_accepted():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from specattn_vllm import executors
-from specattn_vllm.selection.store import NO_SELECTION, REFRESH, SelectionStore
+from specattn_vllm.selection.store import AUDIT, NO_SELECTION, REFRESH, SelectionStore
 
 SOURCES, SLOTS, WORDS = 2, 4, 3
 TORCH = executors.resolve("torch", torch.device("cpu"))
@@ -197,23 +197,27 @@ def test_any_sequence_of_calls_agrees_with_a_dictionary(seed):
 class Requests:
     """A store with refreshes, and requests that are verified and drafted for in turns; each round adds 3 tokens."""
 
-    def __init__(self, every: int | None) -> None:
-        self.store = SelectionStore(SOURCES, SLOTS, 1, 32 * WORDS, torch.device("cpu"), every)
+    def __init__(self, every: int | None, audited: bool = False) -> None:
+        self.store = SelectionStore(SOURCES, SLOTS, 1, 32 * WORDS, torch.device("cpu"), every, audited)
         self.lengths: dict[int, int] = {}
 
     def enter(self, slot: int, length: int = 10) -> None:
         """A request prefills in a slot, and a selection is made for it."""
+        self.store.hold(slot, exact=False)
         take(self.store, [(slot, 0, True)])
         self.lengths[slot] = length
         put(self.store, {slot: length})
 
-    def round(self, *slots: int) -> str:
-        """Verify some requests and draft for them; a letter for each: S(elected), R(efresh), N(othing)."""
+    def round(self, *slots: int, low: tuple[int, ...] = ()) -> str:
+        """Verify some requests and draft for them; a letter for each: S(elected), R(efresh), A(udit), N(othing). An
+        audit finds too little in the slots `low`, and has them read everything 3 times."""
         usable, stored = take(self.store, [(slot, self.lengths[slot], False) for slot in slots])
         for slot in slots:
             self.lengths[slot] += 3
+        if low:
+            self.store.read_everything(torch.tensor(slots), torch.tensor([slot in low for slot in slots]), 3)
         put(self.store, {slot: self.lengths[slot] for slot in slots})
-        names = {NO_SELECTION: "N", REFRESH: "R"}
+        names = {NO_SELECTION: "N", REFRESH: "R", AUDIT: "A"}
         assert all(u == s if s > 0 else u == NO_SELECTION for u, s in zip(usable, stored, strict=True))
         return "".join(names.get(s, "S") for s in stored)
 
@@ -275,3 +279,49 @@ def test_rows_that_only_fill_a_batch_count_for_nobody():
         put_nobody = torch.zeros(SOURCES, 2, 1, WORDS, dtype=torch.int32)
         requests.store.put(torch.tensor([-1, -1]), put_nobody, torch.tensor([0, 7], dtype=torch.int32))
     assert [requests.round(*range(SLOTS)) for _ in range(3)] == ["SSSS", "RRRR", "SSSS"]
+
+
+# Audits: a request whose selections hold too little reads everything for a while
+
+
+def test_after_an_audit_so_many_verifications_read_everything():
+    requests = Requests(None, audited=True)
+    for slot in (1, 3):
+        requests.enter(slot)
+    assert requests.round(1, 3) == "SS"
+    assert requests.round(1, 3, low=(3,)) == "SS"
+    assert [requests.round(3, 1) for _ in range(6)] == ["AS", "AS", "AS", "SS", "SS", "SS"]
+    assert requests.round(1, 3, low=(1, 3)) == "SS"
+    assert [requests.round(1) for _ in range(2)] == ["A", "A"]
+    # 3 was not verified meanwhile, and has its three to come.
+    assert [requests.round(1, 3) for _ in range(4)] == ["AA", "SA", "SA", "SS"]
+
+
+def test_refreshes_are_counted_from_the_last_verification_that_read_everything():
+    requests = Requests(3, audited=True)
+    requests.enter(1)
+    assert requests.round(1, low=(1,)) == "S"
+    assert "".join(requests.round(1) for _ in range(9)) == "AAASSRSSR"
+
+
+def test_a_refresh_that_is_due_yields_to_an_audit():
+    requests = Requests(3, audited=True)
+    requests.enter(1)
+    assert requests.round(1) + requests.round(1, low=(1,)) == "SS"
+    assert "".join(requests.round(1) for _ in range(6)) == "AAASSR"
+
+
+def test_a_request_in_a_reused_slot_has_not_been_audited():
+    requests = Requests(None, audited=True)
+    requests.enter(1)
+    requests.round(1, low=(1,))
+    requests.enter(1)
+    assert "".join(requests.round(1) for _ in range(3)) == "SSS"
+
+
+def test_audits_of_rows_that_only_fill_a_batch_touch_nobody():
+    requests = Requests(None, audited=True)
+    for slot in range(SLOTS):
+        requests.enter(slot)
+    requests.store.read_everything(torch.tensor([-1, 2, -1]), torch.tensor([True, False, True]), 3)
+    assert requests.round(*range(SLOTS)) == requests.round(*range(SLOTS)) == "SSSS"

@@ -9,7 +9,7 @@ import torch
 
 from .. import bookkeeping_contracts as contracts
 from .. import contracts as shared_contracts
-from ..bookkeeping_contracts import NO_SELECTION, REFRESH, Round
+from ..bookkeeping_contracts import AUDIT, NO_SELECTION, REFRESH, Round
 
 
 def take_selections(slots, query_start_loc, seq_lens, prefilling, prefix_lens, usable, stored) -> None:
@@ -29,14 +29,15 @@ def count_reads(slots, seq_lens, prefilling, usable, stored, kept, layers_of, he
     )
     verifies = (slots >= 0) & ~prefilling
     sparse, nothing = verifies & (usable >= 0), verifies & (stored == NO_SELECTION)
-    refreshed = verifies & (stored == REFRESH)
+    refreshed, audited = verifies & (stored == REFRESH), verifies & (stored == AUDIT)
     per_row = (kept.sum(dim=2, dtype=torch.int64) * layers_of[:, None]).sum(dim=0) * (heads // kept.shape[2])
     everything = torch.where(verifies, seq_lens, 0).sum(dtype=torch.int64) * heads
     amounts = (
         sparse.sum(),
         nothing.sum(),
-        (verifies & ~sparse & ~nothing & ~refreshed).sum(),
+        (verifies & ~sparse & ~nothing & ~refreshed & ~audited).sum(),
         refreshed.sum(),
+        audited.sum(),
         torch.where(verifies, per_row, 0).sum() + everything * dense_layers,
         everything * layers,
     )

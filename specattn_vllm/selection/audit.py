@@ -12,12 +12,14 @@ takes one more pass over the keys, which only the audited pairs of (layer, reque
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from specattn_vllm.executors import Operations
 from specattn_vllm.selection.audit_report import BINS, AuditTotals
+from specattn_vllm.selection.store import SelectionStore
 from specattn_vllm.stats import Counters
 
 if TYPE_CHECKING:
@@ -26,6 +28,22 @@ if TYPE_CHECKING:
 # Odd factors of a multiplicative hash, below 2^63; any would do whose bits look random.
 _BY_LAYER, _BY_SLOT, _BY_LENGTH, _MIX = 0x5851F42D4C957F2D, 0x369DEA0F31A53F85, 0x27BB2EE687B0B0FD, 0x106689D45497FDB5
 _HASH_BITS = 31
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The retained mass below which a request reads everything for a while."""
+
+    store: SelectionStore
+    retained: float
+    verifications: int
+
+    def enforce(self, slots: torch.Tensor, retained: torch.Tensor, audited: torch.Tensor) -> None:
+        """Over the audited pairs of a step, retained [A, R, Hq] where audited [A, R], of requests in slots [R]: the
+        mean of each request is held against the floor. Must come before the round that stores its next selection."""
+        pairs = audited.sum(0)
+        mean = torch.where(audited, retained.mean(2), 0.0).sum(0) / pairs.clamp(min=1)
+        self.store.read_everything(slots, (pairs > 0) & (mean < self.retained), self.verifications)
 
 
 class Audit:
@@ -53,14 +71,16 @@ class Audit:
         max_num_reqs: int,
         share: float,
         device: torch.device,
+        floor: Floor | None = None,
     ) -> None:
         """layers: names of the target layers that read a selection. share: of their pairs with a request that reads
-        one, 0 to 1."""
+        one, 0 to 1. floor: what becomes of a request whose selections hold too little; by default nothing."""
         self.operations = operations
         self.counters = counters
         self.layers = layers
         self.num_heads = num_heads
         self.share = share
+        self.floor = floor
         self.device = device
         a = len(layers)
         self.scored_rows = torch.full((a, max_num_reqs, 1), -1, dtype=torch.int64, device=device)
@@ -105,8 +125,8 @@ class Audit:
         """Add what the step's layers measured to the totals; nothing where no rows were chosen from."""
         if self._slots is None:
             return
-        rows = self._slots.shape[0]
-        self._slots = None
+        slots, self._slots = self._slots, None
+        rows = slots.shape[0]
         audited = self.scored_rows[:, :rows, 0] >= 0
         by_head = audited[..., None].expand(-1, -1, self.num_heads)
         retained = (self.lse_selected[:, :rows] - self.lse_full[:, :rows]).exp().clamp_(max=1.0)
@@ -124,6 +144,8 @@ class Audit:
         self._bound += bound.sum((1, 2), dtype=torch.float64)
         torch.maximum(self._largest_bound, bound.flatten(1).amax(1), out=self._largest_bound)
         self.counters.add(audited_pairs=pairs.sum())
+        if self.floor is not None:
+            self.floor.enforce(slots, retained, audited)
 
     def discard(self) -> None:
         """Forget what was chosen: the step was run to warm up."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from specattn_vllm.executors import Operations
-from specattn_vllm.kernels.bookkeeping_contracts import NO_SELECTION, REFRESH
+from specattn_vllm.kernels.bookkeeping_contracts import AUDIT, NO_SELECTION, REFRESH
 
 
 class SelectionStore:
@@ -18,8 +18,9 @@ class SelectionStore:
 
     bits         [S, num_slots + 1, G, W] int32: bit p % 32 of word p // 32 keeps token p.
     prefix_lens  [num_slots + 1] int32: tokens in the context when the selection was made, or why there is none:
-                 NO_SELECTION, or REFRESH where it is the request's turn to read everything.
-    rounds       [num_slots + 1] int32: selections put since the request last read everything, the latest not counted.
+                 NO_SELECTION, or where it is the request's turn to read everything REFRESH, or after an audit AUDIT.
+    rounds       [num_slots + 1] int32: selections put since the request last read everything, the latest not counted;
+                 below 0, how many more of them are not to be read (`read_everything`).
     exact        [num_slots + 1] bool: requests that asked for exact verification, for which nothing is selected.
 
     The last slot is nobody's: what is put or cleared for a padded row, whose slot is -1, goes there.
@@ -33,9 +34,12 @@ class SelectionStore:
         max_model_len: int,
         device: torch.device,
         refresh_every: int | None = None,
+        audited: bool = False,
     ) -> None:
-        """`refresh_every`: every so many verifications of a request one finds no selection; None: never."""
+        """`refresh_every`: every so many verifications of a request one finds no selection; None: never. `audited`:
+        whether requests may be told to read everything."""
         self.refresh_every = refresh_every
+        self.audited = audited
         words = -(-max_model_len // 32)
         self.bits = torch.zeros((sources, slots + 1, groups, words), dtype=torch.int32, device=device)
         self.prefix_lens = torch.full((slots + 1,), NO_SELECTION, dtype=torch.int32, device=device)
@@ -52,6 +56,14 @@ class SelectionStore:
         if self._exact_on_host[slot] != exact:
             self._exact_on_host[slot] = exact
             self.exact[slot].fill_(exact)
+        if self.audited:
+            # What an audit found was the slot's last request, or this one before it was preempted.
+            self.rounds[slot].fill_(0)
+
+    def read_everything(self, slots: torch.Tensor, which: torch.Tensor, verifications: int) -> None:
+        """Requests in slots [R] int64 for which `which` [R] bool find no selection in so many verifications, counted
+        from the next one that something is put for."""
+        self.rounds[slots] = torch.where(which, -verifications, self.rounds[slots])
 
     def put(self, slots: torch.Tensor, bits: torch.Tensor, prefix_lens: torch.Tensor) -> None:
         """Store the selections of a batch.
@@ -60,12 +72,15 @@ class SelectionStore:
         """
         self.bits[:, slots] = bits
         lengths = prefix_lens
-        if self.refresh_every is not None:
+        if self.refresh_every is not None or self.audited:
             # What the slot held says what the last verification read. A selection that was there and did not fit counts
             # as read: the next dense one comes a round early then, never late.
-            rounds = torch.where(self.prefix_lens[slots] > 0, self.rounds[slots] + 1, 0)
+            before = self.rounds[slots]
+            rounds = torch.where((self.prefix_lens[slots] > 0) | (before < 0), before + 1, 0)
             self.rounds[slots] = rounds
-            lengths = torch.where(rounds < self.refresh_every - 1, prefix_lens, REFRESH)
+            if self.refresh_every is not None:
+                lengths = torch.where(rounds < self.refresh_every - 1, prefix_lens, REFRESH)
+            lengths = torch.where(before < 0, AUDIT, lengths)
         self.prefix_lens[slots] = torch.where(prefix_lens > 0, lengths, NO_SELECTION)
 
     def clear(self, slots: torch.Tensor) -> None:

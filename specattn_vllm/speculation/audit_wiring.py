@@ -8,7 +8,7 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
-from specattn_vllm.selection.audit import Audit
+from specattn_vllm.selection.audit import Audit, Floor
 
 if TYPE_CHECKING:
     from specattn_vllm.speculation.speculator import SpecAttnSpeculator
@@ -25,6 +25,9 @@ def prepare_audit(speculator: SpecAttnSpeculator) -> Audit | None:
     layers = get_layers_from_vllm_config(speculator.vllm_config, AttentionLayerBase)
     names = list(pruner.layer_sources)
     impls = {name: layers[name].impl for name in names}
+    floor = None
+    if options.audit_floor is not None:
+        floor = Floor(speculator.selection.store, options.audit_floor, options.audit_dense_rounds)
     audit = Audit(
         speculator.operations,
         speculator.counters,
@@ -34,6 +37,7 @@ def prepare_audit(speculator: SpecAttnSpeculator) -> Audit | None:
         max_num_reqs=speculator.max_num_reqs,
         share=options.audit_share,
         device=speculator.device,
+        floor=floor,
     )
     pruner.audit = audit
     for name, impl in impls.items():
@@ -44,4 +48,11 @@ def prepare_audit(speculator: SpecAttnSpeculator) -> Audit | None:
         "pairs, which takes time; set it to 0 to measure speed",
         options.audit_share,
     )
+    if floor is not None:
+        logger.info(
+            "specattn: audit_floor: a request whose audited pairs retain less than %s on average reads everything in "
+            "its next %d verifications",
+            floor.retained,
+            floor.verifications,
+        )
     return audit

@@ -144,7 +144,9 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
     def allocate(device: torch.device) -> Selection:
         shape = (max(num_tables, len(captured)), requests, heads, longest)
         tables = torch.empty(shape, dtype=torch.int32, device=device)
-        store = SelectionStore(len(sources), requests, groups, longest, device, options.refresh_every)
+        store = SelectionStore(
+            len(sources), requests, groups, longest, device, options.refresh_every, options.audit_floor is not None
+        )
         lists = None
         if options.sparse_draft:
             lists = DraftLists(

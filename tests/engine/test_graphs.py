@@ -93,6 +93,25 @@ def test_selections_in_graphs_equal_those_of_eager_steps(options, engine, greedy
     assert replayed["draft"] > 5
 
 
+def test_audits_in_graphs_find_what_those_of_eager_steps_find(engine, greedy, prompts, counts, replayed):
+    """A replay that measured the pairs of the step it was captured in would measure none."""
+    options = {"top_p": 0.8, "audit_share": 0.3}
+    eager = engine(options)
+    greedy(eager, prompts(LENGTHS), NEW_TOKENS)
+    [expected] = eager.collective_rpc("specattn_audit")
+    llm = engine(options, **GRAPHS)
+    greedy(llm, prompts(LENGTHS), NEW_TOKENS)
+    [found] = llm.collective_rpc("specattn_audit")
+    assert replayed["target"] > 5
+    seen = counts(llm)
+    assert seen.audited_pairs == sum(layer["pairs"] for layer in found.values())
+    assert seen.audited_pairs == pytest.approx(0.3 * seen.sparse_rows * len(found), rel=0.25)
+    assert found.keys() == expected.keys()
+    for layer, numbers in found.items():
+        for name in ("pairs", "retained_mean", "bound_mean"):
+            assert numbers[name] == pytest.approx(expected[layer][name], rel=0.05)
+
+
 def test_a_target_s_own_selections_in_graphs_accept_as_many_drafts(engine, greedy, prompts, counts, replayed):
     """Drafts are only as good as what they read: a table that is off shows in the acceptance alone."""
     options = {"method": "vegas", "min_tokens": 32, "dilation": 5}

@@ -1,4 +1,4 @@
-"""`refresh_every`: which verifications of a request read everything, in whole engines."""
+"""`refresh_every` and `audit_floor`: which verifications of a request read everything, in whole engines."""
 
 from __future__ import annotations
 
@@ -67,6 +67,22 @@ def test_each_third_verification_of_each_request_reads_everything(engine, prompt
     assert seen.refresh_rows == sum(letters.count("D") for letters in pattern.values())
     assert seen.sparse_rows == seen.verify_rows - seen.refresh_rows
     assert seen.no_selection_rows == seen.stale_rows == 0
+
+
+def test_after_an_audit_that_finds_too_little_a_request_reads_everything_for_a_while(
+    engine, greedy, prompts, pattern, counts
+):
+    """No selection retains all: each that is read is audited, and followed by three verifications without one."""
+    options = {"top_p": 0.5, "min_tokens": 16, "recent_tokens": 8}
+    llm = engine(options | {"audit_share": 1.0, "audit_floor": 1.0, "audit_dense_rounds": 3})
+    greedy(llm, prompts([700, 900]), 56)
+    assert len(pattern) == 2
+    for letters in pattern.values():
+        assert len(letters) >= 9 and letters == ("SDDD" * len(letters))[: len(letters)], pattern
+    seen = counts(llm)
+    assert seen.audit_rows == sum(letters.count("D") for letters in pattern.values())
+    assert seen.sparse_rows == seen.verify_rows - seen.audit_rows
+    assert seen.audited_pairs > 0 and seen.no_selection_rows == seen.stale_rows == seen.refresh_rows == 0
 
 
 def test_after_preemption_the_count_starts_again(engine, greedy, prompts, audit, counts):
