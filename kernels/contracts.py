@@ -100,9 +100,14 @@ def accumulate_mass(scores, lse, lens, mass, combine, positions=None, kept=None)
     expect(positions is None or combine != "store", "combine", repr(combine), "add or max, because positions are given")
 
 
-def select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, budgets) -> None:
+def select_top_p(
+    mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, budgets, mass_rows
+) -> None:
     tensor("mass", mass, (None, None), torch.float32)
     rows, width = mass.shape
+    if mass_rows is not None:
+        tensor("mass_rows", mass_rows, (None,), torch.int64, mass.device)
+        rows = mass_rows.shape[0]
     tensor("lens", lens, (rows,), torch.int32, mass.device)
     tensor("bits", bits, (rows, -(-width // 32)), torch.int32, mass.device)
     tensor("counts", counts, (rows,), torch.int32, mass.device)

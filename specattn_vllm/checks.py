@@ -44,7 +44,7 @@ def check(vllm_config: VllmConfig) -> None:
         raise UnsupportedError("--attention-backend specattn cannot serve this:\n  " + "\n  ".join(reasons))
     if vllm_config.speculative_config is None:
         return
-    from specattn_vllm.speculation.wiring import resolve_layer_map
+    from specattn_vllm.speculation.maps import resolve_layer_map
 
     if not options.drafts_for_itself and (
         not options.is_lossless or options.layer_map is not None or options.dense_layers
@@ -62,17 +62,21 @@ _FOR_TARGET = {
 """What only matters where a draft model chooses for the target."""
 
 _FOR_VEGAS = {"per_kv_head", "dilation"}
+_FOR_FUSED = {"size_top_p", "size_factor"}
 
 
 def _without_effect(options: SpecAttnOptions) -> set[str]:
     """Options that mean nothing under the method at hand."""
     if options.drafts_for_itself:
         by_attention = {"top_p", "rule", *_FOR_VEGAS} if options.method == "streamingllm" else set()
-        return _FOR_TARGET | {"sparse_draft", "refresh_draft_every"} | by_attention
+        return _FOR_TARGET | _FOR_FUSED | {"sparse_draft", "refresh_draft_every"} | by_attention
+    if options.has_sizes:
+        # These say what the draft reads.
+        return _FOR_VEGAS | (set() if options.sparse_draft else {"rule", "top_p", "ratio"})
     if not options.is_lossless:
-        return _FOR_VEGAS
+        return _FOR_VEGAS | _FOR_FUSED
     if options.sparse_draft:
-        return _FOR_TARGET | _FOR_VEGAS
+        return _FOR_TARGET | _FOR_VEGAS | _FOR_FUSED
     # Where the draft reads everything too, nothing is chosen at all.
     return set(SpecAttnOptions.model_fields) - {"method", "executor", "stats_interval_s", "sparse_draft"}
 

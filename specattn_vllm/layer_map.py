@@ -15,7 +15,12 @@ from specattn_vllm.fingerprint import ModelFacts
 
 SCHEMA = "specattn-layer-map/1"
 UNIFORM = "uniform"
-FITS = {"specattn": ("specattn",), "sts": ("sts", "specattn"), "dense": ("specattn", "sts")}
+FITS = {
+    "specattn": ("specattn",),
+    "sts": ("sts", "specattn"),
+    "fused": ("sts", "specattn"),
+    "dense": ("specattn", "sts"),
+}
 """Methods whose maps serve each method, the best first. `dense` reads none, and is run in the place of any."""
 
 

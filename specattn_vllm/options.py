@@ -13,8 +13,9 @@ if TYPE_CHECKING:
 
 KEY = "specattn"
 _INT32 = 2**31 - 1  # the kernels count tokens in 32 bits
+REFRESH_OF_SIZES = 16  # verifications that the sizes of 'fused' serve, by default
 
-Method = Literal["specattn", "sts", "vegas", "streamingllm", "dense"]
+Method = Literal["specattn", "sts", "fused", "vegas", "streamingllm", "dense"]
 Rule = Literal["top_p", "top_k"]
 Combine = Literal["sum", "max", "union", "first"]
 ExecutorName = Literal["auto", "torch", "triton", "fa3", "xformers"]
@@ -34,6 +35,8 @@ class SpecAttnOptions(BaseModel):
         description="'specattn': the draft model's attention prunes the target's verification (approximate). "
         "'sts': the same for each KV head, which reads what the draft head it is mapped to attended to, by default a "
         "fixed share of the context (Xu et al., arXiv 2605.15508; approximate). "
+        "'fused': as 'sts', but each layer and KV head keeps as many tokens as held `size_top_p` of its own attention "
+        "when the request last read everything (approximate). "
         "'vegas': the target drafts for itself, reading what its own last verification attended to (lossless). "
         "'streamingllm': the same, reading the first and the last tokens (lossless; a baseline). "
         "'dense': speculation with a draft model and full attention (lossless; the control).",
@@ -61,6 +64,15 @@ class SpecAttnOptions(BaseModel):
         ge=0,
         le=_INT32,
         description="Floor on kept tokens, sink and recent ones included; `ratio` and `max_fraction` yield to it.",
+    )
+    size_top_p: float = Field(
+        0.95,
+        gt=0.0,
+        le=1.0,
+        description="With 'fused', share of the target's attention mass that a layer's KV head is given tokens for.",
+    )
+    size_factor: float = Field(
+        1.0, gt=0.0, allow_inf_nan=False, description="With 'fused', what the number of those tokens is multiplied by."
     )
     max_tokens: int | None = Field(None, ge=1, le=_INT32, description="Cap on kept tokens; none by default.")
     max_fraction: float = Field(
@@ -91,7 +103,8 @@ class SpecAttnOptions(BaseModel):
         ge=2,
         le=_INT32,
         description="Every so many verifications of a request, one reads everything, which bounds what sparse "
-        "verification leaves behind in the KV cache. Default: never. For every verification, use method 'dense'.",
+        "verification leaves behind in the KV cache, and renews the sizes of 'fused'. Default: 16 for 'fused', else "
+        "never. For every verification, use method 'dense'.",
     )
     audit_share: float = Field(
         0.0,
@@ -189,15 +202,34 @@ class SpecAttnOptions(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _one_selection_has_one_size(self) -> SpecAttnOptions:
+        if self.has_sizes and self.combine == "union":
+            raise ValueError(
+                "combine 'union' with method 'fused', whose sizes are those of one selection, not of each draft "
+                "step's: set combine to 'sum', 'max' or 'first', or method to 'sts'"
+            )
+        return self
+
     @property
     def fixed_budget(self) -> bool:
         """Whether a fixed share of the context is kept, instead of a share of the attention mass."""
-        return (self.rule or ("top_p" if self.method in ("specattn", "dense") else "top_k")) == "top_k"
+        return (self.rule or ("top_p" if self.method in ("specattn", "fused", "dense") else "top_k")) == "top_k"
 
     @property
     def per_head(self) -> bool:
         """Whether each KV head of the target reads a selection of its own in verification."""
-        return self.method == "sts"
+        return self.method in ("sts", "fused")
+
+    @property
+    def has_sizes(self) -> bool:
+        """Whether the target's own attention says how much each of its layers and KV heads reads."""
+        return self.method == "fused"
+
+    @property
+    def refreshes(self) -> int | None:
+        """Every how many verifications of a request one reads everything; None: never."""
+        return REFRESH_OF_SIZES if self.has_sizes and self.refresh_every is None else self.refresh_every
 
     @property
     def drafts_for_itself(self) -> bool:

@@ -45,6 +45,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 UNPUBLISHED = {
     "dense": "it reads everything",
+    "fused": "it is this package's own",
     "streamingllm": "here it is a baseline of the same budget as 'vegas'",
 }
 """Methods that no preset sets, and why."""

@@ -21,7 +21,7 @@ from specattn_vllm.checks import UnsupportedError
 from specattn_vllm.fingerprint import fingerprint
 from specattn_vllm.layer_map import LayerMapError
 from specattn_vllm.options import OptionsError, SpecAttnOptions
-from specattn_vllm.speculation.wiring import model_facts, resolve_layer_map
+from specattn_vllm.speculation.maps import model_facts, resolve_layer_map
 
 HEADER = "--attention-backend specattn cannot serve this:"
 
@@ -303,6 +303,9 @@ def test_options_without_effect_are_named(configure, warnings, options, idle):
             "dilation, per_kv_head, rule, top_p",
         ),
         ({"method": "specattn", "per_kv_head": True, "dilation": 3}, "dilation, per_kv_head"),
+        ({"method": "sts", "size_top_p": 0.9, "size_factor": 2}, "size_factor, size_top_p"),
+        # What the draft reads is chosen by the rule, what the target reads is not.
+        ({"method": "fused", "rule": "top_k", "ratio": 0.2, "top_p": 0.5, "size_factor": 2}, "ratio, rule, top_p"),
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else "idle",
 )
@@ -327,6 +330,8 @@ def test_options_of_vegas_have_an_effect_there(configure, warnings, options):
         {"method": "dense", "sparse_draft": True, "top_p": 0.5, "min_tokens": 7, "max_tokens": 300, "max_fraction": 0.5}
         | {"sink_tokens": 2, "recent_tokens": 3, "crossover_tokens": 9, "executor": "torch"},
         {"top_p": 0.5, "sparse_draft": True, "combine": "max", "dense_layers": [1]},
+        {"method": "fused", "sparse_draft": True, "rule": "top_k", "ratio": 0.2, "size_top_p": 0.9, "size_factor": 2}
+        | {"refresh_every": 4, "combine": "max", "layer_map": "uniform"},
     ],
     ids=lambda options: ", ".join(options),
 )
@@ -664,10 +669,11 @@ def test_nothing_left_to_prune_is_refused(configure):
 @cpu_only
 def test_selections_per_head_need_as_many_heads_on_every_rank(configure):
     """The models have one KV head, which vLLM would give to both ranks."""
-    configure(options={"method": "sts"})
     configure(options={"method": "specattn"}, tensor_parallel_size=2)
-    with pytest.raises(LayerMapError, match="tensor_parallel_size = 2 does not divide the 1 KV heads of the target"):
-        configure(options={"method": "sts"}, tensor_parallel_size=2)
+    for method in ("sts", "fused"):
+        configure(options={"method": method})
+        with pytest.raises(LayerMapError, match="tensor_parallel_size = 2 does not divide the 1 KV heads of the targ"):
+            configure(options={"method": method}, tensor_parallel_size=2)
 
 
 @pytest.mark.parametrize("name", ["target", "windowed", "bare"])

@@ -151,7 +151,7 @@ def test_xformers_reads_whole_blocks():
 
 
 def test_blocks_hold_no_selections_per_head(monkeypatch):
-    with pytest.raises(ExecutorError, match=r"executor = 'xformers' reads whole blocks.* method = 'sts'.*'triton'"):
+    with pytest.raises(ExecutorError, match=r"'xformers' reads whole blocks.* methods 'sts' and 'fused'.*'triton'"):
         resolve("xformers", CUDA, per_head=True)
     monkeypatch.setattr(executors, "_unavailable", lambda name, device, dtype: "no" if name == "fa3" else None)
     monkeypatch.setattr(executors, "_triton_operations", lambda device: "triton")

@@ -29,6 +29,8 @@ def test_the_defaults_are_the_documented_ones():
         "top_p": 0.9,
         "ratio": 0.1,
         "min_tokens": 128,
+        "size_top_p": 0.95,
+        "size_factor": 1.0,
         "max_tokens": None,
         "max_fraction": 1.0,
         "sink_tokens": 4,
@@ -59,6 +61,8 @@ def test_every_option_can_be_given():
         "top_p": 1.0,
         "ratio": 0.05,
         "min_tokens": 0,
+        "size_top_p": 0.9,
+        "size_factor": 2.5,
         "max_tokens": 10,
         "max_fraction": 0.25,
         "sink_tokens": 0,
@@ -119,7 +123,11 @@ def test_an_unknown_option_is_named_with_the_known_ones():
         ("stats_interval_s", 0.0, "greater than 0"),
         ("dense_layers", [2, -1], "counted from 0"),
         ("dense_layers", 3, "valid tuple"),
-        ("method", "sparse", "'sts', 'vegas', 'streamingllm' or"),
+        ("size_top_p", 0.0, "greater than 0"),
+        ("size_top_p", 1.01, "less than or equal to 1"),
+        ("size_factor", 0.0, "greater than 0"),
+        ("size_factor", float("inf"), "finite number"),
+        ("method", "sparse", "'sts', 'fused', 'vegas', 'streamingllm' or"),
         ("combine", "mean", "'sum', 'max', 'union' or 'first'"),
         ("executor", "cuda", "'auto', 'torch', 'triton', 'fa3' or 'xformers'"),
         ("refresh_every", 1, "greater than or equal to 2"),
@@ -255,6 +263,7 @@ def test_where_the_target_reads_everything_it_is_lossless():
     [
         ("specattn", None, False),
         ("sts", None, True),
+        ("fused", None, False),
         ("dense", None, False),
         ("specattn", "top_k", True),
         ("sts", "top_p", False),
@@ -272,8 +281,21 @@ def test_which_targets_draft_for_themselves():
     assert methods == ["vegas", "streamingllm"]
 
 
-def test_sts_alone_chooses_per_head():
-    assert [SpecAttnOptions(method=method).per_head for method in ("specattn", "sts", "dense")] == [False, True, False]
+def test_which_methods_choose_per_head():
+    assert {m for m in typing.get_args(Method) if SpecAttnOptions(method=m).per_head} == {"sts", "fused"}
+
+
+def test_sizes_come_from_rows_that_read_everything():
+    assert {m for m in typing.get_args(Method) if SpecAttnOptions(method=m).has_sizes} == {"fused"}
+    assert [SpecAttnOptions(method=m).refreshes for m in ("sts", "fused")] == [None, 16]
+    assert [SpecAttnOptions(method=m, refresh_every=5).refreshes for m in ("sts", "fused")] == [5, 5]
+    assert not SpecAttnOptions(method="fused", size_factor=1e9).is_lossless
+
+
+def test_sizes_are_not_those_of_a_union():
+    message = refusal({"method": "fused", "combine": "union"})
+    assert "combine 'union' with method 'fused'" in message
+    assert "set combine to 'sum', 'max' or 'first', or method to 'sts'" in message
 
 
 # Presets

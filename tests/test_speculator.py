@@ -41,7 +41,7 @@ def speculator(monkeypatch):
     made = object.__new__(SpecAttnSpeculator)
     store = SelectionStore(1, REQUESTS, 1, 64, CPU)
     store.prefix_lens[:REQUESTS] = 7
-    made.selection = SimpleNamespace(store=store, capture=None, pruner=object())
+    made.selection = SimpleNamespace(store=store, capture=None, pruner=object(), sizes=None)
     made.recording_graphs = made.recalling_graphs = made.plain_graphs = None
     made.options, made._since_dense = SpecAttnOptions(), 0
     made.crossover_tokens = 0
@@ -236,7 +236,7 @@ def drafting(monkeypatch):
     made = object.__new__(SpecAttnSpeculator)
     made._recording, made.fail = False, None
     made.selection = SimpleNamespace(
-        store=SelectionStore(1, REQUESTS, 1, 64, CPU), capture=Capture([0, 9]), pruner=object()
+        store=SelectionStore(1, REQUESTS, 1, 64, CPU), capture=Capture([0, 9]), pruner=object(), sizes=None
     )
     made.last_token_indices = torch.tensor([2, 5, 99])
     made.expanded_positions = torch.tensor([10, 11, 12, 7, 8, 9])
@@ -281,6 +281,33 @@ def test_a_recorded_round_tells_the_capture_each_step_and_stores_its_selection(d
     assert drafting.selection.store.prefix_lens.tolist() == [-1, 9, -1, -1, -1]
     assert drafting.selection.store.bits[0, :, 0, 0].tolist() == [0, 5, 0, 5, 0]
     assert not drafting._recording
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_sizes_are_learned_before_drafting_and_select_after_it(drafting, fails):
+    """The target's step left its scores in buffers that the next one overwrites, whatever becomes of the round."""
+    capture, told = drafting.selection.capture, []
+    capture.mass, capture.context_lens = "mass", lambda: torch.tensor([0, 9], dtype=torch.int32)
+
+    def select(mass, slots, lens):
+        told.append((mass, slots.tolist(), lens.tolist(), drafting._recording))
+        return torch.full((1, 2, 1, 2), 6, dtype=torch.int32), lens
+
+    drafting.selection.sizes = SimpleNamespace(
+        learn=lambda slots: told.append((slots.tolist(), len(capture.told))), select=select
+    )
+    if fails:
+        drafting.fail = 0
+        with pytest.raises(RuntimeError):
+            one_round(drafting, True)
+        assert told == [([3, 1], 1)]
+        return
+    one_round(drafting, True)
+    assert told == [([3, 1], 1), ("mass", [3, 1], [0, 9], False)]
+    assert drafting.selection.store.bits[0, :, 0, 0].tolist() == [0, 6, 0, 6, 0]
+    assert drafting.selection.store.prefix_lens.tolist() == [-1, 9, -1, -1, -1]
+    one_round(drafting, False)
+    assert len(told) == 2
 
 
 def test_a_round_that_is_not_recorded_leaves_the_capture_alone(drafting):

@@ -11,7 +11,7 @@ from specattn_vllm import executors
 from specattn_vllm.fingerprint import ModelFacts
 from specattn_vllm.layer_map import SCHEMA, LayerMap
 from specattn_vllm.options import SpecAttnOptions
-from specattn_vllm.speculation import wiring
+from specattn_vllm.speculation import maps, wiring
 from specattn_vllm.speculation.wiring import Selection
 from specattn_vllm.stats import Counters
 
@@ -239,6 +239,7 @@ def test_choices_are_kept_where_a_round_may_recall_them(monkeypatch, every, slot
         (None, {"sparse_draft": True, "refresh_draft_every": 4}),
         ((0, 2, None), {"method": "sts", "kv_heads": (4, 2)}),
         ((0, 2), {"method": "sts", "sparse_draft": True}),
+        ((0, 2, None, 2), {"method": "fused", "kv_heads": (4, 2)}),
     ],
 )
 def test_the_size_that_is_checked_is_that_of_all_buffers(monkeypatch, layers, options):
@@ -250,7 +251,10 @@ def test_the_size_that_is_checked_is_that_of_all_buffers(monkeypatch, layers, op
     assert sizes | {"scores": 2 * sizes["scores"]} == made.nbytes
     storages = {}
     capture = made.capture
-    for part in (made, capture, capture.ranking, capture.own_ranking, capture.lists, made.store, made.pruner):
+    parts = [made, capture, capture.ranking, capture.own_ranking, capture.lists, made.store, made.pruner]
+    if made.sizes is not None:
+        parts += [made.sizes, made.sizes.target]
+    for part in parts:
         for value in vars(part).values() if part is not None else ():
             if isinstance(value, torch.Tensor):
                 storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
@@ -290,6 +294,23 @@ def test_layers_that_are_mapped_alike_share_a_table(monkeypatch):
     assert made.pruner._layers_of.tolist() == [2, 2]
 
 
+def test_with_sizes_each_layer_has_selections_of_its_own(monkeypatch):
+    """Layers that are mapped alike share what chooses, but not how much. The maps serve the choice; after it there is a
+    selection for each table."""
+    heads = ((1, 0, 0, 1), None, (1, 0, 0, 1), (0, 0, 1, 1))
+    made = prepared(monkeypatch, (3, None, 3, 1), method="fused", heads=heads, kv_heads=(4, 2))
+    names = [f"model.layers.{j}" for j in (0, 2, 3)]
+    assert made.pruner.layer_sources == made.sizes.target.layer_sources == {name: t for t, name in enumerate(names)}
+    assert made.sizes.maps.sources.tolist() == [1, 1, 0]
+    assert made.sizes.maps.groups.tolist() == [[1, 0, 0, 1], [1, 0, 0, 1], [0, 0, 1, 1]]
+    assert made.pruner.maps is None and made.pruner.sizes is made.sizes
+    assert made.store.bits.shape[:3] == (3, REQUESTS + 1, 4)
+    assert made.tables.shape == (3, REQUESTS, 4, ROW)
+    assert made.capture.ranking.groups == 2 and made.sizes.target.mass.shape == (REQUESTS, 3, 4, ROW)
+    assert made.store.refresh_every == 16
+    assert prepared(monkeypatch, (3, None, 3, 1), method="sts").sizes is None
+
+
 @pytest.mark.parametrize(
     ("kv_heads", "pairs"), [((4, 2), [0, 0, 1, 1]), ((2, 4), [0, 2]), ((3, 2), [0, 0, 1]), ((4, 1), [0, 0, 0, 0])]
 )
@@ -312,7 +333,7 @@ def test_a_head_map_needs_no_warning(monkeypatch):
 
 
 def test_a_rank_has_the_map_of_its_own_heads(monkeypatch):
-    monkeypatch.setattr(wiring, "get_tensor_model_parallel_rank", lambda: 1)
+    monkeypatch.setattr(maps, "get_tensor_model_parallel_rank", lambda: 1)
     made = prepared(monkeypatch, (0,), method="sts", heads=((0, 1, 3, 2),), kv_heads=(2, 2), ranks=2)
     assert maps_of(made) == [(0, [1, 0])]
 

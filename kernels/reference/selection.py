@@ -32,11 +32,15 @@ def dilate_mass(mass, lens, out, steps, weight) -> None:
 
 
 def select_top_p(
-    mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, union=False, budgets=None
-) -> None:
+    mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, union=False, budgets=None,
+    mass_rows=None,
+) -> None:  # fmt: skip
     """Top-p token selection, here by sorting. See ``top_p.select_top_p``."""
-    contracts.select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, budgets)
+    contracts.select_top_p(
+        mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, budgets, mass_rows
+    )
     longest = int(lens.max()) if lens.numel() else 0
+    mass = mass[:, :longest] if mass_rows is None else mass[mass_rows, :longest]
     if not union:
         bits.zero_()
     if longest:
@@ -44,7 +48,7 @@ def select_top_p(
         length = lens.long()[:, None]
         inside = pos < length
         forced = inside & ((pos < sink) | (pos >= length - recent))
-        quanta = (mass[:, :longest] * float(1 << 30)).long().masked_fill_(~inside, 0)
+        quanta = (mass * float(1 << 30)).long().masked_fill_(~inside, 0)
         # One integer per token that sorts the way tokens are taken: forced first, then by mass, then by position;
         # what lies past the length sorts last. The position bits make every key unique, so any sort is exact.
         key = (quanta << 31) | pos

@@ -34,6 +34,14 @@ def default_settings(context: int) -> list[Setting]:
             for method in ("specattn", "sts")
             for share in shares
         ),
+        # Sizes follow the target's attention; these come near the shares above for the demo pair.
+        *(
+            Setting(
+                name=f"fused {size_top_p:g} x {factor:g}",
+                options={"method": "fused", "size_top_p": size_top_p, "size_factor": factor, "min_tokens": 0},
+            )
+            for size_top_p, factor in ((0.95, 1.0), (0.95, 2.0), (0.9, 1.0))
+        ),
         Setting(name="vegas, as published", options={"method": "vegas", "preset": "paper"}),
         Setting(name="vegas 10%", options={"method": "vegas", "ratio": 0.1, "min_tokens": 0}),
         # As far forward as a round goes with the usual K.

@@ -58,8 +58,8 @@ def resolve(
         name = _best(device, dtype, per_head)
     if name in BLOCKS and per_head:
         raise ExecutorError(
-            f"executor = {name!r} reads whole blocks, which hold all KV heads, and method = 'sts' chooses for each: "
-            "use 'auto' or 'triton', or method='specattn'"
+            f"executor = {name!r} reads whole blocks, which hold all KV heads, and methods 'sts' and 'fused' "
+            "choose for each: use 'auto' or 'triton', or method='specattn'"
         )
     if name == "torch":
         if device.type != "cpu":

@@ -209,10 +209,19 @@ class DraftCapture:
         """
         bits = self.ranking.bits[: self.num_sources]
         if self.step < 0:
-            return bits.zero_(), torch.zeros_like(self.wanted, dtype=torch.int32)
+            return bits.zero_(), self.context_lens()
         if self.options.combine != "union":
             self._choose(union=False)
         return bits, self.prefix_lens
+
+    def context_lens(self) -> torch.Tensor:
+        """Tokens [R] int32 of each row's context that have mass; 0 for unwanted rows, and if nothing was drafted."""
+        return torch.zeros_like(self.wanted, dtype=torch.int32) if self.step < 0 else self.prefix_lens
+
+    @property
+    def mass(self) -> torch.Tensor:
+        """What the round attended to, for the target: [S, R, G, L] float32, of each row its context's tokens."""
+        return self.ranking.mass[: self.num_sources]
 
     def _choose(self, *, union: bool) -> None:
         self.ranking.choose(self.operations, self.limits, self.prefix_lens, self.num_sources, union=union)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -38,6 +38,16 @@ class Limits:
             recent=options.recent_tokens,
         )
 
+    @classmethod
+    def of_sizes(cls, options: SpecAttnOptions) -> Limits:
+        """For counting how many tokens hold `size_top_p` of the mass, those that are always kept included."""
+        return replace(cls.of(options), top_p=options.size_top_p, min_tokens=0, max_tokens=-1, max_fraction=1.0)
+
+    @classmethod
+    def of_budgets(cls, options: SpecAttnOptions) -> Limits:
+        """For rows that come with a number of tokens each, between the floor and the caps."""
+        return replace(cls.of(options), top_p=1.0, max_fraction=options.max_fraction)
+
 
 def choose(
     operations: Operations,
@@ -48,17 +58,20 @@ def choose(
     counts: torch.Tensor,
     *,
     union: bool = False,
+    budgets: torch.Tensor | None = None,
+    mass_rows: torch.Tensor | None = None,
 ) -> None:
     """Bits of every row of mass, whatever its first dimensions are.
 
     mass [..., L] float32, bits [..., W] and counts [...] int32, contiguous; lens int32, of a shape that spreads to that
-    of counts: tokens of each row that are ranked.
+    of counts: tokens of each row that are ranked. Of the shape of counts, too: budgets int32, tokens wanted, and
+    mass_rows int64, which rows of the mass, counted over all of its first dimensions, the selections are made from.
     """
     rows = counts.numel()
     if rows == 0:
         return
     operations.select_top_p(
-        mass.view(rows, -1),
+        mass.view(-1, mass.shape[-1]),
         lens.expand_as(counts).flatten().contiguous(),
         bits.view(rows, -1),
         counts.view(rows),
@@ -69,4 +82,6 @@ def choose(
         limits.sink,
         limits.recent,
         union,
+        None if budgets is None else budgets.view(rows),
+        None if mass_rows is None else mass_rows.view(rows),
     )

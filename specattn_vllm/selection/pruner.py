@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -13,6 +13,10 @@ from specattn_vllm.kernels.bookkeeping_contracts import READ_COUNTS
 from specattn_vllm.selection.audit import Audit
 from specattn_vllm.selection.store import SelectionStore
 from specattn_vllm.stats import Counters
+
+if TYPE_CHECKING:
+    from specattn_vllm.selection.sizes import Sizes
+    from specattn_vllm.selection.target_capture import TargetStep
 
 
 @dataclass
@@ -31,6 +35,8 @@ class SparsePlan:
     page_table: torch.Tensor
     kept: torch.Tensor
     layer_sources: dict[str, int]
+    watched: TargetStep | None = None
+    """Set where rows that read everything leave the target's scores behind."""
 
 
 class TableMaps(NamedTuple):
@@ -67,11 +73,12 @@ class Pruner:
         max_query_len: int,
         page_table: torch.Tensor,
         maps: TableMaps | None = None,
+        sizes: Sizes | None = None,
     ) -> None:
         """layer_sources: target layer name -> table; num_layers: target layers in all; max_query_len: tokens of the
         longest verification, K + 1. page_table [T or more, max_num_reqs, G, width] int32: where the tables are made;
         what else it serves between steps does not matter. Without maps there is a table for each source and group of
-        the store."""
+        the store. sizes: is told which rows read everything."""
         self.store = store
         self.operations = operations
         self.counters = counters
@@ -81,6 +88,7 @@ class Pruner:
         self.max_query_len = max_query_len
         self.maps = maps
         self.audit: Audit | None = None
+        self.sizes = sizes
         tables, groups = (store.bits.shape[0], store.bits.shape[2]) if maps is None else maps.groups.shape
         self.device = page_table.device
         self._page_table = page_table[:tables]
@@ -118,6 +126,9 @@ class Pruner:
         """
         prefix_lens, stored = self.store.take(self.operations, slots, query_start_loc, seq_lens, prefilling)
         rows = self._short_rows(query_start_loc_cpu)
+        if self.sizes is not None:
+            everything = (prefix_lens < 0) & ~self.store.exact[slots]
+            self.sizes.begin(slots, prefilling, everything, query_start_loc, seq_lens, rows)
         self.counters.stage(prefill_rows=int(prefilling_cpu.sum()))
         # Rows that all prefill are no reason to stop here: vLLM runs a prompt's last token through the same graph as
         # verifications, and that graph reads the tables whatever this returns.
@@ -148,13 +159,15 @@ class Pruner:
         if verifying := int(verifies.sum()):
             self._count(verifying, slots, seq_lens, prefilling, prefix_lens, stored, kept)
         starts = query_start_loc_cpu[: rows + 1]
+        tokens, longest = int(starts[rows]), int((starts[1:] - starts[:-1]).max())
         return SparsePlan(
             num_rows=rows,
-            num_tokens=int(starts[rows]),
-            max_query_len=int((starts[1:] - starts[:-1]).max()),
+            num_tokens=tokens,
+            max_query_len=longest,
             page_table=page_table,
             kept=kept,
             layer_sources=self.layer_sources,
+            watched=None if self.sizes is None else self.sizes.watch(rows, tokens, longest),
         )
 
     def _short_rows(self, query_start_loc_cpu: torch.Tensor) -> int:

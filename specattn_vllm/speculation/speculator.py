@@ -91,6 +91,8 @@ class SpecAttnSpeculator(RoundSpeculator):
             slots = batch.idx_mapping[:num_reqs]
             wanted = (num_sampled[:num_reqs] > 0) & ~self.selection.store.exact[slots]
             self.selection.capture.begin_round(num_reqs, wanted, slots, recall)
+            if self.selection.sizes is not None:
+                self.selection.sizes.learn(slots)
         try:
             drafts = self._upstream_round(
                 batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args, **kwargs
@@ -98,9 +100,13 @@ class SpecAttnSpeculator(RoundSpeculator):
         finally:
             self._recording = False
         if recording and self.selection.pruner is not None:
-            bits, prefix_lens = self.selection.capture.select()
-            self.selection.store.put(slots, bits, prefix_lens)
+            self.selection.store.put(slots, *self._select(slots))
         return drafts
+
+    def _select(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the next verification reads, as `SelectionStore.put` takes it."""
+        capture, sizes = self.selection.capture, self.selection.sizes
+        return capture.select() if sizes is None else sizes.select(capture.mass, slots, capture.context_lens())
 
     def _build_attn_metadata(self, num_reqs: int, *args, step: int, **kwargs) -> dict[str, Any] | None:
         metadata = super()._build_attn_metadata(num_reqs, *args, step=step, **kwargs)

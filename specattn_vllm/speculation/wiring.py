@@ -4,25 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.config import ModelConfig, VllmConfig, get_layers_from_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
-from specattn_vllm import layer_map
-from specattn_vllm.fingerprint import ModelFacts, facts_from_config
-from specattn_vllm.layer_map import LayerMap, LayerMapError
+from specattn_vllm.layer_map import LayerMap
 from specattn_vllm.presets import PRESETS
 from specattn_vllm.selection.capture import DraftCapture
 from specattn_vllm.selection.draft_lists import DraftLists
 from specattn_vllm.selection.pages import page_strides
 from specattn_vllm.selection.pruner import Pruner, TableMaps
+from specattn_vllm.selection.sizes import Sizes
 from specattn_vllm.selection.store import SelectionStore
+from specattn_vllm.speculation.maps import resolve_layer_map, tables_of
 
 if TYPE_CHECKING:
     from specattn_vllm.options import SpecAttnOptions
@@ -33,36 +31,6 @@ logger = init_logger("vllm.specattn")
 
 ROW_MULTIPLE = 128
 LARGE = 4 * 2**30  # bytes of buffers from which on the log says what to do about them
-
-
-def model_facts(model_config: ModelConfig) -> ModelFacts:
-    """The facts of a model vLLM has configured; the weights' digest only for local folders."""
-    folder = Path(model_config.model)
-    try:
-        return facts_from_config(model_config.hf_text_config, folder if folder.is_dir() else None)
-    except (TypeError, ValueError) as error:
-        raise LayerMapError(
-            f"{model_config.model}: a layer map needs a model whose layers all have the same shape ({error})"
-        ) from error
-
-
-def resolve_layer_map(vllm_config: VllmConfig, options: SpecAttnOptions) -> LayerMap:
-    """The layer map for an engine's pair of models, with the options' dense layers."""
-    target = model_facts(vllm_config.model_config)
-    draft = model_facts(vllm_config.speculative_config.draft_model_config)
-    found = layer_map.resolve(
-        options.layer_map, target, draft, method=options.method, check_weights=options.check_weights
-    ).with_dense(options.dense_layers)
-    if not found.sources and not options.is_lossless:
-        raise LayerMapError(
-            "every target layer is dense (layer map and dense_layers together), so nothing would be pruned: "
-            "use method='dense', or leave some layers out of dense_layers"
-        )
-    if options.per_head:
-        ranks = vllm_config.parallel_config.tensor_parallel_size
-        for rank in range(ranks):
-            found.local_heads(rank, ranks)  # or a refusal
-    return found
 
 
 def row_width(max_model_len: int) -> int:
@@ -98,15 +66,18 @@ class Selection:
     pruner: Pruner | None
     tables: torch.Tensor
     """[tables, requests, G, width] int32: page tables in the target's step, positions while drafting."""
+    sizes: Sizes | None = None
+    """Method 'fused': how much is chosen, from the target's attention."""
 
     @property
     def nbytes(self) -> dict[str, int]:
         """Bytes by what they hold."""
         capture = self.capture
+        target = {"scores": 0, "mass": 0, "bitmasks": 0} if self.sizes is None else self.sizes.nbytes
         return {
-            "scores": capture.scores.nbytes,
-            "mass": capture.nbytes - capture.scores.nbytes,
-            "bitmasks": self.store.nbytes,
+            "scores": capture.scores.nbytes + target["scores"],
+            "mass": capture.nbytes - capture.scores.nbytes + target["mass"],
+            "bitmasks": self.store.nbytes + target["bitmasks"],
             "page tables": self.tables.nbytes + (0 if self.pruner is None else self.pruner.nbytes),
         }
 
@@ -134,19 +105,20 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
     sources = () if found is None else found.sources
     # Layers that choose for the target come first, so that theirs are the first selections.
     captured = [*sources, *(i for i in sorted(draft) if options.sparse_draft and i not in sources)]
-    layer_tables, made_from = _tables(found, target, layers[target[0]].impl.num_kv_heads, options)
+    layer_tables, made_from = tables_of(found, target, layers[target[0]].impl.num_kv_heads, options)
     # The bits of a source are those of the draft's KV heads, a table has those of the target's.
     groups = layers[draft[0]].impl.num_kv_heads if options.per_head else 1
     num_tables, heads = (len(sources), 1) if made_from is None else (len(made_from), len(made_from[0][1]))
+    # With sizes, bits are those of the tables already.
+    stored = (num_tables, heads) if options.has_sizes else (len(sources), groups)
     requests = speculator.max_num_reqs
     longest = row_width(speculator.max_model_len)
 
     def allocate(device: torch.device) -> Selection:
         shape = (max(num_tables, len(captured)), requests, heads, longest)
         tables = torch.empty(shape, dtype=torch.int32, device=device)
-        store = SelectionStore(
-            len(sources), requests, groups, longest, device, options.refresh_every, options.audit_floor is not None
-        )
+        floor = options.audit_floor is not None
+        store = SelectionStore(stored[0], requests, stored[1], longest, device, options.refreshes, floor)
         lists = None
         if options.sparse_draft:
             lists = DraftLists(
@@ -173,6 +145,20 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
         )
         if found is None:
             return Selection(capture, store, None, tables)
+        maps = None if made_from is None else TableMaps.of(made_from, device)
+        sizes = None
+        if options.has_sizes:
+            sizes = Sizes.of(
+                options,
+                speculator.operations,
+                maps,
+                layer_sources=layer_tables,
+                num_heads=layers[target[0]].impl.num_heads,
+                max_query_len=speculator.num_speculative_steps + 1,
+                max_num_reqs=requests,
+                max_model_len=longest,
+                device=device,
+            )
         pruner = Pruner(
             store,
             speculator.operations,
@@ -182,33 +168,16 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
             num_kv_heads=layers[target[0]].impl.num_kv_heads,
             max_query_len=speculator.num_speculative_steps + 1,
             page_table=tables,
-            maps=None if made_from is None else TableMaps.of(made_from, device),
+            maps=None if options.has_sizes else maps,
+            sizes=sizes,
         )
-        return Selection(capture, store, pruner, tables)
+        return Selection(capture, store, pruner, tables, sizes)
 
     # Sizes first, without memory: an allocation that fails names no option.
     refuse_if_too_large(allocate(torch.device("meta")).nbytes, speculator)
     selection = allocate(speculator.device)
     _announce(options, found, speculator, selection.nbytes)
     return selection
-
-
-def _tables(
-    found: LayerMap | None, target: dict[int, str], local_kv_heads: int, options: SpecAttnOptions
-) -> tuple[dict[str, int], list[tuple[int, tuple[int, ...]]] | None]:
-    """Table of each target layer that reads a selection, and for selections per head from what each table is made:
-    its source, and the group of each of this rank's KV heads. Layers that are mapped alike share a table."""
-    if found is None:
-        return {}, None
-    source_of = {draft_layer: s for s, draft_layer in enumerate(found.sources)}
-    mapped = {j: source_of[i] for j, i in enumerate(found.layers) if i is not None}
-    if not options.per_head:
-        return {target[j]: source for j, source in mapped.items()}, None
-    ranks = found.target.num_key_value_heads // local_kv_heads
-    heads = found.local_heads(get_tensor_model_parallel_rank() if ranks > 1 else 0, ranks)
-    made_from = {j: (source, heads[j]) for j, source in mapped.items()}
-    distinct = list(dict.fromkeys(made_from.values()))
-    return {target[j]: distinct.index(of) for j, of in made_from.items()}, distinct
 
 
 def refuse_if_too_large(nbytes: dict[str, int], speculator: RoundSpeculator) -> None:
@@ -275,6 +244,8 @@ def _announce(
     kept = f"top_p={options.top_p} of the draft's attention"
     if options.fixed_budget:
         kept = f"ratio={options.ratio} of the context"
+    if options.has_sizes:
+        kept = f"{options.size_factor} times what held size_top_p={options.size_top_p} of the target's attention"
     logger.info(
         "specattn: %s, combine=%s, selections %s, draft layer per target layer [%s] ('-' reads everything)",
         kept,
@@ -282,8 +253,8 @@ def _announce(
         "per KV head" if options.per_head else "shared by all heads",
         pairs,
     )
-    if options.refresh_every is not None:
-        logger.info("specattn: verification %d of each %d of a request reads everything", *[options.refresh_every] * 2)
+    if options.refreshes is not None:
+        logger.info("specattn: verification %d of each %d of a request reads everything", *[options.refreshes] * 2)
     if not found.calibrated:
         logger.warning(
             "specattn: the layer map is uniform, not calibrated for this pair of models: expect worse quality at the "

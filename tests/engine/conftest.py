@@ -197,9 +197,10 @@ def audit(monkeypatch) -> Audit:
         return plan
 
     def made_from(pruner):
-        """(table, head, source, group) of every table: each of its own, where the selections are not per head."""
+        """(table, head, source, group) of every table: each of its own, where there are no maps."""
         if pruner.maps is None:
-            return [(source, 0, source, 0) for source in range(pruner.store.bits.shape[0])]
+            sources, _, groups, _ = pruner.store.bits.shape
+            return [(source, group, source, group) for source in range(sources) for group in range(groups)]
         tables = zip(pruner.maps.sources.tolist(), pruner.maps.groups.tolist(), strict=True)
         return [(t, h, source, g) for t, (source, groups) in enumerate(tables) for h, g in enumerate(groups)]
 

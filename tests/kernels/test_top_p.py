@@ -259,6 +259,31 @@ def test_budgets_of_a_long_context(device, poisoned):
     assert torch.equal(bits, want_bits)
 
 
+@pytest.mark.parametrize("resident", [None, 32], ids=["resident", "streamed"])
+@pytest.mark.parametrize("budgets", [None, [9, 3, 0, 30, 5]], ids=["top_p", "budgets"])
+def test_several_selections_of_one_row_of_mass(budgets, resident, device, poisoned, monkeypatch):
+    """Rows in any order, some more than once and each time up to another length, some never: those are not read."""
+    if resident is not None:
+        monkeypatch.setattr(top_p, "RESIDENT", resident)
+        monkeypatch.setattr(top_p, "TILE", 64)
+    lists = [softmax_row(90, 1), [torch.nan] * 90, softmax_row(90, 2), tied_row(90, 3)]
+    mass, _ = rows_of(lists, device, width=100)
+    rows, lens = [3, 0, 2, 0, 0], [90, 90, 33, 50, 0]
+    options = {**DEFAULTS, **({} if budgets is None else {"top_p": 1.0})}
+    given = {
+        "lens": torch.tensor(lens, dtype=torch.int32, device=device),
+        "mass_rows": torch.tensor(rows, device=device),
+        "budgets": None if budgets is None else torch.tensor(budgets, dtype=torch.int32, device=device),
+    }
+    for op in (select_top_p, reference.select_top_p):
+        bits, counts = poisoned((5, 4), torch.int32, device), poisoned((5,), torch.int32, device)
+        op(mass, bits=bits, counts=counts, **given, **options)
+        for x, (row, n) in enumerate(zip(rows, lens, strict=True)):
+            wanted = oracle(lists[row][:n], **options, budget=None if budgets is None else budgets[x])
+            assert unpack(bits[x]) == wanted
+            assert counts[x] == len(wanted)
+
+
 @pytest.mark.parametrize("op", [select_top_p, reference.select_top_p], ids=["kernel", "reference"])
 def test_union(op, device, poisoned):
     """Bits that were there stay, past the length too; the count is that of the union."""
@@ -296,9 +321,14 @@ def test_strided_rows(device, poisoned):
         ({"budgets": torch.ones(1, dtype=torch.int32)}, "top_p: got 0.6, wanted 1 or more, because the budgets"),
         ({"top_p": 1, "budgets": torch.ones(2, dtype=torch.int32)}, r"budgets: got shape \(2,\), wanted shape \(1,\)"),
         ({"top_p": 1, "budgets": torch.ones(1)}, "budgets: got torch.float32"),
+        ({"mass_rows": torch.zeros(2, dtype=torch.int64)}, r"lens: got shape \(1,\), wanted shape \(2,\)"),
+        ({"mass_rows": torch.zeros(1, dtype=torch.int32)}, "mass_rows: got torch.int32"),
         ({"mass": torch.zeros(1, 40, dtype=torch.float16)}, "mass: got torch.float16"),
     ],
-    ids=["words", "fraction", "cap", "sink", "budgets", "budget per row", "budget dtype", "dtype"],
+    ids=[
+        "words", "fraction", "cap", "sink", "budgets", "budget per row", "budget dtype", "lens per selection",
+        "mass rows", "dtype",
+    ],
 )
 def test_refuses(op, change, message):
     good = {
