@@ -142,7 +142,7 @@ def audit(monkeypatch) -> Audit:
 
     from specattn_vllm.kernels.reference import unpack_bits
     from specattn_vllm.selection.pruner import Pruner
-    from specattn_vllm.selection.store import REFRESH, SelectionStore
+    from specattn_vllm.selection.store import AUDIT, REFRESH, SelectionStore
 
     seen = Audit()
     add_request, put, prune = RequestState.add_request, SelectionStore.put, Pruner.prune
@@ -160,7 +160,7 @@ def audit(monkeypatch) -> Audit:
             seen.made_for[slot] = (seen.owner[slot], length, bits[:, row].clone())
         put(self, slots, bits, prefix_lens)
         for slot in slots.tolist():
-            if slot >= 0 and self.prefix_lens[slot] == REFRESH:
+            if slot >= 0 and self.prefix_lens[slot] in (REFRESH, AUDIT):
                 del seen.made_for[slot]
 
     def watch_prune(self, **step):

@@ -94,3 +94,15 @@ def test_after_preemption_the_count_starts_again(engine, greedy, prompts, audit,
     assert seen.no_selection_rows + seen.stale_rows == 0
     # A third at most: a count that starts again is one that was not finished.
     assert 0.2 < seen.refresh_rows / seen.verify_rows < 1 / 3
+
+
+def test_preemption_ends_what_an_audit_began(engine, greedy, prompts, audit, counts):
+    """Each request reads one selection, is found below the floor, and would read everything from then on."""
+    options = {"top_p": 0.5, "min_tokens": 16, "recent_tokens": 8}
+    options |= {"audit_share": 1.0, "audit_floor": 1.0, "audit_dense_rounds": 1000}
+    llm = engine(options, max_num_seqs=4, block_size=16, num_gpu_blocks_override=120, max_model_len=1024)
+    greedy(llm, prompts([420, 430, 440, 450]), 90)
+    assert audit.preemptions > 0
+    seen = counts(llm)
+    assert 4 < seen.sparse_rows <= 4 + audit.preemptions
+    assert seen.audit_rows == seen.verify_rows - seen.sparse_rows > 0
