@@ -8,6 +8,7 @@ import torch
 pytestmark = pytest.mark.engine
 
 OPTIONS = {"top_p": 0.5, "min_tokens": 16, "recent_tokens": 8, "sink_tokens": 2}
+METHODS = [{"method": "specattn"}, {"method": "sts", "ratio": 0.1}, {"method": "fused"}]
 
 
 @pytest.fixture
@@ -45,7 +46,7 @@ def plainly(monkeypatch):
     return samples
 
 
-@pytest.mark.parametrize("method", [{"method": "specattn"}, {"method": "sts", "ratio": 0.1}], ids=["specattn", "sts"])
+@pytest.mark.parametrize("method", METHODS, ids=lambda options: options["method"])
 def test_every_pair_is_measured_as_it_is(method, engine, greedy, prompts, counts, plainly):
     llm = engine(OPTIONS | method | {"audit_share": 1.0})
     greedy(llm, prompts([200, 420]), 12)
