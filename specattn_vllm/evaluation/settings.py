@@ -34,13 +34,13 @@ def default_settings(context: int) -> list[Setting]:
             for method in ("specattn", "sts")
             for share in shares
         ),
-        # Sizes follow the target's attention; these come near the shares above for the demo pair.
+        # Sizes follow the target's attention: how much that is of the context is measured, not set.
         *(
             Setting(
-                name=f"fused {size_top_p:g} x {factor:g}",
-                options={"method": "fused", "size_top_p": size_top_p, "size_factor": factor, "min_tokens": 0},
+                name=f"fused 0.95 x {factor:g}, floor {floor}",
+                options={"method": "fused", "size_top_p": 0.95, "size_factor": factor, "min_tokens": floor},
             )
-            for size_top_p, factor in ((0.95, 1.0), (0.95, 2.0), (0.9, 1.0))
+            for factor, floor in ((1.0, 0), (1.0, 256), (2.0, 0))
         ),
         Setting(name="vegas, as published", options={"method": "vegas", "preset": "paper"}),
         Setting(name="vegas 10%", options={"method": "vegas", "ratio": 0.1, "min_tokens": 0}),

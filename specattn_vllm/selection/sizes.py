@@ -105,7 +105,7 @@ class Sizes:
         tables, num_reqs, heads = rows.shape
         # What the target's step left has been counted, so its buffers may serve here.
         counts = self.target.counts[:num_reqs].view(tables, num_reqs, heads)
-        bits = self.target.bits[:num_reqs].view(tables, num_reqs, heads, -1)
+        bits = self.target.bits[:num_reqs].view(tables, num_reqs, heads, self.target.bits.shape[3])
         choose(
             self.target.operations,
             self.limits,
