@@ -31,6 +31,18 @@ def test_the_command_above_the_table_runs_the_engines_in_it(capsys):
     assert sorted(listed) == sorted(engine["name"] for engine in measured["engines"])
 
 
+def test_the_speed_of_a_target_that_drafts_for_itself_is_what_was_measured():
+    from specattn_vllm.bench.report import markdown
+
+    measured = json.loads((ROOT / "docs/results/h200-self-speculation.json").read_text())
+    table = markdown(measured).split("\n\n")[0]
+    assert table in (ROOT / "docs/benchmarks.md").read_text()
+    speeds = {e["name"]: e["cells"][0]["tokens_per_second"] for e in measured["engines"]}
+    faster = speeds["vegas 10%"] / speeds["plain"]
+    words = "at {:,.0f} tokens per second, {:.2f} times plain decoding ({:,.0f} in the same run)"
+    assert words.format(speeds["vegas 10%"], faster, speeds["plain"]) in " ".join(README.split())
+
+
 def test_the_figures_of_rounds_are_those_measured():
     engines = json.loads((ROOT / "docs/results/h200-engine.json").read_text())["engines"]
     rounds = {
@@ -61,16 +73,17 @@ def test_the_cpu_s_table_is_what_was_measured():
         assert f"{results[mode]['prefill_tokens_per_second']:,}" in document
 
 
-def test_the_table_of_methods_is_what_was_measured(capsys):
+@pytest.mark.parametrize(("place", "file"), [(0, "demo-methods.json"), (1, "h200-methods.json")])
+def test_the_tables_of_methods_are_what_was_measured(capsys, place, file):
     from specattn_vllm import cli
     from specattn_vllm.evaluation.report import markdown
     from specattn_vllm.evaluation.settings import default_settings
 
     document = (ROOT / "docs/evaluation.md").read_text()
-    measured = json.loads((ROOT / "docs/results/demo-methods.json").read_text())
+    measured = json.loads((ROOT / "docs/results" / file).read_text())
     assert markdown(measured) in document
     # The command above it runs what is in it, as the settings are now.
-    [command] = re.findall(r"^    specattn (eval methods --documents .*?)\n\n", document, re.M | re.S)
+    command = re.findall(r"^    specattn (eval methods --documents .*?)\n\n", document, re.M | re.S)[place]
     assert cli.main([*shlex.split(command.replace("\\\n", " ")), "--list"]) == 0
     names = [result["name"] for result in measured["results"]]
     assert sorted(re.findall(r"^(\S.*)\n  \{", capsys.readouterr().out, re.M)) == sorted(names)

