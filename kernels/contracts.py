@@ -44,7 +44,7 @@ def head_size(size: int) -> None:
 
 def draft_attention(
     query, kv_cache, block_table, seq_lens, query_start_loc, out, scored_rows, scores, lse, max_query_len,
-    positions, kept, prefix_lens,
+    positions, kept, prefix_lens, requests,
 ) -> None:  # fmt: skip
     tensor("query", query, (None, None, None), FLOATS)
     tokens, query_heads, size = query.shape
@@ -73,6 +73,8 @@ def draft_attention(
         expect(scored_rows is not None, "scored_rows", None, "a tensor, because lse is asked for")
     expect(max_query_len >= 1, "max_query_len", max_query_len, "at least 1")
     _index(positions, kept, rows, dev, prefix_lens=prefix_lens)
+    if requests is not None:
+        tensor("requests", requests, (None,), torch.int64, dev)
 
 
 def _index(positions, kept, rows: int, device, **lengths) -> None:

@@ -37,6 +37,12 @@ positions        [R, W]         int32, ascending, below prefix_len
 kept             [R]            int32, at most W
 prefix_lens      [R]            int32, at most seq_len; not read where kept is -1
 
+Where few of many requests have work, as in an audit, a row without scored rows and output still takes its programs, and
+the keys are cut into as many parts as suit a full batch:
+
+requests         [A]            int64, the requests that are worked on, each once, -1: none; all others are skipped, and
+                                what they would have written stays untouched. None: all. The grid follows A
+
 Products of 16-bit inputs are summed in fp32; the softmax weights are rounded to the cache's dtype for the second
 product, as in FlashAttention. Scores may be bfloat16 to halve their traffic.
 """
@@ -62,17 +68,18 @@ def draft_attention(
     query_start_loc: torch.Tensor, scale: float, out: torch.Tensor | None,
     scored_rows: torch.Tensor | None = None, scores: torch.Tensor | None = None, lse: torch.Tensor | None = None,
     max_query_len: int = 1, positions: torch.Tensor | None = None, kept: torch.Tensor | None = None,
-    prefix_lens: torch.Tensor | None = None, *, config: LaunchConfig | None = None,
+    prefix_lens: torch.Tensor | None = None, requests: torch.Tensor | None = None, *,
+    config: LaunchConfig | None = None,
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text. The scratch
     for the parts comes from torch's allocator, which a CUDA graph capture serves from the graph's own pool."""
     contracts.draft_attention(
         query, kv_cache, block_table, seq_lens, query_start_loc, out, scored_rows, scores, lse, max_query_len,
-        positions, kept, prefix_lens,
+        positions, kept, prefix_lens, requests,
     )  # fmt: skip
     tokens, query_heads, size = query.shape
     contracts.head_size(size)
-    rows = seq_lens.shape[0]
+    rows = (seq_lens if requests is None else requests).shape[0]
     if rows == 0 or tokens == 0:
         return
     heads, block_size = kv_cache.shape[1:3]
@@ -92,19 +99,21 @@ def draft_attention(
     part_lse = torch.empty(parts, query_heads, splits, dtype=torch.float32, device=query.device)
     part_acc = part_lse if out is None or splits == 1 else part_lse.new_empty(*part_lse.shape, size)
     indexed = positions is not None
+    listed = requests is not None
     none = part_lse
     # Only tiles larger than the small one gain; and with several tiles, each would write the same scores again.
     small_dot = scores is not None and out is not None and block_m > 16 and tiles == 1 and scored_tokens * group <= 16
     shared = {
         "HEADS": heads, "GROUP": group, "C": scored_tokens, "D": size, "SPLITS": splits,
-        "HAS_OUT": out is not None, "SCORED": scored,
+        "HAS_OUT": out is not None, "SCORED": scored, "SOME": listed,
     }  # fmt: skip
     tail = (
         scored_rows.stride(0) if scored else 0, *((0, 0) if out is None else out.stride()[:2]),
         0 if lse is None else lse.stride(0),
     )  # fmt: skip
     draft_kernel[(heads * tiles, splits, rows)](
-        query, kv_cache, block_table, seq_lens, query_start_loc, scored_rows if scored else seq_lens,
+        query, kv_cache, block_table, seq_lens, query_start_loc, requests if listed else seq_lens,
+        scored_rows if scored else seq_lens,
         positions if indexed else seq_lens, kept if indexed else seq_lens, prefix_lens if indexed else seq_lens,
         none if scores is None else scores, none if out is None else out, none if lse is None else lse,
         part_acc, part_lse, scale,
@@ -119,7 +128,7 @@ def draft_attention(
     total_rows = query_heads * (max_query_len if out is not None else scored_tokens)
     per_program = min(max(1, COMBINE_ELEMENTS // (splits * size)), triton.next_power_of_2(total_rows))
     combine_tokens[(triton.cdiv(total_rows, per_program), rows)](
-        part_acc, part_lse, query_start_loc, scored_rows if scored else seq_lens,
+        part_acc, part_lse, query_start_loc, requests if listed else seq_lens, scored_rows if scored else seq_lens,
         none if out is None else out, none if lse is None else lse, *tail,
         ROWS=per_program, **shared, num_warps=4,
     )  # fmt: skip

@@ -20,16 +20,22 @@ def scored_token(scored_rows, c, begin, q_len, C: tl.constexpr):
 
 @triton.jit
 def combine_tokens(
-    part_acc, part_lse, query_start_loc, scored_rows, out, lse, stride_wr, stride_ot, stride_oh, stride_lr,
+    part_acc, part_lse, query_start_loc, requests, scored_rows, out, lse, stride_wr, stride_ot, stride_oh, stride_lr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
-    ROWS: tl.constexpr, HAS_OUT: tl.constexpr, SCORED: tl.constexpr,
+    ROWS: tl.constexpr, HAS_OUT: tl.constexpr, SCORED: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows of a request per program: ``out``, and ``lse`` of the scored ones.
 
     With output a row is a query token and a query head, and the parts are [T, Hq, SPLITS]; without, it is a row of
-    ``lse``, and the parts are [R, C * Hq, SPLITS], of which those of scored tokens alone are there.
+    ``lse``, and the parts are [R, C * Hq, SPLITS], or with SOME by entries of ``requests``, of which those of scored
+    tokens alone are there.
     """
-    r = tl.program_id(1).to(tl.int64)
+    entry = tl.program_id(1).to(tl.int64)
+    r = entry
+    if SOME:
+        r = tl.load(requests + entry)
+        if r < 0:
+            return
     first = tl.program_id(0) * ROWS
     begin = tl.load(query_start_loc + r)
     q_len = tl.load(query_start_loc + r + 1) - begin
@@ -45,7 +51,7 @@ def combine_tokens(
     else:
         i = scored_token(scored_rows + r * stride_wr, row // GROUP % C, begin, q_len, C)
         live = (row < HEADS * C * GROUP) & (i >= 0)
-        part = r * (HEADS * C * GROUP) + row
+        part = entry * (HEADS * C * GROUP) + row
     part = part[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
     part_log = tl.load(part_lse + part, mask=live[:, None], other=float("-inf"))
     top = tl.max(part_log, 1)

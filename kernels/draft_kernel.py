@@ -56,19 +56,25 @@ def _store(target, value, rows, j, visible, whole):
 
 @triton.jit
 def draft_kernel(
-    query, kv_cache, block_table, seq_lens, query_start_loc, scored_rows, positions, kept_lens, prefix_lens,
+    query, kv_cache, block_table, seq_lens, query_start_loc, requests, scored_rows, positions, kept_lens, prefix_lens,
     scores, out, lse, part_acc, part_lse, scale,
     stride_qt, stride_qh, stride_b, stride_h, stride_n, stride_tr, stride_pr, stride_sr, stride_sh,
     stride_wr, stride_ot, stride_oh, stride_lr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, HAS_OUT: tl.constexpr,
     SCORED: tl.constexpr, HAS_SCORES: tl.constexpr, SMALL_DOT: tl.constexpr, INDEXED: tl.constexpr,
+    SOME: tl.constexpr,
 ):  # fmt: skip
     # Heads vary fastest: the heads of a token lie side by side in vLLM's cache, and run at the same time.
     head = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
     split = tl.program_id(1)
-    r = tl.program_id(2).to(tl.int64)
+    entry = tl.program_id(2).to(tl.int64)
+    r = entry
+    if SOME:
+        r = tl.load(requests + entry)
+        if r < 0:
+            return
     begin = tl.load(query_start_loc + r)
     q_len = tl.load(query_start_loc + r + 1) - begin
     length = tl.load(seq_lens + r)
@@ -96,7 +102,7 @@ def draft_kernel(
         if tl.max(i, 0) < 0:
             return
         token = (begin + i).to(tl.int64)
-        part = (r * (HEADS * C * GROUP) + scored_row + m) * SPLITS + split
+        part = (entry * (HEADS * C * GROUP) + scored_row + m) * SPLITS + split
         is_first = live
         scored_row += m
 

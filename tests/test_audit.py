@@ -53,8 +53,33 @@ def choose(audit: Audit, rows: list[tuple[int, int]], lens=None, starts=None) ->
 def test_all_pairs_of_rows_that_read_a_selection_are_audited_and_no_others():
     made = audit()
     made.scored_rows.fill_(77)  # of a step with more rows
+    made.requests.fill_(77)
     choose(made, [(2, 7), (0, -1), (5, 9), (-1, -1)])
     assert made.scored_rows[..., 0].tolist() == [[0, -1, 6, -1, -1, -1]] * len(LAYERS)
+    assert made.requests.sort(1).values.tolist() == [[-1, -1, -1, -1, 0, 2]] * len(LAYERS)
+
+
+@pytest.mark.parametrize("rows, share", [(1, 0.05), (6, 0.25), (16, 0.0625), (20, 0.05), (9, 1.0)])
+def test_a_layer_audits_its_share_of_the_rows_and_hardly_more(rows, share):
+    """What the launch is sized for holds in every step, also where half of the rows read everything."""
+    made, steps, counts = audit(share, requests=rows), 150, {True: [], False: []}
+    assert made.at_most(rows) == made.requests.shape[1] == math.ceil(share * rows)
+    for step in range(steps):
+        half = step % 2 == 0
+        usable = [-1 if half and slot % 2 else 5 for slot in range(rows)]
+        choose(made, [*enumerate(usable)], lens=[700 + 3 * step + slot for slot in range(rows)])
+        scored = made.scored_rows[..., 0]
+        assert [sorted(r for r in listed if r >= 0) for listed in made.requests.tolist()] == [
+            row.nonzero()[:, 0].tolist() for row in scored >= 0
+        ]
+        listed = made.requests >= 0
+        assert torch.equal(listed, listed.sort(1, descending=True).values)  # none behind a gap
+        counts[half].extend(listed.sum(1).tolist())
+    for half, found in counts.items():
+        mean = share * (-(-rows // 2) if half else rows)
+        assert {*found} <= {math.floor(mean), math.ceil(mean)}
+        rest = mean % 1
+        assert abs(sum(found) / len(found) - mean) <= 4 * math.sqrt(rest * (1 - rest) / len(found))
 
 
 def test_a_share_of_the_pairs_is_chosen_and_other_ones_in_each_step():

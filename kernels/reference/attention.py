@@ -27,12 +27,12 @@ def _gather(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.
 
 def draft_attention(
     query, kv_cache, block_table, seq_lens, query_start_loc, scale, out, scored_rows=None, scores=None, lse=None,
-    max_query_len=1, positions=None, kept=None, prefix_lens=None,
+    max_query_len=1, positions=None, kept=None, prefix_lens=None, requests=None,
 ) -> None:  # fmt: skip
     """Attention of a draft step that hands out scores. See ``draft_attention.draft_attention``."""
     contracts.draft_attention(
         query, kv_cache, block_table, seq_lens, query_start_loc, out, scored_rows, scores, lse, max_query_len,
-        positions, kept, prefix_lens,
+        positions, kept, prefix_lens, requests,
     )  # fmt: skip
     query_heads, size = query.shape[1:]
     heads, block_size = kv_cache.shape[1:3]
@@ -41,8 +41,10 @@ def draft_attention(
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     asked = [[]] * len(lengths) if lse is None else scored_rows.tolist()
     listed = [-1] * len(lengths) if positions is None else kept.tolist()
-    for r, length in enumerate(lengths):
-        begin, end = starts[r], starts[r + 1]
+    for r in range(len(lengths)) if requests is None else requests.tolist():
+        if r < 0:
+            continue
+        length, begin, end = lengths[r], starts[r], starts[r + 1]
         scored = [(c, row - begin) for c, row in enumerate(asked[r]) if begin <= row < end]
         n = end - begin
         tokens = range(n) if out is not None else sorted({i for _, i in scored})

@@ -12,6 +12,7 @@ takes one more pass over the keys, which only the audited pairs of (layer, reque
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,6 +57,7 @@ class Audit:
     A layers, R requests, Hq query heads, H KV heads of this rank:
 
     scored_rows             [A, max_num_reqs, 1] int64: the first query row of an audited pair, -1 of any other
+    requests                [A, `at_most(max_num_reqs)`] int64: the audited rows of each layer, -1 behind them
     lse_selected, lse_full  [A, max_num_reqs, Hq] float32: of that row; of other pairs undefined
     largest_values          [A, H] float32: the largest norm of a value written so far
     """
@@ -84,6 +86,7 @@ class Audit:
         self.device = device
         a = len(layers)
         self.scored_rows = torch.full((a, max_num_reqs, 1), -1, dtype=torch.int64, device=device)
+        self.requests = torch.full((a, self.at_most(max_num_reqs)), -1, dtype=torch.int64, device=device)
         self.lse_selected = torch.zeros((a, max_num_reqs, num_heads), dtype=torch.float32, device=device)
         self.lse_full = torch.zeros_like(self.lse_selected)
         self.largest_values = torch.zeros((a, num_kv_heads), dtype=torch.float32, device=device)
@@ -101,22 +104,33 @@ class Audit:
         """What the attention of one layer is given."""
         return LayerAudit(self, self.layers.index(name))
 
+    def at_most(self, rows: int) -> int:
+        """Rows of so many that may be audited in one layer of a step."""
+        return math.ceil(self.share * rows)
+
     def choose(self, slots: torch.Tensor, usable: torch.Tensor, starts: torch.Tensor, seq_lens: torch.Tensor) -> None:
         """Choose the pairs of a step whose first R rows may read a selection.
 
         slots [R] int64; usable [R] int32, negative for a row that reads everything; starts [R] int32, each row's first
         token in the batch; seq_lens [R] int32. By a hash of layer, slot and length: another length is another choice.
+
+        Of n rows that read a selection a layer audits `share` times n, rounded up as often as makes that the mean, and
+        so each row as often as the share says, but never more than `at_most`: the programs of a captured graph cannot
+        wait to see how many there are.
         """
-        rows = slots.shape[0]
-        x = self._layer[:, None] * _BY_LAYER + (slots * _BY_SLOT + seq_lens * _BY_LENGTH)
-        # The shift is arithmetic; what it brings in is as good as any bits.
-        x = (x ^ (x >> 32)) * _MIX
-        x = (x ^ (x >> 29)) * _BY_LAYER
-        drawn = (x >> 32) & (2**_HASH_BITS - 1)
-        sparse = usable >= 0
-        chosen = (drawn < round(self.share * 2**_HASH_BITS)) & sparse
+        rows, sparse = slots.shape[0], usable >= 0
+        layer = self._layer * _BY_LAYER
+        drawn = _drawn(layer[:, None] + (slots * _BY_SLOT + seq_lens * _BY_LENGTH))
+        wanted = self.share * sparse.sum().double()
+        # One more than the whole part where the draw of layer and step is below the rest.
+        step = torch.where(sparse, slots * _BY_SLOT ^ seq_lens * _BY_LENGTH, 0).sum()
+        wanted = (wanted + _drawn(layer + step).double() / 2**_HASH_BITS).floor()
+        order = torch.where(sparse, drawn, 2**_HASH_BITS).topk(self.at_most(rows), largest=False).indices
+        chosen = torch.arange(order.shape[1], device=self.device) < wanted[:, None]
+        self.requests.fill_(-1)
+        self.requests[:, : order.shape[1]] = torch.where(chosen, order, -1)
         self.scored_rows.fill_(-1)
-        self.scored_rows[:, :rows, 0] = torch.where(chosen, starts, -1)
+        self.scored_rows[:, :rows, 0].scatter_(1, order, torch.where(chosen, starts[order].long(), -1))
         # A row that only fills a batch may start behind its last token.
         self._first_rows[:rows] = torch.where(sparse, starts, 0)
         self._slots = slots
@@ -172,6 +186,14 @@ class Audit:
         return new.line()
 
 
+def _drawn(x: torch.Tensor) -> torch.Tensor:
+    """Hash of int64 numbers, below 2^_HASH_BITS."""
+    # The shifts are arithmetic; what they bring in is as good as any bits.
+    x = (x ^ (x >> 32)) * _MIX
+    x = (x ^ (x >> 29)) * _BY_LAYER
+    return (x >> 32) & (2**_HASH_BITS - 1)
+
+
 class LayerAudit:
     """One layer's part of an audit; everything here may run under CUDA graph capture."""
 
@@ -209,5 +231,6 @@ class LayerAudit:
             audit.scored_rows[i, :rows],
             None,
             audit.lse_full[i, :rows],
+            requests=audit.requests[i, : audit.at_most(rows)],
         )
         torch.index_select(lse, 0, audit._first_rows[:rows], out=audit.lse_selected[i, :rows])

@@ -150,6 +150,50 @@ def test_nothing_but_lse(lens, q_lens, per_request, place, drafting, poisoned, c
 
 
 @OPS
+@pytest.mark.parametrize("wants", ["out", "scores", "lse"])
+@pytest.mark.parametrize("requests", [[3, -1, 0], [0, 4, 3], [-1], []], ids=str)
+def test_of_some_requests(requests, wants, op, place, drafting, poisoned):
+    """Listed in any order, with gaps: each as in a full batch. Nothing of the others is read or written."""
+    device, dtype = place
+    params = ([65, 33, 9, 700, 2], [1, 2, 1, 3, 4], 2, 2, 64, 16, "LBNHC")
+    batch = drafting.build(params, device, dtype, 1 if wants == "lse" else 2)
+    batch.scored[3, 0] = batch.starts[3]
+    want = list(drafting.run(reference.draft_attention, batch, 710, with_out=wants == "out"))
+    for r in {*range(5)} - {*requests}:
+        tokens = slice(int(batch.starts[r]), int(batch.starts[r + 1]))
+        batch.query[tokens], batch.data.seq_lens[r], batch.data.block_table[r] = torch.nan, 720, 2_000_000_000
+        want[1][r], want[2][r] = torch.nan, torch.nan
+        if wants == "out":
+            want[0][tokens] = torch.nan
+    listed = torch.tensor(requests, dtype=torch.int64, device=device)
+    if wants == "lse":
+        lse = poisoned(want[2].shape, torch.float32, device)
+        op(*batch.args(None), batch.scored, None, lse, batch.longest_query, requests=listed)
+        assert torch.equal(lse.isnan(), want[2].isnan())
+        drafting.close("lse", lse[~lse.isnan()], want[2][~lse.isnan()])
+        return
+    got = drafting.run(op, batch, 710, with_out=wants == "out", requests=listed)
+    for name, mine, wanted in zip(("out", ("scores", dtype), "lse"), got, want, strict=True):
+        if mine is not None:
+            written = wanted.isfinite()
+            assert torch.equal(mine.isfinite(), written)
+            kind = name if isinstance(name, tuple) else (name, dtype if name == "out" else None)
+            drafting.close(kind[0], mine[written], wanted[written], kind[1])
+
+
+def test_parts_follow_the_requests_that_are_worked_on(drafting, device, monkeypatch):
+    """One request of many is cut into as many parts as it would be by itself."""
+    batch = drafting.build(([700, *15 * [20]], 16 * [1], 2, 2, 64, 16, "LBNHC"), device, torch.float32)
+    splits, choose = [], module.num_splits
+    monkeypatch.setattr(module, "num_splits", lambda *a: splits.append(choose(*a)) or splits[-1])
+    drafting.run(draft_attention, batch, 700, with_out=False)
+    drafting.run(draft_attention, batch, 700, with_out=False, requests=torch.tensor([0], device=device))
+    alone = drafting.build(([700], [1], 2, 2, 64, 16, "LBNHC"), device, torch.float32)
+    drafting.run(draft_attention, alone, 700, with_out=False)
+    assert splits[0] < splits[1] == splits[2]
+
+
+@OPS
 @pytest.mark.parametrize("with_out", [True, False], ids=["out", "scores only"])
 def test_scored_row_of_another_request(with_out, op, place, drafting):
     """A row of no request of that number stores nothing; padded rows may hold one."""
@@ -280,11 +324,12 @@ def test_scores_beyond_2_31_elements(device, drafting, poisoned, close):
         ({"kv_cache": torch.empty(4, 2, 256, 16).transpose(2, 3)}, "kv_cache: got .*"),
         ({"kept": torch.ones(2, dtype=torch.int32)}, "kept: got a value without positions"),
         ({"positions": torch.ones(2, 3, dtype=torch.int32)}, "kept: got NoneType"),
+        ({"requests": torch.zeros(1, dtype=torch.int32)}, "requests: got torch.int32, wanted torch.int64"),
     ],
     ids=[
         "dtype", "nothing asked", "scores without lse", "lse without row", "row dtype", "rows flat",
         "three rows", "lse of one row", "row count", "starts",
-        "uneven heads", "cache shape", "kept alone", "positions alone",
+        "uneven heads", "cache shape", "kept alone", "positions alone", "requests dtype",
     ],
 )  # fmt: skip
 def test_refuses(op, change, message):
