@@ -108,6 +108,83 @@ def test_vllm_counts_the_interpreter_as_triton_only_with_the_overlay(tmp_path):
     assert report(plain | environment(plain)) == {"has_triton": True, "right": True, "device": "cpu"}
 
 
+# Members of the language in a kernel, and in a function of the device that it calls.
+HASTE_PROBE = """
+import inspect, json
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.semantic import TritonSemantic
+from triton.runtime import interpreter
+
+from specattn_vllm.cpu_runner.interpreter import leave_out_needless_work
+
+
+@triton.jit
+def largest(values):
+    return tl.max(tl.maximum(values, 3.0), axis=0)
+
+
+@triton.jit
+def kernel(source, target, n, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(source + offsets, mask=offsets < n, other=0.0)
+    tl.store(target + tl.program_id(0), largest(tl.exp(values)) + tl.math.sqrt(2.0))
+
+
+@triton.jit
+def overflow(target, n):
+    tl.store(target, n * n)
+
+
+def launch():
+    looked, getmembers, check = {"members": 0, "overflows": 0}, inspect.getmembers, TritonSemantic.device_assert
+
+    def watch_members(*arguments):
+        looked["members"] += 1
+        return getmembers(*arguments)
+
+    def watch_check(*arguments):
+        looked["overflows"] += 1
+        return check(*arguments)
+
+    inspect.getmembers, TritonSemantic.device_assert = watch_members, watch_check
+    source, target, large = torch.linspace(-2, 2, 37), torch.zeros(5), torch.zeros(1, dtype=torch.int32)
+    kernel[(5,)](source, target, 37, BLOCK=8)
+    overflow[(1,)](large, 2**20 + 1)
+    inspect.getmembers, TritonSemantic.device_assert = getmembers, check
+    builtins = [name for name, member in getmembers(tl) if tl.core.is_builtin(member)]
+    return {"looked": looked, "results": [target.tolist(), large.tolist()], "builtins": builtins}
+
+
+before = launch()
+leave_out_needless_work()
+patched = interpreter._patch_builtin
+leave_out_needless_work()
+print(json.dumps([before, launch(), patched is interpreter._patch_builtin]))
+"""
+
+
+@needs_cpu_build
+def test_the_interpreter_s_needless_work_is_left_out_and_changes_no_result(tmp_path):
+    probe = tmp_path / "probe.py"
+    probe.write_text(HASTE_PROBE)
+    env = without_overlay() | environment(without_overlay())
+    result = subprocess.run([sys.executable, "-P", str(probe)], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    before, after, once = json.loads(result.stdout.splitlines()[-1])
+    assert once
+    # 2**40 + 2**21 + 1 in 32 bits, reported by nobody before either.
+    assert after["results"] == before["results"] and after["results"][1] == [2**21 + 1]
+    assert after["results"][0][0] == pytest.approx(3.0 + 2**0.5)
+    # What Triton does by itself. Where this fails, the piece that it belongs to can go.
+    assert before["looked"]["members"] > 5 and before["looked"]["overflows"] > 5
+    assert after["looked"] == {"members": 0, "overflows": 0}
+    # The language is as it was when no kernel runs.
+    assert after["builtins"] == before["builtins"] and "load" in before["builtins"]
+
+
 @needs_cpu_build
 def test_the_driver_is_inactive_where_kernels_are_compiled():
     """A second active driver would make vLLM disable Triton on a GPU machine."""

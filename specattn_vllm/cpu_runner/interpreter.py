@@ -1,6 +1,9 @@
-"""A gap in Triton 3.9's interpreter that vLLM's kernels fall into."""
+"""A gap in Triton 3.9's interpreter that vLLM's kernels fall into, and what makes it slower than it has to be."""
 
 from __future__ import annotations
+
+import dataclasses
+import inspect
 
 _MARK = "_specattn_mended"
 
@@ -34,3 +37,32 @@ def accept_integer_masks() -> None:
     InterpreterBuilder.create_masked_load = create_masked_load
     InterpreterBuilder.create_masked_store = create_masked_store
     setattr(InterpreterBuilder, _MARK, True)
+
+
+def leave_out_needless_work() -> None:
+    """Let the interpreter run kernels in about half of the time, with the same results.
+
+    Two things cost it as much as the kernels' own arithmetic. It lists all members of `triton.language` at each launch
+    and at each call of a device function, to find the few dozen that it replaces: their names are looked up once here.
+    And it computes each sum, difference and product of integers a second time in 64 bits, to find an overflow, and then
+    throws the finding away, because it reports one in debug mode only. Goes when Triton's interpreter does neither.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    if getattr(interpreter, _MARK, False):
+        return
+    # While no kernel runs, so before any member is replaced.
+    packages = (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)
+    names = {package: [n for n, m in inspect.getmembers(package) if tl.core.is_builtin(m)] for package in packages}
+
+    def patch_builtin(package, builder, scope):
+        for name in names[package]:
+            member = getattr(package, name)
+            if tl.core.is_builtin(member):  # not replaced already, by the kernel that calls this function
+                interpreter._patch_attr(package, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    setattr(interpreter, _MARK, True)

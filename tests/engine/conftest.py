@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import gc
+import hashlib
+import json
 import os
 import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -45,12 +48,24 @@ def prompts(demo_pair, held_out_code):
 
 
 @pytest.fixture
+def small_pool():
+    """Arguments of an engine with blocks for the prompts of four requests, `lengths`, and few more: some of them lose
+    their slot within 40 tokens, and come back."""
+    arguments = {"max_num_seqs": 4, "block_size": 16, "num_gpu_blocks_override": 116, "max_model_len": 1024}
+    return SimpleNamespace(arguments=arguments, lengths=[420, 430, 440, 450])
+
+
+@pytest.fixture
 def engine(demo_pair):
     """engine(options, **vllm_arguments) -> LLM; options None is stock vLLM without speculation."""
     import torch
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
+    if not torch.cuda.is_available():
+        from specattn_vllm.cpu_runner.interpreter import leave_out_needless_work
+
+        leave_out_needless_work()  # as in every engine of ours, and for stock ones beside them
     made = []
 
     def make(
@@ -72,6 +87,9 @@ def engine(demo_pair):
             "gpu_memory_utilization": 0.3,
             **arguments,
         }
+        if not torch.cuda.is_available():
+            # 40k tokens. All that VLLM_CPU_KVCACHE_SPACE allows would be filled with zeros at each start.
+            arguments.setdefault("num_gpu_blocks_override", 40960 // arguments.get("block_size", 128))
         if options is not None:
             arguments["attention_backend"] = "specattn"
             arguments["additional_config"] = {"specattn": options}
@@ -82,14 +100,15 @@ def engine(demo_pair):
                 "num_speculative_tokens": num_speculative_tokens,
             }
         torch.manual_seed(0)
+        # vLLM looks through all objects for garbage ten times during a start. Those of the imports are none.
+        gc.freeze()
         made.append(LLM(target or demo_pair[0], **arguments))
         return made[-1]
 
     def close():
         while made:
             made.pop().llm_engine.engine_core.shutdown()
-            gc.collect()
-            cleanup_dist_env_and_memory()
+            cleanup_dist_env_and_memory()  # thaws and collects
 
     yield make
     close()
@@ -106,6 +125,38 @@ def greedy():
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     return run
+
+
+@pytest.fixture
+def plain(engine, greedy, tmp_path_factory):
+    """plain(prompts, n) -> greedy tokens of stock vLLM without speculation, n per prompt, in fp32.
+
+    They are the same in whatever batch, so each prompt is decoded once, and the tokens kept for all tests of the run.
+    Ends the engine that the test has, if one of the prompts is new.
+    """
+    run = tmp_path_factory.getbasetemp()
+    run = run.parent if "PYTEST_XDIST_WORKER" in os.environ else run  # shared by the workers
+    folder = run / "plain-tokens"
+    folder.mkdir(exist_ok=True)
+
+    def read(prompt: dict, n: int) -> list[int] | None:
+        path = file(prompt)
+        tokens = json.loads(path.read_text()) if path.exists() else []
+        return tokens[:n] if len(tokens) >= n else None
+
+    def file(prompt: dict) -> Path:
+        return folder / f"{hashlib.sha256(json.dumps(prompt).encode()).hexdigest()}.json"
+
+    def tokens(prompts: list[dict], n: int) -> list[list[int]]:
+        new = [prompt for prompt in prompts if read(prompt, n) is None]
+        for prompt, made in zip(new, greedy(engine(None), new, n) if new else [], strict=True):
+            assert len(made) == n
+            whole = file(prompt).with_suffix(f".{os.getpid()}")
+            whole.write_text(json.dumps(made))
+            whole.replace(file(prompt))  # another worker finds nothing or all of it
+        return [read(prompt, n) for prompt in prompts]
+
+    return tokens
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.engine
 
 LENGTHS = [900, 700, 500, 1100, 300, 800]
 PRUNED = {"top_p": 0.3, "min_tokens": 0, "recent_tokens": 16}
-NEW_TOKENS = 90
+NEW_TOKENS = 40
 
 
 def generate(llm, prompts, exact: set[int]) -> list[list[int]]:
@@ -29,8 +29,9 @@ def generate(llm, prompts, exact: set[int]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("more", [{}, {"sparse_draft": True}], ids=["specattn", "sparse_draft"])
-def test_exact_ones_equal_plain_decoding_and_the_others_are_pruned(more, engine, greedy, prompts, counts, audit):
-    expected = greedy(engine(None), prompts(LENGTHS), NEW_TOKENS)
+def test_exact_ones_equal_plain_decoding_and_the_others_are_pruned(more, plain, engine, prompts, counts, audit):
+    expected = plain(prompts(LENGTHS), NEW_TOKENS)
+    audit.owner.clear()
     # Fewer places than requests: some wait, and take up slots of exact ones.
     llm = engine(PRUNED | more, max_num_seqs=3)
     tokens = generate(llm, prompts(LENGTHS), exact={0, 2, 5})
@@ -45,11 +46,10 @@ def test_exact_ones_equal_plain_decoding_and_the_others_are_pruned(more, engine,
     assert seen.stale_rows == 0
 
 
-def test_an_exact_request_that_is_preempted_stays_exact(engine, greedy, prompts, audit):
-    arguments = {"max_num_seqs": 4, "block_size": 16, "num_gpu_blocks_override": 120, "max_model_len": 1024}
-    lengths = [420, 430, 440, 450]
-    expected = greedy(engine(None, max_num_seqs=4), prompts(lengths), NEW_TOKENS)
-    tokens = generate(engine(PRUNED, **arguments), prompts(lengths), exact={0, 1, 2, 3})
+def test_an_exact_request_that_is_preempted_stays_exact(plain, small_pool, engine, prompts, audit):
+    given = prompts(small_pool.lengths)
+    expected = plain(given, NEW_TOKENS)
+    tokens = generate(engine(PRUNED, **small_pool.arguments), given, exact={0, 1, 2, 3})
     assert audit.preemptions > 0
     assert tokens == expected
     assert audit.sparse_rows == {}

@@ -65,20 +65,20 @@ def test_a_prompt_with_one_token_left_reads_everything(engine, prompts, audit):
     run.abort_request(["second", "other"])
 
 
-def test_preemption_and_resume(engine, greedy, prompts, audit):
+def test_preemption_and_resume(plain, small_pool, engine, greedy, prompts, audit):
     """A block pool too small for all requests: some lose their slot and come back in another."""
-    lengths = [420, 430, 440, 450]
-    expected = greedy(engine(None, max_num_seqs=4), prompts(lengths), 90)
+    given = prompts(small_pool.lengths)
+    expected = plain(given, 40)
     audit.owner.clear()
-    llm = engine(_exactly(OPTIONS), max_num_seqs=4, block_size=16, num_gpu_blocks_override=120, max_model_len=1024)
-    assert greedy(llm, prompts(lengths), 90) == expected
+    llm = engine(_exactly(OPTIONS), **small_pool.arguments)
+    assert greedy(llm, given, 40) == expected
     assert audit.preemptions > 0
 
 
 @METHODS
-def test_preemption_with_pruning(options, engine, greedy, prompts, audit):
-    llm = engine(options, max_num_seqs=4, block_size=16, num_gpu_blocks_override=120, max_model_len=1024)
-    greedy(llm, prompts([420, 430, 440, 450]), 90)
+def test_preemption_with_pruning(options, small_pool, engine, greedy, prompts, audit):
+    llm = engine(options, **small_pool.arguments)
+    greedy(llm, prompts(small_pool.lengths), 40)
     assert audit.preemptions > 0
     assert sum(audit.sparse_rows.values()) > 40
 
@@ -145,13 +145,13 @@ def test_a_dummy_step_leaves_no_trace(engine, prompts, audit, counts):
     run.abort_request(["a"])
 
 
-def test_up_to_the_maximum_length(engine, greedy, prompts, audit, counts):
+def test_up_to_the_maximum_length(plain, engine, greedy, prompts, audit, counts):
     """Drafts are cut where the context ends; the tokens are still those of plain decoding."""
-    lengths = [505, 490]
-    expected = greedy(engine(None, max_model_len=512), prompts(lengths), 22)
+    given = prompts([505, 490])
+    expected = [tokens[:n] for tokens, n in zip(plain(given, 22), (7, 22), strict=True)]
+    audit.owner.clear()
     llm = engine(_exactly(OPTIONS), max_model_len=512)
-    assert greedy(llm, prompts(lengths), 22) == expected
-    assert [len(tokens) for tokens in expected] == [7, 22]
+    assert greedy(llm, given, 22) == expected
     seen = counts(llm)
     assert seen.sparse_rows > 0
 

@@ -85,9 +85,9 @@ def test_after_an_audit_that_finds_too_little_a_request_reads_everything_for_a_w
     assert seen.audited_pairs > 0 and seen.no_selection_rows == seen.stale_rows == seen.refresh_rows == 0
 
 
-def test_after_preemption_the_count_starts_again(engine, greedy, prompts, audit, counts):
-    llm = engine(OPTIONS, max_num_seqs=4, block_size=16, num_gpu_blocks_override=120, max_model_len=1024)
-    greedy(llm, prompts([420, 430, 440, 450]), 90)
+def test_after_preemption_the_count_starts_again(small_pool, engine, greedy, prompts, audit, counts):
+    llm = engine(OPTIONS, **small_pool.arguments)
+    greedy(llm, prompts(small_pool.lengths), 56)
     assert audit.preemptions > 0
     seen = counts(llm)
     assert seen.refresh_rows > 8
@@ -96,12 +96,12 @@ def test_after_preemption_the_count_starts_again(engine, greedy, prompts, audit,
     assert 0.2 < seen.refresh_rows / seen.verify_rows < 1 / 3
 
 
-def test_preemption_ends_what_an_audit_began(engine, greedy, prompts, audit, counts):
+def test_preemption_ends_what_an_audit_began(small_pool, engine, greedy, prompts, audit, counts):
     """Each request reads one selection, is found below the floor, and would read everything from then on."""
     options = {"top_p": 0.5, "min_tokens": 16, "recent_tokens": 8}
     options |= {"audit_share": 1.0, "audit_floor": 1.0, "audit_dense_rounds": 1000}
-    llm = engine(options, max_num_seqs=4, block_size=16, num_gpu_blocks_override=120, max_model_len=1024)
-    greedy(llm, prompts([420, 430, 440, 450]), 90)
+    llm = engine(options, **small_pool.arguments)
+    greedy(llm, prompts(small_pool.lengths), 40)
     assert audit.preemptions > 0
     seen = counts(llm)
     assert 4 < seen.sparse_rows <= 4 + audit.preemptions

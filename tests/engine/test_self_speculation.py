@@ -9,33 +9,11 @@ pytestmark = pytest.mark.engine
 
 NEW_TOKENS = 24
 OPTIONS = {"method": "vegas", "ratio": 0.1, "min_tokens": 32, "recent_tokens": 16}
-# Prompts by what is done with them. Drafts must not change what is decoded, so one plain engine serves all tests.
+# Prompts by what is done with them.
 LENGTHS = {
     "together": [5, 127, 129, 300, 1000, 2500, 4000],
     "in chunks": [900, 40, 600, 30, 1200, 250, 500, 90],
-    "preempted": [420, 430, 440, 450],
-    "to the end": [505, 490],
 }
-
-
-@pytest.fixture(scope="module")
-def plain_tokens():
-    """Greedy tokens of stock vLLM without speculation, kept between the tests of this file."""
-    return {}
-
-
-@pytest.fixture
-def plain(plain_tokens, engine, greedy, prompts):
-    """plain(name): tokens for the prompts of that name. Ends the engine that the test has, if it is the first."""
-
-    def tokens(name: str) -> list[list[int]]:
-        if not plain_tokens:
-            llm = engine(None)
-            for key, lengths in LENGTHS.items():
-                plain_tokens[key] = greedy(llm, prompts(lengths), 90 if key == "preempted" else NEW_TOKENS)
-        return plain_tokens[name]
-
-    return tokens
 
 
 @pytest.mark.parametrize(
@@ -48,7 +26,7 @@ def plain(plain_tokens, engine, greedy, prompts):
     ],
 )
 def test_greedy_tokens_equal_plain_decoding(options, plain, engine, greedy, prompts, counts):
-    expected = plain("together")
+    expected = plain(prompts(LENGTHS["together"]), NEW_TOKENS)
     llm = engine(OPTIONS | options, max_num_batched_tokens=512)
     assert greedy(llm, prompts(LENGTHS["together"]), NEW_TOKENS) == expected
     seen = counts(llm)
@@ -70,9 +48,9 @@ def test_chunks_slots_and_cached_prefixes(plain, engine, greedy, prompts):
     which drafts have written no more than what verification wrote over."""
     from vllm import SamplingParams
 
-    expected = plain("in chunks")
-    llm = engine(OPTIONS, max_num_seqs=3, max_num_batched_tokens=256, block_size=16)
     given = prompts(LENGTHS["in chunks"])
+    expected = plain(given, NEW_TOKENS)
+    llm = engine(OPTIONS, max_num_seqs=3, max_num_batched_tokens=256, block_size=16)
     assert greedy(llm, given, NEW_TOKENS) == expected
     # With what was generated, whose blocks were full of drafts before they were full of tokens.
     longer = [{"prompt_token_ids": p["prompt_token_ids"] + t[:-4]} for p, t in zip(given, expected, strict=True)]
@@ -83,28 +61,30 @@ def test_chunks_slots_and_cached_prefixes(plain, engine, greedy, prompts):
     assert sum(n >= length for n, length in zip(cached, LENGTHS["in chunks"], strict=True)) >= 4
 
 
-def test_preemption_and_resume(plain, engine, greedy, prompts, monkeypatch):
+def test_preemption_and_resume(plain, small_pool, engine, greedy, prompts, monkeypatch):
     """A block pool too small for all requests: some lose their slot and come back in another."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    expected, preempted, preempt = plain("preempted"), [], Scheduler._preempt_request
+    given = prompts(small_pool.lengths)
+    expected, preempted, preempt = plain(given, 40), [], Scheduler._preempt_request
 
     def watch(self, *args, **kwargs):
         preempted.append(args)
         return preempt(self, *args, **kwargs)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", watch)
-    llm = engine(OPTIONS, max_num_seqs=4, block_size=16, num_gpu_blocks_override=120, max_model_len=1024)
-    assert greedy(llm, prompts(LENGTHS["preempted"]), 90) == expected
+    llm = engine(OPTIONS, **small_pool.arguments)
+    assert greedy(llm, given, 40) == expected
     assert preempted
 
 
 def test_abort_frees_a_slot_for_somebody_else(plain, engine, prompts):
     from vllm import SamplingParams
 
-    expected = plain("in chunks")
+    given = prompts(LENGTHS["in chunks"])
+    expected = plain(given, NEW_TOKENS)
     llm = engine(OPTIONS, max_num_seqs=2)
-    given, run = prompts(LENGTHS["in chunks"]), llm.llm_engine
+    run = llm.llm_engine
     parameters = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
     for i in (0, 2):
         run.add_request(str(i), given[i], parameters)
@@ -120,10 +100,11 @@ def test_abort_frees_a_slot_for_somebody_else(plain, engine, prompts):
 
 def test_up_to_the_maximum_length_without_naming_a_draft_model(plain, engine, greedy, prompts, counts, demo_pair):
     """Drafts are cut where the context ends. `LLM(target, attention_backend=..., additional_config=...)` is enough."""
-    expected = [tokens[:n] for tokens, n in zip(plain("to the end"), (7, 22), strict=True)]
+    given = prompts([505, 490])
+    expected = [tokens[:n] for tokens, n in zip(plain(given, 22), (7, 22), strict=True)]
     options = {"specattn": {"method": "vegas", "ratio": 0.1, "min_tokens": 32, "recent_tokens": 16}}
     llm = engine(None, max_model_len=512, attention_backend="specattn", additional_config=options)
-    assert greedy(llm, prompts(LENGTHS["to the end"]), 22) == expected
+    assert greedy(llm, given, 22) == expected
     spec = llm.llm_engine.vllm_config.speculative_config
     assert (spec.model, spec.num_speculative_tokens) == (demo_pair[0], 6)
     assert counts(llm).acceptance_length > 2

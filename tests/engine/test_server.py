@@ -67,6 +67,9 @@ class Server:
                 self.process.wait()
 
 
+SHARED = pytest.mark.xdist_group("server")
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     started = Server(tmp_path_factory.mktemp("server") / "log")
@@ -84,6 +87,7 @@ def client(server):
     return openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", timeout=600)
 
 
+@SHARED
 def test_eight_at_once_of_mixed_length(server, client, prompts):
     """Streaming and not, greedy and sampled, up to 6k tokens of held-out code, one given up midway."""
     ids = [p["prompt_token_ids"] for p in prompts([20, 200, 700, 1500, 2500, 4000, 6000, 5500])]
@@ -131,6 +135,7 @@ def test_eight_at_once_of_mixed_length(server, client, prompts):
             assert tokens == 40
 
 
+@SHARED
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -162,6 +167,7 @@ def test_each_way_of_sampling_is_served(server, client, arguments):
         assert re.fullmatch("[a-z]{5}", answer.choices[0].text)
 
 
+@SHARED
 def test_a_request_can_ask_for_exact_verification(server, client, prompts):
     """Beside one that is pruned. What an exact answer is worth is tested where plain decoding can be compared with."""
     [prompt] = [p["prompt_token_ids"] for p in prompts([3000])]
@@ -181,6 +187,7 @@ def test_a_request_can_ask_for_exact_verification(server, client, prompts):
     assert first.choices[0].text == again.choices[0].text
 
 
+@SHARED
 def test_a_wrong_wish_is_the_client_s_error(server, client):
     import openai
 
@@ -193,6 +200,7 @@ def test_a_wrong_wish_is_the_client_s_error(server, client):
         asyncio.run(ask())
 
 
+@SHARED
 def test_chat_is_served(server, client):
     async def ask():
         return await client.chat.completions.create(
@@ -202,6 +210,7 @@ def test_chat_is_served(server, client):
     assert asyncio.run(ask()).choices[0].message.content
 
 
+@SHARED
 def test_a_request_after_an_abort_is_served(server, client):
     async def ask():
         return await client.completions.create(model="demo", prompt="import os\n", max_tokens=8, temperature=0)
@@ -209,6 +218,7 @@ def test_a_request_after_an_abort_is_served(server, client):
     assert asyncio.run(ask()).choices[0].text
 
 
+@SHARED
 def test_the_log_says_how_much_was_read_of_long_contexts(server, client, prompts):
     """Long requests by themselves: what the line reports for their interval is what their verification read."""
     ids = [p["prompt_token_ids"] for p in prompts([6000, 5500])]
@@ -234,6 +244,7 @@ def test_the_log_says_how_much_was_read_of_long_contexts(server, client, prompts
     assert float(read) < 40.0
 
 
+@SHARED
 def test_start_up_says_that_the_method_is_approximate(server):
     assert "is APPROXIMATE" in server.text()
 
