@@ -22,6 +22,11 @@ keep their mass. kept[r] = -1: the columns of row r are positions, as without a 
 
 positions  [R, W]      int32, ascending
 kept       [R]         int32, at most W and L
+
+Shifted, if ``shift`` is more than 0 (combine is "add" or "max" then): what belongs to position p goes to p + shift
+instead, if that is below lens. Heads that copy move on by a token a step, so this is what they will attend to next.
+
+shift      int         on the host, 0 to 64
 """
 
 from __future__ import annotations
@@ -49,7 +54,7 @@ def _mass_kernel(
     scores, lse, lens, mass, positions, kept, weight,
     stride_sr, stride_sh, stride_lr, stride_mr, stride_mg, stride_pr,
     HEADS: tl.constexpr, STEP: tl.constexpr, COMBINE: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
-    INDEXED: tl.constexpr,
+    INDEXED: tl.constexpr, SHIFT: tl.constexpr,
 ):  # fmt: skip
     g = tl.program_id(1).to(tl.int64)
     r = tl.program_id(2).to(tl.int64)
@@ -81,8 +86,11 @@ def _mass_kernel(
             new += tl.sum(tl.exp(logits - total[:, None]), 0)
         new *= weight
         row = mass + r * stride_mr + g * stride_mg
-        if INDEXED:
-            p = tl.where(j < listed, tl.load(positions + r * stride_pr + j, mask=j < listed, other=0), j)
+        if INDEXED or SHIFT:
+            p = j
+            if INDEXED:
+                p = tl.where(j < listed, tl.load(positions + r * stride_pr + j, mask=j < listed, other=0), j)
+            p += SHIFT
             inside = inside & (p < length)
             old = tl.load(row + p, mask=inside, other=0.0)
             tl.store(row + p, old + new if COMBINE == "add" else tl.maximum(old, new), mask=inside)
@@ -100,10 +108,10 @@ def _mass_kernel(
 
 def accumulate_mass(
     scores: torch.Tensor, lse: torch.Tensor, lens: torch.Tensor, mass: torch.Tensor, weight: float, combine: str,
-    positions: torch.Tensor | None = None, kept: torch.Tensor | None = None,
+    positions: torch.Tensor | None = None, kept: torch.Tensor | None = None, shift: int = 0,
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    contracts.accumulate_mass(scores, lse, lens, mass, combine, positions, kept)
+    contracts.accumulate_mass(scores, lse, lens, mass, combine, positions, kept, shift)
     rows, query_heads, width = scores.shape
     groups = mass.shape[1]
     if rows == 0 or width == 0:
@@ -116,5 +124,5 @@ def accumulate_mass(
         scores, lse, lens, mass, positions if indexed else lens, kept if indexed else lens, weight,
         *scores.stride()[:2], lse.stride(0), *mass.stride()[:2], positions.stride(0) if indexed else 0,
         HEADS=heads, STEP=min(triton.next_power_of_2(heads), HEADS_PER_STEP), COMBINE=combine, BLOCK=block,
-        ALIGNED=width % 8 == 0, INDEXED=indexed, num_warps=NUM_WARPS,
+        ALIGNED=width % 8 == 0, INDEXED=indexed, SHIFT=shift, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -88,7 +88,7 @@ def _index(positions, kept, rows: int, device, **lengths) -> None:
         tensor("positions", positions, (rows, None), torch.int32, device)
 
 
-def accumulate_mass(scores, lse, lens, mass, combine, positions=None, kept=None) -> None:
+def accumulate_mass(scores, lse, lens, mass, combine, positions=None, kept=None, shift=0) -> None:
     tensor("scores", scores, (None, None, None), (torch.float32, torch.bfloat16))
     rows, query_heads, width = scores.shape
     dev = scores.device
@@ -100,6 +100,8 @@ def accumulate_mass(scores, lse, lens, mass, combine, positions=None, kept=None)
     _index(positions, kept, rows, dev)
     # What a list leaves out would keep what it held before, which is no mass of this step.
     expect(positions is None or combine != "store", "combine", repr(combine), "add or max, because positions are given")
+    expect(0 <= shift <= MAX_DILATION, "shift", shift, f"0 to {MAX_DILATION}")
+    expect(not shift or combine != "store", "combine", repr(combine), "add or max, because of the shift")
 
 
 def select_top_p(

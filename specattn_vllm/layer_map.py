@@ -24,6 +24,9 @@ FITS = {
 """Methods whose maps serve each method, the best first. `dense` reads none, and is run in the place of any."""
 
 
+MAX_SHARE = 1024.0
+
+
 class LayerMapError(ValueError):
     """A layer map that is missing, malformed or made for other models; the message has the remedy."""
 
@@ -42,6 +45,8 @@ class LayerMap(BaseModel):
     """Draft layer for each target layer; None reads everything."""
     heads: tuple[tuple[int, ...] | None, ...] | None = None
     """Draft KV head for each target layer and KV head, None where the layer reads everything; method 'sts' alone."""
+    shares: tuple[float | None, ...] | None = None
+    """Relative budget of each target layer, 1 on average, None where the layer reads everything."""
     provenance: dict[str, Any] = {}
 
     @model_validator(mode="before")
@@ -64,7 +69,21 @@ class LayerMap(BaseModel):
             raise ValueError(f"method {self.method!r} {'needs' if self.heads is None else 'has no'} heads")
         if self.heads is not None:
             self._head_shapes_agree(self.heads)
+        if self.shares is not None:
+            self._shares_agree(self.shares)
         return self
+
+    def _shares_agree(self, shares: tuple[float | None, ...]) -> None:
+        if len(shares) != len(self.layers):
+            raise ValueError(f"shares has {len(shares)} entries for {len(self.layers)} target layers")
+        for j, share in enumerate(shares):
+            if (share is None) != (self.layers[j] is None):
+                raise ValueError(f"shares[{j}] = {share}, but layers[{j}] = {self.layers[j]}: null goes with null")
+            if share is not None and not 0 < share <= MAX_SHARE:
+                raise ValueError(f"shares[{j}] = {share}: more than 0, at most {MAX_SHARE}")
+        given = [share for share in shares if share is not None]
+        if given and abs(sum(given) / len(given) - 1) > 0.01:
+            raise ValueError(f"shares are {sum(given) / len(given):.3f} on average, and have to be 1 (within 0.01)")
 
     def _head_shapes_agree(self, heads: tuple[tuple[int, ...] | None, ...]) -> None:
         ours, theirs = self.target.num_key_value_heads, self.draft.num_key_value_heads
@@ -88,7 +107,8 @@ class LayerMap(BaseModel):
                 )
         layers = tuple(None if j in dense_layers else i for j, i in enumerate(self.layers))
         heads = self.heads and tuple(None if j in dense_layers else row for j, row in enumerate(self.heads))
-        return self.model_copy(update={"layers": layers, "heads": heads})
+        shares = self.shares and tuple(None if j in dense_layers else s for j, s in enumerate(self.shares))
+        return self.model_copy(update={"layers": layers, "heads": heads, "shares": shares})
 
     def local_heads(self, rank: int, ranks: int) -> tuple[tuple[int, ...] | None, ...]:
         """The head map of one tensor-parallel rank: for each target layer and each of the rank's KV heads, which of its

@@ -58,7 +58,17 @@ class SpecAttnOptions(BaseModel):
     top_p: float = Field(
         0.9, gt=0.0, le=1.0, description="Share of the attention mass on the context that the kept tokens hold."
     )
-    ratio: float = Field(0.1, gt=0.0, le=1.0, description="Share of the context that rule 'top_k' keeps.")
+    ratio: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="Share of the context that rule 'top_k' keeps. Default: 0.25 for 'specattn', else 0.1.",
+    )
+    layer_shares: bool = Field(
+        True,
+        description="With rule 'top_k', target layers get shares of their own out of `ratio`, which stays the mean: "
+        "those that the layer map has for them. Without any in the map, and with false, all get the same.",
+    )
     min_tokens: int = Field(
         128,
         ge=0,
@@ -84,6 +94,11 @@ class SpecAttnOptions(BaseModel):
         "sum",
         description="How the K draft steps of a round become one selection: top-p on their summed or maximal mass, "
         "the union of each step's own top-p (Shah, arXiv 2510.27641), or the first step alone.",
+    )
+    bonus_row: bool = Field(
+        True,
+        description="With combine 'sum' or 'max', the last row of a verification, that of the bonus token, counts as "
+        "well: the draft never gets there, so its last step's attention is taken, moved on by one token.",
     )
     per_kv_head: bool = Field(
         False, description="With 'vegas', a selection for each KV head instead of one that all heads of a layer share."
@@ -211,10 +226,34 @@ class SpecAttnOptions(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _bonus_row_has_steps_to_join(self) -> SpecAttnOptions:
+        if "bonus_row" in self.model_fields_set and self.bonus_row and self.combine in ("union", "first"):
+            raise ValueError(
+                f"bonus_row true with combine {self.combine!r}, which looks at one draft step at a time: set combine "
+                "to 'sum' or 'max', or leave bonus_row out"
+            )
+        return self
+
+    @property
+    def counts_bonus_row(self) -> bool:
+        """Whether the steps' mass has that of the row that verification has and the draft has not."""
+        return self.bonus_row and self.combine in ("sum", "max")
+
     @property
     def fixed_budget(self) -> bool:
         """Whether a fixed share of the context is kept, instead of a share of the attention mass."""
         return (self.rule or ("top_p" if self.method in ("specattn", "fused", "dense") else "top_k")) == "top_k"
+
+    @property
+    def ratio_or_default(self) -> float:
+        """Share of the context that a fixed budget is."""
+        return self.ratio if self.ratio is not None else 0.25 if self.method == "specattn" else 0.1
+
+    @property
+    def uses_layer_shares(self) -> bool:
+        """Whether the layer map may say how much of the budget each layer gets."""
+        return self.layer_shares and self.fixed_budget and not self.has_sizes
 
     @property
     def per_head(self) -> bool:

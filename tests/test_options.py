@@ -27,7 +27,8 @@ def test_the_defaults_are_the_documented_ones():
         "layer_map": None,
         "rule": None,
         "top_p": 0.9,
-        "ratio": 0.1,
+        "ratio": None,
+        "layer_shares": True,
         "min_tokens": 128,
         "size_top_p": 0.95,
         "size_factor": 1.0,
@@ -36,6 +37,7 @@ def test_the_defaults_are_the_documented_ones():
         "sink_tokens": 4,
         "recent_tokens": 64,
         "combine": "sum",
+        "bonus_row": True,
         "per_kv_head": False,
         "dilation": 0,
         "dense_layers": (),
@@ -60,6 +62,7 @@ def test_every_option_can_be_given():
         "rule": "top_k",
         "top_p": 1.0,
         "ratio": 0.05,
+        "layer_shares": False,
         "min_tokens": 0,
         "size_top_p": 0.9,
         "size_factor": 2.5,
@@ -68,6 +71,7 @@ def test_every_option_can_be_given():
         "sink_tokens": 0,
         "recent_tokens": 10,
         "combine": "union",
+        "bonus_row": False,
         "per_kv_head": True,
         "dilation": 5,
         "dense_layers": [0, 3],
@@ -308,9 +312,9 @@ def test_a_preset_sets_what_is_not_given(method):
     changed = {key: value for key, value in preset.items() if value != plain[key]}
     assert changed == {"preset": "paper"} | {
         "specattn": {"rule": "top_p", "top_p": 0.97, "combine": "union", "dense_layers": (0, 1), "min_tokens": 0,
-                     "sink_tokens": 0, "recent_tokens": 0},
+                     "sink_tokens": 0, "recent_tokens": 0, "bonus_row": False},
         "sts": {"rule": "top_k", "ratio": 1.0, "max_tokens": 256, "min_tokens": 0, "sink_tokens": 0,
-                "recent_tokens": 0},
+                "recent_tokens": 0, "bonus_row": False},
         "vegas": {"rule": "top_k", "ratio": 0.07, "min_tokens": 256, "sink_tokens": 0, "recent_tokens": 0},
     }[method]  # fmt: skip
 

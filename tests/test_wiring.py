@@ -110,7 +110,7 @@ def facts(layers: int, kv_heads: int) -> ModelFacts:
     )  # fmt: skip
 
 
-def prepared(monkeypatch, layers: tuple[int | None, ...] | None, device=CPU, size=None, heads=None,
+def prepared(monkeypatch, layers: tuple[int | None, ...] | None, device=CPU, size=None, heads=None, shares=None,
              kv_heads=(KV_HEADS, KV_HEADS), ranks=1, **options) -> Selection:  # fmt: skip
     """The selection of a target with a layer map (none: method 'dense') and a draft of five layers, or of a size
     (requests, longest, draft layers, draft heads); kv_heads: those of target and draft on this rank, heads: a head
@@ -128,7 +128,7 @@ def prepared(monkeypatch, layers: tuple[int | None, ...] | None, device=CPU, siz
         found = LayerMap(
             schema_=SCHEMA, method="specattn" if heads is None else "sts", calibrated=True,
             target=facts(len(layers), kv_heads[0] * ranks), draft=facts(draft_layers, kv_heads[1] * ranks),
-            layers=layers, heads=heads,
+            layers=layers, heads=heads, shares=shares,
         )  # fmt: skip
     monkeypatch.setattr(wiring, "get_layers_from_vllm_config", lambda config, base: made)
     monkeypatch.setattr(wiring, "resolve_layer_map", lambda config, options: found)
@@ -267,6 +267,47 @@ def test_a_selection_that_is_too_large_is_refused_before_it_is_made(monkeypatch)
     # No CUDA device here: had anything been allocated on it, that would be the error.
     with pytest.raises(ValueError, match="lower --max-num-seqs or --max-model-len"):
         prepared(monkeypatch, (0, 2), device=torch.device("cuda"))
+
+
+# Shares
+
+
+def test_layers_of_another_share_have_a_selection_of_their_own(monkeypatch):
+    shares = (0.5, None, 0.5, 2.0, 1.0)
+    made = prepared(monkeypatch, (3, None, 3, 1, 3), rule="top_k", ratio=0.25, shares=shares)
+    assert made.capture.num_sources == 2
+    assert made.pruner.layer_sources == {f"model.layers.{j}": t for j, t in ((0, 1), (2, 1), (3, 0), (4, 2))}
+    assert made.store.bits.shape[:3] == (3, REQUESTS + 1, 1)
+    assert made.tables.shape == (3, REQUESTS, 1, ROW)
+    assert made.pruner._layers_of.tolist() == [1, 2, 1]
+    assert made.capture.shared_out._sources.tolist() == [0, 1, 1]
+    assert made.capture.shared_out._parts.tolist() == [32768, 8192, 16384]
+
+
+def test_shares_per_head(monkeypatch):
+    heads = ((1, 0), (1, 0), (0, 1))
+    made = prepared(monkeypatch, (3, 3, 1), method="sts", heads=heads, shares=(0.5, 1.5, 1.0))
+    assert maps_of(made) == [(1, [1, 0]), (2, [1, 0]), (0, [0, 1])]
+    assert made.store.bits.shape[:3] == (3, REQUESTS + 1, KV_HEADS)
+    assert made.capture.shared_out.groups == KV_HEADS
+
+
+@pytest.mark.parametrize(
+    "options", [{"rule": "top_p"}, {"rule": "top_k", "layer_shares": False}, {"method": "fused"}], ids=str
+)
+def test_shares_are_not_used(options, monkeypatch):
+    """Of another rule, switched off, or where the target's own attention says how much."""
+    made = prepared(monkeypatch, (3, None, 3, 1), shares=(0.5, None, 0.5, 2.0), **options)
+    assert made.capture.shared_out is None
+    if options.get("method") != "fused":
+        assert made.store.bits.shape[0] == 2
+
+
+def test_shares_are_in_the_log(monkeypatch):
+    lines = []
+    monkeypatch.setattr(wiring.logger, "info", lambda text, *values: lines.append(text % values))
+    prepared(monkeypatch, (3, None, 3), rule="top_k", ratio=0.25, shares=(0.5, None, 1.5))
+    assert any("ratio=0.25 of the context, shared out by layer [0.5 - 1.5]" in line for line in lines)
 
 
 # Selections per head

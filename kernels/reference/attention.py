@@ -85,20 +85,18 @@ def draft_attention(
             out[begin:end].view(n, heads, group, size).copy_(result.view(heads, n, group, size).transpose(0, 1))
 
 
-def accumulate_mass(scores, lse, lens, mass, weight, combine, positions=None, kept=None) -> None:
+def accumulate_mass(scores, lse, lens, mass, weight, combine, positions=None, kept=None, shift=0) -> None:
     """Attention mass per position and score group. See ``accumulate_mass.accumulate_mass``."""
-    contracts.accumulate_mass(scores, lse, lens, mass, combine, positions, kept)
+    contracts.accumulate_mass(scores, lse, lens, mass, combine, positions, kept, shift)
     groups = mass.shape[1]
     listed = [-1] * lens.shape[0] if positions is None else kept.tolist()
     for r, length in enumerate(lens.tolist()):
         if length == 0:
             continue
-        where = slice(length)
-        columns = where
-        if listed[r] >= 0:
-            where = positions[r, : listed[r]].long()
-            where = where[where < length]  # ascending, so the columns that are left come first
-            columns = slice(where.shape[0])
+        where = torch.arange(length, device=mass.device) if listed[r] < 0 else positions[r, : listed[r]].long()
+        where = where + shift
+        where = where[where < length]  # ascending, so the columns that are left come first
+        columns = slice(where.shape[0])
         probs = torch.exp(scores[r, :, columns].float() - lse[r, :, None])
         new = probs.unflatten(0, (groups, -1)).sum(1).mul_(weight)
         old = mass[r, :, where]

@@ -11,6 +11,7 @@ from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.selection.choose import Limits
 from specattn_vllm.selection.draft_lists import DraftLists
 from specattn_vllm.selection.ranking import Ranking
+from specattn_vllm.selection.shares import SharedOut
 
 # Query rows per request up to which one kernel does a draft layer's attention and leaves the scores behind. Longer rows
 # are prompts: another kernel attends, and only the sampled row's scores are made here.
@@ -39,6 +40,9 @@ class DraftCapture:
     Only positions of the committed context are ranked; what is newer is always read, so the K draft tokens need no
     place in the selection.
 
+    A verification has a row more than the draft has steps, that of the bonus token. With `bonus_row` it has the mass of
+    the last step, moved on by one position: heads that copy, whose choice is the hardest to foresee, move on so.
+
     With `sparse_draft`, every draft layer is captured at step 0, and later steps read what was chosen from that step's
     mass, averaged over all heads; in a round that recalls, step 0 reads what was chosen in an earlier one.
     """
@@ -57,10 +61,12 @@ class DraftCapture:
         device: torch.device,
         groups: int = 1,
         lists: DraftLists | None = None,
+        shares: tuple[tuple[int, float], ...] = (),
     ) -> None:
         """`layer_sources`: vLLM layer name of each captured draft layer -> its index. The first `num_sources` choose
         for the target, in `groups` score groups: 1, or the draft's KV heads. `lists`: what the draft reads, with
-        `sparse_draft`."""
+        `sparse_draft`. `shares`: of each selection, the index of its source and its share of the budget; without,
+        there is one selection for each source."""
         self.options = options
         self.limits = Limits.of(options)
         self.operations = operations
@@ -68,7 +74,7 @@ class DraftCapture:
         self.num_sources = num_sources
         self.num_steps = num_steps
         # Every row of mass sums to at most 1, which is what the fixed-point top-p needs.
-        spread = num_steps if options.combine in ("sum", "max") else 1
+        spread = num_steps + options.counts_bonus_row if options.combine in ("sum", "max") else 1
         self.weight = groups / (num_heads * spread)
         layers = len(layer_sources)
         # Halving the scores costs a mass nothing: their rounding moves it by less than a hundredth.
@@ -82,6 +88,10 @@ class DraftCapture:
         if lists is not None and not shared:
             self.own_ranking = Ranking(layers, 1, max_num_reqs, max_model_len, device)
         self.lists = lists
+        self.shared_out = None
+        if shares:
+            shape = {"groups": groups, "max_num_reqs": max_num_reqs, "max_model_len": max_model_len}
+            self.shared_out = SharedOut(options, shares, **shape, device=device)
         self._rows = torch.arange(max_num_reqs, device=device)
         self._starts = torch.arange(max_num_reqs + 1, dtype=torch.int32, device=device)
         self.step = -1
@@ -90,8 +100,7 @@ class DraftCapture:
     def nbytes(self) -> int:
         """Bytes of the buffers, those of the lists included."""
         parts = {self.ranking, self.own_ranking}  # one, or two
-        if self.lists is not None:
-            parts.add(self.lists)
+        parts.update(part for part in (self.lists, self.shared_out) if part is not None)
         return sum(part.nbytes for part in (self.scores, self.lse, self._rows, self._starts, *parts))
 
     def begin_round(self, num_reqs: int, wanted: torch.Tensor, slots: torch.Tensor, recall: bool = False) -> None:
@@ -176,8 +185,12 @@ class DraftCapture:
         if self.step == 0 and self.own_ranking is not self.ranking:
             weight = self.weight / self.ranking.groups
             self._add_mass(self.own_ranking.mass[layer], weight, "store", pruned, reads)
-        if layer < self.ranking.layers:
-            self._add_mass(self.ranking.mass[layer], self.weight, self._combine_rule(), pruned, reads)
+        if layer >= self.ranking.layers:
+            return
+        self._add_mass(self.ranking.mass[layer], self.weight, self._combine_rule(), pruned, reads)
+        if self.options.counts_bonus_row and self.step == self.num_steps - 1 and layer < self.num_sources:
+            rule = "add" if self.options.combine == "sum" else "max"
+            self._add_mass(self.ranking.mass[layer], self.weight, rule, pruned, {**reads, "shift": 1})
 
     def _add_mass(self, mass: torch.Tensor, weight: float, rule: str, pruned: bool, reads: dict) -> None:
         if pruned and rule == "store":
@@ -203,11 +216,14 @@ class DraftCapture:
             self._choose(union=self.step > 0)
 
     def select(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The round's selection for the target: bits [S, R, G, W] and prefix_lens [R] int32 (0 for unwanted rows).
+        """The round's selections for the target, of each source or of each share: bits [T, R, G, W], and prefix_lens
+        [R] int32 (0 for unwanted rows).
 
         A round in which nothing was drafted selects nothing.
         """
         bits = self.ranking.bits[: self.num_sources]
+        if self.shared_out is not None:
+            bits = self.shared_out.bits(self.num_reqs)
         if self.step < 0:
             return bits.zero_(), self.context_lens()
         if self.options.combine != "union":
@@ -224,4 +240,7 @@ class DraftCapture:
         return self.ranking.mass[: self.num_sources]
 
     def _choose(self, *, union: bool) -> None:
+        if self.shared_out is not None:
+            self.shared_out.choose(self.operations, self.mass, self.prefix_lens, union=union)
+            return
         self.ranking.choose(self.operations, self.limits, self.prefix_lens, self.num_sources, union=union)

@@ -33,7 +33,7 @@ class Limits:
             top_p=1.0 if fixed else options.top_p,
             min_tokens=options.min_tokens,
             max_tokens=-1 if options.max_tokens is None else options.max_tokens,
-            max_fraction=min(options.ratio, options.max_fraction) if fixed else options.max_fraction,
+            max_fraction=min(options.ratio_or_default, options.max_fraction) if fixed else options.max_fraction,
             sink=options.sink_tokens,
             recent=options.recent_tokens,
         )
@@ -85,3 +85,11 @@ def choose(
         None if budgets is None else budgets.view(rows),
         None if mass_rows is None else mass_rows.view(rows),
     )
+
+
+def mass_rows(sources: torch.Tensor, heads: torch.Tensor, requests: torch.Tensor, groups: int) -> torch.Tensor:
+    """[T, R, H] int64: for `choose`, the row of a mass [S, R, groups, L] that each selection is made from.
+
+    sources [T] int64, heads [T, H] int64: the group of each head; requests [R] int64: 0 to R - 1.
+    """
+    return (sources[:, None, None] * len(requests) + requests[:, None]) * groups + heads[:, None, :]

@@ -12,7 +12,7 @@ import torch
 
 from specattn_vllm.executors import Operations
 from specattn_vllm.options import SpecAttnOptions
-from specattn_vllm.selection.choose import Limits, choose
+from specattn_vllm.selection.choose import Limits, choose, mass_rows
 from specattn_vllm.selection.pruner import TableMaps
 from specattn_vllm.selection.target_capture import TargetCapture, TargetStep
 
@@ -101,7 +101,8 @@ class Sizes:
         lens = torch.where(sizes[:, 0, 0] > 0, lens, 0)
         # Exact for any size; rounded up, as the share of a context is.
         wanted = (sizes.double() * self.factor).ceil_().clamp_(max=mass.shape[3]).int()
-        rows = self._mass_rows(mass)
+        sources, heads = self.maps.sources.long(), self.maps.groups.long()
+        rows = mass_rows(sources, heads, self._rows[: mass.shape[1]], mass.shape[2])
         tables, num_reqs, heads = rows.shape
         # What the target's step left has been counted, so its buffers may serve here.
         counts = self.target.counts[:num_reqs].view(tables, num_reqs, heads)
@@ -117,9 +118,3 @@ class Sizes:
             mass_rows=rows,
         )
         return bits, lens
-
-    def _mass_rows(self, mass: torch.Tensor) -> torch.Tensor:
-        """[T, R, H] int64: row of the mass, counted over its first three dimensions, for each table and head."""
-        _, num_reqs, groups, _ = mass.shape
-        sources, heads = self.maps.sources.long(), self.maps.groups.long()
-        return (sources[:, None, None] * num_reqs + self._rows[:num_reqs, None]) * groups + heads[:, None, :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllm.config import ModelConfig, VllmConfig
@@ -43,22 +44,47 @@ def resolve_layer_map(vllm_config: VllmConfig, options: SpecAttnOptions) -> Laye
     return found
 
 
-def tables_of(
+@dataclass(frozen=True)
+class Plan:
+    """What is chosen from, what is chosen, and which target layer reads what."""
+
+    sources: tuple[int, ...] = ()
+    """Draft layers that are captured."""
+    selections: tuple[tuple[int, float | None], ...] = ()
+    """Of each selection: the index of its source, and its layers' share of the budget, None where there are none."""
+    layer_tables: dict[str, int] = field(default_factory=dict)
+    """vLLM's name of each target layer that reads a selection -> its table."""
+    made_from: tuple[tuple[int, tuple[int, ...]], ...] | None = None
+    """Of each table, where every KV head reads a selection of its own: the index of its selection, and the group of
+    each of this rank's KV heads. Without: there is a table for each selection."""
+
+    @property
+    def has_shares(self) -> bool:
+        return any(share is not None for _, share in self.selections)
+
+
+def plan_of(
     found: LayerMap | None, target: dict[int, str], local_kv_heads: int, options: SpecAttnOptions
-) -> tuple[dict[str, int], list[tuple[int, tuple[int, ...]]] | None]:
-    """Table of each target layer that reads a selection, and for selections per head from what each table is made:
-    its source, and the group of each of this rank's KV heads. Layers that are mapped alike share a table, unless each
-    has sizes of its own."""
+) -> Plan:
+    """The plan of a layer map. Target layers of the same source and share read the same selection, and, mapped alike by
+    heads, the same table; unless each has sizes of its own."""
     if found is None:
-        return {}, None
-    source_of = {draft_layer: s for s, draft_layer in enumerate(found.sources)}
-    mapped = {j: source_of[i] for j, i in enumerate(found.layers) if i is not None}
+        return Plan()
+    shares = found.shares if options.uses_layer_shares else None
+    wanted = {
+        j: (found.sources.index(i), None if shares is None else shares[j])
+        for j, i in enumerate(found.layers)
+        if i is not None
+    }
+    selections = tuple(sorted(set(wanted.values())))  # without shares: one of each source
+    chosen = {j: selections.index(of) for j, of in wanted.items()}
     if not options.per_head:
-        return {target[j]: source for j, source in mapped.items()}, None
+        return Plan(found.sources, selections, {target[j]: selection for j, selection in chosen.items()})
     ranks = found.target.num_key_value_heads // local_kv_heads
     heads = found.local_heads(get_tensor_model_parallel_rank() if ranks > 1 else 0, ranks)
-    made_from = {j: (source, heads[j]) for j, source in mapped.items()}
+    made_from = {j: (selection, heads[j]) for j, selection in chosen.items()}
     if options.has_sizes:
-        return {target[j]: t for t, j in enumerate(made_from)}, [*made_from.values()]
-    distinct = list(dict.fromkeys(made_from.values()))
-    return {target[j]: distinct.index(of) for j, of in made_from.items()}, distinct
+        tables = {target[j]: t for t, j in enumerate(made_from)}
+        return Plan(found.sources, selections, tables, tuple(made_from.values()))
+    distinct = tuple(dict.fromkeys(made_from.values()))
+    return Plan(found.sources, selections, {target[j]: distinct.index(of) for j, of in made_from.items()}, distinct)

@@ -94,6 +94,8 @@ def prepare_self(speculator: SelfSpeculator) -> SelfSelection:
         "everything, so the output is the target model's own",
         options.method,
         speculator.num_speculative_steps,
-        f"{options.ratio:.1%} of the context" if options.fixed_budget else f"top_p={options.top_p} of its attention",
+        f"{options.ratio_or_default:.1%} of the context"
+        if options.fixed_budget
+        else f"top_p={options.top_p} of its attention",
     )
     return selection

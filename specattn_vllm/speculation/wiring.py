@@ -20,7 +20,7 @@ from specattn_vllm.selection.pages import page_strides
 from specattn_vllm.selection.pruner import Pruner, TableMaps
 from specattn_vllm.selection.sizes import Sizes
 from specattn_vllm.selection.store import SelectionStore
-from specattn_vllm.speculation.maps import resolve_layer_map, tables_of
+from specattn_vllm.speculation.maps import plan_of, resolve_layer_map
 
 if TYPE_CHECKING:
     from specattn_vllm.options import SpecAttnOptions
@@ -102,15 +102,15 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
     draft = {extract_layer_index(n): n for n in layers if n in speculator.draft_attn_layer_names}
     target = {extract_layer_index(n): n for n in layers if n not in speculator.draft_attn_layer_names}
     found = None if options.is_lossless else resolve_layer_map(vllm_config, options)
-    sources = () if found is None else found.sources
+    plan = plan_of(found, target, layers[target[0]].impl.num_kv_heads, options)
     # Layers that choose for the target come first, so that theirs are the first selections.
-    captured = [*sources, *(i for i in sorted(draft) if options.sparse_draft and i not in sources)]
-    layer_tables, made_from = tables_of(found, target, layers[target[0]].impl.num_kv_heads, options)
+    captured = [*plan.sources, *(i for i in sorted(draft) if options.sparse_draft and i not in plan.sources)]
     # The bits of a source are those of the draft's KV heads, a table has those of the target's.
     groups = layers[draft[0]].impl.num_kv_heads if options.per_head else 1
-    num_tables, heads = (len(sources), 1) if made_from is None else (len(made_from), len(made_from[0][1]))
+    selections, made_from = len(plan.selections), plan.made_from
+    num_tables, heads = (selections, 1) if made_from is None else (len(made_from), len(made_from[0][1]))
     # With sizes, bits are those of the tables already.
-    stored = (num_tables, heads) if options.has_sizes else (len(sources), groups)
+    stored = (num_tables, heads) if options.has_sizes else (selections, groups)
     requests = speculator.max_num_reqs
     longest = row_width(speculator.max_model_len)
 
@@ -134,7 +134,7 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
             options,
             speculator.operations,
             layer_sources={draft[i]: s for s, i in enumerate(captured)},
-            num_sources=len(sources),
+            num_sources=len(plan.sources),
             num_heads=layers[draft[0]].impl.num_heads,
             num_steps=speculator.num_speculative_steps,
             max_num_reqs=requests,
@@ -142,6 +142,7 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
             device=device,
             groups=groups,
             lists=lists,
+            shares=plan.selections if plan.has_shares else (),
         )
         if found is None:
             return Selection(capture, store, None, tables)
@@ -152,7 +153,7 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
                 options,
                 speculator.operations,
                 maps,
-                layer_sources=layer_tables,
+                layer_sources=plan.layer_tables,
                 num_heads=layers[target[0]].impl.num_heads,
                 max_query_len=speculator.num_speculative_steps + 1,
                 max_num_reqs=requests,
@@ -163,7 +164,7 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
             store,
             speculator.operations,
             speculator.counters,
-            layer_sources=layer_tables,
+            layer_sources=plan.layer_tables,
             num_layers=len(target),
             num_kv_heads=layers[target[0]].impl.num_kv_heads,
             max_query_len=speculator.num_speculative_steps + 1,
@@ -243,9 +244,12 @@ def _announce(
         logger.info("specattn: preset '%s', with what was given beside it: %s", options.preset, text)
     kept = f"top_p={options.top_p} of the draft's attention"
     if options.fixed_budget:
-        kept = f"ratio={options.ratio} of the context"
+        kept = f"ratio={options.ratio_or_default} of the context"
     if options.has_sizes:
         kept = f"{options.size_factor} times what held size_top_p={options.size_top_p} of the target's attention"
+    if options.uses_layer_shares and found.shares is not None:
+        shares = " ".join("-" if share is None else f"{share:g}" for share in found.shares)
+        kept += f", shared out by layer [{shares}]"
     logger.info(
         "specattn: %s, combine=%s, selections %s, draft layer per target layer [%s] ('-' reads everything)",
         kept,

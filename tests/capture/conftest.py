@@ -203,11 +203,13 @@ class Draft:
     def combined(self, name: str, r: int, opts: SpecAttnOptions, group: int | None = None) -> list[float]:
         """One mass per token, in the units of a single step."""
         steps = self.step_mass(name, r, opts, group)
-        if opts.combine == "sum":
-            return [sum(masses) / STEPS for masses in zip(*steps, strict=True)]
-        if opts.combine == "max":
-            return [max(masses) / STEPS for masses in zip(*steps, strict=True)]
-        return steps[0]
+        if opts.combine == "first":
+            return steps[0]
+        if opts.bonus_row:
+            # The row that is verified after the last step: as that one, a token on.
+            steps = [*steps, [0.0, *steps[-1]][: len(steps[-1])]]
+        combine = {"sum": sum, "max": max}[opts.combine]
+        return [combine(masses) / len(steps) for masses in zip(*steps, strict=True)]
 
     def selection(self, opts: SpecAttnOptions, name: str, r: int, group: int | None = None) -> set[int]:
         if opts.combine == "union":
@@ -219,7 +221,7 @@ def top_p(mass: list[float], opts: SpecAttnOptions) -> set[int]:
     """The forced tokens, then by mass until the share is reached, between floor and cap; a fixed budget is a cap."""
     share, fraction = opts.top_p, opts.max_fraction
     if opts.fixed_budget:
-        share, fraction = 1, min(opts.ratio, fraction)
+        share, fraction = 1, min(opts.ratio_or_default, fraction)
     n = len(mass)
     forced = {p for p in range(n) if p < opts.sink_tokens or p >= n - opts.recent_tokens}
     order = sorted(forced) + sorted(set(range(n)) - forced, key=lambda p: (-mass[p], -p))

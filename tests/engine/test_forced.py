@@ -58,7 +58,9 @@ def plain_pytorch(folders: tuple[str, str], layer_map: list[int | None], text: l
             rows = range(begin, begin + STEPS + 1)
             if source is not None:
                 # Draft step s attends from the s-th token of the round; what is newer than the round's context stays.
-                mass = sum(attentions[source][0, :, row, :begin].mean(0) for row in rows[:STEPS])
+                steps = [attentions[source][0, :, row, :begin].mean(0) for row in rows[:STEPS]]
+                # The row of the bonus token: as the last step, a token on.
+                mass = sum(steps) + torch.nn.functional.pad(steps[-1][:-1], (1, 0))
                 mask[begin : begin + STEPS + 1, :begin] &= torch.tensor(keep(mass.tolist()))
             read += int(mask[rows[-1]].sum())
             full += rows[-1] + 1

@@ -115,6 +115,36 @@ def test_listed_kernel_matches_reference(params, combine, device, poisoned, clos
         assert torch.equal(mass[r][:, others], before[r][:, others])
 
 
+@pytest.mark.parametrize("shift", [1, 5, 64])
+@pytest.mark.parametrize("listed", [False, True], ids=["all", "listed"])
+@pytest.mark.parametrize("combine", ["add", "max"])
+@pytest.mark.parametrize("params", [pytest.param(p[1:], id=p[0]) for p in LISTED])
+def test_shifted_kernel_matches_reference(params, combine, listed, shift, device, poisoned, close):
+    scores, lse, lens, positions, kept = build_listed(params, device, torch.bfloat16, poisoned)
+    lists = (positions, kept) if listed else ()
+    mass = torch.rand((len(params[0]), params[3], params[4]), generator=torch.Generator().manual_seed(6)).to(device)
+    for r, n in enumerate(params[0]):
+        mass[r, :, n:] = torch.nan
+    want, before = mass.clone(), mass.clone()
+    accumulate_mass(scores, lse, lens, mass, params[3] / params[2], combine, *lists, shift=shift)
+    reference.accumulate_mass(scores, lse, lens, want, params[3] / params[2], combine, *lists, shift=shift)
+    for r, n in enumerate(params[0]):
+        close("mass", mass[r, :, :n], want[r, :, :n])
+        assert mass[r, :, n:].isnan().all() and want[r, :, n:].isnan().all()
+        assert torch.equal(mass[r, :, : min(shift, n)], before[r, :, : min(shift, n)])
+
+
+def test_shifted_column_goes_to_the_next_position(device):
+    """By hand, with and without a list; the last column's position is behind the end."""
+    scores, lse = torch.tensor([[[0.1, 0.2, 0.3, 9.0]]], device=device).log(), torch.zeros(1, 1, device=device)
+    lens, positions, kept = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([3], [[0, 2]], [2]))
+    for op in (accumulate_mass, reference.accumulate_mass):
+        for lists, want in (((), [1, 1.1, 1.2, 1]), ((positions, kept), [1, 1.1, 1, 1])):
+            mass = torch.ones(1, 1, 4, device=device)
+            op(scores, lse, lens, mass, 1.0, "add", *lists, shift=1)
+            assert mass.flatten().tolist() == pytest.approx(want)
+
+
 def test_listed_column_goes_to_its_position(device):
     """By hand: three columns, of which the second belongs to position 3 and the third to one behind lens."""
     scores, lse = torch.tensor([[[0.0, 0.5, 9.0, 9.0, 9.0]]], device=device).log(), torch.zeros(1, 1, device=device)
@@ -159,8 +189,11 @@ def test_max_keeps_the_larger(device):
             {"positions": torch.ones(1, 8, dtype=torch.int32), "kept": torch.ones(1, dtype=torch.int32)},
             "combine: got 'store', wanted add or max",
         ),
+        ({"shift": 1}, "combine: got 'store', wanted add or max, because of the shift"),
+        ({"shift": -1, "combine": "add"}, "shift: got -1, wanted 0 to 64"),
     ],
-    ids=["combine", "groups", "width", "dtype", "positions alone", "kept alone", "store with a list"],
+    ids=["combine", "groups", "width", "dtype", "positions alone", "kept alone", "store with a list", "store shifted",
+         "shifted back"],
 )
 def test_refuses(op, change, message):
     good = {
