@@ -192,7 +192,7 @@ def test_layers_read_their_shares(method, combine, engine, greedy, prompts, monk
     }  # fmt: skip
     llm = engine(options, num_speculative_tokens=STEPS)
     greedy(llm, prompts([20, 130, 700, 1300]), 12)
-    assert oracle.checked > 100 and oracle.pruned >= 50
+    assert oracle.checked >= 50 and oracle.pruned >= 30
     seen = counts(llm)
     assert seen.sparse_rows == seen.verify_rows
     if combine == "sum":  # of six layers, one reads everything, and another as good as
