@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -383,3 +384,32 @@ def test_the_table_command(tmp_path, capsys):
     path.write_text(Report(provenance={}, setup={}, results=[]).model_dump_json())
     assert cli.main(["eval", "table", str(path)]) == 2
     assert "no dense run in it" in capsys.readouterr().err
+
+
+# Peers
+
+QUEST = Setting(name="quest", options={"method": "dense"}, peer={"name": "quest", "ratio": 0.5})
+
+
+def test_a_peer_is_neither_the_reference_nor_lossless_and_runs_without_graphs():
+    assert not QUEST.is_reference and not QUEST.lossless
+    assert not result_of(job(QUEST)).model_copy(update={"peer": QUEST.peer}).is_reference
+    arguments = job(QUEST, device="cuda").engine_arguments()
+    assert arguments["enforce_eager"] and arguments["additional_config"]["specattn"]["method"] == "dense"
+    assert "enforce_eager" not in job(HALF, device="cuda").engine_arguments()
+    other = QUEST.model_copy(update={"peer": QUEST.peer.model_copy(update={"page_size": 8})})
+    assert job(other).key != job(QUEST).key
+
+
+def test_graphs_are_refused_with_peers(capsys):
+    arguments = ["eval", "methods", "--only", "quest 25%", "--engine-argument", "enforce_eager=false"]
+    assert cli.main(arguments) == 2
+    assert "enforce_eager=false: 'quest 25%' is a peer" in capsys.readouterr().err
+
+
+def test_reports_from_before_there_were_peers_keep_their_keys():
+    # Of the report's settings at that time, written out.
+    assert "peer" not in json.dumps(job(HALF).setting.model_dump(exclude_none=True))
+    told = job(HALF).model_dump(mode="json", exclude={"target": True, "draft": True, "setting": {"peer"}})
+    text = json.dumps(told, sort_keys=True)
+    assert job(HALF).key == hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -14,6 +14,7 @@ from specattn_vllm.backend.metadata import SpecAttnMetadata
 from specattn_vllm.options import SpecAttnOptions
 
 if TYPE_CHECKING:
+    from specattn_vllm.evaluation.peers import Peer, PeerStep
     from specattn_vllm.selection.pruner import Pruner, SparsePlan
     from specattn_vllm.selection.target_capture import TargetCapture, TargetStep
 
@@ -24,6 +25,9 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
 
     # Our steps need nothing refreshed between them: every operation takes its lengths from vLLM's own buffers.
     supports_draft_decode_metadata_update: ClassVar[bool] = True
+
+    peer: Peer | None = None
+    """Set by evaluations alone: attends in the place of all else."""
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -65,7 +69,9 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
             capture=self._capture(common),
         )
 
-    def _capture(self, common: CommonAttentionMetadata) -> TargetStep | None:
+    def _capture(self, common: CommonAttentionMetadata) -> TargetStep | PeerStep | None:
+        if self.peer is not None:
+            return self.peer.begin(common)
         # Profiling runs carry no slots, and what they attended to means nothing.
         if self.target_capture is None or common.req_idx is None:
             return None

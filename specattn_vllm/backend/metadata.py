@@ -9,6 +9,7 @@ import torch
 from vllm.v1.attention.backend import AttentionMetadata
 
 if TYPE_CHECKING:
+    from specattn_vllm.evaluation.peers import PeerStep
     from specattn_vllm.selection.capture import DraftCapture
     from specattn_vllm.selection.pruner import SparsePlan
     from specattn_vllm.selection.target_capture import TargetStep
@@ -30,5 +31,6 @@ class SpecAttnMetadata(AttentionMetadata):
     block_table: torch.Tensor
     sparse: SparsePlan | None = None
     """Set for a target step with verification rows; the rows after them read everything."""
-    capture: DraftCapture | TargetStep | None = None
-    """Set for a step whose attention is captured: of a draft model, or of a target that drafts for itself."""
+    capture: DraftCapture | TargetStep | PeerStep | None = None
+    """Set for a step whose attention is captured: of a draft model, or of a target that drafts for itself; or for
+    one in which an evaluation attends."""

@@ -82,7 +82,8 @@ def methods(args: argparse.Namespace) -> int:
     settings = chosen(given, args.only)
     if args.list:
         for setting in settings:
-            print(f"{setting.name}\n  {json.dumps(setting.options)}")
+            told = setting.options if setting.peer is None else setting.model_dump(exclude={"name"}, exclude_none=True)
+            print(f"{setting.name}\n  {json.dumps(told)}")
         return 0
 
     from specattn_vllm.bench.provenance import provenance
@@ -107,6 +108,13 @@ def plan(args: argparse.Namespace, settings: list) -> tuple[dict[str, Any], list
     from specattn_vllm.evaluation import texts
     from specattn_vllm.evaluation.schema import Job, text_tokens
 
+    engine_options = dict(args.engine_argument)
+    peers = [setting.name for setting in settings if setting.peer is not None]
+    if peers and engine_options.get("enforce_eager") is False:
+        raise UserError(
+            f"--engine-argument enforce_eager=false: {peers[0]!r} is a peer, which waits for the device in each layer "
+            "and runs in engines without graphs; leave the argument out, or the peers (--only)"
+        )
     device = args.device if args.device != "auto" else ("cuda" if has_gpu() else "cpu")
     folders = {role: str(demo_folder(role)) if name == DEMO else name for role, name in _models(args).items()}
     length = text_tokens(args.context, args.positions, args.draft_tokens)
@@ -120,7 +128,7 @@ def plan(args: argparse.Namespace, settings: list) -> tuple[dict[str, Any], list
         "free_tokens": args.free_tokens,
         "device": device,
         "dtype": args.dtype or ("float32" if device == "cpu" else "bfloat16"),
-        "engine_options": dict(args.engine_argument),
+        "engine_options": engine_options,
     }
     jobs = [
         Job(setting=setting, documents=[d.ids for d in documents], batch=args.batch, **folders, **common)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from tqdm import tqdm
 
+from specattn_vllm.evaluation import peers
 from specattn_vllm.evaluation.forcing import Forcing, ForcingError
 from specattn_vllm.evaluation.schema import DocumentResult, Job, SettingResult
 from specattn_vllm.evaluation.scores import Reference, Scores
@@ -35,12 +36,15 @@ def run(job: Job, reference: Path, terminal: TextIO | None = None) -> Run:
     device = torch.device("cuda" if job.device == "cuda" else "cpu")
     forcing = Forcing(job.batch, job.max_model_len, device)
     with forcing.installed(), engine(job.engine_arguments()) as llm:
+        if job.setting.peer is not None:
+            llm.collective_rpc(peers.install, args=(job.setting.peer,))
         forced = forced_run(llm, job, forcing, scores, terminal)
         free, tokens = free_run(llm, job)
     scores.reference.close()
     result = SettingResult(
         name=job.setting.name,
         options=job.setting.options,
+        peer=job.setting.peer,
         lossless=job.setting.lossless,
         job_key=job.key,
         forced=vars(forced),

@@ -6,9 +6,12 @@ import hashlib
 import json
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from specattn_vllm.evaluation.peer_options import PeerOptions
 from specattn_vllm.options import SpecAttnOptions
+
+DENSE_OPTIONS = {"method": "dense"}
 
 
 class _Model(BaseModel):
@@ -16,10 +19,11 @@ class _Model(BaseModel):
 
 
 class Setting(_Model):
-    """One row of the table: the plugin's options under a name."""
+    """One row of the table: the plugin's options under a name, or another's selection in the place of the plugin's."""
 
     name: str = Field(min_length=1)
     options: dict[str, Any]
+    peer: PeerOptions | None = None
 
     @field_validator("options")
     @classmethod
@@ -27,14 +31,23 @@ class Setting(_Model):
         SpecAttnOptions.parse(options)
         return options
 
+    @model_validator(mode="after")
+    def _one_method(self) -> Setting:
+        if self.peer is not None and self.options != DENSE_OPTIONS:
+            raise ValueError(
+                f"a peer ({self.peer.name!r}) reads in the place of the plugin, not beside it: its options are "
+                f"{json.dumps(DENSE_OPTIONS)}, got {json.dumps(self.options)}"
+            )
+        return self
+
     @property
     def is_reference(self) -> bool:
         """Whether this is what the others are compared with: the target alone, with all of its KV."""
-        return self.options == {"method": "dense"}
+        return self.options == DENSE_OPTIONS and self.peer is None
 
     @property
     def lossless(self) -> bool:
-        return SpecAttnOptions.parse(self.options).is_lossless
+        return self.peer is None and SpecAttnOptions.parse(self.options).is_lossless
 
 
 class Job(_Model):
@@ -69,7 +82,10 @@ class Job(_Model):
     @property
     def key(self) -> str:
         """Changes with anything that the figures depend on, so that a later run can tell what is measured."""
-        text = json.dumps(self.model_dump(mode="json", exclude={"target", "draft"}), sort_keys=True)
+        told = self.model_dump(mode="json", exclude={"target", "draft"})
+        if self.setting.peer is None:
+            del told["setting"]["peer"]  # as in reports from before there were any
+        text = json.dumps(told, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def engine_arguments(self) -> dict[str, Any]:
@@ -95,6 +111,8 @@ class Job(_Model):
         }
         if self.device == "cpu":
             arguments |= {"enforce_eager": True, "max_num_batched_tokens": 2048}
+        if self.setting.peer is not None:
+            arguments["enforce_eager"] = True  # a peer waits for the device
         return arguments | self.engine_options
 
 
@@ -109,6 +127,7 @@ class DocumentResult(_Model):
 class SettingResult(_Model):
     name: str
     options: dict[str, Any]
+    peer: PeerOptions | None = None
     lossless: bool
     job_key: str
     forced: dict[str, int]
@@ -121,7 +140,7 @@ class SettingResult(_Model):
 
     @property
     def is_reference(self) -> bool:
-        return Setting(name=self.name, options=self.options).is_reference
+        return Setting(name=self.name, options=self.options, peer=self.peer).is_reference
 
 
 class Report(_Model):

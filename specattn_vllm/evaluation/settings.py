@@ -7,10 +7,10 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from specattn_vllm.evaluation.schema import Setting
+from specattn_vllm.evaluation.schema import DENSE_OPTIONS, Setting
 from specattn_vllm.installed import UserError
 
-DENSE = Setting(name="dense", options={"method": "dense"})
+DENSE = Setting(name="dense", options=DENSE_OPTIONS)
 SINK = 4
 
 
@@ -49,6 +49,19 @@ def default_settings(context: int) -> list[Setting]:
             name="vegas 10%, dilation 5", options={"method": "vegas", "ratio": 0.1, "min_tokens": 0, "dilation": 5}
         ),
         Setting(name="streamingllm 10%", options={"method": "streamingllm", "ratio": 0.1, "min_tokens": 0}),
+        *(
+            Setting(name=f"{name} {share * 100:g}%", options=DENSE.options, peer={**peer, "ratio": share})
+            for name, peer in (
+                ("quest", {"name": "quest"}),
+                ("oracle", {"name": "oracle"}),
+                ("oracle, shared", {"name": "oracle", "shared": True}),
+            )
+            for share in (0.25, 0.125)
+        ),
+        *(
+            Setting(name=f"oracle top-p {top_p:g}", options=DENSE.options, peer={"name": "oracle", "top_p": top_p})
+            for top_p in (0.95, 0.9)
+        ),
         *(Setting(name=f"sink and recent {share * 100:g}%", options=_streaming(context, share)) for share in shares),
     ]
 

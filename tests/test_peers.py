@@ -1,0 +1,251 @@
+"""The evaluation's peers against the same in plain loops, on caches whose blocks lie in no order."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from specattn_vllm import executors
+from specattn_vllm.evaluation.peer_options import Oracle, Quest
+from specattn_vllm.evaluation.peers import Peer
+from specattn_vllm.evaluation.schema import Setting
+from specattn_vllm.stats import Counters
+
+HEADS, GROUP, SIZE, BLOCK = 2, 3, 64, 16
+SCALE = 0.7 / math.sqrt(SIZE)
+CPU = torch.device("cpu")
+# (tokens in the step, length with them, whether it still prefills): a block's edge, one token, a prefix shorter than a
+# page, short and long prompts.
+BATCH = [(5, 101, False), (5, 85, False), (1, 48, False), (3, 9, False), (4, 40, True), (30, 30, True)]
+DENSE_ROWS = [4, 5]
+
+
+class Step:
+    """A batch over a cache that is poisoned wherever no token lies."""
+
+    def __init__(self, batch=BATCH, dtype=torch.float32) -> None:
+        make = torch.Generator().manual_seed(3)
+        counts, lens, prefilling = (list(column) for column in zip(*batch, strict=True))
+        tokens, blocks = sum(counts), max(lens) // BLOCK + 2
+        self.cache = torch.full((blocks * len(batch) + 1, HEADS, BLOCK, 2 * SIZE), torch.nan, dtype=dtype)
+        order = torch.randperm(self.cache.shape[0], generator=make)
+        self.table = order[: blocks * len(batch)].view(len(batch), blocks).int()
+        self.keys = torch.randn(len(batch), max(lens), HEADS, SIZE, generator=make).to(dtype)
+        self.values = torch.randn(len(batch), max(lens), HEADS, SIZE, generator=make).to(dtype)
+        for row, length in enumerate(lens):
+            for position in range(length):
+                entry = self.cache[int(self.table[row, position // BLOCK]), :, position % BLOCK]
+                entry.copy_(torch.cat([self.keys[row, position], self.values[row, position]], -1))
+            self.table[row, -(-length // BLOCK) :] = 2**30  # no block of ours
+        self.query = torch.randn(tokens, HEADS * GROUP, SIZE, generator=make).mul(2).to(dtype)
+        starts = torch.tensor([0, *counts]).cumsum(0).int()
+        self.counts, self.lens, self.starts = counts, lens, starts.tolist()
+        self.common = SimpleNamespace(
+            req_idx=list(range(len(batch))),
+            is_prefilling=torch.tensor(prefilling),
+            query_start_loc=starts,
+            query_start_loc_cpu=starts,
+            seq_lens=torch.tensor(lens).int(),
+            block_table=self.table,
+            max_query_len=max(counts),
+            max_seq_len=max(lens) + 7,  # vLLM's is a bound
+        )
+        self.counters = Counters(CPU)
+
+    def attend(self, options, layer: str = "layer 2") -> torch.Tensor:
+        operations = executors.resolve("torch", CPU)
+        peer = Peer(options, operations, self.counters, ["layer 0", "layer 1", "layer 2"])
+        out = torch.full_like(self.query, torch.nan)
+        assert peer.begin(self.common).attend(layer, self.query, self.cache, self.common, SCALE, out)
+        self.counters.commit()
+        return out
+
+    def logits(self, row: int, head: int) -> list[torch.Tensor]:
+        """For each query head of a KV head and each token of the row, over the positions that it sees."""
+        first = self.lens[row] - self.counts[row]
+        return [
+            self.keys[row, : first + i + 1, head].double() @ self.query[self.starts[row] + i, query].double() * SCALE
+            for query in range(head * GROUP, (head + 1) * GROUP)
+            for i in range(self.counts[row])
+        ]
+
+    def expected(self, kept: dict[tuple[int, int], set[int]]) -> torch.Tensor:
+        """Attention to the kept positions of the prefix (all, where none are given for a row and KV head) and to what
+        the step's own tokens see of each other."""
+        out = torch.empty(self.query.shape, dtype=torch.float64)
+        for row, count in enumerate(self.counts):
+            first = self.lens[row] - count
+            for query in range(HEADS * GROUP):
+                head = query // GROUP
+                chosen = sorted(kept.get((row, head), range(first)))
+                logits = self.logits(row, head)[(query % GROUP) * count : (query % GROUP + 1) * count]
+                for i in range(count):
+                    read = [*chosen, *range(first, first + i + 1)]
+                    weights = logits[i][read].softmax(0)
+                    out[self.starts[row] + i, query] = weights @ self.values[row, read, head].double()
+        return out
+
+
+def verifying() -> list[tuple[int, int]]:
+    return [(row, head) for row in range(len(BATCH)) if row not in DENSE_ROWS for head in range(HEADS)]
+
+
+def tokens_of(ratio: float, length: int) -> int:
+    return -(-length * round(ratio * 65536) // 65536)
+
+
+def oracle_mass(step: Step, row: int, head: int) -> list[float]:
+    first = step.lens[row] - step.counts[row]
+    rows = [logits.softmax(0)[:first] for logits in step.logits(row, head)]
+    return torch.stack(rows).mean(0).tolist()
+
+
+def top_k(mass: list[float], count: int) -> set[int]:
+    return set(sorted(range(len(mass)), key=lambda p: -mass[p])[:count])
+
+
+def top_p(mass: list[float], share: float) -> set[int]:
+    kept: set[int] = set()
+    for position in sorted(range(len(mass)), key=lambda p: -mass[p]):
+        if sum(mass[p] for p in kept) >= share * sum(mass):
+            break
+        kept.add(position)
+    return kept
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    assert torch.allclose(found.double(), expected, atol=tolerance, rtol=tolerance), (found - expected).abs().max()
+
+
+def assert_counted(step: Step, kept: dict[tuple[int, int], set[int]], searched: int = 0) -> None:
+    counts = step.counters.read()
+    own = sum(HEADS * step.counts[row] for row in range(len(BATCH)) if row not in DENSE_ROWS)
+    assert counts.kv_read == sum(map(len, kept.values())) + own + searched
+    assert counts.kv_full == sum(step.lens[row] for row, _ in verifying())
+    assert counts.verify_rows == counts.sparse_rows == len(BATCH) - len(DENSE_ROWS)
+
+
+@pytest.mark.parametrize("size", [{"ratio": 0.2}, {"ratio": 0.01}, {"top_p": 0.7}, {"top_p": 0.99}])
+def test_oracle_keeps_the_heaviest_of_each_head(size):
+    step = Step()
+    found = step.attend(Oracle(name="oracle", **size))
+    kept = {}
+    for row, head in verifying():
+        mass = oracle_mass(step, row, head)
+        kept[row, head] = (
+            top_k(mass, tokens_of(size["ratio"], len(mass))) if "ratio" in size else top_p(mass, size["top_p"])
+        )
+    assert any(kept[row, 0] != kept[row, 1] for row, _ in verifying())
+    assert_same(found, step.expected(kept))
+    assert_counted(step, kept)
+
+
+@pytest.mark.parametrize("size", [{"ratio": 0.2}, {"top_p": 0.7}])
+def test_a_shared_oracle_ranks_by_the_mean_of_the_heads(size):
+    step = Step()
+    found = step.attend(Oracle(name="oracle", shared=True, **size))
+    kept = {}
+    for row, _ in verifying():
+        by_head = [oracle_mass(step, row, head) for head in range(HEADS)]
+        mass = [sum(of) / HEADS for of in zip(*by_head, strict=True)]
+        chosen = top_k(mass, tokens_of(size["ratio"], len(mass))) if "ratio" in size else top_p(mass, size["top_p"])
+        kept |= {(row, head): chosen for head in range(HEADS)}
+    assert_same(found, step.expected(kept))
+    assert_counted(step, kept)
+
+
+@pytest.mark.parametrize("options", [Oracle(name="oracle", ratio=1), Oracle(name="oracle", top_p=1, shared=True)])
+def test_an_oracle_of_everything_is_full_attention(options):
+    step = Step()
+    found = step.attend(options)
+    assert_same(found, step.expected({}))
+    counts = step.counters.read()
+    assert counts.kv_read == counts.kv_full
+
+
+def quest(step: Step, row: int, head: int, ratio: float, page: int) -> set[int]:
+    """Pages by the mean over queries of the softmax of their bounds, the last of the prefix always."""
+    first = step.lens[row] - step.counts[row]
+    pages = [range(begin, min(begin + page, first)) for begin in range(0, first, page)]
+    span = slice(step.starts[row], step.starts[row + 1])
+    queries = step.query[span, head * GROUP : (head + 1) * GROUP].double().flatten(0, 1)
+    bounds = []
+    for of in pages:
+        keys = step.keys[row, list(of), head].double()
+        bounds.append(torch.maximum(queries * keys.amin(0), queries * keys.amax(0)).sum(-1) * SCALE)
+    mean = torch.stack(bounds, -1).softmax(-1).mean(0).tolist()
+    count = -(-tokens_of(ratio, first) // page)
+    order = [len(pages) - 1, *sorted(range(len(pages) - 1), key=lambda p: -mean[p])]
+    return {position for p in order[:count] for position in pages[p]}
+
+
+@pytest.mark.parametrize(("ratio", "page"), [(0.3, 16), (0.5, 8), (0.4, 10), (1.0, 16), (0.001, 16)])
+def test_quest_reads_the_pages_of_the_largest_bounds(ratio, page):
+    step = Step()
+    found = step.attend(Quest(name="quest", ratio=ratio, page_size=page))
+    kept = {(row, head): quest(step, row, head, ratio, page) for row, head in verifying()}
+    assert_same(found, step.expected(kept))
+    searched = sum(-(-(step.lens[row] - step.counts[row]) // page) for row, _ in verifying())
+    assert_counted(step, kept, searched)
+
+
+def test_a_page_of_one_token_bounds_its_score_exactly():
+    step = Step([(1, 60, False)])
+    found = step.attend(Quest(name="quest", ratio=0.25, page_size=1))
+    for head in range(HEADS):
+        mass = torch.stack([logits[:59].softmax(0) for logits in step.logits(0, head)]).mean(0)[:58].tolist()
+        kept = {58, *top_k(mass, 14)}
+        expected = step.expected({(0, head): kept})[:, head * GROUP : (head + 1) * GROUP]
+        assert_same(found[:, head * GROUP : (head + 1) * GROUP], expected)
+
+
+def test_layers_that_stay_dense_read_everything_and_are_counted():
+    step = Step()
+    found = step.attend(Quest(name="quest", ratio=0.1), "layer 1")
+    assert_same(found, step.expected({}))
+    counts = step.counters.read()
+    assert counts.kv_read == counts.kv_full == sum(step.lens[row] for row, _ in verifying())
+
+
+def test_half_precision_is_rounded_at_the_end():
+    step = Step(dtype=torch.bfloat16)
+    found = step.attend(Oracle(name="oracle", ratio=0.2))
+    assert found.dtype == torch.bfloat16
+    kept = {
+        of: top_k(oracle_mass(step, *of), tokens_of(0.2, step.lens[of[0]] - step.counts[of[0]])) for of in verifying()
+    }
+    assert_same(found, step.expected(kept), 2e-2)
+
+
+def test_prompts_and_profiling_are_left_alone():
+    peer = Peer(Oracle(name="oracle", ratio=0.5), executors.resolve("torch", CPU), Counters(CPU), ["a"])
+    assert peer.begin(Step([(30, 30, True), (2, 40, True)]).common) is None
+    profiling = Step().common
+    profiling.req_idx = None
+    assert peer.begin(profiling) is None
+
+
+def test_dense_layers_leave_something_to_select_in():
+    with pytest.raises(ValueError, match="dense_layers 2 leaves none of the target's 2 layers"):
+        Peer(Quest(name="quest", ratio=0.5), executors.resolve("torch", CPU), Counters(CPU), ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("peer", "options", "message"),
+    [
+        ({"name": "oracle"}, {"method": "dense"}, "has a ratio or a top_p, one of them"),
+        ({"name": "oracle", "ratio": 0.5, "top_p": 0.5}, {"method": "dense"}, "has a ratio or a top_p, one of them"),
+        ({"name": "quest", "ratio": 0.5}, {"method": "specattn"}, "reads in the place of the plugin, not beside it"),
+        ({"name": "quest", "ratio": 0.5}, {}, "reads in the place of the plugin, not beside it"),
+        ({"name": "quest", "ratio": 1.5}, {"method": "dense"}, "less than or equal to 1"),
+        ({"name": "quest", "ratio": 0.5, "shared": True}, {"method": "dense"}, "Extra inputs are not permitted"),
+        ({"name": "h2o", "ratio": 0.5}, {"method": "dense"}, "'quest', 'oracle'"),
+    ],
+)
+def test_peers_that_make_no_sense_are_refused(peer, options, message):
+    with pytest.raises(ValidationError, match=message):
+        Setting(name="x", options=options, peer=peer)
