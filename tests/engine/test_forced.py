@@ -28,18 +28,18 @@ PRUNED = {
 }  # fmt: skip
 
 
-def keep(mass: list[float]) -> list[bool]:
-    """The heaviest tokens up to the budget, the first and the last always."""
+def keep(mass: list[float], ratio: float) -> list[bool]:
+    """The heaviest tokens up to that share of the context, the first and the last always."""
     length = len(mass)
     forced = {p for p in range(length) if p < SINK or p >= length - RECENT}
-    budget = max(-(-length * round(RATIO * 65536) // 65536), len(forced))
+    budget = max(-(-length * min(round(ratio * 65536), 65536) // 65536), len(forced))
     others = sorted(set(range(length)) - forced, key=lambda p: (mass[p], p), reverse=True)
     kept = forced | set(others[: budget - len(forced)])
     return [p in kept for p in range(length)]
 
 
 @torch.no_grad()
-def plain_pytorch(folders: tuple[str, str], layer_map: list[int | None], text: list[int]) -> tuple:
+def plain_pytorch(folders: tuple[str, str], layer_map: dict, text: list[int]) -> tuple:
     """Log-probabilities [POSITIONS, vocabulary] of the dense target and of the pruned one, and the share of KV read."""
     from transformers import LlamaForCausalLM
 
@@ -52,7 +52,8 @@ def plain_pytorch(folders: tuple[str, str], layer_map: list[int | None], text: l
     size = ids.shape[1]
     causal = torch.ones(size, size, dtype=torch.bool).tril()
     allowed, read, full = [], 0, 0
-    for source in layer_map:
+    layers = layer_map["layers"]
+    for source, share in zip(layers, layer_map.get("shares") or [1.0] * len(layers), strict=True):
         mask = causal.clone()
         for begin in range(CONTEXT, size, STEPS + 1):
             rows = range(begin, begin + STEPS + 1)
@@ -61,7 +62,7 @@ def plain_pytorch(folders: tuple[str, str], layer_map: list[int | None], text: l
                 steps = [attentions[source][0, :, row, :begin].mean(0) for row in rows[:STEPS]]
                 # The row of the bonus token: as the last step, a token on.
                 mass = sum(steps) + torch.nn.functional.pad(steps[-1][:-1], (1, 0))
-                mask[begin : begin + STEPS + 1, :begin] &= torch.tensor(keep(mass.tolist()))
+                mask[begin : begin + STEPS + 1, :begin] &= torch.tensor(keep(mass.tolist(), RATIO * share))
             read += int(mask[rows[-1]].sum())
             full += rows[-1] + 1
         allowed.append(mask)
@@ -109,7 +110,7 @@ def test_figures_are_those_of_plain_pytorch(demo_pair, prompts, tmp_path):
         )
         for name, options in (("dense", {"method": "dense"}), ("pruned", PRUNED))
     ]
-    layer_map = json.loads((Path(__file__).parents[2] / "configs/demo.json").read_text())["layers"]
+    layer_map = json.loads((Path(__file__).parents[2] / "configs/demo.json").read_text())
     expected = [plain_pytorch(demo_pair, layer_map, text) for text in texts]
     runs = {}
     for job in jobs:
