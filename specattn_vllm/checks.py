@@ -56,8 +56,8 @@ def check(vllm_config: VllmConfig) -> None:
 
 
 _FOR_TARGET = {
-    "layer_map", "dense_layers", "check_weights", "combine", "refresh_every", "audit_share", "audit_floor",
-    "audit_dense_rounds",
+    "layer_map", "layer_shares", "dense_layers", "check_weights", "combine", "bonus_row", "refresh_every",
+    "audit_share", "audit_floor", "audit_dense_rounds",
 }  # fmt: skip
 """What only matters where a draft model chooses for the target."""
 
@@ -72,7 +72,8 @@ def _without_effect(options: SpecAttnOptions) -> set[str]:
         return _FOR_TARGET | _FOR_FUSED | {"sparse_draft", "refresh_draft_every"} | by_attention
     if options.has_sizes:
         # These say what the draft reads.
-        return _FOR_VEGAS | (set() if options.sparse_draft else {"rule", "top_p", "ratio"})
+        of_draft = set() if options.sparse_draft else {"rule", "top_p", "ratio"}
+        return _FOR_VEGAS | {"layer_shares"} | of_draft
     if not options.is_lossless:
         return _FOR_VEGAS | _FOR_FUSED
     if options.sparse_draft:

@@ -53,7 +53,8 @@ class SpecAttnOptions(BaseModel):
     rule: Rule | None = Field(
         None,
         description="'top_p': as many tokens as hold `top_p` of the attention mass. 'top_k': a fixed share of the "
-        "context, `ratio`. Default: that of the method.",
+        "context, `ratio`. Default: that of the one of the two that is given, else that of the method ('top_p' for "
+        "'fused' and 'dense', else 'top_k').",
     )
     top_p: float = Field(
         0.9, gt=0.0, le=1.0, description="Share of the attention mass on the context that the kept tokens hold."
@@ -227,6 +228,15 @@ class SpecAttnOptions(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _one_rule_is_meant(self) -> SpecAttnOptions:
+        if self.rule is None and {"top_p", "ratio"} <= self.model_fields_set:
+            raise ValueError(
+                f"top_p {self.top_p} and ratio {self.ratio} are of two rules: give one of them, or say which holds "
+                "(rule='top_p' or rule='top_k')"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _bonus_row_has_steps_to_join(self) -> SpecAttnOptions:
         if "bonus_row" in self.model_fields_set and self.bonus_row and self.combine in ("union", "first"):
             raise ValueError(
@@ -243,7 +253,11 @@ class SpecAttnOptions(BaseModel):
     @property
     def fixed_budget(self) -> bool:
         """Whether a fixed share of the context is kept, instead of a share of the attention mass."""
-        return (self.rule or ("top_p" if self.method in ("specattn", "fused", "dense") else "top_k")) == "top_k"
+        if self.rule is not None:
+            return self.rule == "top_k"
+        if "top_p" in self.model_fields_set:
+            return False
+        return "ratio" in self.model_fields_set or self.method not in ("fused", "dense")
 
     @property
     def ratio_or_default(self) -> float:

@@ -45,6 +45,7 @@ def test_top_k_obeys_floor_and_caps():
 
 
 def test_without_a_rule_it_is_that_of_the_method():
-    assert Limits.of(SpecAttnOptions.parse({})) == Limits.of(SpecAttnOptions.parse({"rule": "top_p"}))
-    sts = {"method": "sts", "ratio": 0.375, "top_p": 0.01}
+    given = {"rule": "top_k", "ratio": 0.25}
+    assert Limits.of(SpecAttnOptions.parse({})) == Limits.of(SpecAttnOptions.parse(given))
+    sts = {"method": "sts", "ratio": 0.375}
     assert kept(sts, MASS) == kept({"rule": "top_k", **sts}, MASS) == [1, 3, 7]

@@ -265,7 +265,7 @@ def test_where_the_target_reads_everything_it_is_lossless():
 @pytest.mark.parametrize(
     ("method", "rule", "fixed"),
     [
-        ("specattn", None, False),
+        ("specattn", None, True),
         ("sts", None, True),
         ("fused", None, False),
         ("dense", None, False),
@@ -278,6 +278,22 @@ def test_where_the_target_reads_everything_it_is_lossless():
 )
 def test_the_rule_is_that_of_the_method_unless_given(method, rule, fixed):
     assert SpecAttnOptions(method=method, rule=rule).fixed_budget == fixed
+
+
+def test_the_rule_is_that_of_the_value_that_is_given():
+    for method in ("specattn", "sts", "vegas", "dense"):
+        assert not SpecAttnOptions(method=method, top_p=0.9).fixed_budget
+        assert SpecAttnOptions(method=method, ratio=0.2).fixed_budget
+    assert SpecAttnOptions(top_p=0.9, ratio=0.2, rule="top_k").fixed_budget
+    message = refusal({"top_p": 0.9, "ratio": 0.2})
+    assert "top_p 0.9 and ratio 0.2 are of two rules" in message
+    assert "rule='top_p' or rule='top_k'" in message
+
+
+def test_the_default_ratio_is_that_of_the_method():
+    found = {method: SpecAttnOptions(method=method).ratio_or_default for method in ("specattn", "sts", "vegas")}
+    assert found == {"specattn": 0.25, "sts": 0.1, "vegas": 0.1}
+    assert SpecAttnOptions(ratio=0.5).ratio_or_default == 0.5
 
 
 def test_which_targets_draft_for_themselves():
