@@ -124,8 +124,8 @@ def test_figures_are_those_of_plain_pytorch(demo_pair, prompts, tmp_path):
             assert found.kl[number] == pytest.approx(kl, abs=1e-3), name
             agrees = (logprobs.argmax(-1) == dense.argmax(-1)).numpy()
             assert found.agrees[number].tolist() == agrees.tolist(), name
-        # Something that a wrong selection would not pass by chance.
-        assert kl.mean() > 0.01 and not agrees.all()
+        assert kl.mean() > 0.01  # something that a wrong selection would not pass by chance
+    assert not runs["pruned"].scores.agrees.all(), "pruning changes some choice in the texts, if not in each"
     counted = runs["pruned"].result.forced
     assert counted["sparse_rows"] == counted["verify_rows"] == counted["rounds"] == 3 * 7
     assert counted["kv_read"] / counted["kv_full"] == pytest.approx(np.mean([read for *_, read in expected]), abs=2e-3)
