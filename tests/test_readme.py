@@ -31,16 +31,26 @@ def test_the_command_above_the_table_runs_the_engines_in_it(capsys):
     assert sorted(listed) == sorted(engine["name"] for engine in measured["engines"])
 
 
-def test_the_speed_of_a_target_that_drafts_for_itself_is_what_was_measured():
+@pytest.mark.parametrize(
+    ("file", "engine", "words"),
+    [
+        (
+            "h200-self-speculation", "vegas 10%",
+            "at {:,.0f} tokens per second, {:.2f} times plain decoding ({:,.0f} in the same run)",
+        ),
+        ("h200-self-speculation-128k", "vegas 10%", "and 4 of 128k at {:,.0f}, {:.2f} times, losslessly"),
+        ("h200-refresh-draft", "specattn 10%", "{:,.0f} tokens per second, {:.2f} times plain decoding"),
+    ],
+)  # fmt: skip
+def test_the_speeds_measured_apart_are_what_was_measured(file, engine, words):
     from specattn_vllm.bench.report import markdown
 
-    measured = json.loads((ROOT / "docs/results/h200-self-speculation.json").read_text())
+    measured = json.loads((ROOT / f"docs/results/{file}.json").read_text())
     table = markdown(measured).split("\n\n")[0]
     assert table in (ROOT / "docs/benchmarks.md").read_text()
     speeds = {e["name"]: e["cells"][0]["tokens_per_second"] for e in measured["engines"]}
-    faster = speeds["vegas 10%"] / speeds["plain"]
-    words = "at {:,.0f} tokens per second, {:.2f} times plain decoding ({:,.0f} in the same run)"
-    assert words.format(speeds["vegas 10%"], faster, speeds["plain"]) in " ".join(README.split())
+    faster = speeds[engine] / speeds["plain"]
+    assert words.format(speeds[engine], faster, speeds["plain"]) in " ".join(README.split())
 
 
 def test_the_figures_of_rounds_are_those_measured():
