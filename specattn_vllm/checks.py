@@ -62,7 +62,7 @@ _FOR_TARGET = {
 """What only matters where a draft model chooses for the target."""
 
 _FOR_VEGAS = {"per_kv_head", "dilation"}
-_FOR_FUSED = {"size_top_p", "size_factor"}
+_FOR_FUSED = {"size_top_p", "size_factor", "size_rounds", "history_weight"}
 
 
 def _without_effect(options: SpecAttnOptions) -> set[str]:
@@ -71,9 +71,8 @@ def _without_effect(options: SpecAttnOptions) -> set[str]:
         by_attention = {"top_p", "rule", *_FOR_VEGAS} if options.method == "streamingllm" else set()
         return _FOR_TARGET | _FOR_FUSED | {"sparse_draft", "refresh_draft_every"} | by_attention
     if options.has_sizes:
-        # These say what the draft reads.
-        of_draft = set() if options.sparse_draft else {"rule", "top_p", "ratio"}
-        return _FOR_VEGAS | {"layer_shares"} | of_draft
+        # `top_p` says what the draft reads.
+        return {"per_kv_head", "layer_shares"} | (set() if options.sparse_draft else {"top_p"})
     if not options.is_lossless:
         return _FOR_VEGAS | _FOR_FUSED
     if options.sparse_draft:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from specattn_vllm import presets
+from specattn_vllm import option_rules, presets
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KEY = "specattn"
 _INT32 = 2**31 - 1  # the kernels count tokens in 32 bits
-REFRESH_OF_SIZES = 16  # verifications that the sizes of 'fused' serve, by default
+REFRESH_OF_SIZES = 32  # of 'fused', by default
 
 Method = Literal["specattn", "sts", "fused", "vegas", "streamingllm", "dense"]
 Rule = Literal["top_p", "top_k"]
@@ -35,8 +35,8 @@ class SpecAttnOptions(BaseModel):
         description="'specattn': the draft model's attention prunes the target's verification (approximate). "
         "'sts': the same for each KV head, which reads what the draft head it is mapped to attended to, by default a "
         "fixed share of the context (Xu et al., arXiv 2605.15508; approximate). "
-        "'fused': as 'sts', but each layer and KV head keeps as many tokens as held `size_top_p` of its own attention "
-        "when the request last read everything (approximate). "
+        "'fused': as 'sts', but each layer and KV head keeps as many tokens as it took, in that choice, for "
+        "`size_top_p` of its own attention when the request read everything (approximate). "
         "'vegas': the target drafts for itself, reading what its own last verification attended to (lossless). "
         "'streamingllm': the same, reading the first and the last tokens (lossless; a baseline). "
         "'dense': speculation with a draft model and full attention (lossless; the control).",
@@ -63,7 +63,8 @@ class SpecAttnOptions(BaseModel):
         None,
         gt=0.0,
         le=1.0,
-        description="Share of the context that rule 'top_k' keeps. Default: 0.25 for 'specattn', else 0.1.",
+        description="Share of the context that rule 'top_k' keeps; with 'fused', what counts as two of a head's "
+        "measurements. Default: 0.25 for 'specattn', else 0.1.",
     )
     layer_shares: bool = Field(
         True,
@@ -77,13 +78,26 @@ class SpecAttnOptions(BaseModel):
         description="Floor on kept tokens, sink and recent ones included; `ratio` and `max_fraction` yield to it.",
     )
     size_top_p: float = Field(
-        0.95,
+        0.8,
         gt=0.0,
         le=1.0,
         description="With 'fused', share of the target's attention mass that a layer's KV head is given tokens for.",
     )
     size_factor: float = Field(
         1.0, gt=0.0, allow_inf_nan=False, description="With 'fused', what the number of those tokens is multiplied by."
+    )
+    size_rounds: int = Field(
+        4,
+        ge=0,
+        le=_INT32,
+        description="With 'fused', verifications of a request that read everything before the first that does not.",
+    )
+    history_weight: float = Field(
+        0.1,
+        ge=0.0,
+        lt=1.0,
+        description="With 'fused', weight of the target's own attention in the last verification that read everything, "
+        "which is added to the draft's before tokens are chosen; 0: the draft's alone.",
     )
     max_tokens: int | None = Field(None, ge=1, le=_INT32, description="Cap on kept tokens; none by default.")
     max_fraction: float = Field(
@@ -108,8 +122,8 @@ class SpecAttnOptions(BaseModel):
         0,
         ge=0,
         le=64,
-        description="With 'vegas', positions by which attention is spread forward before tokens are chosen: heads that "
-        "copy move on by a token a step. K + 1 covers a round.",
+        description="With 'vegas' and for the history of 'fused', positions by which attention is spread forward before"
+        " tokens are chosen: heads that copy move on by a token a step. K + 1 covers a round.",
     )
     dense_layers: tuple[int, ...] = Field(
         (), description="Target layers that always read everything, besides those the layer map leaves unmapped."
@@ -119,7 +133,7 @@ class SpecAttnOptions(BaseModel):
         ge=2,
         le=_INT32,
         description="Every so many verifications of a request, one reads everything, which bounds what sparse "
-        "verification leaves behind in the KV cache, and renews the sizes of 'fused'. Default: 16 for 'fused', else "
+        "verification leaves behind in the KV cache, and renews the sizes of 'fused'. Default: 32 for 'fused', else "
         "never. For every verification, use method 'dense'.",
     )
     audit_share: float = Field(
@@ -184,65 +198,8 @@ class SpecAttnOptions(BaseModel):
         return value
 
     @model_validator(mode="after")
-    def _clamps_agree(self) -> SpecAttnOptions:
-        if self.max_tokens is not None:
-            if self.max_tokens < self.min_tokens:
-                raise ValueError(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}: change one")
-            if self.max_tokens < self.sink_tokens + self.recent_tokens:
-                raise ValueError(
-                    f"max_tokens {self.max_tokens} is below sink_tokens + recent_tokens "
-                    f"({self.sink_tokens} + {self.recent_tokens}), which are always kept: raise it or lower those"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _draft_refresh_has_something_to_refresh(self) -> SpecAttnOptions:
-        if self.refresh_draft_every > 1 and not self.sparse_draft:
-            raise ValueError(
-                f"refresh_draft_every {self.refresh_draft_every} without sparse_draft, where every draft step reads "
-                "everything: set sparse_draft=true, or leave it at 1"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _audits_have_what_they_need(self) -> SpecAttnOptions:
-        if self.audit_floor is not None and not self.audit_share:
-            raise ValueError(
-                f"audit_floor {self.audit_floor} without audit_share, so that nothing is measured: set audit_share, "
-                "such as to 0.05, or leave audit_floor out"
-            )
-        if "audit_dense_rounds" in self.model_fields_set and self.audit_floor is None:
-            raise ValueError(
-                f"audit_dense_rounds {self.audit_dense_rounds} without audit_floor, below which it would begin: set "
-                "audit_floor, or leave it out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _one_selection_has_one_size(self) -> SpecAttnOptions:
-        if self.has_sizes and self.combine == "union":
-            raise ValueError(
-                "combine 'union' with method 'fused', whose sizes are those of one selection, not of each draft "
-                "step's: set combine to 'sum', 'max' or 'first', or method to 'sts'"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _one_rule_is_meant(self) -> SpecAttnOptions:
-        if self.rule is None and {"top_p", "ratio"} <= self.model_fields_set:
-            raise ValueError(
-                f"top_p {self.top_p} and ratio {self.ratio} are of two rules: give one of them, or say which holds "
-                "(rule='top_p' or rule='top_k')"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _bonus_row_has_steps_to_join(self) -> SpecAttnOptions:
-        if "bonus_row" in self.model_fields_set and self.bonus_row and self.combine in ("union", "first"):
-            raise ValueError(
-                f"bonus_row true with combine {self.combine!r}, which looks at one draft step at a time: set combine "
-                "to 'sum' or 'max', or leave bonus_row out"
-            )
+    def _fit_together(self) -> SpecAttnOptions:
+        option_rules.check(self)
         return self
 
     @property

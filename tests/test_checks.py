@@ -303,9 +303,9 @@ def test_options_without_effect_are_named(configure, warnings, options, idle):
             "dilation, per_kv_head, rule, top_p",
         ),
         ({"method": "specattn", "per_kv_head": True, "dilation": 3}, "dilation, per_kv_head"),
-        ({"method": "sts", "size_top_p": 0.9, "size_factor": 2}, "size_factor, size_top_p"),
+        ({"method": "sts", "size_top_p": 0.9, "history_weight": 0.2}, "history_weight, size_top_p"),
         # What the draft reads is chosen by the rule, what the target reads is not.
-        ({"method": "fused", "rule": "top_k", "ratio": 0.2, "top_p": 0.5, "size_factor": 2}, "ratio, rule, top_p"),
+        ({"method": "fused", "rule": "top_k", "ratio": 0.2, "top_p": 0.5, "dilation": 2}, "top_p"),
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else "idle",
 )

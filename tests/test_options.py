@@ -30,8 +30,10 @@ def test_the_defaults_are_the_documented_ones():
         "ratio": None,
         "layer_shares": True,
         "min_tokens": 128,
-        "size_top_p": 0.95,
+        "size_top_p": 0.8,
         "size_factor": 1.0,
+        "size_rounds": 4,
+        "history_weight": 0.1,
         "max_tokens": None,
         "max_fraction": 1.0,
         "sink_tokens": 4,
@@ -66,6 +68,8 @@ def test_every_option_can_be_given():
         "min_tokens": 0,
         "size_top_p": 0.9,
         "size_factor": 2.5,
+        "size_rounds": 0,
+        "history_weight": 0.2,
         "max_tokens": 10,
         "max_fraction": 0.25,
         "sink_tokens": 0,
@@ -131,6 +135,9 @@ def test_an_unknown_option_is_named_with_the_known_ones():
         ("size_top_p", 1.01, "less than or equal to 1"),
         ("size_factor", 0.0, "greater than 0"),
         ("size_factor", float("inf"), "finite number"),
+        ("size_rounds", -1, "greater than or equal to 0"),
+        ("history_weight", -0.1, "greater than or equal to 0"),
+        ("history_weight", 1.0, "less than 1"),
         ("method", "sparse", "'sts', 'fused', 'vegas', 'streamingllm' or"),
         ("combine", "mean", "'sum', 'max', 'union' or 'first'"),
         ("executor", "cuda", "'auto', 'torch', 'triton', 'fa3' or 'xformers'"),
@@ -307,9 +314,23 @@ def test_which_methods_choose_per_head():
 
 def test_sizes_come_from_rows_that_read_everything():
     assert {m for m in typing.get_args(Method) if SpecAttnOptions(method=m).has_sizes} == {"fused"}
-    assert [SpecAttnOptions(method=m).refreshes for m in ("sts", "fused")] == [None, 16]
+    assert [SpecAttnOptions(method=m).refreshes for m in ("sts", "fused")] == [None, 32]
     assert [SpecAttnOptions(method=m, refresh_every=5).refreshes for m in ("sts", "fused")] == [5, 5]
     assert not SpecAttnOptions(method="fused", size_factor=1e9).is_lossless
+
+
+def test_history_that_would_outweigh_what_sums_allow_is_refused():
+    message = refusal({"method": "fused", "history_weight": 0.2, "dilation": 4})
+    assert "history_weight 0.2 with dilation 4" in message and "0.99 at most; lower either" in message
+    assert SpecAttnOptions(method="fused", history_weight=0.19, dilation=4).dilation == 4
+    assert SpecAttnOptions(method="vegas", dilation=64).dilation == 64
+
+
+def test_neither_sizes_nor_history_is_another_method():
+    message = refusal({"method": "fused", "rule": "top_k", "history_weight": 0})
+    assert "rule 'top_k' and history_weight 0 with method 'fused'" in message and "method to 'sts'" in message
+    assert SpecAttnOptions(method="fused", rule="top_k").fixed_budget
+    assert not SpecAttnOptions(method="fused", history_weight=0).fixed_budget
 
 
 def test_sizes_are_not_those_of_a_union():

@@ -287,6 +287,7 @@ def test_a_recorded_round_tells_the_capture_each_step_and_stores_its_selection(d
 def test_sizes_are_learned_before_drafting_and_select_after_it(drafting, fails):
     """The target's step left its scores in buffers that the next one overwrites, whatever becomes of the round."""
     capture, told = drafting.selection.capture, []
+    capture.ranking = "ranking"
     capture.mass, capture.context_lens = "mass", lambda: torch.tensor([0, 9], dtype=torch.int32)
 
     def select(mass, slots, lens):
@@ -294,16 +295,16 @@ def test_sizes_are_learned_before_drafting_and_select_after_it(drafting, fails):
         return torch.full((1, 2, 1, 2), 6, dtype=torch.int32), lens
 
     drafting.selection.sizes = SimpleNamespace(
-        learn=lambda slots: told.append((slots.tolist(), len(capture.told))), select=select
+        learn=lambda slots, ranking: told.append((slots.tolist(), ranking, len(capture.told))), select=select
     )
     if fails:
         drafting.fail = 0
         with pytest.raises(RuntimeError):
             one_round(drafting, True)
-        assert told == [([3, 1], 1)]
+        assert told == [([3, 1], "ranking", 1)]
         return
     one_round(drafting, True)
-    assert told == [([3, 1], 1), ("mass", [3, 1], [0, 9], False)]
+    assert told == [([3, 1], "ranking", 1), ("mass", [3, 1], [0, 9], False)]
     assert drafting.selection.store.bits[0, :, 0, 0].tolist() == [0, 6, 0, 6, 0]
     assert drafting.selection.store.prefix_lens.tolist() == [-1, 9, -1, -1, -1]
     one_round(drafting, False)

@@ -240,6 +240,7 @@ def test_choices_are_kept_where_a_round_may_recall_them(monkeypatch, every, slot
         ((0, 2, None), {"method": "sts", "kv_heads": (4, 2)}),
         ((0, 2), {"method": "sts", "sparse_draft": True}),
         ((0, 2, None, 2), {"method": "fused", "kv_heads": (4, 2)}),
+        ((0, 2, None, 2), {"method": "fused", "history_weight": 0, "kv_heads": (4, 2)}),
     ],
 )
 def test_the_size_that_is_checked_is_that_of_all_buffers(monkeypatch, layers, options):
@@ -253,7 +254,7 @@ def test_the_size_that_is_checked_is_that_of_all_buffers(monkeypatch, layers, op
     capture = made.capture
     parts = [made, capture, capture.ranking, capture.own_ranking, capture.lists, made.store, made.pruner]
     if made.sizes is not None:
-        parts += [made.sizes, made.sizes.target]
+        parts += [made.sizes, made.sizes.target, made.sizes.history]
     for part in parts:
         for value in vars(part).values() if part is not None else ():
             if isinstance(value, torch.Tensor):
@@ -348,7 +349,7 @@ def test_with_sizes_each_layer_has_selections_of_its_own(monkeypatch):
     assert made.store.bits.shape[:3] == (3, REQUESTS + 1, 4)
     assert made.tables.shape == (3, REQUESTS, 4, ROW)
     assert made.capture.ranking.groups == 2 and made.sizes.target.mass.shape == (REQUESTS, 3, 4, ROW)
-    assert made.store.refresh_every == 16
+    assert made.store.refresh_every == 32
     assert prepared(monkeypatch, (3, None, 3, 1), method="sts").sizes is None
 
 

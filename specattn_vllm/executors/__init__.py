@@ -32,6 +32,9 @@ class Operations:
     draft_attention: Callable[..., None]
     accumulate_mass: Callable[..., None]
     dilate_mass: Callable[..., None]
+    count_ranked: Callable[..., None]
+    average_mass: Callable[..., None]
+    add_mass: Callable[..., None]
     select_top_p: Callable[..., None]
     build_positions: Callable[..., None]
     build_page_tables: Callable[..., None]
@@ -106,6 +109,9 @@ def _torch_operations() -> Operations:
         draft_attention=reference.draft_attention,
         accumulate_mass=reference.accumulate_mass,
         dilate_mass=reference.dilate_mass,
+        count_ranked=reference.count_ranked,
+        average_mass=reference.average_mass,
+        add_mass=reference.add_mass,
         select_top_p=reference.select_top_p,
         build_positions=reference.build_positions,
         build_page_tables=reference.build_page_tables,
@@ -123,6 +129,9 @@ def _torch_operations() -> Operations:
 def _triton_operations(device: torch.device) -> Operations:
     from specattn_vllm.kernels import bookkeeping
     from specattn_vllm.kernels.accumulate_mass import accumulate_mass
+    from specattn_vllm.kernels.add_mass import add_mass
+    from specattn_vllm.kernels.average_mass import average_mass
+    from specattn_vllm.kernels.count_ranked import count_ranked
     from specattn_vllm.kernels.dilate_mass import dilate_mass
     from specattn_vllm.kernels.draft_attention import draft_attention
     from specattn_vllm.kernels.mark_rows import mark_rows
@@ -140,6 +149,9 @@ def _triton_operations(device: torch.device) -> Operations:
         draft_attention=draft_attention,
         accumulate_mass=accumulate_mass,
         dilate_mass=dilate_mass,
+        count_ranked=count_ranked,
+        average_mass=average_mass,
+        add_mass=add_mass,
         select_top_p=select_top_p,
         build_positions=build_positions,
         build_page_tables=build_page_tables,

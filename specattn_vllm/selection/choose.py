@@ -39,11 +39,6 @@ class Limits:
         )
 
     @classmethod
-    def of_sizes(cls, options: SpecAttnOptions) -> Limits:
-        """For counting how many tokens hold `size_top_p` of the mass, those that are always kept included."""
-        return replace(cls.of(options), top_p=options.size_top_p, min_tokens=0, max_tokens=-1, max_fraction=1.0)
-
-    @classmethod
     def of_budgets(cls, options: SpecAttnOptions) -> Limits:
         """For rows that come with a number of tokens each, between the floor and the caps."""
         return replace(cls.of(options), top_p=1.0, max_fraction=options.max_fraction)
@@ -87,9 +82,17 @@ def choose(
     )
 
 
-def mass_rows(sources: torch.Tensor, heads: torch.Tensor, requests: torch.Tensor, groups: int) -> torch.Tensor:
+def mass_rows(
+    sources: torch.Tensor,
+    heads: torch.Tensor,
+    requests: torch.Tensor,
+    groups: int,
+    num_reqs: torch.Tensor | None = None,
+) -> torch.Tensor:
     """[T, R, H] int64: for `choose`, the row of a mass [S, R, groups, L] that each selection is made from.
 
-    sources [T] int64, heads [T, H] int64: the group of each head; requests [R] int64: 0 to R - 1.
+    sources [T] int64, heads [T, H] int64: the group of each head; requests [R] int64: 0 to R - 1, or those of
+    other rounds, of num_reqs [R] int64 requests.
     """
-    return (sources[:, None, None] * len(requests) + requests[:, None]) * groups + heads[:, None, :]
+    per_source = len(requests) if num_reqs is None else num_reqs[:, None]
+    return (sources[:, None, None] * per_source + requests[:, None]) * groups + heads[:, None, :]

@@ -106,13 +106,6 @@ class TargetCapture:
             for group in range(mass.shape[1]):
                 self.operations.dilate_mass(target[:, group], lens, mass[:, group], self.dilation, weight)
 
-    def count(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """How many tokens the limits keep of the first `rows` rows R of the step: counts [R, S, G] int32, and lens [R]
-        int32, 0 for rows that left no scores."""
-        lens, counts = self.lens[:rows], self.counts[:rows]
-        choose(self.operations, self.limits, self.mass[:rows], lens.view(-1, 1, 1), self.bits[:rows], counts)
-        return counts, lens
-
     def select(self, wanted: torch.Tensor, committed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Selections of the step that has just been verified.
 

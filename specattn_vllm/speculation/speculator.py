@@ -92,7 +92,7 @@ class SpecAttnSpeculator(RoundSpeculator):
             wanted = (num_sampled[:num_reqs] > 0) & ~self.selection.store.exact[slots]
             self.selection.capture.begin_round(num_reqs, wanted, slots, recall)
             if self.selection.sizes is not None:
-                self.selection.sizes.learn(slots)
+                self.selection.sizes.learn(slots, self.selection.capture.ranking)
         try:
             drafts = self._upstream_round(
                 batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args, **kwargs

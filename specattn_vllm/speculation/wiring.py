@@ -73,12 +73,13 @@ class Selection:
     def nbytes(self) -> dict[str, int]:
         """Bytes by what they hold."""
         capture = self.capture
-        target = {"scores": 0, "mass": 0, "bitmasks": 0} if self.sizes is None else self.sizes.nbytes
+        target = {"scores": 0, "mass": 0, "bitmasks": 0, "history": 0} if self.sizes is None else self.sizes.nbytes
         return {
             "scores": capture.scores.nbytes + target["scores"],
             "mass": capture.nbytes - capture.scores.nbytes + target["mass"],
             "bitmasks": self.store.nbytes + target["bitmasks"],
             "page tables": self.tables.nbytes + (0 if self.pruner is None else self.pruner.nbytes),
+            **({"history": target["history"]} if target["history"] else {}),
         }
 
     def attach(self, target_attn_groups: list) -> None:
@@ -247,6 +248,9 @@ def _announce(
         kept = f"ratio={options.ratio_or_default} of the context"
     if options.has_sizes:
         kept = f"{options.size_factor} times what held size_top_p={options.size_top_p} of the target's attention"
+        if options.fixed_budget:
+            kept = f"ratio={options.ratio_or_default} of the context"
+        kept += f", history_weight={options.history_weight}"
     if options.uses_layer_shares and found.shares is not None:
         shares = " ".join("-" if share is None else f"{share:g}" for share in found.shares)
         kept += f", shared out by layer [{shares}]"

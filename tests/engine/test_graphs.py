@@ -54,7 +54,9 @@ def replayed(monkeypatch):
         ),
         pytest.param({"top_p": 1.0}, id="top_p=1"),
         pytest.param({"method": "sts", "ratio": 1.0}, id="sts-everything"),
-        pytest.param({"method": "fused", "size_factor": 1e6, "refresh_every": 3}, id="fused-everything"),
+        pytest.param(
+            {"method": "fused", "size_factor": 1e6, "size_rounds": 1, "refresh_every": 3}, id="fused-everything"
+        ),
         pytest.param({"method": "vegas", "min_tokens": 32, "crossover_tokens": 0}, id="vegas"),
         pytest.param({"method": "vegas", "min_tokens": 32, "per_kv_head": True, "dilation": 5}, id="vegas-per_kv_head"),
         pytest.param({"method": "streamingllm", "min_tokens": 32}, id="streamingllm"),
@@ -77,7 +79,7 @@ def test_exact_modes_equal_plain_decoding(options, engine, greedy, prompts, coun
         pytest.param({"top_p": 0.8, "sparse_draft": True, "refresh_draft_every": 3}, id="refresh_draft_every"),
         pytest.param({"top_p": 0.8, "refresh_every": 3}, id="refresh_every"),
         pytest.param({"method": "sts", "ratio": 0.3}, id="sts"),
-        pytest.param({"method": "fused", "size_top_p": 0.9, "refresh_every": 3}, id="fused"),
+        pytest.param({"method": "fused", "size_top_p": 0.9, "size_rounds": 1, "refresh_every": 3}, id="fused"),
     ],
 )
 def test_selections_in_graphs_equal_those_of_eager_steps(options, engine, greedy, prompts, counts, replayed):

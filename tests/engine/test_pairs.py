@@ -12,12 +12,12 @@ VOCABULARY = 512
 EXACT = {
     "specattn": {"top_p": 1.0},
     "sts": {"method": "sts", "ratio": 1.0},
-    "fused": {"method": "fused", "size_factor": 1e6},
+    "fused": {"method": "fused", "size_factor": 1e6, "size_rounds": 1},
 }
 PRUNED = {
     "specattn": {"top_p": 0.7, "min_tokens": 16, "recent_tokens": 8},
     "sts": {"method": "sts", "ratio": 0.25, "min_tokens": 16, "recent_tokens": 8},
-    "fused": {"method": "fused", "size_top_p": 0.7, "min_tokens": 16, "recent_tokens": 8},
+    "fused": {"method": "fused", "size_top_p": 0.7, "size_rounds": 1, "min_tokens": 16, "recent_tokens": 8},
 }
 
 

@@ -65,7 +65,7 @@ def test_two_ranks_give_the_tokens_of_one(plain, prompts, demo_pair, tmp_path):
     [
         {"top_p": 0.7},
         {"method": "sts", "ratio": 0.2, "layer_map": "uniform"},
-        {"method": "fused", "size_top_p": 0.6, "layer_map": "uniform"},
+        {"method": "fused", "size_top_p": 0.6, "size_rounds": 1, "layer_map": "uniform"},
     ],
     ids=["specattn", "sts", "fused"],
 )

@@ -1,0 +1,95 @@
+"""What options have to do with each other: combinations that make no sense are refused, with the way out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from specattn_vllm.options import SpecAttnOptions
+
+
+def check(options: SpecAttnOptions) -> None:
+    """Raise ValueError for the first combination that cannot be meant."""
+    for rule in RULES:
+        rule(options)
+
+
+def _clamps_agree(options: SpecAttnOptions) -> None:
+    if options.max_tokens is not None:
+        if options.max_tokens < options.min_tokens:
+            raise ValueError(f"max_tokens {options.max_tokens} is below min_tokens {options.min_tokens}: change one")
+        if options.max_tokens < options.sink_tokens + options.recent_tokens:
+            raise ValueError(
+                f"max_tokens {options.max_tokens} is below sink_tokens + recent_tokens "
+                f"({options.sink_tokens} + {options.recent_tokens}), which are always kept: raise it or lower those"
+            )
+
+
+def _draft_refresh_has_something_to_refresh(options: SpecAttnOptions) -> None:
+    if options.refresh_draft_every > 1 and not options.sparse_draft:
+        raise ValueError(
+            f"refresh_draft_every {options.refresh_draft_every} without sparse_draft, where every draft step reads "
+            "everything: set sparse_draft=true, or leave it at 1"
+        )
+
+
+def _audits_have_what_they_need(options: SpecAttnOptions) -> None:
+    if options.audit_floor is not None and not options.audit_share:
+        raise ValueError(
+            f"audit_floor {options.audit_floor} without audit_share, so that nothing is measured: set audit_share, "
+            "such as to 0.05, or leave audit_floor out"
+        )
+    if "audit_dense_rounds" in options.model_fields_set and options.audit_floor is None:
+        raise ValueError(
+            f"audit_dense_rounds {options.audit_dense_rounds} without audit_floor, below which it would begin: set "
+            "audit_floor, or leave it out"
+        )
+
+
+def _one_selection_has_one_size(options: SpecAttnOptions) -> None:
+    if options.has_sizes and options.combine == "union":
+        raise ValueError(
+            "combine 'union' with method 'fused', whose sizes are those of one selection, not of each draft "
+            "step's: set combine to 'sum', 'max' or 'first', or method to 'sts'"
+        )
+    if options.has_sizes and options.fixed_budget and not options.history_weight:
+        raise ValueError(
+            "rule 'top_k' and history_weight 0 with method 'fused', so that the target's attention says nothing: "
+            "set method to 'sts', or rule to 'top_p', or history_weight"
+        )
+
+
+def _one_rule_is_meant(options: SpecAttnOptions) -> None:
+    if options.rule is None and {"top_p", "ratio"} <= options.model_fields_set:
+        raise ValueError(
+            f"top_p {options.top_p} and ratio {options.ratio} are of two rules: give one of them, or say which holds "
+            "(rule='top_p' or rule='top_k')"
+        )
+
+
+def _bonus_row_has_steps_to_join(options: SpecAttnOptions) -> None:
+    if "bonus_row" in options.model_fields_set and options.bonus_row and options.combine in ("union", "first"):
+        raise ValueError(
+            f"bonus_row true with combine {options.combine!r}, which looks at one draft step at a time: set combine "
+            "to 'sum' or 'max', or leave bonus_row out"
+        )
+
+
+def _history_leaves_room_for_the_draft(options: SpecAttnOptions) -> None:
+    # Sums of mass have to stay below 2, of which the draft's may be 1; the rest of the hundredth is for rounding.
+    if options.has_sizes and options.history_weight * (options.dilation + 1) > 0.99:
+        raise ValueError(
+            f"history_weight {options.history_weight} with dilation {options.dilation}: their product history_weight * "
+            "(dilation + 1) may be 0.99 at most; lower either"
+        )
+
+
+RULES = (
+    _clamps_agree,
+    _draft_refresh_has_something_to_refresh,
+    _audits_have_what_they_need,
+    _one_selection_has_one_size,
+    _one_rule_is_meant,
+    _bonus_row_has_steps_to_join,
+    _history_leaves_room_for_the_draft,
+)
