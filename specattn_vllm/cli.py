@@ -106,6 +106,18 @@ def evaluate(args: argparse.Namespace) -> int | None:
     return command.run(args)
 
 
+def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
+    from specattn_vllm.calibrate import command
+
+    command.add_arguments(parser)
+
+
+def calibrate(args: argparse.Namespace) -> int | None:
+    from specattn_vllm.calibrate import command
+
+    return command.run(args)
+
+
 def _with_default_part(argv: Sequence[str]) -> list[str]:
     """`specattn bench --shape S` means `specattn bench engines --shape S`."""
     argv = list(argv)
@@ -127,6 +139,7 @@ COMMANDS = {
     "cpu-env": Command(cpu_env, "the variables that let vLLM use this plugin without a GPU", _cpu_env_arguments),
     "demo-path": Command(demo_path, "the folder of one of the two demo models", _demo_path_arguments),
     "bench": Command(bench, "how fast it decodes, next to stock vLLM, on this machine", _bench_arguments),
+    "calibrate": Command(calibrate, "the layer map of a pair of models, measured on text", _calibrate_arguments),
     "eval": Command(evaluate, "what pruning costs in quality, measured in engines", _eval_arguments),
 }
 

@@ -1,0 +1,134 @@
+"""The command line of `specattn calibrate`. Loads torch and transformers where they are used."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from specattn_vllm.bench.command import require
+from specattn_vllm.installed import UserError
+
+DEMO = "demo"
+PATHS = ("monotone", "ends", "onto", "one-to-one", "free")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("the pair and the text")
+    what.add_argument("--target", default=DEMO, metavar="MODEL", help="a folder or a name on the hub [%(default)s]")
+    what.add_argument("--draft", default=DEMO, metavar="MODEL", help="likewise [%(default)s]")
+    what.add_argument(
+        "--text", type=Path, nargs="+", metavar="FILE",
+        help="UTF-8, like what will be served, read in this order; the demo pair brings its own",
+    )  # fmt: skip
+    what.add_argument("--window", type=int, default=4096, metavar="N", help="tokens at a time [%(default)s]")
+    what.add_argument("--windows", type=int, default=16, metavar="N", help="how many at most [%(default)s]")
+    layers = parser.add_argument_group("layers and heads")
+    layers.add_argument(
+        "--method", choices=("specattn", "sts"), default="specattn", help="what the map is for; sts: with a head map"
+    )
+    layers.add_argument(
+        "--similarity", choices=("kl", "overlap", "jaccard"), default="kl", help="how layers are compared [%(default)s]"
+    )
+    layers.add_argument(
+        "--path", choices=PATHS, default="monotone",
+        help="which layer maps are allowed: never back in depth, also first to first and last to last, each draft "
+        "layer used, none twice, or any [%(default)s]",
+    )  # fmt: skip
+    layers.add_argument(
+        "--dense-layers", type=int, default=0, metavar="N",
+        help="first target layers that read everything [%(default)s]",
+    )  # fmt: skip
+    layers.add_argument(
+        "--head-similarity", choices=("overlap", "jaccard"), help="how heads are compared (sts) [overlap]"
+    )
+    layers.add_argument(
+        "--ranks", type=int, metavar="N", help="map heads within each of N tensor-parallel ranks (sts) [1]"
+    )
+    layers.add_argument("--queries", type=int, default=64, metavar="N", help="rows compared a window [%(default)s]")
+    shares = parser.add_argument_group("how much each layer reads")
+    shares.add_argument(
+        "--shares", choices=("kl", "mass", "none"), default="kl",
+        help="divide the budget by what pruning one layer does to the target's output; by the attention that it loses, "
+        "which takes no further passes; or not at all [%(default)s]",
+    )  # fmt: skip
+    shares.add_argument(
+        "--budget", type=float, default=0.25, metavar="SHARE", help="of the context, layers' mean [%(default)s]"
+    )
+    shares.add_argument(
+        "--dense-above", type=float, metavar="NATS",
+        help="layers that cost more than this at the budget, alone, read everything (--shares kl)",
+    )  # fmt: skip
+    shares.add_argument("--rounds", type=int, default=32, metavar="N", help="verifications a window [%(default)s]")
+    shares.add_argument("--draft-tokens", type=int, default=4, metavar="K", help="drafted a round [%(default)s]")
+    run = parser.add_argument_group("running")
+    run.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="the map")
+    run.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw what was measured")
+    run.add_argument("--overwrite", action="store_true", help="throw away what --out holds or an earlier run left")
+    run.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    run.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="[float32 on a CPU, else bfloat16]")
+    run.add_argument("--seed", type=int, default=0, help="which rows are compared [%(default)s]")
+
+
+def check(args: argparse.Namespace) -> None:
+    """UserError for arguments that make no sense, by themselves or together."""
+    least = {"window": 64, "windows": 1, "queries": 1, "rounds": 1, "draft_tokens": 1, "dense_layers": 0, "seed": 0}
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {value}")
+    if args.method != "sts" and (args.head_similarity or args.ranks):
+        raise UserError("--head-similarity and --ranks are for --method sts")
+    if args.ranks is not None and args.ranks < 1:
+        raise UserError(f"--ranks {args.ranks}: at least 1")
+    if args.queries > args.window - args.window // 16:
+        raise UserError(f"--queries {args.queries}: a window of {args.window} has {args.window - args.window // 16}")
+    if args.rounds * (args.draft_tokens + 1) > args.window // 2:
+        raise UserError(
+            f"--rounds {args.rounds} of {args.draft_tokens + 1} tokens take more than half of a window of "
+            f"{args.window}: fewer, or a longer --window"
+        )
+    if not 0 < args.budget <= 1:
+        raise UserError(f"--budget {args.budget}: more than 0, at most 1")
+    if args.dense_above is not None and args.shares != "kl":
+        raise UserError("--dense-above is for --shares kl: nothing else measures what a layer costs the output")
+    if args.text is None and (args.target, args.draft) != (DEMO, DEMO):
+        raise UserError("--text: give files of text like what will be served; only the demo pair brings its own")
+    if args.out.exists() and not args.overwrite:
+        raise UserError(f"--out {args.out} exists: give another, or --overwrite")
+
+
+def run(args: argparse.Namespace) -> int:
+    check(args)
+    require(("torch", "transformers", "rich"))
+    if args.picture:
+        require(("matplotlib",))
+    from specattn_vllm.calibrate.runner import calibrate
+
+    try:
+        found = calibrate(args)
+    except KeyboardInterrupt:
+        print(f"\nspecattn: interrupted; the same command goes on from {state_file(args.out)}")
+        return 130
+    if args.picture:
+        from specattn_vllm.calibrate import picture
+
+        picture.save(found, args.picture)
+    print(summary(args.out, found))
+    return 0
+
+
+def state_file(out: Path) -> Path:
+    return out.with_name(out.name + ".state")
+
+
+def summary(out: Path, found: dict[str, Any]) -> str:
+    def line(name: str, values: list) -> str:
+        return f"  {name}: " + " ".join("-" if value is None else f"{value:g}" for value in values)
+
+    lines = [f"{out}: '-' reads everything", line("draft layer per target layer", found["layers"])]
+    if found["heads"] is not None:
+        pairs = ("-" if row is None else ",".join(map(str, row)) for row in found["heads"])
+        lines.append("  draft KV head per target KV head: " + " ".join(pairs))
+    if found.get("shares") is not None:
+        lines.append(line("share of the budget, 1 on average", found["shares"]))
+    return "\n".join(lines)

@@ -1,0 +1,103 @@
+"""Both measurements, window after window: how alike layers and heads attend, and what reading less costs each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from specattn_vllm.calibrate.models import Model
+from specattn_vllm.calibrate.rounds import Rounds
+from specattn_vllm.calibrate.shares import GRID
+from specattn_vllm.calibrate.similarity import SIMILARITIES
+from specattn_vllm.calibrate.state import State
+
+
+def sampled_queries(window: int, count: int, seed: int, index: int) -> torch.Tensor:
+    """Query positions of the window of that index, ascending; none in its first sixteenth, since a query with a handful
+    of keys says little about which keys a layer chooses."""
+    first = window // 16
+    # Of each window's own, so that one can be measured without those before it.
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + index)
+    return (first + torch.randperm(window - first, generator=generator)[:count]).sort().values
+
+
+def similarity_of_window(
+    target: Model, draft: Model, ids: torch.Tensor, queries: torch.Tensor, kind: str, head_kind: str | None
+) -> dict[str, torch.Tensor]:
+    """Means over the queries: `layers` [target layers, draft layers] and, with a `head_kind`, `heads` [target layers,
+    draft layers, target KV heads, draft KV heads]. The target's rows are compared as they come, so those of one of its
+    layers are in memory at a time, and the draft's."""
+    theirs: dict[int, torch.Tensor] = {}
+    draft.look(ids, queries, theirs.__setitem__)
+    by_layer = [theirs[i] for i in range(draft.layers)]
+    averaged = torch.stack([rows.mean(0) for rows in by_layer])
+    lengths = queries.to(target.device) + 1
+    layers: dict[int, torch.Tensor] = {}
+    heads: dict[int, torch.Tensor] = {}
+
+    def compare(layer: int, rows: torch.Tensor) -> None:
+        layers[layer] = SIMILARITIES[kind](rows.mean(0, keepdim=True), averaged, lengths)[0].cpu()
+        if head_kind is not None:
+            heads[layer] = torch.stack([SIMILARITIES[head_kind](rows, one, lengths) for one in by_layer]).cpu()
+
+    target.look(ids, queries, compare)
+    found = {"layers": torch.stack([layers[j] for j in range(target.layers)]) / len(queries)}
+    if head_kind is not None:
+        found["heads"] = torch.stack([heads[j] for j in range(target.layers)]) / len(queries)
+    return found
+
+
+def cost_of_window(
+    target: Model,
+    draft: Model,
+    ids: torch.Tensor,
+    rounds: Rounds,
+    layers: Sequence[int | None],
+    heads: Sequence[Sequence[int] | None] | None,
+    with_kl: bool,
+) -> dict[str, torch.Tensor]:
+    """What each target layer's reading less costs, means over the rounds' rows, [target layers, GRID]: `read`, the
+    share of the context that was read, `mass`, the share of the target's attention to the window that this holds, and
+    `kl`, KL(all of it || this layer alone pruned) of the target's output in nats. Layers that stay dense have 0."""
+    rows = torch.arange(len(ids) - rounds.rows, len(ids))
+    ranks: dict[int, torch.Tensor] = {}
+
+    def rank(layer: int, attention: torch.Tensor) -> None:
+        if layer in layers:
+            ranks[layer] = rounds.ranks(rounds.mass(attention if heads else attention.mean(0, keepdim=True)))
+
+    draft.look(ids, rows, rank)
+    found = {name: torch.zeros(target.layers, len(GRID), dtype=torch.float64) for name in ("read", "mass", "kl")}
+    contexts = rounds.contexts(target.device)
+
+    def keep(layer: int, share: float) -> torch.Tensor:
+        chosen = ranks[layers[layer]]
+        return rounds.keep(chosen if heads is None else chosen[list(heads[layer])], share)
+
+    def retained(layer: int, attention: torch.Tensor) -> None:
+        if layers[layer] is None:
+            return
+        for at, share in enumerate(GRID):
+            kept = keep(layer, share)
+            found["read"][layer, at] = (kept.sum(-1) / contexts).mean().item()
+            found["mass"][layer, at] = (attention * rounds.masks(kept)).sum(-1).mean().item()
+
+    dense = target.reference(ids, rounds.rows, retained)
+    for layer in [j for j, i in enumerate(layers) if i is not None] if with_kl else ():
+        for at, share in enumerate(GRID):
+            pruned = target.pruned(ids, rounds.rows, {layer: rounds.masks(keep(layer, share))})
+            found["kl"][layer, at] = (dense.exp() * (dense - pruned)).sum(-1).mean().item()
+    return found
+
+
+def over_windows(
+    state: State, phase: str, ids: torch.Tensor, measure: Callable[[int], dict[str, torch.Tensor]],
+    tick: Callable[[int], None],
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Means over the windows, of which those that the state has are not measured again. `tick` is told how many are."""
+    tick(state.done.get(phase, 0))
+    for index in range(state.done.get(phase, 0), len(ids)):
+        state.add(phase, measure(index))
+        tick(index + 1)
+    return {name: value / len(ids) for name, value in state.sums[phase].items()}

@@ -1,0 +1,103 @@
+"""Windows of token ids from files, read as far as they are needed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from specattn_vllm.evaluation.texts import held_out
+from specattn_vllm.installed import DEMO, UserError
+
+DEMO_TEXT = DEMO / "calibration.txt"
+"""Source of this package as it was at one time: shipped, so that everybody calibrates the demo pair on the same."""
+PART = 1 << 16
+"""Characters that are tokenized at a time."""
+
+
+class Windows(NamedTuple):
+    ids: torch.Tensor
+    """[windows, tokens] int64."""
+    files: list[dict[str, str]]
+    """Name and SHA-256 of each file that was read from."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the ids, four bytes each, the lowest first."""
+        return hashlib.sha256(self.ids.numpy().astype("<i4").tobytes()).hexdigest()
+
+
+def parts(path: Path) -> Iterator[str]:
+    """The text of a file in parts that end with a line, unless a line is longer."""
+    held: list[str] = []
+    size = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            while line := file.readline(PART):
+                held.append(line)
+                size += len(line)
+                if size >= PART:
+                    yield "".join(held)
+                    held, size = [], 0
+    except OSError as error:
+        raise UserError(f"--text {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"--text {path} is not text in UTF-8") from None
+    if held:
+        yield "".join(held)
+
+
+def file_digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"--text {path}: {error.strerror}") from None
+
+
+def refuse_held_out(digests: dict[Path, str]) -> None:
+    """What `specattn eval methods` evaluates on must not be calibrated on: its figures would flatter the map."""
+    evaluated = {hashlib.sha256(text.encode()).hexdigest(): name for name, text in held_out()}
+    for path, digest in digests.items():
+        if digest in evaluated:
+            raise UserError(
+                f"--text {path} is the standard library's {evaluated[digest]}, which `specattn eval methods` evaluates "
+                "on: give other text"
+            )
+
+
+def windows(
+    paths: list[Path], tokenize: Callable[[str], list[int]], first: Iterable[int], size: int, most: int
+) -> Windows:
+    """Up to `most` windows of `size` tokens, cut one after the other from the files in their order; each begins with
+    the `first` tokens, that of the text's beginning if the models want one. Files too short for one are strung
+    together.
+
+    tokenize: without special tokens. Raises UserError if the text is not enough for one window.
+    """
+    digests = {path: file_digest(path) for path in paths}
+    refuse_held_out(digests)
+    first = list(first)
+    found, pending, read = [], [], []
+    for path in paths:
+        read.append({"name": path.name, "sha256": digests[path]})
+        for part in parts(path):
+            pending += tokenize(part)
+            while len(pending) >= size - len(first):
+                found.append(first + pending[: size - len(first)])
+                del pending[: size - len(first)]
+                if len(found) == most:
+                    return Windows(_tensor(found), read)
+    if not found:
+        raise UserError(
+            f"--text: {len(pending):,} tokens in all, and one window takes {size:,} (--window): give more text"
+        )
+    return Windows(_tensor(found), read)
+
+
+def _tensor(found: list[list[int]]) -> torch.Tensor:
+    return torch.from_numpy(np.array(found, dtype=np.int64))
