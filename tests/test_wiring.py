@@ -9,7 +9,7 @@ import torch
 
 from specattn_vllm import executors
 from specattn_vllm.fingerprint import ModelFacts
-from specattn_vllm.layer_map import SCHEMA, LayerMap
+from specattn_vllm.layer_map import SCHEMA, LayerMap, uniform
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.speculation import maps, wiring
 from specattn_vllm.speculation.wiring import Selection
@@ -365,6 +365,20 @@ def test_without_a_head_map_heads_are_paired_by_proportion(monkeypatch, kv_heads
     assert made.store.bits.shape[2] == kv_heads[1]
     assert made.tables.shape[2] == kv_heads[0]
     assert any("paired by proportion, which is not calibrated" in line for line in lines)
+
+
+def test_a_uniform_map_is_warned_of_with_the_command_that_makes_a_better_one(monkeypatch):
+    lines = []
+    monkeypatch.setattr(wiring.logger, "warning", lambda text, *values: lines.append(text % values))
+    model, draft = SimpleNamespace(model="org/big"), SimpleNamespace(model="org/small")
+    config = SimpleNamespace(model_config=model, speculative_config=SimpleNamespace(draft_model_config=draft))
+    speculator = SimpleNamespace(vllm_config=config, crossover_tokens=0)
+    monkeypatch.setattr(wiring, "announce_buffers", lambda speculator, nbytes: None)
+    wiring._announce(SpecAttnOptions(), uniform(facts(4, 2), facts(2, 2)), speculator, {"mass": 1})
+    assert any("specattn calibrate --target org/big --draft org/small --text" in line for line in lines)
+    lines.clear()
+    prepared(monkeypatch, (None, 0))
+    assert not any("specattn calibrate" in line for line in lines)
 
 
 def test_a_head_map_needs_no_warning(monkeypatch):

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dense-above", type=float, metavar="NATS",
         help="layers that cost more than this at the budget, alone, read everything (--shares kl)",
     )  # fmt: skip
-    shares.add_argument("--rounds", type=int, default=32, metavar="N", help="verifications a window [%(default)s]")
+    shares.add_argument("--rounds", type=int, default=20, metavar="N", help="verifications a window [%(default)s]")
     shares.add_argument("--draft-tokens", type=int, default=4, metavar="K", help="drafted a round [%(default)s]")
     run = parser.add_argument_group("running")
     run.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="the map")

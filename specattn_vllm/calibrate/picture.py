@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # a file, whatever the machine shows
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from specattn_vllm.calibrate.state import write_whole
 
@@ -36,6 +36,8 @@ def _similarity(axes: Axes, values: list[list[float]], layers: list[int | None],
     image = axes.imshow(values, aspect="auto", cmap="viridis", origin="lower")
     mapped = [(i, j) for j, i in enumerate(layers) if i is not None]
     axes.plot(*zip(*mapped, strict=True), color="white", marker="o", markersize=4, linewidth=1)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("draft layer")
     axes.set_ylabel("target layer")
     axes.set_title("similarity" + (", minus KL in nats" if kind == "kl" else f", {kind}"), fontsize=10)
@@ -49,8 +51,10 @@ def _curves(axes: Axes, curves: dict[str, Any], name: str) -> None:
         # Seven names are as many as can be told apart; the colours go from the first layer to the last.
         label = f"layer {j}" if j % max(1, len(curves[name]) // 7) == 0 else None
         axes.plot(x, y, color=colours(j / max(1, len(curves[name]))), linewidth=1, marker=".", label=label)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
     axes.set_xscale("log")
+    axes.set_xticks([0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0])
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.xaxis.set_minor_locator(NullLocator())
     if name == "kl":
         axes.set_yscale("log")
     axes.set_xlabel("share of the context that is read")

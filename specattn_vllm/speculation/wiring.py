@@ -266,7 +266,10 @@ def _announce(
     if not found.calibrated:
         logger.warning(
             "specattn: the layer map is uniform, not calibrated for this pair of models: expect worse quality at the "
-            "same KV read. Set layer_map to a calibrated map to silence this."
+            "same KV read. Make a map and set layer_map to it: specattn calibrate --target %s --draft %s --text FILES "
+            "--out map.json",
+            speculator.vllm_config.model_config.model,
+            speculator.vllm_config.speculative_config.draft_model_config.model,
         )
     if options.per_head and found.heads is None:
         logger.warning(
