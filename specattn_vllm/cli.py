@@ -118,6 +118,18 @@ def calibrate(args: argparse.Namespace) -> int | None:
     return command.run(args)
 
 
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    from specattn_vllm.evaluation import page
+
+    page.add_arguments(parser)
+
+
+def report(args: argparse.Namespace) -> int | None:
+    from specattn_vllm.evaluation import page
+
+    return page.run(args)
+
+
 def _with_default_part(argv: Sequence[str]) -> list[str]:
     """`specattn bench --shape S` means `specattn bench engines --shape S`."""
     argv = list(argv)
@@ -141,6 +153,7 @@ COMMANDS = {
     "bench": Command(bench, "how fast it decodes, next to stock vLLM, on this machine", _bench_arguments),
     "calibrate": Command(calibrate, "the layer map of a pair of models, measured on text", _calibrate_arguments),
     "eval": Command(evaluate, "what pruning costs in quality, measured in engines", _eval_arguments),
+    "report": Command(report, "what `specattn eval methods` measured, as one HTML page", _report_arguments),
 }
 
 

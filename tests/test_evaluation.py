@@ -15,7 +15,7 @@ import pytest
 from specattn_vllm import cli, cpu_runner
 from specattn_vllm.evaluation import report as reports
 from specattn_vllm.evaluation import runner, settings, texts
-from specattn_vllm.evaluation.schema import DocumentResult, Job, Report, Setting, SettingResult, text_tokens
+from specattn_vllm.evaluation.schema import DocumentResult, Job, Kept, Report, Setting, SettingResult, text_tokens
 from specattn_vllm.installed import UserError
 
 HALF = Setting(name="half", options={"rule": "top_k", "ratio": 0.5})
@@ -198,6 +198,7 @@ def test_a_job_s_key_follows_what_its_figures_depend_on():
     ]
     assert len(set(keys)) == len(keys)
     assert job(target="/elsewhere/target").key == job().key
+    assert job(HALF, record_kept=True).key == job(HALF).key
 
 
 def test_engines_are_pruned_below_the_crossover_too():
@@ -260,6 +261,20 @@ def test_what_is_measured_is_not_run_again(engines, tmp_path):
     assert [result.name for result in found.results] == ["dense", "half", "quarter"]
     evaluate(path)
     assert len(engines.ran) == 3
+
+
+def test_what_was_not_recorded_is_measured_again_where_there_is_something_to_record(engines, tmp_path):
+    path = tmp_path / "report.json"
+    quest = job(QUEST)
+    evaluate(path, [*JOBS[:2], quest], keep_reference=True)
+    recording = [each.model_copy(update={"record_kept": True}) for each in (*JOBS[:2], quest)]
+    _, found = evaluate(path, recording, keep_reference=True)
+    assert engines.ran == ["dense", "half", QUEST.name, "half"]
+    kept = Kept(document=0, bucket=4, contexts=[8], shares={"a": 0.5}, layers={"a": ["100 0"]})
+    found.results[1].kept = kept
+    path.write_text(found.model_dump_json())
+    evaluate(path, recording)
+    assert len(engines.ran) == 4
 
 
 def test_results_stand_in_the_order_of_the_settings_whichever_ran_first(engines, tmp_path):
@@ -465,6 +480,7 @@ def test_graphs_are_refused_with_peers(capsys):
 def test_reports_from_before_there_were_peers_keep_their_keys():
     # Of the report's settings at that time, written out.
     assert "peer" not in json.dumps(job(HALF).setting.model_dump(exclude_none=True))
-    told = job(HALF).model_dump(mode="json", exclude={"target": True, "draft": True, "setting": {"peer"}})
+    apart = {"target": True, "draft": True, "record_kept": True, "setting": {"peer"}}
+    told = job(HALF).model_dump(mode="json", exclude=apart)
     text = json.dumps(told, sort_keys=True)
     assert job(HALF).key == hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -7,6 +7,8 @@ schema.py     settings, jobs, results and the report, as JSON
 settings.py   which settings are compared; texts.py on which documents
 peers.py      other work's selections in the place of ours; peer_options.py how a settings file names them
 runner.py     an engine for each setting, one after the other, each in a process of its own
+kept.py       what a setting keeps of a document, recorded over its forced run
 report.py     the table; plot.py the picture
-command.py    the command line
+page.py       `specattn report`: all of it as an HTML page; charts.py where its marks stand
+command.py    the command line of `specattn eval`
 """

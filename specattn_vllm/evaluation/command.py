@@ -55,6 +55,10 @@ def methods_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine-argument", type=checked(parse_option), action="append", default=[], metavar="KEY=VALUE",
         help="an argument of vllm.LLM, e.g. enforce_eager=true; may be repeated",
     )  # fmt: skip
+    how.add_argument(
+        "--record-kept", action="store_true",
+        help="record what is kept of the first document, for the heat maps of `specattn report`",
+    )  # fmt: skip
     run = parser.add_argument_group("running")
     run.add_argument(
         "--out", type=Path, default=Path("specattn-eval.json"), metavar="FILE.json",
@@ -130,8 +134,9 @@ def plan(args: argparse.Namespace, settings: list) -> tuple[dict[str, Any], list
         "dtype": args.dtype or ("float32" if device == "cpu" else "bfloat16"),
         "engine_options": engine_options,
     }
+    apart = {"batch": args.batch, "record_kept": args.record_kept}
     jobs = [
-        Job(setting=setting, documents=[d.ids for d in documents], batch=args.batch, **folders, **common)
+        Job(setting=setting, documents=[d.ids for d in documents], **folders, **common, **apart)
         for setting in settings
     ]
     named = [{"name": document.name, "sha256": document.digest} for document in documents]

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple, TextIO
 import torch
 from tqdm import tqdm
 
-from specattn_vllm.evaluation import peers
+from specattn_vllm.evaluation import kept, peers
 from specattn_vllm.evaluation.forcing import Forcing, ForcingError
 from specattn_vllm.evaluation.schema import DocumentResult, Job, SettingResult
 from specattn_vllm.evaluation.scores import Reference, Scores
 from specattn_vllm.stats import Counts
+
+RECORDED = 0
+"""The document of which a recorder tells what was kept."""
 
 
 class Run(NamedTuple):
@@ -38,7 +41,11 @@ def run(job: Job, reference: Path, terminal: TextIO | None = None) -> Run:
     with forcing.installed(), engine(job.engine_arguments()) as llm:
         if job.setting.peer is not None:
             llm.collective_rpc(peers.install, args=(job.setting.peer,))
-        forced = forced_run(llm, job, forcing, scores, terminal)
+        recorder = None
+        if job.record_kept and job.setting.selects:
+            [watched] = llm.collective_rpc(kept.watched)
+            recorder = kept.KeptRecorder(*watched, job.max_model_len)
+        forced = forced_run(llm, job, forcing, scores, terminal, recorder)
         free, tokens = free_run(llm, job)
     scores.reference.close()
     result = SettingResult(
@@ -54,6 +61,7 @@ def run(job: Job, reference: Path, terminal: TextIO | None = None) -> Run:
             for nll, kl, agrees in zip(scores.nll, scores.kl, scores.agrees, strict=True)
         ],
         seconds=round(time.perf_counter() - start, 1),
+        kept=None if recorder is None else recorder.result(RECORDED),
     )
     return Run(result, scores, tokens)
 
@@ -74,7 +82,9 @@ def engine(arguments: dict[str, Any]) -> Iterator[Any]:
         cleanup_dist_env_and_memory()
 
 
-def forced_run(llm: Any, job: Job, forcing: Forcing, scores: Scores, terminal: TextIO | None) -> Counts:
+def forced_run(
+    llm: Any, job: Job, forcing: Forcing, scores: Scores, terminal: TextIO | None, recorder: kept.KeptRecorder | None
+) -> Counts:
     """Lead every document through verification; returns what was counted meanwhile.
 
     The token after the prompt comes from the prompt's own pass, which reads everything: scores begin with the next.
@@ -84,6 +94,8 @@ def forced_run(llm: Any, job: Job, forcing: Forcing, scores: Scores, terminal: T
     with tqdm(total=scores.nll.size, desc=job.setting.name, unit="tok", disable=None, file=terminal) as bar:
 
         def observe(name: str, position: int, following: torch.Tensor, logits: torch.Tensor) -> None:
+            if recorder is not None and names[name] == RECORDED:
+                recorder.add(forcing.slot_of(name), position)
             bar.update(scores.add(names[name], position - job.context, following, logits))
 
         texts = {name: job.documents[number] for name, number in names.items()}

@@ -84,6 +84,10 @@ class Forcing:
             self._seated.clear()
             self._table.fill_(NO_TEXT)
 
+    def slot_of(self, name: str) -> int:
+        """The slot in which the request of that name sits."""
+        return next(slot for slot, request in self._seated.items() if _name(request) == name)
+
     def _draft(self, own: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """Tokens that follow `positions` [R] in the texts of `slots` [R]; `own` [R] where there is none."""
         following = (positions + 1).clamp(max=self._table.shape[1] - 1)

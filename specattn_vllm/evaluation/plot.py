@@ -11,6 +11,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from specattn_vllm.evaluation.charts import family
 from specattn_vllm.evaluation.report import figures, reference
 from specattn_vllm.evaluation.schema import Report
 
@@ -18,18 +19,17 @@ MARKS = "osD^vPX*"
 
 
 def draw(report: Report) -> Figure:
-    """A point for each approximate setting; those of the same name but for a percentage are joined."""
+    """A point for each approximate setting; those of one family are joined."""
     dense = reference(report)
     families: dict[str, list] = {}
     for result in report.results:
         if not result.lossless:
-            family = " ".join(word for word in result.name.split() if not word.endswith("%"))
-            families.setdefault(family, []).append((result.name, figures(result, dense)))
+            families.setdefault(family(result.name), []).append((result.name, figures(result, dense)))
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
-    for index, (family, members) in enumerate(families.items()):
+    for index, (name, members) in enumerate(families.items()):
         members.sort(key=lambda member: member[1].kv_read)
         x, y = [found.kv_read for _, found in members], [found.kl.value for _, found in members]
-        axes.plot(x, y, marker=MARKS[index % len(MARKS)], linewidth=1, label=family)
+        axes.plot(x, y, marker=MARKS[index % len(MARKS)], linewidth=1, label=name)
     axes.set_yscale("log")
     axes.set_ylim(top=2 * max((found.kl.value for members in families.values() for _, found in members), default=1.0))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))

@@ -38,7 +38,7 @@ def run_all(
     prepare_environment(jobs[0].device)
     reference = out.with_suffix(".reference")
     have = {result.job_key: result for result in report.results}
-    missing = [job for job in jobs if job.key not in have]
+    missing = [job for job in jobs if job.key not in have or _lacks_recording(job, have[job.key])]
     if not missing:
         say(f"all {len(jobs)} settings are measured already in {out}")
         return []
@@ -65,6 +65,10 @@ def run_all(
     if not failed and not keep_reference:
         shutil.rmtree(reference)
     return failed
+
+
+def _lacks_recording(job: Job, result: SettingResult) -> bool:
+    return job.record_kept and job.setting.selects and result.kept is None
 
 
 def prepare_environment(device: str) -> None:

@@ -46,6 +46,11 @@ class Setting(_Model):
         return self.options == DENSE_OPTIONS and self.peer is None
 
     @property
+    def selects(self) -> bool:
+        """Whether the plugin prunes what the target reads."""
+        return self.peer is None and not self.lossless
+
+    @property
     def lossless(self) -> bool:
         return self.peer is None and SpecAttnOptions.parse(self.options).is_lossless
 
@@ -68,6 +73,8 @@ class Job(_Model):
     device: Literal["cuda", "cpu"]
     dtype: str
     engine_options: dict[str, Any] = Field(default_factory=dict)
+    record_kept: bool = False
+    """Whether the result says what was kept of the first document; no figure depends on it."""
 
     @property
     def verified(self) -> int:
@@ -82,7 +89,7 @@ class Job(_Model):
     @property
     def key(self) -> str:
         """Changes with anything that the figures depend on, so that a later run can tell what is measured."""
-        told = self.model_dump(mode="json", exclude={"target", "draft"})
+        told = self.model_dump(mode="json", exclude={"target", "draft", "record_kept"})
         if self.setting.peer is None:
             del told["setting"]["peer"]  # as in reports from before there were any
         text = json.dumps(told, sort_keys=True)
@@ -124,6 +131,25 @@ class DocumentResult(_Model):
     agreement: float
 
 
+class Kept(_Model):
+    """What a setting kept of one document, round by round."""
+
+    document: int
+    bucket: int
+    """Tokens in a bucket."""
+    contexts: list[int]
+    """Tokens before the drafts of each round."""
+    shares: dict[str, float]
+    """Target layer -> share of the context that was kept, mean over rounds."""
+    layers: dict[str, list[str]]
+    """Target layer -> for each round a line of percentages, one a bucket, of which the last may be shorter."""
+
+    def percentages(self, layer: str) -> list[list[int]]:
+        """[rounds][buckets], 0 where a round's context had not come to a bucket yet."""
+        rows = [[int(percent) for percent in line.split()] for line in self.layers[layer]]
+        return [row + [0] * (max(map(len, rows)) - len(row)) for row in rows]
+
+
 class SettingResult(_Model):
     name: str
     options: dict[str, Any]
@@ -137,6 +163,8 @@ class SettingResult(_Model):
     documents: list[DocumentResult]
     seconds: float
     provenance: dict[str, Any] = Field(default_factory=dict)
+    kept: Kept | None = None
+    """Where it was asked for, of settings that select."""
 
     @property
     def is_reference(self) -> bool:
