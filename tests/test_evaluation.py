@@ -17,6 +17,7 @@ from specattn_vllm.evaluation import report as reports
 from specattn_vllm.evaluation import runner, settings, texts
 from specattn_vllm.evaluation.schema import DocumentResult, Job, Kept, Report, Setting, SettingResult, text_tokens
 from specattn_vllm.installed import UserError
+from specattn_vllm.options import SpecAttnOptions
 
 HALF = Setting(name="half", options={"rule": "top_k", "ratio": 0.5})
 
@@ -62,12 +63,11 @@ def test_the_default_settings_are_what_the_plugin_takes_and_begin_with_the_refer
     assert len({setting.name for setting in found}) == len(found)
 
 
-@pytest.mark.parametrize("share", [0.25, 0.125, 0.05])
-def test_without_choice_as_many_tokens_are_kept_as_with_it(share):
+def test_without_choice_as_many_tokens_are_kept_as_with_it():
     found = {setting.name: setting.options for setting in settings.default_settings(4096)}
-    plain = found[f"sink and recent {share * 100:g}%"]
-    assert plain["sink_tokens"] + plain["recent_tokens"] == round(4096 * share)
-    assert found[f"specattn {share * 100:g}%"]["ratio"] == share
+    plain = found["sink and recent 25%"]
+    assert plain["sink_tokens"] + plain["recent_tokens"] == 4096 // 4
+    assert SpecAttnOptions(**found["specattn"]).ratio_or_default == found["sts 25%"]["ratio"] == 0.25
 
 
 def test_a_budget_without_choice_keeps_nothing_but_the_first_and_the_last():

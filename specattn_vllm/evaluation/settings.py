@@ -16,7 +16,6 @@ SINK = 4
 
 def default_settings(context: int) -> list[Setting]:
     """For prompts of `context` tokens: what a budget without any choice takes is a number of tokens in the options."""
-    shares = (0.25, 0.125, 0.05)
     return [
         DENSE,
         Setting(name="dense, sparse_draft", options={"method": "dense", "sparse_draft": True}),
@@ -31,7 +30,7 @@ def default_settings(context: int) -> list[Setting]:
                 name=f"{method} {share * 100:g}%",
                 options={"method": method, "rule": "top_k", "ratio": share, "min_tokens": 0},
             )
-            for method in ("specattn", "sts")
+            for method, shares in (("specattn", (0.125, 0.05)), ("sts", (0.25, 0.125, 0.05)))
             for share in shares
         ),
         # Sizes follow the target's attention: how much that is of the context is measured, not set.
@@ -53,18 +52,15 @@ def default_settings(context: int) -> list[Setting]:
         Setting(name="streamingllm 10%", options={"method": "streamingllm", "ratio": 0.1, "min_tokens": 0}),
         *(
             Setting(name=f"{name} {share * 100:g}%", options=DENSE.options, peer={**peer, "ratio": share})
-            for name, peer in (
-                ("quest", {"name": "quest"}),
-                ("oracle", {"name": "oracle"}),
-                ("oracle, shared", {"name": "oracle", "shared": True}),
+            for name, shares, peer in (
+                ("quest", (0.25, 0.125), {"name": "quest"}),
+                ("oracle", (0.25, 0.125), {"name": "oracle"}),
+                ("oracle, shared", (0.125,), {"name": "oracle", "shared": True}),
             )
-            for share in (0.25, 0.125)
+            for share in shares
         ),
-        *(
-            Setting(name=f"oracle top-p {top_p:g}", options=DENSE.options, peer={"name": "oracle", "top_p": top_p})
-            for top_p in (0.95, 0.9)
-        ),
-        *(Setting(name=f"sink and recent {share * 100:g}%", options=_streaming(context, share)) for share in shares),
+        Setting(name="oracle top-p 0.95", options=DENSE.options, peer={"name": "oracle", "top_p": 0.95}),
+        Setting(name="sink and recent 25%", options=_streaming(context, 0.25)),
     ]
 
 
