@@ -10,5 +10,7 @@ runner.py     an engine for each setting, one after the other, each in a process
 kept.py       what a setting keeps of a document, recorded over its forced run
 report.py     the table; plot.py the picture
 page.py       `specattn report`: all of it as an HTML page; charts.py where its marks stand
-command.py    the command line of `specattn eval`
+tasks.py      prompts with known answers: a file's, or of tasks_generators.py; tasks_schema.py, tasks_engine.py and
+              tasks_report.py are for them what schema.py, engine.py and report.py are for forced runs
+command.py    the command line, tasks_command.py of tasks; shared.py what both have
 """

