@@ -19,7 +19,7 @@ from specattn_vllm.evaluation.schema import Report
 
 pytest.importorskip("jinja2")
 
-MEASURED = Path(__file__).parents[1] / "docs/results/demo-methods.json"
+MEASURED = Path(__file__).parents[1] / "docs/results/h200-methods.json"
 
 
 VOID = {"meta", "img", "br", "link", "input"}
