@@ -83,6 +83,20 @@ def test_the_cpu_s_table_is_what_was_measured():
         assert f"{results[mode]['prefill_tokens_per_second']:,}" in document
 
 
+def test_the_quality_is_what_was_measured():
+    from specattn_vllm.evaluation.report import markdown
+
+    measured = json.loads((ROOT / "docs/results/h200-methods.json").read_text())
+    lines = [line.strip("| ").split(" | ") for line in markdown(measured).splitlines()]
+    rows = {cells[0]: cells for cells in lines if len(cells) > 5}
+    _, read, _, kl, _, perplexity, *_ = rows["specattn"]
+    _, less, _, more_kl, _, more, *_ = rows["specattn 12.5%"]
+    first, second, third, fourth = (text.split()[0] for text in (kl, perplexity, more_kl, more))
+    words = " ".join(README.split())
+    assert f"reading {read} of the KV by `specattn`'s defaults moves the perplexity" in words
+    assert f"of held-out code by {second}, KL {first}; at {less} it is {fourth} and {third} ([" in words
+
+
 def test_the_table_of_methods_is_what_was_measured(capsys):
     from specattn_vllm import cli
     from specattn_vllm.evaluation.report import markdown
