@@ -28,7 +28,9 @@ STALE = 1_000_000
 
 
 def _options(combine: str = "sum", **changes) -> SpecAttnOptions:
-    base = {"top_p": 0.7, "min_tokens": 0, "sink_tokens": 1, "recent_tokens": 2}
+    base = {"min_tokens": 0, "sink_tokens": 1, "recent_tokens": 2}
+    if "ratio" not in changes:
+        base["top_p"] = 0.7
     return SpecAttnOptions(combine=combine, **(base | changes))
 
 
