@@ -88,7 +88,7 @@ def test_abort_frees_a_slot_for_somebody_else(options, engine, prompts, audit):
     from vllm import SamplingParams
 
     llm = engine(options, max_num_seqs=2)
-    parameters = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
+    parameters = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True, detokenize=False)
     a, b, c = prompts([700, 600, 500])
     run = llm.llm_engine
     run.add_request("a", a, parameters)
