@@ -110,6 +110,19 @@ class LayerMap(BaseModel):
         shares = self.shares and tuple(None if j in dense_layers else s for j, s in enumerate(self.shares))
         return self.model_copy(update={"layers": layers, "heads": heads, "shares": shares})
 
+    def fractions(self, ratio: float) -> tuple[float | None, ...]:
+        """Of each target layer, how much of the context it reads under a budget of `ratio` (0 to 1) on average over
+        those with a share; None for the others. What a layer cannot use, since there is no more than all of the
+        context, goes to the rest by their shares: at 1 every layer reads everything."""
+        shares = {j: share for j, share in enumerate(self.shares or ()) if share is not None}
+        found: dict[int, float] = {}
+        while len(found) < len(shares):
+            rest = {j: share for j, share in shares.items() if j not in found}
+            each = (ratio * len(shares) - len(found)) / sum(rest.values())
+            full = {j: 1.0 for j, share in rest.items() if each * share >= 1}
+            found |= full or {j: each * share for j, share in rest.items()}
+        return tuple(found.get(j) for j in range(len(self.layers)))
+
     def local_heads(self, rank: int, ranks: int) -> tuple[tuple[int, ...] | None, ...]:
         """The head map of one tensor-parallel rank: for each target layer and each of the rank's KV heads, which of its
         own draft KV heads chooses. Without `heads`, heads are paired by proportion.

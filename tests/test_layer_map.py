@@ -328,6 +328,31 @@ def test_sources_are_the_captured_draft_layers_ascending():
     assert found.with_dense((0, 2, 3)).sources == ()
 
 
+# Shares of a budget
+
+
+@pytest.mark.parametrize(
+    ("shares", "ratio", "wanted"),
+    [
+        ([None, 0.5, 0.5, 2.0], 0.25, [None, 0.125, 0.125, 0.5]),
+        # What the last cannot use, the others get; and what the second then cannot use.
+        ([None, 0.5, 0.5, 2.0], 0.6, [None, 0.4, 0.4, 1.0]),
+        ([None, 0.1, 0.9, 2.0], 0.7, [None, 0.11, 0.99, 1.0]),
+        ([None, 0.1, 0.9, 2.0], 0.9, [None, 0.7, 1.0, 1.0]),
+        ([None, 0.1, 0.9, 2.0], 1.0, [None, 1.0, 1.0, 1.0]),
+        (None, 0.5, [None] * 4),
+    ],
+)
+def test_shares_become_fractions_of_the_context_with_the_ratio_as_their_mean(shares, ratio, wanted):
+    found = LayerMap.model_validate(content(shares=shares)).fractions(ratio)
+    assert [f and round(f, 9) for f in found] == wanted
+
+
+def test_the_ratio_stays_the_mean_where_more_layers_are_dense():
+    found = LayerMap.model_validate(content(shares=[None, 0.5, 0.5, 2.0])).with_dense((3,))
+    assert found.fractions(0.3) == pytest.approx((None, 0.3, 0.3, None))
+
+
 # Heads on ranks
 
 

@@ -1,4 +1,4 @@
-"""Selections of layers with shares of their own out of one budget."""
+"""Selections of layers that each keep a part of the context of their own."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def kept(bits: torch.Tensor) -> set[int]:
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_each_keeps_the_heaviest_of_its_source_as_many_as_its_share(groups):
-    selections = ((0, 0.5), (1, 2.0), (1, 0.5), (1, 40.0))
+def test_each_keeps_the_heaviest_of_its_source_as_many_as_its_fraction(groups):
+    selections = ((0, 0.1), (1, 0.4), (1, 0.1), (1, 1.0))
     made, mass, lens = shared_out(selections, groups), mass_of(2, 3, groups), torch.tensor([100, 37, 0]).int()
     made._bits.fill_(-1)
     made.choose(OPERATIONS, mass, lens, union=False)
-    for t, (source, share) in enumerate(selections):
+    for t, (source, fraction) in enumerate(selections):
         for r, length in enumerate(lens.tolist()):
-            budget = min(math.ceil(round(min(0.2 * share, 1) * 65536) * length / 65536), length)
+            budget = math.ceil(round(fraction * 65536) * length / 65536)
             forced = {p for p in range(length) if p < 1 or p >= length - 2}
             for g in range(groups):
                 others = sorted(set(range(length)) - forced, key=lambda p: -mass[source, r, g, p].item())
@@ -50,8 +50,8 @@ def test_each_keeps_the_heaviest_of_its_source_as_many_as_its_share(groups):
 
 
 @pytest.mark.parametrize("limits", [{}, {"min_tokens": 30}, {"max_tokens": 9}, {"max_fraction": 0.1}], ids=str)
-def test_a_share_of_one_is_the_rule_itself(limits):
-    made, mass, lens = shared_out(((0, 1.0), (1, 1.0)), **limits), mass_of(2, 4, 1), torch.tensor([100, 64, 7, 1]).int()
+def test_the_fraction_of_the_ratio_is_the_rule_itself(limits):
+    made, mass, lens = shared_out(((0, 0.2), (1, 0.2)), **limits), mass_of(2, 4, 1), torch.tensor([100, 64, 7, 1]).int()
     made.choose(OPERATIONS, mass, lens, union=False)
     base = {"min_tokens": 0, "sink_tokens": 1, "recent_tokens": 2}
     options = SpecAttnOptions(rule="top_k", ratio=0.2, **{**base, **limits})
@@ -61,13 +61,13 @@ def test_a_share_of_one_is_the_rule_itself(limits):
 
 
 def test_floor_and_cap_hold_for_each_layer():
-    made, lens = shared_out(((0, 0.1), (0, 4.0)), min_tokens=10, max_tokens=30), torch.tensor([100]).int()
+    made, lens = shared_out(((0, 0.02), (0, 0.8)), min_tokens=10, max_tokens=30), torch.tensor([100]).int()
     made.choose(OPERATIONS, mass_of(1, 1, 1), lens, union=False)
     assert [len(kept(made.bits(1)[t, 0, 0])) for t in range(2)] == [10, 30]
 
 
 def test_a_union_adds_to_what_is_there():
-    made, lens = shared_out(((0, 0.5), (0, 1.5))), torch.tensor([100]).int()
+    made, lens = shared_out(((0, 0.1), (0, 0.3))), torch.tensor([100]).int()
     first, second = mass_of(2, 1, 1).split(1)
     alone = []
     for mass in (first, second):
@@ -80,6 +80,6 @@ def test_a_union_adds_to_what_is_there():
 
 
 def test_rounds_of_as_many_rows_use_the_same_memory():
-    made = shared_out(((0, 1.0),))
+    made = shared_out(((0, 0.2),))
     assert made.bits(2).data_ptr() == made.bits(2).data_ptr()
     assert made.nbytes >= made.bits(REQUESTS).nbytes

@@ -285,6 +285,12 @@ def test_layers_of_another_share_have_a_selection_of_their_own(monkeypatch):
     assert made.capture.shared_out._parts.tolist() == [32768, 8192, 16384]
 
 
+def test_a_ratio_of_one_is_all_of_the_context_for_layers_with_shares_too(monkeypatch):
+    made = prepared(monkeypatch, (3, None, 3, 1), rule="top_k", ratio=1.0, shares=(0.5, None, 1.5, 1.0))
+    assert made.capture.shared_out._parts.tolist() == [65536, 65536]
+    assert made.pruner.layer_sources == {f"model.layers.{j}": t for j, t in ((0, 1), (2, 1), (3, 0))}
+
+
 def test_shares_per_head(monkeypatch):
     heads = ((1, 0), (1, 0), (0, 1))
     made = prepared(monkeypatch, (3, 3, 1), method="sts", heads=heads, shares=(0.5, 1.5, 1.0))

@@ -65,8 +65,8 @@ class DraftCapture:
     ) -> None:
         """`layer_sources`: vLLM layer name of each captured draft layer -> its index. The first `num_sources` choose
         for the target, in `groups` score groups: 1, or the draft's KV heads. `lists`: what the draft reads, with
-        `sparse_draft`. `shares`: of each selection, the index of its source and its share of the budget; without,
-        there is one selection for each source."""
+        `sparse_draft`. `shares`: of each selection, the index of its source and how much of the context it keeps;
+        without, there is one selection for each source."""
         self.options = options
         self.limits = Limits.of(options)
         self.operations = operations

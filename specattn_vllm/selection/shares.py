@@ -16,7 +16,8 @@ FULL = 1 << 16  # the kernels count shares of a context in 65,536ths
 
 
 class SharedOut:
-    """T selections from the mass of S <= T draft layers: of each its heaviest tokens, as many as its share.
+    """T selections from the mass of S <= T draft layers: of each its heaviest tokens, as many as its fraction
+    of the context.
 
     Bits and counts have buffers of their own, at the same addresses for every round of as many rows.
     """
@@ -31,17 +32,17 @@ class SharedOut:
         max_model_len: int,
         device: torch.device,
     ) -> None:
-        """selections: of each, the index of its source and its share of `ratio`."""
+        """selections: of each, the index of its source and how much of the context it keeps, 0 to 1."""
         self.limits = Limits.of_budgets(options)
         self.groups = groups
-        sources, shares = zip(*selections, strict=True)
+        sources, fractions = zip(*selections, strict=True)
         self._sources = torch.tensor(sources, dtype=torch.int64, device=device)
-        parts = [min(round(options.ratio_or_default * share * FULL), FULL) for share in shares]
+        parts = [round(fraction * FULL) for fraction in fractions]
         self._parts = torch.tensor(parts, dtype=torch.int64, device=device)
-        self._heads = torch.arange(groups, dtype=torch.int64, device=device).expand(len(shares), groups).contiguous()
+        self._heads = torch.arange(groups, dtype=torch.int64, device=device).expand(len(parts), groups).contiguous()
         self._rows = torch.arange(max_num_reqs, device=device)
         self.words = -(-max_model_len // 32)
-        rows = len(shares) * max_num_reqs * groups
+        rows = len(parts) * max_num_reqs * groups
         self._bits = torch.empty(rows * self.words, dtype=torch.int32, device=device)
         self._counts = torch.empty(rows, dtype=torch.int32, device=device)
 

@@ -51,7 +51,8 @@ class Plan:
     sources: tuple[int, ...] = ()
     """Draft layers that are captured."""
     selections: tuple[tuple[int, float | None], ...] = ()
-    """Of each selection: the index of its source, and its layers' share of the budget, None where there are none."""
+    """Of each selection: the index of its source, and how much of the context its layers read, None where that is not
+    a layer's own."""
     layer_tables: dict[str, int] = field(default_factory=dict)
     """vLLM's name of each target layer that reads a selection -> its table."""
     made_from: tuple[tuple[int, tuple[int, ...]], ...] | None = None
@@ -60,19 +61,20 @@ class Plan:
 
     @property
     def has_shares(self) -> bool:
-        return any(share is not None for _, share in self.selections)
+        return any(fraction is not None for _, fraction in self.selections)
 
 
 def plan_of(
     found: LayerMap | None, target: dict[int, str], local_kv_heads: int, options: SpecAttnOptions
 ) -> Plan:
-    """The plan of a layer map. Target layers of the same source and share read the same selection, and, mapped alike by
+    """The plan of a layer map. Target layers of the same source and fraction read the same selection, and, mapped alike by
     heads, the same table; unless each has sizes of its own."""
     if found is None:
         return Plan()
-    shares = found.shares if options.uses_layer_shares else None
+    shared = options.uses_layer_shares and found.shares is not None
+    fractions = found.fractions(options.ratio_or_default) if shared else (None,) * len(found.layers)
     wanted = {
-        j: (found.sources.index(i), None if shares is None else shares[j])
+        j: (found.sources.index(i), fractions[j])
         for j, i in enumerate(found.layers)
         if i is not None
     }
