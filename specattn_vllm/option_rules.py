@@ -77,9 +77,12 @@ def _bonus_row_has_steps_to_join(options: SpecAttnOptions) -> None:
 
 def _history_leaves_room_for_the_draft(options: SpecAttnOptions) -> None:
     # Sums of mass have to stay below 2, of which the draft's may be 1; the rest of the hundredth is for rounding.
-    if options.has_sizes and options.history_weight * (options.dilation + 1) > 0.99:
+    if not options.has_sizes:
+        return
+    dilation = options.dilation_or_default(draft_tokens=0)  # that of a history is the same in rounds of any length
+    if options.history_weight * (dilation + 1) > 0.99:
         raise ValueError(
-            f"history_weight {options.history_weight} with dilation {options.dilation}: their product history_weight * "
+            f"history_weight {options.history_weight} with dilation {dilation}: their product history_weight * "
             "(dilation + 1) may be 0.99 at most; lower either"
         )
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 KEY = "specattn"
 _INT32 = 2**31 - 1  # the kernels count tokens in 32 bits
 REFRESH_OF_SIZES = 32  # of 'fused', by default
+MAX_DILATION = 64
 
 Method = Literal["specattn", "sts", "fused", "vegas", "streamingllm", "dense"]
 Rule = Literal["top_p", "top_k"]
@@ -118,12 +119,13 @@ class SpecAttnOptions(BaseModel):
     per_kv_head: bool = Field(
         False, description="With 'vegas', a selection for each KV head instead of one that all heads of a layer share."
     )
-    dilation: int = Field(
-        0,
+    dilation: int | None = Field(
+        None,
         ge=0,
-        le=64,
+        le=MAX_DILATION,
         description="With 'vegas' and for the history of 'fused', positions by which attention is spread forward before"
-        " tokens are chosen: heads that copy move on by a token a step. K + 1 covers a round.",
+        " tokens are chosen: heads that copy move on by a token a step. Default: K + 1 for 'vegas', which covers a "
+        "round of K draft tokens, and 0 for 'fused'.",
     )
     dense_layers: tuple[int, ...] = Field(
         (), description="Target layers that always read everything, besides those the layer map leaves unmapped."
@@ -220,6 +222,12 @@ class SpecAttnOptions(BaseModel):
     def ratio_or_default(self) -> float:
         """Share of the context that a fixed budget is."""
         return self.ratio if self.ratio is not None else 0.25 if self.method == "specattn" else 0.1
+
+    def dilation_or_default(self, draft_tokens: int) -> int:
+        """Positions by which attention is spread forward, in rounds of so many draft tokens."""
+        if self.dilation is not None:
+            return self.dilation
+        return min(draft_tokens + 1, MAX_DILATION) if self.method == "vegas" else 0
 
     @property
     def uses_layer_shares(self) -> bool:

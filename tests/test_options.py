@@ -41,7 +41,7 @@ def test_the_defaults_are_the_documented_ones():
         "combine": "sum",
         "bonus_row": True,
         "per_kv_head": False,
-        "dilation": 0,
+        "dilation": None,
         "dense_layers": (),
         "refresh_every": None,
         "audit_share": 0.0,
@@ -138,6 +138,8 @@ def test_an_unknown_option_is_named_with_the_known_ones():
         ("size_rounds", -1, "greater than or equal to 0"),
         ("history_weight", -0.1, "greater than or equal to 0"),
         ("history_weight", 1.0, "less than 1"),
+        ("dilation", -1, "greater than or equal to 0"),
+        ("dilation", 65, "less than or equal to 64"),
         ("method", "sparse", "'sts', 'fused', 'vegas', 'streamingllm' or"),
         ("combine", "mean", "'sum', 'max', 'union' or 'first'"),
         ("executor", "cuda", "'auto', 'torch', 'triton', 'fa3' or 'xformers'"),
@@ -324,6 +326,24 @@ def test_history_that_would_outweigh_what_sums_allow_is_refused():
     assert "history_weight 0.2 with dilation 4" in message and "0.99 at most; lower either" in message
     assert SpecAttnOptions(method="fused", history_weight=0.19, dilation=4).dilation == 4
     assert SpecAttnOptions(method="vegas", dilation=64).dilation == 64
+    # Of the default nothing is said that was not given.
+    assert "history_weight 0.995 with dilation 0" in refusal({"method": "fused", "history_weight": 0.995})
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"method": "vegas"}, [2, 5, 64, 64]),  # as far as a round goes, and no farther than the kernel does
+        ({"method": "vegas", "preset": "paper"}, [0, 0, 0, 0]),
+        ({"method": "vegas", "dilation": 0}, [0, 0, 0, 0]),
+        ({"method": "vegas", "dilation": 3}, [3, 3, 3, 3]),
+        ({"method": "fused"}, [0, 0, 0, 0]),
+        ({"method": "fused", "dilation": 2}, [2, 2, 2, 2]),
+    ],
+    ids=str,
+)
+def test_attention_is_spread_over_a_round_unless_told_otherwise(options, found):
+    assert [SpecAttnOptions(**options).dilation_or_default(k) for k in (1, 4, 63, 100)] == found
 
 
 def test_neither_sizes_nor_history_is_another_method():
@@ -352,7 +372,8 @@ def test_a_preset_sets_what_is_not_given(method):
                      "sink_tokens": 0, "recent_tokens": 0, "bonus_row": False},
         "sts": {"rule": "top_k", "ratio": 1.0, "max_tokens": 256, "min_tokens": 0, "sink_tokens": 0,
                 "recent_tokens": 0, "bonus_row": False},
-        "vegas": {"rule": "top_k", "ratio": 0.07, "min_tokens": 256, "sink_tokens": 0, "recent_tokens": 0},
+        "vegas": {"rule": "top_k", "ratio": 0.07, "min_tokens": 256, "sink_tokens": 0, "recent_tokens": 0,
+                  "dilation": 0},
     }[method]  # fmt: skip
 
 

@@ -43,18 +43,43 @@ def owned(*holders) -> list[torch.Tensor]:
     return [value for holder in holders for value in vars(holder).values() if isinstance(value, torch.Tensor)]
 
 
-@pytest.mark.parametrize(("options", "groups"), [({}, 1), ({"per_kv_head": True}, KV_HEADS), ({"dilation": 4}, 1)])
-def test_vegas_captures_every_layer_of_the_target(monkeypatch, options, groups):
-    made = prepared(monkeypatch, method="vegas", ratio=0.2, **options)
+@pytest.mark.parametrize(
+    ("options", "groups", "dilation"),
+    [
+        ({}, 1, STEPS + 1),
+        ({"per_kv_head": True}, KV_HEADS, STEPS + 1),
+        ({"dilation": 0}, 1, 0),
+        ({"dilation": 4}, 1, 4),
+        ({"preset": "paper", "ratio": 0.2}, 1, 0),
+    ],
+)
+def test_vegas_captures_every_layer_of_the_target(monkeypatch, options, groups, dilation):
+    made = prepared(monkeypatch, **{"method": "vegas", "ratio": 0.2, **options})
     assert isinstance(made.source, TargetCapture)
     assert made.source.layer_sources == made.tables.layer_sources == {name: s for s, name in enumerate(NAMES)}
     assert made.source.max_query_len == STEPS + 1
     assert made.source.scores.shape == (REQUESTS, 2 * HEADS, ROW)
     assert made.source.mass.shape == (REQUESTS, LAYERS, groups, ROW)
-    assert made.source.dilation == options.get("dilation", 0)
+    assert made.source.dilation == dilation
     # The share is a limit of the selection, the mean is over both rows and all heads of a group.
     assert made.source.limits.max_fraction == 0.2
     assert made.source.weight == groups / (2 * HEADS)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"method": "vegas"}, "against 10.0% of the context, dilation 5;"),
+        ({"method": "vegas", "dilation": 0, "top_p": 0.8}, "against top_p=0.8 of its attention, dilation 0;"),
+        ({"method": "streamingllm"}, "against 10.0% of the context;"),
+    ],
+    ids=str,
+)
+def test_the_log_says_what_is_drafted_against(monkeypatch, options, told):
+    lines = []
+    monkeypatch.setattr(self_wiring.logger, "info", lambda message, *args: lines.append(message % args))
+    prepared(monkeypatch, **options)
+    assert f"drafts for itself, {STEPS} tokens a round, {told}" in lines[-1]
 
 
 def test_streamingllm_has_one_table_for_all_layers(monkeypatch):
@@ -78,7 +103,7 @@ def test_tables_lie_in_the_mass_that_they_are_made_from(monkeypatch, per_kv_head
     [
         {"method": "vegas"},
         {"method": "vegas", "per_kv_head": True},
-        {"method": "vegas", "dilation": 3},
+        {"method": "vegas", "dilation": 0},
         {"method": "streamingllm"},
     ],
     ids=str,
@@ -96,7 +121,7 @@ def test_8_requests_of_128k_of_an_8b_model_take_less_than_300_mb(monkeypatch):
     names = [f"model.layers.{i}" for i in range(32)]
     made = prepared(monkeypatch, META, 131072, 8, names, heads=32, method="vegas")
     assert made.nbytes["scores"] == pytest.approx(2 * 32 * 8 * 131072 * 2, rel=0.01)  # bfloat16
-    assert made.nbytes["mass"] == 4 * 32 * 8 * 131072
+    assert made.nbytes["mass"] == 4 * (32 + 1) * 8 * 131072  # of one layer also before it is spread
     assert sum(made.nbytes.values()) < 0.3e9
 
 
@@ -111,7 +136,7 @@ def test_what_is_too_large_is_refused_before_it_is_made(monkeypatch):
     # Memory that no machine has.
     with pytest.raises(ValueError, match="too large"):
         prepared(monkeypatch, longest=2**30, requests=2**20, method="vegas")
-    assert made[0]["mass"] == 4 * LAYERS * 2**50
+    assert made[0]["mass"] == 4 * (LAYERS + 1) * 2**50
 
 
 # Attaching

@@ -45,9 +45,8 @@ def default_settings(context: int) -> list[Setting]:
         ),
         Setting(name="vegas, as published", options={"method": "vegas", "preset": "paper"}),
         Setting(name="vegas 10%", options={"method": "vegas", "ratio": 0.1, "min_tokens": 0}),
-        # As far forward as a round goes with the usual K.
         Setting(
-            name="vegas 10%, dilation 5", options={"method": "vegas", "ratio": 0.1, "min_tokens": 0, "dilation": 5}
+            name="vegas 10%, dilation 0", options={"method": "vegas", "ratio": 0.1, "min_tokens": 0, "dilation": 0}
         ),
         Setting(name="streamingllm 10%", options={"method": "streamingllm", "ratio": 0.1, "min_tokens": 0}),
         *(

@@ -72,7 +72,7 @@ class Sizes:
                 slots=slots,
                 max_model_len=target.mass.shape[3],
                 weight=options.history_weight,
-                dilation=options.dilation,
+                dilation=options.dilation_or_default(target.max_query_len - 1),
                 device=device,
             )
         self._rows = torch.arange(slots, device=device)

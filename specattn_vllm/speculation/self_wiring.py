@@ -59,6 +59,7 @@ def prepare_self(speculator: SelfSpeculator) -> SelfSelection:
     layers = get_layers_from_vllm_config(speculator.vllm_config, AttentionLayerBase)
     names, first = list(layers), next(iter(layers.values()))
     heads = first.impl.num_kv_heads
+    dilation = options.dilation_or_default(speculator.num_speculative_steps)
     requests, width = speculator.max_num_reqs, row_width(speculator.max_model_len)
 
     def allocate(device: torch.device) -> SelfSelection:
@@ -76,7 +77,7 @@ def prepare_self(speculator: SelfSpeculator) -> SelfSelection:
             max_query_len=speculator.num_speculative_steps + 1,
             max_num_reqs=requests,
             max_model_len=width,
-            dilation=options.dilation,
+            dilation=dilation,
             device=device,
         )
         # The mass has been chosen from when the tables are made.
@@ -89,13 +90,15 @@ def prepare_self(speculator: SelfSpeculator) -> SelfSelection:
     refuse_if_too_large(allocate(torch.device("meta")).nbytes, speculator)
     selection = allocate(speculator.device)
     announce_buffers(speculator, selection.nbytes)
+    budget = f"{options.ratio_or_default:.1%} of the context"
+    if not options.fixed_budget:
+        budget = f"top_p={options.top_p} of its attention"
     logger.info(
-        "specattn: method '%s': the target drafts for itself, %d tokens a round, against %s; its verification reads "
+        "specattn: method '%s': the target drafts for itself, %d tokens a round, against %s%s; its verification reads "
         "everything, so the output is the target model's own",
         options.method,
         speculator.num_speculative_steps,
-        f"{options.ratio_or_default:.1%} of the context"
-        if options.fixed_budget
-        else f"top_p={options.top_p} of its attention",
+        budget,
+        f", dilation {dilation}" if isinstance(selection.source, TargetCapture) else "",
     )
     return selection

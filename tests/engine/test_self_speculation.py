@@ -20,8 +20,8 @@ LENGTHS = {
     "options",
     [
         pytest.param({}, id="vegas"),
-        pytest.param({"per_kv_head": True, "dilation": 5}, id="vegas-per_head-dilation"),
-        pytest.param({"rule": "top_p", "top_p": 0.8}, id="vegas-top_p"),
+        pytest.param({"per_kv_head": True}, id="vegas-per_head"),
+        pytest.param({"rule": "top_p", "top_p": 0.8, "dilation": 0}, id="vegas-top_p-no_dilation"),
         pytest.param({"method": "streamingllm"}, id="streamingllm"),
     ],
 )
@@ -133,7 +133,7 @@ def test_what_is_captured_is_the_attention_of_the_target(engine, greedy, prompts
     monkeypatch.setattr(TargetCapture, "select", watch_select)
     monkeypatch.setattr(SelfSpeculator, "_round", watch_round)
     [prompt] = prompts([333])
-    llm = engine({**OPTIONS, "min_tokens": 0})
+    llm = engine({**OPTIONS, "min_tokens": 0, "dilation": 0})  # the attention itself, before it is spread
     drafts.clear()
     drafts.append(torch.tensor([], dtype=torch.int64))
     seen.clear()
