@@ -67,8 +67,8 @@ class Plan:
 def plan_of(
     found: LayerMap | None, target: dict[int, str], local_kv_heads: int, options: SpecAttnOptions
 ) -> Plan:
-    """The plan of a layer map. Target layers of the same source and fraction read the same selection, and, mapped alike by
-    heads, the same table; unless each has sizes of its own."""
+    """The plan of a layer map. Target layers of the same source and fraction read the same selection, and, mapped alike
+    by heads, the same table; unless each has sizes of its own."""
     if found is None:
         return Plan()
     shared = options.uses_layer_shares and found.shares is not None
