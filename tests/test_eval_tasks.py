@@ -260,14 +260,14 @@ def test_what_is_measured_is_not_run_again_and_a_failure_costs_the_others_nothin
     say = {"say": lambda text: None}
     assert runner.run_all(jobs, report_of(), path, order, **say) == ["broken"]
     assert ran == ["dense", "broken", "half"]
-    report = report_of(*runner.earlier(path, report_of().setup, TaskReport, "tasks"))
+    report = report_of(*runner.earlier(path, report_of().setup, TaskReport))
     assert runner.run_all(jobs, report, path, order, **say) == ["broken"]
     assert ran[3:] == ["broken"]
     with pytest.raises(UserError, match="measured with another dtype"):
-        runner.earlier(path, {"dtype": "bfloat16"}, TaskReport, "tasks")
+        runner.earlier(path, {"dtype": "bfloat16"}, TaskReport)
     path.write_text("{}")
     with pytest.raises(UserError, match="no report of `specattn eval tasks`"):
-        runner.earlier(path, {}, TaskReport, "tasks")
+        runner.earlier(path, {}, TaskReport)
 
 
 # The command line

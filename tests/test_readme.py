@@ -84,9 +84,9 @@ def test_the_cpu_s_table_is_what_was_measured():
 
 
 def test_the_quality_is_what_was_measured():
-    from specattn_vllm.evaluation.report import markdown
+    from specattn_vllm.evaluation.report import markdown, read
 
-    measured = json.loads((ROOT / "docs/results/h200-methods.json").read_text())
+    measured = read(ROOT / "docs/results/h200-methods.json")
     lines = [line.strip("| ").split(" | ") for line in markdown(measured).splitlines()]
     rows = {cells[0]: cells for cells in lines if len(cells) > 5}
     _, read, _, kl, _, perplexity, *_ = rows["specattn"]
@@ -99,19 +99,19 @@ def test_the_quality_is_what_was_measured():
 
 def test_the_table_of_methods_is_what_was_measured(capsys):
     from specattn_vllm import cli
-    from specattn_vllm.evaluation.report import markdown
+    from specattn_vllm.evaluation.report import markdown, read
     from specattn_vllm.evaluation.settings import default_settings
 
     document = (ROOT / "docs/evaluation.md").read_text()
-    measured = json.loads((ROOT / "docs/results/h200-methods.json").read_text())
+    measured = read(ROOT / "docs/results/h200-methods.json")
     assert markdown(measured) in document
     # The command above it runs what is in it, as the settings are now.
     [command] = re.findall(r"^    specattn (eval methods --documents .*?)\n\n", document, re.M | re.S)
     assert cli.main([*shlex.split(command.replace("\\\n", " ")), "--list"]) == 0
-    names = [result["name"] for result in measured["results"]]
+    names = [result.name for result in measured.results]
     assert sorted(re.findall(r"^(\S.*)\n  \{", capsys.readouterr().out, re.M)) == sorted(names)
-    now = {setting.name: setting.options for setting in default_settings(measured["setup"]["context"])}
-    assert {result["name"]: result["options"] for result in measured["results"]} == {n: now[n] for n in names}
+    now = {setting.name: setting.options for setting in default_settings(measured.setup["context"])}
+    assert {result.name: result.options for result in measured.results} == {n: now[n] for n in names}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

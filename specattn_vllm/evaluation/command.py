@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,10 @@ from specattn_vllm.evaluation.shared import (
     check_least,
     engines_of,
     list_settings,
+    measure,
+    settings_of,
     tokenizer_of,
 )
-from specattn_vllm.installed import UserError
 
 
 def methods_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,30 +54,17 @@ def methods_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def methods(args: argparse.Namespace) -> int:
-    from specattn_vllm.evaluation.report import markdown
-    from specattn_vllm.evaluation.settings import chosen, default_settings, read_settings
-
     check_least(args, documents=1, context=1, positions=1, draft_tokens=1, free_tokens=2, batch=1)
-    given = read_settings(args.settings) if args.settings else default_settings(args.context)
-    settings = chosen(given, args.only)
+    given, settings = settings_of(args, args.context)
     if args.list:
         list_settings(settings)
         return 0
 
-    from specattn_vllm.bench.provenance import provenance
-    from specattn_vllm.evaluation import runner
+    from specattn_vllm.evaluation.report import markdown
     from specattn_vllm.evaluation.schema import Report
 
     setup, jobs = plan(args, settings)
-    results = [] if args.overwrite else runner.earlier(args.out, setup)
-    report = Report(provenance=provenance(args.commit), setup=setup, results=results)
-    order = [setting.name for setting in given]
-    failed = runner.run_all(jobs, report, args.out, order, keep_reference=args.keep_reference)
-    if any(result.is_reference for result in report.results):
-        print("\n" + markdown(report.model_dump(mode="json")))
-    if failed:
-        print(f"failed: {', '.join(failed)}")
-    return 1 if failed else 0
+    return measure(args, Report, setup, jobs, given, markdown, keep_reference=args.keep_reference)
 
 
 def plan(args: argparse.Namespace, settings: list) -> tuple[dict[str, Any], list]:
@@ -107,23 +94,17 @@ def table_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def table(args: argparse.Namespace) -> None:
-    from specattn_vllm.evaluation.report import differences, markdown
-    from specattn_vllm.evaluation.schema import Report
+    from specattn_vllm.evaluation.report import differences, markdown, read
 
-    try:
-        results = json.loads(args.file.read_text())
-        text = markdown(results)
-    except (OSError, ValueError, StopIteration) as error:
-        reason = str(error).splitlines()[0] if str(error) else "no dense run in it"
-        raise UserError(f"{args.file} is no report of `specattn eval methods`: {reason}") from None
-    print(text, end="")
+    report = read(args.file)
+    print(markdown(report), end="")
     if args.against:
-        print("\n" + differences(Report.model_validate(results), args.against), end="")
+        print("\n" + differences(report, args.against), end="")
     if args.plot:
         require(("matplotlib",))
         from specattn_vllm.evaluation import plot
 
-        plot.save(Report.model_validate(results), args.plot)
+        plot.save(report, args.plot)
 
 
 # Name -> what runs it, its arguments, its help.

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from specattn_vllm.evaluation import kept, peers
 from specattn_vllm.evaluation.forcing import Forcing, ForcingError
-from specattn_vllm.evaluation.schema import DocumentResult, Job, SettingResult
+from specattn_vllm.evaluation.schema import DocumentResult, EngineJob, Job, SettingResult
 from specattn_vllm.evaluation.scores import Reference, Scores
 from specattn_vllm.stats import Counts
 
@@ -32,15 +32,11 @@ class Run(NamedTuple):
 def run(job: Job, reference: Path, terminal: TextIO | None = None) -> Run:
     """Measure one setting. The dense one writes its distributions to the folder `reference`, the others read them.
     Progress is shown on `terminal` (default: the standard error stream) if it is one."""
-    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
-        raise RuntimeError("VLLM_ENABLE_V1_MULTIPROCESSING has to be 0: the engine must run in this process")
     start = time.perf_counter()
     scores = Scores(len(job.documents), job.positions, Reference(reference, write=job.setting.is_reference))
     device = torch.device("cuda" if job.device == "cuda" else "cpu")
     forcing = Forcing(job.batch, job.max_model_len, device)
-    with forcing.installed(), engine(job.engine_arguments()) as llm:
-        if job.setting.peer is not None:
-            llm.collective_rpc(peers.install, args=(job.setting.peer,))
+    with forcing.installed(), engine(job) as llm:
         recorder = None
         if job.record_kept and job.setting.selects:
             [watched] = llm.collective_rpc(kept.watched)
@@ -48,32 +44,32 @@ def run(job: Job, reference: Path, terminal: TextIO | None = None) -> Run:
         forced = forced_run(llm, job, forcing, scores, terminal, recorder)
         free, tokens = free_run(llm, job)
     scores.reference.close()
-    result = SettingResult(
-        name=job.setting.name,
-        options=job.setting.options,
-        peer=job.setting.peer,
-        lossless=job.setting.lossless,
-        job_key=job.key,
+    result = SettingResult.of(
+        job,
+        start,
         forced=vars(forced),
         free=vars(free),
         documents=[
             DocumentResult(nll=nll.mean(), kl=kl.mean(), agreement=agrees.mean())
             for nll, kl, agrees in zip(scores.nll, scores.kl, scores.agrees, strict=True)
         ],
-        seconds=round(time.perf_counter() - start, 1),
         kept=None if recorder is None else recorder.result(RECORDED),
     )
     return Run(result, scores, tokens)
 
 
 @contextmanager
-def engine(arguments: dict[str, Any]) -> Iterator[Any]:
-    """A vLLM engine, and an end to all it holds."""
+def engine(job: EngineJob) -> Iterator[Any]:
+    """The vLLM engine of a job's setting, peers included, and an end to all it holds."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
-    llm = LLM(**arguments)
+    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
+        raise RuntimeError("VLLM_ENABLE_V1_MULTIPROCESSING has to be 0: the engine must run in this process")
+    llm = LLM(**job.engine_arguments())
     try:
+        if job.setting.peer is not None:
+            llm.collective_rpc(peers.install, args=(job.setting.peer,))
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     require(("jinja2",))
+    from specattn_vllm.evaluation.report import read
+
     text = render([(path.name, read(path)) for path in args.files])
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -43,20 +44,6 @@ def run(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}") from None
     print(args.out)
-
-
-def read(path: Path) -> Report:
-    """The report in a file, refused where it is none or has nothing that the others are compared with."""
-    from specattn_vllm.evaluation.report import reference
-    from specattn_vllm.evaluation.schema import Report
-
-    try:
-        report = Report.model_validate(json.loads(path.read_text()))
-        reference(report)
-    except (OSError, ValueError, StopIteration) as error:
-        reason = str(error).splitlines()[0] if str(error) else "no dense run in it"
-        raise UserError(f"{path} is no report of `specattn eval methods`: {reason}") from None
-    return report
 
 
 def render(reports: list[tuple[str, Report]]) -> str:
@@ -86,8 +73,7 @@ def render(reports: list[tuple[str, Report]]) -> str:
 def _section(name: str, report: Report) -> dict[str, Any]:
     from specattn_vllm.evaluation import report as tables
 
-    dense = tables.reference(report)
-    found = [(result, tables.figures(result, dense)) for result in report.results]
+    found = [(result, tables.figures(result, report.dense)) for result in report.results]
     return {
         "name": name,
         "caption": tables.caption(report),

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from specattn_vllm.evaluation.charts import family
-from specattn_vllm.evaluation.report import figures, reference
+from specattn_vllm.evaluation.report import figures
 from specattn_vllm.evaluation.schema import Report
 
 MARKS = "osD^vPX*"
@@ -20,11 +20,10 @@ MARKS = "osD^vPX*"
 
 def draw(report: Report) -> Figure:
     """A point for each approximate setting; those of one family are joined."""
-    dense = reference(report)
     families: dict[str, list] = {}
     for result in report.results:
         if not result.lossless:
-            families.setdefault(family(result.name), []).append((result.name, figures(result, dense)))
+            families.setdefault(family(result.name), []).append((result.name, figures(result, report.dense)))
     figure, axes = plt.subplots(figsize=(7.5, 4.5))
     for index, (name, members) in enumerate(families.items()):
         members.sort(key=lambda member: member[1].kv_read)

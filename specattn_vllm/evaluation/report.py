@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -101,16 +102,20 @@ def difference(result: SettingResult, other: SettingResult) -> Difference:
     )
 
 
-def reference(report: Report) -> SettingResult:
-    """The dense run. Raises StopIteration where there is none."""
-    return next(result for result in report.results if result.is_reference)
+def read(path: Path) -> Report:
+    """The report in a file, refused where it is none or has nothing that the others are compared with."""
+    try:
+        report = Report.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no report of `{Report.command}`: {str(error).splitlines()[0]}") from None
+    if report.dense is None:
+        raise UserError(f"{path} is no report of `{Report.command}`: no dense run in it")
+    return report
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """Table and caption of a report's JSON."""
-    report = Report.model_validate(results)
-    dense = reference(report)
-    rows = [row(result, figures(result, dense)) for result in report.results]
+def markdown(report: Report) -> str:
+    """Table and caption."""
+    rows = [row(result, figures(result, report.dense)) for result in report.results]
     return "\n".join([*table(HEADINGS, rows), "", caption(report)]) + "\n"
 
 

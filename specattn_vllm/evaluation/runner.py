@@ -19,13 +19,13 @@ from pydantic import ValidationError
 
 from specattn_vllm import cpu_runner
 from specattn_vllm.bench.schema import write_json
-from specattn_vllm.evaluation.schema import EngineJob, Report
+from specattn_vllm.evaluation.schema import AnyReport, EngineJob, Result
 from specattn_vllm.installed import UserError
 
 
 def run_all(
     jobs: list[EngineJob],
-    report: Any,
+    report: AnyReport,
     out: Path,
     order: list[str],
     *,
@@ -34,13 +34,12 @@ def run_all(
 ) -> list[str]:
     """Run what the report does not have yet, the dense setting first; returns the names of those that failed.
 
-    `report` is a `Report`, or another model with `provenance` and `results`; those are what `run` of its jobs gives.
     Results stand in the order of the names in `order`, whichever of them are run now; the dense one goes first.
     """
     prepare_environment(jobs[0].device)
     reference = out.with_suffix(".reference")
     have = {result.job_key: result for result in report.results}
-    missing = [job for job in jobs if job.key not in have or _lacks_recording(job, have[job.key])]
+    missing = [job for job in jobs if job.key not in have or not job.has_all(have[job.key])]
     if not missing:
         say(f"all {len(jobs)} settings are measured already in {out}")
         return []
@@ -69,11 +68,6 @@ def run_all(
     return failed
 
 
-def _lacks_recording(job: EngineJob, result: Any) -> bool:
-    """Jobs of tasks record nothing."""
-    return getattr(job, "record_kept", False) and job.setting.selects and result.kept is None
-
-
 def prepare_environment(device: str) -> None:
     """What engines find in this process and those it starts. The engine has to run in the process that asks for it,
     where it can be led."""
@@ -93,7 +87,7 @@ def is_for(reference: Path, dense: EngineJob) -> bool:
         return False
 
 
-def in_own_process(job: EngineJob, reference: Path, log: Path) -> Any:
+def in_own_process(job: EngineJob, reference: Path, log: Path) -> Result | str:
     """The result, or in words why there is none. A process of its own gives back all of a GPU's memory at its end."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
@@ -103,7 +97,7 @@ def in_own_process(job: EngineJob, reference: Path, log: Path) -> Any:
             return "its process ended before it was done, as it does when memory runs out"
 
 
-def _measure(job: EngineJob, reference: Path, log: Path) -> Any:
+def _measure(job: EngineJob, reference: Path, log: Path) -> Result | str:
     """In the new process: what vLLM and its libraries print goes to the log, progress to the terminal."""
     terminal = os.fdopen(os.dup(2), "w")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -125,15 +119,14 @@ def _measure(job: EngineJob, reference: Path, log: Path) -> Any:
     return result
 
 
-def earlier(out: Path, setup: dict, kind: type = Report, command: str = "methods") -> list:
+def earlier(out: Path, setup: dict[str, Any], kind: type[AnyReport]) -> list[Any]:
     """The results of a report of that kind that is to be gone on with; refused if it is about something else."""
     if not out.exists():
         return []
     try:
         report = kind.model_validate_json(out.read_bytes())
     except ValidationError:
-        wanted = f"no report of `specattn eval {command}`"
-        raise UserError(f"{out} is {wanted}: give another --out, or --overwrite") from None
+        raise UserError(f"{out} is no report of `{kind.command}`: give another --out, or --overwrite") from None
     differing = [key for key in setup if report.setup.get(key) != setup[key]]
     if differing:
         raise UserError(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TextIO
+from typing import Any, ClassVar, Literal, Self, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -15,11 +16,11 @@ from specattn_vllm.options import SpecAttnOptions
 DENSE_OPTIONS = {"method": "dense"}
 
 
-class _Model(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class Setting(_Model):
+class Setting(StrictModel):
     """One row of the table: the plugin's options under a name, or another's selection in the place of the plugin's."""
 
     name: str = Field(min_length=1)
@@ -56,7 +57,7 @@ class Setting(_Model):
         return self.peer is None and SpecAttnOptions.parse(self.options).is_lossless
 
 
-class EngineJob(_Model):
+class EngineJob(StrictModel):
     """One setting, with everything that its figures depend on: the engine, here, and what is done with it."""
 
     has_reference: ClassVar[bool]
@@ -72,16 +73,19 @@ class EngineJob(_Model):
     device: Literal["cuda", "cpu"]
     dtype: str
     engine_options: dict[str, Any] = Field(default_factory=dict)
-    record_kept: bool = False
-    """Whether the result says what was kept of the first document; no figure depends on it."""
 
     @property
     def max_model_len(self) -> int:
         raise NotImplementedError
 
-    def run(self, reference: Path, terminal: TextIO) -> Any:
+    def run(self, reference: Path, terminal: TextIO) -> Result:
         """The result, measured in this process; progress is shown on `terminal`."""
         raise NotImplementedError
+
+    def has_all(self, result: Result) -> bool:
+        """Whether an earlier result of this job, by its key, has all that is asked for now."""
+        del result
+        return True
 
     @property
     def key(self) -> str:
@@ -130,6 +134,8 @@ class Job(EngineJob):
     context: int
     positions: int
     free_tokens: int
+    record_kept: bool = False
+    """Whether the result says what was kept of the first document; no figure depends on it."""
 
     @property
     def verified(self) -> int:
@@ -146,8 +152,41 @@ class Job(EngineJob):
 
         return run(self, reference, terminal).result
 
+    def has_all(self, result: SettingResult) -> bool:
+        return not self.record_kept or not self.setting.selects or result.kept is not None
 
-class DocumentResult(_Model):
+
+class Result(StrictModel):
+    """What is said of any setting that was measured; subclasses have what was found."""
+
+    name: str
+    options: dict[str, Any]
+    peer: PeerOptions | None = None
+    lossless: bool
+    job_key: str
+    seconds: float
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def of(cls, job: EngineJob, start: float, **found: Any) -> Self:
+        """What was found by a job that began at `start`, by `time.perf_counter`."""
+        setting = job.setting
+        return cls(
+            name=setting.name,
+            options=setting.options,
+            peer=setting.peer,
+            lossless=setting.lossless,
+            job_key=job.key,
+            seconds=round(time.perf_counter() - start, 1),
+            **found,
+        )
+
+    @property
+    def is_reference(self) -> bool:
+        return Setting(name=self.name, options=self.options, peer=self.peer).is_reference
+
+
+class DocumentResult(StrictModel):
     """Means over the scored positions of one document, in nats where they have a unit."""
 
     nll: float
@@ -155,7 +194,7 @@ class DocumentResult(_Model):
     agreement: float
 
 
-class Kept(_Model):
+class Kept(StrictModel):
     """What a setting kept of one document, round by round."""
 
     document: int
@@ -174,33 +213,38 @@ class Kept(_Model):
         return [row + [0] * (max(map(len, rows)) - len(row)) for row in rows]
 
 
-class SettingResult(_Model):
-    name: str
-    options: dict[str, Any]
-    peer: PeerOptions | None = None
-    lossless: bool
-    job_key: str
+class SettingResult(Result):
     forced: dict[str, int]
     """What the plugin's counters counted in the forced run, ..."""
     free: dict[str, int]
     """... and in the free one."""
     documents: list[DocumentResult]
-    seconds: float
-    provenance: dict[str, Any] = Field(default_factory=dict)
     kept: Kept | None = None
     """Where it was asked for, of settings that select."""
 
-    @property
-    def is_reference(self) -> bool:
-        return Setting(name=self.name, options=self.options, peer=self.peer).is_reference
 
+class AnyReport(StrictModel):
+    """Settings side by side; subclasses say of which kind."""
 
-class Report(_Model):
-    kind: Literal["specattn-eval-methods"] = "specattn-eval-methods"
+    command: ClassVar[str]
+    """What makes it."""
+
     version: int = 1
     provenance: dict[str, Any]
     setup: dict[str, Any]
     """What all settings of the report share."""
+    results: list[Any]
+
+    @property
+    def dense(self) -> Any:
+        """The result that the others are compared with; None where it is missing."""
+        return next((result for result in self.results if result.is_reference), None)
+
+
+class Report(AnyReport):
+    command: ClassVar[str] = "specattn eval methods"
+
+    kind: Literal["specattn-eval-methods"] = "specattn-eval-methods"
     results: list[SettingResult]
 
 

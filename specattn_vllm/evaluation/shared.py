@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from specattn_vllm.bench.arguments import checked
 from specattn_vllm.bench.grid import parse_option
 from specattn_vllm.installed import UserError, demo_folder
+
+if TYPE_CHECKING:
+    from specattn_vllm.evaluation.schema import AnyReport, EngineJob, Setting
 
 DEMO = "demo"
 
@@ -59,13 +63,40 @@ def check_least(args: argparse.Namespace, **least: int) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {number}")
 
 
-def list_settings(settings: list) -> None:
+def settings_of(args: argparse.Namespace, context: int) -> tuple[list[Setting], list[Setting]]:
+    """All settings of the file or of the default list, for prompts of `context` tokens, and those to be run."""
+    from specattn_vllm.evaluation.settings import chosen, default_settings, read_settings
+
+    given = read_settings(args.settings) if args.settings else default_settings(context)
+    return given, chosen(given, args.only)
+
+
+def measure(
+    args: argparse.Namespace, kind: type[AnyReport], setup: dict[str, Any], jobs: list[EngineJob],
+    given: list[Setting], markdown: Callable[[Any], str], **running: Any,
+) -> int:  # fmt: skip
+    """Run what the report in --out lacks, show the table, and return the exit status. `given` are the settings in the
+    order that they stand in; `running` goes to `runner.run_all`."""
+    from specattn_vllm.bench.provenance import provenance
+    from specattn_vllm.evaluation import runner
+
+    results = [] if args.overwrite else runner.earlier(args.out, setup, kind)
+    report = kind(provenance=provenance(args.commit), setup=setup, results=results)
+    failed = runner.run_all(jobs, report, args.out, [setting.name for setting in given], **running)
+    if report.dense is not None:
+        print("\n" + markdown(report))
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def list_settings(settings: list[Setting]) -> None:
     for setting in settings:
         told = setting.options if setting.peer is None else setting.model_dump(exclude={"name"}, exclude_none=True)
         print(f"{setting.name}\n  {json.dumps(told)}")
 
 
-def engines_of(args: argparse.Namespace, settings: list) -> tuple[dict[str, str], dict[str, Any]]:
+def engines_of(args: argparse.Namespace, settings: list[Setting]) -> tuple[dict[str, str], dict[str, Any]]:
     """Where the two models are, and what all engines share, as the report tells it."""
     from specattn_vllm.bench.provenance import has_gpu
 

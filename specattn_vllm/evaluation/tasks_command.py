@@ -14,6 +14,8 @@ from specattn_vllm.evaluation.shared import (
     check_least,
     engines_of,
     list_settings,
+    measure,
+    settings_of,
     tokenizer_of,
 )
 from specattn_vllm.installed import UserError
@@ -63,7 +65,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def tasks(args: argparse.Namespace) -> int:
-    from specattn_vllm.evaluation.settings import chosen, default_settings, read_settings
     from specattn_vllm.evaluation.tasks_generators import GENERATORS
 
     check_least(args, samples=1, draft_tokens=1, batch=1)
@@ -72,8 +73,7 @@ def tasks(args: argparse.Namespace) -> int:
             raise UserError(f"--task {name!r}: there is no such task; there are {', '.join(map(repr, GENERATORS))}")
     if args.task and args.file:
         raise UserError(f"--task {args.task[0]!r} with --file: the file's prompts are in the place of ours; give one")
-    given = read_settings(args.settings) if args.settings else default_settings(max(args.lengths))
-    settings = chosen(given, args.only)
+    given, settings = settings_of(args, max(args.lengths))
     if args.list:
         for name, make in GENERATORS.items():
             print(f"{name}\n  {' '.join(str(make.__doc__).split())}")
@@ -81,8 +81,6 @@ def tasks(args: argparse.Namespace) -> int:
         list_settings(settings)
         return 0
 
-    from specattn_vllm.bench.provenance import provenance
-    from specattn_vllm.evaluation import runner
     from specattn_vllm.evaluation.tasks import write_file
     from specattn_vllm.evaluation.tasks_report import markdown
     from specattn_vllm.evaluation.tasks_schema import TaskReport
@@ -92,14 +90,7 @@ def tasks(args: argparse.Namespace) -> int:
         write_file(jobs[0].samples, args.write, tokenizer_of(jobs[0].target))
         print(f"{len(jobs[0].samples)} prompts in {args.write}")
         return 0
-    results = [] if args.overwrite else runner.earlier(args.out, setup, TaskReport, "tasks")
-    report = TaskReport(provenance=provenance(args.commit), setup=setup, results=results)
-    failed = runner.run_all(jobs, report, args.out, [setting.name for setting in given])
-    if any(result.is_reference for result in report.results):
-        print("\n" + markdown(report))
-    if failed:
-        print(f"failed: {', '.join(failed)}")
-    return 1 if failed else 0
+    return measure(args, TaskReport, setup, jobs, given, markdown)
 
 
 def plan(args: argparse.Namespace, settings: list) -> tuple[dict[str, Any], list]:

@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import TextIO
 
 from tqdm import tqdm
 
-from specattn_vllm.evaluation import peers
 from specattn_vllm.evaluation.engine import counts, engine
 from specattn_vllm.evaluation.tasks_schema import TaskJob, TaskResult
 
 
 def run(job: TaskJob, terminal: TextIO | None = None) -> TaskResult:
     """Progress is shown on `terminal` (default: the standard error stream) if it is one."""
-    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
-        raise RuntimeError("VLLM_ENABLE_V1_MULTIPROCESSING has to be 0: the engine must run in this process")
     start = time.perf_counter()
-    with engine(job.engine_arguments()) as llm:
-        if job.setting.peer is not None:
-            llm.collective_rpc(peers.install, args=(job.setting.peer,))
+    with engine(job) as llm:
         before = counts(llm)
         answers = answer(llm, job, terminal)
         counted = counts(llm) - before
-    return TaskResult(
-        name=job.setting.name,
-        options=job.setting.options,
-        peer=job.setting.peer,
-        lossless=job.setting.lossless,
-        job_key=job.key,
-        counts=vars(counted),
-        samples=[sample.score(made) for sample, made in zip(job.samples, answers, strict=True)],
-        seconds=round(time.perf_counter() - start, 1),
-    )
+    scores = [sample.score(made) for sample, made in zip(job.samples, answers, strict=True)]
+    return TaskResult.of(job, start, counts=vars(counted), samples=scores)
 
 
 def answer(llm, job: TaskJob, terminal: TextIO | None) -> list[list[int]]:

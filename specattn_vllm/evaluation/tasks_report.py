@@ -51,13 +51,12 @@ def _groups(every: Iterable[int], key: Callable[[int], Hashable]) -> dict[Any, l
 
 
 def _table(report: TaskReport, chosen: Iterable[int]) -> str:
-    dense = next(result for result in report.results if result.is_reference)
     rows = []
     for result in report.results:
         of = [result.samples[i] for i in chosen]
         right = sum(sample.exact for sample in of)
         low, high = wilson(right, len(of))
-        compared = ("reference",) * 2 if result.is_reference else map(str, lost_and_won(result, dense, chosen))
+        compared = ("reference",) * 2 if result.is_reference else map(str, lost_and_won(result, report.dense, chosen))
         rows.append((
             result.name,
             f"{Counts(**result.counts).kv_fraction:.1%}",

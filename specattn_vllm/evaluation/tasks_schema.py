@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TextIO
+from typing import ClassVar, Literal, TextIO
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from specattn_vllm.evaluation.peer_options import PeerOptions
-from specattn_vllm.evaluation.schema import EngineJob, Setting
-
-
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+from specattn_vllm.evaluation.schema import AnyReport, EngineJob, Result, StrictModel
 
 
-class Sample(_Model):
+class Sample(StrictModel):
     """One prompt and its accepted answers, as token ids."""
 
     task: str = Field(min_length=1)
@@ -42,7 +37,7 @@ def _right(made: list[int], answer: list[int]) -> float:
     return sum(token == wanted for token, wanted in zip(made, answer, strict=False)) / len(answer)
 
 
-class SampleResult(_Model):
+class SampleResult(StrictModel):
     exact: bool
     """Whether the continuation begins with an accepted answer."""
     right: float
@@ -69,28 +64,17 @@ class TaskJob(EngineJob):
         return run(self, terminal)
 
 
-class TaskResult(_Model):
-    name: str
-    options: dict[str, Any]
-    peer: PeerOptions | None = None
-    lossless: bool
-    job_key: str
+class TaskResult(Result):
     counts: dict[str, int]
     """What the plugin's counters counted while the answers were made."""
     samples: list[SampleResult]
     """In the order of the setup's samples."""
-    seconds: float
-    provenance: dict[str, Any] = Field(default_factory=dict)
-
-    @property
-    def is_reference(self) -> bool:
-        return Setting(name=self.name, options=self.options, peer=self.peer).is_reference
 
 
-class TaskReport(_Model):
+class TaskReport(AnyReport):
+    """`samples` of its setup has task, length, depth, tokens and a digest of each."""
+
+    command: ClassVar[str] = "specattn eval tasks"
+
     kind: Literal["specattn-eval-tasks"] = "specattn-eval-tasks"
-    version: int = 1
-    provenance: dict[str, Any]
-    setup: dict[str, Any]
-    """What all settings share; `samples` has task, length, depth, tokens and a digest of each."""
     results: list[TaskResult]
