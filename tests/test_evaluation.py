@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -13,9 +14,19 @@ import numpy as np
 import pytest
 
 from specattn_vllm import cli, cpu_runner
+from specattn_vllm.evaluation import figures as compute
 from specattn_vllm.evaluation import report as reports
 from specattn_vllm.evaluation import runner, settings, texts
-from specattn_vllm.evaluation.schema import DocumentResult, Job, Kept, Report, Setting, SettingResult, text_tokens
+from specattn_vllm.evaluation.schema import (
+    DocumentResult,
+    Estimate,
+    Job,
+    Kept,
+    Report,
+    Setting,
+    SettingResult,
+    text_tokens,
+)
 from specattn_vllm.installed import UserError
 from specattn_vllm.options import SpecAttnOptions
 
@@ -348,20 +359,107 @@ def test_engines_on_a_cpu_find_the_overlay_without_cpu_env(monkeypatch):
 # The table
 
 
-def test_the_perplexity_s_change_and_its_interval_are_over_documents():
-    more = [0.01, 0.03, -0.02, 0.05]
-    found = reports.figures(result_of(job(HALF), more=more), result_of(job(), more=[0.0] * 4))
-    assert found.perplexity_change == pytest.approx(math.exp(np.mean(more)) - 1)
-    low, high = found.interval
-    # The mean of four draws: its standard error is that of the sample over the root of four.
-    error = np.std(more) / 2
-    assert low == pytest.approx(np.mean(more) - 1.96 * error, abs=0.2 * error + 1e-3)
-    assert high == pytest.approx(np.mean(more) + 1.96 * error, abs=0.2 * error + 1e-3)
+def of_documents(setting: Setting, **figures: list[float]) -> SettingResult:
+    """Figures of documents by name; those not given are the same in each."""
+    count = len(next(iter(figures.values())))
+    columns = {"nll": [2.0] * count, "kl": [0.01] * count, "agreement": [0.9] * count} | figures
+    documents = [DocumentResult(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)]
+    return result_of(job(setting)).model_copy(update={"documents": documents})
+
+
+DENSE_OF_FOUR = of_documents(settings.DENSE, nll=[2.0] * 4)
+
+
+def test_intervals_are_over_documents():
+    kl, agreement, nll = [0.01, 0.04, 0.02, 0.05], [0.9, 0.8, 0.95, 0.7], [2.01, 2.03, 1.98, 2.05]
+    found = compute.figures(of_documents(HALF, kl=kl, agreement=agreement, nll=nll), DENSE_OF_FOUR)
+    more = [loss - 2.0 for loss in nll]
+    assert found.perplexity_change.value == pytest.approx(math.exp(np.mean(more)) - 1)
+    for estimate, values in ((found.kl, kl), (found.agreement, agreement), (found.perplexity_change, more)):
+        # The mean of four draws: its standard error is that of the sample over the root of four.
+        error = np.std(values) / 2
+        for end, sign in zip(estimate.interval, (-1, 1), strict=True):
+            assert end == pytest.approx(np.mean(values) + sign * 1.96 * error, abs=0.25 * error)
+    assert found.kl.value == pytest.approx(np.mean(kl))
+
+
+def test_all_draws_of_three_documents_are_as_likely_as_they_should_be():
+    """What the percentiles are taken of, against all 27 draws written out; and it is the same at every call."""
+    sums, counts = np.array([6.0, 10.0, 40.0]), np.array([2.0, 4.0, 10.0])
+    every = np.array(list(itertools.product(range(3), repeat=3)))
+    exact = sums[every].sum(1) / counts[every].sum(1)
+    drawn = []
+    figure = compute.ratio(sums, counts)
+
+    def kept(weights):
+        drawn.append(figure(weights))
+        return drawn[-1]
+
+    found = compute.estimate(kept, 3)
+    _, resampled = drawn
+    assert found.value == pytest.approx(56 / 16)
+    assert resampled.shape == (compute.RESAMPLES,)
+    for value in np.unique(exact.round(9)):
+        share = np.mean(np.isclose(resampled, value))
+        assert share == pytest.approx(np.mean(np.isclose(exact, value)), abs=0.02), value
+    assert compute.estimate(figure, 3) == found
 
 
 def test_one_document_has_no_interval():
-    found = reports.figures(result_of(job(HALF), more=[0.01]), result_of(job(), more=[0.0]))
-    assert found.interval is None
+    found = compute.figures(of_documents(HALF, kl=[0.02]), of_documents(settings.DENSE, nll=[2.0]))
+    assert found.kl.interval is found.agreement.interval is found.perplexity_change.interval is None
+    assert found.kl.text(".4f") == "0.0200"
+
+
+def test_the_acceptance_length_is_over_all_rounds_and_its_interval_over_documents():
+    rounds, tokens = [10, 20, 40, 10], [50, 40, 120, 20]
+    half = of_documents(HALF, rounds=rounds, sampled_tokens=tokens)
+    found = compute.figures(half, DENSE_OF_FOUR).acceptance_length
+    assert found.value == pytest.approx(230 / 80)
+    low, high = found.interval
+    assert 2.0 <= low < found.value < high <= 5.0
+    # Twice the tokens in the same rounds: the difference is as sure as the length itself.
+    twice = of_documents(settings.DENSE, rounds=rounds, sampled_tokens=[2 * count for count in tokens])
+    assert compute.difference(twice, half).acceptance_length == found
+    # Of two alike nothing is unsure, though documents differ.
+    same = compute.difference(half, half).acceptance_length
+    assert (same.value, same.interval) == (0, (0, 0))
+
+
+def test_reports_from_before_rounds_were_kept_by_document_have_the_length_alone():
+    half = of_documents(HALF, kl=[0.01] * 4)
+    half.free = {"rounds": 10, "sampled_tokens": 25}
+    found = compute.figures(half, DENSE_OF_FOUR).acceptance_length
+    assert (found.value, found.interval) == (2.5, None)
+    known = of_documents(settings.DENSE, rounds=[10] * 4, sampled_tokens=[20] * 4)
+    found = compute.difference(half, known).acceptance_length
+    assert (found.value, found.interval, found.is_sure) == (0.5, None, False)
+
+
+def test_what_rounds_to_zero_has_no_sign():
+    assert Estimate(value=-1e-6, interval=(-1e-5, 1e-5)).text("+z.4f") == "+0.0000 (+0.0000 to +0.0000)"
+
+
+@pytest.mark.parametrize(("interval", "sure"), [((0.1, 0.2), True), ((-0.2, -0.1), True), ((-0.1, 0.2), False)])
+def test_a_difference_is_sure_if_its_interval_has_no_zero_in_it(interval, sure):
+    assert Estimate(value=0.1, interval=interval).is_sure is sure
+
+
+def test_the_file_has_the_figures_of_the_table(engines, tmp_path):
+    path = tmp_path / "report.json"
+    _, found = evaluate(path)
+    for result in found.results:
+        assert result.figures == compute.figures(result, found.dense)
+    written = json.loads(path.read_text())["results"][1]["figures"]
+    assert written["kl"] == {"value": pytest.approx(0.01), "interval": [pytest.approx(0.01), pytest.approx(0.01)]}
+    # Of a report from before there were any, they are made when it is gone on with.
+    old = json.loads(path.read_text())
+    for result in old["results"]:
+        del result["figures"]
+    old["results"].pop()
+    path.write_text(json.dumps(old))
+    _, again = evaluate(path)
+    assert [result.figures for result in again.results] == [result.figures for result in found.results]
 
 
 def test_the_table():
@@ -373,23 +471,11 @@ def test_the_table():
     results = [result_of(job()), result_of(job(HALF), more=[0.02, 0.02], kept=0.5, tokens=25)]
     table = reports.markdown(Report(provenance=source, setup=setup, results=results))
     assert "| dense | 100.0% | 100.0% | reference | reference | reference | 3.00 | yes |" in table
-    assert "| half | 50.0% | 100.0% | 0.0100 ± 0.0000 | 90.0% ± 0.0% | +2.02% (+2.02% to +2.02%) | 2.50 | no |" in table
-    assert "± is the standard error over documents" in table
+    compared = "0.0100 (0.0100 to 0.0100) | 90.0% (90.0% to 90.0%) | +2.02% (+2.02% to +2.02%)"
+    assert f"| half | 50.0% | 100.0% | {compared} | 2.50 | no |" in table
+    assert "in brackets 95% intervals, by a bootstrap over documents" in table
     assert "2,400 positions, 1,200 each of 2 documents after 4,096 tokens of context, K = 4" in table
     assert table.endswith("T with D, float32; a CPU, vLLM 0.32.0, 2026-11-25.\n")
-
-
-def of_documents(setting: Setting, kl: list[float], agreement: list[float], nll: list[float]) -> SettingResult:
-    documents = [DocumentResult(nll=n, kl=k, agreement=a) for n, k, a in zip(nll, kl, agreement, strict=True)]
-    return result_of(job(setting)).model_copy(update={"documents": documents})
-
-
-def test_standard_errors_are_over_documents():
-    kl, agreement = [0.01, 0.04, 0.02, 0.05], [0.9, 0.8, 0.95, 0.7]
-    found = reports.figures(of_documents(HALF, kl, agreement, [2.0] * 4), result_of(job(), more=[0.0] * 4))
-    assert found.kl == pytest.approx((np.mean(kl), np.std(kl, ddof=1) / 2))
-    assert found.agreement == pytest.approx((np.mean(agreement), np.std(agreement, ddof=1) / 2))
-    assert reports.Mean.of(np.array([0.5])).text(".1%") == "50.0%"
 
 
 def test_differences_are_paired_by_document(tmp_path, capsys):
@@ -397,22 +483,31 @@ def test_differences_are_paired_by_document(tmp_path, capsys):
     hard = np.array([0.1, 0.9, 0.4])
     more = np.array([0.02, 0.03, 0.01])
     quarter = Setting(name="quarter", options={"rule": "top_k", "ratio": 0.25})
-    half = of_documents(HALF, list(hard), [0.9] * 3, [2.0] * 3)
-    worse = of_documents(quarter, list(hard + more), [0.8, 0.8, 0.9], [2.1] * 3)
-    found = reports.difference(worse, half)
-    assert found.kl == pytest.approx((0.02, 0.01 / math.sqrt(3)))
-    assert found.nll == pytest.approx((0.1, 0.0))
+    half = of_documents(HALF, kl=list(hard), rounds=[10] * 3, sampled_tokens=[20, 30, 40])
+    worse = of_documents(
+        quarter, kl=list(hard + more), agreement=[0.8, 0.8, 0.9], nll=[2.1] * 3,
+        rounds=[10] * 3, sampled_tokens=[19, 29, 39],
+    )  # fmt: skip
+    found = compute.difference(worse, half)
+    # 27 draws are as likely: one that is three times the same document is beyond the 2.5th percentile.
+    assert found.kl.interval == pytest.approx((0.01, 0.03))
+    assert (found.nll.value, found.nll.interval) == (pytest.approx(0.1), pytest.approx((0.1, 0.1)))
     assert found.agreement.value == pytest.approx(-0.2 / 3)
     path = tmp_path / "report.json"
     setup = {
         "documents": [{}, {}, {}], "positions": 5, "context": 10, "draft_tokens": 4, "free_tokens": 8,
         "models": {"target": {"name": "T"}, "draft": {"name": "D"}}, "dtype": "float32",
     }  # fmt: skip
-    dense = result_of(job(), more=[0.0] * 3)
+    dense = of_documents(settings.DENSE, kl=[0.0] * 3)
     path.write_text(Report(provenance={}, setup=setup, results=[dense, half, worse]).model_dump_json())
     assert cli.main(["eval", "table", str(path), "--against", "half"]) == 0
     shown = capsys.readouterr().out
-    assert "| quarter | +0.0200 ± 0.0058 | -6.67% ± 3.33% | +0.1000 ± 0.0000 |" in shown
+    cells = (
+        "+0.0200 (+0.0100 to +0.0300)", "-6.67% (-10.00% to +0.00%)", "+0.1000 (+0.1000 to +0.1000)",
+        "-0.10 (-0.10 to -0.10)",
+    )  # fmt: skip
+    assert f"| quarter | {' | '.join(cells)} |" in shown
+    assert "More than half has, paired by document" in shown
     assert shown.count("| half |") == 1  # in the table itself alone
     assert cli.main(["eval", "table", str(path), "--against", "third"]) == 2
     assert "--against 'third': not in the report, which has 'dense', 'half', 'quarter'" in capsys.readouterr().err
@@ -430,7 +525,7 @@ def test_differences_are_paired_by_document(tmp_path, capsys):
 def test_what_drafting_reads(options, counted, share):
     result = result_of(job(Setting(name="x", options=options)))
     result.forced |= counted
-    assert reports.row(result, reports.figures(result, result_of(job())))[2] == share
+    assert reports.row(result, compute.figures(result, result_of(job())))[2] == share
 
 
 def test_the_picture_joins_budgets_of_one_kind_and_leaves_out_what_is_lossless():

@@ -42,7 +42,7 @@ def run(job: Job, reference: Path, terminal: TextIO | None = None) -> Run:
             [watched] = llm.collective_rpc(kept.watched)
             recorder = kept.KeptRecorder(*watched, job.max_model_len)
         forced = forced_run(llm, job, forcing, scores, terminal, recorder)
-        free, tokens = free_run(llm, job)
+        free, rounds, tokens = free_run(llm, job, forcing)
     scores.reference.close()
     result = SettingResult.of(
         job,
@@ -50,8 +50,8 @@ def run(job: Job, reference: Path, terminal: TextIO | None = None) -> Run:
         forced=vars(forced),
         free=vars(free),
         documents=[
-            DocumentResult(nll=nll.mean(), kl=kl.mean(), agreement=agrees.mean())
-            for nll, kl, agrees in zip(scores.nll, scores.kl, scores.agrees, strict=True)
+            DocumentResult(nll=nll.mean(), kl=kl.mean(), agreement=agrees.mean(), rounds=count, sampled_tokens=sampled)
+            for nll, kl, agrees, (count, sampled) in zip(scores.nll, scores.kl, scores.agrees, rounds, strict=True)
         ],
         kept=None if recorder is None else recorder.result(RECORDED),
     )
@@ -105,12 +105,19 @@ def forced_run(
     return counted
 
 
-def free_run(llm: Any, job: Job) -> tuple[Counts, list[list[int]]]:
-    """Greedy generation from the same prompts, drafts accepted as they deserve."""
+def free_run(llm: Any, job: Job, forcing: Forcing) -> tuple[Counts, list[list[int]], list[list[int]]]:
+    """Greedy generation from the same prompts, drafts accepted as they deserve: what was counted meanwhile, rounds and
+    their tokens for each document, and all tokens."""
     before = counts(llm)
     prompts = {f"free-{number}": text[: job.context] for number, text in enumerate(job.documents)}
-    tokens = generate(llm, prompts, job.free_tokens)
-    return counts(llm) - before, [tokens[name] for name in prompts]
+    with forcing.counting() as counted:
+        tokens = generate(llm, prompts, job.free_tokens)
+    total, rounds = counts(llm) - before, [counted[name] for name in prompts]
+    if [total.rounds, total.sampled_tokens] != [sum(column) for column in zip(*rounds, strict=True)]:
+        raise ForcingError(
+            f"{total.rounds} rounds gave {total.sampled_tokens} tokens, but by document they are {rounds}"
+        )
+    return total, rounds, [tokens[name] for name in prompts]
 
 
 def generate(llm: Any, prompts: dict[str, list[int]], tokens: int) -> dict[str, list[int]]:

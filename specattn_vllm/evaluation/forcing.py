@@ -11,7 +11,7 @@ sample_draft  (`DraftModelSpeculator`, vLLM's base of every speculator that runs
 sample        (`GPUModelRunner`, after the target's forward pass). The logits of every verified position go to the
               observer, and what is sampled is the text: all drafts are accepted, and the token after them is the
               text's as well. vLLM's synthetic acceptance accepts drafts, but takes the token after them from the
-              target. Nothing here is in a graph.
+              target. Nothing here is in a graph. Where requests run free, what they sampled is counted for each.
 
 Both are put on vLLM's classes for as long as the engine lives, since its graphs are captured while it is made.
 """
@@ -47,6 +47,7 @@ class Forcing:
         self._texts: Mapping[str, Sequence[int]] = {}
         self._seated: dict[int, str] = {}
         self._observe: Observer | None = None
+        self._counted: dict[str, list[int]] | None = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -64,7 +65,10 @@ class Forcing:
         @functools.wraps(sample)
         def forced_sample(runner, hidden_states, input_batch, grammar_output):
             if self._observe is None:
-                return sample(runner, hidden_states, input_batch, grammar_output)
+                sampled = sample(runner, hidden_states, input_batch, grammar_output)
+                if self._counted is not None:
+                    self._count(input_batch, sampled[1])
+                return sampled
             return self._sample(runner, hidden_states, input_batch)
 
         DraftModelSpeculator.sample_draft, GPUModelRunner.sample = forced_draft, forced_sample
@@ -83,6 +87,27 @@ class Forcing:
             self._texts, self._observe = {}, None
             self._seated.clear()
             self._table.fill_(NO_TEXT)
+
+    @contextmanager
+    def counting(self) -> Iterator[dict[str, list[int]]]:
+        """Inside, requests run free. Gives, by name, the rounds of each and the tokens that they gave, which the plugin
+        only counts over all requests."""
+        self._counted = {}
+        try:
+            yield self._counted
+        finally:
+            self._counted = None
+
+    def _count(self, batch: Any, num_sampled: torch.Tensor) -> None:
+        """Add the requests of a batch whose drafts were verified; num_sampled [R]. Waits for the device."""
+        drafts = batch.num_draft_tokens_per_req
+        if drafts is None:
+            return
+        for row, (request, tokens) in enumerate(zip(batch.req_ids, num_sampled.tolist(), strict=False)):
+            if drafts[row] > 0 and not batch.is_prefilling_np[row]:
+                of_request = self._counted.setdefault(_name(request), [0, 0])
+                of_request[0] += 1
+                of_request[1] += tokens
 
     def slot_of(self, name: str) -> int:
         """The slot in which the request of that name sits."""

@@ -12,18 +12,13 @@ from specattn_vllm.installed import UserError
 
 if TYPE_CHECKING:
     from specattn_vllm.evaluation.charts import Chart
-    from specattn_vllm.evaluation.report import Figures, Mean
-    from specattn_vllm.evaluation.schema import Report, SettingResult
+    from specattn_vllm.evaluation.schema import Estimate, Figures, Report, SettingResult
 
-SURE = 1.96
-"""Standard errors in half of a 95% interval."""
 # Over the cells of `report.row`, in less room.
 HEADINGS = (
-    "method", "KV read by the target", "by the draft", "KL to dense", "same favourite", "perplexity change (95%)",
+    "method", "KV read by the target", "by the draft", "KL to dense", "same favourite", "perplexity change",
     "acceptance", "lossless",
 )  # fmt: skip
-# Fields of `report.Difference`: heading and form.
-DIFFERENCES = (("kl", "KL", "+.4f"), ("agreement", "same favourite", "+.2%"), ("nll", "loss (nats a token)", "+.4f"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,6 +46,7 @@ def render(reports: list[tuple[str, Report]]) -> str:
     import jinja2
 
     from specattn_vllm.evaluation import charts
+    from specattn_vllm.evaluation.report import DIFFERENCES
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("specattn_vllm.evaluation"),
@@ -64,7 +60,6 @@ def render(reports: list[tuple[str, Report]]) -> str:
         "colours": charts.COLOURS,
         "headings": HEADINGS,
         "columns": DIFFERENCES,
-        "is_sure": lambda found: found.error is not None and abs(found.value) > SURE * found.error,
     }
     sections = [_section(name, report) for name, report in reports]
     return environment.get_template("report.html.jinja").render(sections=sections)
@@ -72,15 +67,16 @@ def render(reports: list[tuple[str, Report]]) -> str:
 
 def _section(name: str, report: Report) -> dict[str, Any]:
     from specattn_vllm.evaluation import report as tables
+    from specattn_vllm.evaluation.figures import difference, figures
 
-    found = [(result, tables.figures(result, report.dense)) for result in report.results]
+    found = [(result, figures(result, report.dense)) for result in report.results]
     return {
         "name": name,
         "caption": tables.caption(report),
         "charts": _charts(found),
-        "rows": [(_told(result), _cells(tables.row(result, figures), figures)) for result, figures in found],
+        "rows": [(_told(result), _cells(tables.row(result, row), row)) for result, row in found],
         "differences": [
-            (other.name, [(r.name, tables.difference(r, other)._asdict()) for r in report.results if r is not other])
+            (other.name, [(r.name, difference(r, other)._asdict()) for r in report.results if r is not other])
             for other in report.results
         ],
         "kept": [_kept(result) for result in report.results if result.kept is not None],
@@ -99,8 +95,8 @@ def _cells(texts: list[str], found: Figures) -> list[tuple[str, float | str]]:
     """What stands in a row's cells, and what they are sorted by."""
     drafting = -1.0 if found.draft_kv_read is None else found.draft_kv_read
     figures = (
-        found.kv_read, drafting, found.kl.value, found.agreement.value, found.perplexity_change,
-        found.acceptance_length,
+        found.kv_read, drafting, found.kl.value, found.agreement.value,
+        found.perplexity_change.value, found.acceptance_length.value,
     )  # fmt: skip
     return list(zip(texts, (texts[0], *figures, texts[-1]), strict=True))
 
@@ -116,16 +112,17 @@ def _charts(rows: list[tuple[SettingResult, Figures]]) -> list[Chart]:
     if not families:
         return []
 
-    def values(figure) -> dict[str, list[Value]]:
-        return {
-            name: [Value(setting, found.kv_read, *figure(found)) for setting, found in members]
-            for name, members in families.items()
-        }
+    def values(figure: str) -> dict[str, list[Value]]:
+        def placed(setting: str, found: Figures) -> Value:
+            estimate: Estimate = getattr(found, figure)
+            return Value(setting, found.kv_read, estimate.value, estimate.interval)
+
+        return {name: [placed(*member) for member in members] for name, members in families.items()}
 
     return [
-        chart("KL to dense (nats)", values(lambda f: _with_interval(f.kl)), "{:.3g}".format, log=True),
-        chart("perplexity change", values(lambda f: (f.perplexity_change, f.interval)), "{:+.1%}".format),
-        chart("same favourite", values(lambda f: _with_interval(f.agreement)), "{:.1%}".format),
+        chart("KL to dense (nats)", values("kl"), "{:.3g}".format, log=True),
+        chart("perplexity change", values("perplexity_change"), "{:+.1%}".format),
+        chart("same favourite", values("agreement"), "{:.1%}".format),
     ]
 
 
@@ -140,12 +137,6 @@ def _kept(result: SettingResult) -> dict[str, Any]:
         "bucket": kept.bucket,
         "layers": [(number[name], kept.shares[name], heat_map(kept.percentages(name))) for name in kept.layers],
     }
-
-
-def _with_interval(found: Mean) -> tuple[float, tuple[float, float] | None]:
-    if found.error is None:
-        return found.value, None
-    return found.value, (found.value - SURE * found.error, found.value + SURE * found.error)
 
 
 def _provenance(report: Report) -> list[tuple[dict[str, Any], list[str]]]:

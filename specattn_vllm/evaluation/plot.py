@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from specattn_vllm.evaluation.charts import family
-from specattn_vllm.evaluation.report import figures
+from specattn_vllm.evaluation.figures import figures
 from specattn_vllm.evaluation.schema import Report
 
 MARKS = "osD^vPX*"

@@ -62,6 +62,7 @@ def run_all(
         kept = [result for result in report.results if result.name != outcome.name]
         place = {name: index for index, name in enumerate(order)} | {dense.setting.name: -1}
         report.results = sorted([*kept, outcome], key=lambda result: place.get(result.name, len(place)))
+        report.complete()
         write_json(out, report.model_dump(mode="json"))
     if dense.has_reference and not failed and not keep_reference:
         shutil.rmtree(reference)

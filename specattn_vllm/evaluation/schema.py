@@ -192,6 +192,44 @@ class DocumentResult(StrictModel):
     nll: float
     kl: float
     agreement: float
+    rounds: int | None = None
+    """Of the free run, and the tokens that they gave; None in reports from before they were kept."""
+    sampled_tokens: int | None = None
+
+
+class Estimate(StrictModel):
+    """A figure of all documents."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+    """Its ends at 95%; None with one document, or where the figure is not known of each."""
+
+    def text(self, form: str) -> str:
+        """As `form` (of `format`) says; what rounds to zero has no sign."""
+        told = format(self.value, form)
+        if self.interval is None:
+            return told
+        low, high = (format(end, form) for end in self.interval)
+        return f"{told} ({low} to {high})"
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether it is not 0, as far as the interval says."""
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+
+
+class Figures(StrictModel):
+    """One row of the table, as numbers."""
+
+    kv_read: float
+    """Share of the context's KV entries that verification read in the forced run."""
+    draft_kv_read: float | None
+    """The same of drafting; None in reports from before it was counted."""
+    kl: Estimate
+    agreement: Estimate
+    perplexity_change: Estimate
+    """Relative, 0.01 is one per cent more."""
+    acceptance_length: Estimate
 
 
 class Kept(StrictModel):
@@ -221,6 +259,8 @@ class SettingResult(Result):
     documents: list[DocumentResult]
     kept: Kept | None = None
     """Where it was asked for, of settings that select."""
+    figures: Figures | None = None
+    """What the table shows, for those who read the file. The table itself makes them anew of the above."""
 
 
 class AnyReport(StrictModel):
@@ -240,12 +280,21 @@ class AnyReport(StrictModel):
         """The result that the others are compared with; None where it is missing."""
         return next((result for result in self.results if result.is_reference), None)
 
+    def complete(self) -> None:
+        """Fill in what follows from all results; called before a report is written."""
+
 
 class Report(AnyReport):
     command: ClassVar[str] = "specattn eval methods"
 
     kind: Literal["specattn-eval-methods"] = "specattn-eval-methods"
     results: list[SettingResult]
+
+    def complete(self) -> None:
+        from specattn_vllm.evaluation.figures import figures
+
+        for result in self.results:
+            result.figures = figures(result, self.dense)
 
 
 def verified_tokens(positions: int, draft_tokens: int) -> int:

@@ -172,5 +172,10 @@ def test_figures_are_those_of_plain_pytorch(demo_pair, prompts, tmp_path):
     assert [len(tokens) for tokens in runs["pruned"].free_tokens] == [24] * 3
     free = runs["pruned"].result.free
     assert free["rounds"] < free["sampled_tokens"] < 5 * free["rounds"]
+    by_document = runs["pruned"].result.documents
+    assert sum(document.rounds for document in by_document) == free["rounds"]
+    assert sum(document.sampled_tokens for document in by_document) == free["sampled_tokens"]
+    # The first token is the prompt's pass's; of the last round, some may be more than was asked for.
+    assert all(23 <= document.sampled_tokens < 23 + STEPS + 1 for document in by_document)
     own = favourites(demo_pair[0], texts[0][:CONTEXT] + runs["dense"].free_tokens[0])
     assert own[CONTEXT - 1 : -1] == runs["dense"].free_tokens[0]

@@ -1,0 +1,113 @@
+"""Figures of a setting, with 95% intervals over documents.
+
+Positions of one document are alike, so documents are what there are many of. An interval is a bootstrap's (Efron,
+Annals of Statistics 7, 1979): documents are drawn anew, as many as there are, `RESAMPLES` times, and the figure is made
+of each draw; its ends are the 2.5th and the 97.5th percentile. Draws begin with the same seed and depend on nothing but
+the number of documents: the same report gives the same interval, and two settings are compared on the same draws.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from specattn_vllm.evaluation.schema import Estimate, Figures, SettingResult
+from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.stats import Counts
+
+RESAMPLES = 10_000
+SEED = 0
+ENDS = (0.025, 0.975)
+
+Figure = Callable[[np.ndarray], np.ndarray]
+"""From how often each document counts, [N, documents], to the figure of each of those N draws, [N]."""
+
+
+def estimate(figure: Figure, documents: int) -> Estimate:
+    """The figure of all documents, and its interval where there are two or more."""
+    value = float(figure(np.ones((1, documents)))[0])
+    if documents < 2:
+        return Estimate(value=value)
+    low, high = np.quantile(figure(_drawn(documents)), ENDS)
+    return Estimate(value=value, interval=(float(low), float(high)))
+
+
+@functools.cache
+def _drawn(documents: int) -> np.ndarray:
+    """How often each document is drawn, [RESAMPLES, documents]."""
+    generator = np.random.default_rng(SEED)
+    return generator.multinomial(documents, np.full(documents, 1 / documents), size=RESAMPLES).astype(np.float64)
+
+
+def ratio(sums: np.ndarray, counts: np.ndarray) -> Figure:
+    """Of documents' sums [documents] to their counts [documents]: a mean over all that was counted."""
+    return lambda weights: (weights @ sums) / (weights @ counts)
+
+
+def mean(values: np.ndarray) -> Figure:
+    """Of documents' means [documents] over as many positions each."""
+    return ratio(values, np.ones_like(values))
+
+
+def figures(result: SettingResult, dense: SettingResult) -> Figures:
+    forced = Counts(**result.forced)
+    more, documents = mean(_of(result, "nll") - _of(dense, "nll")), len(result.documents)
+    return Figures(
+        kv_read=forced.kv_fraction,
+        draft_kv_read=None if _reads_part(result) and not forced.draft_kv_full else forced.draft_kv_fraction,
+        kl=estimate(mean(_of(result, "kl")), documents),
+        agreement=estimate(mean(_of(result, "agreement")), documents),
+        perplexity_change=estimate(lambda weights: np.expm1(more(weights)), documents),
+        acceptance_length=_acceptance(result),
+    )
+
+
+class Difference(NamedTuple):
+    """How much more one setting has than another, paired by document: what is hard in both cancels out."""
+
+    kl: Estimate
+    agreement: Estimate
+    nll: Estimate
+    """Nats a token, which is the relative change of perplexity where it is small."""
+    acceptance_length: Estimate
+
+
+def difference(result: SettingResult, other: SettingResult) -> Difference:
+    def more(name: str) -> Estimate:
+        return estimate(mean(_of(result, name) - _of(other, name)), len(result.documents))
+
+    return Difference(more("kl"), more("agreement"), more("nll"), _longer(result, other))
+
+
+def _of(result: SettingResult, name: str) -> np.ndarray:
+    return np.array([getattr(document, name) for document in result.documents])
+
+
+def _reads_part(result: SettingResult) -> bool:
+    """Whether drafting reads a part of its cache."""
+    options = SpecAttnOptions.parse(result.options)
+    return options.sparse_draft or options.drafts_for_itself
+
+
+def _acceptance(result: SettingResult) -> Estimate:
+    length = _tokens_a_round(result)
+    if length is None:
+        return Estimate(value=Counts(**result.free).acceptance_length)
+    return estimate(length, len(result.documents))
+
+
+def _longer(result: SettingResult, other: SettingResult) -> Estimate:
+    one, two = _tokens_a_round(result), _tokens_a_round(other)
+    if one is None or two is None:
+        return Estimate(value=_acceptance(result).value - _acceptance(other).value)
+    return estimate(lambda weights: one(weights) - two(weights), len(result.documents))
+
+
+def _tokens_a_round(result: SettingResult) -> Figure | None:
+    """None in reports from before the rounds of each document were kept."""
+    if any(document.rounds is None for document in result.documents):
+        return None
+    return ratio(_of(result, "sampled_tokens"), _of(result, "rounds"))
