@@ -246,6 +246,15 @@ def test_tables():
     assert "3 prompts of 50 to 60 tokens, of which 1 ask for a single token" in text
 
 
+def test_the_table_command_prints_them(tmp_path, capsys):
+    report, path = report_of(result_of(job(), True, True, False)), tmp_path / "report.json"
+    path.write_text(report.model_dump_json())
+    assert cli.main(["eval", "table", str(path)]) == 0
+    assert capsys.readouterr().out == tasks_report.markdown(report)
+    assert cli.main(["eval", "table", str(path), "--against", "dense"]) == 2
+    assert "is no report of `specattn eval methods`: its kind is not" in capsys.readouterr().err
+
+
 def test_what_is_measured_is_not_run_again_and_a_failure_costs_the_others_nothing(tmp_path, monkeypatch):
     ran, path = [], tmp_path / "report.json"
 

@@ -17,16 +17,16 @@ from specattn_vllm import cli, cpu_runner
 from specattn_vllm.evaluation import figures as compute
 from specattn_vllm.evaluation import report as reports
 from specattn_vllm.evaluation import runner, settings, texts
-from specattn_vllm.evaluation.schema import (
+from specattn_vllm.evaluation.methods_schema import (
     DocumentResult,
     Estimate,
     Job,
     Kept,
     Report,
-    Setting,
     SettingResult,
     text_tokens,
 )
+from specattn_vllm.evaluation.schema import Setting
 from specattn_vllm.installed import UserError
 from specattn_vllm.options import SpecAttnOptions
 
@@ -550,6 +550,10 @@ def test_the_table_command(tmp_path, capsys):
     path.write_text(Report(provenance={}, setup={}, results=[]).model_dump_json())
     assert cli.main(["eval", "table", str(path)]) == 2
     assert "no dense run in it" in capsys.readouterr().err
+    path.write_text("[]")
+    assert cli.main(["eval", "table", str(path)]) == 2
+    told = "is no report of `specattn eval methods` or `specattn eval tasks`: its kind is not"
+    assert told in capsys.readouterr().err
 
 
 # Peers

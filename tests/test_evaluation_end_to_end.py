@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from specattn_vllm.evaluation.schema import Report
+from specattn_vllm.evaluation.methods_schema import Report
 
 pytestmark = pytest.mark.engine
 
@@ -38,6 +38,10 @@ def test_settings_are_measured_and_what_they_keep_is_recorded(tmp_path):
     assert "failed: no map" in run.stdout
     dense, own, ends = Report.model_validate(json.loads(path.read_text())).results
     assert "| own drafts | 100.0% |" in run.stdout
+    # Of the free run, by document, with an interval.
+    length = ends.figures.acceptance_length
+    assert length.text(".2f") in run.stdout and length.interval is not None
+    assert sum(document.rounds for document in own.documents) == own.free["rounds"]
     for result in (dense, own):
         # 20 positions are four rounds; the token after the prompt is none of theirs.
         assert (result.forced["rounds"], result.forced["sampled_tokens"]) == (8, 40)

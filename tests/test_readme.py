@@ -84,9 +84,11 @@ def test_the_cpu_s_table_is_what_was_measured():
 
 
 def test_the_quality_is_what_was_measured():
-    from specattn_vllm.evaluation.report import markdown, read
+    from specattn_vllm.evaluation.methods_schema import Report
+    from specattn_vllm.evaluation.report import markdown
+    from specattn_vllm.evaluation.schema import read
 
-    measured = read(ROOT / "docs/results/h200-methods.json")
+    measured = read(ROOT / "docs/results/h200-methods.json", Report)
     lines = [line.strip("| ").split(" | ") for line in markdown(measured).splitlines()]
     rows = {cells[0]: cells for cells in lines if len(cells) > 5}
     _, read, _, kl, _, perplexity, *_ = rows["specattn"]
@@ -99,11 +101,13 @@ def test_the_quality_is_what_was_measured():
 
 def test_the_table_of_methods_is_what_was_measured(capsys):
     from specattn_vllm import cli
-    from specattn_vllm.evaluation.report import markdown, read
+    from specattn_vllm.evaluation.methods_schema import Report
+    from specattn_vllm.evaluation.report import markdown
+    from specattn_vllm.evaluation.schema import read
     from specattn_vllm.evaluation.settings import default_settings
 
     document = (ROOT / "docs/evaluation.md").read_text()
-    measured = read(ROOT / "docs/results/h200-methods.json")
+    measured = read(ROOT / "docs/results/h200-methods.json", Report)
     assert markdown(measured) in document
     # The command above it runs what is in it, as the settings are now.
     [command] = re.findall(r"^    specattn (eval methods --documents .*?)\n\n", document, re.M | re.S)

@@ -15,7 +15,8 @@ import pytest
 
 from specattn_vllm import cli
 from specattn_vllm.evaluation import charts
-from specattn_vllm.evaluation.schema import Report
+from specattn_vllm.evaluation.methods_schema import Report
+from specattn_vllm.evaluation.report import differences, markdown
 
 pytest.importorskip("jinja2")
 
@@ -74,6 +75,27 @@ def test_the_page_of_what_was_measured(tmp_path):
     marks = [attributes for _, attributes in page.seen if "mark" in attributes.get("class", "").split()]
     families = len([1 for tag, _ in page.seen if tag == "li"])
     assert len(marks) == 2 * 3 * approximate + families
+    # What the tables show, intervals included.
+    measured = Report.model_validate(report)
+    for line in markdown(measured).splitlines()[2:]:
+        assert all(page.cells.count(cell) >= 2 for cell in line.strip("| ").split(" | ") if line.startswith("|"))
+    for line in differences(measured, "sts 25%").splitlines()[2:]:
+        assert all(page.cells.count(cell) >= 2 for cell in line.strip("| ").split(" | ") if line.startswith("|"))
+
+
+def test_differences_that_zero_is_not_in_the_interval_of_stand_out(tmp_path):
+    report = json.loads(MEASURED.read_text())
+    report["results"] = [report["results"][n] for n in (0, 2)]
+    dense, pruned = report["results"]
+    # Always worse by as much, now better and now worse, and as good.
+    for number, (before, after) in enumerate(zip(dense["documents"], pruned["documents"], strict=True)):
+        after["kl"] = before["kl"] + 0.5
+        after["agreement"] = before["agreement"] - 0.25
+        after["nll"] = before["nll"] + (-1) ** number
+    text = written(tmp_path, report)
+    assert text.count('<td class="sure">+0.5000 (+0.5000 to +0.5000)</td>') == 1
+    assert text.count('<td class="sure">-25.00% (-25.00% to -25.00%)</td>') == 1
+    assert re.search(r"<td>\+0\.0000 \(-0\.\d+ to \+0\.\d+\)</td>", text)
 
 
 def test_names_are_shown_as_they_are_and_run_nothing(tmp_path):

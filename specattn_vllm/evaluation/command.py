@@ -60,8 +60,8 @@ def methods(args: argparse.Namespace) -> int:
         list_settings(settings)
         return 0
 
+    from specattn_vllm.evaluation.methods_schema import Report
     from specattn_vllm.evaluation.report import markdown
-    from specattn_vllm.evaluation.schema import Report
 
     setup, jobs = plan(args, settings)
     return measure(args, Report, setup, jobs, given, markdown, keep_reference=args.keep_reference)
@@ -70,7 +70,7 @@ def methods(args: argparse.Namespace) -> int:
 def plan(args: argparse.Namespace, settings: list) -> tuple[dict[str, Any], list]:
     """What all settings share, as the report tells it, and a job for each."""
     from specattn_vllm.evaluation import texts
-    from specattn_vllm.evaluation.schema import Job, text_tokens
+    from specattn_vllm.evaluation.methods_schema import Job, text_tokens
 
     folders, common = engines_of(args, settings)
     length = text_tokens(args.context, args.positions, args.draft_tokens)
@@ -89,17 +89,23 @@ def plan(args: argparse.Namespace, settings: list) -> tuple[dict[str, Any], list
 
 def table_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE.json")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it")
-    parser.add_argument("--against", metavar="NAME", help="also the differences from this setting, paired by document")
+    methods = parser.add_argument_group("of `specattn eval methods` alone")
+    methods.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it")
+    methods.add_argument("--against", metavar="NAME", help="also the differences from this setting, paired by document")
 
 
 def table(args: argparse.Namespace) -> None:
-    from specattn_vllm.evaluation.report import differences, markdown, read
+    from specattn_vllm.evaluation import report as of_methods
+    from specattn_vllm.evaluation import tasks_report as of_tasks
+    from specattn_vllm.evaluation.methods_schema import Report
+    from specattn_vllm.evaluation.schema import read
+    from specattn_vllm.evaluation.tasks_schema import TaskReport
 
-    report = read(args.file)
-    print(markdown(report), end="")
+    kinds = (Report,) if args.against or args.plot else (Report, TaskReport)
+    report = read(args.file, *kinds)
+    print((of_methods if isinstance(report, Report) else of_tasks).markdown(report), end="")
     if args.against:
-        print("\n" + differences(report, args.against), end="")
+        print("\n" + of_methods.differences(report, args.against), end="")
     if args.plot:
         require(("matplotlib",))
         from specattn_vllm.evaluation import plot
@@ -119,7 +125,7 @@ PARTS = {
         tasks_command.add_arguments,
         "settings of the plugin side by side, by how many prompts with known answers they answer as expected",
     ),
-    "table": (table, table_arguments, "the table of a report, as Markdown"),
+    "table": (table, table_arguments, "the table of a report of one of them, as Markdown"),
 }
 
 

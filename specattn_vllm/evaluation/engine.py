@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from specattn_vllm.evaluation import kept, peers
 from specattn_vllm.evaluation.forcing import Forcing, ForcingError
-from specattn_vllm.evaluation.schema import DocumentResult, EngineJob, Job, SettingResult
+from specattn_vllm.evaluation.methods_schema import DocumentResult, Job, SettingResult
+from specattn_vllm.evaluation.schema import EngineJob
 from specattn_vllm.evaluation.scores import Reference, Scores
 from specattn_vllm.stats import Counts
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specattn_vllm.evaluation.schema import Estimate, Figures, SettingResult
+from specattn_vllm.evaluation.methods_schema import Estimate, Figures, SettingResult
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.stats import Counts
 

@@ -12,7 +12,7 @@ from specattn_vllm.installed import UserError
 
 if TYPE_CHECKING:
     from specattn_vllm.evaluation.charts import Chart
-    from specattn_vllm.evaluation.schema import Estimate, Figures, Report, SettingResult
+    from specattn_vllm.evaluation.methods_schema import Estimate, Figures, Report, SettingResult
 
 # Over the cells of `report.row`, in less room.
 HEADINGS = (
@@ -30,9 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     require(("jinja2",))
-    from specattn_vllm.evaluation.report import read
+    from specattn_vllm.evaluation.methods_schema import Report
+    from specattn_vllm.evaluation.schema import read
 
-    text = render([(path.name, read(path)) for path in args.files])
+    text = render([(path.name, read(path, Report)) for path in args.files])
     try:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text, encoding="utf-8")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from specattn_vllm.evaluation.figures import difference, figures
-from specattn_vllm.evaluation.schema import Figures, Report, SettingResult
+from specattn_vllm.evaluation.methods_schema import Figures, Report, SettingResult
 from specattn_vllm.installed import UserError
 
 HEADINGS = (
@@ -18,17 +17,6 @@ DIFFERENCES = (
     ("kl", "KL", "+z.4f"), ("agreement", "same favourite", "+z.2%"), ("nll", "loss (nats a token)", "+z.4f"),
     ("acceptance_length", "acceptance length", "+z.2f"),
 )  # fmt: skip
-
-
-def read(path: Path) -> Report:
-    """The report in a file, refused where it is none or has nothing that the others are compared with."""
-    try:
-        report = Report.model_validate_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no report of `{Report.command}`: {str(error).splitlines()[0]}") from None
-    if report.dense is None:
-        raise UserError(f"{path} is no report of `{Report.command}`: no dense run in it")
-    return report
 
 
 def markdown(report: Report) -> str:
