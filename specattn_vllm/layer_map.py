@@ -188,10 +188,28 @@ def read(path: Path) -> LayerMap:
         raise LayerMapError(f"layer map {path} is not valid ({SCHEMA}): {problems}") from None
 
 
+def shipped_file(found: LayerMap) -> Path | None:
+    """The file of the package that a map was read from, whatever layers were made dense since; None for any other."""
+    for path in shipped().values():
+        theirs = read(path)
+        if (theirs.target, theirs.draft, theirs.provenance) == (found.target, found.draft, found.provenance):
+            return path
+    return None
+
+
+def _is_taken_for(found: LayerMap, target: ModelFacts, draft: ModelFacts) -> bool:
+    """Whether a shipped map is taken for these models without being asked for: one that was calibrated only for the
+    very weights that it was calibrated on, one of shapes alone for all weights of these shapes."""
+    if found.calibrated:
+        return (found.target, found.draft) == (target, draft)
+    return not found.target.differences(target, weights=True) and not found.draft.differences(draft, weights=True)
+
+
 def resolve(
     name: str | None, target: ModelFacts, draft: ModelFacts, *, method: str = "specattn", check_weights: bool = True
 ) -> LayerMap:
-    """The map an engine uses for a method: a named one must fit method and models, the default falls back to `uniform`.
+    """The map an engine uses for a method: a named one must fit method and models; the default is the best that is
+    shipped for them, a calibrated one before any other, and else `uniform`.
 
     Raises LayerMapError if a map that was asked for was made for another method or other models.
     """
@@ -199,10 +217,10 @@ def resolve(
     if name == UNIFORM:
         return uniform(target, draft)
     if name is None:
-        # By default only a map for these very weights is taken; anything else has to be asked for.
-        maps = [found for path in shipped().values() if (found := read(path)).target == target and found.draft == draft]
+        maps = [found for path in shipped().values() if _is_taken_for(found := read(path), target, draft)]
         usable = [found for found in maps if found.method in fits]
-        return min(usable, key=lambda found: fits.index(found.method)) if usable else uniform(target, draft)
+        best = min(usable, key=lambda found: (not found.calibrated, fits.index(found.method)), default=None)
+        return best or uniform(target, draft)
     found = read(shipped().get(name, Path(name)))
     if found.method not in fits:
         raise LayerMapError(

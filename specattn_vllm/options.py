@@ -49,7 +49,7 @@ class SpecAttnOptions(BaseModel):
     layer_map: str | None = Field(
         None,
         description="Name of a shipped layer map, path of a JSON file, or 'uniform' (layers paired by depth, not "
-        "calibrated). Default: the shipped map made for this pair of models if there is one, else 'uniform'.",
+        "calibrated). Default: the shipped map for this pair of models if there is one, else 'uniform'.",
     )
     rule: Rule | None = Field(
         None,

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from specattn_vllm import layer_map
+from specattn_vllm.calibrate.uniform import PAIRS, map_text
 from specattn_vllm.cli import demo_folder
 from specattn_vllm.fingerprint import ModelFacts, fingerprint
 from specattn_vllm.layer_map import LayerMap, LayerMapError, read, resolve, uniform
@@ -261,6 +262,49 @@ def test_by_default_no_map_of_other_or_unknown_weights_is_used(write, monkeypatc
     assert resolve(None, served, DRAFT) == uniform(served, DRAFT)
 
 
+def of_shapes(**changes) -> dict:
+    """A map of no weights, that nothing was measured for."""
+    unknown = {"target": facts(4, weights=None).model_dump(), "draft": facts(2, weights=None).model_dump()}
+    return content(calibrated=False, layers=[None, 0, 0, 1], provenance={"made": "uniform"}, **(unknown | changes))
+
+
+@pytest.mark.parametrize("weights", ["a fine-tune", None])
+def test_by_default_a_shipped_map_of_shapes_is_used_for_all_their_weights(write, monkeypatch, weights):
+    path = write(of_shapes())
+    monkeypatch.setattr(layer_map, "shipped", lambda: {"shapes": path})
+    target, draft = (found.model_copy(update={"weights": weights}) for found in (TARGET, DRAFT))
+    assert resolve(None, target, draft) == read(path) != uniform(target, draft)
+    assert resolve(None, facts(4, hidden_size=1024), draft).provenance == {}
+    assert resolve(None, target, facts(2, num_key_value_heads=4)).provenance == {}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("method", ["specattn", "sts", "fused", "dense"])
+def test_a_calibrated_map_goes_before_one_of_shapes(write, monkeypatch, method, order):
+    """Whatever it has heads for, and whichever is read first; and what is named goes before both."""
+    maps = {
+        "shapes": write(of_shapes(), "a.json"),
+        "shapes with heads": write(of_shapes(method="sts", heads=[None, [0, 1], [0, 1], [0, 1]]), "b.json"),
+        "calibrated": write(content(), "c.json"),
+    }
+    monkeypatch.setattr(layer_map, "shipped", lambda: dict([*maps.items()][::order]))
+    assert resolve(None, TARGET, DRAFT, method=method) == read(maps["calibrated"])
+    mine = write(content(layers=[None, 1, 1, 1]), "mine.json")
+    assert resolve(str(mine), TARGET, DRAFT, method=method) == read(mine)
+    # On weights that it was not calibrated on, it says nothing.
+    other = TARGET.model_copy(update={"weights": "a fine-tune"})
+    assert not resolve(None, other, DRAFT, method=method).calibrated
+
+
+def test_the_file_of_a_shipped_map_is_known_after_layers_were_made_dense(write, monkeypatch):
+    maps = {"shapes": write(of_shapes(), "a.json"), "calibrated": write(content(), "b.json")}
+    monkeypatch.setattr(layer_map, "shipped", lambda: maps)
+    for path in maps.values():
+        assert layer_map.shipped_file(read(path).with_dense((1, 3))) == path
+    assert layer_map.shipped_file(uniform(TARGET, DRAFT)) is None
+    assert layer_map.shipped_file(uniform(facts(4, weights=None), facts(2, weights=None))) is None
+
+
 def test_by_default_uniform_where_nothing_is_shipped():
     assert resolve(None, TARGET, DRAFT) == uniform(TARGET, DRAFT)
 
@@ -277,6 +321,27 @@ def test_what_the_package_ships_is_valid_and_under_the_name_of_its_file(monkeypa
         assert path.name == f"{name}.json"
         found = read(path)
         assert resolve(name, found.target, found.draft, method=found.method) == found
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_maps_of_public_pairs_are_what_makes_them_and_say_what_they_are(monkeypatch, name):
+    monkeypatch.undo()
+    path = layer_map.shipped()[name]
+    assert path.read_text() == map_text(PAIRS[name])
+    found = read(path)
+    assert not found.calibrated and found.provenance["made"].startswith("uniform, not calibrated")
+    target, draft = PAIRS[name].models[0]
+    assert found.provenance["calibrate"].startswith(f"specattn calibrate --target {target} --draft {draft} --text ")
+    # An engine finds it by the models' configurations, whose weights may be in a folder or not.
+    for weights in (None, "digest"):
+        served = (side.model_copy(update={"weights": weights}) for side in (found.target, found.draft))
+        assert resolve(None, *served, method="sts") == found
+
+
+def test_every_shipped_map_is_calibrated_or_of_a_known_pair(monkeypatch):
+    monkeypatch.undo()
+    plain = {name for name, path in layer_map.shipped().items() if not read(path).calibrated}
+    assert plain == {*PAIRS}
 
 
 @pytest.mark.parametrize(("method", "name"), [("specattn", "demo"), ("sts", "demo-sts"), ("dense", "demo")])

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from specattn_vllm import executors
+from specattn_vllm import executors, layer_map
 from specattn_vllm.fingerprint import ModelFacts
 from specattn_vllm.layer_map import SCHEMA, LayerMap, uniform
 from specattn_vllm.options import SpecAttnOptions
@@ -373,15 +373,36 @@ def test_without_a_head_map_heads_are_paired_by_proportion(monkeypatch, kv_heads
     assert any("paired by proportion, which is not calibrated" in line for line in lines)
 
 
-def test_a_uniform_map_is_warned_of_with_the_command_that_makes_a_better_one(monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "named", "method"),
+    [
+        ({}, "{shipped}", ""),
+        ({"dense_layers": (3,)}, "{shipped}", ""),
+        ({"method": "sts"}, "{shipped}", "--method sts "),
+        ({"layer_map": "uniform"}, "uniform", ""),
+        ({"layer_map": "my.json"}, "my.json", ""),
+    ],
+    ids=str,
+)
+def test_a_map_that_is_not_calibrated_is_warned_of_with_the_command_that_makes_a_better_one(
+    monkeypatch, options, named, method
+):
     lines = []
     monkeypatch.setattr(wiring.logger, "warning", lambda text, *values: lines.append(text % values))
     model, draft = SimpleNamespace(model="org/big"), SimpleNamespace(model="org/small")
     config = SimpleNamespace(model_config=model, speculative_config=SimpleNamespace(draft_model_config=draft))
     speculator = SimpleNamespace(vllm_config=config, crossover_tokens=0)
     monkeypatch.setattr(wiring, "announce_buffers", lambda speculator, nbytes: None)
-    wiring._announce(SpecAttnOptions(), uniform(facts(4, 2), facts(2, 2)), speculator, {"mass": 1})
-    assert any("specattn calibrate --target org/big --draft org/small --text" in line for line in lines)
+    options, shipped = SpecAttnOptions(**options), layer_map.shipped()["qwen3-8b-qwen3-0.6b"]
+    found = layer_map.read(shipped)
+    found = layer_map.resolve(options.layer_map and "uniform", found.target, found.draft).with_dense((3,))
+    wiring._announce(options, found, speculator, {"mass": 1})
+    [line] = [line for line in lines if "specattn calibrate" in line]
+    assert f"layer map '{named.format(shipped=shipped)}' is uniform, not calibrated for this pair" in line
+    assert f"specattn calibrate --target org/big --draft org/small {method}--text FILES --out map.json" in line
+    lines.clear()
+    wiring._announce(options, uniform(facts(4, 2), facts(2, 2)), speculator, {"mass": 1})
+    assert any(f"layer map '{options.layer_map or 'uniform'}' is uniform" in line for line in lines)
     lines.clear()
     prepared(monkeypatch, (None, 0))
     assert not any("specattn calibrate" in line for line in lines)

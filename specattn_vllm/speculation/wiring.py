@@ -12,6 +12,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
+from specattn_vllm import layer_map
 from specattn_vllm.layer_map import LayerMap
 from specattn_vllm.presets import PRESETS
 from specattn_vllm.selection.capture import DraftCapture
@@ -265,11 +266,13 @@ def _announce(
         logger.info("specattn: verification %d of each %d of a request reads everything", *[options.refreshes] * 2)
     if not found.calibrated:
         logger.warning(
-            "specattn: the layer map is uniform, not calibrated for this pair of models: expect worse quality at the "
-            "same KV read. Make a map and set layer_map to it: specattn calibrate --target %s --draft %s --text FILES "
-            "--out map.json",
+            "specattn: layer map '%s' is uniform, not calibrated for this pair of models: expect worse quality at the "
+            "same KV read. Make a map and set layer_map to it: specattn calibrate --target %s --draft %s %s--text "
+            "FILES --out map.json",
+            options.layer_map or layer_map.shipped_file(found) or layer_map.UNIFORM,
             speculator.vllm_config.model_config.model,
             speculator.vllm_config.speculative_config.draft_model_config.model,
+            "--method sts " if options.per_head else "",
         )
     if options.per_head and found.heads is None:
         logger.warning(

@@ -1,0 +1,63 @@
+"""The uniform layer maps of well-known pairs that ship with the package, as files.
+
+Nothing was measured for them. They are what an engine makes by itself for a pair without a map, and say in a file that
+can be copied and changed which layers are paired, for which models, and which command makes a calibrated one.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import NamedTuple
+
+from specattn_vllm import layer_map
+from specattn_vllm.bench.models import ROLES, load_shape
+from specattn_vllm.calibrate.result import as_json
+from specattn_vllm.fingerprint import facts_from_config
+
+
+class Pair(NamedTuple):
+    """Models on the hub, the instruct ones first, and the shape that the benchmark knows them by."""
+
+    shape: str
+    models: tuple[tuple[str, str], ...]
+    """(target, draft): those that the file names; it serves any others of their architecture."""
+
+
+PAIRS = {
+    "llama-3.1-8b-llama-3.2-1b": Pair(
+        "llama-8b-1b",
+        (
+            ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-1B-Instruct"),
+            ("meta-llama/Llama-3.1-8B", "meta-llama/Llama-3.2-1B"),
+        ),
+    ),
+    "qwen3-8b-qwen3-0.6b": Pair("qwen3-8b-0.6b", (("Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B"),)),
+}
+"""By the name of the shipped map."""
+
+
+def map_text(pair: Pair) -> str:
+    """The file's text. Its models have no digest of their weights, so it fits all weights of these shapes."""
+    configs = load_shape(pair.shape).configs
+    found = layer_map.uniform(*(facts_from_config(configs[role]) for role in ROLES)).model_dump(mode="json")
+    target, draft = pair.models[0]
+    provenance = {
+        "made": "uniform, not calibrated: layers paired by relative depth, the target's first reads everything",
+        "command": "python -m specattn_vllm.calibrate.uniform configs",
+        "models": [f"{target} with {draft}" for target, draft in pair.models],
+        "calibrate": f"specattn calibrate --target {target} --draft {draft} --text FILES --out map.json",
+    }
+    return as_json({"schema": found.pop("schema_"), **found, "provenance": provenance})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Writes the uniform layer maps that ship with the package.")
+    parser.add_argument("folder", type=Path, help="where to, e.g. configs")
+    folder = parser.parse_args().folder
+    for name, pair in PAIRS.items():
+        (folder / f"{name}.json").write_text(map_text(pair))
+
+
+if __name__ == "__main__":
+    main()
