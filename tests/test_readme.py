@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from pathlib import Path
@@ -116,6 +117,37 @@ def test_the_table_of_methods_is_what_was_measured(capsys):
     assert sorted(re.findall(r"^(\S.*)\n  \{", capsys.readouterr().out, re.M)) == sorted(names)
     now = {setting.name: setting.options for setting in default_settings(measured.setup["context"])}
     assert {result.name: result.options for result in measured.results} == {n: now[n] for n in names}
+
+
+def test_the_tables_of_tasks_are_what_was_measured(capsys):
+    from specattn_vllm import cli
+    from specattn_vllm.evaluation.schema import Setting, read
+    from specattn_vllm.evaluation.settings import default_settings
+    from specattn_vllm.evaluation.tasks_report import lost_and_won, markdown
+    from specattn_vllm.evaluation.tasks_schema import TaskReport
+
+    document = (ROOT / "docs/tasks.md").read_text()
+    measured = read(ROOT / "docs/results/demo-tasks.json", TaskReport)
+    assert markdown(measured) in document
+    # The command above it runs what is in it, as the settings are now.
+    [command] = re.findall(r"^    specattn (eval tasks --lengths .*?)\n\n", document, re.M | re.S)
+    assert cli.main([*shlex.split(command.replace("\\\n", " ")), "--list"]) == 0
+    names = [result.name for result in measured.results]
+    listed = re.findall(r"^(\S.*)\n  \{", capsys.readouterr().out, re.M)
+    assert sorted(listed) == sorted(names)
+    now = {setting.name: setting for setting in default_settings(2048)}
+    assert [Setting(name=r.name, options=r.options, peer=r.peer) for r in measured.results] == [now[n] for n in names]
+    # And what is said of it.
+    every = range(len(measured.setup["samples"]))
+    changed = {result.name: lost_and_won(result, measured.dense, every) for result in measured.results}
+    assert changed["specattn"] == (2, 1) and changed["specattn, as published"] == (5, 1)
+    assert changed["specattn 12.5%"] == (1, 4) and changed["sts 12.5%"] == (2, 5)
+    assert changed["quest 12.5%"] == (15, 3) and changed["sink and recent 25%"] == (55, 2)
+    for lost, won in ((5, 1), (15, 3)):
+        equal = 2 * sum(math.comb(lost + won, n) for n in range(won + 1)) / 2 ** (lost + won)
+        assert f"p = {equal:.1g}" in document
+    right = [sample.exact for sample in measured.dense.samples]
+    assert [sum(right[n : n + 36]) for n in range(0, 144, 36)] == [31, 27, 22, 20]
 
 
 def test_lm_eval_s_results_are_what_it_gave_and_what_our_command_gives():
