@@ -116,6 +116,11 @@ class SpecAttnOptions(BaseModel):
         description="With combine 'sum' or 'max', the last row of a verification, that of the bonus token, counts as "
         "well: the draft never gets there, so its last step's attention is taken, moved on by one token.",
     )
+    unread_mean: bool = Field(
+        True,
+        description="What a pruned verification does not read counts as so many tokens of the request's mean key and "
+        "value. With false, the tokens that are read get all of the weight.",
+    )
     per_kv_head: bool = Field(
         False, description="With 'vegas', a selection for each KV head instead of one that all heads of a layer share."
     )
@@ -233,6 +238,11 @@ class SpecAttnOptions(BaseModel):
     def uses_layer_shares(self) -> bool:
         """Whether the layer map may say how much of the budget each layer gets."""
         return self.layer_shares and self.fixed_budget and not self.has_sizes
+
+    @property
+    def estimates_unread(self) -> bool:
+        """Whether the target's pruned attention is corrected for what it does not read."""
+        return self.unread_mean and not self.is_lossless
 
     @property
     def per_head(self) -> bool:

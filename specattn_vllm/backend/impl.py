@@ -14,6 +14,7 @@ from specattn_vllm.options import SpecAttnOptions
 
 if TYPE_CHECKING:
     from specattn_vllm.selection.audit import LayerAudit
+    from specattn_vllm.selection.unread import LayerUnread
 
 
 class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
@@ -61,6 +62,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             per_head=options.per_head,
         )
         self.audit: LayerAudit | None = None
+        self.unread: LayerUnread | None = None
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         self.operations.write_kv(key, value, kv_cache, slot_mapping)
@@ -93,7 +95,8 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             self._dense(query, kv_cache, md, out, first_row=0, first_token=0)
             return output
         plan = md.sparse
-        lse = None if self.audit is None else self.audit.empty_lse(plan.num_tokens)
+        wants_lse = self.audit or self.unread
+        lse = None if wants_lse is None else wants_lse.empty_lse(plan.num_tokens)
         self.operations.sparse_attention(
             query[: plan.num_tokens],
             kv_cache,
@@ -105,8 +108,11 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             plan.max_query_len,
             lse,
         )
-        if lse is not None:
+        if self.audit is not None:
             self.audit.observe(query[: plan.num_tokens], kv_cache, md, self.scale, lse)
+        if self.unread is not None:
+            mine = query[: plan.num_tokens], kv_cache, md, plan.kept[source], self.scale, lse, out[: plan.num_tokens]
+            self.unread.add(*mine)
         if plan.watched is not None:
             plan.watched.watch(layer.layer_name, query, kv_cache, md, self.scale)
         if plan.num_rows < md.num_reqs:

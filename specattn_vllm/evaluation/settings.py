@@ -67,7 +67,8 @@ def _streaming(context: int, share: float) -> dict:
     """Verification that reads the first and the last tokens (Xiao et al., arXiv 2309.17453): attention chooses nothing,
     since what is kept anyway holds more than a millionth of it."""
     recent = max(1, round(context * share) - SINK)
-    return {"method": "specattn", "top_p": 1e-6, "min_tokens": 0, "sink_tokens": SINK, "recent_tokens": recent}
+    kept = {"min_tokens": 0, "sink_tokens": SINK, "recent_tokens": recent}
+    return {"method": "specattn", "top_p": 1e-6, **kept, "unread_mean": False}
 
 
 def read_settings(path: Path) -> list[Setting]:

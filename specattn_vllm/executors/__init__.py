@@ -39,6 +39,8 @@ class Operations:
     build_positions: Callable[..., None]
     build_page_tables: Callable[..., None]
     sparse_attention: Callable[..., None]
+    sum_context: Callable[..., None]
+    add_unread: Callable[..., None]
     take_selections: Callable[..., None]
     count_reads: Callable[..., None]
     count_sampled: Callable[..., None]
@@ -116,6 +118,8 @@ def _torch_operations() -> Operations:
         build_positions=reference.build_positions,
         build_page_tables=reference.build_page_tables,
         sparse_attention=reference.sparse_attention,
+        sum_context=reference.sum_context,
+        add_unread=reference.add_unread,
         take_selections=reference.take_selections,
         count_reads=reference.count_reads,
         count_sampled=reference.count_sampled,
@@ -130,6 +134,7 @@ def _triton_operations(device: torch.device) -> Operations:
     from specattn_vllm.kernels import bookkeeping
     from specattn_vllm.kernels.accumulate_mass import accumulate_mass
     from specattn_vllm.kernels.add_mass import add_mass
+    from specattn_vllm.kernels.add_unread import add_unread
     from specattn_vllm.kernels.average_mass import average_mass
     from specattn_vllm.kernels.count_ranked import count_ranked
     from specattn_vllm.kernels.dilate_mass import dilate_mass
@@ -137,6 +142,7 @@ def _triton_operations(device: torch.device) -> Operations:
     from specattn_vllm.kernels.mark_rows import mark_rows
     from specattn_vllm.kernels.page_tables import build_page_tables, build_positions
     from specattn_vllm.kernels.sparse_attention import sparse_attention
+    from specattn_vllm.kernels.sum_context import sum_context
     from specattn_vllm.kernels.top_p import select_top_p
 
     dense, write = _dense_attention, write_kv
@@ -156,6 +162,8 @@ def _triton_operations(device: torch.device) -> Operations:
         build_positions=build_positions,
         build_page_tables=build_page_tables,
         sparse_attention=sparse_attention,
+        sum_context=sum_context,
+        add_unread=add_unread,
         take_selections=bookkeeping.take_selections,
         count_reads=bookkeeping.count_reads,
         count_sampled=bookkeeping.count_sampled,

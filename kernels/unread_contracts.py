@@ -1,0 +1,43 @@
+"""What ``sum_context`` and ``add_unread`` are given, checked as in ``contracts.py``."""
+
+from __future__ import annotations
+
+import torch
+
+from . import contracts
+from .contracts import FLOATS, expect, tensor
+
+
+def _sums(sums, summed, heads: int, size: int, device) -> None:
+    tensor("sums", sums, (None, heads, 2 * size), torch.float32, device)
+    tensor("summed", summed, (sums.shape[0], heads), torch.int32, device)
+
+
+def sum_context(kv_cache, block_table, slots, lens, sums, summed) -> None:
+    tensor("kv_cache", kv_cache, (None, None, None, None), FLOATS)
+    heads, width, dev = kv_cache.shape[1], kv_cache.shape[3], kv_cache.device
+    expect(width % 2 == 0, "kv_cache", f"rows of {width}", "a key and a value")
+    tensor("slots", slots, (None,), torch.int64, dev)
+    rows = slots.shape[0]
+    tensor("block_table", block_table, (rows, None), torch.int32, dev)
+    tensor("lens", lens, (rows,), torch.int32, dev)
+    _sums(sums, summed, heads, width // 2, dev)
+
+
+def add_unread(query, out, lse, seq_lens, kept, slots, sums, summed, query_start_loc, max_query_len) -> None:
+    tensor("query", query, (None, None, None), FLOATS)
+    tokens, query_heads, size = query.shape
+    dev = query.device
+    tensor("out", out, (tokens, query_heads, size), query.dtype, dev)
+    tensor("lse", lse, (tokens, query_heads), torch.float32, dev)
+    tensor("slots", slots, (None,), torch.int64, dev)
+    rows = slots.shape[0]
+    tensor("sums", sums, (None, None, None), torch.float32, dev)
+    heads = sums.shape[1]
+    contracts.group_size(query_heads, heads, "sums")
+    _sums(sums, summed, heads, size, dev)
+    tensor("seq_lens", seq_lens, (rows,), torch.int32, dev)
+    tensor("kept", kept, (rows, None), torch.int32, dev)
+    expect(kept.shape[1] in (1, heads), "kept", f"{kept.shape[1]} groups", f"1 or {heads}")
+    tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, dev)
+    expect(max_query_len >= 1, "max_query_len", max_query_len, "at least 1")

@@ -1,0 +1,111 @@
+"""What stands for the tokens that a verification does not read: as many of the context's mean key and value.
+
+What a selection leaves out is most of the context, and each token of it weighs next to nothing; together they often
+hold a twentieth of a layer's attention, and more than half in layers that attend widely. Attention over the selection
+alone gives their weight to the tokens that were read. The mean key and value of a request cost nothing to read, and
+counted as often as there are tokens that were left out they put most of that right (`kernels/add_unread.py`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from specattn_vllm.executors import Operations
+
+if TYPE_CHECKING:
+    from specattn_vllm.backend.impl import SpecAttnImpl
+    from specattn_vllm.backend.metadata import SpecAttnMetadata
+
+
+class Unread:
+    """Sums of keys and values by request slot, of each target layer that reads a selection.
+
+    `begin` outside of any graph, one `LayerUnread.add` of each layer, which may run under CUDA graph capture. Nothing
+    waits for the device and every buffer lasts.
+
+    sums    [A, num_slots + 1, H, 2D] float32, summed [A, num_slots + 1, H] int32: of how many positions. The last slot
+            is nobody's, as in `SelectionStore`.
+    slots   [max_num_reqs] int64, lens [max_num_reqs] int32: of the step's verifications, what their requests have in
+            the cache for good; -1 and 0 of any other row.
+    """
+
+    @classmethod
+    def of(cls, impl: SpecAttnImpl, operations: Operations, **size) -> Unread:
+        """For layers like the one of `impl`."""
+        heads = {"num_heads": impl.num_heads, "num_kv_heads": impl.num_kv_heads, "head_size": impl.head_size}
+        return cls(operations, **heads, **size)
+
+    def __init__(
+        self,
+        operations: Operations,
+        *,
+        layers: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        max_num_reqs: int,
+        device: torch.device,
+    ) -> None:
+        self.operations = operations
+        self.num_heads = num_heads
+        self.device = device
+        shape = (layers, max_num_reqs + 1, num_kv_heads)
+        self.sums = torch.zeros((*shape, 2 * head_size), dtype=torch.float32, device=device)
+        self.summed = torch.zeros(shape, dtype=torch.int32, device=device)
+        self.slots = torch.full((max_num_reqs,), -1, dtype=torch.int64, device=device)
+        self.lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.sums, self.summed, self.slots, self.lens))
+
+    def begin(
+        self, slots: torch.Tensor, prefilling: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor,
+        rows: int,
+    ) -> None:  # fmt: skip
+        """Announce a step of the target, of which the first `rows` rows are no longer than a verification.
+
+        slots [R] int64, -1 for rows that only fill a graph's batch; prefilling [R] bool; query_start_loc [R+1] and
+        seq_lens [R] int32. A row that prefills belongs to a request that is new or resumed, and clears its slot.
+        """
+        self.summed[:, torch.where(prefilling, slots, -1)] = 0
+        self.slots.fill_(-1)
+        self.slots[:rows] = torch.where(prefilling[:rows], -1, slots[:rows])
+        self.lens[:rows] = seq_lens[:rows] - query_start_loc[: rows + 1].diff()
+
+
+class LayerUnread:
+    """One layer's part."""
+
+    def __init__(self, unread: Unread, index: int) -> None:
+        self._unread = unread
+        self._index = index
+
+    def empty_lse(self, tokens: int) -> torch.Tensor:
+        """Where attention over the selection is to leave its lse: [tokens, Hq] float32."""
+        return torch.empty((tokens, self._unread.num_heads), dtype=torch.float32, device=self._unread.device)
+
+    def add(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, md: SpecAttnMetadata, kept: torch.Tensor, scale: float,
+        lse: torch.Tensor, out: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """Correct `out` [T, Hq, D] of the plan's rows, whose query [T, Hq, D] read kept [R, G] tokens each."""
+        unread, plan = self._unread, md.sparse
+        rows, sums, summed = plan.num_rows, unread.sums[self._index], unread.summed[self._index]
+        slots = unread.slots[:rows]
+        unread.operations.sum_context(kv_cache, md.block_table[:rows], slots, unread.lens[:rows], sums, summed)
+        unread.operations.add_unread(
+            query,
+            out,
+            lse,
+            md.seq_lens[:rows],
+            kept,
+            slots,
+            sums,
+            summed,
+            md.query_start_loc[: rows + 1],
+            scale,
+            plan.max_query_len,
+        )

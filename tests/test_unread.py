@@ -1,0 +1,83 @@
+"""What stands for the tokens that a verification does not read: which rows are summed, and what attention becomes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from specattn_vllm import executors
+from specattn_vllm.selection.unread import LayerUnread, Unread
+
+CPU = torch.device("cpu")
+OPERATIONS = executors.resolve("torch", CPU)
+HEADS, SIZE, BLOCK, SCALE = 2, 8, 4, 0.3
+
+
+def unread(slots: int = 3, layers: int = 2) -> Unread:
+    shape = {"num_heads": 2 * HEADS, "num_kv_heads": HEADS, "head_size": SIZE}
+    return Unread(OPERATIONS, layers=layers, max_num_reqs=slots, device=CPU, **shape)
+
+
+def begin(made: Unread, slots, prefilling, lens, queries, rows=None) -> None:
+    starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32)
+    made.begin(
+        torch.tensor(slots), torch.tensor(prefilling), starts, torch.tensor(lens, dtype=torch.int32),
+        len(slots) if rows is None else rows,
+    )  # fmt: skip
+
+
+def test_what_is_summed_is_what_the_cache_holds_for_good():
+    made = unread()
+    begin(made, [2, 0, -1], [False, True, False], [20, 9, 0], [5, 1, 0])
+    # A row that prefills is not summed, nor is padding.
+    assert made.slots.tolist() == [2, -1, -1]
+    assert made.lens[0] == 15
+
+
+def test_rows_of_the_last_step_are_forgotten():
+    made = unread()
+    begin(made, [2, 0, 1], [False] * 3, [20, 9, 8], [5, 5, 5])
+    begin(made, [1], [False], [9], [5])
+    assert made.slots.tolist() == [1, -1, -1]
+
+
+def test_a_request_that_prefills_clears_its_slot_in_every_layer():
+    made = unread()
+    made.summed.fill_(7)
+    # The long row is none of those that verify, and is cleared all the same.
+    begin(made, [2, 1], [False, True], [20, 400], [5, 300], rows=1)
+    assert made.summed[:, 1].eq(0).all() and made.summed[:, [0, 2]].eq(7).all()
+
+
+@pytest.mark.parametrize("kept", [[[6]], [[6, 3]]], ids=["shared", "per head"])
+def test_attention_is_that_of_what_was_read_and_of_the_mean_as_often_as_the_rest(kept):
+    """Against softmax over the tokens that were read and as many copies of the mean as were not."""
+    gen = torch.Generator().manual_seed(3)
+    length, queries = 14, 2
+    cache = torch.randn(5, HEADS, BLOCK, 2 * SIZE, generator=gen)
+    table = torch.tensor([[3, 0, 4, 1]], dtype=torch.int32)
+    kv = cache[table[0].long()].transpose(0, 1).reshape(HEADS, -1, 2 * SIZE)[:, :length]
+    query = torch.randn(queries, 2 * HEADS, SIZE, generator=gen)
+    counts = torch.tensor(kept, dtype=torch.int32)
+    out, lse, wanted = torch.empty_like(query), torch.empty(queries, 2 * HEADS), torch.empty_like(query)
+    for h in range(2 * HEADS):
+        read = int(counts[0, h // 2 if counts.shape[1] > 1 else 0])
+        keys, values = kv[h // 2].split(SIZE, -1)
+        mean, rest = kv[h // 2, : length - queries].mean(0), length - read
+        logits = query[:, h] @ keys[:read].T * SCALE
+        out[:, h], lse[:, h] = logits.softmax(-1) @ values[:read], logits.logsumexp(-1)
+        more = (query[:, h] @ mean[:SIZE] * SCALE)[:, None].expand(-1, rest)
+        both = torch.cat((values[:read], mean[SIZE:].expand(rest, -1)))
+        wanted[:, h] = torch.cat((logits, more), 1).softmax(-1) @ both
+    made = unread()
+    begin(made, [1], [False], [length], [queries])
+    md = SimpleNamespace(
+        sparse=SimpleNamespace(num_rows=1, max_query_len=queries), block_table=table,
+        seq_lens=torch.tensor([length], dtype=torch.int32), query_start_loc=torch.tensor([0, queries]).int(),
+    )  # fmt: skip
+    LayerUnread(made, 1).add(query, cache, md, counts, SCALE, lse, out)
+    torch.testing.assert_close(out, wanted)
+    assert made.summed[1, 1].tolist() == [length - queries] * HEADS
+    assert made.summed[0].eq(0).all(), "another layer's"
