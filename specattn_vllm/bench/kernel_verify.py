@@ -12,6 +12,7 @@ from specattn_vllm.bench.kernel_bench import Bench, Calls, Skip, relative_error
 from specattn_vllm.bench.kernel_data import Requests, pack_bits, page_table, random_positions, requests
 from specattn_vllm.bench.kernel_report import Row, best
 from specattn_vllm.bench.kernel_shapes import BLOCK_SIZE, VERIFY_LEN, Batch, Heads, Pair
+from specattn_vllm.bench.kernel_unread import unread
 
 # Splits that vLLM allows FA3 in a CUDA graph (flash_attn_max_num_splits_for_cuda_graph).
 GRAPH_SPLITS = 32
@@ -79,6 +80,7 @@ def verify(bench: Bench, batch: Batch, pair: Pair, fractions: Sequence[float], f
     layers = bench.arena.layers(heads, batch)
     req = requests(heads, batch, VERIFY_LEN, bench.device, bench.dtype)
     dense = fa3_dense(bench, "verify", batch, heads, req, layers, VERIFY_LEN)
+    unread(bench, batch, heads, req, layers)
     for fraction in fractions:
         for groups in (heads.kv, 1) if full else (heads.kv,):
             positions = random_positions(batch, groups, shapes.kept_tokens(batch.context, fraction), bench.device)
