@@ -1,0 +1,50 @@
+"""Kernels that have not run on a GPU at least compile for one: Triton needs none for that, but its interpreter off."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from specattn_vllm.kernels import add_unread, sum_context
+
+POINTERS = {
+    "kv_cache": "D", "block_table": "i32", "slots": "i64", "lens": "i32", "sums": "fp32", "summed": "i32",
+    "query": "D", "out": "D", "lse": "fp32", "seq_lens": "i32", "kept": "i32", "query_start_loc": "i32",
+}
+SCALARS = {"block_size": "i32", "scale": "fp32"}
+
+
+def compiled(kernel, dtype, warps, **constants):
+    types = {}
+    for name in kernel.arg_names:
+        if name in constants:
+            types[name] = "constexpr"
+        elif name in POINTERS:
+            types[name] = "*" + POINTERS[name].replace("D", dtype)
+        else:
+            types[name] = SCALARS.get(name, "i64")
+    source = ASTSource(fn=kernel, signature=types, constexprs=constants)
+    assert triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options={"num_warps": warps}).asm["cubin"]
+    print(kernel.__name__, dtype)
+
+
+for dtype, size, group in (("bf16", 128, 4), ("fp16", 64, 1)):
+    compiled(sum_context._sum_kernel, dtype, 4, LONGEST=2048, WIDTH=2 * size, BLOCK=64)
+    compiled(add_unread._unread_kernel, dtype, 1, GROUP=group, HEADS=triton.next_power_of_2(group), D=size)
+"""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_mean_of_what_is_not_read_compiles(capability):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    program = PROGRAM.replace("CAPABILITY", str(capability))
+    done = subprocess.run([sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert len(done.stdout.splitlines()) == 4
