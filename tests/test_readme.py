@@ -89,7 +89,9 @@ def test_the_quality_is_what_was_measured():
     from specattn_vllm.evaluation.report import markdown
     from specattn_vllm.evaluation.schema import read
 
-    measured = read(ROOT / "docs/results/h200-methods.json", Report)
+    measured = read(ROOT / "docs/results/demo-methods.json", Report)
+    assert markdown(measured) in (ROOT / "docs/evaluation.md").read_text()
+    assert [result.options for result in measured.results if result.name == "specattn"] == [{"method": "specattn"}]
     lines = [line.strip("| ").split(" | ") for line in markdown(measured).splitlines()]
     rows = {cells[0]: cells for cells in lines if len(cells) > 5}
     _, read, _, kl, _, perplexity, *_ = rows["specattn"]
