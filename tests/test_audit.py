@@ -149,7 +149,7 @@ class Step:
         for i, name in enumerate(LAYERS):
             layer = made.of_layer(name)
             layer.note_values(self.cache[..., SIZE:].transpose(1, 2).flatten(0, 1), torch.arange(24 * BLOCK))
-            lse = layer.empty_lse(8).fill_(torch.nan)
+            lse = torch.full((8, QUERY_HEADS), torch.nan)
             out = torch.empty_like(self.query[i])
             OPERATIONS.sparse_attention(self.query[i], self.cache, pages, counts, self.starts, 0.5, out, 3, lse)
             layer.observe(self.query[i], self.cache, self.md, 0.5, lse)

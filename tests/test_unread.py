@@ -16,7 +16,7 @@ HEADS, SIZE, BLOCK, SCALE = 2, 8, 4, 0.3
 
 
 def unread(slots: int = 3, layers: int = 2) -> Unread:
-    shape = {"num_heads": 2 * HEADS, "num_kv_heads": HEADS, "head_size": SIZE}
+    shape = {"num_kv_heads": HEADS, "head_size": SIZE}
     return Unread(OPERATIONS, layers=layers, max_num_reqs=slots, device=CPU, **shape)
 
 

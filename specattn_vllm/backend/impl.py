@@ -95,8 +95,9 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             self._dense(query, kv_cache, md, out, first_row=0, first_token=0)
             return output
         plan = md.sparse
-        wants_lse = self.audit or self.unread
-        lse = None if wants_lse is None else wants_lse.empty_lse(plan.num_tokens)
+        lse = None
+        if self.audit is not None or self.unread is not None:
+            lse = query.new_empty((plan.num_tokens, self.num_heads), dtype=torch.float32)
         self.operations.sparse_attention(
             query[: plan.num_tokens],
             kv_cache,
@@ -111,8 +112,8 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         if self.audit is not None:
             self.audit.observe(query[: plan.num_tokens], kv_cache, md, self.scale, lse)
         if self.unread is not None:
-            mine = query[: plan.num_tokens], kv_cache, md, plan.kept[source], self.scale, lse, out[: plan.num_tokens]
-            self.unread.add(*mine)
+            tokens = slice(plan.num_tokens)
+            self.unread.add(query[tokens], kv_cache, md, plan.kept[source], self.scale, lse, out[tokens])
         if plan.watched is not None:
             plan.watched.watch(layer.layer_name, query, kv_cache, md, self.scale)
         if plan.num_rows < md.num_reqs:

@@ -211,10 +211,6 @@ class LayerAudit:
         largest = self._audit.largest_values[self._index]
         torch.maximum(largest, norms.amax(0), out=largest)
 
-    def empty_lse(self, tokens: int) -> torch.Tensor:
-        """Where attention over the selection is to leave its lse: [tokens, Hq] float32."""
-        return torch.empty((tokens, self._audit.num_heads), dtype=torch.float32, device=self._audit.device)
-
     def observe(
         self, query: torch.Tensor, kv_cache: torch.Tensor, md: SpecAttnMetadata, scale: float, lse: torch.Tensor
     ) -> None:

@@ -28,29 +28,25 @@ class Unread:
     sums    [A, num_slots + 1, H, 2D] float32, summed [A, num_slots + 1, H] int32: of how many positions. The last slot
             is nobody's, as in `SelectionStore`.
     slots   [max_num_reqs] int64, lens [max_num_reqs] int32: of the step's verifications, what their requests have in
-            the cache for good; -1 and 0 of any other row.
+            the cache for good; slot -1 and any length of another row.
     """
 
     @classmethod
     def of(cls, impl: SpecAttnImpl, operations: Operations, **size) -> Unread:
         """For layers like the one of `impl`."""
-        heads = {"num_heads": impl.num_heads, "num_kv_heads": impl.num_kv_heads, "head_size": impl.head_size}
-        return cls(operations, **heads, **size)
+        return cls(operations, num_kv_heads=impl.num_kv_heads, head_size=impl.head_size, **size)
 
     def __init__(
         self,
         operations: Operations,
         *,
         layers: int,
-        num_heads: int,
         num_kv_heads: int,
         head_size: int,
         max_num_reqs: int,
         device: torch.device,
     ) -> None:
         self.operations = operations
-        self.num_heads = num_heads
-        self.device = device
         shape = (layers, max_num_reqs + 1, num_kv_heads)
         self.sums = torch.zeros((*shape, 2 * head_size), dtype=torch.float32, device=device)
         self.summed = torch.zeros(shape, dtype=torch.int32, device=device)
@@ -77,15 +73,11 @@ class Unread:
 
 
 class LayerUnread:
-    """One layer's part."""
+    """One layer's part; everything here may run under CUDA graph capture."""
 
     def __init__(self, unread: Unread, index: int) -> None:
         self._unread = unread
         self._index = index
-
-    def empty_lse(self, tokens: int) -> torch.Tensor:
-        """Where attention over the selection is to leave its lse: [tokens, Hq] float32."""
-        return torch.empty((tokens, self._unread.num_heads), dtype=torch.float32, device=self._unread.device)
 
     def add(
         self, query: torch.Tensor, kv_cache: torch.Tensor, md: SpecAttnMetadata, kept: torch.Tensor, scale: float,
