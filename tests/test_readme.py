@@ -84,14 +84,16 @@ def test_the_cpu_s_table_is_what_was_measured():
         assert f"{results[mode]['prefill_tokens_per_second']:,}" in document
 
 
-def test_the_quality_is_what_was_measured():
+def test_the_quality_is_what_was_measured(capsys):
     from specattn_vllm.evaluation.methods_schema import Report
     from specattn_vllm.evaluation.report import markdown
     from specattn_vllm.evaluation.schema import read
 
     measured = read(ROOT / "docs/results/demo-methods.json", Report)
-    assert markdown(measured) in (ROOT / "docs/evaluation.md").read_text()
-    assert [result.options for result in measured.results if result.name == "specattn"] == [{"method": "specattn"}]
+    document = (ROOT / "docs/evaluation.md").read_text()
+    assert markdown(measured) in document
+    command_runs("eval methods --only", document, measured, capsys)
+    assert not any("unread_mean" in result.options for result in measured.results), "the defaults of now"
     lines = [line.strip("| ").split(" | ") for line in markdown(measured).splitlines()]
     rows = {cells[0]: cells for cells in lines if len(cells) > 5}
     _, read, _, kl, _, perplexity, *_ = rows["specattn"]
@@ -108,46 +110,41 @@ def before(name: str, measured) -> dict:
     return {"unread_mean": False} if "unread_mean" in options else {}
 
 
-def test_the_table_of_methods_is_what_was_measured(capsys):
+def command_runs(begins: str, document: str, measured, capsys) -> None:
+    """The command above a table runs what is in it, as the settings are now."""
     from specattn_vllm import cli
+    from specattn_vllm.evaluation.settings import default_settings
+
+    [command] = re.findall(rf"^    specattn ({begins} .*?)\n\n", document, re.M | re.S)
+    assert cli.main([*shlex.split(command.replace("\\\n", " ")), "--list"]) == 0
+    names = [result.name for result in measured.results]
+    assert sorted(re.findall(r"^(\S.*)\n  \{", capsys.readouterr().out, re.M)) == sorted(names)
+    context = measured.setup.get("context", 2048)  # tasks have prompts of one length here
+    now = {setting.name: (setting.options, setting.peer) for setting in default_settings(context)}
+    wanted = {name: (now[name][0] | before(name, measured), now[name][1]) for name in names}
+    assert {result.name: (result.options, result.peer) for result in measured.results} == wanted
+
+
+def test_the_table_of_methods_is_what_was_measured(capsys):
     from specattn_vllm.evaluation.methods_schema import Report
     from specattn_vllm.evaluation.report import markdown
     from specattn_vllm.evaluation.schema import read
-    from specattn_vllm.evaluation.settings import default_settings
 
     document = (ROOT / "docs/evaluation.md").read_text()
     measured = read(ROOT / "docs/results/h200-methods.json", Report)
     assert markdown(measured) in document
-    # The command above it runs what is in it, as the settings are now.
-    [command] = re.findall(r"^    specattn (eval methods --documents .*?)\n\n", document, re.M | re.S)
-    assert cli.main([*shlex.split(command.replace("\\\n", " ")), "--list"]) == 0
-    names = [result.name for result in measured.results]
-    assert sorted(re.findall(r"^(\S.*)\n  \{", capsys.readouterr().out, re.M)) == sorted(names)
-    now = {setting.name: setting.options for setting in default_settings(measured.setup["context"])}
-    wanted = {name: now[name] | before(name, measured) for name in names}
-    assert {result.name: result.options for result in measured.results} == wanted
+    command_runs("eval methods --documents", document, measured, capsys)
 
 
 def test_the_tables_of_tasks_are_what_was_measured(capsys):
-    from specattn_vllm import cli
     from specattn_vllm.evaluation.schema import read
-    from specattn_vllm.evaluation.settings import default_settings
     from specattn_vllm.evaluation.tasks_report import lost_and_won, markdown
     from specattn_vllm.evaluation.tasks_schema import TaskReport
 
     document = (ROOT / "docs/tasks.md").read_text()
     measured = read(ROOT / "docs/results/demo-tasks.json", TaskReport)
     assert markdown(measured) in document
-    # The command above it runs what is in it, as the settings are now.
-    [command] = re.findall(r"^    specattn (eval tasks --lengths .*?)\n\n", document, re.M | re.S)
-    assert cli.main([*shlex.split(command.replace("\\\n", " ")), "--list"]) == 0
-    names = [result.name for result in measured.results]
-    listed = re.findall(r"^(\S.*)\n  \{", capsys.readouterr().out, re.M)
-    assert sorted(listed) == sorted(names)
-    for setting in default_settings(2048):
-        for result in (result for result in measured.results if result.name == setting.name):
-            options = setting.options | before(setting.name, measured)
-            assert (result.options, result.peer) == (options, setting.peer)
+    command_runs("eval tasks --lengths", document, measured, capsys)
     # And what is said of it.
     every = range(len(measured.setup["samples"]))
     changed = {result.name: lost_and_won(result, measured.dense, every) for result in measured.results}
