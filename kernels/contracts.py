@@ -13,6 +13,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_SIZES = (64, 128)  # what the Triton kernels are tuned and tested for; the references take any
 SCORED_ROWS = (1, 2)  # per request
 MAX_DILATION = 64
+MAX_TOKENS = 64
 COMBINE = ("store", "add", "max")
 
 
@@ -175,8 +176,22 @@ def add_mass(mass, lens, out, rows, other, other_rows, other_lens, weight) -> No
     expect(weight >= 0, "weight", weight, "at least 0")
 
 
+def add_followers(mass, lens, out, sources, ids, slots, tokens) -> None:
+    tensor("mass", mass, (None, None, None, None), torch.float32)
+    _, rows, groups, width = mass.shape
+    dev = mass.device
+    tensor("lens", lens, (rows,), torch.int32, dev)
+    tensor("out", out, (None, rows, groups, width), torch.float32, dev)
+    tensor("sources", sources, (out.shape[0],), torch.int64, dev)
+    tensor("ids", ids, (None, width), torch.int32, dev)
+    tensor("slots", slots, (rows,), torch.int64, dev)
+    tensor("tokens", tokens, (rows, None), torch.int64, dev)
+    expect(tokens.shape[1] <= MAX_TOKENS, "tokens", f"{tokens.shape[1]} for a row", f"at most {MAX_TOKENS}")
+    expect(not _overlap(mass, out), "out", "memory of mass", "memory of its own")
+
+
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the stretches of memory between the first and the last element of two matrices meet."""
+    """Whether the stretches of memory between the first and the last element of two tensors meet."""
     if not a.numel() or not b.numel():
         return False
     spans = ((t.data_ptr(), sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1) for t in (a, b))

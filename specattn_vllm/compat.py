@@ -29,7 +29,7 @@ add_worker_method     `collective_rpc("specattn_stats")` and `("specattn_audit")
 
 Leaned on without a patch: `speculation/speculator.py` overrides the methods in SPECULATOR_HOOKS of upstream's
 speculator (`missing_hooks` looks for them at start-up) and reads its `last_token_indices`, `expanded_positions`,
-`input_buffers`, `block_tables`, `draft_tokens`, `attn_cg_support`, `dp_size` and `draft_watermarker`;
+`expanded_input_ids`, `input_buffers`, `block_tables`, `draft_tokens`, `attn_cg_support`, `dp_size` and `draft_watermarker`;
 `speculation/graphs.py` builds on vLLM's `CudaGraphManager`, `InputBuffers` and `InputBatch.make_dummy`;
 `speculation/wiring.py` reads the attention layers that vLLM has configured.
 
@@ -282,12 +282,12 @@ def check_request() -> None:
 
 
 def watch_new_requests(model_state: Any, seen: Callable[[int, Any], None]) -> None:
-    """Call seen(slot, sampling parameters) for each request that the worker takes up, a resumed one included."""
+    """Call seen(slot, request data) for each request that the worker takes up, a resumed one included."""
     original = getattr(model_state.add_request, "original", model_state.add_request)
 
     @functools.wraps(original)
     def add_request(req_index, new_req_data):
-        seen(req_index, new_req_data.sampling_params)
+        seen(req_index, new_req_data)
         return original(req_index, new_req_data)
 
     add_request.original = original

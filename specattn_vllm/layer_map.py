@@ -47,6 +47,8 @@ class LayerMap(BaseModel):
     """Draft KV head for each target layer and KV head, None where the layer reads everything; method 'sts' alone."""
     shares: tuple[float | None, ...] | None = None
     """Relative budget of each target layer, 1 on average, None where the layer reads everything."""
+    induction: tuple[bool, ...] | None = None
+    """Target layers whose heads copy, and are served by what follows earlier occurrences of a round's tokens, too."""
     provenance: dict[str, Any] = {}
 
     @model_validator(mode="before")
@@ -71,7 +73,16 @@ class LayerMap(BaseModel):
             self._head_shapes_agree(self.heads)
         if self.shares is not None:
             self._shares_agree(self.shares)
+        if self.induction is not None:
+            self._induction_agrees(self.induction)
         return self
+
+    def _induction_agrees(self, induction: tuple[bool, ...]) -> None:
+        if len(induction) != len(self.layers):
+            raise ValueError(f"induction has {len(induction)} entries for {len(self.layers)} target layers")
+        for j, copies in enumerate(induction):
+            if copies and self.layers[j] is None:
+                raise ValueError(f"induction[{j}] = true, but layers[{j}] = null, which reads everything")
 
     def _shares_agree(self, shares: tuple[float | None, ...]) -> None:
         if len(shares) != len(self.layers):
@@ -108,7 +119,10 @@ class LayerMap(BaseModel):
         layers = tuple(None if j in dense_layers else i for j, i in enumerate(self.layers))
         heads = self.heads and tuple(None if j in dense_layers else row for j, row in enumerate(self.heads))
         shares = self.shares and tuple(None if j in dense_layers else s for j, s in enumerate(self.shares))
-        return self.model_copy(update={"layers": layers, "heads": heads, "shares": shares})
+        induction = self.induction and tuple(c and j not in dense_layers for j, c in enumerate(self.induction))
+        return self.model_copy(
+            update={"layers": layers, "heads": heads, "shares": shares, "induction": induction}
+        )  # fmt: skip
 
     def fractions(self, ratio: float) -> tuple[float | None, ...]:
         """Of each target layer, how much of the context it reads under a budget of `ratio` (0 to 1) on average over

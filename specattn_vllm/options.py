@@ -121,6 +121,11 @@ class SpecAttnOptions(BaseModel):
         description="What a pruned verification does not read counts as so many tokens of the request's mean key and "
         "value. With false, the tokens that are read get all of the weight.",
     )
+    induction: bool = Field(
+        True,
+        description="With rule 'top_k', in layers that the layer map names as copying, what follows an earlier occurrence "
+        "of one of the round's tokens is kept before what has less than the mean of the draft's attention.",
+    )
     per_kv_head: bool = Field(
         False, description="With 'vegas', a selection for each KV head instead of one that all heads of a layer share."
     )
@@ -238,6 +243,11 @@ class SpecAttnOptions(BaseModel):
     def uses_layer_shares(self) -> bool:
         """Whether the layer map may say how much of the budget each layer gets."""
         return self.layer_shares and self.fixed_budget and not self.has_sizes
+
+    @property
+    def uses_induction(self) -> bool:
+        """Whether the layer map may name layers that copy. A union is chosen step by step, before the drafts are known."""
+        return self.induction and self.fixed_budget and not self.has_sizes and self.combine != "union"
 
     @property
     def estimates_unread(self) -> bool:

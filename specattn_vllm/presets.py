@@ -18,6 +18,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "combine": "union",
             "bonus_row": False,
             "unread_mean": False,
+            "induction": False,
             "dense_layers": (0, 1),
             "min_tokens": 0,
             "sink_tokens": 0,
@@ -33,6 +34,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "recent_tokens": 0,
             "bonus_row": False,
             "unread_mean": False,
+            "induction": False,
         },
         # Vegas, arXiv 2602.07223: 7% of the context and 256 tokens at least, one set for all heads of a layer; the
         # class's own default is 5%.

@@ -164,7 +164,8 @@ def test_cost_of_a_window_falls_with_what_is_read(pair, heads):
     rounds = Rounds(256, 3, 4, 4, 8)
     ids = torch.randint(2, 258, (256,), generator=torch.Generator().manual_seed(2))
     target = load(pair / "target")
-    found = measure.cost_of_window(target, load(pair / "draft"), ids, rounds, [0, None, 1], heads, True)
+    none = [False] * 3
+    found = measure.cost_of_window(target, load(pair / "draft"), ids, rounds, [0, None, 1], heads, none, True)
     for values in found.values():
         assert values.shape == (3, len(GRID)) and not values[1].any()
     contexts = (241, 246, 251)
@@ -184,6 +185,63 @@ def test_cost_of_a_window_falls_with_what_is_read(pair, heads):
         rows = eager(pair / "target")(input_ids=ids[None], output_attentions=True).attentions[2][0, :, -15:]
     want = (rows.unflatten(0, (2, 2)).mean(1) * rounds.masks(rounds.keep(chosen, 0.25))).sum(-1).mean()
     assert found["mass"][2, shares[0.25]].item() == pytest.approx(want.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("heads", [None, [[1, 0], None, [0, 0]]])
+def test_what_a_layer_retains_with_what_follows_the_rounds_tokens(pair, heads):
+    rounds, layers, share = Rounds(256, 3, 4, 4, 8), [0, None, 1], 0.2
+    ids = torch.randint(2, 30, (256,), generator=torch.Generator().manual_seed(2))
+    target, draft = load(pair / "target"), load(pair / "draft")
+    found = measure.induction_of_window(target, draft, ids, rounds, layers, heads, share)
+    rows = {name: {} for name in ("target", "draft")}
+    for name, model in (("target", target), ("draft", draft)):
+        model.look(ids, torch.arange(241, 256), rows[name].__setitem__)
+    for layer in (0, 2):
+        for name, more in (("alone", 0.0), ("followed", 0.5)):
+            total = 0.0
+            for r in range(3):
+                context = 241 + 5 * r
+                seen = rows["draft"][layers[layer]][:, 5 * r : 5 * r + 5]
+                seen = seen if heads else seen.mean(0, keepdim=True)
+                mass = seen[:, :4].sum(1)
+                mass[:, 1:] += seen[:, 3, :-1]
+                mass = mass[:, :context] / 5
+                coming = set(ids[context : context + 5].tolist())
+                for p in range(1, context):
+                    if int(ids[p - 1]) in coming:
+                        mass[:, p] += more / context
+                always = {*range(4), *range(context - 8, context)}
+                for head in range(2):
+                    of = mass[heads[layer][head] if heads else 0].tolist()
+                    order = sorted(set(range(context)) - always, key=lambda p: (-of[p], p))
+                    kept = [*always, *order[: -(-context * share // 1).__int__() - len(always)]]
+                    own = rows["target"][layer][head, 5 * r : 5 * r + 5]
+                    total += (own[:, kept].sum() + own[:, context:].sum()).item()
+            assert found[name][layer].item() == pytest.approx(total / 30, rel=1e-4), (layer, name)
+        assert found["followed"][layer] != found["alone"][layer]
+    assert found["alone"][1] == found["followed"][1] == 0
+
+
+def test_layers_that_gain_by_what_follows_copy():
+    of = {"alone": torch.tensor([0.0, 0.9, 0.9, 0.5]), "followed": torch.tensor([0.0, 0.901, 0.91, 0.4])}
+    assert result.copying(of, 4) == [False, False, True, False]
+    assert result.copying(None, 2) == [False, False]
+
+
+@pytest.mark.parametrize("more", [(), ("--induction", "none")])
+def test_the_map_names_the_layers_that_copy(pair, tmp_path, monkeypatch, capsys, more):
+    monkeypatch.setattr(runner, "copying", lambda mass, layers: [mass is not None and j == 1 for j in range(layers)])
+    given = []
+    real = measure.cost_of_window
+    monkeypatch.setattr(runner, "cost_of_window", lambda *args: given.append(args[6]) or real(*args))
+    out = tmp_path / "map.json"
+    assert run(pair, out, *more) == 0
+    data = json.loads(out.read_text())
+    copies = [False, not more, False]
+    assert given == [copies] * 4
+    assert data["induction"] == (None if more else copies)
+    assert ("retained" in data["provenance"]) == (not more)
+    assert ("layers that copy: 1" in capsys.readouterr().out) == (not more)
 
 
 def test_similarity_of_a_window_is_that_of_its_rows(pair):
@@ -255,7 +313,8 @@ def test_layers_that_cost_too_much_stay_dense(pair, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("part", "at"), [("similarity_of_window", 0), ("similarity_of_window", 2), ("cost_of_window", 2)]
+    ("part", "at"),
+    [("similarity_of_window", 0), ("similarity_of_window", 2), ("induction_of_window", 1), ("cost_of_window", 2)],
 )
 def test_an_interrupted_run_goes_on_and_gives_the_same_map(pair, tmp_path, monkeypatch, capsys, part, at):
     whole, out = tmp_path / "whole" / "map.json", tmp_path / "cut" / "map.json"
@@ -273,7 +332,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_map(pair, tmp_path, monke
         assert run(pair, out) == 130
     assert "the same command goes on" in capsys.readouterr().out
     assert not out.exists()
-    assert command.state_file(out).exists() == (at > 0 or part == "cost_of_window")
+    assert command.state_file(out).exists() == (at > 0)
     again = []
     monkeypatch.setattr(runner, part, lambda *args: again.append(args) or real(*args))
     assert run(pair, out) == 0
@@ -316,7 +375,7 @@ def test_a_full_disk_leaves_no_half_written_file(pair, tmp_path, monkeypatch, ca
     assert "map.json.state cannot be written: No space left on device" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["map.json.state"]
     assert run(pair, out) == 0  # space again: on from two windows
-    assert len(written) == 3 + 2 + 4 + 1
+    assert len(written) == 3 + 2 + 4 + 4 + 1
     layer_map.read(out)
 
 
@@ -467,12 +526,13 @@ def test_the_demo_pairs_maps_come_from_the_command(tmp_path, name, more):
     assert cli.main(["calibrate", "--out", str(out), "--device", "cpu", *more]) == 0
     shipped = json.loads(layer_map.shipped()[name].read_text())
     found = json.loads(out.read_text())
-    for field in ("method", "calibrated", "target", "draft", "layers", "heads"):
+    for field in ("method", "calibrated", "target", "draft", "layers", "heads", "induction"):
         assert found[field] == shipped[field], field
     ours, theirs = found["provenance"], shipped["provenance"]
     for field in ("text", "token_ids_sha256", "windows", "tokens"):
         assert ours[field] == theirs[field], field
     assert torch.allclose(torch.tensor(ours["similarity"]), torch.tensor(theirs["similarity"]), atol=2e-4)
+    assert torch.allclose(*(torch.tensor(of["retained"]["followed"]) for of in (ours, theirs)), atol=2e-4)
     if "heads" in shipped and shipped["heads"] is not None:
         pairs = (torch.tensor(of["head_similarity"]) for of in (ours, theirs))
         assert torch.allclose(*pairs, atol=2e-4)

@@ -418,6 +418,25 @@ def test_the_ratio_stays_the_mean_where_more_layers_are_dense():
     assert found.fractions(0.3) == pytest.approx((None, 0.3, 0.3, None))
 
 
+# Layers that copy
+
+
+def test_dense_layers_copy_nothing():
+    found = LayerMap.model_validate(content(induction=[False, True, False, True]))
+    assert found.induction == (False, True, False, True)
+    assert found.with_dense((3,)).induction == (False, True, False, False)
+
+
+@pytest.mark.parametrize(
+    ("induction", "message"),
+    [([True], "induction has 1 entries for 4 target layers"),
+     ([True, False, False, False], r"induction\[0\] = true, but layers\[0\] = null, which reads everything")],
+)  # fmt: skip
+def test_layers_that_copy_have_to_be_mapped(induction, message):
+    with pytest.raises(ValueError, match=message):
+        LayerMap.model_validate(content(induction=induction))
+
+
 # Heads on ranks
 
 

@@ -41,6 +41,7 @@ def test_the_defaults_are_the_documented_ones():
         "combine": "sum",
         "bonus_row": True,
         "unread_mean": True,
+        "induction": True,
         "per_kv_head": False,
         "dilation": None,
         "dense_layers": (),
@@ -78,6 +79,7 @@ def test_every_option_can_be_given():
         "combine": "union",
         "bonus_row": False,
         "unread_mean": False,
+        "induction": False,
         "per_kv_head": True,
         "dilation": 5,
         "dense_layers": [0, 3],
@@ -307,6 +309,16 @@ def test_the_default_ratio_is_that_of_the_method():
     assert SpecAttnOptions(ratio=0.5).ratio_or_default == 0.5
 
 
+@pytest.mark.parametrize(
+    ("raw", "uses"),
+    [({}, True), ({"induction": False}, False), ({"top_p": 0.9}, False), ({"ratio": 0.1, "combine": "union"}, False),
+     ({"method": "sts"}, True), ({"method": "fused", "rule": "top_k"}, False), ({"preset": "paper"}, False)],
+    ids=str,
+)  # fmt: skip
+def test_layers_that_copy_are_served_within_a_budget_that_one_choice_spends(raw, uses):
+    assert SpecAttnOptions.parse(raw).uses_induction is uses
+
+
 def test_which_targets_draft_for_themselves():
     methods = [m for m in typing.get_args(Method) if SpecAttnOptions(method=m).drafts_for_itself]
     assert methods == ["vegas", "streamingllm"]
@@ -371,9 +383,9 @@ def test_a_preset_sets_what_is_not_given(method):
     changed = {key: value for key, value in preset.items() if value != plain[key]}
     assert changed == {"preset": "paper"} | {
         "specattn": {"rule": "top_p", "top_p": 0.97, "combine": "union", "dense_layers": (0, 1), "min_tokens": 0,
-                     "sink_tokens": 0, "recent_tokens": 0, "bonus_row": False, "unread_mean": False},
+                     "sink_tokens": 0, "recent_tokens": 0, "bonus_row": False, "unread_mean": False, "induction": False},
         "sts": {"rule": "top_k", "ratio": 1.0, "max_tokens": 256, "min_tokens": 0, "sink_tokens": 0,
-                "recent_tokens": 0, "bonus_row": False, "unread_mean": False},
+                "recent_tokens": 0, "bonus_row": False, "unread_mean": False, "induction": False},
         "vegas": {"rule": "top_k", "ratio": 0.07, "min_tokens": 256, "sink_tokens": 0, "recent_tokens": 0,
                   "dilation": 0},
     }[method]  # fmt: skip

@@ -59,11 +59,11 @@ def test_requests_are_seen_once_each_by_the_last_who_watches():
             return "result"
 
     state = ModelState()
-    compat.watch_new_requests(state, lambda slot, params: first.append((slot, params)))
+    compat.watch_new_requests(state, lambda slot, request: first.append((slot, request)))
     # vLLM calls set_attn again after profiling.
-    compat.watch_new_requests(state, lambda slot, params: second.append((slot, params)))
-    assert state.add_request(3, SimpleNamespace(sampling_params="p")) == "result"
-    assert (taken, first, second) == ([3], [], [(3, "p")])
+    compat.watch_new_requests(state, lambda slot, request: second.append((slot, request)))
+    assert state.add_request(3, "request") == "result"
+    assert (taken, first, second) == ([3], [], [(3, "request")])
 
 
 def test_a_slot_is_exact_for_as_long_as_such_a_request_holds_it():

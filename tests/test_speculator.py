@@ -46,7 +46,7 @@ def speculator(monkeypatch):
     made.options, made._since_dense = SpecAttnOptions(), 0
     made.crossover_tokens = 0
     made.audit = None
-    made._recording = False
+    made._recording, made._sampled = False, None
     made.device = CPU
     made.operations = executors.resolve("torch", CPU)
     made.counters = Counters(CPU)
@@ -213,7 +213,7 @@ class Capture:
     """Says what it was told."""
 
     def __init__(self, prefix_lens: list[int]) -> None:
-        self.told, self.step = [], -1
+        self.told, self.step, self.induction = [], -1, None
         self.prefix_lens = torch.tensor(prefix_lens, dtype=torch.int32)
 
     def begin_round(self, rows, wanted, slots, recall):
@@ -226,7 +226,8 @@ class Capture:
     def end_step(self):
         self.told.append(("end", self.step))
 
-    def select(self):
+    def select(self, drafts):
+        self.drafts = drafts
         return torch.full((1, len(self.prefix_lens), 1, 2), 5, dtype=torch.int32), self.prefix_lens
 
 
@@ -234,12 +235,14 @@ class Capture:
 def drafting(monkeypatch):
     """A speculator whose upstream runs the steps of a round without a model; fails in the step that `fail` names."""
     made = object.__new__(SpecAttnSpeculator)
-    made._recording, made.fail = False, None
+    made._recording, made._sampled, made.fail = False, None, None
     made.selection = SimpleNamespace(
         store=SelectionStore(1, REQUESTS, 1, 64, CPU), capture=Capture([0, 9]), pruner=object(), sizes=None
     )
     made.last_token_indices = torch.tensor([2, 5, 99])
     made.expanded_positions = torch.tensor([10, 11, 12, 7, 8, 9])
+    made.expanded_input_ids = torch.tensor([40, 41, 42, 43, 44, 45], dtype=torch.int32)
+    made.input_buffers = SimpleNamespace(query_start_loc=torch.tensor([0, 3, 6], dtype=torch.int32))
     stock = compat.stock_speculator()
 
     def upstream(self, batch, attn_metadata, slot_mappings, hidden, aux, num_sampled, *args, **kwargs):
@@ -259,10 +262,11 @@ def drafting(monkeypatch):
     return made
 
 
-def one_round(speculator, recording: bool):
+def one_round(speculator, recording: bool, **more):
     sampled = torch.tensor([0, 2, 9], dtype=torch.int32)
     given = SimpleNamespace(num_reqs=2, idx_mapping=torch.tensor([3, 1, -1]))
-    return speculator._round(given, {}, {}, None, None, sampled, "rejected", "last", None, 0, 0, recording=recording)
+    return speculator._round(given, {}, {}, None, None, sampled, "rejected", "last", None, 0, 0, recording=recording,
+                            **more)  # fmt: skip
 
 
 def test_a_recorded_round_tells_the_capture_each_step_and_stores_its_selection(drafting):
@@ -281,6 +285,31 @@ def test_a_recorded_round_tells_the_capture_each_step_and_stores_its_selection(d
     assert drafting.selection.store.prefix_lens.tolist() == [-1, 9, -1, -1, -1]
     assert drafting.selection.store.bits[0, :, 0, 0].tolist() == [0, 5, 0, 5, 0]
     assert not drafting._recording
+
+
+@pytest.mark.parametrize("recording", [True, False])
+def test_what_a_round_begins_with_is_known_to_later_ones(drafting, recording):
+    """Whether it chooses or not; its drafts go to the choice."""
+    told = []
+    drafting.selection.capture.induction = SimpleNamespace(extend=lambda *given: told.append(given))
+    one_round(drafting, recording)
+    [(slots, wanted, rows, starts, ids, positions)] = told
+    assert (slots.tolist(), wanted.tolist(), rows.tolist(), starts.tolist()) == ([3, 1], [False, True], [2, 5], [0, 3])
+    assert ids is drafting.expanded_input_ids and positions is drafting.expanded_positions
+    assert not recording or drafting.selection.capture.drafts == "drafts"
+    one_round(drafting, False, dummy_run=True)  # whose slots are those of real requests
+    assert len(told) == 1
+
+
+def test_a_request_brings_its_tokens(drafting):
+    entered = []
+    drafting.selection.capture.lists = None
+    drafting.selection.capture.induction = SimpleNamespace(enter=lambda *given: entered.append(given))
+    drafting._enter(2, SimpleNamespace(sampling_params=None, prefill_token_ids=[4, 5, 6]))
+    assert entered == [(2, [4, 5, 6])]
+    drafting.selection.capture.induction = None
+    drafting._enter(1, SimpleNamespace(sampling_params=None, prefill_token_ids=[7]))
+    assert entered == [(2, [4, 5, 6])]
 
 
 @pytest.mark.parametrize("fails", [False, True])

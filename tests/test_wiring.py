@@ -111,10 +111,10 @@ def facts(layers: int, kv_heads: int) -> ModelFacts:
 
 
 def prepared(monkeypatch, layers: tuple[int | None, ...] | None, device=CPU, size=None, heads=None, shares=None,
-             kv_heads=(KV_HEADS, KV_HEADS), ranks=1, **options) -> Selection:  # fmt: skip
+             kv_heads=(KV_HEADS, KV_HEADS), ranks=1, copies=None, **options) -> Selection:  # fmt: skip
     """The selection of a target with a layer map (none: method 'dense') and a draft of five layers, or of a size
     (requests, longest, draft layers, draft heads); kv_heads: those of target and draft on this rank, heads: a head
-    map."""
+    map; copies: layers that do."""
     requests, longest, draft_layers, draft_heads = size or (REQUESTS, LONGEST, 5, DRAFT_HEADS)
     target = {f"model.layers.{i}": kv_heads[0] for i in range(len(layers or (0, 0)))}
     draft = {f"draft_model.model.layers.{i}": kv_heads[1] for i in range(draft_layers)}
@@ -128,7 +128,7 @@ def prepared(monkeypatch, layers: tuple[int | None, ...] | None, device=CPU, siz
         found = LayerMap(
             schema_=SCHEMA, method="specattn" if heads is None else "sts", calibrated=True,
             target=facts(len(layers), kv_heads[0] * ranks), draft=facts(draft_layers, kv_heads[1] * ranks),
-            layers=layers, heads=heads, shares=shares,
+            layers=layers, heads=heads, shares=shares, induction=copies,
         )  # fmt: skip
     monkeypatch.setattr(wiring, "get_layers_from_vllm_config", lambda config, base: made)
     monkeypatch.setattr(wiring, "resolve_layer_map", lambda config, options: found)
@@ -240,6 +240,7 @@ def test_choices_are_kept_where_a_round_may_recall_them(monkeypatch, every, slot
     [
         ((0, 2), {}),
         ((0, 2), {"unread_mean": False}),
+        ((0, 2), {"copies": (False, True), "shares": (0.5, 1.5)}),
         ((0, 2), {"sparse_draft": True}),
         (None, {"sparse_draft": True}),
         (None, {"sparse_draft": True, "refresh_draft_every": 4}),
@@ -259,7 +260,7 @@ def test_the_size_that_is_checked_is_that_of_all_buffers(monkeypatch, layers, op
     storages = {}
     capture = made.capture
     parts = [made, capture, capture.ranking, capture.own_ranking, capture.lists, made.store, made.pruner]
-    parts.append(made.unread)
+    parts += [made.unread, capture.induction, capture.shared_out]
     if made.sizes is not None:
         parts += [made.sizes, made.sizes.target, made.sizes.history]
     for part in parts:
@@ -342,6 +343,54 @@ def test_shares_are_in_the_log(monkeypatch):
     monkeypatch.setattr(wiring.logger, "info", lambda text, *values: lines.append(text % values))
     prepared(monkeypatch, (3, None, 3), rule="top_k", ratio=0.25, shares=(0.5, None, 1.5))
     assert any("ratio=0.25 of the context, shared out by layer [0.5 - 1.5]" in line for line in lines)
+
+
+# Layers that copy
+
+
+@pytest.mark.parametrize("sparse_draft", [False, True])
+def test_layers_that_copy_have_a_selection_of_their_own(sparse_draft, monkeypatch):
+    options = {"rule": "top_k", "ratio": 0.25, "sparse_draft": sparse_draft}
+    given = {"shares": (1.0, None, 1.0, 1.0), "copies": (False, False, True, False)}
+    made = prepared(monkeypatch, (3, None, 3, 1), **given, **options)
+    assert made.pruner.layer_sources == {f"model.layers.{j}": t for j, t in ((0, 1), (2, 2), (3, 0))}
+    capture = made.capture
+    # Of the mass, rows of what follows come behind those of the captured layers.
+    captured = 5 if sparse_draft else 2
+    assert (capture.num_sources, capture.ranked, capture.ranking.layers) == (2, captured, captured + 1)
+    assert capture.shared_out._sources.tolist() == [0, 1, captured]
+    assert capture.induction.sources.tolist() == [1]
+    assert capture.induction.ids.shape == (REQUESTS + 1, ROW)
+    assert made.nbytes["token ids"] == capture.induction.nbytes
+
+
+def test_layers_that_copy_need_no_shares(monkeypatch):
+    given = {"shares": None, "copies": (False, False, True, False)}
+    made = prepared(monkeypatch, (3, None, 3, 1), rule="top_k", ratio=0.25, **given)
+    assert made.capture.shared_out._sources.tolist() == [0, 1, 2]
+    assert made.capture.shared_out._parts.tolist() == [16384] * 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"rule": "top_p"}, {"rule": "top_k", "induction": False}, {"rule": "top_k", "combine": "union"},
+     {"method": "fused"}, {"rule": "top_k", "dense_layers": (2,)}],
+    ids=str,
+)  # fmt: skip
+def test_no_layer_copies(options, monkeypatch):
+    """Of another rule, switched off, chosen before the drafts are known, of sizes, or made dense."""
+    options = dict(options)
+    copies = (False, False, not options.pop("dense_layers", None), False)
+    made = prepared(monkeypatch, (3, None, 3, 1), copies=copies, **options)
+    assert made.capture.induction is None
+    assert "token ids" not in made.nbytes
+
+
+def test_layers_that_copy_are_in_the_log(monkeypatch):
+    lines = []
+    monkeypatch.setattr(wiring.logger, "info", lambda text, *values: lines.append(text % values))
+    prepared(monkeypatch, (3, None, 3), rule="top_k", ratio=0.25, copies=(True, False, True))
+    assert any("what follows the round's tokens in layers [0 2] too" in line for line in lines)
 
 
 # Selections per head

@@ -121,6 +121,17 @@ def add_mass(mass, lens, out, rows, other, other_rows, other_lens, weight) -> No
                 out[x, :n] += weight * other[other_rows[x], :n].float()
 
 
+def add_followers(mass, lens, out, sources, ids, slots, tokens) -> None:
+    """More of it where an earlier occurrence is followed. See ``add_followers.add_followers``."""
+    contracts.add_followers(mass, lens, out, sources, ids, slots, tokens)
+    for r, length in enumerate(lens.tolist()):
+        if length:
+            follows = torch.zeros(length, device=mass.device)
+            wanted = tokens[r][tokens[r] >= 0].int()
+            follows[1:] = torch.isin(ids[slots[r], : length - 1], wanted).float()
+            out[:, r, :, :length] = mass[sources, r, :, :length] + follows * (0.5 / length)
+
+
 def _compact(flags: torch.Tensor):
     """Of bool [X, length]: row, position and column (rank within the row) of each set flag, and flags set per row."""
     counts = flags.sum(-1)

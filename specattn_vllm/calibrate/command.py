@@ -46,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ranks", type=int, metavar="N", help="map heads within each of N tensor-parallel ranks (sts) [1]"
     )
     layers.add_argument("--queries", type=int, default=64, metavar="N", help="rows compared a window [%(default)s]")
+    copying = parser.add_argument_group("which layers copy")
+    copying.add_argument(
+        "--induction", choices=("auto", "none"), default="auto",
+        help="name layers that keep more of their attention at the budget if what follows earlier occurrences of the "
+        "round's tokens counts more; or none [%(default)s]",
+    )  # fmt: skip
     shares = parser.add_argument_group("how much each layer reads")
     shares.add_argument(
         "--shares", choices=("kl", "mass", "none"), default="kl",
@@ -129,6 +135,8 @@ def summary(out: Path, found: dict[str, Any]) -> str:
     if found["heads"] is not None:
         pairs = ("-" if row is None else ",".join(map(str, row)) for row in found["heads"])
         lines.append("  draft KV head per target KV head: " + " ".join(pairs))
+    if found.get("induction") is not None:
+        lines.append(line("layers that copy", [j for j, copies in enumerate(found["induction"]) if copies]))
     if found.get("shares") is not None:
         lines.append(line("share of the budget, 1 on average", found["shares"]))
     return "\n".join(lines)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -48,6 +49,64 @@ def similarity_of_window(
     return found
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """The order in which each target layer reads the tokens of a window's rounds: as its draft layer ranks them."""
+
+    rounds: Rounds
+    ranks: dict[tuple[int, bool], torch.Tensor]
+    """Of a draft layer, without and with what follows the rounds' tokens: [G, rounds, window] int32."""
+    layers: Sequence[int | None]
+    heads: Sequence[Sequence[int] | None] | None
+
+    @classmethod
+    def by(
+        cls, draft: Model, ids: torch.Tensor, rounds: Rounds, layers: Sequence[int | None],
+        heads: Sequence[Sequence[int] | None] | None,
+    ) -> Chosen:  # fmt: skip
+        rows = torch.arange(len(ids) - rounds.rows, len(ids))
+        ranks: dict[tuple[int, bool], torch.Tensor] = {}
+
+        def rank(layer: int, attention: torch.Tensor) -> None:
+            if layer in layers:
+                mass = rounds.mass(attention if heads else attention.mean(0, keepdim=True))
+                ranks[layer, False] = rounds.ranks(mass)
+                ranks[layer, True] = rounds.ranks(rounds.with_followers(mass, ids))
+
+        draft.look(ids, rows, rank)
+        return cls(rounds, ranks, layers, heads)
+
+    def keep(self, layer: int, share: float, copies: bool) -> torch.Tensor:
+        """[G, rounds, window] bool: what that share of the context is."""
+        ranks = self.ranks[self.layers[layer], copies]
+        return self.rounds.keep(ranks if self.heads is None else ranks[list(self.heads[layer])], share)
+
+
+def induction_of_window(
+    target: Model,
+    draft: Model,
+    ids: torch.Tensor,
+    rounds: Rounds,
+    layers: Sequence[int | None],
+    heads: Sequence[Sequence[int] | None] | None,
+    share: float,
+) -> dict[str, torch.Tensor]:
+    """Of each target layer's attention to the window, the share that it keeps where it reads that share of the context,
+    means over the rounds' rows, [target layers]: `alone`, chosen by the draft alone, and `followed`, with what follows
+    the rounds' tokens. Layers that stay dense have 0."""
+    chosen = Chosen.by(draft, ids, rounds, layers, heads)
+    found = {name: torch.zeros(target.layers, dtype=torch.float64) for name in ("alone", "followed")}
+
+    def retained(layer: int, attention: torch.Tensor) -> None:
+        if layers[layer] is not None:
+            for name, copies in (("alone", False), ("followed", True)):
+                kept = rounds.masks(chosen.keep(layer, share, copies))
+                found[name][layer] = (attention * kept).sum(-1).mean().item()
+
+    target.look(ids, torch.arange(len(ids) - rounds.rows, len(ids)), retained)
+    return found
+
+
 def cost_of_window(
     target: Model,
     draft: Model,
@@ -55,25 +114,18 @@ def cost_of_window(
     rounds: Rounds,
     layers: Sequence[int | None],
     heads: Sequence[Sequence[int] | None] | None,
+    induction: Sequence[bool],
     with_kl: bool,
 ) -> dict[str, torch.Tensor]:
     """What each target layer's reading less costs, means over the rounds' rows, [target layers, GRID]: `read`, the
     share of the context that was read, `mass`, the share of the target's attention to the window that this holds, and
     `kl`, KL(all of it || this layer alone pruned) of the target's output in nats. Layers that stay dense have 0."""
-    rows = torch.arange(len(ids) - rounds.rows, len(ids))
-    ranks: dict[int, torch.Tensor] = {}
-
-    def rank(layer: int, attention: torch.Tensor) -> None:
-        if layer in layers:
-            ranks[layer] = rounds.ranks(rounds.mass(attention if heads else attention.mean(0, keepdim=True)))
-
-    draft.look(ids, rows, rank)
+    chosen = Chosen.by(draft, ids, rounds, layers, heads)
     found = {name: torch.zeros(target.layers, len(GRID), dtype=torch.float64) for name in ("read", "mass", "kl")}
     contexts = rounds.contexts(target.device)
 
     def keep(layer: int, share: float) -> torch.Tensor:
-        chosen = ranks[layers[layer]]
-        return rounds.keep(chosen if heads is None else chosen[list(heads[layer])], share)
+        return chosen.keep(layer, share, induction[layer])
 
     def retained(layer: int, attention: torch.Tensor) -> None:
         if layers[layer] is None:

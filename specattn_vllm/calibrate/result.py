@@ -12,6 +12,7 @@ from specattn_vllm.calibrate.paths import head_map, layer_path
 from specattn_vllm.calibrate.shares import GRID, cost_at, divide, relative
 from specattn_vllm.installed import UserError
 
+LEAST = 0.02
 Layers = list[int | None]
 Heads = list[list[int] | None] | None
 
@@ -49,6 +50,15 @@ def allocation(
     told["cost_of_equal_shares"] = _digits([sum(cost_at(points, budget) for points in curves.values())])[0]
     told["cost_of_shares"] = _digits([sum(map(cost_at, curves.values(), given))])[0]
     return layers, heads, shares, {"curves": told}
+
+
+def copying(mass: dict[str, torch.Tensor] | None, layers: int) -> list[bool]:
+    """Target layers in which what follows the rounds' tokens makes up for a part of what a selection loses, LEAST of it
+    or more. mass: means of `induction_of_window`, None where it was not measured."""
+    if mass is None:
+        return [False] * layers
+    gained = mass["followed"] - mass["alone"]
+    return (gained > LEAST * (1 - mass["alone"])).tolist()
 
 
 def curve(cost: dict[str, torch.Tensor], kind: str, layer: int) -> list[tuple[float, float]]:

@@ -44,11 +44,22 @@ class Rounds:
         return (position <= rows) & ~self.old(device).repeat_interleave(self.steps + 1, 0)
 
     def mass(self, attention: torch.Tensor) -> torch.Tensor:
-        """[G, rounds, window] float32 from the draft's attention [G, rows, window]: 0 where nothing is chosen from."""
+        """[G, rounds, window] float32 from the draft's attention [G, rows, window], a row's mean: 0 where nothing is
+        chosen from."""
         by_step = attention.unflatten(1, (self.count, self.steps + 1))[:, :, : self.steps]
         total = by_step.sum(2)
         total[..., 1:] += by_step[:, :, -1, :-1]
-        return total * self.old(attention.device)
+        return total * self.old(attention.device) / (self.steps + 1)
+
+    def with_followers(self, mass: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The same mass with more of it for what follows an earlier occurrence of one of the round's tokens, as in
+        `selection/induction.py`; ids [window]."""
+        ids = ids.to(mass.device)
+        tokens = ids[-self.rows :].view(self.count, -1)
+        follows = torch.zeros(self.count, self.window, dtype=torch.bool, device=mass.device)
+        for column in tokens.unbind(1):
+            follows[:, 1:] |= ids[:-1] == column[:, None]
+        return mass + follows * self.old(mass.device) * (0.5 / self.contexts(mass.device))[:, None]
 
     def ranks(self, mass: torch.Tensor) -> torch.Tensor:
         """[G, rounds, window] int32: each token's place in the order in which tokens are kept, always kept ones first.

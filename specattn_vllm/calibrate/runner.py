@@ -20,8 +20,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import specattn_vllm
 from specattn_vllm.calibrate import models, text
 from specattn_vllm.calibrate.command import state_file
-from specattn_vllm.calibrate.measure import cost_of_window, over_windows, sampled_queries, similarity_of_window
-from specattn_vllm.calibrate.result import allocation, as_json, layer_and_head_map
+from specattn_vllm.calibrate.measure import (
+    cost_of_window,
+    induction_of_window,
+    over_windows,
+    sampled_queries,
+    similarity_of_window,
+)
+from specattn_vllm.calibrate.result import allocation, as_json, copying, layer_and_head_map
 from specattn_vllm.calibrate.rounds import Rounds
 from specattn_vllm.calibrate.similarity import EPSILON
 from specattn_vllm.calibrate.state import State, write_whole
@@ -58,27 +64,35 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
             begin("layers and heads", len(windows.ids)),
         )  # fmt: skip
         layers, heads = layer_and_head_map(alike, args.path, args.dense_layers, args.ranks or 1)
-        cost = None
+        rounds, cost, mass = _rounds(args), None, None
+        if args.induction == "auto":
+            mass = over_windows(
+                state, "induction", windows.ids,
+                lambda w: induction_of_window(target, draft, windows.ids[w], rounds, layers, heads, args.budget),
+                begin("which layers copy", len(windows.ids)),
+            )  # fmt: skip
+        induction = copying(mass, len(layers))
         if args.shares != "none":
-            rounds = _rounds(args)
             cost = over_windows(
                 state, "cost", windows.ids,
                 lambda w: cost_of_window(
-                    target, draft, windows.ids[w], rounds, layers, heads, args.shares == "kl"
+                    target, draft, windows.ids[w], rounds, layers, heads, induction, args.shares == "kl"
                 ),
                 begin("what reading less costs", len(windows.ids)),
             )  # fmt: skip
     shares, measured = None, {}
     if cost is not None:
         layers, heads, shares, measured = allocation(cost, args.shares, args.budget, args.dense_above, layers, heads)
+        induction = [copies and i is not None for copies, i in zip(induction, layers, strict=True)]
     found = {
         "schema": SCHEMA, "method": args.method, "calibrated": True, **facts,
-        "layers": layers, "heads": heads, "shares": shares,
+        "layers": layers, "heads": heads, "shares": shares, "induction": induction if any(induction) else None,
         "provenance": {
             "command": _command(args), "text": windows.files, "token_ids_sha256": windows.digest,
             "windows": len(windows.ids), "tokens": windows.ids.numel(), "settings": settings, "epsilon": EPSILON,
             "similarity": _rounded(alike["layers"]),
             **({"head_similarity": _of_mapped(alike["heads"], layers)} if "heads" in alike else {}), **measured,
+            **({"retained": {name: _rounded(of) for name, of in mass.items()}} if mass is not None else {}),
             "versions": {"specattn-vllm": specattn_vllm.__version__, "python": platform.python_version(),
                          "torch": torch.__version__, "transformers": transformers.__version__},
         },
@@ -126,7 +140,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the measurements depend on, beside models and text."""
     names = (
         "method", "window", "windows", "similarity", "path", "dense_layers", "head_similarity", "ranks", "queries",
-        "shares", "budget", "dense_above", "rounds", "draft_tokens", "seed",
+        "shares", "induction", "budget", "dense_above", "rounds", "draft_tokens", "seed",
     )  # fmt: skip
     return {name: getattr(args, name) for name in names}
 

@@ -10,7 +10,7 @@ import torch
 
 from specattn_vllm.installed import UserError
 
-SCHEMA = "specattn-calibration-state/2"
+SCHEMA = "specattn-calibration-state/3"
 
 
 def write_whole(path: Path, data: str | bytes) -> None:

@@ -35,6 +35,7 @@ class Operations:
     count_ranked: Callable[..., None]
     average_mass: Callable[..., None]
     add_mass: Callable[..., None]
+    add_followers: Callable[..., None]
     select_top_p: Callable[..., None]
     build_positions: Callable[..., None]
     build_page_tables: Callable[..., None]
@@ -114,6 +115,7 @@ def _torch_operations() -> Operations:
         count_ranked=reference.count_ranked,
         average_mass=reference.average_mass,
         add_mass=reference.add_mass,
+        add_followers=reference.add_followers,
         select_top_p=reference.select_top_p,
         build_positions=reference.build_positions,
         build_page_tables=reference.build_page_tables,
@@ -133,6 +135,7 @@ def _torch_operations() -> Operations:
 def _triton_operations(device: torch.device) -> Operations:
     from specattn_vllm.kernels import bookkeeping
     from specattn_vllm.kernels.accumulate_mass import accumulate_mass
+    from specattn_vllm.kernels.add_followers import add_followers
     from specattn_vllm.kernels.add_mass import add_mass
     from specattn_vllm.kernels.add_unread import add_unread
     from specattn_vllm.kernels.average_mass import average_mass
@@ -158,6 +161,7 @@ def _triton_operations(device: torch.device) -> Operations:
         count_ranked=count_ranked,
         average_mass=average_mass,
         add_mass=add_mass,
+        add_followers=add_followers,
         select_top_p=select_top_p,
         build_positions=build_positions,
         build_page_tables=build_page_tables,

@@ -10,8 +10,9 @@ from specattn_vllm.executors import Operations
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.selection.choose import Limits
 from specattn_vllm.selection.draft_lists import DraftLists
+from specattn_vllm.selection.induction import Induction
 from specattn_vllm.selection.ranking import Ranking
-from specattn_vllm.selection.shares import SharedOut
+from specattn_vllm.selection.shares import Choice, SharedOut
 
 # Query rows per request up to which one kernel does a draft layer's attention and leaves the scores behind. Longer rows
 # are prompts: another kernel attends, and only the sampled row's scores are made here.
@@ -61,12 +62,12 @@ class DraftCapture:
         device: torch.device,
         groups: int = 1,
         lists: DraftLists | None = None,
-        shares: tuple[tuple[int, float], ...] = (),
+        choices: tuple[Choice, ...] = (),
     ) -> None:
         """`layer_sources`: vLLM layer name of each captured draft layer -> its index. The first `num_sources` choose
         for the target, in `groups` score groups: 1, or the draft's KV heads. `lists`: what the draft reads, with
-        `sparse_draft`. `shares`: of each selection, the index of its source and how much of the context it keeps;
-        without, there is one selection for each source."""
+        `sparse_draft`. `choices`: what each selection is, where layers have fractions of the context of their own;
+        without, there is one for each source."""
         self.options = options
         self.limits = Limits.of(options)
         self.operations = operations
@@ -83,15 +84,22 @@ class DraftCapture:
         self.lse = torch.empty((max_num_reqs, num_heads), dtype=torch.float32, device=device)
         # Where all heads share a selection, one ranking serves the target and the draft's own later steps.
         shared = groups == 1
-        self.ranking = Ranking(layers if shared else num_sources, groups, max_num_reqs, max_model_len, device)
+        self.ranked = layers if shared else num_sources
+        copied = sorted({choice.source for choice in choices if choice.induction})
+        self.ranking = Ranking(self.ranked + len(copied), groups, max_num_reqs, max_model_len, device)
         self.own_ranking = self.ranking
         if lists is not None and not shared:
             self.own_ranking = Ranking(layers, 1, max_num_reqs, max_model_len, device)
         self.lists = lists
-        self.shared_out = None
-        if shares:
-            shape = {"groups": groups, "max_num_reqs": max_num_reqs, "max_model_len": max_model_len}
-            self.shared_out = SharedOut(options, shares, **shape, device=device)
+        size = {"max_num_reqs": max_num_reqs, "max_model_len": max_model_len, "device": device}
+        self.shared_out = self.induction = None
+        if choices:
+            # Rows of mass with followers stand behind those of the layers.
+            made_from = ((self.ranked + copied.index(c.source) if c.induction else c.source, c) for c in choices)
+            fractions = tuple((row, choice.fraction) for row, choice in made_from)
+            self.shared_out = SharedOut(options, fractions, groups=groups, **size)
+        if copied:
+            self.induction = Induction(operations, copied, num_steps=num_steps, **size)
         self._rows = torch.arange(max_num_reqs, device=device)
         self._starts = torch.arange(max_num_reqs + 1, dtype=torch.int32, device=device)
         self.step = -1
@@ -100,7 +108,7 @@ class DraftCapture:
     def nbytes(self) -> int:
         """Bytes of the buffers, those of the lists included."""
         parts = {self.ranking, self.own_ranking}  # one, or two
-        parts.update(part for part in (self.lists, self.shared_out) if part is not None)
+        parts.update(part for part in (self.lists, self.shared_out, self.induction) if part is not None)
         return sum(part.nbytes for part in (self.scores, self.lse, self._rows, self._starts, *parts))
 
     def begin_round(self, num_reqs: int, wanted: torch.Tensor, slots: torch.Tensor, recall: bool = False) -> None:
@@ -185,7 +193,7 @@ class DraftCapture:
         if self.step == 0 and self.own_ranking is not self.ranking:
             weight = self.weight / self.ranking.groups
             self._add_mass(self.own_ranking.mass[layer], weight, "store", pruned, reads)
-        if layer >= self.ranking.layers:
+        if layer >= self.ranked:
             return
         self._add_mass(self.ranking.mass[layer], self.weight, self._combine_rule(), pruned, reads)
         if self.options.counts_bonus_row and self.step == self.num_steps - 1 and layer < self.num_sources:
@@ -209,23 +217,26 @@ class DraftCapture:
         """Close a draft step: the union rule selects after each, and `sparse_draft` after the first."""
         if self.step == 0 and self.lists is not None:
             self.own_ranking.choose(self.operations, self.limits, self.prefix_lens, len(self.layer_sources))
-            self.lists.choose(self.own_ranking.bits, self.num_steps)
+            self.lists.choose(self.own_ranking.bits[: len(self.layer_sources)], self.num_steps)
             if self.own_ranking is self.ranking:
                 return
         if self.options.combine == "union":
             self._choose(union=self.step > 0)
 
-    def select(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The round's selections for the target, of each source or of each share: bits [T, R, G, W], and prefix_lens
+    def select(self, drafts: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The round's selections for the target, of each source or of each choice: bits [T, R, G, W], and prefix_lens
         [R] int32 (0 for unwanted rows).
 
-        A round in which nothing was drafted selects nothing.
+        drafts [R, K] int64, for layers that copy. A round in which nothing was drafted selects nothing.
         """
         bits = self.ranking.bits[: self.num_sources]
         if self.shared_out is not None:
             bits = self.shared_out.bits(self.num_reqs)
         if self.step < 0:
             return bits.zero_(), self.context_lens()
+        if self.induction is not None:
+            mass = self.ranking.mass
+            self.induction.add(mass[: self.ranked], mass[self.ranked :], self.slots, self.prefix_lens, drafts)
         if self.options.combine != "union":
             self._choose(union=False)
         return bits, self.prefix_lens
@@ -241,6 +252,6 @@ class DraftCapture:
 
     def _choose(self, *, union: bool) -> None:
         if self.shared_out is not None:
-            self.shared_out.choose(self.operations, self.mass, self.prefix_lens, union=union)
+            self.shared_out.choose(self.operations, self.ranking.mass, self.prefix_lens, union=union)
             return
         self.ranking.choose(self.operations, self.limits, self.prefix_lens, self.num_sources, union=union)

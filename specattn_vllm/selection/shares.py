@@ -6,6 +6,8 @@ attention does not tell it: a layer map may have it from calibration, as each ta
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from specattn_vllm.executors import Operations
@@ -13,6 +15,17 @@ from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.selection.choose import Limits, choose, mass_rows
 
 FULL = 1 << 16  # the kernels count shares of a context in 65,536ths
+
+
+class Choice(NamedTuple):
+    """What one selection is made from, and how much of the context it keeps."""
+
+    source: int
+    """Index of the draft layer."""
+    fraction: float | None = None
+    """0 to 1, None where the rule alone decides."""
+    induction: bool = False
+    """Whether what follows earlier occurrences of the round's tokens counts more (`Induction`)."""
 
 
 class SharedOut:

@@ -12,6 +12,7 @@ from specattn_vllm import layer_map
 from specattn_vllm.fingerprint import ModelFacts, facts_from_config
 from specattn_vllm.layer_map import LayerMap, LayerMapError
 from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.selection.shares import Choice
 
 
 def model_facts(model_config: ModelConfig) -> ModelFacts:
@@ -50,9 +51,8 @@ class Plan:
 
     sources: tuple[int, ...] = ()
     """Draft layers that are captured."""
-    selections: tuple[tuple[int, float | None], ...] = ()
-    """Of each selection: the index of its source, and how much of the context its layers read, None where that is not
-    a layer's own."""
+    selections: tuple[Choice, ...] = ()
+    """What each selection is made from, and how much of the context its layers read, where that is a layer's own."""
     layer_tables: dict[str, int] = field(default_factory=dict)
     """vLLM's name of each target layer that reads a selection -> its table."""
     made_from: tuple[tuple[int, tuple[int, ...]], ...] | None = None
@@ -61,20 +61,23 @@ class Plan:
 
     @property
     def has_shares(self) -> bool:
-        return any(fraction is not None for _, fraction in self.selections)
+        return any(choice.fraction is not None for choice in self.selections)
 
 
 def plan_of(
     found: LayerMap | None, target: dict[int, str], local_kv_heads: int, options: SpecAttnOptions
 ) -> Plan:
-    """The plan of a layer map. Target layers of the same source and fraction read the same selection, and, mapped alike
-    by heads, the same table; unless each has sizes of its own."""
+    """The plan of a layer map. Target layers of the same source and fraction, that copy or do not, read the same
+    selection, and, mapped alike by heads, the same table; unless each has sizes of its own."""
     if found is None:
         return Plan()
     shared = options.uses_layer_shares and found.shares is not None
-    fractions = found.fractions(options.ratio_or_default) if shared else (None,) * len(found.layers)
+    copies = found.induction if options.uses_induction and found.induction else (False,) * len(found.layers)
+    # Beside a layer that copies each has its fraction, if only that of all.
+    equal = options.ratio_or_default if any(copies) else None
+    fractions = found.fractions(options.ratio_or_default) if shared else (equal,) * len(found.layers)
     wanted = {
-        j: (found.sources.index(i), fractions[j])
+        j: Choice(found.sources.index(i), fractions[j], copies[j])
         for j, i in enumerate(found.layers)
         if i is not None
     }

@@ -30,6 +30,8 @@ class SpecAttnSpeculator(RoundSpeculator):
         self.selection: Selection | None = None
         self.audit: Audit | None = None
         self._recording = False
+        self._sampled: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Slots of a round's requests, and which of them sampled, until its first step is announced."""
         self._since_dense = self.options.refresh_draft_every - 1
 
     def load_model(self, target_model: torch.nn.Module) -> None:
@@ -63,9 +65,11 @@ class SpecAttnSpeculator(RoundSpeculator):
                 self.audit.fold()
         return super().propose(input_batch, *args, dummy_run=dummy_run, **kwargs)
 
-    def _enter(self, slot: int, params: Any) -> None:
+    def _enter(self, slot: int, request: Any) -> None:
         """A request, new or resumed, is given a slot."""
-        self.selection.store.hold(slot, asks_for_exactness(params))
+        self.selection.store.hold(slot, asks_for_exactness(request.sampling_params))
+        if self.selection.capture.induction is not None:
+            self.selection.capture.induction.enter(slot, request.prefill_token_ids)
         if self.selection.capture.lists is not None:
             self.selection.capture.lists.forget(slot)
 
@@ -85,6 +89,9 @@ class SpecAttnSpeculator(RoundSpeculator):
         """Upstream's `propose`, with its attention captured and a selection stored if `recording`."""
         self._recording = recording
         num_reqs = batch.num_reqs
+        # A round that chooses nothing gives tokens too; only a dummy's requests are none.
+        if self.selection is not None and not kwargs.get("dummy_run"):
+            self._sampled = batch.idx_mapping[:num_reqs], num_sampled[:num_reqs] > 0
         if recording:
             # A row that sampled nothing is inside its prompt, or fills a graph's batch: it will not be verified next.
             # Nor is anything to be selected for requests that asked for exactness.
@@ -98,18 +105,26 @@ class SpecAttnSpeculator(RoundSpeculator):
                 batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args, **kwargs
             )
         finally:
-            self._recording = False
+            self._recording, self._sampled = False, None
         if recording and self.selection.pruner is not None:
-            self.selection.store.put(slots, *self._select(slots))
+            self.selection.store.put(slots, *self._select(slots, drafts))
         return drafts
 
-    def _select(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _select(self, slots: torch.Tensor, drafts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What the next verification reads, as `SelectionStore.put` takes it."""
         capture, sizes = self.selection.capture, self.selection.sizes
-        return capture.select() if sizes is None else sizes.select(capture.mass, slots, capture.context_lens())
+        return capture.select(drafts) if sizes is None else sizes.select(capture.mass, slots, capture.context_lens())
 
     def _build_attn_metadata(self, num_reqs: int, *args, step: int, **kwargs) -> dict[str, Any] | None:
         metadata = super()._build_attn_metadata(num_reqs, *args, step=step, **kwargs)
+        if step == 0 and self._sampled is not None and self.selection.capture.induction is not None:
+            self.selection.capture.induction.extend(
+                *self._sampled,
+                self.last_token_indices[:num_reqs],
+                self.input_buffers.query_start_loc[:num_reqs],
+                self.expanded_input_ids,
+                self.expanded_positions,
+            )
         if self._recording and metadata is not None:
             self._begin_step(num_reqs, first=step == 0)
             for layer_metadata in metadata.values():

@@ -80,13 +80,15 @@ class Selection:
         """Bytes by what they hold."""
         capture = self.capture
         target = {"scores": 0, "mass": 0, "bitmasks": 0, "history": 0} if self.sizes is None else self.sizes.nbytes
+        ids = 0 if capture.induction is None else capture.induction.nbytes
         return {
             "scores": capture.scores.nbytes + target["scores"],
-            "mass": capture.nbytes - capture.scores.nbytes + target["mass"],
+            "mass": capture.nbytes - capture.scores.nbytes - ids + target["mass"],
             "bitmasks": self.store.nbytes + target["bitmasks"],
             "page tables": self.tables.nbytes + (0 if self.pruner is None else self.pruner.nbytes),
             **({"history": target["history"]} if target["history"] else {}),
             **({"means": self.unread.nbytes} if self.unread is not None else {}),
+            **({"token ids": ids} if ids else {}),
         }
 
     def attach(self, target_attn_groups: list) -> None:
@@ -150,7 +152,7 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
             device=device,
             groups=groups,
             lists=lists,
-            shares=plan.selections if plan.has_shares else (),
+            choices=plan.selections if plan.has_shares else (),
         )
         if found is None:
             return Selection(capture, store, None, tables)
@@ -269,6 +271,9 @@ def _announce(
     if options.uses_layer_shares and found.shares is not None:
         shares = " ".join("-" if share is None else f"{share:g}" for share in found.shares)
         kept += f", shared out by layer [{shares}]"
+    if options.uses_induction and any(found.induction or ()):
+        copying = " ".join(str(j) for j, copies in enumerate(found.induction) if copies)
+        kept += f", what follows the round's tokens in layers [{copying}] too"
     if options.estimates_unread:
         kept += ", the rest as its mean"
     logger.info(

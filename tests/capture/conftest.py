@@ -14,6 +14,7 @@ from specattn_vllm.kernels.reference import unpack_bits
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.selection.capture import DraftBatch, DraftCapture
 from specattn_vllm.selection.draft_lists import DraftLists
+from specattn_vllm.selection.shares import Choice
 from specattn_vllm.stats import Counters
 
 CPU = torch.device("cpu")
@@ -34,7 +35,9 @@ def _options(combine: str = "sum", **changes) -> SpecAttnOptions:
     return SpecAttnOptions(combine=combine, **(base | changes))
 
 
-def _make(opts: SpecAttnOptions, num_sources: int = len(SOURCES), executor: str = "torch") -> DraftCapture:
+def _make(
+    opts: SpecAttnOptions, num_sources: int = len(SOURCES), executor: str = "torch", choices: tuple[Choice, ...] = ()
+) -> DraftCapture:
     names = (*SOURCES, EXTRA) if opts.sparse_draft else SOURCES
     # Wider and longer than needed, because it serves the target's page tables too; what it held is no position.
     tables = torch.full((len(names) + 1, MAX_REQS, 1, MAX_LEN + 3), -(2**30), dtype=torch.int32)
@@ -61,6 +64,7 @@ def _make(opts: SpecAttnOptions, num_sources: int = len(SOURCES), executor: str 
         device=CPU,
         groups=KV_HEADS if opts.per_head else 1,
         lists=lists,
+        choices=choices,
     )
 
 

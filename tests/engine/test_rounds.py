@@ -70,6 +70,7 @@ NEW_TOKENS = 24
         pytest.param({"method": "dense"}, id="dense"),
         pytest.param({"top_p": 0.8}, id="specattn"),
         pytest.param({"top_p": 0.8, "combine": "union"}, id="union"),
+        pytest.param({"ratio": 0.2, "min_tokens": 32}, id="ratio"),
         pytest.param({"top_p": 0.8, "sparse_draft": True}, id="sparse_draft"),
         pytest.param({"top_p": 0.8, "refresh_every": 3}, id="refresh_every"),
         pytest.param({"top_p": 0.8, "sparse_draft": True, "refresh_draft_every": 3}, id="refresh_draft_every"),
@@ -138,3 +139,22 @@ def test_below_the_crossover_everything_is_read(engine, greedy, prompts, counts,
     greedy(llm, prompts([900, 800, 700, 600]), 12)
     seen = counts(llm)
     assert 0 < seen.sparse_rows < seen.verify_rows
+
+
+def test_tokens_of_rounds_that_choose_nothing_are_known_later(engine, prompts, audit):
+    """`audit` compares the ids of each choice with the request's."""
+    from vllm import SamplingParams
+
+    llm = engine({"ratio": 0.2, "min_tokens": 32, "crossover_tokens": 1500})
+    run = llm.llm_engine
+    parameters = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, detokenize=False)
+    first, *others = prompts([700, 600, 500])
+    run.add_request("first", first, parameters)
+    for _ in range(6):
+        run.step()
+    assert not audit.copied_rows
+    for i, prompt in enumerate(others):
+        run.add_request(f"other{i}", prompt, parameters)
+    while run.has_unfinished_requests():
+        run.step()
+    assert {name.split("-")[0] for name in audit.copied_rows} == {"first", "other0", "other1"}
