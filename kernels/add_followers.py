@@ -1,7 +1,7 @@
 """Attention mass with a little more of it where an earlier occurrence of a token to come is followed.
 
-Induction heads attend to what came after earlier occurrences of the token at hand (Olsson et al., arXiv 2209.11895), and
-a round's tokens are known before they are verified. Whatever such a position has already, it gets more than the mean:
+Induction heads attend to what came after earlier occurrences of the token at hand (Olsson et al., arXiv 2209.11895),
+and a round's tokens are known before they are verified. What such a position has already grows by half of the mean:
 
     follows[r, p]   = p >= 1 and ids[slots[r], p - 1] is one of tokens[r]
     out[n, r, g, p] = mass[sources[n], r, g, p] + (1 / (2 * lens[r]) if follows[r, p] else 0)        p < lens[r]

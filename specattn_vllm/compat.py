@@ -29,7 +29,8 @@ add_worker_method     `collective_rpc("specattn_stats")` and `("specattn_audit")
 
 Leaned on without a patch: `speculation/speculator.py` overrides the methods in SPECULATOR_HOOKS of upstream's
 speculator (`missing_hooks` looks for them at start-up) and reads its `last_token_indices`, `expanded_positions`,
-`expanded_input_ids`, `input_buffers`, `block_tables`, `draft_tokens`, `attn_cg_support`, `dp_size` and `draft_watermarker`;
+`expanded_input_ids`, `input_buffers`, `block_tables`, `draft_tokens`, `attn_cg_support`, `dp_size` and
+`draft_watermarker`;
 `speculation/graphs.py` builds on vLLM's `CudaGraphManager`, `InputBuffers` and `InputBatch.make_dummy`;
 `speculation/wiring.py` reads the attention layers that vLLM has configured.
 

@@ -123,8 +123,8 @@ class SpecAttnOptions(BaseModel):
     )
     induction: bool = Field(
         True,
-        description="With rule 'top_k', in layers that the layer map names as copying, what follows an earlier occurrence "
-        "of one of the round's tokens is kept before what has less than the mean of the draft's attention.",
+        description="With rule 'top_k', in layers that the layer map names as copying, what follows an earlier "
+        "occurrence of one of the round's tokens counts half of the mean attention more.",
     )
     per_kv_head: bool = Field(
         False, description="With 'vegas', a selection for each KV head instead of one that all heads of a layer share."
@@ -246,7 +246,7 @@ class SpecAttnOptions(BaseModel):
 
     @property
     def uses_induction(self) -> bool:
-        """Whether the layer map may name layers that copy. A union is chosen step by step, before the drafts are known."""
+        """Whether the layer map may name layers that copy. A union is chosen before the drafts are all known."""
         return self.induction and self.fixed_budget and not self.has_sizes and self.combine != "union"
 
     @property

@@ -258,7 +258,7 @@ def test_the_table_command_prints_them(tmp_path, capsys):
 def test_what_is_measured_is_not_run_again_and_a_failure_costs_the_others_nothing(tmp_path, monkeypatch):
     ran, path = [], tmp_path / "report.json"
 
-    def measure(job, reference, log):
+    def measure(job, reference, log, gpu):
         ran.append(job.setting.name)
         return "ValueError: no" if job.setting.name == "broken" else result_of(job, True, True, True)
 

@@ -9,6 +9,7 @@ import math
 import os
 import re
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -236,10 +237,14 @@ def engines(monkeypatch):
 
     class Engines:
         def __init__(self):
-            self.ran, self.broken = [], set()
+            self.ran, self.broken, self.together = [], set(), None
+            self.gpus = {}
 
-        def measure(self, job, reference, log):
+        def measure(self, job, reference, log, gpu):
             self.ran.append(job.setting.name)
+            self.gpus[job.setting.name] = gpu
+            if self.together is not None and not job.setting.is_reference:
+                self.together.wait(timeout=10)  # broken, and so an error, if fewer ever run at a time
             if job.setting.name in self.broken:
                 return "ValueError: no"
             if job.setting.is_reference:
@@ -324,6 +329,14 @@ def test_a_setting_that_fails_is_named_and_the_others_go_on(engines, tmp_path):
     engines.broken = set()
     failed, found = evaluate(path)
     assert failed == [] and engines.ran == ["dense", "half", "quarter", "half"]
+
+
+def test_as_many_run_at_a_time_as_there_are_gpus_once_the_dense_one_is_done(engines, tmp_path):
+    engines.together = threading.Barrier(2)
+    failed, found = evaluate(tmp_path / "report.json", gpus=["3", "5"])
+    assert failed == [] and engines.ran[0] == "dense"
+    assert engines.gpus["dense"] == "3" and {engines.gpus["half"], engines.gpus["quarter"]} == {"3", "5"}
+    assert [result.name for result in found.results] == ["dense", "half", "quarter"]
 
 
 def test_without_the_dense_run_nothing_else_is_run(engines, tmp_path):

@@ -383,7 +383,8 @@ def test_a_preset_sets_what_is_not_given(method):
     changed = {key: value for key, value in preset.items() if value != plain[key]}
     assert changed == {"preset": "paper"} | {
         "specattn": {"rule": "top_p", "top_p": 0.97, "combine": "union", "dense_layers": (0, 1), "min_tokens": 0,
-                     "sink_tokens": 0, "recent_tokens": 0, "bonus_row": False, "unread_mean": False, "induction": False},
+                     "sink_tokens": 0, "recent_tokens": 0, "bonus_row": False, "unread_mean": False,
+                     "induction": False},
         "sts": {"rule": "top_k", "ratio": 1.0, "max_tokens": 256, "min_tokens": 0, "sink_tokens": 0,
                 "recent_tokens": 0, "bonus_row": False, "unread_mean": False, "induction": False},
         "vegas": {"rule": "top_k", "ratio": 0.07, "min_tokens": 256, "sink_tokens": 0, "recent_tokens": 0,

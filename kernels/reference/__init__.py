@@ -2,8 +2,8 @@
 
 Each function has the signature of its Triton twin; shapes, dtypes, padding rules and errors are stated there, once
 (``draft_attention.py``, ``accumulate_mass.py``, ``dilate_mass.py``, ``average_mass.py``, ``add_mass.py``,
-``add_followers.py``, ``count_ranked.py``, ``top_p.py``, ``page_tables.py``, ``sparse_attention.py``, ``sum_context.py``,
-``add_unread.py``).
+``add_followers.py``, ``count_ranked.py``, ``top_p.py``, ``page_tables.py``, ``sparse_attention.py``,
+``sum_context.py``, ``add_unread.py``).
 Scores and softmax are computed in fp32. They loop over requests, because requests differ in length and a padded batch
 would spend most of its time on padding, and over nothing else.
 

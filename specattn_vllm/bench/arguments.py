@@ -25,6 +25,17 @@ def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return convert
 
 
+def add_gpus(group: argparse._ArgumentGroup, what: str) -> None:
+    group.add_argument(
+        "--gpus",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="GPU,...",
+        help=f"as many {what} at a time, each on one of these GPUs (as in CUDA_VISIBLE_DEVICES); default: one at a "
+        "time, on the first",
+    )
+
+
 def engines_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is measured")
     what.add_argument("--shape", default="llama-8b-1b", choices=models.shape_names(), help="[%(default)s]")
@@ -125,14 +136,7 @@ def engines_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--resume", action="store_true", help="go on with --out: engines measured there are not run again")
     run.add_argument("--rerun", action="store_true", help="the same, but engines named now run again if measured")
     run.add_argument("--overwrite", action="store_true", help="throw away what --out holds")
-    run.add_argument(
-        "--gpus",
-        type=lambda text: text.split(","),
-        default=[],
-        metavar="GPU,...",
-        help="as many engines at a time, each on one of these GPUs (as in CUDA_VISIBLE_DEVICES); default: one engine "
-        "at a time, on the first",
-    )
+    add_gpus(run, "engines")
     run.add_argument(
         "--keep-going",
         action=argparse.BooleanOptionalAction,

@@ -11,6 +11,7 @@ import torch
 from specattn_vllm.bench import kernel_shapes as shapes
 from specattn_vllm.bench.kernel_bench import Bench, Calls, Skip
 from specattn_vllm.bench.kernel_data import layer_count, pack_bits, random_positions, realistic_mass
+from specattn_vllm.bench.kernel_followers import followers
 from specattn_vllm.bench.kernel_report import Row
 from specattn_vllm.bench.kernel_shapes import BLOCK_SIZE, VERIFY_LEN, Batch, Pair
 
@@ -59,6 +60,8 @@ def _select(bench: Bench, batch: Batch, pair: Pair, groups: int, full: bool) -> 
         if bench.rows[-1].ms is not None:
             # How much was chosen, without which a time says little.
             bench.rows[-1].add_note(f"chose {float(counts.float().mean()) / context:.1%}")
+    if full:
+        followers(bench, batch, groups)
     if full and groups == 1:
         _vllm_top_p(bench, masses, shape, nbytes, topk)
         _flashinfer(bench, masses, shape, nbytes, topk)

@@ -1,16 +1,17 @@
-"""Runs settings one after the other, each in a process of its own, and keeps the report up to date after each."""
+"""Runs settings, each in a process of its own, one at a time or one per GPU, and keeps the report up to date."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
+import queue
 import re
 import shutil
 import sys
 import traceback
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,13 @@ def run_all(
     order: list[str],
     *,
     keep_reference: bool = False,
+    gpus: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> list[str]:
     """Run what the report does not have yet, the dense setting first; returns the names of those that failed.
 
-    Results stand in the order of the names in `order`, whichever of them are run now; the dense one goes first.
+    Results stand in the order of the names in `order`, whichever of them are run now; the dense one goes first. `gpus`:
+    as many settings at a time, each on a GPU of its own, once the dense one is done.
     """
     prepare_environment(jobs[0].device)
     reference = out.with_suffix(".reference")
@@ -48,14 +51,11 @@ def run_all(
         say(f"{dense.setting.name}: measured already, but what the others are compared with is gone")
         missing.insert(0, dense)
     failed = []
-    for job in missing:
-        log = out.with_suffix(".logs") / f"{re.sub(r'[^a-z0-9.]+', '-', job.setting.name.lower()).strip('-')}.log"
-        outcome = in_own_process(job, reference, log)
+    logs = out.with_suffix(".logs")
+    for job, outcome in outcomes(missing, dense, reference, logs, gpus):
         if isinstance(outcome, str):
-            say(f"{job.setting.name}: failed: {outcome} (log: {log})")
+            say(f"{job.setting.name}: failed: {outcome} (log: {log_of(job, logs)})")
             failed.append(job.setting.name)
-            if job is dense:
-                break  # nothing to compare with
             continue
         outcome.provenance = report.provenance
         say(f"{job.setting.name}: {outcome.seconds:.0f} s")
@@ -67,6 +67,39 @@ def run_all(
     if dense.has_reference and not failed and not keep_reference:
         shutil.rmtree(reference)
     return failed
+
+
+def outcomes(
+    jobs: list[EngineJob], dense: EngineJob, reference: Path, logs: Path, gpus: Sequence[str]
+) -> Iterator[tuple[EngineJob, Result | str]]:
+    """Each job with its result, or why there is none, as soon as it is done. Without the dense one's nothing follows,
+    for want of what the others are compared with."""
+    free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for gpu in gpus or (None,):
+        free.put(gpu)
+
+    def run(job: EngineJob) -> tuple[EngineJob, Result | str]:
+        gpu = free.get()
+        try:
+            return job, in_own_process(job, reference, log_of(job, logs), gpu)
+        finally:
+            free.put(gpu)
+
+    if dense in jobs:
+        first = run(dense)
+        yield first
+        if isinstance(first[1], str):
+            return
+    pool = ThreadPoolExecutor(len(gpus) or 1)
+    try:
+        for done in as_completed([pool.submit(run, job) for job in jobs if job is not dense]):
+            yield done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # an interrupt ends what runs, and nothing begins after it
+
+
+def log_of(job: EngineJob, logs: Path) -> Path:
+    return logs / f"{re.sub(r'[^a-z0-9.]+', '-', job.setting.name.lower()).strip('-')}.log"
 
 
 def prepare_environment(device: str) -> None:
@@ -88,18 +121,20 @@ def is_for(reference: Path, dense: EngineJob) -> bool:
         return False
 
 
-def in_own_process(job: EngineJob, reference: Path, log: Path) -> Result | str:
+def in_own_process(job: EngineJob, reference: Path, log: Path, gpu: str | None = None) -> Result | str:
     """The result, or in words why there is none. A process of its own gives back all of a GPU's memory at its end."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
         try:
-            return pool.submit(_measure, job, reference, log).result()
+            return pool.submit(_measure, job, reference, log, gpu).result()
         except BrokenProcessPool:
             return "its process ended before it was done, as it does when memory runs out"
 
 
-def _measure(job: EngineJob, reference: Path, log: Path) -> Result | str:
+def _measure(job: EngineJob, reference: Path, log: Path, gpu: str | None = None) -> Result | str:
     """In the new process: what vLLM and its libraries print goes to the log, progress to the terminal."""
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA looks when it is first used
     terminal = os.fdopen(os.dup(2), "w")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:

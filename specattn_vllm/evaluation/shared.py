@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specattn_vllm.bench.arguments import checked
+from specattn_vllm.bench.arguments import add_gpus, checked
 from specattn_vllm.bench.grid import parse_option
 from specattn_vllm.installed import UserError, demo_folder
 
@@ -53,6 +53,7 @@ def add_running(parser: argparse.ArgumentParser, out: str, listed: str) -> argpa
     )  # fmt: skip
     run.add_argument("--overwrite", action="store_true", help="throw away what --out holds")
     run.add_argument("--list", action="store_true", help=f"show {listed} and stop")
+    add_gpus(run, "settings")
     run.add_argument("--commit", metavar="NAME", help="recorded, where the checkout does not know its own")
     return run
 
@@ -82,6 +83,7 @@ def measure(
 
     results = [] if args.overwrite else runner.earlier(args.out, setup, kind)
     report = kind(provenance=provenance(args.commit), setup=setup, results=results)
+    running["gpus"] = args.gpus
     failed = runner.run_all(jobs, report, args.out, [setting.name for setting in given], **running)
     if report.dense is not None:
         print("\n" + markdown(report))

@@ -3,7 +3,7 @@
 Induction heads attend to what came after earlier occurrences of the token at hand (Olsson et al., arXiv 2209.11895). A
 draft model of another size has other such heads, or none, so its attention foresees theirs worst of all. But a round's
 tokens are known before the target verifies them, and so is the context: in layers that the map names, what follows an
-earlier occurrence of one of them comes before whatever has less than the mean of the attention (`add_followers`).
+earlier occurrence of one of them counts half of the mean more (`add_followers`).
 """
 
 from __future__ import annotations
@@ -77,7 +77,8 @@ class Induction:
     ) -> None:
         """out [N, R, G, L] float32 = the sources' mass [S, R, G, L], and more of it for what follows.
 
-        slots [R] int64; lens [R] int32: tokens that are ranked, behind which the sampled one stands; drafts [R, K] int64.
+        slots [R] int64; lens [R] int32: tokens that are ranked, behind which the sampled one stands; drafts [R, K]
+        int64.
         """
         sampled = self.ids[slots, lens.long()]
         tokens = torch.cat((sampled[:, None].long(), drafts), 1)
