@@ -33,6 +33,14 @@ def default_settings(context: int) -> list[Setting]:
             for method, shares in (("specattn", (0.125, 0.05)), ("sts", (0.25, 0.125, 0.05)))
             for share in shares
         ),
+        # What each part is worth.
+        *(
+            Setting(
+                name=f"specattn 12.5%, {part} off",
+                options={"method": "specattn", "rule": "top_k", "ratio": 0.125, "min_tokens": 0, part: False},
+            )
+            for part in ("unread_mean", "induction", "layer_shares", "bonus_row")
+        ),
         # Sizes follow the target's attention: how much that is of the context is measured, not set.
         *(
             Setting(name=f"fused{what}", options={"method": "fused", "min_tokens": 0, **options})

@@ -75,6 +75,7 @@ def test_exact_modes_equal_plain_decoding(options, engine, greedy, prompts, coun
     "options",
     [
         pytest.param({"top_p": 0.8}, id="specattn"),
+        pytest.param({"ratio": 0.2, "min_tokens": 32}, id="ratio"),
         pytest.param({"top_p": 0.8, "sparse_draft": True}, id="sparse_draft"),
         pytest.param({"top_p": 0.8, "sparse_draft": True, "refresh_draft_every": 3}, id="refresh_draft_every"),
         pytest.param({"top_p": 0.8, "refresh_every": 3}, id="refresh_every"),
