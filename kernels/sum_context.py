@@ -1,11 +1,11 @@
 """Sums of the keys and of the values of each request's context, taken further at every step.
 
     sums[slots[r], h] += sum over p of (key, value) of position p and head h        summed[slots[r], h] <= p < end
-    summed[slots[r], h] = end        end = min(lens[r], summed[slots[r], h] + LONGEST)
+    summed[slots[r], h] = end        end = min(lens[r], summed[slots[r], h] + longest)
 
 What a selection leaves out is many tokens of little weight each; their mean stands for them (``add_unread.py``). Every
-position is read once in the life of its request, and a step's work is bounded: the first steps after a long prompt take
-``LONGEST`` positions each, later ones the few that were accepted.
+position is read once in the life of its request: those of a prompt, or found in the prefix cache, by as many programs as
+it takes while the prompt is computed; later the few that a verification accepted, by one.
 
 kv_cache      [B, H, N, 2D]  float; positions from lens on, and those summed before, are not read
 block_table   [R, nb]        int32
@@ -13,6 +13,8 @@ slots         [R]            int64, distinct where not negative; -1 = padded row
 lens          [R]            int32; below summed, nothing is done
 sums          [Z, H, 2D]     float32; where summed is 0 what it holds is not read
 summed        [Z, H]         int32, positions summed so far
+longest       int            on the host, positions of a row that are taken; more than LONGEST also take a buffer of
+                             their own, so not where a CUDA graph is captured. Sums do not depend on timing
 """
 
 from __future__ import annotations
@@ -23,52 +25,100 @@ import triton.language as tl
 
 from . import contracts, unread_contracts
 
-LONGEST = 2048
-"""Positions of a request per step. 2048 of head size 128 are a megabyte for each program; not measured."""
+LONGEST = 1024
+"""Positions that one program takes. For more of a request's there are as many programs as it takes."""
 BLOCK = 64
 NUM_WARPS = 4
 
 
 @triton.jit
+def _range_sum(kv_cache, table, h, first, end, stride_cb, stride_ch, stride_cn, block_size, WIDTH: tl.constexpr,
+               BLOCK: tl.constexpr):  # fmt: skip
+    """[WIDTH]: sum of the entries of head h at positions from first up to end."""
+    d = tl.arange(0, WIDTH)
+    total = tl.zeros([WIDTH], tl.float32)
+    for start in range(first, end, BLOCK):
+        p = start + tl.arange(0, BLOCK)
+        inside = p < end
+        block = tl.load(table + p // block_size, mask=inside, other=0).to(tl.int64)
+        entry = kv_cache + block * stride_cb + h * stride_ch + (p % block_size).to(tl.int64) * stride_cn
+        total += tl.sum(tl.load(entry[:, None] + d[None, :], mask=inside[:, None], other=0.0).to(tl.float32), 0)
+    return total
+
+
+# Compiled once, not anew for lengths that happen to be multiples of 16.
+@triton.jit(do_not_specialize=["longest"])
 def _sum_kernel(
-    kv_cache, block_table, slots, lens, sums, summed,
-    stride_cb, stride_ch, stride_cn, stride_br, stride_sz, stride_sh, stride_uz, block_size,
-    LONGEST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    kv_cache, block_table, slots, lens, sums, summed, parts,
+    stride_cb, stride_ch, stride_cn, stride_br, stride_sz, stride_sh, stride_uz, block_size, longest,
+    LONGEST: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
+    r, h, s = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    slot = tl.load(slots + r)
+    if slot < 0:
+        return
+    first = tl.load(summed + slot * stride_uz + h)
+    end = tl.minimum(tl.load(lens + r), first + longest)
+    begin = first + s * LONGEST
+    if end <= begin:
+        return
+    stop = tl.minimum(end, begin + LONGEST)
+    total = _range_sum(
+        kv_cache, block_table + r * stride_br, h, begin, stop, stride_cb, stride_ch, stride_cn, block_size, WIDTH, BLOCK
+    )
+    d = tl.arange(0, WIDTH)
+    if ALONE:
+        sums += slot * stride_sz + h * stride_sh
+        total += tl.load(sums + d, mask=d < tl.where(first > 0, WIDTH, 0), other=0.0)
+        tl.store(sums + d, total)
+        tl.store(summed + slot * stride_uz + h, end)
+    else:
+        part = (r * tl.num_programs(1) + h) * tl.num_programs(2) + s
+        tl.store(parts + part * WIDTH + d, total)
+
+
+@triton.jit(do_not_specialize=["longest", "number"])
+def _add_parts_kernel(
+    slots, lens, sums, summed, parts, number, stride_sz, stride_sh, stride_uz, longest,
+    LONGEST: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     r, h = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     slot = tl.load(slots + r)
     if slot < 0:
         return
     first = tl.load(summed + slot * stride_uz + h)
-    end = tl.minimum(tl.load(lens + r), first + LONGEST)
+    end = tl.minimum(tl.load(lens + r), first + longest)
     if end <= first:
         return
     d = tl.arange(0, WIDTH)
     sums += slot * stride_sz + h * stride_sh
+    parts += (r * tl.num_programs(1) + h) * number * WIDTH
     total = tl.load(sums + d, mask=d < tl.where(first > 0, WIDTH, 0), other=0.0)
-    for start in range(first, end, BLOCK):
-        p = start + tl.arange(0, BLOCK)
-        inside = p < end
-        block = tl.load(block_table + r * stride_br + p // block_size, mask=inside, other=0).to(tl.int64)
-        entry = kv_cache + block * stride_cb + h * stride_ch + (p % block_size).to(tl.int64) * stride_cn
-        kv = tl.load(entry[:, None] + d[None, :], mask=inside[:, None], other=0.0).to(tl.float32)
-        total += tl.sum(kv, 0)
+    for s in range(0, tl.cdiv(end - first, LONGEST)):
+        total += tl.load(parts + s * WIDTH + d)
     tl.store(sums + d, total)
     tl.store(summed + slot * stride_uz + h, end)
 
 
 def sum_context(
     kv_cache: torch.Tensor, block_table: torch.Tensor, slots: torch.Tensor, lens: torch.Tensor, sums: torch.Tensor,
-    summed: torch.Tensor,
+    summed: torch.Tensor, longest: int = LONGEST,
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    unread_contracts.sum_context(kv_cache, block_table, slots, lens, sums, summed)
+    unread_contracts.sum_context(kv_cache, block_table, slots, lens, sums, summed, longest)
     rows, heads, width = slots.shape[0], sums.shape[1], sums.shape[2]
     contracts.head_size(width // 2)
     if rows == 0:
         return
-    _sum_kernel[(rows, heads)](
-        kv_cache, block_table, slots, lens, sums, summed, *kv_cache.stride()[:3], block_table.stride(0),
-        *sums.stride()[:2], summed.stride(0), kv_cache.shape[2], LONGEST=LONGEST, WIDTH=width, BLOCK=BLOCK,
-        num_warps=NUM_WARPS,
+    number = triton.cdiv(longest, LONGEST)
+    parts = sums if number == 1 else sums.new_empty((rows, heads, number, width))
+    _sum_kernel[(rows, heads, number)](
+        kv_cache, block_table, slots, lens, sums, summed, parts, *kv_cache.stride()[:3], block_table.stride(0),
+        *sums.stride()[:2], summed.stride(0), kv_cache.shape[2], longest, LONGEST=LONGEST, WIDTH=width, BLOCK=BLOCK,
+        ALONE=number == 1, num_warps=NUM_WARPS,
     )  # fmt: skip
+    if number > 1:
+        _add_parts_kernel[(rows, heads)](
+            slots, lens, sums, summed, parts, number, *sums.stride()[:2], summed.stride(0), longest,
+            LONGEST=LONGEST, WIDTH=width, num_warps=1,
+        )  # fmt: skip

@@ -13,7 +13,7 @@ def _sums(sums, summed, heads: int, size: int, device) -> None:
     tensor("summed", summed, (sums.shape[0], heads), torch.int32, device)
 
 
-def sum_context(kv_cache, block_table, slots, lens, sums, summed) -> None:
+def sum_context(kv_cache, block_table, slots, lens, sums, summed, longest) -> None:
     tensor("kv_cache", kv_cache, (None, None, None, None), FLOATS)
     heads, width, dev = kv_cache.shape[1], kv_cache.shape[3], kv_cache.device
     expect(width % 2 == 0, "kv_cache", f"rows of {width}", "a key and a value")
@@ -22,6 +22,7 @@ def sum_context(kv_cache, block_table, slots, lens, sums, summed) -> None:
     tensor("block_table", block_table, (rows, None), torch.int32, dev)
     tensor("lens", lens, (rows,), torch.int32, dev)
     _sums(sums, summed, heads, width // 2, dev)
+    expect(longest >= 1, "longest", longest, "at least 1")
 
 
 def add_unread(query, out, lse, seq_lens, kept, slots, sums, summed, query_start_loc, max_query_len) -> None:

@@ -23,7 +23,7 @@ def unread(slots: int = 3, layers: int = 2) -> Unread:
 def begin(made: Unread, slots, prefilling, lens, queries, rows=None) -> None:
     starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32)
     made.begin(
-        torch.tensor(slots), torch.tensor(prefilling), starts, torch.tensor(lens, dtype=torch.int32),
+        torch.tensor(slots), torch.tensor(prefilling), any(prefilling), starts, torch.tensor(lens, dtype=torch.int32),
         len(slots) if rows is None else rows,
     )  # fmt: skip
 
@@ -31,7 +31,7 @@ def begin(made: Unread, slots, prefilling, lens, queries, rows=None) -> None:
 def test_what_is_summed_is_what_the_cache_holds_for_good():
     made = unread()
     begin(made, [2, 0, -1], [False, True, False], [20, 9, 0], [5, 1, 0])
-    # A row that prefills is not summed, nor is padding.
+    # A row that prefills is none of those that verify, nor is padding.
     assert made.slots.tolist() == [2, -1, -1]
     assert made.lens[0] == 15
 
@@ -43,12 +43,29 @@ def test_rows_of_the_last_step_are_forgotten():
     assert made.slots.tolist() == [1, -1, -1]
 
 
-def test_a_request_that_prefills_clears_its_slot_in_every_layer():
+def test_a_request_that_enters_clears_its_slot_in_every_layer():
     made = unread()
     made.summed.fill_(7)
-    # The long row is none of those that verify, and is cleared all the same.
-    begin(made, [2, 1], [False, True], [20, 400], [5, 300], rows=1)
+    made.forget(1)
     assert made.summed[:, 1].eq(0).all() and made.summed[:, [0, 2]].eq(7).all()
+
+
+def test_prompts_are_summed_while_they_are_computed_with_what_the_prefix_cache_had():
+    """Chunk after chunk, in one layer; rows that verify wait for `add`."""
+    made, length = unread(), 19
+    cache = torch.randn(6, HEADS, BLOCK, 2 * SIZE, generator=torch.Generator().manual_seed(1))
+    table = torch.tensor([[0, 1, 2, 3, 5], [4, 1, 3, 0, 2]], dtype=torch.int32)
+    kv = cache[table[1].long()].transpose(0, 1).reshape(HEADS, -1, 2 * SIZE)
+    made.forget(0)
+    for end, queries in ((11, 3), (length, 8)):  # the first 8 tokens were cached
+        begin(made, [2, 0], [False, True], [9, end], [5, queries], rows=1)
+        md = SimpleNamespace(block_table=table, max_seq_len=end)
+        LayerUnread(made, 1).take_in(cache, md)
+        assert made.summed[1, 0].tolist() == [end] * HEADS
+        torch.testing.assert_close(made.sums[1, 0], kv[:, :end].sum(1))
+    assert made.summed[0].eq(0).all() and made.summed[1, [1, 2]].eq(0).all()
+    begin(made, [2, 0], [False, False], [9, length + 5], [5, 5])
+    LayerUnread(made, 1).take_in(None, None)  # a step without prompts has nothing to do
 
 
 @pytest.mark.parametrize("kept", [[[6]], [[6, 3]]], ids=["shared", "per head"])

@@ -7,16 +7,17 @@ import torch
 from .. import unread_contracts
 
 
-def sum_context(kv_cache, block_table, slots, lens, sums, summed) -> None:
+def sum_context(kv_cache, block_table, slots, lens, sums, summed, longest=None) -> None:
     """Sums taken further. See ``sum_context.sum_context``."""
     from ..sum_context import LONGEST
 
-    unread_contracts.sum_context(kv_cache, block_table, slots, lens, sums, summed)
+    longest = LONGEST if longest is None else longest
+    unread_contracts.sum_context(kv_cache, block_table, slots, lens, sums, summed, longest)
     for r, (slot, length) in enumerate(zip(slots.tolist(), lens.tolist(), strict=True)):
         if slot < 0:
             continue
         for h, first in enumerate(summed[slot].tolist()):
-            end = min(length, first + LONGEST)
+            end = min(length, first + longest)
             if end <= first:
                 continue
             position = torch.arange(first, end, device=kv_cache.device)

@@ -90,6 +90,8 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         query = query[: md.num_actual_tokens]
         if md.capture is not None and md.capture.attend(layer.layer_name, query, kv_cache, md, self.scale, out):
             return output
+        if self.unread is not None:
+            self.unread.take_in(kv_cache, md)
         source = md.sparse.layer_sources.get(layer.layer_name) if md.sparse is not None else None
         if source is None:
             self._dense(query, kv_cache, md, out, first_row=0, first_token=0)

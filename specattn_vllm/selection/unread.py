@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 class Unread:
     """Sums of keys and values by request slot, of each target layer that reads a selection.
 
-    `begin` outside of any graph, one `LayerUnread.add` of each layer, which may run under CUDA graph capture. Nothing
-    waits for the device and every buffer lasts.
+    `forget` when a request is given a slot; for a step `begin` outside of any graph, then of each layer
+    `LayerUnread.take_in`, which does something where prompts are computed, and that is never under CUDA graph capture,
+    and one `LayerUnread.add`, which may be. Nothing waits for the device and every buffer of `add` lasts.
 
     sums    [A, num_slots + 1, H, 2D] float32, summed [A, num_slots + 1, H] int32: of how many positions. The last slot
             is nobody's, as in `SelectionStore`.
@@ -52,32 +53,47 @@ class Unread:
         self.summed = torch.zeros(shape, dtype=torch.int32, device=device)
         self.slots = torch.full((max_num_reqs,), -1, dtype=torch.int64, device=device)
         self.lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
+        self.prompts: tuple[torch.Tensor, torch.Tensor] | None = None
+        """Where the step computes prompts: their slots, -1 for other rows, and how far they will be in the cache."""
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (self.sums, self.summed, self.slots, self.lens))
 
+    def forget(self, slot: int) -> None:
+        """A request, new or resumed, is given a slot."""
+        self.summed[:, slot].fill_(0)
+
     def begin(
-        self, slots: torch.Tensor, prefilling: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor,
-        rows: int,
+        self, slots: torch.Tensor, prefilling: torch.Tensor, prefills: bool, query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor, rows: int,
     ) -> None:  # fmt: skip
         """Announce a step of the target, of which the first `rows` rows are no longer than a verification.
 
-        slots [R] int64, -1 for rows that only fill a graph's batch; prefilling [R] bool; query_start_loc [R+1] and
-        seq_lens [R] int32. A row that prefills belongs to a request that is new or resumed, and clears its slot.
+        slots [R] int64, -1 for rows that only fill a graph's batch; prefilling [R] bool, and on the host whether any
+        row is; query_start_loc [R+1] and seq_lens [R] int32.
         """
-        self.summed[:, torch.where(prefilling, slots, -1)] = 0
+        self.prompts = (torch.where(prefilling, slots, -1), seq_lens) if prefills else None
         self.slots.fill_(-1)
         self.slots[:rows] = torch.where(prefilling[:rows], -1, slots[:rows])
         self.lens[:rows] = seq_lens[:rows] - query_start_loc[: rows + 1].diff()
 
 
 class LayerUnread:
-    """One layer's part; everything here may run under CUDA graph capture."""
+    """One layer's part."""
 
     def __init__(self, unread: Unread, index: int) -> None:
         self._unread = unread
         self._index = index
+
+    def take_in(self, kv_cache: torch.Tensor, md: SpecAttnMetadata) -> None:
+        """Sum what the step adds to prompts, and what they found in the prefix cache; their keys are in the cache."""
+        unread = self._unread
+        if unread.prompts is not None:
+            slots, lens = unread.prompts
+            sums, summed = unread.sums[self._index], unread.summed[self._index]
+            table = md.block_table[: len(slots)]
+            unread.operations.sum_context(kv_cache, table, slots, lens, sums, summed, md.max_seq_len)
 
     def add(
         self, query: torch.Tensor, kv_cache: torch.Tensor, md: SpecAttnMetadata, kept: torch.Tensor, scale: float,

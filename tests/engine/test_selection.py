@@ -139,7 +139,7 @@ def test_page_tables_per_head_equal_the_oracle(combine, engine, greedy, prompts,
     shipped = json.loads(layer_map.shipped()["demo"].read_bytes())
     heads = [None if i is None else ([1, 0], [0, 0], [1, 1])[j % 3] for j, i in enumerate(shipped["layers"])]
     path = tmp_path / "crossed.json"
-    path.write_text(json.dumps({**shipped, "method": "sts", "heads": heads, "shares": None}))
+    path.write_text(json.dumps({**shipped, "method": "sts", "heads": heads, "shares": None, "induction": None}))
     oracle = Oracle(combine, 1.0, monkeypatch, ratio=0.125)
     options = {
         "method": "sts", "ratio": 0.125, "combine": combine, "sink_tokens": SINK, "recent_tokens": RECENT,
@@ -185,7 +185,7 @@ def test_layers_read_their_shares(method, combine, engine, greedy, prompts, monk
     shipped = json.loads(layer_map.shipped()["demo"].read_bytes())
     path = tmp_path / "shares.json"
     layers, shares = [None, 1, 1, 0, 1, 0], [None, 0.2, 0.6, 0.7, 0.2, 3.3]
-    path.write_text(json.dumps({**shipped, "layers": layers, "shares": shares}))
+    path.write_text(json.dumps({**shipped, "layers": layers, "shares": shares, "induction": None}))
     # Five layers at 0.4 read two contexts, of which that one has one.
     more = (2 - 1) / (0.4 * (0.2 + 0.6 + 0.7 + 0.2))
     selections = [(0, 0.7 * more), (0, 3.3), (1, 0.2 * more), (1, 0.6 * more)]
@@ -216,9 +216,9 @@ def test_what_is_captured_is_the_attention_of_the_draft_model(engine, greedy, pr
     captured = []
     select = DraftCapture.select
 
-    def watched(self):
+    def watched(self, drafts):
         captured.append((int(self.prefix_lens[0]), self.ranking.mass[:, 0, 0].clone().cpu(), dict(self.layer_sources)))
-        return select(self)
+        return select(self, drafts)
 
     monkeypatch.setattr(DraftCapture, "select", watched)
     [prompt] = prompts([333])

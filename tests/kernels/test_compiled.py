@@ -12,13 +12,14 @@ PROGRAM = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from specattn_vllm.kernels import add_unread, sum_context
+from specattn_vllm.kernels import add_followers, add_unread, sum_context
 
 POINTERS = {
     "kv_cache": "D", "block_table": "i32", "slots": "i64", "lens": "i32", "sums": "fp32", "summed": "i32",
     "query": "D", "out": "D", "lse": "fp32", "seq_lens": "i32", "kept": "i32", "query_start_loc": "i32",
+    "parts": "fp32", "mass": "fp32", "sources": "i64", "ids": "i32", "tokens": "i64",
 }
-SCALARS = {"block_size": "i32", "scale": "fp32"}
+SCALARS = {"block_size": "i32", "scale": "fp32", "longest": "i32", "number": "i32", "groups": "i32"}
 
 
 def compiled(kernel, dtype, warps, **constants):
@@ -36,15 +37,18 @@ def compiled(kernel, dtype, warps, **constants):
 
 
 for dtype, size, group in (("bf16", 128, 4), ("fp16", 64, 1)):
-    compiled(sum_context._sum_kernel, dtype, 4, LONGEST=2048, WIDTH=2 * size, BLOCK=64)
+    for alone in (True, False):
+        compiled(sum_context._sum_kernel, dtype, 4, LONGEST=1024, WIDTH=2 * size, BLOCK=64, ALONE=alone)
+    compiled(sum_context._add_parts_kernel, dtype, 1, LONGEST=1024, WIDTH=2 * size)
     compiled(add_unread._unread_kernel, dtype, 1, GROUP=group, HEADS=triton.next_power_of_2(group), D=size)
+compiled(add_followers._followers_kernel, "fp32", 4, C=5, BLOCK=1024)
 """
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-def test_the_mean_of_what_is_not_read_compiles(capability):
+def test_they_compile(capability):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     program = PROGRAM.replace("CAPABILITY", str(capability))
     done = subprocess.run([sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 4
+    assert len(done.stdout.splitlines()) == 9

@@ -45,9 +45,10 @@ def cache_of(lens: list[int], heads: int, place, poisoned):
         ([40, 17, 33, 5], [0, 12, 33, 9]),  # new, begun, up to date, and shorter than what was summed
         ([LONGEST + 5, 2 * LONGEST + 1, LONGEST], [0, 7, 0]),
     ],
-    ids=["one position", "at any stage", "more than a step takes"],
+    ids=["one position", "at any stage", "more than a program takes"],
 )
-def test_sums_go_as_far_as_a_step_may(lens, before, heads, op, place, poisoned):
+@pytest.mark.parametrize("longest", [LONGEST, LONGEST + 3, 3 * LONGEST], ids=["one", "two", "three"])
+def test_sums_go_as_far_as_a_step_may(lens, before, longest, heads, op, place, poisoned):
     device, _ = place
     cache, table, held = cache_of(lens, heads, place, poisoned)
     slots = [len(lens) + 1 - r for r in range(len(lens))]
@@ -60,9 +61,9 @@ def test_sums_go_as_far_as_a_step_may(lens, before, heads, op, place, poisoned):
     untouched = sums.clone()
     # The last row is padding, whatever its length says.
     rows = ints([*slots, -1], device, torch.int64)
-    op(cache, torch.cat((table, table[:1])), rows, ints([*lens, 9], device), sums, summed)
+    op(cache, torch.cat((table, table[:1])), rows, ints([*lens, 9], device), sums, summed, longest)
     for r, (length, done) in enumerate(zip(lens, before, strict=True)):
-        end = max(min(length, done + LONGEST), done)
+        end = max(min(length, done + longest), done)
         assert summed[slots[r]].tolist() == [end] * heads
         if end > done:
             wanted = held[r][:, :end].double().sum(1).float()
@@ -155,8 +156,9 @@ def test_one_mean_for_equal_tokens_is_exact(place, poisoned, close):
         ({"slots": torch.zeros(2, dtype=torch.int32)}, "slots: got torch.int32"),
         ({"sums": torch.zeros(4, 3, 128)}, r"sums: got shape \(4, 3, 128\)"),
         ({"summed": torch.zeros(4, 2)}, "summed: got torch.float32"),
+        ({"longest": 0}, "longest: got 0, wanted at least 1"),
     ],
-    ids=["lens", "slots", "sums", "summed"],
+    ids=["lens", "slots", "sums", "summed", "longest"],
 )
 def test_sum_refuses(change, message, op):
     good = {
