@@ -4,8 +4,8 @@
     summed[slots[r], h] = end        end = min(lens[r], summed[slots[r], h] + longest)
 
 What a selection leaves out is many tokens of little weight each; their mean stands for them (``add_unread.py``). Every
-position is read once in the life of its request: those of a prompt, or found in the prefix cache, by as many programs as
-it takes while the prompt is computed; later the few that a verification accepted, by one.
+position is read once in the life of its request: those of a prompt, or found in the prefix cache, by as many programs
+as it takes while the prompt is computed; later the few that a verification accepted, by one.
 
 kv_cache      [B, H, N, 2D]  float; positions from lens on, and those summed before, are not read
 block_table   [R, nb]        int32
@@ -24,9 +24,8 @@ import triton
 import triton.language as tl
 
 from . import contracts, unread_contracts
+from .unread_contracts import LONGEST
 
-LONGEST = 1024
-"""Positions that one program takes. For more of a request's there are as many programs as it takes."""
 BLOCK = 64
 NUM_WARPS = 4
 

@@ -7,6 +7,9 @@ import torch
 from . import contracts
 from .contracts import FLOATS, expect, tensor
 
+LONGEST = 1024
+"""Positions that one program of ``sum_context`` takes."""
+
 
 def _sums(sums, summed, heads: int, size: int, device) -> None:
     tensor("sums", sums, (None, heads, 2 * size), torch.float32, device)

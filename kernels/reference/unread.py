@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 
 from .. import unread_contracts
+from ..unread_contracts import LONGEST
 
 
-def sum_context(kv_cache, block_table, slots, lens, sums, summed, longest=None) -> None:
+def sum_context(kv_cache, block_table, slots, lens, sums, summed, longest=LONGEST) -> None:
     """Sums taken further. See ``sum_context.sum_context``."""
-    from ..sum_context import LONGEST
-
-    longest = LONGEST if longest is None else longest
     unread_contracts.sum_context(kv_cache, block_table, slots, lens, sums, summed, longest)
     for r, (slot, length) in enumerate(zip(slots.tolist(), lens.tolist(), strict=True)):
         if slot < 0:
