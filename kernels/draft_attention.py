@@ -91,7 +91,8 @@ def draft_attention(
     block_m = min(max(16, triton.next_power_of_2(tile_rows)), FP32_MAX_BLOCK_M if exact else MAX_BLOCK_M)
     tiles = triton.cdiv(tile_rows, block_m)
     if config is None:
-        config = FP32_CONFIG if exact else launch_config(size, block_m, positions is not None)
+        programs = rows * heads * tiles
+        config = FP32_CONFIG if exact else launch_config(size, block_m, positions is not None, programs)
     longest = block_table.shape[1] * block_size
     splits = num_splits(rows * heads * tiles, longest, config.block_n, query.device, config.waves)
     # Unused pointers still have to be pointers, and of a dtype that the kernel may name.
