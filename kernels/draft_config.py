@@ -34,7 +34,7 @@ CONFIGS = {
 # Where a launch has so few programs before rows are cut into parts, half as many parts are better: the best of 28 to 33
 # on an H200, 4 requests of 32k (1 of 128k), fp32 scores, 2026-11-26: (64, 32) 0.086 ms (0.116 before), (64, 16) 0.077
 # (0.081), (128, 16) 0.138 (0.142).
-FEW_PROGRAMS = 64
+FEW_PROGRAMS = 128
 FEW_CONFIGS = {
     (64, 16): LaunchConfig(128, 8, 3, 2),
     (64, 32): LaunchConfig(128, 4, 3, 2),
