@@ -32,12 +32,11 @@ CONFIGS = {
     (128, 128): LaunchConfig(32, 8, 4, 4),
 }
 # Where a launch has so few programs before rows are cut into parts, half as many parts are better: the best of 28 to 33
-# on an H200, 4 requests of 32k (1 of 128k), fp32 scores, 2026-11-26: (64, 32) 0.086 ms (0.116 before), (64, 16) 0.077
-# (0.081), (128, 16) 0.138 (0.142).
+# on an H200, 4 requests of 32k (1 of 128k), fp32 scores, 2026-11-26: (64, 16) 0.077 ms (0.081 before), (128, 16) 0.138
+# (0.142); of 16 requests of 32k they are as good as those above (docs/results/h200-draft-sweep.json).
 FEW_PROGRAMS = 128
 FEW_CONFIGS = {
     (64, 16): LaunchConfig(128, 8, 3, 2),
-    (64, 32): LaunchConfig(128, 4, 3, 2),
     (128, 16): LaunchConfig(64, 4, 3, 2),
 }
 # For rows that are read through a list, a tenth of 32k: 0.039 ms (0.041 before) and 0.067 ms (0.069). Larger tiles, of

@@ -139,15 +139,21 @@ def draft_kernel(
         # The scored rows alone, once more: in a tile of their own their logits reach memory with less to rearrange than
         # a few rows of the large tile would. 7 query rows of 4 heads: 0.298 ms, without this 0.348 (H200, 16 x 32k).
         m_scored = tl.arange(0, 16)
-        i_scored = scored_token(wanted, m_scored // GROUP, begin, q_len, C)
-        live_scored = i_scored >= 0
-        visible_scored = count - (q_len - 1 - i_scored)
+        if C == 1:
+            # One token's rows see alike, and with a bound for each in the mask of the store the whole kernel takes half
+            # as long again: 7 query rows of 4 heads, 0.429 ms instead of 0.293 (H200, 16 x 32k, fp32 scores).
+            only = scored_token(wanted, 0, begin, q_len, C)
+            live_scored = m_scored < tl.where(only >= 0, GROUP, 0)
+            visible_scored = count - (q_len - 1 - only)
+            token_scored = (begin + tl.maximum(only, 0)).to(tl.int64)
+        else:
+            i_scored = scored_token(wanted, m_scored // GROUP, begin, q_len, C)
+            live_scored = i_scored >= 0
+            visible_scored = (count - (q_len - 1 - i_scored))[:, None]
+            token_scored = (begin + i_scored).to(tl.int64)[:, None]
         where = scores + r * stride_sr + (head * (C * GROUP) + m_scored).to(tl.int64) * stride_sh
         q_scored = tl.load(
-            query
-            + (begin + i_scored).to(tl.int64)[:, None] * stride_qt
-            + (head * GROUP + m_scored % GROUP)[:, None] * stride_qh
-            + d[None, :],
+            query + token_scored * stride_qt + (head * GROUP + m_scored % GROUP)[:, None] * stride_qh + d[None, :],
             mask=live_scored[:, None],
             other=0.0,
         )
@@ -186,8 +192,7 @@ def draft_kernel(
         if HAS_SCORES:
             if SMALL_DOT:
                 value = (tl.dot(q_scored, tl.trans(k), input_precision="ieee") * scale).to(scores.dtype.element_ty)
-                seen = live_scored[:, None] & (j[None, :] < visible_scored[:, None])
-                tl.store(where[:, None] + j[None, :], value, mask=seen)
+                tl.store(where[:, None] + j[None, :], value, mask=live_scored[:, None] & (j[None, :] < visible_scored))
             else:
                 target = where[:, None] + j[None, :]
                 value = logits.to(scores.dtype.element_ty)

@@ -6,9 +6,9 @@ from specattn_vllm.executors import Operations
 from specattn_vllm.options import SpecAttnOptions
 
 # Context tokens of a batch, summed over its requests, at which pruning starts to pay. H200, Llama-8B with 1B shapes,
-# bf16, K = 5, 2026-11-22 (docs/results/h200-engine.json): with one request of 4k, the smallest cell, a round takes 11.5
-# to 11.6 ms whether everything is read or 5 to 25% of it; from 4 requests of 4k on it is shorter where less is read.
-MEASURED = {"fa3": 4096}
+# bf16, K = 5, 2026-11-26 (docs/results/h200-engine.json), a round with a quarter read against method 'dense': 12.1 ms
+# and 11.5 with one request of 4k, 12.8 and 12.6 with four, 13.2 and 13.7 with one of 32k, 14.8 and 16.5 with 16 of 4k.
+MEASURED = {"fa3": 32768}
 
 
 def crossover_tokens(options: SpecAttnOptions, operations: Operations) -> int:

@@ -8,8 +8,11 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -337,6 +340,39 @@ def test_as_many_run_at_a_time_as_there_are_gpus_once_the_dense_one_is_done(engi
     assert failed == [] and engines.ran[0] == "dense"
     assert engines.gpus["dense"] == "3" and {engines.gpus["half"], engines.gpus["quarter"]} == {"3", "5"}
     assert [result.name for result in found.results] == ["dense", "half", "quarter"]
+
+
+SLEEPER = """
+import os, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from specattn_vllm.evaluation import runner
+
+class Job:
+    has_reference = False
+    def run(self, reference, terminal):
+        Path(sys.argv[1]).write_text(str(os.getpid()))
+        time.sleep(60)
+
+if __name__ == "__main__":
+    runner.in_own_process(Job(), Path(sys.argv[1] + ".reference"), Path(sys.argv[1] + ".log"))
+"""
+
+
+def test_an_engine_ends_with_the_command_that_was_killed(tmp_path):
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    told = tmp_path / "pid"
+    command = subprocess.Popen([sys.executable, "-P", str(tmp_path / "sleeper.py"), str(told)])
+    deadline = time.monotonic() + 60
+    while not (told.exists() and told.read_text()):
+        assert time.monotonic() < deadline and command.poll() is None
+        time.sleep(0.1)
+    engine = int(told.read_text())
+    command.kill()
+    command.wait()
+    while Path(f"/proc/{engine}").exists() and "Z" not in Path(f"/proc/{engine}/stat").read_text().split(")")[1]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_without_the_dense_run_nothing_else_is_run(engines, tmp_path):

@@ -84,30 +84,38 @@ def test_the_cpu_s_table_is_what_was_measured():
         assert f"{results[mode]['prefill_tokens_per_second']:,}" in document
 
 
-def test_the_quality_is_what_was_measured(capsys):
+def methods_in_evaluation(file: str, begins: str, capsys) -> list[list[str]]:
+    """Cells of a report's table, which the page has, under the command that makes it."""
     from specattn_vllm.evaluation.methods_schema import Report
     from specattn_vllm.evaluation.report import markdown
     from specattn_vllm.evaluation.schema import read
 
-    measured = read(ROOT / "docs/results/demo-methods.json", Report)
+    measured = read(ROOT / f"docs/results/{file}.json", Report)
     document = (ROOT / "docs/evaluation.md").read_text()
     assert markdown(measured) in document
-    command_runs("eval methods --only", document, measured, capsys)
-    assert not any("unread_mean" in result.options for result in measured.results), "the defaults of now"
-    lines = [line.strip("| ").split(" | ") for line in markdown(measured).splitlines()]
+    command_runs(begins, document, measured, capsys)
+    return [line.strip("| ").split(" | ") for line in markdown(measured).splitlines()]
+
+
+def test_the_quality_is_what_was_measured(capsys):
+    lines = methods_in_evaluation("h200-methods-50k", "eval methods --documents 29", capsys)
     rows = {cells[0]: cells for cells in lines if len(cells) > 5}
     _, read, _, kl, _, perplexity, *_ = rows["specattn"]
     _, less, _, more_kl, _, more, *_ = rows["specattn 12.5%"]
-    first, second, third, fourth = (text.split()[0] for text in (kl, perplexity, more_kl, more))
+    _, theirs, _, their_kl, *_ = rows["specattn, as published"]
+    first, second, third, fourth, fifth = (text.split()[0] for text in (kl, perplexity, more_kl, more, their_kl))
     words = " ".join(README.split())
-    assert f"reading {read} of the KV by `specattn`'s defaults moves the perplexity" in words
-    assert f"of held-out code by {second}, KL {first}; at {less} it is {fourth} and {third} ([" in words
+    assert f"reading {read} of the KV by `specattn`'s defaults moves the perplexity of held-out code by {second}," in words
+    assert f"KL {first}; at {less} it is {fourth} and {third}, where the published method is at {fifth}" in words
+    assert f"at {fifth} with {theirs} ([" in words
 
 
-def before(name: str, measured) -> dict:
-    """What a setting of that name was measured with that is its default no longer; its page says so."""
-    [options] = [result.options for result in measured.results if result.name == name]
-    return {"unread_mean": False} if "unread_mean" in options else {}
+@pytest.mark.parametrize(
+    ("file", "begins"),
+    [("h200-methods", "eval methods --documents 16"), ("demo-8k", "eval methods --context 7600")],
+)
+def test_the_tables_of_methods_are_what_was_measured(file, begins, capsys):
+    methods_in_evaluation(file, begins, capsys)
 
 
 def command_runs(begins: str, document: str, measured, capsys) -> None:
@@ -121,19 +129,7 @@ def command_runs(begins: str, document: str, measured, capsys) -> None:
     assert sorted(re.findall(r"^(\S.*)\n  \{", capsys.readouterr().out, re.M)) == sorted(names)
     context = measured.setup.get("context", 2048)  # tasks have prompts of one length here
     now = {setting.name: (setting.options, setting.peer) for setting in default_settings(context)}
-    wanted = {name: (now[name][0] | before(name, measured), now[name][1]) for name in names}
-    assert {result.name: (result.options, result.peer) for result in measured.results} == wanted
-
-
-def test_the_table_of_methods_is_what_was_measured(capsys):
-    from specattn_vllm.evaluation.methods_schema import Report
-    from specattn_vllm.evaluation.report import markdown
-    from specattn_vllm.evaluation.schema import read
-
-    document = (ROOT / "docs/evaluation.md").read_text()
-    measured = read(ROOT / "docs/results/h200-methods.json", Report)
-    assert markdown(measured) in document
-    command_runs("eval methods --documents", document, measured, capsys)
+    assert {result.name: (result.options, result.peer) for result in measured.results} == {n: now[n] for n in names}
 
 
 def test_the_tables_of_tasks_are_what_was_measured(capsys):

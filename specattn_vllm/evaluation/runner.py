@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
 import queue
 import re
 import shutil
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,8 @@ from specattn_vllm import cpu_runner
 from specattn_vllm.bench.schema import write_json
 from specattn_vllm.evaluation.schema import AnyReport, EngineJob, Result
 from specattn_vllm.installed import UserError
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run_all(
@@ -133,6 +137,8 @@ def in_own_process(job: EngineJob, reference: Path, log: Path, gpu: str | None =
 
 def _measure(job: EngineJob, reference: Path, log: Path, gpu: str | None = None) -> Result | str:
     """In the new process: what vLLM and its libraries print goes to the log, progress to the terminal."""
+    # Linux ends this process with the one that waits for it: an engine that nobody waits for would hold its GPU.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA looks when it is first used
     terminal = os.fdopen(os.dup(2), "w")

@@ -82,4 +82,4 @@ def caption(report: TaskReport) -> str:
     text = f"{len(samples)} prompts of {min(tokens):,} to {max(tokens):,} tokens"
     if single := sum(sample["answer_tokens"] == 1 for sample in samples):
         text += f", of which {single} ask for a single token, which the prompt's own pass gives in every method"
-    return f"{text}; K = {setup['draft_tokens']}. {source(setup, report.provenance)}"
+    return f"{text}; K = {setup['draft_tokens']}. {source(report)}"
