@@ -312,6 +312,16 @@ def test_layers_that_cost_too_much_stay_dense(pair, tmp_path, capsys):
     assert "every layer costs more" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("kind", ["kl", "mass"])
+def test_a_goal_of_what_is_retained_sets_the_budget(pair, tmp_path, capsys, kind):
+    assert run(pair, tmp_path / "map.json", "--shares", kind, "--retain", "0.6") == 0
+    told = json.loads((tmp_path / "map.json").read_text())["provenance"]["curves"]
+    assert told["retained"] >= 0.6 and told["budget"] != 0.25
+    assert f"ratio {told['budget']:g} retains {told['retained']:.1%}" in capsys.readouterr().out
+    assert run(pair, tmp_path / "less.json", "--shares", kind, "--budget", str(told["budget"] - 0.005)) == 0
+    assert json.loads((tmp_path / "less.json").read_text())["provenance"]["curves"]["retained"] < told["retained"]
+
+
 @pytest.mark.parametrize(
     ("part", "at"),
     [("similarity_of_window", 0), ("similarity_of_window", 2), ("induction_of_window", 1), ("cost_of_window", 2)],
@@ -410,6 +420,8 @@ def test_a_map_that_cannot_be_written_leaves_the_old_one(pair, tmp_path, monkeyp
         (("--queries", "250"), "--queries 250: a window of 256 has 240"),
         (("--rounds", "30"), "take more than half of a window of 256"),
         (("--budget", "1.5"), "--budget 1.5: more than 0, at most 1"),
+        (("--retain", "1"), "--retain 1.0: more than 0, less than 1"),
+        (("--retain", "0.9", "--shares", "none"), "--retain is for --shares kl and mass"),
         (("--dense-above", "0.1", "--shares", "mass"), "--dense-above is for --shares kl"),
         (("--dense-layers", "3"), "--dense-layers 3: the target has 3 layers"),
         (("--path", "one-to-one"), "no such map of 3 target layers to 2 of the draft"),

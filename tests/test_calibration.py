@@ -9,7 +9,7 @@ torch = pytest.importorskip("torch")
 
 from specattn_vllm.calibrate.paths import STEPS, head_map, layer_path  # noqa: E402
 from specattn_vllm.calibrate.rounds import Rounds  # noqa: E402
-from specattn_vllm.calibrate.shares import cost_at, divide, hull, relative  # noqa: E402
+from specattn_vllm.calibrate.shares import cost_at, divide, hull, least_budget, relative  # noqa: E402
 from specattn_vllm.calibrate.similarity import EPSILON, jaccard, negative_kl, overlap  # noqa: E402
 
 
@@ -194,6 +194,19 @@ def test_division_costs_least_among_all_on_a_fine_grid(budget):
     for x, y in itertools.product(np.linspace(0.05, 1, 39), repeat=2):
         if 0.05 <= (z := 3 * budget - x - y) <= 1:
             assert ours <= sum(map(cost_at, hulls, (x, y, z))) + 1e-9
+
+
+@pytest.mark.parametrize("goal", [0.02, 0.1, 0.3])
+def test_the_least_budget_that_loses_no_more(goal):
+    curves = [[(0.1, 0.5), (0.3, 0.2), (1.0, 0.0)], [(0.1, 0.3), (0.2, 0.28), (1.0, 0.0)], [(0.1, 0.05), (1.0, 0.0)]]
+    lost = [[(share, cost / 2) for share, cost in points] for points in curves]
+
+    def loses(budget: float) -> float:
+        return sum(map(cost_at, lost, divide(curves, budget))) / 3
+
+    found = least_budget(curves, lost, goal)
+    assert loses(found) <= goal and (found == 0 or loses(found - 0.001) > goal)
+    assert least_budget(curves, lost, 0.0) == 1
 
 
 def test_division_outside_what_can_be_read():

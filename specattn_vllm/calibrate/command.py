@@ -62,6 +62,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget", type=float, default=0.25, metavar="SHARE", help="of the context, layers' mean [%(default)s]"
     )
     shares.add_argument(
+        "--retain", type=float, metavar="SHARE",
+        help="of the layers' attention, their mean: the budget that is divided is the least that retains so much",
+    )  # fmt: skip
+    shares.add_argument(
         "--dense-above", type=float, metavar="NATS",
         help="layers that cost more than this at the budget, alone, read everything (--shares kl)",
     )  # fmt: skip
@@ -95,6 +99,10 @@ def check(args: argparse.Namespace) -> None:
         )
     if not 0 < args.budget <= 1:
         raise UserError(f"--budget {args.budget}: more than 0, at most 1")
+    if args.retain is not None and not 0 < args.retain < 1:
+        raise UserError(f"--retain {args.retain}: more than 0, less than 1")
+    if args.retain is not None and args.shares == "none":
+        raise UserError("--retain is for --shares kl and mass: nothing else divides a budget")
     if args.dense_above is not None and args.shares != "kl":
         raise UserError("--dense-above is for --shares kl: nothing else measures what a layer costs the output")
     if args.text is None and (args.target, args.draft) != (DEMO, DEMO):
@@ -139,4 +147,6 @@ def summary(out: Path, found: dict[str, Any]) -> str:
         lines.append(line("layers that copy", [j for j, copies in enumerate(found["induction"]) if copies]))
     if found.get("shares") is not None:
         lines.append(line("share of the budget, 1 on average", found["shares"]))
+        told = found["provenance"]["curves"]
+        lines.append(f"  ratio {told['budget']:g} retains {told['retained']:.1%} of these layers' attention")
     return "\n".join(lines)

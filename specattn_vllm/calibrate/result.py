@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from specattn_vllm.calibrate.paths import head_map, layer_path
-from specattn_vllm.calibrate.shares import GRID, cost_at, divide, relative
+from specattn_vllm.calibrate.shares import GRID, cost_at, divide, least_budget, relative
 from specattn_vllm.installed import UserError
 
 LEAST = 0.02
@@ -28,11 +28,13 @@ def layer_and_head_map(
 
 
 def allocation(
-    cost: dict[str, torch.Tensor], kind: str, budget: float, dense_above: float | None, layers: Layers, heads: Heads
-) -> tuple[Layers, Heads, list[float | None], dict[str, Any]]:
+    cost: dict[str, torch.Tensor], kind: str, budget: float, dense_above: float | None, layers: Layers, heads: Heads,
+    retain: float | None = None,
+) -> tuple[Layers, Heads, list[float | None], dict[str, Any]]:  # fmt: skip
     """Layers and heads, without those that stay dense, shares of the budget, and what the map's provenance tells of it.
 
-    cost: means of `cost_of_window`; kind: 'kl' or 'mass', whichever is to be kept low or lost least.
+    cost: means of `cost_of_window`; kind: 'kl' or 'mass', whichever is to be kept low or lost least. retain: share of
+    the layers' attention, in the place of the budget, which is then the least that retains so much on average.
     """
     curves = {j: curve(cost, kind, j) for j, i in enumerate(layers) if i is not None}
     if dense_above is not None:
@@ -41,12 +43,16 @@ def allocation(
             raise UserError(f"--dense-above {dense_above}: every layer costs more, so nothing would be pruned")
         layers = [i if j in curves else None for j, i in enumerate(layers)]
         heads = heads and [row if j in curves else None for j, row in enumerate(heads)]
+    lost = [curve(cost, "mass", j) for j in curves]
+    if retain is not None:
+        budget = least_budget([*curves.values()], lost, 1 - retain)
     given = divide([*curves.values()], budget)
     by_layer = dict(zip(curves, relative(given), strict=True))
     shares = [by_layer.get(j) for j in range(len(layers))]
     told: dict[str, Any] = {"grid": list(GRID)}
     for name in ("read", "mass", "kl") if kind == "kl" else ("read", "mass"):
         told[name] = [_digits(row) if layers[j] is not None else None for j, row in enumerate(cost[name].tolist())]
+    told["budget"], told["retained"] = budget, _digits([1 - sum(map(cost_at, lost, given)) / len(given)])[0]
     told["cost_of_equal_shares"] = _digits([sum(cost_at(points, budget) for points in curves.values())])[0]
     told["cost_of_shares"] = _digits([sum(map(cost_at, curves.values(), given))])[0]
     return layers, heads, shares, {"curves": told}

@@ -82,7 +82,9 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
             )  # fmt: skip
     shares, measured = None, {}
     if cost is not None:
-        layers, heads, shares, measured = allocation(cost, args.shares, args.budget, args.dense_above, layers, heads)
+        layers, heads, shares, measured = allocation(
+            cost, args.shares, args.budget, args.dense_above, layers, heads, args.retain
+        )
         induction = [copies and i is not None for copies, i in zip(induction, layers, strict=True)]
     found = {
         "schema": SCHEMA, "method": args.method, "calibrated": True, **facts,
@@ -140,7 +142,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the measurements depend on, beside models and text."""
     names = (
         "method", "window", "windows", "similarity", "path", "dense_layers", "head_similarity", "ranks", "queries",
-        "shares", "induction", "budget", "dense_above", "rounds", "draft_tokens", "seed",
+        "shares", "induction", "budget", "retain", "dense_above", "rounds", "draft_tokens", "seed",
     )  # fmt: skip
     return {name: getattr(args, name) for name in names}
 

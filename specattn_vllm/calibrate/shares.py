@@ -56,6 +56,24 @@ def divide(curves: Sequence[Sequence[tuple[float, float]]], budget: float) -> li
     return shares
 
 
+def least_budget(
+    curves: Sequence[Sequence[tuple[float, float]]], lost: Sequence[Sequence[tuple[float, float]]], goal: float
+) -> float:
+    """The least budget, to a thousandth, divided by `curves`, with which layers lose no more than `goal` on average.
+
+    lost: of each layer, points (share, what it loses); nothing at 1.
+    """
+    low, high = 0, 1000
+    while low < high:
+        middle = (low + high) // 2
+        given = divide(curves, middle / 1000)
+        if sum(map(cost_at, lost, given)) <= goal * len(given):
+            high = middle
+        else:
+            low = middle + 1
+    return low / 1000
+
+
 def cost_at(points: Sequence[tuple[float, float]], share: float) -> float:
     """Cost of a layer that reads `share`, between the measured points on the straight line."""
     ordered = sorted(points)

@@ -24,7 +24,7 @@ def draw(report: Report) -> Figure:
     for result in report.results:
         if not result.lossless:
             families.setdefault(family(result.name), []).append((result.name, figures(result, report.dense)))
-    figure, axes = plt.subplots(figsize=(7.5, 4.5))
+    figure, axes = plt.subplots(figsize=(9.5, 4.5), layout="constrained")
     for index, (name, members) in enumerate(families.items()):
         members.sort(key=lambda member: member[1].kv_read)
         x, y = [found.kv_read for _, found in members], [found.kl.value for _, found in members]
@@ -36,8 +36,7 @@ def draw(report: Report) -> Figure:
     axes.set_ylabel("KL to dense (nats)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False)
-    figure.tight_layout()
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
