@@ -64,6 +64,10 @@ def test_prompts_are_summed_while_they_are_computed_with_what_the_prefix_cache_h
         assert made.summed[1, 0].tolist() == [end] * HEADS
         torch.testing.assert_close(made.sums[1, 0], kv[:, :end].sum(1))
     assert made.summed[0].eq(0).all() and made.summed[1, [1, 2]].eq(0).all()
+    # A token more, padded to five, waits for a verification.
+    begin(made, [0, 2], [True, False], [length + 5, 9], [5, 5])
+    LayerUnread(made, 1).take_in(cache, SimpleNamespace(block_table=table.flip(0), max_seq_len=length + 5))
+    assert made.summed[1, 0].tolist() == [length] * HEADS
     begin(made, [2, 0], [False, False], [9, length + 5], [5, 5])
     LayerUnread(made, 1).take_in(None, None)  # a step without prompts has nothing to do
 

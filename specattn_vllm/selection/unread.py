@@ -54,7 +54,7 @@ class Unread:
         self.slots = torch.full((max_num_reqs,), -1, dtype=torch.int64, device=device)
         self.lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self.prompts: tuple[torch.Tensor, torch.Tensor] | None = None
-        """Where the step computes prompts: their slots, -1 for other rows, and how far they will be in the cache."""
+        """Where the step computes prompts: their slots, -1 for other rows, and what of them is summed."""
 
     @property
     def nbytes(self) -> int:
@@ -73,10 +73,14 @@ class Unread:
         slots [R] int64, -1 for rows that only fill a graph's batch; prefilling [R] bool, and on the host whether any
         row is; query_start_loc [R+1] and seq_lens [R] int32.
         """
-        self.prompts = (torch.where(prefilling, slots, -1), seq_lens) if prefills else None
         self.slots.fill_(-1)
         self.slots[:rows] = torch.where(prefilling[:rows], -1, slots[:rows])
         self.lens[:rows] = seq_lens[:rows] - query_start_loc[: rows + 1].diff()
+        # The tokens of a short row may be none of its prompt: vLLM pads one that has a token left to a verification's
+        # length. They wait for the first verification.
+        self.prompts = None
+        if prefills:
+            self.prompts = torch.where(prefilling, slots, -1), torch.cat((self.lens[:rows], seq_lens[rows:]))
 
 
 class LayerUnread:

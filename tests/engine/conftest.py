@@ -183,6 +183,8 @@ class Audit:
     """(request, new tokens, tokens read) of short prefill chunks among verifications."""
     copied_rows: dict[str, int] = field(default_factory=dict)
     """request -> selections in which what follows the round's tokens counted more."""
+    summed_rows: dict[str, int] = field(default_factory=dict)
+    """request -> verifications whose mean was that of all of its context."""
     preemptions: int = 0
     violations: list[str] = field(default_factory=list)
 
@@ -198,10 +200,11 @@ def audit(monkeypatch) -> Audit:
     from specattn_vllm.selection.induction import Induction
     from specattn_vllm.selection.pruner import Pruner
     from specattn_vllm.selection.store import AUDIT, REFRESH, SelectionStore
+    from specattn_vllm.selection.unread import LayerUnread
 
     seen = Audit()
     add_request, put, prune = RequestState.add_request, SelectionStore.put, Pruner.prune
-    preempt, add_followers = Scheduler._preempt_request, Induction.add
+    preempt, add_followers, add_unread = Scheduler._preempt_request, Induction.add, LayerUnread.add
     states = []
 
     def watch_add(self, req_id, *args, **kwargs):
@@ -270,6 +273,23 @@ def audit(monkeypatch) -> Audit:
                     seen.violations.append(f"{request}: ids are not those of its {length + 1} tokens")
         add_followers(self, mass, out, slots, lens, drafts)
 
+    def watch_unread(self, query, kv_cache, md, kept, scale, lse, out):
+        add_unread(self, query, kv_cache, md, kept, scale, lse, out)
+        unread, block_size = self._unread, kv_cache.shape[2]
+        for row, slot in enumerate(unread.slots[: md.sparse.num_rows].tolist()):
+            length = int(unread.lens[row])
+            if slot not in seen.owner or not length or self._index:
+                continue  # nobody's, a made-up request's, or a layer whose sums are made by the same calls
+            request = seen.owner[slot]
+            place = torch.arange(length, device=kv_cache.device)
+            blocks = md.block_table[row, place // block_size].long()
+            wanted = kv_cache[blocks, :, place % block_size].float().sum(0)
+            if unread.summed[0, slot].tolist() != [length] * kv_cache.shape[1]:
+                seen.violations.append(f"{request}: {unread.summed[0, slot].tolist()} of {length} tokens are summed")
+            elif not torch.allclose(unread.sums[0, slot], wanted, rtol=1e-3, atol=1e-2):
+                seen.violations.append(f"{request}: the mean is not that of its {length} tokens")
+            seen.summed_rows[request] = seen.summed_rows.get(request, 0) + 1
+
     def watch_preempt(self, *args, **kwargs):
         seen.preemptions += 1
         return preempt(self, *args, **kwargs)
@@ -278,6 +298,7 @@ def audit(monkeypatch) -> Audit:
     monkeypatch.setattr(SelectionStore, "put", watch_put)
     monkeypatch.setattr(Pruner, "prune", watch_prune)
     monkeypatch.setattr(Induction, "add", watch_followers)
+    monkeypatch.setattr(LayerUnread, "add", watch_unread)
     monkeypatch.setattr(Scheduler, "_preempt_request", watch_preempt)
     yield seen
     assert not seen.violations, seen.violations[:5]
