@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from specattn_vllm import executors
-from specattn_vllm.selection.unread import LayerUnread, Unread
+from specattn_vllm.kernels.unread_contracts import LONGEST
+from specattn_vllm.selection.unread import PARTS, LayerUnread, Unread
 
 CPU = torch.device("cpu")
 OPERATIONS = executors.resolve("torch", CPU)
@@ -22,9 +23,10 @@ def unread(slots: int = 3, layers: int = 2) -> Unread:
 
 def begin(made: Unread, slots, prefilling, lens, queries, rows=None) -> None:
     starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32)
+    rows = len(slots) if rows is None else rows
     made.begin(
-        torch.tensor(slots), torch.tensor(prefilling), any(prefilling), starts, torch.tensor(lens, dtype=torch.int32),
-        len(slots) if rows is None else rows,
+        torch.tensor(slots), torch.tensor(prefilling), any(prefilling[rows:]), starts,
+        torch.tensor(lens, dtype=torch.int32), rows,
     )  # fmt: skip
 
 
@@ -66,10 +68,21 @@ def test_prompts_are_summed_while_they_are_computed_with_what_the_prefix_cache_h
     assert made.summed[0].eq(0).all() and made.summed[1, [1, 2]].eq(0).all()
     # A token more, padded to five, waits for a verification.
     begin(made, [0, 2], [True, False], [length + 5, 9], [5, 5])
-    LayerUnread(made, 1).take_in(cache, SimpleNamespace(block_table=table.flip(0), max_seq_len=length + 5))
-    assert made.summed[1, 0].tolist() == [length] * HEADS
+    LayerUnread(made, 1).take_in(None, None)
     begin(made, [2, 0], [False, False], [9, length + 5], [5, 5])
     LayerUnread(made, 1).take_in(None, None)  # a step without prompts has nothing to do
+
+
+@pytest.mark.parametrize(("prompts", "taken"), [(1, 9000), (PARTS // 3, 3 * LONGEST), (PARTS + 1, LONGEST)])
+def test_what_prompts_take_at_a_time_is_bounded(prompts, taken):
+    told = []
+    made = unread(slots=1)
+    made.operations = SimpleNamespace(sum_context=lambda *given: told.append(given[2:4] + given[6:]))
+    begin(made, [0] * prompts, [True] * prompts, [9000] * prompts, [1] * prompts, rows=0)
+    table = torch.zeros(prompts, 1, dtype=torch.int32)
+    LayerUnread(made, 0).take_in(torch.empty(0), SimpleNamespace(block_table=table, max_seq_len=9000))
+    [(slots, lens, longest)] = told
+    assert (len(slots), len(lens), longest) == (prompts, prompts, taken)
 
 
 @pytest.mark.parametrize("kept", [[[6]], [[6, 3]]], ids=["shared", "per head"])

@@ -133,7 +133,8 @@ class Pruner:
             everything = (prefix_lens < 0) & ~self.store.exact[slots]
             self.sizes.begin(slots, prefilling, everything, query_start_loc, seq_lens, rows)
         if self.unread is not None:
-            self.unread.begin(slots, prefilling, bool(prefilling_cpu.any()), query_start_loc, seq_lens, rows)
+            prefills = bool(prefilling_cpu[rows:].any())
+            self.unread.begin(slots, prefilling, prefills, query_start_loc, seq_lens, rows)
         self.counters.stage(prefill_rows=int(prefilling_cpu.sum()))
         # Rows that all prefill are no reason to stop here: vLLM runs a prompt's last token through the same graph as
         # verifications, and that graph reads the tables whatever this returns.

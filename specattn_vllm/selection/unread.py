@@ -8,15 +8,29 @@ counted as often as there are tokens that were left out they put most of that ri
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from specattn_vllm.executors import Operations
+from specattn_vllm.kernels.unread_contracts import LONGEST
 
 if TYPE_CHECKING:
     from specattn_vllm.backend.impl import SpecAttnImpl
     from specattn_vllm.backend.metadata import SpecAttnMetadata
+
+
+PARTS = 4096
+"""Parts of prompts that are summed at the same time and added up afterwards, 1 KiB each for a KV head of size 128. What
+is beyond them, of 256 requests that all find more than 16k tokens in the prefix cache, is left to later steps."""
+
+
+class Prompts(NamedTuple):
+    """Rows of a step from `first_row` on: slots [P] int64, -1 where a row verifies, and lens [P] int32."""
+
+    first_row: int
+    slots: torch.Tensor
+    lens: torch.Tensor
 
 
 class Unread:
@@ -53,8 +67,8 @@ class Unread:
         self.summed = torch.zeros(shape, dtype=torch.int32, device=device)
         self.slots = torch.full((max_num_reqs,), -1, dtype=torch.int64, device=device)
         self.lens = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
-        self.prompts: tuple[torch.Tensor, torch.Tensor] | None = None
-        """Where the step computes prompts: their slots, -1 for other rows, and what of them is summed."""
+        self.prompts: Prompts | None = None
+        """Where the step computes some."""
 
     @property
     def nbytes(self) -> int:
@@ -70,17 +84,16 @@ class Unread:
     ) -> None:  # fmt: skip
         """Announce a step of the target, of which the first `rows` rows are no longer than a verification.
 
-        slots [R] int64, -1 for rows that only fill a graph's batch; prefilling [R] bool, and on the host whether any
-        row is; query_start_loc [R+1] and seq_lens [R] int32.
+        slots [R] int64, -1 for rows that only fill a graph's batch; prefilling [R] bool, and on the host whether any of
+        the longer rows is; query_start_loc [R+1] and seq_lens [R] int32. The tokens of a short row may be none of its
+        prompt: vLLM pads one that has a token left to a verification's length. Verifications take them in.
         """
         self.slots.fill_(-1)
         self.slots[:rows] = torch.where(prefilling[:rows], -1, slots[:rows])
         self.lens[:rows] = seq_lens[:rows] - query_start_loc[: rows + 1].diff()
-        # The tokens of a short row may be none of its prompt: vLLM pads one that has a token left to a verification's
-        # length. They wait for the first verification.
         self.prompts = None
         if prefills:
-            self.prompts = torch.where(prefilling, slots, -1), torch.cat((self.lens[:rows], seq_lens[rows:]))
+            self.prompts = Prompts(rows, torch.where(prefilling[rows:], slots[rows:], -1), seq_lens[rows:])
 
 
 class LayerUnread:
@@ -94,10 +107,11 @@ class LayerUnread:
         """Sum what the step adds to prompts, and what they found in the prefix cache; their keys are in the cache."""
         unread = self._unread
         if unread.prompts is not None:
-            slots, lens = unread.prompts
+            first_row, slots, lens = unread.prompts
             sums, summed = unread.sums[self._index], unread.summed[self._index]
-            table = md.block_table[: len(slots)]
-            unread.operations.sum_context(kv_cache, table, slots, lens, sums, summed, md.max_seq_len)
+            table = md.block_table[first_row : first_row + len(slots)]
+            longest = min(md.max_seq_len, max(PARTS // len(slots), 1) * LONGEST)
+            unread.operations.sum_context(kv_cache, table, slots, lens, sums, summed, longest)
 
     def add(
         self, query: torch.Tensor, kv_cache: torch.Tensor, md: SpecAttnMetadata, kept: torch.Tensor, scale: float,

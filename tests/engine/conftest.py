@@ -197,6 +197,7 @@ def audit(monkeypatch) -> Audit:
     from vllm.v1.worker.gpu.states import RequestState
 
     from specattn_vllm.kernels.reference import unpack_bits
+    from specattn_vllm.kernels.unread_contracts import LONGEST
     from specattn_vllm.selection.induction import Induction
     from specattn_vllm.selection.pruner import Pruner
     from specattn_vllm.selection.store import AUDIT, REFRESH, SelectionStore
@@ -274,13 +275,16 @@ def audit(monkeypatch) -> Audit:
         add_followers(self, mass, out, slots, lens, drafts)
 
     def watch_unread(self, query, kv_cache, md, kept, scale, lse, out):
-        add_unread(self, query, kv_cache, md, kept, scale, lse, out)
         unread, block_size = self._unread, kv_cache.shape[2]
+        before = unread.summed[0].clone()
+        add_unread(self, query, kv_cache, md, kept, scale, lse, out)
         for row, slot in enumerate(unread.slots[: md.sparse.num_rows].tolist()):
             length = int(unread.lens[row])
             if slot not in seen.owner or not length or self._index:
                 continue  # nobody's, a made-up request's, or a layer whose sums are made by the same calls
             request = seen.owner[slot]
+            # What no step with a prompt has summed, verifications make up for.
+            length = min(length, int(before[slot, 0]) + LONGEST)
             place = torch.arange(length, device=kv_cache.device)
             blocks = md.block_table[row, place // block_size].long()
             wanted = kv_cache[blocks, :, place % block_size].float().sum(0)
