@@ -22,11 +22,18 @@ def operations():
 @pytest.fixture(autouse=True)
 def measured(monkeypatch):
     monkeypatch.setattr(crossover, "MEASURED", {"fa3": 9000, "triton": 20000})
+    monkeypatch.setattr(crossover, "MEASURED_DRAFTING", {"fa3": 700})
 
 
 def test_what_was_measured_for_the_executor_is_the_default(operations):
     assert crossover_tokens(SpecAttnOptions(), operations("fa3")) == 9000
     assert crossover_tokens(SpecAttnOptions(), operations("triton")) == 20000
+
+
+@pytest.mark.parametrize("options", [{"method": "dense", "sparse_draft": True}, {"method": "vegas"}], ids=str)
+def test_drafting_alone_starts_to_pay_elsewhere(options, operations):
+    assert crossover_tokens(SpecAttnOptions(**options), operations("fa3")) == 700
+    assert crossover_tokens(SpecAttnOptions(**options), operations("triton")) == 0
 
 
 def test_what_was_not_measured_is_always_pruned(operations):
@@ -42,5 +49,6 @@ def test_the_option_has_the_last_word(operations, name, tokens):
 
 def test_only_executors_that_there_are_have_been_measured(monkeypatch):
     monkeypatch.undo()
-    assert set(crossover.MEASURED) <= set(executors.CHOICES) - {"auto"}
-    assert all(isinstance(tokens, int) and tokens >= 0 for tokens in crossover.MEASURED.values())
+    for measured in (crossover.MEASURED, crossover.MEASURED_DRAFTING):
+        assert set(measured) <= set(executors.CHOICES) - {"auto"}
+        assert all(isinstance(tokens, int) and tokens >= 0 for tokens in measured.values())
