@@ -9,8 +9,8 @@ from specattn_vllm.options import SpecAttnOptions
 # bf16, K = 5, 2026-11-26 (docs/results/h200-engine.json), a round with a quarter read against method 'dense': 12.1 ms
 # and 11.5 with one request of 4k, 12.8 and 12.6 with four, 13.2 and 13.7 with one of 32k, 14.8 and 16.5 with 16 of 4k.
 MEASURED = {"fa3": 32768}
-# The same where verification reads everything anyway, and drafting alone a part: 11.3 ms and 11.5 with one request of 4k,
-# the smallest cell (`sparse-draft` against `dense`).
+# The same where verification reads everything anyway, and drafting alone a part: 11.3 ms and 11.5 with one request of
+# 4k, the smallest cell (`sparse-draft` against `dense`).
 MEASURED_DRAFTING = {"fa3": 4096}
 
 
