@@ -11,6 +11,7 @@ from specattn_vllm import executors, layer_map
 from specattn_vllm.fingerprint import ModelFacts
 from specattn_vllm.layer_map import SCHEMA, LayerMap, uniform
 from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.speculation import announce as announcing
 from specattn_vllm.speculation import maps, wiring
 from specattn_vllm.speculation.wiring import Selection
 from specattn_vllm.stats import Counters
@@ -173,7 +174,7 @@ def test_64_requests_of_128k_take_less_than_3_gb(target, draft, heads, sparse_dr
 def test_buffers_that_take_much_from_the_cache_are_named_with_the_remedy(requests, warned, monkeypatch):
     """vLLM's own default on a large GPU is 1024 requests."""
     lines = []
-    monkeypatch.setattr(wiring.logger, "warning", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(announcing.logger, "warning", lambda text, *values: lines.append(text % values))
     prepared(monkeypatch, (None, 0, 1), torch.device("meta"), (requests, 131072, 16, 32), sparse_draft=True)
     found = [line for line in lines if "GiB from the KV cache" in line]
     assert len(found) == warned
@@ -340,7 +341,7 @@ def test_shares_are_not_used(options, monkeypatch):
 
 def test_shares_are_in_the_log(monkeypatch):
     lines = []
-    monkeypatch.setattr(wiring.logger, "info", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(announcing.logger, "info", lambda text, *values: lines.append(text % values))
     prepared(monkeypatch, (3, None, 3), rule="top_k", ratio=0.25, shares=(0.5, None, 1.5))
     assert any("ratio=0.25 of the context, shared out by layer [0.5 - 1.5]" in line for line in lines)
 
@@ -388,7 +389,7 @@ def test_no_layer_copies(options, monkeypatch):
 
 def test_layers_that_copy_are_in_the_log(monkeypatch):
     lines = []
-    monkeypatch.setattr(wiring.logger, "info", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(announcing.logger, "info", lambda text, *values: lines.append(text % values))
     prepared(monkeypatch, (3, None, 3), rule="top_k", ratio=0.25, copies=(True, False, True))
     assert any("what follows the round's tokens in layers [0 2] too" in line for line in lines)
 
@@ -441,7 +442,7 @@ def test_with_sizes_each_layer_has_selections_of_its_own(monkeypatch):
 def test_without_a_head_map_heads_are_paired_by_proportion(monkeypatch, kv_heads, pairs):
     """Bits are those of the draft's KV heads, tables those of the target's."""
     lines = []
-    monkeypatch.setattr(wiring.logger, "warning", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(announcing.logger, "warning", lambda text, *values: lines.append(text % values))
     made = prepared(monkeypatch, (None, 0), method="sts", kv_heads=kv_heads)
     assert maps_of(made) == [(0, pairs)]
     assert made.store.bits.shape[2] == kv_heads[1]
@@ -464,20 +465,20 @@ def test_a_map_that_is_not_calibrated_is_warned_of_with_the_command_that_makes_a
     monkeypatch, options, named, method
 ):
     lines = []
-    monkeypatch.setattr(wiring.logger, "warning", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(announcing.logger, "warning", lambda text, *values: lines.append(text % values))
     model, draft = SimpleNamespace(model="org/big"), SimpleNamespace(model="org/small")
     config = SimpleNamespace(model_config=model, speculative_config=SimpleNamespace(draft_model_config=draft))
     speculator = SimpleNamespace(vllm_config=config, crossover_tokens=0)
-    monkeypatch.setattr(wiring, "announce_buffers", lambda speculator, nbytes: None)
+    monkeypatch.setattr(announcing, "announce_buffers", lambda speculator, nbytes: None)
     options, shipped = SpecAttnOptions(**options), layer_map.shipped()["qwen3-8b-qwen3-0.6b"]
     found = layer_map.read(shipped)
     found = layer_map.resolve(options.layer_map and "uniform", found.target, found.draft).with_dense((3,))
-    wiring._announce(options, found, speculator, {"mass": 1})
+    announcing.announce(options, found, speculator, {"mass": 1})
     [line] = [line for line in lines if "specattn calibrate" in line]
     assert f"layer map '{named.format(shipped=shipped)}' is uniform, not calibrated for this pair" in line
     assert f"specattn calibrate --target org/big --draft org/small {method}--text FILES --out map.json" in line
     lines.clear()
-    wiring._announce(options, uniform(facts(4, 2), facts(2, 2)), speculator, {"mass": 1})
+    announcing.announce(options, uniform(facts(4, 2), facts(2, 2)), speculator, {"mass": 1})
     assert any(f"layer map '{options.layer_map or 'uniform'}' is uniform" in line for line in lines)
     lines.clear()
     prepared(monkeypatch, (None, 0))
@@ -486,7 +487,7 @@ def test_a_map_that_is_not_calibrated_is_warned_of_with_the_command_that_makes_a
 
 def test_a_head_map_needs_no_warning(monkeypatch):
     lines = []
-    monkeypatch.setattr(wiring.logger, "warning", lambda text, *values: lines.append(text % values))
+    monkeypatch.setattr(announcing.logger, "warning", lambda text, *values: lines.append(text % values))
     prepared(monkeypatch, (None, 0), method="sts", heads=(None, (1, 1)))
     assert [line for line in lines if "APPROXIMATE" not in line] == []
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from vllm.utils.torch_utils import async_tensor_h2d
 
 from specattn_vllm.executors import Operations
 
@@ -51,7 +50,8 @@ class Induction:
     def enter(self, slot: int, token_ids: list[int]) -> None:
         """A request, new or resumed, with all of its tokens so far is given a slot. What it finds in the prefix cache
         goes through no model, so its prompt has to come from here."""
-        async_tensor_h2d(token_ids, out=self.ids[slot, : len(token_ids)])
+        given = torch.tensor(token_ids, dtype=torch.int32, pin_memory=self.ids.is_cuda)
+        self.ids[slot, : len(token_ids)].copy_(given, non_blocking=True)
 
     def extend(
         self,

@@ -15,13 +15,8 @@ from specattn_vllm.selection.draft_tables import DraftTables
 from specattn_vllm.selection.pages import page_strides
 from specattn_vllm.selection.target_capture import TargetCapture
 from specattn_vllm.selection.window import Window
-from specattn_vllm.speculation.wiring import (
-    announce_buffers,
-    cache_of,
-    refuse_if_too_large,
-    row_width,
-    target_builder,
-)
+from specattn_vllm.speculation.announce import announce_buffers
+from specattn_vllm.speculation.wiring import cache_of, refuse_if_too_large, row_width, target_builder
 
 if TYPE_CHECKING:
     from specattn_vllm.speculation.self_speculator import SelfSpeculator

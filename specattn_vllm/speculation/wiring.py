@@ -8,13 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_layers_from_vllm_config
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
-from specattn_vllm import layer_map
-from specattn_vllm.layer_map import LayerMap
-from specattn_vllm.presets import PRESETS
 from specattn_vllm.selection.capture import DraftCapture
 from specattn_vllm.selection.draft_lists import DraftLists
 from specattn_vllm.selection.pages import page_strides
@@ -22,17 +18,14 @@ from specattn_vllm.selection.pruner import Pruner, TableMaps
 from specattn_vllm.selection.sizes import Sizes
 from specattn_vllm.selection.store import SelectionStore
 from specattn_vllm.selection.unread import LayerUnread, Unread
+from specattn_vllm.speculation.announce import announce, sizes
 from specattn_vllm.speculation.maps import plan_of, resolve_layer_map
 
 if TYPE_CHECKING:
-    from specattn_vllm.options import SpecAttnOptions
     from specattn_vllm.speculation.rounds import RoundSpeculator
     from specattn_vllm.speculation.speculator import SpecAttnSpeculator
 
-logger = init_logger("vllm.specattn")
-
 ROW_MULTIPLE = 128
-LARGE = 4 * 2**30  # bytes of buffers from which on the log says what to do about them
 
 
 def row_width(max_model_len: int) -> int:
@@ -195,7 +188,7 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
     if selection.unread is not None:
         for index, name in enumerate(plan.layer_tables):
             layers[name].impl.unread = LayerUnread(selection.unread, index)
-    _announce(options, found, speculator, selection.nbytes)
+    announce(options, found, speculator, selection.nbytes)
     return selection
 
 
@@ -211,94 +204,4 @@ def refuse_if_too_large(nbytes: dict[str, int], speculator: RoundSpeculator) -> 
             f"specattn needs {total / 2**30:.1f} GiB ({sizes(nbytes)}) for max_num_seqs = {speculator.max_num_reqs} "
             f"requests of max_model_len = {speculator.max_model_len} tokens, more than half of the "
             f"{free / 2**30:.1f} GiB that the weights leave: lower --max-num-seqs or --max-model-len{remedy}"
-        )
-
-
-def sizes(nbytes: dict[str, int]) -> str:
-    return ", ".join(f"{what} {size / 2**20:.1f} MiB" for what, size in nbytes.items())
-
-
-def announce_buffers(speculator: RoundSpeculator, nbytes: dict[str, int]) -> None:
-    """Say what was allocated, and what to do where it is much."""
-    logger.info(
-        "specattn: executor=%s, buffers %.1f MiB (%s), taken before vLLM measures what is left for the KV cache",
-        speculator.operations.name,
-        sum(nbytes.values()) / 2**20,
-        sizes(nbytes),
-    )
-    if sum(nbytes.values()) > LARGE:
-        logger.warning(
-            "specattn: its buffers take %.1f GiB from the KV cache, because they are sized for max_num_seqs = %d "
-            "requests of max_model_len = %d tokens: lower either to what you serve",
-            sum(nbytes.values()) / 2**30,
-            speculator.max_num_reqs,
-            speculator.max_model_len,
-        )
-
-
-def _announce(
-    options: SpecAttnOptions, found: LayerMap | None, speculator: SpecAttnSpeculator, nbytes: dict[str, int]
-) -> None:
-    announce_buffers(speculator, nbytes)
-    if speculator.crossover_tokens:
-        logger.info("specattn: rounds of fewer than %d context tokens read everything", speculator.crossover_tokens)
-    if options.sparse_draft:
-        logger.info("specattn: sparse_draft: draft steps after the first read what it attended to")
-    if options.refresh_draft_every > 1:
-        logger.info(
-            "specattn: refresh_draft_every: the draft reads everything in one round of %d", options.refresh_draft_every
-        )
-    if found is None:
-        return
-    pairs = " ".join("-" if i is None else str(i) for i in found.layers)
-    logger.warning(
-        "specattn: method '%s' is APPROXIMATE: verification reads a selection of the KV cache, so the output is not "
-        "the target model's own. For lossless speculation set method='dense'.",
-        options.method,
-    )
-    if options.preset is not None:
-        values = {name: getattr(options, name) for name in PRESETS[options.preset][options.method]}
-        text = ", ".join(f"{name}={value}" for name, value in values.items())
-        logger.info("specattn: preset '%s', with what was given beside it: %s", options.preset, text)
-    kept = f"top_p={options.top_p} of the draft's attention"
-    if options.fixed_budget:
-        kept = f"ratio={options.ratio_or_default} of the context"
-    if options.has_sizes:
-        kept = f"{options.size_factor} times what held size_top_p={options.size_top_p} of the target's attention"
-        if options.fixed_budget:
-            kept = f"ratio={options.ratio_or_default} of the context"
-        kept += f", history_weight={options.history_weight}"
-    if options.uses_layer_shares and found.shares is not None:
-        shares = " ".join("-" if share is None else f"{share:g}" for share in found.shares)
-        kept += f", shared out by layer [{shares}]"
-    if options.uses_induction and any(found.induction or ()):
-        copying = " ".join(str(j) for j, copies in enumerate(found.induction) if copies)
-        kept += f", what follows the round's tokens in layers [{copying}] too"
-    if options.estimates_unread:
-        kept += ", the rest as its mean"
-    logger.info(
-        "specattn: %s, combine=%s, selections %s, draft layer per target layer [%s] ('-' reads everything)",
-        kept,
-        options.combine,
-        "per KV head" if options.per_head else "shared by all heads",
-        pairs,
-    )
-    if options.refreshes is not None:
-        logger.info("specattn: verification %d of each %d of a request reads everything", *[options.refreshes] * 2)
-    if not found.calibrated:
-        logger.warning(
-            "specattn: layer map '%s' is uniform, not calibrated for this pair of models: expect worse quality at the "
-            "same KV read. Make a map and set layer_map to it: specattn calibrate --target %s --draft %s %s--text "
-            "FILES --out map.json",
-            options.layer_map or layer_map.shipped_file(found) or layer_map.UNIFORM,
-            speculator.vllm_config.model_config.model,
-            speculator.vllm_config.speculative_config.draft_model_config.model,
-            "--method sts " if options.per_head else "",
-        )
-    if options.per_head and found.heads is None:
-        logger.warning(
-            "specattn: the layer map has no heads, so the KV heads of target and draft are paired by proportion, which "
-            "is not calibrated: expect worse quality at the same KV read. Set layer_map to a map for method '%s' to "
-            "silence this.",
-            options.method,
         )
