@@ -13,6 +13,8 @@ from specattn_vllm.calibrate.shares import GRID, cost_at, divide, least_budget, 
 from specattn_vllm.installed import UserError
 
 LEAST = 0.02
+"""Of the attention that a selection loses, what has to be won back for a layer to count as copying. Of the demo pair
+the fifth wins 5%, and the others lose more than before."""
 Layers = list[int | None]
 Heads = list[list[int] | None] | None
 

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from specattn_vllm.executors import Operations
+from specattn_vllm.kernels.contracts import MAX_TOKENS
 
 
 class Induction:
@@ -36,7 +37,12 @@ class Induction:
         max_model_len: int,
         device: torch.device,
     ) -> None:
-        """sources: indices of the draft layers in the capture."""
+        """sources: indices of the draft layers in the capture. Raises ValueError for rounds of too many drafts."""
+        if num_steps >= MAX_TOKENS:
+            raise ValueError(
+                f"the layer map names layers that copy, which takes at most {MAX_TOKENS - 1} draft tokens a round, not "
+                f"{num_steps}: lower --num-speculative-tokens, or set induction=false"
+            )
         self.operations = operations
         self.ids = torch.zeros((max_num_reqs + 1, max_model_len), dtype=torch.int32, device=device)
         self.sources = torch.tensor(sources, dtype=torch.int64, device=device)

@@ -40,6 +40,13 @@ def test_a_request_enters_with_all_of_its_tokens():
     assert all(known(made, slot) == [] for slot in (0, 1, 2, 4))
 
 
+def test_rounds_of_too_many_drafts_are_refused_with_the_remedy():
+    shape = {"max_num_reqs": 1, "max_model_len": 8, "device": CPU}
+    Induction(executors.resolve("torch", CPU), [0], num_steps=63, **shape)
+    with pytest.raises(ValueError, match=r"at most 63 draft tokens a round, not 64: .* or set induction=false"):
+        Induction(executors.resolve("torch", CPU), [0], num_steps=64, **shape)
+
+
 def test_a_round_brings_the_accepted_drafts_and_the_token_after_them():
     """Stretches of the draft's first step: the token sampled before, drafts, the sampled one, and rejected slots."""
     made, context = ids_only(), 20
