@@ -8,17 +8,24 @@ share of the softmax then follows from the sum that attention over the selection
 
     n = seq_lens[r] - kept[r, g]        k, v = sums[slots[r], h] / summed[slots[r], h]
 
+The sums are taken further before, to lens[r], but by LONGEST positions at most: what ``sum_context`` does with the same
+arguments. A verification adds the few tokens that the one before it accepted, for which a launch of their own in each
+layer would take longer than the reads.
+
 A mean key underestimates what single tokens weigh, by the more the more keys differ, but those that weigh much are what
 a selection holds. Where all is read, n is 0, and ``out`` stays as it is, to the bit.
 
 query            [T, Hq, D]   float
 out              [T, Hq, D]   like query, changed in place
 lse              [T, Hq]      float32, natural logarithm, of attention over what was read
+kv_cache         [B, H, N, 2D]  float; positions from lens on, and those summed before, are not read
+block_table      [R, nb]      int32
+lens             [R]          int32, positions that are in the cache for good; below summed, no sum changes
 seq_lens         [R]          int32, the step's own tokens included
 kept             [R, G]       int32, tokens that were read; G = 1 for all heads, or H
 slots            [R]          int64; -1 = padded row, which stays as it is
 sums             [Z, H, 2D]   float32, as ``sum_context`` leaves them
-summed           [Z, H]       int32; a row of 0 stays as it is
+summed           [Z, H]       int32; with nothing summed, attention stays as it is
 query_start_loc  [R+1]        int32
 scale            float
 max_query_len    int          on the host, at least the longest row of the query
@@ -31,61 +38,88 @@ import triton
 import triton.language as tl
 
 from . import contracts, unread_contracts
+from .sum_context import range_sum
+from .unread_contracts import LONGEST
 
-NUM_WARPS = 1
+NUM_WARPS = 4
+# Positions of the context, and rows of the query, that a program takes at a time: a verification has few of either.
+BLOCK = 16
+MAX_ROWS = 32
 
 
 @triton.jit
 def _unread_kernel(
-    query, out, lse, seq_lens, kept, slots, sums, summed, query_start_loc, scale,
-    stride_qt, stride_qh, stride_ot, stride_oh, stride_lt, stride_kr, stride_kh, stride_sz, stride_sh, stride_uz,
-    GROUP: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr,
+    query, out, lse, kv_cache, block_table, lens, seq_lens, kept, slots, sums, summed, query_start_loc, scale,
+    stride_qt, stride_qh, stride_ot, stride_oh, stride_lt, stride_cb, stride_ch, stride_cn, stride_br,
+    stride_kr, stride_kh, stride_sz, stride_sh, stride_uz, block_size,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
-    h, r, i = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    h, r = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     slot = tl.load(slots + r)
-    begin = tl.load(query_start_loc + r)
-    if (slot < 0) | (i >= tl.load(query_start_loc + r + 1) - begin):
-        return
-    unread = tl.load(seq_lens + r) - tl.load(kept + r * stride_kr + h * stride_kh)
-    count = tl.load(summed + slot * stride_uz + h)
-    if (unread <= 0) | (count <= 0):
+    if slot < 0:
         return
     d = tl.arange(0, D)
     sums += slot * stride_sz + h * stride_sh
-    key, value = tl.load(sums + d) / count, tl.load(sums + D + d) / count
-    token = (begin + i).to(tl.int64)
-    g = tl.arange(0, HEADS)
-    head = h * GROUP + g
-    own = g < GROUP
-    q = tl.load(
-        query + token * stride_qt + head[:, None] * stride_qh + d[None, :], mask=own[:, None], other=0.0
-    ).to(tl.float32)  # fmt: skip
-    weight = tl.sum(q * key[None, :], 1) * scale + tl.log(unread.to(tl.float32))
-    share = 1.0 / (1.0 + tl.exp(tl.load(lse + token * stride_lt + head, mask=own, other=0.0) - weight))
-    here = out + token * stride_ot + head[:, None] * stride_oh + d[None, :]
-    old = tl.load(here, mask=own[:, None], other=0.0).to(tl.float32)
-    new = old + share[:, None] * (value[None, :] - old)
-    tl.store(here, new.to(out.dtype.element_ty), mask=own[:, None])
+    summed += slot * stride_uz + h
+    count = tl.load(summed)
+    some = d < tl.where(count > 0, D, 0)
+    key, value = tl.load(sums + d, mask=some, other=0.0), tl.load(sums + D + d, mask=some, other=0.0)
+    end = tl.minimum(tl.load(lens + r), count + LONGEST)
+    if end > count:
+        table = block_table + r * stride_br
+        key += range_sum(
+            kv_cache, table, h, count, end, stride_cb, stride_ch, stride_cn, block_size, D, BLOCK
+        )  # fmt: skip
+        value += range_sum(
+            kv_cache + D, table, h, count, end, stride_cb, stride_ch, stride_cn, block_size, D, BLOCK
+        )  # fmt: skip
+        tl.store(sums + d, key)
+        tl.store(sums + D + d, value)
+        tl.store(summed, end)
+        count = end
+    unread = tl.load(seq_lens + r) - tl.load(kept + r * stride_kr + h * stride_kh)
+    if (unread <= 0) | (count <= 0):
+        return
+    key, value = key / count, value / count
+    more = tl.log(unread.to(tl.float32))
+    begin = tl.load(query_start_loc + r).to(tl.int64)
+    number = (tl.load(query_start_loc + r + 1) - begin) * GROUP
+    for first in range(0, number, ROWS):
+        row = first + tl.arange(0, ROWS)
+        own = row < number
+        token, head = begin + row // GROUP, h * GROUP + row % GROUP
+        q = tl.load(
+            query + (token * stride_qt + head * stride_qh)[:, None] + d[None, :], mask=own[:, None], other=0.0
+        ).to(tl.float32)  # fmt: skip
+        weight = tl.sum(q * key[None, :], 1) * scale + more
+        total = tl.load(lse + token * stride_lt + head, mask=own, other=0.0)
+        share = 1.0 / (1.0 + tl.exp(total - weight))
+        here = out + (token * stride_ot + head * stride_oh)[:, None] + d[None, :]
+        old = tl.load(here, mask=own[:, None], other=0.0).to(tl.float32)
+        new = old + share[:, None] * (value[None, :] - old)
+        tl.store(here, new.to(out.dtype.element_ty), mask=own[:, None])
 
 
 def add_unread(
-    query: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, seq_lens: torch.Tensor, kept: torch.Tensor,
-    slots: torch.Tensor, sums: torch.Tensor, summed: torch.Tensor, query_start_loc: torch.Tensor, scale: float,
-    max_query_len: int,
+    query: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor,
+    lens: torch.Tensor, seq_lens: torch.Tensor, kept: torch.Tensor, slots: torch.Tensor, sums: torch.Tensor,
+    summed: torch.Tensor, query_start_loc: torch.Tensor, scale: float, max_query_len: int,
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
     unread_contracts.add_unread(
-        query, out, lse, seq_lens, kept, slots, sums, summed, query_start_loc, max_query_len
+        query, out, lse, kv_cache, block_table, lens, seq_lens, kept, slots, sums, summed, query_start_loc,
+        max_query_len,
     )  # fmt: skip
-    tokens, query_heads, size = query.shape
+    _, query_heads, size = query.shape
     contracts.head_size(size)
     rows, heads = slots.shape[0], sums.shape[1]
-    if rows == 0 or tokens == 0:
+    if rows == 0:
         return
     group = query_heads // heads
-    _unread_kernel[(heads, rows, max_query_len)](
-        query, out, lse, seq_lens, kept, slots, sums, summed, query_start_loc, scale,
-        *query.stride()[:2], *out.stride()[:2], lse.stride(0), kept.stride(0),
-        kept.stride(1) if kept.shape[1] > 1 else 0, *sums.stride()[:2], summed.stride(0),
-        GROUP=group, HEADS=triton.next_power_of_2(group), D=size, num_warps=NUM_WARPS,
+    _unread_kernel[(heads, rows)](
+        query, out, lse, kv_cache, block_table, lens, seq_lens, kept, slots, sums, summed, query_start_loc, scale,
+        *query.stride()[:2], *out.stride()[:2], lse.stride(0), *kv_cache.stride()[:3], block_table.stride(0),
+        kept.stride(0), kept.stride(1) if kept.shape[1] > 1 else 0, *sums.stride()[:2], summed.stride(0),
+        kv_cache.shape[2], GROUP=group, ROWS=min(triton.next_power_of_2(group * max_query_len), MAX_ROWS), D=size,
+        BLOCK=BLOCK, LONGEST=LONGEST, num_warps=NUM_WARPS,
     )  # fmt: skip

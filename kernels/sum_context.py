@@ -1,11 +1,11 @@
-"""Sums of the keys and of the values of each request's context, taken further at every step.
+"""Sums of the keys and of the values of each request's context, taken further while its prompt is computed.
 
     sums[slots[r], h] += sum over p of (key, value) of position p and head h        summed[slots[r], h] <= p < end
     summed[slots[r], h] = end        end = min(lens[r], summed[slots[r], h] + longest)
 
 What a selection leaves out is many tokens of little weight each; their mean stands for them (``add_unread.py``). Every
-position is read once in the life of its request: those of a prompt, or found in the prefix cache, by as many programs
-as it takes while the prompt is computed; later the few that a verification accepted, by one.
+position is read once in the life of its request: those of a prompt, or found in the prefix cache, here, by as many
+programs as it takes; later the few that a verification accepted, by ``add_unread``.
 
 kv_cache      [B, H, N, 2D]  float; positions from lens on, and those summed before, are not read
 block_table   [R, nb]        int32
@@ -31,9 +31,9 @@ NUM_WARPS = 4
 
 
 @triton.jit
-def _range_sum(kv_cache, table, h, first, end, stride_cb, stride_ch, stride_cn, block_size, WIDTH: tl.constexpr,
+def range_sum(kv_cache, table, h, first, end, stride_cb, stride_ch, stride_cn, block_size, WIDTH: tl.constexpr,
                BLOCK: tl.constexpr):  # fmt: skip
-    """[WIDTH]: sum of the entries of head h at positions from first up to end."""
+    """[WIDTH]: sum over positions from first up to end of what head h's entries begin with."""
     d = tl.arange(0, WIDTH)
     total = tl.zeros([WIDTH], tl.float32)
     for start in range(first, end, BLOCK):
@@ -62,7 +62,7 @@ def _sum_kernel(
     if end <= begin:
         return
     stop = tl.minimum(end, begin + LONGEST)
-    total = _range_sum(
+    total = range_sum(
         kv_cache, block_table + r * stride_br, h, begin, stop, stride_cb, stride_ch, stride_cn, block_size, WIDTH, BLOCK
     )
     d = tl.arange(0, WIDTH)

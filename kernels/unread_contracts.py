@@ -11,12 +11,7 @@ LONGEST = 1024
 """Positions that one program of ``sum_context`` takes."""
 
 
-def _sums(sums, summed, heads: int, size: int, device) -> None:
-    tensor("sums", sums, (None, heads, 2 * size), torch.float32, device)
-    tensor("summed", summed, (sums.shape[0], heads), torch.int32, device)
-
-
-def sum_context(kv_cache, block_table, slots, lens, sums, summed, longest) -> None:
+def _context(kv_cache, block_table, slots, lens, sums, summed) -> None:
     tensor("kv_cache", kv_cache, (None, None, None, None), FLOATS)
     heads, width, dev = kv_cache.shape[1], kv_cache.shape[3], kv_cache.device
     expect(width % 2 == 0, "kv_cache", f"rows of {width}", "a key and a value")
@@ -24,22 +19,28 @@ def sum_context(kv_cache, block_table, slots, lens, sums, summed, longest) -> No
     rows = slots.shape[0]
     tensor("block_table", block_table, (rows, None), torch.int32, dev)
     tensor("lens", lens, (rows,), torch.int32, dev)
-    _sums(sums, summed, heads, width // 2, dev)
+    tensor("sums", sums, (None, heads, width), torch.float32, dev)
+    tensor("summed", summed, (sums.shape[0], heads), torch.int32, dev)
+
+
+def sum_context(kv_cache, block_table, slots, lens, sums, summed, longest) -> None:
+    _context(kv_cache, block_table, slots, lens, sums, summed)
     expect(longest >= 1, "longest", longest, "at least 1")
 
 
-def add_unread(query, out, lse, seq_lens, kept, slots, sums, summed, query_start_loc, max_query_len) -> None:
+def add_unread(
+    query, out, lse, kv_cache, block_table, lens, seq_lens, kept, slots, sums, summed, query_start_loc, max_query_len
+) -> None:
     tensor("query", query, (None, None, None), FLOATS)
     tokens, query_heads, size = query.shape
     dev = query.device
     tensor("out", out, (tokens, query_heads, size), query.dtype, dev)
     tensor("lse", lse, (tokens, query_heads), torch.float32, dev)
-    tensor("slots", slots, (None,), torch.int64, dev)
-    rows = slots.shape[0]
-    tensor("sums", sums, (None, None, None), torch.float32, dev)
-    heads = sums.shape[1]
-    contracts.group_size(query_heads, heads, "sums")
-    _sums(sums, summed, heads, size, dev)
+    _context(kv_cache, block_table, slots, lens, sums, summed)
+    rows, heads = slots.shape[0], sums.shape[1]
+    contracts.group_size(query_heads, heads, "kv_cache")
+    expect(kv_cache.shape[3] == 2 * size, "kv_cache", f"rows of {kv_cache.shape[3]}", f"{2 * size} for heads of {size}")
+    expect(kv_cache.device == dev, "kv_cache", kv_cache.device, dev)
     tensor("seq_lens", seq_lens, (rows,), torch.int32, dev)
     tensor("kept", kept, (rows, None), torch.int32, dev)
     expect(kept.shape[1] in (1, heads), "kept", f"{kept.shape[1]} groups", f"1 or {heads}")

@@ -72,7 +72,7 @@ def test_a_grid_entry_is_read_and_printed(text, batch):
 @pytest.mark.parametrize(
     "words",
     [("--grid", "16"), ("--grid", "0x4k"), ("--grid", "2x13"), ("--grid", "4x1m"), ("--kept", "0"), ("--kept", "1.5"),
-     ("--kept", "a"), ("--only", "verify,dense")],
+     ("--kept", "a"), ("--only", "verify,dense"), ("--group", "0"), ("--group", "all")],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_refused(words, capsys):
     with pytest.raises(SystemExit):
@@ -317,6 +317,11 @@ def test_only_what_is_asked_for_is_measured(run):
     rows = run("--only", "select", "--grid", "1x64")["rows"]
     assert {row["group"] for row in rows} == {"copy", "select"}
     assert all(row["shape"].startswith("1x64") for row in rows if row["group"] == "select")
+
+
+def test_query_heads_of_a_draft_are_those_asked_for(run):
+    rows = run("--only", "draft", "--group", "8")["rows"]
+    assert {row["shape"].split(" d64")[0] for row in rows if row["group"] == "draft"} == {"2x100 16/2h"}
 
 
 def test_kept_fractions_are_those_asked_for(run):

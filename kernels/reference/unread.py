@@ -25,11 +25,16 @@ def sum_context(kv_cache, block_table, slots, lens, sums, summed, longest=LONGES
             summed[slot, h] = end
 
 
-def add_unread(query, out, lse, seq_lens, kept, slots, sums, summed, query_start_loc, scale, max_query_len) -> None:
-    """Attention corrected. See ``add_unread.add_unread``."""
+def add_unread(
+    query, out, lse, kv_cache, block_table, lens, seq_lens, kept, slots, sums, summed, query_start_loc, scale,
+    max_query_len,
+) -> None:  # fmt: skip
+    """Sums taken further, and attention corrected. See ``add_unread.add_unread``."""
     unread_contracts.add_unread(
-        query, out, lse, seq_lens, kept, slots, sums, summed, query_start_loc, max_query_len
+        query, out, lse, kv_cache, block_table, lens, seq_lens, kept, slots, sums, summed, query_start_loc,
+        max_query_len,
     )  # fmt: skip
+    sum_context(kv_cache, block_table, slots, lens, sums, summed)
     heads, size = sums.shape[1], query.shape[2]
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     for r, (slot, counts) in enumerate(zip(slots.tolist(), kept.expand(-1, heads).tolist(), strict=True)):

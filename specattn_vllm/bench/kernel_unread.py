@@ -18,7 +18,7 @@ def unread(bench: Bench, batch: Batch, heads: Heads, req: Requests, layers: Sequ
     first. Kept tokens are a tenth: how many they are changes nothing but the weight."""
 
     def make() -> Calls:
-        first, second = bench.operation("sum_context"), bench.operation("add_unread")
+        add_unread = bench.operation("add_unread")
         device, rows = bench.device, batch.rows
         shape = (rows, heads.kv)
         sums = torch.randn((*shape, 2 * heads.size), dtype=torch.float32, device=device)
@@ -32,13 +32,12 @@ def unread(bench: Bench, batch: Batch, heads: Heads, req: Requests, layers: Sequ
 
         def one(layer: torch.Tensor) -> Callable[[], None]:
             add = partial(
-                second, req.query, req.out, lse, req.seq_lens, kept, slots, sums, summed, req.query_start_loc,
-                heads.size**-0.5, VERIFY_LEN,
+                add_unread, req.query, req.out, lse, layer, req.block_table, lens, req.seq_lens, kept, slots, sums,
+                summed, req.query_start_loc, heads.size**-0.5, VERIFY_LEN,
             )  # fmt: skip
 
             def call() -> None:
                 summed.fill_(batch.context - VERIFY_LEN)
-                first(layer, req.block_table, slots, lens, sums, summed)
                 add()
 
             return call

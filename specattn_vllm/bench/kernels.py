@@ -39,6 +39,13 @@ def _only(text: str) -> list[str]:
     return names
 
 
+def _group(text: str) -> int:
+    number = int(text) if text.isdecimal() else 0
+    if not 1 <= number <= 16:
+        raise argparse.ArgumentTypeError(f"got {text!r}, wanted 1 to 16 query heads for each KV head")
+    return number
+
+
 def _kept(text: str) -> list[float]:
     try:
         fractions = [float(part) for part in text.split(",")]
@@ -58,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sweep", action="store_true", help="try launch configurations, print the best as constants")
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="of caches and queries")
     parser.add_argument("--shape", choices=tuple(PAIRS), help="target and draft (both pairs on the first shape)")
+    parser.add_argument("--group", type=_group, help="query heads for each KV head of the draft (those of its shape)")
     parser.add_argument("--grid", type=_grid, help=f"requests x context, the first in full ({','.join(GRID)})")
     parser.add_argument("--kept", type=_kept, help=f"kept shares ({','.join(map(str, KEPT))})")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: references on tiny shapes")
@@ -123,10 +131,14 @@ def _batches(bench, args: argparse.Namespace) -> list[Batch]:
 
 def _pairs(bench, args: argparse.Namespace) -> list:
     if not bench.cuda:
-        return [TINY]
-    if args.shape:
-        return [PAIRS[args.shape]]
-    return list(PAIRS.values())[:1] if args.quick else list(PAIRS.values())
+        pairs = [TINY]
+    elif args.shape:
+        pairs = [PAIRS[args.shape]]
+    else:
+        pairs = list(PAIRS.values())[: 1 if args.quick else None]
+    if args.group is None:
+        return pairs
+    return [p._replace(draft=p.draft._replace(query=p.draft.kv * args.group)) for p in pairs]
 
 
 def _cases(bench, args: argparse.Namespace, save) -> None:

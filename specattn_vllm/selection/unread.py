@@ -120,15 +120,16 @@ class LayerUnread:
         """Correct `out` [T, Hq, D] of the plan's rows, whose query [T, Hq, D] read kept [R, G] tokens each."""
         unread, plan = self._unread, md.sparse
         rows, sums, summed = plan.num_rows, unread.sums[self._index], unread.summed[self._index]
-        slots = unread.slots[:rows]
-        unread.operations.sum_context(kv_cache, md.block_table[:rows], slots, unread.lens[:rows], sums, summed)
         unread.operations.add_unread(
             query,
             out,
             lse,
+            kv_cache,
+            md.block_table[:rows],
+            unread.lens[:rows],
             md.seq_lens[:rows],
             kept,
-            slots,
+            unread.slots[:rows],
             sums,
             summed,
             md.query_start_loc[: rows + 1],

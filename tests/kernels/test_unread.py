@@ -76,7 +76,7 @@ def test_sums_go_as_far_as_a_step_may(lens, before, longest, heads, op, place, p
 
 
 def case(groups: int, heads: int, group: int, place, poisoned) -> dict:
-    """Rows: some of it read, all of it, padding, nothing summed yet, one more of some."""
+    """Rows: some of it read, all of it, padding, nothing summed yet, no query. No sum is to be taken further."""
     device, dtype = place
     lens, read = [40, 30, 9, 25, 300], [12, 30, 3, 5, 7]
     queries = [3, 2, 1, 1, 0]
@@ -100,14 +100,17 @@ def case(groups: int, heads: int, group: int, place, poisoned) -> dict:
     out[:live] = torch.randn(live, query_heads, SIZE, generator=gen).to(device, dtype)
     lse[:live] = 2 + torch.rand(live, query_heads, generator=gen).to(device)
     return {
-        "query": query, "out": out, "lse": lse, "seq_lens": ints(lens, device), "kept": kept.to(device),
+        "query": query, "out": out, "lse": lse,
+        "kv_cache": poisoned((2, heads, BLOCK, 2 * SIZE), dtype, device),
+        "block_table": torch.full((5, 3), 2_000_000_000, dtype=torch.int32, device=device),
+        "lens": ints([50, 20, 60, 0, 50], device), "seq_lens": ints(lens, device), "kept": kept.to(device),
         "slots": ints(slots, device, torch.int64), "sums": sums, "summed": summed,
         "query_start_loc": ints(starts, device), "scale": SIZE**-0.5, "max_query_len": 3,
     }  # fmt: skip
 
 
 @ADD
-@pytest.mark.parametrize(("heads", "group"), [(1, 1), (2, 3), (2, 4)])
+@pytest.mark.parametrize(("heads", "group"), [(1, 1), (2, 3), (2, 4), (1, 16)])
 @pytest.mark.parametrize("per_head", [False, True])
 def test_the_mean_weighs_as_much_as_the_tokens_it_stands_for(per_head, heads, group, op, place, poisoned, close):
     given = case(heads if per_head else 1, heads, group, place, poisoned)
@@ -129,6 +132,39 @@ def test_the_mean_weighs_as_much_as_the_tokens_it_stands_for(per_head, heads, gr
     assert torch.equal(given["out"][rest].nan_to_num(), before[rest].nan_to_num())
 
 
+@ADD
+@pytest.mark.parametrize("before", [[0, 12, 30, 3], [17, 17, 17, 0]], ids=["at any stage", "a few more"])
+def test_sums_are_taken_further_first(before, op, place, poisoned, close):
+    """As by `sum_context`, and attention is corrected by what they are then."""
+    device, dtype = place
+    lens, read, queries, heads = [20, 18, 30, LONGEST + 9], [5, 18, 8, 100], [2, 3, 1, 2], 2
+    cache, table, held = cache_of(lens, heads, place, poisoned)
+    gen = torch.Generator().manual_seed(5)
+    starts = torch.tensor([0, *queries]).cumsum(0).int().to(device)
+    query, out = (torch.randn(8, 4, SIZE, generator=gen).to(device, dtype) for _ in range(2))
+    sums = poisoned((6, heads, 2 * SIZE), torch.float32, device)
+    summed = torch.zeros((6, heads), dtype=torch.int32, device=device)
+    slots = ints([3, 0, 5, 1], device, torch.int64)
+    for slot, kv, done in zip(slots.tolist(), held, before, strict=True):
+        summed[slot] = done
+        if done:
+            sums[slot] = kv[:, :done].float().sum(1)
+    # The last few tokens are those of the verification.
+    seq_lens = ints([n + q for n, q in zip(lens, queries, strict=True)], device)
+    rest = (seq_lens, ints([[n] for n in read], device), slots)
+    then = [sums.clone(), summed.clone()]
+    sum_context(cache, table, slots, ints(lens, device), *then)
+    lse = torch.rand(8, 4, generator=gen).to(device)
+    wanted = out.clone()
+    nothing = torch.zeros_like(ints(lens, device))
+    reference.add_unread(query, wanted, lse, cache, table, nothing, *rest, *then, starts, 0.1, 3)
+    op(query, out, lse, cache, table, ints(lens, device), *rest, sums, summed, starts, 0.1, 3)
+    assert torch.equal(summed, then[1])
+    assert summed[1].tolist() == [min(LONGEST + 9, before[3] + LONGEST)] * heads
+    torch.testing.assert_close(sums, then[0], rtol=1e-4, atol=1e-3, equal_nan=True)
+    close("out", out, wanted, dtype)
+
+
 def test_one_mean_for_equal_tokens_is_exact(place, poisoned, close):
     """Where all tokens that were left out are alike, nothing is lost."""
     device, dtype = place
@@ -141,9 +177,10 @@ def test_one_mean_for_equal_tokens_is_exact(place, poisoned, close):
     out = (read.softmax(-1) @ values[:10].float()).to(dtype)
     # The mean of those that were left out, as if only they had been summed.
     sums = torch.cat((keys[10], values[10])).float().view(1, 1, -1) * 20
+    cache, table = poisoned((1, 1, BLOCK, 2 * SIZE), dtype, device), ints([[0]], device)
     add_unread(
-        query, out, read.logsumexp(-1), ints([30], device), ints([[10]], device), ints([0], device, torch.int64), sums,
-        ints([[20]], device), ints([0, 1], device), 0.125, 1,
+        query, out, read.logsumexp(-1), cache, table, ints([0], device), ints([30], device), ints([[10]], device),
+        ints([0], device, torch.int64), sums, ints([[20]], device), ints([0, 1], device), 0.125, 1,
     )  # fmt: skip
     close("out", out, (logits.softmax(-1) @ values.float()).to(dtype), dtype)
 
@@ -176,14 +213,20 @@ def test_sum_refuses(change, message, op):
     [
         ({"lse": torch.zeros(2, 3)}, r"lse: got shape \(2, 3\)"),
         ({"kept": torch.zeros(1, 3, dtype=torch.int32)}, "kept: got 3 groups, wanted 1 or 2"),
-        ({"sums": torch.zeros(4, 3, 128)}, "sums: got 3 heads for 4 query heads"),
+        ({"sums": torch.zeros(4, 3, 128)}, r"sums: got shape \(4, 3, 128\)"),
+        ({"kv_cache": torch.zeros(1, 2, 16, 64), "sums": torch.zeros(4, 2, 64)}, "kv_cache: got rows of 64"),
+        ({"kv_cache": torch.zeros(1, 3, 16, 128), "sums": torch.zeros(4, 3, 128),
+          "summed": torch.zeros(4, 3, dtype=torch.int32)}, "kv_cache: got 3 heads for 4 query heads"),
+        ({"lens": torch.zeros(3, dtype=torch.int32)}, r"lens: got shape \(3,\)"),
         ({"max_query_len": 0}, "max_query_len: got 0"),
     ],
-    ids=["lse", "kept", "sums", "longest"],
-)
+    ids=["lse", "kept", "sums", "width", "heads", "lens", "longest"],
+)  # fmt: skip
 def test_add_refuses(change, message, op):
     good = {
         "query": torch.zeros(2, 4, 64), "out": torch.zeros(2, 4, 64), "lse": torch.zeros(2, 4),
+        "kv_cache": torch.zeros(1, 2, 16, 128), "block_table": torch.zeros(1, 1, dtype=torch.int32),
+        "lens": torch.zeros(1, dtype=torch.int32),
         "seq_lens": torch.zeros(1, dtype=torch.int32), "kept": torch.zeros(1, 1, dtype=torch.int32),
         "slots": torch.zeros(1, dtype=torch.int64), "sums": torch.zeros(4, 2, 128),
         "summed": torch.zeros(4, 2, dtype=torch.int32), "query_start_loc": torch.zeros(2, dtype=torch.int32),
