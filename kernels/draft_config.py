@@ -15,20 +15,23 @@ class LaunchConfig:
     waves: int  # programs wanted per multiprocessor, which sets the number of splits
 
 
-# By head size and tile rows, for rows that are read whole. Marked *: the best of 24 to 72 on an H200, 16 requests of
-# 32k, bf16 scores, 2026-11-22: (64, 16) 4 query heads a KV head, 1 query row, 0.280 ms (0.282 before); (64, 32) 7 query
-# rows, 0.298 ms (0.348 before, most of it by `SMALL_DOT`); (128, 16) 2 query heads, 1 row 0.514 ms (0.522) and 7 rows
-# 0.519 ms (0.526). The others are reasoned: 48 to 64 KiB of keys and values in flight, two to four programs at once.
-# (128, 32) is also what a verification of 6 rows with two scored ones takes (4 query heads a KV head): its second
-# product costs 8 registers a thread and none spills (176 of them, compiled for sm_90), so two programs still fit.
+# By head size and tile rows, for rows that are read whole, on an H200 and 16 requests of 32k. Marked *: the best of 24
+# to 72, bf16 scores, 2026-11-22: (64, 16) 4 query heads a KV head, 1 query row, 0.280 ms (0.282 before); (64, 32) 7
+# query rows, 0.298 ms (0.348 before, most of it by `SMALL_DOT`); (128, 16) 2 query heads, 1 row 0.514 ms (0.522) and 7
+# rows 0.519 ms (0.526). Marked +: the best of 8 to 11, fp32 scores, 8 query heads and 7 rows, 2026-11-26: 0.364 ms
+# (nothing was a hundredth faster) and 0.746 ms (0.757). One query head a KV head has tiles of 16 rows, and nothing was
+# faster for them (docs/results/h200-draft-sweep.json). The others are reasoned: 48 to 64 KiB of keys and values in
+# flight, two to four programs at once. (128, 32) is also what a verification of 6 rows with two scored ones takes (4
+# query heads a KV head): its second product costs 8 registers a thread and none spills (176 of them, compiled for
+# sm_90), so two programs still fit.
 CONFIGS = {
     (64, 16): LaunchConfig(128, 8, 3, 4),  # *
     (64, 32): LaunchConfig(64, 4, 3, 4),  # *
-    (64, 64): LaunchConfig(64, 4, 3, 4),
+    (64, 64): LaunchConfig(64, 4, 3, 4),  # +
     (64, 128): LaunchConfig(64, 8, 4, 4),
     (128, 16): LaunchConfig(128, 8, 3, 2),  # *
     (128, 32): LaunchConfig(64, 4, 3, 4),
-    (128, 64): LaunchConfig(32, 4, 4, 4),
+    (128, 64): LaunchConfig(32, 4, 4, 2),  # +
     (128, 128): LaunchConfig(32, 8, 4, 4),
 }
 # Where a launch has so few programs before rows are cut into parts, half as many parts are better: the best of 28 to 33

@@ -128,7 +128,7 @@ def test_auto_on_a_gpu_takes_the_best_that_runs(monkeypatch, runs, dtype, chosen
 
     monkeypatch.setattr(executors, "_unavailable", some)
     monkeypatch.setattr(executors, "_triton_operations", lambda device: "triton")
-    monkeypatch.setattr(executors, "_borrowed_operations", lambda name, device: name)
+    monkeypatch.setattr(executors, "_borrowed_operations", lambda name, device, own_sparse: name)
     assert resolve("auto", CUDA, dtype) == chosen
 
 
@@ -140,6 +140,17 @@ def test_fa3_replaces_attention_and_leaves_the_rest_to_the_kernels():
     assert (theirs.name, theirs.granularity, theirs.graphs) == ("fa3", "token", True)
     assert theirs.sparse_attention is fa3.sparse_attention
     assert theirs.dense_attention is fa3.dense_attention
+
+
+@pytest.mark.parametrize(
+    ("name", "per_head", "own"), [("auto", True, True), ("auto", False, False), ("fa3", True, False)]
+)
+def test_our_kernel_reads_what_each_head_chose_if_nobody_asked_for_another(monkeypatch, name, per_head, own):
+    monkeypatch.setattr(executors, "_unavailable", lambda name, device, dtype: None)
+    monkeypatch.setattr(executors, "_triton_operations", lambda device: resolve("torch", CPU))
+    operations = resolve(name, CUDA, torch.bfloat16, per_head=per_head)
+    assert operations.name == "fa3" and operations.dense_attention is fa3.dense_attention
+    assert operations.sparse_attention is (resolve("torch", CPU).sparse_attention if own else fa3.sparse_attention)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set from the start")
@@ -155,7 +166,7 @@ def test_blocks_hold_no_selections_per_head(monkeypatch):
         resolve("xformers", CUDA, per_head=True)
     monkeypatch.setattr(executors, "_unavailable", lambda name, device, dtype: "no" if name == "fa3" else None)
     monkeypatch.setattr(executors, "_triton_operations", lambda device: "triton")
-    monkeypatch.setattr(executors, "_borrowed_operations", lambda name, device: name)
+    monkeypatch.setattr(executors, "_borrowed_operations", lambda name, device, own_sparse: name)
     assert resolve("auto", CUDA) == "xformers"
     assert resolve("auto", CUDA, per_head=True) == "triton"
 
