@@ -165,7 +165,8 @@ def test_cost_of_a_window_falls_with_what_is_read(pair, heads):
     ids = torch.randint(2, 258, (256,), generator=torch.Generator().manual_seed(2))
     target = load(pair / "target")
     none = [False] * 3
-    found = measure.cost_of_window(target, load(pair / "draft"), ids, rounds, [0, None, 1], heads, none, True)
+    chosen = measure.Chosen.by(load(pair / "draft"), ids, rounds, [0, None, 1], heads)
+    found = measure.cost_of_window(target, chosen, none, True)
     for values in found.values():
         assert values.shape == (3, len(GRID)) and not values[1].any()
     contexts = (241, 246, 251)
@@ -192,7 +193,7 @@ def test_what_a_layer_retains_with_what_follows_the_rounds_tokens(pair, heads):
     rounds, layers, share = Rounds(256, 3, 4, 4, 8), [0, None, 1], 0.2
     ids = torch.randint(2, 30, (256,), generator=torch.Generator().manual_seed(2))
     target, draft = load(pair / "target"), load(pair / "draft")
-    found = measure.induction_of_window(target, draft, ids, rounds, layers, heads, share)
+    found = measure.induction_of_window(target, measure.Chosen.by(draft, ids, rounds, layers, heads), share)
     rows = {name: {} for name in ("target", "draft")}
     for name, model in (("target", target), ("draft", draft)):
         model.look(ids, torch.arange(241, 256), rows[name].__setitem__)
@@ -233,7 +234,7 @@ def test_the_map_names_the_layers_that_copy(pair, tmp_path, monkeypatch, capsys,
     monkeypatch.setattr(runner, "copying", lambda mass, layers: [mass is not None and j == 1 for j in range(layers)])
     given = []
     real = measure.cost_of_window
-    monkeypatch.setattr(runner, "cost_of_window", lambda *args: given.append(args[6]) or real(*args))
+    monkeypatch.setattr(runner, "cost_of_window", lambda *args: given.append(args[2]) or real(*args))
     out = tmp_path / "map.json"
     assert run(pair, out, *more) == 0
     data = json.loads(out.read_text())

@@ -75,24 +75,25 @@ def _reference_dense(bench, group, shape, req, layers, scale, nbytes) -> Row:
 
 
 def verify(bench: Bench, batch: Batch, pair: Pair, fractions: Sequence[float], full: bool) -> None:
-    """full: every selection; else heads of their own only at every fraction, and no wide tables."""
+    """full: also wide tables, and executors that read whole blocks."""
     heads = pair.target
     layers = bench.arena.layers(heads, batch)
     req = requests(heads, batch, VERIFY_LEN, bench.device, bench.dtype)
     dense = fa3_dense(bench, "verify", batch, heads, req, layers, VERIFY_LEN)
     unread(bench, batch, heads, req, layers)
     for fraction in fractions:
-        for groups in (heads.kv, 1) if full else (heads.kv,):
+        for groups in (heads.kv, 1):
             positions = random_positions(batch, groups, shapes.kept_tokens(batch.context, fraction), bench.device)
             wide = full and fraction == min(fractions, key=lambda f: abs(f - TARGET_KEPT))
-            for factor in (1.0, 2.5) if wide else (1.0,):
+            # With its lse, which the mean of what is not read asks for.
+            for factor, lse in ((1.0, False), (2.5, False), (1.0, True)) if wide else ((1.0, False), (1.0, True)):
                 for name in ("fa3", "triton"):
-                    _sparse(bench, name, batch, heads, req, layers, positions, fraction, factor, dense)
+                    _sparse(bench, name, batch, heads, req, layers, positions, fraction, factor, lse, dense)
         if full:
             _blocks(bench, batch, heads, req, layers, fraction, dense)
 
 
-def _sparse(bench, name, batch, heads, req, layers, positions, fraction, factor, dense) -> Row:
+def _sparse(bench, name, batch, heads, req, layers, positions, fraction, factor, with_lse, dense) -> Row:
     groups, kept = positions.shape[1:]
     scale = heads.size**-0.5
     calls: list[Callable[[], object]] = []
@@ -106,8 +107,9 @@ def _sparse(bench, name, batch, heads, req, layers, positions, fraction, factor,
     def make() -> Calls:
         sparse = bench.executor(name).sparse_attention if name == "fa3" else bench.operation("sparse_attention")
         table, count = tables()
+        lse = torch.empty(req.query.shape[:2], dtype=torch.float32, device=bench.device) if with_lse else None
         calls.extend(
-            partial(sparse, req.query, layer, table, count, req.query_start_loc, scale, req.out, VERIFY_LEN)
+            partial(sparse, req.query, layer, table, count, req.query_start_loc, scale, req.out, VERIFY_LEN, lse)
             for layer in layers
         )
         return calls
@@ -125,11 +127,12 @@ def _sparse(bench, name, batch, heads, req, layers, positions, fraction, factor,
         )
         return relative_error(req.out[:VERIFY_LEN], wanted)
 
-    exact = batch == TARGET_BATCH and fraction == TARGET_KEPT and factor == 1.0
+    exact = batch == TARGET_BATCH and fraction == TARGET_KEPT and factor == 1.0 and not with_lse
     label = name if bench.cuda or name == "fa3" else "reference"
     return bench.measure(
         "verify",
-        f"{label} {fraction:.0%}, {'per head' if groups > 1 else 'shared'}{', wide table' if factor > 1 else ''}",
+        f"{label} {fraction:.0%}, {'per head' if groups > 1 else 'shared'}"
+        f"{', wide table' if factor > 1 else ''}{', with lse' if with_lse else ''}",
         f"{batch} {heads} q{VERIFY_LEN}",
         make,
         shapes.sparse_bytes(heads, batch, VERIFY_LEN, bench.element, kept, groups),

@@ -21,7 +21,7 @@ GRID = ("16x32k", "4x32k", "1x32k", "4x128k", "64x4k")
 CPU_GRID = ("2x100",)
 KEPT = (0.25, 0.1, 0.05)
 QUICK_KEPT = (0.1,)
-SECONDS = {"quick": 34.0, "default": 80.0, "sweep": 165.0}
+SECONDS = {"quick": 34.0, "default": 120.0, "sweep": 165.0}
 COPY_BYTES = 4 << 30
 
 
@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--kept", type=_kept, help=f"kept shares ({','.join(map(str, KEPT))})")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: references on tiny shapes")
     parser.add_argument("--commit", help="what to record as the commit, where the package is in no repository")
-    parser.add_argument("--seconds", type=float, help="skip what would begin later than this (80; quick 34; sweep 165)")
+    parser.add_argument("--seconds", type=float, help="skip what would begin later (120; quick 34; sweep 165)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -53,6 +53,8 @@ def similarity_of_window(
 class Chosen:
     """The order in which each target layer reads the tokens of a window's rounds: as its draft layer ranks them."""
 
+    ids: torch.Tensor
+    """[window]."""
     rounds: Rounds
     ranks: dict[tuple[int, bool], torch.Tensor]
     """Of a draft layer, without and with what follows the rounds' tokens: [G, rounds, window] int32."""
@@ -74,7 +76,7 @@ class Chosen:
                 ranks[layer, True] = rounds.ranks(rounds.with_followers(mass, ids))
 
         draft.look(ids, rows, rank)
-        return cls(rounds, ranks, layers, heads)
+        return cls(ids, rounds, ranks, layers, heads)
 
     def keep(self, layer: int, share: float, copies: bool) -> torch.Tensor:
         """[G, rounds, window] bool: what that share of the context is."""
@@ -82,23 +84,15 @@ class Chosen:
         return self.rounds.keep(ranks if self.heads is None else ranks[list(self.heads[layer])], share)
 
 
-def induction_of_window(
-    target: Model,
-    draft: Model,
-    ids: torch.Tensor,
-    rounds: Rounds,
-    layers: Sequence[int | None],
-    heads: Sequence[Sequence[int] | None] | None,
-    share: float,
-) -> dict[str, torch.Tensor]:
+def induction_of_window(target: Model, chosen: Chosen, share: float) -> dict[str, torch.Tensor]:
     """Of each target layer's attention to the window, the share that it keeps where it reads that share of the context,
     means over the rounds' rows, [target layers]: `alone`, chosen by the draft alone, and `followed`, with what follows
     the rounds' tokens. Layers that stay dense have 0."""
-    chosen = Chosen.by(draft, ids, rounds, layers, heads)
+    ids, rounds = chosen.ids, chosen.rounds
     found = {name: torch.zeros(target.layers, dtype=torch.float64) for name in ("alone", "followed")}
 
     def retained(layer: int, attention: torch.Tensor) -> None:
-        if layers[layer] is not None:
+        if chosen.layers[layer] is not None:
             for name, copies in (("alone", False), ("followed", True)):
                 kept = rounds.masks(chosen.keep(layer, share, copies))
                 found[name][layer] = (attention * kept).sum(-1).mean().item()
@@ -107,20 +101,11 @@ def induction_of_window(
     return found
 
 
-def cost_of_window(
-    target: Model,
-    draft: Model,
-    ids: torch.Tensor,
-    rounds: Rounds,
-    layers: Sequence[int | None],
-    heads: Sequence[Sequence[int] | None] | None,
-    induction: Sequence[bool],
-    with_kl: bool,
-) -> dict[str, torch.Tensor]:
+def cost_of_window(target: Model, chosen: Chosen, induction: Sequence[bool], with_kl: bool) -> dict[str, torch.Tensor]:
     """What each target layer's reading less costs, means over the rounds' rows, [target layers, GRID]: `read`, the
     share of the context that was read, `mass`, the share of the target's attention to the window that this holds, and
     `kl`, KL(all of it || this layer alone pruned) of the target's output in nats. Layers that stay dense have 0."""
-    chosen = Chosen.by(draft, ids, rounds, layers, heads)
+    ids, rounds, layers = chosen.ids, chosen.rounds, chosen.layers
     found = {name: torch.zeros(target.layers, len(GRID), dtype=torch.float64) for name in ("read", "mass", "kl")}
     contexts = rounds.contexts(target.device)
 

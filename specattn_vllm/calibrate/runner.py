@@ -21,6 +21,7 @@ import specattn_vllm
 from specattn_vllm.calibrate import models, text
 from specattn_vllm.calibrate.command import state_file
 from specattn_vllm.calibrate.measure import (
+    Chosen,
     cost_of_window,
     induction_of_window,
     over_windows,
@@ -65,19 +66,21 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
         )  # fmt: skip
         layers, heads = layer_and_head_map(alike, args.path, args.dense_layers, args.ranks or 1)
         rounds, cost, mass = _rounds(args), None, None
+
+        def chosen(window: int) -> Chosen:
+            return Chosen.by(draft, windows.ids[window], rounds, layers, heads)
+
         if args.induction == "auto":
             mass = over_windows(
                 state, "induction", windows.ids,
-                lambda w: induction_of_window(target, draft, windows.ids[w], rounds, layers, heads, args.budget),
+                lambda w: induction_of_window(target, chosen(w), args.budget),
                 begin("which layers copy", len(windows.ids)),
             )  # fmt: skip
         induction = copying(mass, len(layers))
         if args.shares != "none":
             cost = over_windows(
                 state, "cost", windows.ids,
-                lambda w: cost_of_window(
-                    target, draft, windows.ids[w], rounds, layers, heads, induction, args.shares == "kl"
-                ),
+                lambda w: cost_of_window(target, chosen(w), induction, args.shares == "kl"),
                 begin("what reading less costs", len(windows.ids)),
             )  # fmt: skip
     shares, measured = None, {}
