@@ -23,9 +23,9 @@ block_table      [R, nb]      int32
 lens             [R]          int32, positions that are in the cache for good; below summed, no sum changes
 seq_lens         [R]          int32, the step's own tokens included
 kept             [R, G]       int32, tokens that were read; G = 1 for all heads, or H
-slots            [R]          int64; -1 = padded row, which stays as it is
-sums             [Z, H, 2D]   float32, as ``sum_context`` leaves them
-summed           [Z, H]       int32; with nothing summed, attention stays as it is
+slots            [R]          int64, distinct where not negative; -1 = padded row, which stays as it is
+sums             [Z, H, 2D]   float32, as ``sum_context`` leaves them, changed in place
+summed           [Z, H]       int32, changed in place; with nothing summed, attention stays as it is
 query_start_loc  [R+1]        int32
 scale            float
 max_query_len    int          on the host, at least the longest row of the query
@@ -67,12 +67,15 @@ def _unread_kernel(
     end = tl.minimum(tl.load(lens + r), count + LONGEST)
     if end > count:
         table = block_table + r * stride_br
+        # Apart, since keys and values are used apart; entries are few, and those of one position lie side by side.
         key += range_sum(
             kv_cache, table, h, count, end, stride_cb, stride_ch, stride_cn, block_size, D, BLOCK
         )  # fmt: skip
         value += range_sum(
             kv_cache + D, table, h, count, end, stride_cb, stride_ch, stride_cn, block_size, D, BLOCK
         )  # fmt: skip
+        # Every warp has read the sums before any writes them.
+        tl.debug_barrier()
         tl.store(sums + d, key)
         tl.store(sums + D + d, value)
         tl.store(summed, end)

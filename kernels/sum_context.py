@@ -32,7 +32,7 @@ NUM_WARPS = 4
 
 @triton.jit
 def range_sum(kv_cache, table, h, first, end, stride_cb, stride_ch, stride_cn, block_size, WIDTH: tl.constexpr,
-               BLOCK: tl.constexpr):  # fmt: skip
+              BLOCK: tl.constexpr):  # fmt: skip
     """[WIDTH]: sum over positions from first up to end of what head h's entries begin with."""
     d = tl.arange(0, WIDTH)
     total = tl.zeros([WIDTH], tl.float32)

@@ -8,7 +8,7 @@ from . import contracts
 from .contracts import FLOATS, expect, tensor
 
 LONGEST = 1024
-"""Positions that one program of ``sum_context`` takes."""
+"""Positions that one program of ``sum_context`` takes, and ``add_unread`` of a row."""
 
 
 def _context(kv_cache, block_table, slots, lens, sums, summed) -> None:

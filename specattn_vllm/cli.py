@@ -2,8 +2,10 @@
 
 import argparse
 import json
+import os
 import platform
 import shlex
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from importlib import metadata, resources
@@ -169,10 +171,16 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(_with_default_part(sys.argv[1:] if argv is None else argv))
     try:
-        return COMMANDS[args.command].run(args) or 0
+        status = COMMANDS[args.command].run(args) or 0
+        sys.stdout.flush()
+        return status
     except UserError as error:
         print(f"specattn: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever read the output has enough of it, `head` for one; nor is Python to complain when it ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
 
 
 if __name__ == "__main__":

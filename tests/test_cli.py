@@ -138,3 +138,13 @@ def test_info_and_cpu_env_load_neither_torch_nor_vllm():
         "assert not {'torch', 'vllm', 'triton'} & set(sys.modules), sorted(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-P", "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("words", [["info"], ["eval", "methods", "--list"]], ids=" ".join)
+def test_a_reader_that_has_enough_is_no_error(words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer) as out:
+        command = [sys.executable, "-P", "-m", "specattn_vllm.cli", *words]
+        done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr.decode()) == (141, "")

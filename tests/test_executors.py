@@ -15,7 +15,7 @@ from specattn_vllm.executors import ExecutorError, Operations, fa3, resolve, wri
 from specattn_vllm.options import ExecutorName
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-OPERATIONS = {field.name for field in dataclasses.fields(Operations)} - {"name", "granularity", "graphs"}
+OPERATIONS = {field.name for field in dataclasses.fields(Operations)} - {"name", "granularity", "graphs", "label"}
 
 
 def test_torch_is_refused_off_the_cpu():
@@ -150,6 +150,7 @@ def test_our_kernel_reads_what_each_head_chose_if_nobody_asked_for_another(monke
     monkeypatch.setattr(executors, "_triton_operations", lambda device: resolve("torch", CPU))
     operations = resolve(name, CUDA, torch.bfloat16, per_head=per_head)
     assert operations.name == "fa3" and operations.dense_attention is fa3.dense_attention
+    assert operations.label == ("fa3, and triton for selections" if own else "")
     assert operations.sparse_attention is (resolve("torch", CPU).sparse_attention if own else fa3.sparse_attention)
 
 

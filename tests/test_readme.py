@@ -118,17 +118,34 @@ def test_the_tables_of_methods_are_what_was_measured(file, begins, capsys):
     methods_in_evaluation(file, begins, capsys)
 
 
+def test_the_settings_of_equal_reads_read_as_much_and_are_what_was_measured(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)  # where the command finds docs/equal-reads.json
+    lines = methods_in_evaluation("demo-equal-reads", "eval methods --settings docs/equal-reads.json", capsys)
+    read = {cells[0]: float(cells[1].rstrip("%")) for cells in lines if len(cells) > 5 and cells[1].endswith("%")}
+    for group in (
+        ("quest 25%, two dense layers", "specattn 54%", "specattn, as published"),
+        ("quest 12.5%, two dense layers", "specattn 46%"),
+        ("quest 19%", "sink and recent 25%", "specattn 25%"),
+        ("quest 6.4%", "sink and recent 12.5%", "specattn 12.5%"),
+        ("sts, as published", "specattn 5.5%"),
+    ):
+        shares = [read[name] for name in group]
+        assert max(shares) < 1.06 * min(shares), group
+
+
 def command_runs(begins: str, document: str, measured, capsys) -> None:
     """The command above a table runs what is in it, as the settings are now."""
     from specattn_vllm import cli
-    from specattn_vllm.evaluation.settings import default_settings
+    from specattn_vllm.evaluation.settings import default_settings, read_settings
 
     [command] = re.findall(rf"^    specattn ({begins} .*?)\n\n", document, re.M | re.S)
     assert cli.main([*shlex.split(command.replace("\\\n", " ")), "--list"]) == 0
     names = [result.name for result in measured.results]
     assert sorted(re.findall(r"^(\S.*)\n  \{", capsys.readouterr().out, re.M)) == sorted(names)
     context = measured.setup.get("context", 2048)  # tasks have prompts of one length here
-    now = {setting.name: (setting.options, setting.peer) for setting in default_settings(context)}
+    file = re.search(r"--settings (\S+)", command)
+    settings = read_settings(ROOT / file[1]) if file else default_settings(context)
+    now = {setting.name: (setting.options, setting.peer) for setting in settings}
     assert {result.name: (result.options, result.peer) for result in measured.results} == {n: now[n] for n in names}
 
 

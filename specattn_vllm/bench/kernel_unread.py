@@ -45,7 +45,7 @@ def unread(bench: Bench, batch: Batch, heads: Heads, req: Requests, layers: Sequ
         return [one(layer) for layer in layers]
 
     rows, row = batch.rows, 2 * heads.size * heads.kv
-    new, read = VERIFY_LEN * row * bench.element, 3 * row * 4  # the new tokens, and the sums: read, written, read
+    new, read = VERIFY_LEN * row * bench.element, 2 * row * 4  # the new tokens, and the sums: read and written
     outputs = 3 * VERIFY_LEN * heads.query * heads.size * bench.element  # query and output read, output written
     return bench.measure(
         "verify", "mean of what is not read", f"{batch} {heads} q{VERIFY_LEN}", make, rows * (new + read + outputs)

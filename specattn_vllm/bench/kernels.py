@@ -41,7 +41,7 @@ def _only(text: str) -> list[str]:
 
 def _group(text: str) -> int:
     number = int(text) if text.isdecimal() else 0
-    if not 1 <= number <= 16:
+    if not 1 <= number <= 16:  # with the 7 rows of a first step, a tile of 128
         raise argparse.ArgumentTypeError(f"got {text!r}, wanted 1 to 16 query heads for each KV head")
     return number
 

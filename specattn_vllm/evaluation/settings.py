@@ -21,6 +21,7 @@ def default_settings(context: int) -> list[Setting]:
         Setting(name="dense, sparse_draft", options={"method": "dense", "sparse_draft": True}),
         Setting(name="specattn", options={"method": "specattn"}),
         Setting(name="specattn, sparse_draft", options={"method": "specattn", "sparse_draft": True}),
+        # As the benchmark of speed runs.
         Setting(
             name="specattn 10%, sparse_draft",
             options={"method": "specattn", "rule": "top_k", "ratio": 0.1, "min_tokens": 0, "sparse_draft": True},

@@ -2,8 +2,9 @@
 
 `torch` is the PyTorch reference, in production on CPU and the oracle of the tests; `triton` is our kernels, on CUDA or,
 for tests, through Triton's interpreter; `fa3` and `xformers` put another library's attention in place of ours where the
-target reads a selection and where everything is read, and leave the rest to the kernels. All have the same signatures
-(`kernels/README.md`). An executor that is asked for and cannot run is an error; only `auto` chooses.
+target reads a selection (unless `auto` keeps ours there) and where everything is read, and leave the rest to the
+kernels. All have the same signatures (`kernels/README.md`). An executor that is asked for and cannot run is an error;
+only `auto` chooses.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class Operations:
     """What `build_page_tables` lists; 'block' reads whole blocks of vLLM's cache, and no selections per head."""
     graphs: bool = False
     """Whether verification can be captured in a full CUDA graph."""
+    label: str = ""
+    """What the log calls it, where that is not its name."""
 
 
 def resolve(
@@ -87,7 +90,8 @@ def resolve(
 def _best(device: torch.device, dtype: torch.dtype, per_head: bool) -> str:
     if device.type != "cuda":
         return "torch"
-    # Token granularity first: xformers reads whole blocks, and the portable kernel is slower than either.
+    # What GPUs without FlashAttention 3 are fastest with has not been measured. On an H200, ours of a tenth of 16x32k
+    # takes a quarter of the time of xformers', which reads whole blocks (docs/results/h200-kernels.json).
     usable = [name for name in ("fa3", "xformers") if not (per_head and name in BLOCKS)]
     return next((name for name in usable if _unavailable(name, device, dtype) is None), "triton")
 
@@ -184,13 +188,17 @@ def _borrowed_operations(name: str, device: torch.device, *, own_sparse: bool = 
     """Another library's attention, and ours of the rest; `own_sparse`: ours of selections too, which 'auto' takes where
     each KV head has one. Without head-folded copies of queries and outputs, and of their logsumexp, it takes 6 to 60%
     less time than FlashAttention 3 in 15 cells of 1x32k to 64x4k and 4x128k, 5 to 25% kept (H200, head size 128,
-    2026-11-26, docs/results/h200-kernels.json); of one selection for all heads FlashAttention 3 is 4 to 8% faster."""
+    2026-11-26, docs/results/h200-kernels.json); of one selection for all heads, FlashAttention 3 takes 4 to 8% less
+    (16x32k)."""
     base = _triton_operations(device)
     if name == "fa3":
         from specattn_vllm.executors import fa3
 
         sparse = base.sparse_attention if own_sparse else fa3.sparse_attention
-        return replace(base, name=name, sparse_attention=sparse, dense_attention=fa3.dense_attention, graphs=True)
+        label = "fa3, and triton for selections" if own_sparse else ""
+        return replace(
+            base, name=name, label=label, sparse_attention=sparse, dense_attention=fa3.dense_attention, graphs=True
+        )
     from specattn_vllm.executors import xformers
     from specattn_vllm.kernels.block_tables import build_block_tables
 

@@ -117,7 +117,8 @@ class LayerUnread:
         self, query: torch.Tensor, kv_cache: torch.Tensor, md: SpecAttnMetadata, kept: torch.Tensor, scale: float,
         lse: torch.Tensor, out: torch.Tensor,
     ) -> None:  # fmt: skip
-        """Correct `out` [T, Hq, D] of the plan's rows, whose query [T, Hq, D] read kept [R, G] tokens each."""
+        """Take the sums of the plan's rows further, and correct their `out` [T, Hq, D], whose query [T, Hq, D] read
+        kept [R, G] tokens each."""
         unread, plan = self._unread, md.sparse
         rows, sums, summed = plan.num_rows, unread.sums[self._index], unread.summed[self._index]
         unread.operations.add_unread(

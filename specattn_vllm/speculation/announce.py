@@ -28,7 +28,7 @@ def announce_buffers(speculator: RoundSpeculator, nbytes: dict[str, int]) -> Non
     """Say what was allocated, and what to do where it is much."""
     logger.info(
         "specattn: executor=%s, buffers %.1f MiB (%s), taken before vLLM measures what is left for the KV cache",
-        speculator.operations.name,
+        speculator.operations.label or speculator.operations.name,
         sum(nbytes.values()) / 2**20,
         sizes(nbytes),
     )

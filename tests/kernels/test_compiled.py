@@ -40,7 +40,8 @@ for dtype, size, group in (("bf16", 128, 4), ("fp16", 64, 1)):
     for alone in (True, False):
         compiled(sum_context._sum_kernel, dtype, 4, LONGEST=1024, WIDTH=2 * size, BLOCK=64, ALONE=alone)
     compiled(sum_context._add_parts_kernel, dtype, 1, LONGEST=1024, WIDTH=2 * size)
-    compiled(add_unread._unread_kernel, dtype, 4, GROUP=group, ROWS=32, D=size, BLOCK=16, LONGEST=1024)
+    compiled(add_unread._unread_kernel, dtype, add_unread.NUM_WARPS, GROUP=group, ROWS=add_unread.MAX_ROWS, D=size,
+             BLOCK=add_unread.BLOCK, LONGEST=add_unread.LONGEST)
 compiled(add_followers._followers_kernel, "fp32", 4, C=5, BLOCK=1024)
 """
 

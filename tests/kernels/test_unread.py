@@ -114,8 +114,9 @@ def case(groups: int, heads: int, group: int, place, poisoned) -> dict:
 @pytest.mark.parametrize("per_head", [False, True])
 def test_the_mean_weighs_as_much_as_the_tokens_it_stands_for(per_head, heads, group, op, place, poisoned, close):
     given = case(heads if per_head else 1, heads, group, place, poisoned)
-    before = given["out"].clone()
+    before, sums, summed = (given[name].clone() for name in ("out", "sums", "summed"))
     op(**given)
+    assert torch.equal(given["sums"].nan_to_num(), sums.nan_to_num()) and torch.equal(given["summed"], summed)
     starts = given["query_start_loc"].tolist()
     changed = range(starts[0], starts[1])  # of the first row alone
     for t in changed:
@@ -137,7 +138,8 @@ def test_the_mean_weighs_as_much_as_the_tokens_it_stands_for(per_head, heads, gr
 def test_sums_are_taken_further_first(before, op, place, poisoned, close):
     """As by `sum_context`, and attention is corrected by what they are then."""
     device, dtype = place
-    lens, read, queries, heads = [20, 18, 30, LONGEST + 9], [5, 18, 8, 100], [2, 3, 1, 2], 2
+    # Of the second row everything was read: its sums are taken further all the same.
+    lens, read, queries, heads = [20, 18, 30, LONGEST + 9], [5, 21, 8, 100], [2, 3, 1, 2], 2
     cache, table, held = cache_of(lens, heads, place, poisoned)
     gen = torch.Generator().manual_seed(5)
     starts = torch.tensor([0, *queries]).cumsum(0).int().to(device)
