@@ -17,7 +17,7 @@ def request(**changed) -> jobs.Request:
         "grid": grid.parse_grid("16x32k,4x128k,1x32k"),
         "modes": grid.MODES,
         "kept": [0.25, 0.05],
-        "acceptance_length": 3.5,
+        "acceptance_lengths": [3.5],
     }
     return jobs.Request(**{**wanted, **changed})
 
@@ -208,7 +208,7 @@ def test_a_target_that_drafts_for_itself(mode):
 def test_rounds_of_a_mode_or_of_one_of_its_engines():
     changed = {
         "draft_tokens_of": {"vegas": 7, "streamingllm": 2},
-        "acceptance_length_of": {"vegas": 6, "vegas 5%": 4.5, "streamingllm": 0},
+        "acceptance_lengths_of": {"vegas": [6], "vegas 5%": [4.5], "streamingllm": [0]},
     }
     found, before = jobs_by_name(**changed), jobs_by_name()
     speculation = {name: job.engine_arguments.get("speculative_config", {}) for name, job in found.items()}
@@ -250,8 +250,23 @@ def test_a_model_without_room_is_refused():
 
 
 def test_acceptance_by_the_models_themselves():
-    arguments = jobs_by_name(acceptance_length=0)["dense"].engine_arguments
+    arguments = jobs_by_name(acceptance_lengths=[0])["dense"].engine_arguments
     assert set(arguments["speculative_config"]) == {"model", "method", "num_speculative_tokens"}
+
+
+def test_an_engine_for_each_acceptance_length():
+    found = jobs_by_name(
+        modes=["plain", "draft-v1", "specattn"], kept=[0.1], acceptance_lengths=[2, 3.5, 0],
+        acceptance_lengths_of={"specattn 10%": [2, 5]},
+    )  # fmt: skip
+    lengths = {name: job.acceptance_length for name, job in found.items()}
+    assert lengths == {
+        "plain": None, "draft-v1, 2 a round": 2, "draft-v1, 3.5 a round": 3.5, "draft-v1, as the models agree": None,
+        "specattn 10%, 2 a round": 2, "specattn 10%, 5 a round": 5,
+    }  # fmt: skip
+    assert len({job.key for job in found.values()}) == len(found)
+    assert request(acceptance_lengths=[2, 3.5]).settings()["acceptance_length"] == [2, 3.5]
+    assert [request(acceptance_lengths=[n]).settings()["acceptance_length"] for n in (2, 0)] == [2, None]
 
 
 def test_the_user_has_the_last_word():
@@ -333,8 +348,9 @@ def test_engines_is_what_bench_does_if_nothing_else_is_named(capsys):
         (["--acceptance-length", "5", "--draft-tokens", "dense:3"], "5 for dense: between 1 and --draft-tokens"),
         (["--acceptance-length", "dense:-1"], "-1 for dense"),
         (["--draft-tokens", "specattn:0"], "--draft-tokens 0: at least 1"),
-        (["--modes", "plain,dense", "--draft-tokens", "specattn:4"], "--draft-tokens specattn:4: no such engine"),
-        (["--kept", "0.1", "--acceptance-length", "specattn 5%:2"], "specattn 5%:2: no such engine"),
+        (["--modes", "plain,dense", "--draft-tokens", "specattn:4"], "--draft-tokens specattn: no such engine"),
+        (["--kept", "0.1", "--acceptance-length", "specattn 5%:2"], "--acceptance-length specattn 5%: no such engine"),
+        (["--acceptance-length", "3,7"], "7 for draft-v2, 7 a round: between 1 and --draft-tokens"),
         (["--repeats", "0"], "--repeats"),
     ],
 )
@@ -344,7 +360,8 @@ def test_what_an_engine_would_refuse_is_refused_before_it_starts(capsys, argumen
 
 
 @pytest.mark.parametrize("arguments", [["--grid", "4"], ["--modes", "fast"], ["--shape", "gpt"], ["--kept", "a"],
-                                       ["--draft-tokens", "x:4"], ["--acceptance-length", "a"]])  # fmt: skip
+                                       ["--draft-tokens", "x:4"], ["--acceptance-length", "a"],
+                                       ["--acceptance-length", "2,2"]])  # fmt: skip
 def test_wrong_arguments_exit_with_2(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         cli.main(["bench", *arguments])

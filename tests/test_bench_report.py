@@ -63,6 +63,28 @@ def test_rounds_that_differ_stand_below_the_table(results):
     assert "draft-v1: 5 draft tokens" not in text
 
 
+def test_speeds_are_compared_with_those_of_the_same_acceptance(results):
+    results["settings"]["acceptance_length"] = [2, 3.5]
+    more = []
+    for engine in results["engines"]:
+        if engine["name"] in ("draft-v2", "specattn 10%"):
+            other = copy.deepcopy(engine)
+            other["name"] = other["job"]["name"] = f"{engine['name']}, 2 a round"
+            other["job"]["acceptance_length"] = 2
+            for cell in other["cells"]:
+                cell["tokens_per_second"] /= 2
+            more.append(other)
+    # Runner V1 was measured with 3.5 alone.
+    results["engines"] += more
+    table = rows(report.markdown(results))
+    assert table[0][-2:] == ["draft model, runner V2, 2 a round", "specattn 10%, 2 a round"]
+    assert table[2][-2:] == ["418 (0.61x)", "1,208 (1.75x, 2.89x)"]
+    assert table[2][-3] == "2,415 (3.50x, 2.84x)"
+    text = report.markdown(results)
+    assert "5 draft tokens, 2 or 3.5 tokens a round on average" in text
+    assert "draft tokens, " not in "".join(report.remarks(Report.model_validate(results)))
+
+
 @pytest.mark.parametrize(("speed", "losing"), [(91.19, True), (91.21, False)])
 def test_losing_is_below_a_share_of_the_best_stock_mode(results, speed, losing):
     cell_of(results, "specattn 10%", "1x32k")["tokens_per_second"] = speed

@@ -71,12 +71,13 @@ def engines_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--acceptance-length",
-        type=checked(grid.parse_for_mode(float)),
+        type=checked(grid.parse_for_mode(grid.parse_lengths)),
         action="append",
         default=[],
-        metavar="[MODE:]A",
-        help="mean tokens of a round, by vLLM's synthetic acceptance, in all modes, in one (vegas:4) or in one of its "
-        f"engines ('vegas 5%%:3.2'); may be repeated; 0: what the models agree on [{grid.ACCEPTANCE_LENGTH:g}]",
+        metavar="[MODE:]A,...",
+        help="mean tokens of a round, by vLLM's synthetic acceptance, an engine each; of all modes, one (vegas:4), or "
+        "one of its kept shares ('vegas 5%%:3.2'); may be repeated; 0: what the models agree on "
+        f"[{grid.ACCEPTANCE_LENGTH:g}]",
     )
     what.add_argument(
         "--option",

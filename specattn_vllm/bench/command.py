@@ -45,9 +45,9 @@ def request_of(args: argparse.Namespace) -> Request:
         kept=args.kept,
         device=device,
         draft_tokens=draft_tokens.pop("", grid.DRAFT_TOKENS),
-        acceptance_length=lengths.pop("", grid.ACCEPTANCE_LENGTH),
+        acceptance_lengths=lengths.pop("", (grid.ACCEPTANCE_LENGTH,)),
         draft_tokens_of=draft_tokens,
-        acceptance_length_of=lengths,
+        acceptance_lengths_of=lengths,
         output_tokens=args.output_tokens,
         repeats=args.repeats,
         max_warmups=args.max_warmups,
@@ -63,7 +63,7 @@ def request_of(args: argparse.Namespace) -> Request:
 def planned_jobs(request: Request) -> list[Job]:
     from pydantic import ValidationError
 
-    from specattn_vllm.bench.jobs import make_jobs
+    from specattn_vllm.bench.jobs import job_name, make_jobs
     from specattn_vllm.options import SpecAttnOptions
 
     try:
@@ -81,11 +81,11 @@ def planned_jobs(request: Request) -> list[Job]:
             raise UserError(
                 f"--acceptance-length {length:g} for {job.name}: between 1 and --draft-tokens + 1 = {most}, or 0"
             )
-    known = {name for job in jobs for name in (job.name, job.mode)}
-    for flag, given in (("draft-tokens", request.draft_tokens_of), ("acceptance-length", request.acceptance_length_of)):
-        for name in given:
-            if name not in known:
-                raise UserError(f"--{flag} {name}:{given[name]:g}: no such engine in this run (--modes, --kept)")
+    known = {name for job in jobs for name in (job_name(job.mode, job.kept), job.mode)}
+    named = {"draft-tokens": request.draft_tokens_of, "acceptance-length": request.acceptance_lengths_of}
+    for flag, name in ((flag, name) for flag, given in named.items() for name in given):
+        if name not in known:
+            raise UserError(f"--{flag} {name}: no such engine in this run (--modes, --kept)")
     return jobs
 
 

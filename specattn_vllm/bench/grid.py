@@ -73,6 +73,13 @@ def parse_fractions(text: str) -> list[float]:
     return fractions
 
 
+def parse_lengths(text: str) -> tuple[float, ...]:
+    lengths = tuple(float(part) for part in text.split(","))
+    if len(set(lengths)) != len(lengths):
+        raise ValueError(f"'{text}' names a length twice")
+    return lengths
+
+
 def parse_sizes(text: str) -> list[int]:
     sizes = sorted({int(part) for part in text.split(",")})
     if sizes[0] < 1:

