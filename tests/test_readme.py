@@ -118,6 +118,17 @@ def test_the_tables_of_methods_are_what_was_measured(file, begins, capsys):
     methods_in_evaluation(file, begins, capsys)
 
 
+def test_the_table_of_a_draft_that_seldom_reads_everything(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)  # where the command finds docs/refresh-draft.json
+    lines = methods_in_evaluation("demo-refresh-draft", "eval methods --settings docs/refresh-draft.json", capsys)
+    rows = {cells[0]: cells for cells in lines if len(cells) > 5}
+    kl = [rows[f"specattn, {name}"][3].split()[0] for name in ("refresh_draft_every 4", "sparse_draft")]
+    length = [rows[f"dense, {name}"][6].split()[0] for name in ("refresh_draft_every 4", "sparse_draft")]
+    words = " ".join((ROOT / "docs/evaluation.md").read_text().split())
+    assert "{} accepted tokens instead of {}".format(*length) in words
+    assert "a divergence of {} instead of {}".format(*kl) in words
+
+
 def test_the_settings_of_equal_reads_read_as_much_and_are_what_was_measured(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)  # where the command finds docs/equal-reads.json
     lines = methods_in_evaluation("demo-equal-reads", "eval methods --settings docs/equal-reads.json", capsys)
