@@ -69,7 +69,7 @@ def _without_effect(options: SpecAttnOptions) -> set[str]:
     """Options that mean nothing under the method at hand."""
     if options.drafts_for_itself:
         by_attention = {"top_p", "rule", *_FOR_VEGAS} if options.method == "streamingllm" else set()
-        return _FOR_TARGET | _FOR_FUSED | {"sparse_draft", "refresh_draft_every"} | by_attention
+        return _FOR_TARGET | _FOR_FUSED | {"sparse_draft", "draft_ratio", "refresh_draft_every"} | by_attention
     if options.has_sizes:
         # `top_p` says what the draft reads.
         return {"per_kv_head", "layer_shares"} | (set() if options.sparse_draft else {"top_p"})

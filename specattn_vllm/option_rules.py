@@ -33,6 +33,14 @@ def _draft_refresh_has_something_to_refresh(options: SpecAttnOptions) -> None:
         )
 
 
+def _a_draft_s_ratio_has_a_draft_that_reads_a_part(options: SpecAttnOptions) -> None:
+    if options.draft_ratio is not None and not options.sparse_draft:
+        raise ValueError(
+            f"draft_ratio {options.draft_ratio:g} without sparse_draft, where every draft step reads everything: set "
+            "sparse_draft=true, or leave draft_ratio out"
+        )
+
+
 def _audits_have_what_they_need(options: SpecAttnOptions) -> None:
     if options.audit_floor is not None and not options.audit_share:
         raise ValueError(
@@ -90,6 +98,7 @@ def _history_leaves_room_for_the_draft(options: SpecAttnOptions) -> None:
 RULES = (
     _clamps_agree,
     _draft_refresh_has_something_to_refresh,
+    _a_draft_s_ratio_has_a_draft_that_reads_a_part,
     _audits_have_what_they_need,
     _one_selection_has_one_size,
     _one_rule_is_meant,

@@ -176,6 +176,13 @@ class SpecAttnOptions(BaseModel):
         description="Draft steps after the first read only what the draft's own first step attended to, chosen by "
         "the same rule. Never changes the output distribution of 'dense'.",
     )
+    draft_ratio: float | None = Field(
+        None,
+        gt=0.0,
+        le=1.0,
+        description="With 'sparse_draft', share of the context that the draft's own steps keep. By default they choose "
+        "as much as the target's selection does, by the rule above.",
+    )
     refresh_draft_every: int = Field(
         1,
         ge=1,

@@ -51,6 +51,7 @@ def test_the_defaults_are_the_documented_ones():
         "audit_dense_rounds": 16,
         "check_weights": True,
         "sparse_draft": False,
+        "draft_ratio": None,
         "refresh_draft_every": 1,
         "crossover_tokens": None,
         "executor": "auto",
@@ -89,6 +90,7 @@ def test_every_option_can_be_given():
         "audit_dense_rounds": 4,
         "check_weights": False,
         "sparse_draft": True,
+        "draft_ratio": 0.5,
         "refresh_draft_every": 4,
         "crossover_tokens": 4096,
         "executor": "torch",
@@ -217,6 +219,12 @@ def test_refreshes_of_a_draft_that_reads_everything_are_refused():
     assert "refresh_draft_every 4 without sparse_draft" in message
     assert "set sparse_draft=true, or leave it at 1" in message
     assert SpecAttnOptions.parse({"refresh_draft_every": 1}).refresh_draft_every == 1
+
+
+def test_a_share_for_a_draft_that_reads_everything_is_refused():
+    message = refusal({"draft_ratio": 0.25})
+    assert "draft_ratio 0.25 without sparse_draft" in message
+    assert "set sparse_draft=true, or leave draft_ratio out" in message
 
 
 def test_a_floor_without_audits_is_refused():

@@ -69,7 +69,7 @@ class DraftCapture:
         `sparse_draft`. `choices`: what each selection is, where layers have fractions of the context of their own;
         without, there is one for each source."""
         self.options = options
-        self.limits = Limits.of(options)
+        self.limits, self.draft_limits = Limits.of(options), Limits.of_draft(options)
         self.operations = operations
         self.layer_sources = layer_sources
         self.num_sources = num_sources
@@ -216,10 +216,11 @@ class DraftCapture:
     def end_step(self) -> None:
         """Close a draft step: the union rule selects after each, and `sparse_draft` after the first."""
         if self.step == 0 and self.lists is not None:
-            self.own_ranking.choose(self.operations, self.limits, self.prefix_lens, len(self.layer_sources))
-            self.lists.choose(self.own_ranking.bits[: len(self.layer_sources)], self.num_steps)
-            if self.own_ranking is self.ranking:
-                return
+            own = self.own_ranking
+            own.choose(self.operations, self.draft_limits, self.prefix_lens, len(self.layer_sources))
+            self.lists.choose(own.bits[: len(self.layer_sources)], self.num_steps)
+            if own is self.ranking and self.shared_out is None and self.draft_limits == self.limits:
+                return  # what a union begins with is chosen already
         if self.options.combine == "union":
             self._choose(union=self.step > 0)
 

@@ -39,6 +39,13 @@ class Limits:
         )
 
     @classmethod
+    def of_draft(cls, options: SpecAttnOptions) -> Limits:
+        """For what the draft itself reads."""
+        if options.draft_ratio is None:
+            return cls.of(options)
+        return replace(cls.of(options), top_p=1.0, max_fraction=options.draft_ratio)
+
+    @classmethod
     def of_budgets(cls, options: SpecAttnOptions) -> Limits:
         """For rows that come with a number of tokens each, between the floor and the caps."""
         return replace(cls.of(options), top_p=1.0, max_fraction=options.max_fraction)

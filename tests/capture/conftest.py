@@ -181,7 +181,7 @@ class Draft:
 
     def first_choice(self, name: str, r: int, opts: SpecAttnOptions) -> set[int]:
         """The top-p of step 0 on its own, which is what `sparse_draft` goes by."""
-        return top_p(self.step_mass(name, r, opts)[0], opts)
+        return top_p(self.step_mass(name, r, opts)[0], of_draft(opts))
 
     def step_mass(self, name: str, r: int, opts: SpecAttnOptions, group: int | None = None) -> list[list[float]]:
         """The mass of each step on the committed context of request r, averaged over query heads: all, or those of a
@@ -196,7 +196,7 @@ class Draft:
             if k > 0 and opts.sparse_draft and self.lens[r] > 1:
                 # What a step reads is the same for all heads.
                 first = known if group is None else self.step_mass(name, r, opts)
-                read = [*sorted(top_p(first[0], opts)), *range(self.lens[r] - 1, self.lens[r] + k)]
+                read = [*sorted(top_p(first[0], of_draft(opts))), *range(self.lens[r] - 1, self.lens[r] + k)]
             else:
                 read = [*range(self.lens[r] + k)]
             weights = self.attention(name, query, r, read)[0][heads].mean(0).tolist()
@@ -221,6 +221,13 @@ class Draft:
         if opts.combine == "union":
             return set().union(*(top_p(mass, opts) for mass in self.step_mass(name, r, opts, group)))
         return top_p(self.combined(name, r, opts, group), opts)
+
+
+def of_draft(opts: SpecAttnOptions) -> SpecAttnOptions:
+    """The options by which the draft chooses what it reads itself."""
+    if opts.draft_ratio is None:
+        return opts
+    return opts.model_copy(update={"rule": "top_k", "ratio": opts.draft_ratio, "max_fraction": 1.0})
 
 
 def top_p(mass: list[float], opts: SpecAttnOptions) -> set[int]:

@@ -7,6 +7,8 @@ import itertools
 import pytest
 import torch
 
+from specattn_vllm.selection.shares import Choice
+
 COMBINE = pytest.mark.parametrize("combine", ["sum", "max", "first", "union"])
 LENS = (60, 33, 20, 17)
 BLOCK, STEPS = 16, 3  # as in conftest.py
@@ -19,8 +21,11 @@ def sparse(options):
 
 
 @COMBINE
-def test_later_steps_read_what_the_first_kept_and_what_is_newer(draft_of, sparse, make, sources, extra, combine):
-    draft, opts = draft_of(*LENS), sparse(combine)
+@pytest.mark.parametrize("changes", [{}, {"draft_ratio": 0.5}, {"ratio": 0.2, "draft_ratio": 0.6}], ids=str)
+def test_later_steps_read_what_the_first_kept_and_what_is_newer(
+    draft_of, sparse, make, sources, extra, combine, changes
+):
+    draft, opts = draft_of(*LENS), sparse(combine, **changes)
     steps = draft.run(make(opts), [True] * 4)
     for k, name in itertools.product((1, 2), (*sources, extra)):
         done, out = steps[k][name]
@@ -47,7 +52,12 @@ def test_nothing_else_is_read(new_draft, sparse, make, sources, extra):
 
 
 @COMBINE
-@pytest.mark.parametrize("changes", [{}, {"max_tokens": 9}, {"min_tokens": 25}, {"max_fraction": 0.25}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"max_tokens": 9}, {"min_tokens": 25}, {"max_fraction": 0.25}, {"draft_ratio": 0.5},
+     {"ratio": 0.2, "draft_ratio": 0.6}],
+    ids=str,
+)  # fmt: skip
 def test_the_target_s_selection_sees_later_mass_only_on_what_was_read(
     draft_of, sparse, make, sources, tokens, combine, changes
 ):
@@ -60,6 +70,18 @@ def test_the_target_s_selection_sees_later_mass_only_on_what_was_read(
     assert prefix_lens.tolist() == [n - 1 for n in LENS]
     for (s, name), r in itertools.product(enumerate(sources), range(4)):
         assert tokens(bits[s, r, 0]) == draft.selection(opts, name, r), (name, r)
+
+
+def test_a_union_of_layers_with_shares_holds_nothing_of_the_round_before(draft_of, sparse, make, sources, tokens):
+    """Each has a selection of its own, which is no part of what the draft chose for itself in the first step."""
+    draft, opts = draft_of(*LENS), sparse("union", ratio=0.3)
+    capture = make(opts, choices=(Choice(0, 0.3), Choice(1, 0.3)))
+    for _ in range(2):
+        capture.shared_out._bits.fill_(-1)
+        draft.run(capture, [True] * 4)
+        bits, _ = capture.select()
+        for (s, name), r in itertools.product(enumerate(sources), range(4)):
+            assert tokens(bits[s, r, 0]) == draft.selection(opts, name, r), (name, r)
 
 
 @pytest.mark.parametrize("combine", ["sum", "max", "first"])
