@@ -129,6 +129,19 @@ def test_the_table_of_a_draft_that_seldom_reads_everything(capsys, monkeypatch):
     assert "a divergence of {} instead of {}".format(*kl) in words
 
 
+def test_the_table_of_what_a_draft_reads(capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)  # where the command finds docs/draft-ratio.json
+    lines = methods_in_evaluation("demo-draft-ratio", "eval methods --settings docs/draft-ratio.json", capsys)
+    rows = {cells[0]: cells for cells in lines if len(cells) > 5}
+    names = ("draft_ratio 0.25, refresh 4", "sparse_draft", "draft reads all")
+    read = [float(rows[f"10%, {name}"][2].rstrip("%")) for name in names]
+    assert max(read[:2]) < 1.06 * min(read[:2]) < 36 and read[2] == 100
+    kl = [rows[f"10%, {name}"][3].split()[0] for name in names]
+    words = " ".join((ROOT / "docs/evaluation.md").read_text().split())
+    assert "in one round of four leaves {}, one with lists of a tenth that does so in each {};".format(*kl) in words
+    assert f"with all of it read, {kl[2]}." in words
+
+
 def test_the_settings_of_equal_reads_read_as_much_and_are_what_was_measured(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)  # where the command finds docs/equal-reads.json
     lines = methods_in_evaluation("demo-equal-reads", "eval methods --settings docs/equal-reads.json", capsys)
