@@ -119,8 +119,8 @@ def test_the_tables_of_methods_are_what_was_measured(file, begins, capsys):
 
 
 def test_the_table_of_a_draft_that_seldom_reads_everything(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)  # where the command finds docs/refresh-draft.json
-    lines = methods_in_evaluation("demo-refresh-draft", "eval methods --settings docs/refresh-draft.json", capsys)
+    monkeypatch.chdir(ROOT)  # where the command finds docs/settings/refresh-draft.json
+    lines = methods_in_evaluation("demo-refresh-draft", "eval methods --settings docs/settings/refresh-draft.json", capsys)
     rows = {cells[0]: cells for cells in lines if len(cells) > 5}
     kl = [rows[f"specattn, {name}"][3].split()[0] for name in ("refresh_draft_every 4", "sparse_draft")]
     length = [rows[f"dense, {name}"][6].split()[0] for name in ("refresh_draft_every 4", "sparse_draft")]
@@ -130,8 +130,8 @@ def test_the_table_of_a_draft_that_seldom_reads_everything(capsys, monkeypatch):
 
 
 def test_the_table_of_what_a_draft_reads(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)  # where the command finds docs/draft-ratio.json
-    lines = methods_in_evaluation("demo-draft-ratio", "eval methods --settings docs/draft-ratio.json", capsys)
+    monkeypatch.chdir(ROOT)  # where the command finds docs/settings/draft-ratio.json
+    lines = methods_in_evaluation("demo-draft-ratio", "eval methods --settings docs/settings/draft-ratio.json", capsys)
     rows = {cells[0]: cells for cells in lines if len(cells) > 5}
     names = ("draft_ratio 0.25, refresh 4", "sparse_draft", "draft reads all")
     read = [float(rows[f"10%, {name}"][2].rstrip("%")) for name in names]
@@ -143,8 +143,8 @@ def test_the_table_of_what_a_draft_reads(capsys, monkeypatch):
 
 
 def test_the_settings_of_equal_reads_read_as_much_and_are_what_was_measured(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)  # where the command finds docs/equal-reads.json
-    lines = methods_in_evaluation("demo-equal-reads", "eval methods --settings docs/equal-reads.json", capsys)
+    monkeypatch.chdir(ROOT)  # where the command finds docs/settings/equal-reads.json
+    lines = methods_in_evaluation("demo-equal-reads", "eval methods --settings docs/settings/equal-reads.json", capsys)
     read = {cells[0]: float(cells[1].rstrip("%")) for cells in lines if len(cells) > 5 and cells[1].endswith("%")}
     for group in (
         ("quest 25%, two dense layers", "specattn 54%", "specattn, as published"),
