@@ -118,9 +118,14 @@ def test_the_tables_of_methods_are_what_was_measured(file, begins, capsys):
     methods_in_evaluation(file, begins, capsys)
 
 
+def methods_of_settings(name: str, capsys, monkeypatch) -> list[list[str]]:
+    """The same of a report whose settings are a file of docs/settings, which the command finds from the root."""
+    monkeypatch.chdir(ROOT)
+    return methods_in_evaluation(f"demo-{name}", f"eval methods --settings docs/settings/{name}.json", capsys)
+
+
 def test_the_table_of_a_draft_that_seldom_reads_everything(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)  # where the command finds docs/settings/refresh-draft.json
-    lines = methods_in_evaluation("demo-refresh-draft", "eval methods --settings docs/settings/refresh-draft.json", capsys)
+    lines = methods_of_settings("refresh-draft", capsys, monkeypatch)
     rows = {cells[0]: cells for cells in lines if len(cells) > 5}
     kl = [rows[f"specattn, {name}"][3].split()[0] for name in ("refresh_draft_every 4", "sparse_draft")]
     length = [rows[f"dense, {name}"][6].split()[0] for name in ("refresh_draft_every 4", "sparse_draft")]
@@ -130,8 +135,7 @@ def test_the_table_of_a_draft_that_seldom_reads_everything(capsys, monkeypatch):
 
 
 def test_the_table_of_what_a_draft_reads(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)  # where the command finds docs/settings/draft-ratio.json
-    lines = methods_in_evaluation("demo-draft-ratio", "eval methods --settings docs/settings/draft-ratio.json", capsys)
+    lines = methods_of_settings("draft-ratio", capsys, monkeypatch)
     rows = {cells[0]: cells for cells in lines if len(cells) > 5}
     names = ("draft_ratio 0.25, refresh 4", "sparse_draft", "draft reads all")
     read = [float(rows[f"10%, {name}"][2].rstrip("%")) for name in names]
@@ -143,8 +147,7 @@ def test_the_table_of_what_a_draft_reads(capsys, monkeypatch):
 
 
 def test_the_settings_of_equal_reads_read_as_much_and_are_what_was_measured(capsys, monkeypatch):
-    monkeypatch.chdir(ROOT)  # where the command finds docs/settings/equal-reads.json
-    lines = methods_in_evaluation("demo-equal-reads", "eval methods --settings docs/settings/equal-reads.json", capsys)
+    lines = methods_of_settings("equal-reads", capsys, monkeypatch)
     read = {cells[0]: float(cells[1].rstrip("%")) for cells in lines if len(cells) > 5 and cells[1].endswith("%")}
     for group in (
         ("quest 25%, two dense layers", "specattn 54%", "specattn, as published"),
