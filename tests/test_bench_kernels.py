@@ -303,9 +303,9 @@ def test_a_run_on_the_cpu(run, capsys):
     assert shared["against"] == "reference dense"
     assert shared["relative_error"] == 0
     assert all(row["target"] is None for row in rows), "targets are a GPU's"
-    # Five new tokens and three times the sums of 2 heads, 2 requests; query and output of 4 heads three times.
+    # Six new tokens and twice the sums of 2 heads, 2 requests; query and output of 4 heads three times.
     mean = by_case["mean of what is not read"]
-    assert mean["bytes"] == 2 * (6 * 256 * 4 + 3 * 256 * 4 + 3 * 6 * 256 * 4)
+    assert mean["bytes"] == 2 * (6 * 256 * 4 + 2 * 256 * 4 + 3 * 6 * 256 * 4)
     total = by_case["selection + pruning of a round"]
     assert total["ms"] == pytest.approx(sum(total["parameters"]["parts"].values()), abs=1e-4)
     printed = capsys.readouterr().out
