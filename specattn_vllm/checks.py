@@ -70,13 +70,14 @@ def _without_effect(options: SpecAttnOptions) -> set[str]:
     if options.drafts_for_itself:
         by_attention = {"top_p", "rule", *_FOR_VEGAS} if options.method == "streamingllm" else set()
         return _FOR_TARGET | _FOR_FUSED | {"sparse_draft", "draft_ratio", "refresh_draft_every"} | by_attention
+    by_rule = options.sparse_draft and options.draft_ratio is None  # what the draft reads
     if options.has_sizes:
-        # `top_p` says what the draft reads.
-        return {"per_kv_head", "layer_shares"} | (set() if options.sparse_draft else {"top_p"})
+        return {"per_kv_head", "layer_shares"} | (set() if by_rule else {"top_p"})
     if not options.is_lossless:
         return _FOR_VEGAS | _FOR_FUSED
     if options.sparse_draft:
-        return _FOR_TARGET | _FOR_VEGAS | _FOR_FUSED
+        amount = set() if by_rule else {"rule", "top_p", "ratio", "max_fraction"}
+        return _FOR_TARGET | _FOR_VEGAS | _FOR_FUSED | amount
     # Where the draft reads everything too, nothing is chosen at all.
     return set(SpecAttnOptions.model_fields) - {"method", "executor", "stats_interval_s", "sparse_draft"}
 

@@ -71,6 +71,33 @@ def test_the_figures_of_rounds_are_those_measured():
     assert f"A round of 16 requests of 32k at 10%** takes {rounds['specattn 10%', '16x32k']} ms" in text
 
 
+def test_the_kernels_figures_are_those_measured():
+    rows = json.loads((ROOT / "docs/results/h200-kernels.json").read_text())["rows"]
+    row = {(r["case"], r["shape"], (r["against"] or "").split(" ")[0]): r for r in rows}
+    text = (ROOT / "docs/benchmarks.md").read_text()
+
+    def faster(case: str, rows: str, against: str) -> str:
+        return f"{row[case, f'16x32k {rows}', against]['speedup']:.1f}x"
+
+    verify = [faster(f"{case} 10%, {which}", "32/8h d128 q6", "fa3") for case, which in
+              (("fa3", "shared"), ("triton", "per head"), ("fa3", "per head"))]  # fmt: skip
+    words = "{} with one selection for all heads; one for each, {} by our kernel, which takes these, and {} by Flash"
+    assert words.format(*verify) in text
+    for case, words in (
+        ("select_top_p, cap 10%", "a tenth: **{} and {}** (2,048 rows: **{} and {}**)"),
+        ("select_top_p, top_p 0.9", "`top_p` 0.9: **{} and {}** (**{} and {}**)"),
+    ):
+        sizes = ("256 rows", "2048 rows")
+        figures = [faster(case, size, against) for size in sizes for against in ("torch.sort", "torch.topk")]
+        assert words.format(*figures) in text
+    scored = "draft_attention + bf16 scores"
+    times = [row[scored, f"16x32k {heads}", "draft_attention"]["time_ratio"] for heads in
+             ("16/8h d128 q1", "16/8h d128 q7", "32/8h d64 q1", "32/8h d64 q7")]  # fmt: skip
+    words = "{:.2f}x to {:.2f}x with head size 128; **{:.2f}x** with head size 64 and one query row, **{:.2f}x** with"
+    assert words.format(*times) in text
+    assert f"{row['mean of what is not read', '16x32k 32/8h d128 q6', '']['ms']:.4f} ms a layer" in text
+
+
 def test_the_cpu_s_table_is_what_was_measured():
     document = (ROOT / "docs/cpu.md").read_text()
     results = {r["mode"]: r for r in json.loads((ROOT / "docs/results/cpu.json").read_text())["results"]}

@@ -394,6 +394,15 @@ def test_layers_that_copy_are_in_the_log(monkeypatch):
     assert any("what follows the round's tokens in layers [0 2] too" in line for line in lines)
 
 
+@pytest.mark.parametrize(("options", "much"), [({}, ""), ({"draft_ratio": 0.3}, ", 0.3 of the context")])
+def test_what_a_sparse_draft_reads_is_in_the_log(monkeypatch, options, much):
+    lines = []
+    monkeypatch.setattr(announcing.logger, "info", lambda text, *values: lines.append(text % values))
+    made = prepared(monkeypatch, (0, 2), sparse_draft=True, **options)
+    assert f"specattn: sparse_draft: draft steps after the first read what it attended to{much}" in lines
+    assert (made.capture.draft_limits == made.capture.limits) == (not options)
+
+
 # Selections per head
 
 

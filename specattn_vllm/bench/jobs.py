@@ -76,9 +76,10 @@ def make_jobs(request: Request) -> list[Job]:
     for mode in request.modes:
         for kept in request.kept if mode in KEPT_MODES else (None,):
             lengths = _own(request.acceptance_lengths_of, job_name(mode, kept), mode, request.acceptance_lengths)
-            for length in lengths if mode != "plain" else (0,):
-                several = mode != "plain" and len(lengths) > 1
-                jobs.append(_job(request, mode, kept, length, length_name(length) if several else ""))
+            if mode == "plain":
+                lengths = (0,)
+            for length in lengths:
+                jobs.append(_job(request, mode, kept, length, length_name(length) if len(lengths) > 1 else ""))
     return jobs
 
 

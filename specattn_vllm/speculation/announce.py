@@ -50,7 +50,8 @@ def announce(
     if speculator.crossover_tokens:
         logger.info("specattn: rounds of fewer than %d context tokens read everything", speculator.crossover_tokens)
     if options.sparse_draft:
-        logger.info("specattn: sparse_draft: draft steps after the first read what it attended to")
+        much = "" if options.draft_ratio is None else f", {options.draft_ratio:g} of the context"
+        logger.info("specattn: sparse_draft: draft steps after the first read what it attended to%s", much)
     if options.refresh_draft_every > 1:
         logger.info(
             "specattn: refresh_draft_every: the draft reads everything in one round of %d", options.refresh_draft_every

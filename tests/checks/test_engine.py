@@ -1,0 +1,111 @@
+"""What of vLLM's engine cannot be served, each with its remedy."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+from vllm.platforms import current_platform
+
+from specattn_vllm import checks
+
+# On other platforms vLLM itself refuses more processes than there are devices.
+cpu_only = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM counts devices on other platforms")
+
+
+def test_a_quantised_cache_is_refused(reasons):
+    assert reasons(kv_cache_dtype="fp8") == [
+        "kv_cache_dtype = 'fp8': the cache must have the model's dtype, float32 (quantised caches are not supported); "
+        "use 'auto'",
+    ]
+
+
+@cpu_only
+def test_pipeline_parallelism_is_refused(reasons):
+    assert reasons(pipeline_parallel_size=2) == [
+        "pipeline_parallel_size = 2: the draft runs on the last rank only; use 1",
+    ]
+
+
+@cpu_only
+def test_context_parallelism_is_refused(reasons):
+    arguments = {"tensor_parallel_size": 2, "decode_context_parallel_size": 2}
+    assert reasons(**arguments) == ["decode_context_parallel_size = 2: use 1"]
+
+
+def test_lora_is_refused(reasons):
+    assert reasons(enable_lora=True) == ["LoRA: the layer map is made for one set of weights; serve merged weights"]
+
+
+def test_a_kv_connector_is_refused(reasons):
+    assert reasons(kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"}) == [
+        "a KV connector (kv_transfer_config): the draft's cache would not be transferred; remove it",
+    ]
+
+
+def test_fast_prefill_is_refused(reasons):
+    assert reasons(kv_sharing_fast_prefill=True) == ["kv_sharing_fast_prefill: remove it"]
+
+
+@pytest.mark.parametrize(
+    ("on_cpu", "remedy"),
+    [(True, 'on CPU, run  eval "$(specattn cpu-env)"  first'), (False, "unset VLLM_USE_V2_MODEL_RUNNER")],
+)
+def test_runner_v1_is_refused_with_the_remedy_for_the_platform(monkeypatch, on_cpu, remedy):
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: on_cpu)
+    (reason,) = checks._engine(engine(use_v2_model_runner=False))
+    assert reason.startswith(f"model runner V1: only V2 is supported; {remedy}, or turn off")
+
+
+def test_runner_v1_is_noticed_where_vllm_chooses_it(reasons, monkeypatch):
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    (reason,) = reasons()
+    assert reason.startswith("model runner V1: only V2 is supported")
+
+
+def engine(parallel=None, cache=None, **changes):
+    """What `_engine` looks at, with everything in order but the changes."""
+    base = {
+        "use_v2_model_runner": True,
+        "model_config": SimpleNamespace(dtype="torch.bfloat16"),
+        "parallel_config": SimpleNamespace(
+            **{"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "use_ubatching": False}
+            | (parallel or {})
+        ),
+        "cache_config": SimpleNamespace(**{"cache_dtype": "auto", "kv_sharing_fast_prefill": False} | (cache or {})),
+        "lora_config": None,
+        "kv_transfer_config": None,
+    }
+    return SimpleNamespace(**base | changes)
+
+
+def test_an_engine_in_order_has_no_reasons():
+    assert list(checks._engine(engine())) == []
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("pipeline_parallel_size", 4), ("decode_context_parallel_size", 2), ("prefill_context_parallel_size", 2)],
+)
+def test_each_kind_of_parallelism_is_named(setting, value):
+    # Without vLLM's own checks, which depend on the devices there are.
+    (reason,) = checks._engine(engine(parallel={setting: value}))
+    assert reason.startswith(f"{setting} = {value}: ")
+    assert reason.endswith("use 1")
+
+
+@pytest.mark.parametrize("dtype", ["fp8", "fp8_e5m2", "fp8_e4m3", "nvfp4", "float16"])
+def test_each_quantised_cache_is_named(dtype):
+    (reason,) = checks._engine(engine(cache={"cache_dtype": dtype}))
+    assert reason.startswith(f"kv_cache_dtype = {dtype!r}: ")
+
+
+def test_microbatches_are_named():
+    (reason,) = checks._engine(engine(parallel={"use_ubatching": True}))
+    assert reason.startswith("microbatches (enable_dbo, ubatch_size)")
+
+
+def test_the_cache_may_name_the_models_own_dtype():
+    assert list(checks._engine(engine(cache={"cache_dtype": "bfloat16"}))) == []

@@ -1,0 +1,71 @@
+"""What models cannot be served, each named with its side."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from specattn_vllm import checks
+
+
+@pytest.mark.parametrize("side", ["target", "draft"])
+def test_a_sliding_window_is_refused(reasons, side):
+    assert reasons(**{side: "windowed"}) == [
+        f"{side}: sliding-window attention is not supported; use a model with full attention in every layer",
+    ]
+
+
+@pytest.mark.parametrize("side", ["target", "draft"])
+def test_a_head_size_without_kernels_is_refused_with_those_that_have(reasons, side):
+    assert reasons(**{side: "narrow"}) == [f"{side}: head size 32 is not supported; 64 and 128 are"]
+
+
+def model(**changes):
+    """What `_models` looks at, with everything in order but the changes."""
+    base = {
+        "use_mla": False,
+        "is_multimodal_model": False,
+        "supports_multimodal_inputs": False,
+        "is_encoder_decoder": False,
+        "is_hybrid": False,
+        "is_attention_free": False,
+        "get_sliding_window": lambda: None,
+        "get_head_size": lambda: 128,
+        "runner_type": "generate",
+    }
+    return SimpleNamespace(**base | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"use_mla": True, "get_head_size": lambda: 576}, "multi-head latent attention (MLA) is not supported"),
+        (
+            {"is_multimodal_model": True, "supports_multimodal_inputs": True},
+            "multimodal inputs are not supported; use a text model, or --language-model-only",
+        ),
+        ({"is_encoder_decoder": True}, "encoder-decoder models are not supported"),
+        ({"is_hybrid": True}, "models with layers other than attention are not supported"),
+        ({"is_attention_free": True}, "models with layers other than attention are not supported"),
+        ({"runner_type": "pooling"}, "runner 'pooling' does not decode; use a generating model"),
+    ],
+)
+@pytest.mark.parametrize("side", ["target", "draft"])
+def test_each_kind_of_model_is_named(changes, reason, side):
+    """Kinds whose real configurations would need a model's code; whether vLLM sets these facts is its business."""
+    pair = {"target": model(), "draft": model(runner_type="draft")}
+    vars(pair[side]).update(changes)
+    config = SimpleNamespace(
+        model_config=pair["target"], speculative_config=SimpleNamespace(draft_model_config=pair["draft"])
+    )
+    (found,) = checks._models(config)
+    assert found.startswith(f"{side}: ")
+    assert reason in found
+
+
+def test_a_multimodal_model_that_is_served_for_text_only_is_accepted():
+    config = SimpleNamespace(model_config=model(is_multimodal_model=True), speculative_config=None)
+    assert list(checks._models(config)) == []
