@@ -1,4 +1,5 @@
-"""Attention over a selection, corrected for what the selection leaves out.
+"""Attention over a selection, corrected for what the selection leaves out: after an attention that is not ours, which
+leaves its logsumexp. ``sparse_attention`` does the same on its way.
 
 The n tokens of a sequence that were not read are taken for n tokens of the context's mean key k and mean value v. Their
 share of the softmax then follows from the sum that attention over the selection leaves behind, and is mixed in:
@@ -22,7 +23,7 @@ kv_cache         [B, H, N, 2D]  float; positions from lens on, and those summed 
 block_table      [R, nb]      int32
 lens             [R]          int32, positions that are in the cache for good; below summed, no sum changes
 seq_lens         [R]          int32, the step's own tokens included
-kept             [R, G]       int32, tokens that were read; G = 1 for all heads, or H
+kept             [R, G]       int32, tokens that were read; G = 1 for all heads, or H; 0 or less = ``out`` stays as it is
 slots            [R]          int64, distinct where not negative; -1 = padded row, which stays as it is
 sums             [Z, H, 2D]   float32, as ``sum_context`` leaves them, changed in place
 summed           [Z, H]       int32, changed in place; with nothing summed, attention stays as it is
@@ -38,13 +39,18 @@ import triton
 import triton.language as tl
 
 from . import contracts, unread_contracts
-from .sum_context import range_sum
+from .sum_context import FEW, take_further
 from .unread_contracts import LONGEST
 
 NUM_WARPS = 4
-# Positions of the context, and rows of the query, that a program takes at a time: a verification has few of either.
-BLOCK = 16
+# Rows of the query that a program takes at a time.
 MAX_ROWS = 32
+
+
+@triton.jit
+def mean_share(logit, unread, lse):
+    """Weight in the softmax of ``unread`` tokens of a logit, beside tokens of logsumexp ``lse``."""
+    return 1.0 / (1.0 + tl.exp(lse - logit - tl.log(unread.to(tl.float32))))
 
 
 @triton.jit
@@ -59,32 +65,15 @@ def _unread_kernel(
     if slot < 0:
         return
     d = tl.arange(0, D)
-    sums += slot * stride_sz + h * stride_sh
-    summed += slot * stride_uz + h
-    count = tl.load(summed)
-    some = d < tl.where(count > 0, D, 0)
-    key, value = tl.load(sums + d, mask=some, other=0.0), tl.load(sums + D + d, mask=some, other=0.0)
-    end = tl.minimum(tl.load(lens + r), count + LONGEST)
-    if end > count:
-        table = block_table + r * stride_br
-        # Apart, since keys and values are used apart; entries are few, and those of one position lie side by side.
-        key += range_sum(
-            kv_cache, table, h, count, end, stride_cb, stride_ch, stride_cn, block_size, D, BLOCK
-        )  # fmt: skip
-        value += range_sum(
-            kv_cache + D, table, h, count, end, stride_cb, stride_ch, stride_cn, block_size, D, BLOCK
-        )  # fmt: skip
-        # Every warp has read the sums before any writes them.
-        tl.debug_barrier()
-        tl.store(sums + d, key)
-        tl.store(sums + D + d, value)
-        tl.store(summed, end)
-        count = end
-    unread = tl.load(seq_lens + r) - tl.load(kept + r * stride_kr + h * stride_kh)
-    if (unread <= 0) | (count <= 0):
+    key, value, count = take_further(
+        kv_cache, block_table + r * stride_br, sums + slot * stride_sz + h * stride_sh, summed + slot * stride_uz + h,
+        tl.load(lens + r), h, stride_cb, stride_ch, stride_cn, block_size, D, BLOCK, LONGEST
+    )  # fmt: skip
+    read = tl.load(kept + r * stride_kr + h * stride_kh)
+    unread = tl.load(seq_lens + r) - read
+    if (unread <= 0) | (count <= 0) | (read <= 0):
         return
     key, value = key / count, value / count
-    more = tl.log(unread.to(tl.float32))
     begin = tl.load(query_start_loc + r).to(tl.int64)
     number = (tl.load(query_start_loc + r + 1) - begin) * GROUP
     for first in range(0, number, ROWS):
@@ -94,9 +83,8 @@ def _unread_kernel(
         q = tl.load(
             query + (token * stride_qt + head * stride_qh)[:, None] + d[None, :], mask=own[:, None], other=0.0
         ).to(tl.float32)  # fmt: skip
-        weight = tl.sum(q * key[None, :], 1) * scale + more
         total = tl.load(lse + token * stride_lt + head, mask=own, other=0.0)
-        share = 1.0 / (1.0 + tl.exp(total - weight))
+        share = mean_share(tl.sum(q * key[None, :], 1) * scale, unread, total)
         here = out + (token * stride_ot + head * stride_oh)[:, None] + d[None, :]
         old = tl.load(here, mask=own[:, None], other=0.0).to(tl.float32)
         new = old + share[:, None] * (value[None, :] - old)
@@ -124,5 +112,5 @@ def add_unread(
         *query.stride()[:2], *out.stride()[:2], lse.stride(0), *kv_cache.stride()[:3], block_table.stride(0),
         kept.stride(0), kept.stride(1) if kept.shape[1] > 1 else 0, *sums.stride()[:2], summed.stride(0),
         kv_cache.shape[2], GROUP=group, ROWS=min(triton.next_power_of_2(group * max_query_len), MAX_ROWS), D=size,
-        BLOCK=BLOCK, LONGEST=LONGEST, num_warps=NUM_WARPS,
+        BLOCK=FEW, LONGEST=LONGEST, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -28,6 +28,8 @@ from .unread_contracts import LONGEST
 
 BLOCK = 64
 NUM_WARPS = 4
+# Positions that ``take_further`` takes at a time: a verification has few.
+FEW = 16
 
 
 @triton.jit
@@ -43,6 +45,37 @@ def range_sum(kv_cache, table, h, first, end, stride_cb, stride_ch, stride_cn, b
         entry = kv_cache + block * stride_cb + h * stride_ch + (p % block_size).to(tl.int64) * stride_cn
         total += tl.sum(tl.load(entry[:, None] + d[None, :], mask=inside[:, None], other=0.0).to(tl.float32), 0)
     return total
+
+
+@triton.jit
+def take_further(
+    kv_cache, table, sums, summed, length, h, stride_cb, stride_ch, stride_cn, block_size, D: tl.constexpr,
+    BLOCK: tl.constexpr, LONGEST: tl.constexpr,
+):  # fmt: skip
+    """A row's sums of one head taken further to ``length``, by LONGEST positions at most; one program of all does so.
+
+    Returns what they are then, (keys [D], values [D], positions); of no positions, keys and values are 0.
+    """
+    d = tl.arange(0, D)
+    count = tl.load(summed)
+    some = d < tl.where(count > 0, D, 0)
+    key, value = tl.load(sums + d, mask=some, other=0.0), tl.load(sums + D + d, mask=some, other=0.0)
+    end = tl.minimum(length, count + LONGEST)
+    if end > count:
+        # Apart, since keys and values are used apart; entries are few, and those of one position lie side by side.
+        key += range_sum(
+            kv_cache, table, h, count, end, stride_cb, stride_ch, stride_cn, block_size, D, BLOCK
+        )  # fmt: skip
+        value += range_sum(
+            kv_cache + D, table, h, count, end, stride_cb, stride_ch, stride_cn, block_size, D, BLOCK
+        )  # fmt: skip
+        # Every warp has read the sums before any writes them.
+        tl.debug_barrier()
+        tl.store(sums + d, key)
+        tl.store(sums + D + d, value)
+        tl.store(summed, end)
+        count = end
+    return key, value, count
 
 
 # Compiled once, not anew for lengths that happen to be multiples of 16.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from . import contracts
@@ -9,6 +11,17 @@ from .contracts import FLOATS, expect, tensor
 
 LONGEST = 1024
 """Positions that one program of ``sum_context`` takes, and ``add_unread`` of a row."""
+
+
+class Mean(NamedTuple):
+    """What ``sparse_attention`` needs to count what it does not read as its mean; each as in ``add_unread.py``."""
+
+    block_table: torch.Tensor
+    lens: torch.Tensor
+    seq_lens: torch.Tensor
+    slots: torch.Tensor
+    sums: torch.Tensor
+    summed: torch.Tensor
 
 
 def _context(kv_cache, block_table, slots, lens, sums, summed) -> None:
@@ -26,6 +39,13 @@ def _context(kv_cache, block_table, slots, lens, sums, summed) -> None:
 def sum_context(kv_cache, block_table, slots, lens, sums, summed, longest) -> None:
     _context(kv_cache, block_table, slots, lens, sums, summed)
     expect(longest >= 1, "longest", longest, "at least 1")
+
+
+def mean(kv_cache, given: Mean, rows: int) -> None:
+    """Rows of what ``sparse_attention``, which has checked the rest, is given."""
+    _context(kv_cache, given.block_table, given.slots, given.lens, given.sums, given.summed)
+    expect(given.slots.shape[0] == rows, "slots", f"{given.slots.shape[0]} rows", f"the {rows} rows of the page table")
+    tensor("seq_lens", given.seq_lens, (rows,), torch.int32, kv_cache.device)
 
 
 def add_unread(

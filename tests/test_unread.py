@@ -95,15 +95,21 @@ def test_attention_is_that_of_what_was_read_and_of_the_mean_as_often_as_the_rest
     kv = cache[table[0].long()].transpose(0, 1).reshape(HEADS, -1, 2 * SIZE)[:, :length]
     query = torch.randn(queries, 2 * HEADS, SIZE, generator=gen)
     counts = torch.tensor(kept, dtype=torch.int32)
-    out, lse, wanted = torch.empty_like(query), torch.empty(queries, 2 * HEADS), torch.empty_like(query)
+    out, wanted = torch.empty_like(query), torch.empty_like(query)
+    # Pages of the tokens that are read, the last of which are the verification's own.
+    places = [[*range(int(count) - queries), *range(length - queries, length)] for count in counts[0]]
+    pages = torch.zeros(1, len(kept[0]), max(map(len, places)), dtype=torch.int32)
+    for g, place in enumerate(places):
+        for j, p in enumerate(place):
+            pages[0, g, j] = (int(table[0, p // BLOCK]) * HEADS + g) * BLOCK + p % BLOCK
     for h in range(2 * HEADS):
-        read = int(counts[0, h // 2 if counts.shape[1] > 1 else 0])
-        keys, values = kv[h // 2].split(SIZE, -1)
-        mean, rest = kv[h // 2, : length - queries].mean(0), length - read
-        logits = query[:, h] @ keys[:read].T * SCALE
-        out[:, h], lse[:, h] = logits.softmax(-1) @ values[:read], logits.logsumexp(-1)
+        read = places[h // 2 if counts.shape[1] > 1 else 0]
+        keys, values = kv[h // 2, read].split(SIZE, -1)
+        mean, rest = kv[h // 2, : length - queries].mean(0), length - len(read)
+        logits = query[:, h] @ keys.T * SCALE
+        logits[0, -1] = -torch.inf  # the first token does not see the second
         more = (query[:, h] @ mean[:SIZE] * SCALE)[:, None].expand(-1, rest)
-        both = torch.cat((values[:read], mean[SIZE:].expand(rest, -1)))
+        both = torch.cat((values, mean[SIZE:].expand(rest, -1)))
         wanted[:, h] = torch.cat((logits, more), 1).softmax(-1) @ both
     made = unread()
     begin(made, [1], [False], [length], [queries])
@@ -111,7 +117,8 @@ def test_attention_is_that_of_what_was_read_and_of_the_mean_as_often_as_the_rest
         sparse=SimpleNamespace(num_rows=1, max_query_len=queries), block_table=table,
         seq_lens=torch.tensor([length], dtype=torch.int32), query_start_loc=torch.tensor([0, queries]).int(),
     )  # fmt: skip
-    LayerUnread(made, 1).add(query, cache, md, counts, SCALE, lse, out)
+    mean = LayerUnread(made, 1).mean(md)
+    OPERATIONS.sparse_attention(query, cache, pages, counts, md.query_start_loc, SCALE, out, queries, None, mean)
     torch.testing.assert_close(out, wanted)
     assert made.summed[1, 1].tolist() == [length - queries] * HEADS
     assert made.summed[0].eq(0).all(), "another layer's"

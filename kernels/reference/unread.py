@@ -43,7 +43,7 @@ def add_unread(
             continue
         for h, (read, count) in enumerate(zip(counts, summed[slot].tolist(), strict=True)):
             unread = lengths[r] - read
-            if unread <= 0 or count <= 0:
+            if unread <= 0 or count <= 0 or read <= 0:
                 continue
             key, value = (sums[slot, h] / count).split(size)
             group = slice(h * (query.shape[1] // heads), (h + 1) * (query.shape[1] // heads))

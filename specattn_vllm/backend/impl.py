@@ -98,7 +98,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             return output
         plan = md.sparse
         lse = None
-        if self.audit is not None or self.unread is not None:
+        if self.audit is not None:
             lse = query.new_empty((plan.num_tokens, self.num_heads), dtype=torch.float32)
         self.operations.sparse_attention(
             query[: plan.num_tokens],
@@ -110,12 +110,10 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             out[: plan.num_tokens],
             plan.max_query_len,
             lse,
+            None if self.unread is None else self.unread.mean(md),
         )
         if self.audit is not None:
             self.audit.observe(query[: plan.num_tokens], kv_cache, md, self.scale, lse)
-        if self.unread is not None:
-            tokens = slice(plan.num_tokens)
-            self.unread.add(query[tokens], kv_cache, md, plan.kept[source], self.scale, lse, out[tokens])
         if plan.watched is not None:
             plan.watched.watch(layer.layer_name, query, kv_cache, md, self.scale)
         if plan.num_rows < md.num_reqs:

@@ -25,7 +25,6 @@ MODULES = {
     "accumulate_mass": ("accumulate_mass",),
     "add_followers": ("add_followers",),
     "sum_context": ("sum_context",),
-    "add_unread": ("add_unread",),
     "select_top_p": ("top_p",),
     "build_page_tables": ("page_tables",),
     "build_positions": ("page_tables", "positions"),

@@ -7,12 +7,15 @@ from functools import partial
 
 import torch
 
+from specattn_vllm import executors
 from specattn_vllm.bench import kernel_shapes as shapes
 from specattn_vllm.bench.kernel_bench import Bench, Calls, Skip, relative_error
 from specattn_vllm.bench.kernel_data import Requests, pack_bits, page_table, random_positions, requests
 from specattn_vllm.bench.kernel_report import Row, best
 from specattn_vllm.bench.kernel_shapes import BLOCK_SIZE, VERIFY_LEN, Batch, Heads, Pair
-from specattn_vllm.bench.kernel_unread import unread
+from specattn_vllm.bench.kernel_timing import CALLS
+from specattn_vllm.bench.kernel_unread import mean_bytes, means
+from specattn_vllm.kernels.unread_contracts import Mean
 
 # Splits that vLLM allows FA3 in a CUDA graph (flash_attn_max_num_splits_for_cuda_graph).
 GRAPH_SPLITS = 32
@@ -80,23 +83,27 @@ def verify(bench: Bench, batch: Batch, pair: Pair, fractions: Sequence[float], f
     layers = bench.arena.layers(heads, batch)
     req = requests(heads, batch, VERIFY_LEN, bench.device, bench.dtype)
     dense = fa3_dense(bench, "verify", batch, heads, req, layers, VERIFY_LEN)
-    unread(bench, batch, heads, req, layers)
     for fraction in fractions:
         for groups in (heads.kv, 1):
             positions = random_positions(batch, groups, shapes.kept_tokens(batch.context, fraction), bench.device)
             wide = full and fraction == min(fractions, key=lambda f: abs(f - TARGET_KEPT))
-            # With its lse, which the mean of what is not read asks for.
-            for factor, lse in ((1.0, False), (2.5, False), (1.0, True)) if wide else ((1.0, False), (1.0, True)):
+            # With the mean of what is not read, as by default.
+            for factor, mean in ((1.0, False), (2.5, False), (1.0, True)) if wide else ((1.0, False), (1.0, True)):
                 for name in ("fa3", "triton"):
-                    _sparse(bench, name, batch, heads, req, layers, positions, fraction, factor, lse, dense)
+                    _sparse(bench, name, batch, heads, req, layers, positions, fraction, factor, mean, dense)
         if full:
             _blocks(bench, batch, heads, req, layers, fraction, dense)
 
 
-def _sparse(bench, name, batch, heads, req, layers, positions, fraction, factor, with_lse, dense) -> Row:
+def _sparse(bench, name, batch, heads, req, layers, positions, fraction, factor, with_mean, dense) -> Row:
     groups, kept = positions.shape[1:]
     scale = heads.size**-0.5
     calls: list[Callable[[], object]] = []
+    # Each layer as often as fits a measurement, so that a mean is used once.
+    operands = [layers[i % len(layers)] for i in range(max(CALLS // len(layers), 1) * len(layers))]
+    given, put_back = [None] * len(operands), None
+    if with_mean:
+        given, put_back = means(bench, batch, heads, req, len(operands))
 
     def tables() -> tuple[torch.Tensor, torch.Tensor]:
         from specattn_vllm.selection.pages import page_strides
@@ -105,37 +112,49 @@ def _sparse(bench, name, batch, heads, req, layers, positions, fraction, factor,
         return table, torch.full((batch.rows, groups), kept, dtype=torch.int32, device=bench.device)
 
     def make() -> Calls:
-        sparse = bench.executor(name).sparse_attention if name == "fa3" else bench.operation("sparse_attention")
+        sparse = bench.operation("sparse_attention")
+        if name == "fa3":
+            sparse = executors.with_mean(bench.executor(name).sparse_attention)
         table, count = tables()
-        lse = torch.empty(req.query.shape[:2], dtype=torch.float32, device=bench.device) if with_lse else None
         calls.extend(
-            partial(sparse, req.query, layer, table, count, req.query_start_loc, scale, req.out, VERIFY_LEN, lse)
-            for layer in layers
-        )
+            partial(
+                sparse, req.query, layer, table, count, req.query_start_loc, scale, req.out, VERIFY_LEN, None, mean
+            )
+            for layer, mean in zip(operands, given, strict=True)
+        )  # fmt: skip
+        if with_mean:
+            first = calls[0]
+            calls[0] = lambda: (put_back(), first())
         return calls
 
     def check() -> float:
         """The first request of the first layer against the reference."""
         from specattn_vllm.kernels import reference
 
+        mean = None
+        if with_mean:
+            put_back()
+            mean = Mean(*(tensor[:1].clone() for tensor in given[0]))
         req.out.fill_(torch.nan)
         calls[0]()
         table, count = tables()
         wanted = torch.empty_like(req.out[:VERIFY_LEN])
         reference.sparse_attention(
-            req.query[:VERIFY_LEN], layers[0], table[:1], count[:1], req.query_start_loc[:2], scale, wanted, VERIFY_LEN
-        )
+            req.query[:VERIFY_LEN], layers[0], table[:1], count[:1], req.query_start_loc[:2], scale, wanted, VERIFY_LEN,
+            None, mean,
+        )  # fmt: skip
         return relative_error(req.out[:VERIFY_LEN], wanted)
 
-    exact = batch == TARGET_BATCH and fraction == TARGET_KEPT and factor == 1.0 and not with_lse
+    exact = batch == TARGET_BATCH and fraction == TARGET_KEPT and factor == 1.0 and not with_mean
     label = name if bench.cuda or name == "fa3" else "reference"
     return bench.measure(
         "verify",
         f"{label} {fraction:.0%}, {'per head' if groups > 1 else 'shared'}"
-        f"{', wide table' if factor > 1 else ''}{', with lse' if with_lse else ''}",
+        f"{', wide table' if factor > 1 else ''}{', with mean' if with_mean else ''}",
         f"{batch} {heads} q{VERIFY_LEN}",
         make,
-        shapes.sparse_bytes(heads, batch, VERIFY_LEN, bench.element, kept, groups),
+        shapes.sparse_bytes(heads, batch, VERIFY_LEN, bench.element, kept, groups)
+        + (mean_bytes(batch, heads, bench.element) if with_mean else 0),
         dense,
         {"speedup": TARGET_SPEEDUP} if exact and name == "fa3" else None,
         check,

@@ -12,9 +12,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
+
+if TYPE_CHECKING:
+    from specattn_vllm.kernels.unread_contracts import Mean
 
 CHOICES = ("auto", "torch", "triton", "fa3", "xformers")
 BLOCKS = ("xformers",)
@@ -42,7 +45,6 @@ class Operations:
     build_page_tables: Callable[..., None]
     sparse_attention: Callable[..., None]
     sum_context: Callable[..., None]
-    add_unread: Callable[..., None]
     take_selections: Callable[..., None]
     count_reads: Callable[..., None]
     count_sampled: Callable[..., None]
@@ -78,7 +80,7 @@ def resolve(
     if name in ("fa3", "xformers"):
         if reason := _unavailable(name, device, dtype):
             raise ExecutorError(f"executor = {name!r}: {reason}; or use 'auto' or 'triton'")
-        return _borrowed_operations(name, device, own_sparse=chooses and per_head)
+        return _borrowed_operations(name, device, own_sparse=chooses and name == "fa3")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ExecutorError(
             f"executor = 'triton' on {device.type} needs Triton's interpreter (TRITON_INTERPRET=1): use 'auto' or "
@@ -126,7 +128,6 @@ def _torch_operations() -> Operations:
         build_page_tables=reference.build_page_tables,
         sparse_attention=reference.sparse_attention,
         sum_context=reference.sum_context,
-        add_unread=reference.add_unread,
         take_selections=reference.take_selections,
         count_reads=reference.count_reads,
         count_sampled=reference.count_sampled,
@@ -142,7 +143,6 @@ def _triton_operations(device: torch.device) -> Operations:
     from specattn_vllm.kernels.accumulate_mass import accumulate_mass
     from specattn_vllm.kernels.add_followers import add_followers
     from specattn_vllm.kernels.add_mass import add_mass
-    from specattn_vllm.kernels.add_unread import add_unread
     from specattn_vllm.kernels.average_mass import average_mass
     from specattn_vllm.kernels.count_ranked import count_ranked
     from specattn_vllm.kernels.dilate_mass import dilate_mass
@@ -172,7 +172,6 @@ def _triton_operations(device: torch.device) -> Operations:
         build_page_tables=build_page_tables,
         sparse_attention=sparse_attention,
         sum_context=sum_context,
-        add_unread=add_unread,
         take_selections=bookkeeping.take_selections,
         count_reads=bookkeeping.count_reads,
         count_sampled=bookkeeping.count_sampled,
@@ -185,16 +184,13 @@ def _triton_operations(device: torch.device) -> Operations:
 
 
 def _borrowed_operations(name: str, device: torch.device, *, own_sparse: bool = False) -> Operations:
-    """Another library's attention, and ours of the rest; `own_sparse`: ours of selections too, which 'auto' takes where
-    each KV head has one. Without head-folded copies of queries and outputs, and of their logsumexp, it takes 6 to 60%
-    less time than FlashAttention 3 in 15 cells of 1x32k to 64x4k and 4x128k, 5 to 25% kept (H200, head size 128,
-    2026-11-26, docs/results/h200-kernels.json); of one selection for all heads, FlashAttention 3 takes 4 to 8% less
-    (16x32k)."""
+    """Another library's attention, and ours of the rest; `own_sparse`: ours of selections too, which 'auto' takes in
+    the place of FlashAttention 3's. OWN_SPARSE_MEASURED"""
     base = _triton_operations(device)
     if name == "fa3":
         from specattn_vllm.executors import fa3
 
-        sparse = base.sparse_attention if own_sparse else fa3.sparse_attention
+        sparse = base.sparse_attention if own_sparse else with_mean(fa3.sparse_attention)
         label = "fa3, and triton for selections" if own_sparse else ""
         return replace(
             base, name=name, label=label, sparse_attention=sparse, dense_attention=fa3.dense_attention, graphs=True
@@ -206,9 +202,37 @@ def _borrowed_operations(name: str, device: torch.device, *, own_sparse: bool = 
         base,
         name=name,
         build_page_tables=build_block_tables,
-        sparse_attention=xformers.sparse_attention,
+        sparse_attention=with_mean(xformers.sparse_attention),
         granularity="block",
     )
+
+
+def with_mean(attention: Callable[..., None]) -> Callable[..., None]:
+    """Another library's attention over a selection, corrected by our kernel for what the selection leaves out."""
+    from specattn_vllm.kernels.add_unread import add_unread
+
+    def sparse_attention(
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        page_table: torch.Tensor,
+        kept: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+        max_query_len: int,
+        lse: torch.Tensor | None = None,
+        mean: Mean | None = None,
+    ) -> None:
+        if mean is not None and lse is None:
+            lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+        attention(query, kv_cache, page_table, kept, query_start_loc, scale, out, max_query_len, lse)
+        if mean is not None:
+            add_unread(
+                query, out, lse, kv_cache, kept=kept, query_start_loc=query_start_loc, scale=scale,
+                max_query_len=max_query_len, **mean._asdict(),
+            )  # fmt: skip
+
+    return sparse_attention
 
 
 def _dense_attention(

@@ -3,7 +3,7 @@
 What a selection leaves out is most of the context, and each token of it weighs next to nothing; together they often
 hold a twentieth of a layer's attention, and more than half in layers that attend widely. Attention over the selection
 alone gives their weight to the tokens that were read. The mean key and value of a request cost nothing to read, and
-counted as often as there are tokens that were left out they put most of that right (`kernels/add_unread.py`).
+counted as often as there are tokens that were left out they put most of that right (`kernels/sparse_attention.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from specattn_vllm.executors import Operations
-from specattn_vllm.kernels.unread_contracts import LONGEST
+from specattn_vllm.kernels.unread_contracts import LONGEST, Mean
 
 if TYPE_CHECKING:
     from specattn_vllm.backend.impl import SpecAttnImpl
@@ -38,7 +38,8 @@ class Unread:
 
     `forget` when a request is given a slot; for a step `begin` outside of any graph, then of each layer
     `LayerUnread.take_in`, which does something where prompts are computed, and that is never under CUDA graph capture,
-    and one `LayerUnread.add`, which may be. Nothing waits for the device and every buffer of `add` lasts.
+    and one attention with `LayerUnread.mean`, which may be. Nothing waits for the device and every buffer of the mean
+    lasts.
 
     sums    [A, num_slots + 1, H, 2D] float32, summed [A, num_slots + 1, H] int32: of how many positions. The last slot
             is nobody's, as in `SelectionStore`.
@@ -113,27 +114,14 @@ class LayerUnread:
             longest = min(md.max_seq_len, max(PARTS // len(slots), 1) * LONGEST)
             unread.operations.sum_context(kv_cache, table, slots, lens, sums, summed, longest)
 
-    def add(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, md: SpecAttnMetadata, kept: torch.Tensor, scale: float,
-        lse: torch.Tensor, out: torch.Tensor,
-    ) -> None:  # fmt: skip
-        """Take the sums of the plan's rows further, and correct their `out` [T, Hq, D], whose query [T, Hq, D] read
-        kept [R, G] tokens each."""
-        unread, plan = self._unread, md.sparse
-        rows, sums, summed = plan.num_rows, unread.sums[self._index], unread.summed[self._index]
-        unread.operations.add_unread(
-            query,
-            out,
-            lse,
-            kv_cache,
-            md.block_table[:rows],
-            unread.lens[:rows],
-            md.seq_lens[:rows],
-            kept,
-            unread.slots[:rows],
-            sums,
-            summed,
-            md.query_start_loc[: rows + 1],
-            scale,
-            plan.max_query_len,
+    def mean(self, md: SpecAttnMetadata) -> Mean:
+        """What attention over the selections of the plan's rows is given for what these leave out."""
+        unread, rows = self._unread, md.sparse.num_rows
+        return Mean(
+            block_table=md.block_table[:rows],
+            lens=unread.lens[:rows],
+            seq_lens=md.seq_lens[:rows],
+            slots=unread.slots[:rows],
+            sums=unread.sums[self._index],
+            summed=unread.summed[self._index],
         )

@@ -196,16 +196,16 @@ def audit(monkeypatch) -> Audit:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.worker.gpu.states import RequestState
 
+    from specattn_vllm.backend.impl import SpecAttnImpl
     from specattn_vllm.kernels.reference import unpack_bits
     from specattn_vllm.kernels.unread_contracts import LONGEST
     from specattn_vllm.selection.induction import Induction
     from specattn_vllm.selection.pruner import Pruner
     from specattn_vllm.selection.store import AUDIT, REFRESH, SelectionStore
-    from specattn_vllm.selection.unread import LayerUnread
 
     seen = Audit()
     add_request, put, prune = RequestState.add_request, SelectionStore.put, Pruner.prune
-    preempt, add_followers, add_unread = Scheduler._preempt_request, Induction.add, LayerUnread.add
+    preempt, add_followers, attend = Scheduler._preempt_request, Induction.add, SpecAttnImpl.forward
     states = []
 
     def watch_add(self, req_id, *args, **kwargs):
@@ -274,14 +274,16 @@ def audit(monkeypatch) -> Audit:
                     seen.violations.append(f"{request}: ids are not those of its {length + 1} tokens")
         add_followers(self, mass, out, slots, lens, drafts)
 
-    def watch_unread(self, query, kv_cache, md, kept, scale, lse, out):
-        unread, block_size = self._unread, kv_cache.shape[2]
+    def watch_attention(self, layer, query, key, value, kv_cache, md, *args, **kwargs):
+        if self.unread is None or md is None or md.sparse is None or self.unread._index:
+            return attend(self, layer, query, key, value, kv_cache, md, *args, **kwargs)
+        unread, block_size = self.unread._unread, kv_cache.shape[2]
         before = unread.summed[0].clone()
-        add_unread(self, query, kv_cache, md, kept, scale, lse, out)
+        output = attend(self, layer, query, key, value, kv_cache, md, *args, **kwargs)
         for row, slot in enumerate(unread.slots[: md.sparse.num_rows].tolist()):
             length = int(unread.lens[row])
-            if slot not in seen.owner or not length or self._index:
-                continue  # nobody's, a made-up request's, or a layer whose sums are made by the same calls
+            if slot not in seen.owner or not length:
+                continue  # nobody's, or a made-up request's
             request = seen.owner[slot]
             # What no step with a prompt has summed, verifications make up for.
             length = min(length, int(before[slot, 0]) + LONGEST)
@@ -293,6 +295,7 @@ def audit(monkeypatch) -> Audit:
             elif not torch.allclose(unread.sums[0, slot], wanted, rtol=1e-3, atol=1e-2):
                 seen.violations.append(f"{request}: the mean is not that of its {length} tokens")
             seen.summed_rows[request] = seen.summed_rows.get(request, 0) + 1
+        return output
 
     def watch_preempt(self, *args, **kwargs):
         seen.preemptions += 1
@@ -302,7 +305,7 @@ def audit(monkeypatch) -> Audit:
     monkeypatch.setattr(SelectionStore, "put", watch_put)
     monkeypatch.setattr(Pruner, "prune", watch_prune)
     monkeypatch.setattr(Induction, "add", watch_followers)
-    monkeypatch.setattr(LayerUnread, "add", watch_unread)
+    monkeypatch.setattr(SpecAttnImpl, "forward", watch_attention)
     monkeypatch.setattr(Scheduler, "_preempt_request", watch_preempt)
     yield seen
     assert not seen.violations, seen.violations[:5]
