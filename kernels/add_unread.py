@@ -23,7 +23,7 @@ kv_cache         [B, H, N, 2D]  float; positions from lens on, and those summed 
 block_table      [R, nb]      int32
 lens             [R]          int32, positions that are in the cache for good; below summed, no sum changes
 seq_lens         [R]          int32, the step's own tokens included
-kept             [R, G]       int32, tokens that were read; G = 1 for all heads, or H; 0 or less = ``out`` stays as it is
+kept             [R, G]       int32, tokens that were read; G = 1 for all heads, or H; of 0 or less, ``out`` stays
 slots            [R]          int64, distinct where not negative; -1 = padded row, which stays as it is
 sums             [Z, H, 2D]   float32, as ``sum_context`` leaves them, changed in place
 summed           [Z, H]       int32, changed in place; with nothing summed, attention stays as it is

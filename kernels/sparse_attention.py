@@ -61,8 +61,9 @@ MAX_BLOCK_M = 64
 # each; more would repeat their work. 64 rows are a tile for four, and on Hopper for wgmma. A step of 64 entries at head
 # size 128 is 32 KiB, double-buffered with 3 or 4 stages (three buffers with 5 or 6): five programs of two warps fit in
 # Hopper's 228 KiB, and two into Ada's 100. A step of fewer entries than threads loads its page ids more than once.
-# Not yet measured: block_m 16|64 and num_warps 2|4|8 up to 32 rows (64 and 4 make it wgmma), block_n 32|64|128,
-# num_stages 3|5, waves 2..8.
+# Swept for 24 rows of head size 128 on an H200, 2026-11-26 (a tenth of 16x32k, 4x32k and 64x4k, shared and per head):
+# nothing takes 1% less time. Of 16x32k, 4 warps take 6% more, 8 warps 37%; steps of 32 or 128 entries 8 and 12%; waves
+# of 2 or 3, 27%, and of 8, 10%, of 64x4k 45%; 2 or 4 stages, and waves of 6, are as fast.
 CONFIGS = {
     (64, False): LaunchConfig(block_m=16, block_n=64, num_warps=2, num_stages=3, waves=4),
     (64, True): LaunchConfig(block_m=64, block_n=128, num_warps=4, num_stages=3, waves=4),
@@ -80,10 +81,10 @@ def default_config(query: torch.Tensor, query_rows: int) -> LaunchConfig:
 
 @triton.jit
 def _sparse_kernel(
-    query, kv_cache, page_table, kept, query_start_loc, out, lse, part_acc, part_lse, log2_scale,
+    query, kv_cache, page_table, kept, query_start_loc, out, lse, part_acc, part_lse, scale,
     stride_qt, stride_qh, stride_tr, stride_th, stride_kr, stride_kh, stride_ot, stride_oh, stride_lt,
     head_rows, num_query_heads,
-    block_table, lens, slots, sums, summed,
+    block_table, lens, seq_lens, slots, sums, summed,
     stride_cb, stride_ch, stride_cn, stride_br, stride_sz, stride_sh, stride_uz, block_size,
     GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr, HAS_LSE: tl.constexpr, MEAN: tl.constexpr, FEW: tl.constexpr, LONGEST: tl.constexpr,
@@ -93,16 +94,28 @@ def _sparse_kernel(
     tile = tl.program_id(0) % TILES
     r = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
+    # A program that has a (request, head) to itself mixes the mean in; else the kernel that puts parts together does.
+    ALONE: tl.constexpr = MEAN and (SPLITS * TILES == 1)
+    slot = tl.cast(-1, tl.int64)
     if MEAN:
-        # A program of its own takes the sums further, for the kernel that puts the parts together.
-        if split == SPLITS:
-            slot = tl.load(slots + r)
+        slot = tl.load(slots + r)
+        sums += tl.maximum(slot, 0) * stride_sz + head.to(tl.int64) * stride_sh
+        summed += tl.maximum(slot, 0) * stride_uz + head
+    if ALONE:
+        if slot >= 0:
+            take_further(
+                kv_cache, block_table + r * stride_br, sums, summed, tl.load(lens + r), head.to(tl.int64), stride_cb,
+                stride_ch, stride_cn, block_size, D, FEW, LONGEST
+            )  # fmt: skip
+            # What was stored is loaded again below.
+            tl.debug_barrier()
+    elif MEAN:
+        # A program of its own takes the sums further.
+        if split == SPLITS:  # noqa: SIM102, in a kernel that has no mean nothing of this is compiled
             if (slot >= 0) & (tile == 0):
-                h = head.to(tl.int64)
                 take_further(
-                    kv_cache, block_table + r * stride_br, sums + slot * stride_sz + h * stride_sh,
-                    summed + slot * stride_uz + h, tl.load(lens + r), h, stride_cb, stride_ch, stride_cn, block_size,
-                    D, FEW, LONGEST
+                    kv_cache, block_table + r * stride_br, sums, summed, tl.load(lens + r), head.to(tl.int64),
+                    stride_cb, stride_ch, stride_cn, block_size, D, FEW, LONGEST
                 )  # fmt: skip
             return
     begin = tl.load(query_start_loc + r)
@@ -135,7 +148,7 @@ def _sparse_kernel(
         page = tl.load(page_table + tl.minimum(j, hi - 1)) + first_page
         entry = kv_cache + page.to(tl.int64) * (2 * D)
         k = tl.load(entry[None, :] + d[:, None])
-        logits = tl.dot(q, k, input_precision="ieee") * log2_scale
+        logits = tl.dot(q, k, input_precision="ieee") * (scale * 1.4426950408889634)
         logits = tl.where(j[None, :] < visible[:, None], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         # A row that has seen only masked logits has maximum -inf, and -inf - -inf would be nan.
@@ -150,7 +163,14 @@ def _sparse_kernel(
 
     total = log_norm(top * 0.6931471805599453, norm)
     acc = acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
-    if (SPLITS == 1) and (not MEAN):
+    if ALONE:
+        unread = tl.load(seq_lens + r, mask=slot >= 0, other=0) - count
+        positions = tl.load(summed, mask=slot >= 0, other=0)
+        if (unread > 0) & (positions > 0):
+            logit = tl.sum(q.to(tl.float32) * tl.load(sums + d)[None, :], 1) / positions * scale
+            share = mean_share(logit, unread, total)
+            acc += share[:, None] * (tl.load(sums + D + d)[None, :] / positions - acc)
+    if (SPLITS == 1) and (ALONE or not MEAN):
         here = out + token[:, None] * stride_ot + q_head[:, None] * stride_oh + d[None, :]
         tl.store(here, acc.to(out.dtype.element_ty), mask=live[:, None])
         if HAS_LSE:
@@ -221,24 +241,27 @@ def sparse_attention(
     block_m = max(config.block_m, min(triton.next_power_of_2(max_query_len * group), MAX_BLOCK_M))
     tiles = triton.cdiv(max_query_len * group, block_m)
     splits = num_splits(rows * heads * tiles, width, config.block_n, query.device, config.waves)
+    # As in the kernel; with a mean there are parts then, maybe a single one.
+    alone = splits * tiles == 1
+    parts = splits > 1 or (mean is not None and not alone)
     # Without parts the pointers are unused, but still have to be pointers; so with what is only there for the mean.
     part_lse = part_acc = out
-    if splits > 1 or mean is not None:
+    if parts:
         part_lse = torch.empty(tokens, query_heads, splits, dtype=torch.float32, device=query.device)
         part_acc = part_lse.new_empty(tokens, query_heads, splits, size)
     total, total_stride = (kept, 0) if lse is None else (lse, lse.stride(0))
     block_table, lens, seq_lens, slots, sums, summed = mean or (kept,) * 6
     sum_strides = (0, 0, 0) if mean is None else (*sums.stride()[:2], summed.stride(0))
-    _sparse_kernel[(heads * tiles, rows, splits + (mean is not None))](
+    _sparse_kernel[(heads * tiles, rows, splits + (mean is not None and not alone))](
         query, kv_cache, page_table, kept, query_start_loc, out, total, part_acc, part_lse,
-        scale * 1.4426950408889634, *query.stride()[:2], page_table.stride(0), table_stride,
+        scale, *query.stride()[:2], page_table.stride(0), table_stride,
         kept.stride(0), kept_stride, *out.stride()[:2], total_stride, head_rows, query_heads,
-        block_table, lens, slots, sums, summed, *kv_cache.stride()[:3], block_table.stride(0), *sum_strides,
+        block_table, lens, seq_lens, slots, sums, summed, *kv_cache.stride()[:3], block_table.stride(0), *sum_strides,
         kv_cache.shape[2], GROUP=group, D=size, SPLITS=splits, TILES=tiles, BLOCK_M=block_m, BLOCK=config.block_n,
         HAS_LSE=lse is not None, MEAN=mean is not None, FEW=FEW, LONGEST=LONGEST, num_warps=config.num_warps,
         num_stages=config.num_stages,
     )  # fmt: skip
-    if splits > 1 or mean is not None:
+    if parts:
         _combine_kernel[(query_heads, rows, max_query_len)](
             part_acc, part_lse, kept, query_start_loc, out, total,
             kept.stride(0), kept_stride, *out.stride()[:2], total_stride, query_heads,

@@ -12,6 +12,7 @@ pytest.importorskip("vllm")
 from specattn_vllm import compat, executors
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.selection.store import SelectionStore
+from specattn_vllm.speculation.rounds import PLAIN, Way
 from specattn_vllm.speculation.speculator import SpecAttnSpeculator
 from specattn_vllm.stats import Counters, Counts
 
@@ -42,7 +43,6 @@ def speculator(monkeypatch):
     store = SelectionStore(1, REQUESTS, 1, 64, CPU)
     store.prefix_lens[:REQUESTS] = 7
     made.selection = SimpleNamespace(store=store, capture=None, pruner=object(), sizes=None)
-    made.recording_graphs = made.recalling_graphs = made.plain_graphs = None
     made.options, made._since_dense = SpecAttnOptions(), 0
     made.crossover_tokens = 0
     made.audit = None
@@ -55,11 +55,12 @@ def speculator(monkeypatch):
     made.draft_tokens = torch.arange(REQUESTS * STEPS).view(REQUESTS, STEPS)
     made.rounds = []
 
-    made.recalled = []
+    made.recalled, made.ways = [], []
 
-    def round_(batch, *args, recording, recall, **kwargs):
-        made.rounds.append(recording)
-        made.recalled.append(recall)
+    def round_(batch, *args, way, **kwargs):
+        made.rounds.append(way.recording)
+        made.recalled.append(way.recall)
+        made.ways.append(way)
         return "drafts"
 
     monkeypatch.setattr(made, "_round", round_, raising=False)
@@ -112,18 +113,21 @@ def test_a_dummy_batch_leaves_no_trace(speculator):
     assert speculator.counters.read() == Counts()
 
 
-@pytest.mark.parametrize(("crossover", "which"), [(0, "recording"), (1000, "plain")])
-def test_a_round_with_a_graph_is_replayed(speculator, crossover, which):
-    speculator.crossover_tokens = crossover
-    graphs = {"recording": Graphs(), "plain": Graphs()}
-    speculator.recording_graphs, speculator.plain_graphs = graphs.values()
+@pytest.mark.parametrize(
+    ("crossover", "sparse", "which"),
+    [(0, False, "recording"), (1000, False, "plain"), (0, True, "recording"), (1000, True, "recording_for_draft")],
+)
+def test_a_round_with_a_graph_is_replayed(speculator, crossover, sparse, which):
+    speculator.options, speculator.crossover_tokens = SpecAttnOptions(sparse_draft=sparse), crossover
+    graphs = {name: Graphs() for name in ("recording", "plain", "recording_for_draft")}
+    for name, made in graphs.items():
+        setattr(speculator, f"{name}_graphs", made)
     given = batch(60)
     drafts = propose(speculator, given, num_sampled=[2])
     assert drafts.tolist() == [[0, 1]]
     assert speculator.rounds == []
     assert graphs.pop(which).replayed == [2]
-    [other] = graphs.values()
-    assert other.replayed == other.loaded == []
+    assert all(other.replayed == other.loaded == [] for other in graphs.values())
 
 
 def test_a_graph_is_given_the_step_s_inputs(speculator):
@@ -171,13 +175,55 @@ def test_a_batch_with_a_long_prompt_reads_everything_and_starts_the_count_again(
     assert speculator.recalled == [False, True, False, True, True, False]
 
 
-def test_rounds_below_the_crossover_do_not_count(recalling):
+def test_rounds_below_the_crossover_choose_for_the_draft_alone(recalling):
+    """They count, as the lists of the draft are the same; the target reads everything."""
     speculator = recalling(3)
     speculator.crossover_tokens = 50
     for tokens in (60, 40, 60, 40, 60, 60):
         propose(speculator, batch(tokens))
-    assert speculator.rounds == [True, False, True, False, True, True]
+    assert speculator.rounds == [True] * 6
+    assert speculator.recalled == [False, True, True, False, True, True]
+    assert [way.for_target for way in speculator.ways] == [True, False, True, False, True, True]
+    assert speculator.selection.store.prefix_lens[3] == -1
+
+
+def test_rounds_of_a_dense_target_below_the_crossover_are_plain(recalling):
+    speculator = recalling(3)
+    speculator.options = SpecAttnOptions(method="dense", sparse_draft=True, refresh_draft_every=3)
+    speculator.crossover_tokens = 50
+    for tokens in (60, 40, 60, 40, 60, 60):
+        propose(speculator, batch(tokens))
+    assert [way.recording for way in speculator.ways] == [True, False, True, False, True, True]
     assert speculator.recalled == [False, False, True, False, True, False]
+
+
+RECORDING, RECALLING = Way(recording=True), Way(recording=True, recall=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "crossover", "ways"),
+    [
+        ({}, 0, [RECORDING]),
+        ({}, 9, [RECORDING, PLAIN]),
+        ({"sparse_draft": True}, 0, [RECORDING]),
+        ({"sparse_draft": True}, 9, [RECORDING, RECORDING._replace(for_target=False)]),
+        ({"sparse_draft": True, "method": "dense"}, 9, [RECORDING, PLAIN]),
+        ({"sparse_draft": True, "refresh_draft_every": 2}, 0, [RECORDING, RECALLING]),
+        ({"sparse_draft": True, "refresh_draft_every": 2}, 9,
+         [RECORDING, RECALLING, RECORDING._replace(for_target=False), RECALLING._replace(for_target=False)]),
+        ({"method": "vegas"}, 9, [RECORDING, PLAIN]),
+    ],
+)  # fmt: skip
+def test_an_engine_has_graphs_for_the_ways_of_its_rounds(speculator, options, crossover, ways):
+    speculator.options, speculator.crossover_tokens = SpecAttnOptions(**options), crossover
+    assert speculator._ways() == ways
+    assert len({way.graphs for way in ways}) == len({str(way) for way in ways}) == len(ways)
+    # A round that ran in no way that was captured would find no graph.
+    for tokens in (8, 9, 8, 9):
+        propose(speculator, batch(tokens))
+    assert {*speculator.ways} <= {*ways}
+    speculator.selection = None
+    assert speculator._ways() == [PLAIN]
 
 
 def test_a_round_that_recalls_has_graphs_of_its_own(recalling):
@@ -216,8 +262,8 @@ class Capture:
         self.told, self.step, self.induction = [], -1, None
         self.prefix_lens = torch.tensor(prefix_lens, dtype=torch.int32)
 
-    def begin_round(self, rows, wanted, slots, recall):
-        self.told.append(("round", rows, wanted.tolist(), slots.tolist(), recall))
+    def begin_round(self, rows, wanted, slots, recall, for_target):
+        self.told.append(("round", rows, wanted.tolist(), slots.tolist(), recall, for_target))
 
     def begin_step(self, step, rows, lens):
         self.step = step
@@ -262,18 +308,18 @@ def drafting(monkeypatch):
     return made
 
 
-def one_round(speculator, recording: bool, **more):
+def one_round(speculator, recording: bool, *, for_target: bool = True, **more):
     sampled = torch.tensor([0, 2, 9], dtype=torch.int32)
     given = SimpleNamespace(num_reqs=2, idx_mapping=torch.tensor([3, 1, -1]))
-    return speculator._round(given, {}, {}, None, None, sampled, "rejected", "last", None, 0, 0, recording=recording,
-                            **more)  # fmt: skip
+    return speculator._round(given, {}, {}, None, None, sampled, "rejected", "last", None, 0, 0,
+                            way=Way(recording, for_target=for_target), **more)  # fmt: skip
 
 
 def test_a_recorded_round_tells_the_capture_each_step_and_stores_its_selection(drafting):
     assert one_round(drafting, True) == "drafts"
     capture = drafting.selection.capture
     assert capture.told == [
-        ("round", 2, [False, True], [3, 1], False),
+        ("round", 2, [False, True], [3, 1], False, True),
         ("step", 0, [2, 5], [13, 10]),
         ("end", 0),
         ("step", 1, None, None),
@@ -349,10 +395,14 @@ def test_a_round_that_is_not_recorded_leaves_the_capture_alone(drafting):
     assert not drafting.selection.store.bits.any()
 
 
-def test_a_round_for_the_draft_alone_stores_nothing(drafting):
-    drafting.selection.pruner = None
-    one_round(drafting, True)
+@pytest.mark.parametrize("pruner", [None, object()], ids=["dense", "below the crossover"])
+def test_a_round_for_the_draft_alone_stores_nothing(drafting, pruner):
+    drafting.selection.pruner = pruner
+    # Nor learns: sizes are for the target.
+    drafting.selection.sizes = None if pruner is None else SimpleNamespace(learn=None, select=None)
+    one_round(drafting, True, for_target=pruner is None)
     assert len(drafting.selection.capture.told) == 7
+    assert drafting.selection.capture.told[0][-1] == (pruner is None)
     assert drafting.selection.store.prefix_lens.tolist() == [-1] * 5
 
 

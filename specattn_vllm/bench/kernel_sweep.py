@@ -26,8 +26,8 @@ from specattn_vllm.bench.kernel_shapes import FIRST_STEP_LEN, VERIFY_LEN, Batch,
 CANDIDATES: dict[str, tuple[int, ...]] = {
     "block_n": (32, 64, 128),
     "num_stages": (2, 3, 4),
-    "num_warps": (4, 8),
-    "waves": (2, 4, 8),
+    "num_warps": (2, 4, 8),
+    "waves": (2, 3, 4, 6, 8),
     "block_m": (16, 32, 64),
 }
 GAIN = 0.99  # a configuration has to be a hundredth faster than another to be preferred

@@ -111,12 +111,19 @@ class DraftCapture:
         parts.update(part for part in (self.lists, self.shared_out, self.induction) if part is not None)
         return sum(part.nbytes for part in (self.scores, self.lse, self._rows, self._starts, *parts))
 
-    def begin_round(self, num_reqs: int, wanted: torch.Tensor, slots: torch.Tensor, recall: bool = False) -> None:
+    def begin_round(
+        self,
+        num_reqs: int,
+        wanted: torch.Tensor,
+        slots: torch.Tensor,
+        recall: bool = False,
+        for_target: bool = True,
+    ) -> None:
         """Start a round of `num_reqs` rows in slots [R] int64, -1 for nobody's; wanted [R] bool marks the rows whose
         next step is a verification. With `recall`, step 0 reads lists too, and no row has more than `MAX_FUSED_QUERY`
-        query tokens."""
+        query tokens. What is not `for_target` serves the draft's own lists alone, and ends without a `select`."""
         self.num_reqs = num_reqs
-        self.wanted, self.slots, self.recall = wanted, slots, recall
+        self.wanted, self.slots, self.recall, self.for_target = wanted, slots, recall, for_target
         self.step = -1
         self.ranking.begin(num_reqs)
         self.own_ranking.begin(num_reqs)
@@ -150,7 +157,8 @@ class DraftCapture:
         layer = self.layer_sources.get(layer_name)
         if layer is None:
             return False
-        scoring = self.step == 0 or (layer < self.num_sources and self.options.combine != "first")
+        later = self.for_target and layer < self.num_sources and self.options.combine != "first"
+        scoring = self.step == 0 or later
         pruned = self.lists is not None and (self.step > 0 or self.recall)
         if not scoring and not pruned:
             return False
@@ -193,7 +201,7 @@ class DraftCapture:
         if self.step == 0 and self.own_ranking is not self.ranking:
             weight = self.weight / self.ranking.groups
             self._add_mass(self.own_ranking.mass[layer], weight, "store", pruned, reads)
-        if layer >= self.ranked:
+        if layer >= self.ranked or not (self.for_target or self.own_ranking is self.ranking):
             return
         self._add_mass(self.ranking.mass[layer], self.weight, self._combine_rule(), pruned, reads)
         if self.options.counts_bonus_row and self.step == self.num_steps - 1 and layer < self.num_sources:
@@ -221,7 +229,7 @@ class DraftCapture:
             self.lists.choose(own.bits[: len(self.layer_sources)], self.num_steps)
             if own is self.ranking and self.shared_out is None and self.draft_limits == self.limits:
                 return  # what a union begins with is chosen already
-        if self.options.combine == "union":
+        if self.for_target and self.options.combine == "union":
             self._choose(union=self.step > 0)
 
     def select(self, drafts: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -48,7 +48,11 @@ def announce(
     """All of it, for a draft model and a target that reads by a layer map, if it does."""
     announce_buffers(speculator, nbytes)
     if speculator.crossover_tokens:
-        logger.info("specattn: rounds of fewer than %d context tokens read everything", speculator.crossover_tokens)
+        logger.info(
+            "specattn: in batches of fewer than %d context tokens %s reads everything",
+            speculator.crossover_tokens,
+            "verification" if options.sparse_draft and not options.is_lossless else "a round",
+        )
     if options.sparse_draft:
         much = "" if options.draft_ratio is None else f", {options.draft_ratio:g} of the context"
         logger.info("specattn: sparse_draft: draft steps after the first read what it attended to%s", much)

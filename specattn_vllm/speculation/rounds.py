@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from vllm.config import VllmConfig
@@ -19,12 +19,35 @@ from specattn_vllm.speculation.graphs import RoundGraphs, RoundInputs
 from specattn_vllm.stats import Counters, Reporter
 
 
+class Way(NamedTuple):
+    """How a round runs: as upstream would, or `recording`, in which attention is captured, chosen from or read
+    through. A recording round may `recall` what an earlier one chose, and what it chooses may serve the draft alone:
+    below the crossover, where the target reads everything."""
+
+    recording: bool = False
+    recall: bool = False
+    for_target: bool = True
+
+    @property
+    def graphs(self) -> str:
+        """The speculator's attribute that holds the graphs of such rounds."""
+        if not self.recording:
+            return "plain_graphs"
+        return f"{'recalling' if self.recall else 'recording'}{'' if self.for_target else '_for_draft'}_graphs"
+
+    def __str__(self) -> str:
+        what = " that recall a selection" if self.recall else " with selection" if self.recording else ""
+        return f"draft rounds{what}{'' if self.for_target else ' for the draft alone'}"
+
+
+PLAIN = Way()
+
+
 class RoundSpeculator(compat.stock_speculator()):
     """vLLM's standalone speculator with its rounds in CUDA graphs, of which upstream has none for it.
 
-    A subclass says what a round is (`_round`). With a `selection`, a round runs in one of two ways: `recording`, in
-    which attention is captured, chosen from or read through, and plain, as upstream would; a recording one may besides
-    `recall` what an earlier one chose. Each way has graphs of its own.
+    A subclass says what a round is (`_round`). With a `selection`, a round runs in one of several ways (`Way`), each of
+    which has graphs of its own.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -42,14 +65,8 @@ class RoundSpeculator(compat.stock_speculator()):
         self.counters = Counters(device)
         self.reporter = Reporter(self.counters, self.options.stats_interval_s)
         self.selection: Any = None
-        # Direct attributes: vLLM finds graph managers here when it discards those it made to measure their memory.
-        self.recording_graphs: RoundGraphs | None = None
-        self.recalling_graphs: RoundGraphs | None = None
-        self.plain_graphs: RoundGraphs | None = None
-
     def _round(self, batch: InputBatch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states,
-               num_sampled: torch.Tensor, *args, recording: bool, recall: bool = False,
-               **kwargs) -> torch.Tensor:  # fmt: skip
+               num_sampled: torch.Tensor, *args, way: Way, **kwargs) -> torch.Tensor:  # fmt: skip
         """Draft for a batch, arguments as upstream's `propose`. Runs as it is or under CUDA graph capture: then every
         argument lies in `RoundInputs`."""
         raise NotImplementedError
@@ -59,11 +76,38 @@ class RoundSpeculator(compat.stock_speculator()):
         return super().propose(*args, **kwargs)
 
     def _step_aside(self, batch: InputBatch) -> None:
-        """Called before a round that is plain because the batch is small."""
+        """Called before a round of a batch that is small: the target is to read everything."""
 
     def _recalls(self, batch: InputBatch) -> bool:
         """Called before a recording round: whether it recalls."""
         return False
+
+    def _ways(self) -> list[Way]:
+        """The ways in which this engine's rounds run."""
+        if self.selection is None:
+            return [PLAIN]
+        options = self.options
+        recalls = (False, True) if options.refresh_draft_every > 1 and not options.drafts_for_itself else (False,)
+        ways = [Way(recording=True, recall=recall) for recall in recalls]
+        if self.crossover_tokens:
+            ways += [way._replace(for_target=False) for way in ways] if self._drafts_sparsely else [PLAIN]
+        return ways
+
+    @property
+    def _drafts_sparsely(self) -> bool:
+        """Whether the draft reads a part of the context where the target, in a batch too small, reads everything."""
+        return self.options.sparse_draft and not self.options.is_lossless
+
+    def _way(self, batch: InputBatch) -> Way:
+        """How the round of a batch, which is none of vLLM's dummies, runs."""
+        if self.selection is None:
+            return PLAIN
+        small = self._too_small(batch)
+        if small:
+            self._step_aside(batch)
+            if not self._drafts_sparsely:
+                return PLAIN
+        return Way(recording=True, recall=self._recalls(batch), for_target=not small)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         super().init_cudagraph_manager(cudagraph_mode)
@@ -74,48 +118,38 @@ class RoundSpeculator(compat.stock_speculator()):
             return
         query_len = self.num_speculative_steps + 1
         inputs = RoundInputs(self.max_num_reqs, query_len, self.device)
-        if self.selection is not None:
-            self.recording_graphs = RoundGraphs(self.vllm_config, self.device, query_len, inputs)
-            if self.options.refresh_draft_every > 1 and not self.options.drafts_for_itself:
-                self.recalling_graphs = RoundGraphs(self.vllm_config, self.device, query_len, inputs)
-        if self.selection is None or self.crossover_tokens:
-            self.plain_graphs = RoundGraphs(self.vllm_config, self.device, query_len, inputs)
+        for way in self._ways():
+            # Direct attributes: vLLM finds graph managers here when it discards those it made to measure their memory.
+            setattr(self, way.graphs, RoundGraphs(self.vllm_config, self.device, query_len, inputs))
 
     @torch.inference_mode()
     def capture(self) -> None:
         super().capture()
-        ways = (
-            (self.recording_graphs, {"recording": True}, " with selection"),
-            (self.recalling_graphs, {"recording": True, "recall": True}, " that recall a selection"),
-            (self.plain_graphs, {"recording": False}, ""),
-        )
-        for graphs, way, what in ways:
+        for way in self._ways():
+            graphs = self._graphs(way)
             if graphs is not None and graphs.needs_capture():
-                run = self._captured(graphs.inputs, **way)
-                graphs.capture_rounds(run, self.block_tables, f"Capturing draft rounds{what}")
+                graphs.capture_rounds(self._captured(graphs.inputs, way), self.block_tables, f"Capturing {way}")
         # Capturing the target's graphs ran steps that nobody asked for.
         self.counters.reset()
 
-    def _captured(self, given: RoundInputs, **way: bool) -> Callable[[InputBatch], Any]:
-        """A round on inputs that last; `recording` and `recall` as in `_round`."""
+    def _graphs(self, way: Way) -> RoundGraphs | None:
+        """None where there are none: without CUDA graphs."""
+        return getattr(self, way.graphs, None)
+
+    def _captured(self, given: RoundInputs, way: Way) -> Callable[[InputBatch], Any]:
+        """A round on inputs that last."""
         return lambda batch: self._round(
             batch, {}, {}, None, None, given.num_sampled[: batch.num_reqs], given.num_rejected[: batch.num_reqs],
-            given.last_sampled, None, given.temperature, given.seeds, **way,
+            given.last_sampled, None, given.temperature, given.seeds, way=way,
         )  # fmt: skip
 
     def propose(self, input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
                 num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, *args, dummy_run: bool = False,
                 **kwargs) -> torch.Tensor:  # fmt: skip
         # A dummy batch names slots of real requests: nothing of it may be stored or counted.
-        recording = self.selection is not None and not dummy_run
-        if recording and self._too_small(input_batch):
-            recording = False
-            self._step_aside(input_batch)
-        recall = recording and self._recalls(input_batch)
-        graphs = self.plain_graphs
-        if recording:
-            graphs = self.recalling_graphs if recall else self.recording_graphs
-        desc = graphs.find(input_batch) if graphs is not None and not dummy_run else None
+        way = PLAIN if dummy_run else self._way(input_batch)
+        graphs = None if dummy_run else self._graphs(way)
+        desc = None if graphs is None else graphs.find(input_batch)
         if desc is not None:
             graphs.inputs.load(input_batch, desc.num_reqs, num_sampled, num_rejected, last_sampled, temperature, seeds)
             graphs.run_fullgraph(desc)
@@ -124,7 +158,7 @@ class RoundSpeculator(compat.stock_speculator()):
             drafts = self._round(
                 input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
                 num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, *args, dummy_run=dummy_run,
-                recording=recording, recall=recall, **kwargs,
+                way=way, **kwargs,
             )  # fmt: skip
         if dummy_run:
             self.counters.discard()

@@ -13,7 +13,7 @@ from specattn_vllm.request import asks_for_exactness
 from specattn_vllm.selection.audit import Audit
 from specattn_vllm.selection.capture import MAX_FUSED_QUERY
 from specattn_vllm.speculation.audit_wiring import prepare_audit
-from specattn_vllm.speculation.rounds import RoundSpeculator
+from specattn_vllm.speculation.rounds import RoundSpeculator, Way
 from specattn_vllm.speculation.wiring import Selection, prepare
 
 
@@ -87,20 +87,20 @@ class SpecAttnSpeculator(RoundSpeculator):
         return self._since_dense > 0
 
     def _round(self, batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args,
-               recording: bool, recall: bool = False, **kwargs) -> torch.Tensor:  # fmt: skip
-        """Upstream's `propose`, with its attention captured and a selection stored if `recording`."""
-        self._recording = recording
+               way: Way, **kwargs) -> torch.Tensor:  # fmt: skip
+        """Upstream's `propose`, with its attention captured and, if it is for the target, a selection stored."""
+        self._recording = way.recording
         num_reqs = batch.num_reqs
         # A round that chooses nothing gives tokens too; only a dummy's requests are none.
         if self.selection is not None and not kwargs.get("dummy_run"):
             self._sampled = batch.idx_mapping[:num_reqs], num_sampled[:num_reqs] > 0
-        if recording:
+        if way.recording:
             # A row that sampled nothing is inside its prompt, or fills a graph's batch: it will not be verified next.
             # Nor is anything to be selected for requests that asked for exactness.
             slots = batch.idx_mapping[:num_reqs]
             wanted = (num_sampled[:num_reqs] > 0) & ~self.selection.store.exact[slots]
-            self.selection.capture.begin_round(num_reqs, wanted, slots, recall)
-            if self.selection.sizes is not None:
+            self.selection.capture.begin_round(num_reqs, wanted, slots, way.recall, way.for_target)
+            if self.selection.sizes is not None and way.for_target:
                 self.selection.sizes.learn(slots, self.selection.capture.ranking)
         try:
             drafts = self._upstream_round(
@@ -108,7 +108,7 @@ class SpecAttnSpeculator(RoundSpeculator):
             )
         finally:
             self._recording, self._sampled = False, None
-        if recording and self.selection.pruner is not None:
+        if way.recording and way.for_target and self.selection.pruner is not None:
             self.selection.store.put(slots, *self._select(slots, drafts))
         return drafts
 

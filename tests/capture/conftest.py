@@ -127,9 +127,11 @@ class Draft:
         after_step=None,
         slots: list[int] | None = None,
         recall: bool = False,
+        for_target: bool = True,
     ) -> list[dict]:
         """One round; returns per step {layer: (whether attention was done, its output)}."""
-        capture.begin_round(self.rows, torch.tensor(wanted), torch.tensor(slots or range(self.rows)), recall)
+        slots = torch.tensor(slots or range(self.rows))
+        capture.begin_round(self.rows, torch.tensor(wanted), slots, recall, for_target)
         steps = []
         for k in range(STEPS):
             if k == 0:

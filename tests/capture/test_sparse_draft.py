@@ -199,3 +199,30 @@ def test_layers_that_are_not_captured_are_left_alone(draft_of, sparse, make):
         done, out = results["other"]
         assert not done
         assert out.isnan().all()
+
+
+@COMBINE
+@pytest.mark.parametrize("changes", [{}, {"method": "sts", "ratio": 0.25}], ids=["specattn", "sts"])
+def test_a_round_for_the_draft_alone_reads_the_same_and_scores_its_first_step_only(
+    draft_of, sparse, make, sources, extra, combine, changes
+):
+    if combine == "union" and changes:
+        pytest.skip("the union is of shares of mass")
+    draft, opts = draft_of(*LENS), sparse(combine, **changes)
+    whole, light = make(opts), make(opts)
+    scored = []
+
+    def note(k, layer):
+        scored.append((k, light.scores.isnan().all().item()))
+        light.scores.fill_(torch.nan)
+
+    light.scores.fill_(torch.nan)
+    for_target = light.ranking.rows.fill_(torch.nan) if light.own_ranking is not light.ranking else None
+    steps = draft.run(whole, [True] * 4)
+    same = draft.run(light, [True] * 4, after_layer=note, for_target=False)
+    for k, name in itertools.product(range(STEPS), (*sources, extra)):
+        assert same[k][name][0] == steps[k][name][0]
+        torch.testing.assert_close(same[k][name][1], steps[k][name][1], rtol=0, atol=0, equal_nan=True)
+    assert {(k, not none) for k, none in scored} == {(0, True), (1, False), (2, False)}
+    assert for_target is None or for_target.isnan().all(), "mass that nobody chooses from"
+    assert torch.equal(light.lists.positions, whole.lists.positions) and torch.equal(light.lists.kept, whole.lists.kept)

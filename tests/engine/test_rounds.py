@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from specattn_vllm.speculation.graphs import RoundInputs
+from specattn_vllm.speculation.rounds import Way
 from specattn_vllm.speculation.speculator import SpecAttnSpeculator
 
 pytestmark = pytest.mark.engine
@@ -15,12 +16,12 @@ pytestmark = pytest.mark.engine
 class Replays:
     """Stands in for `RoundGraphs`: 'replaying' runs the round that would have been captured."""
 
-    def __init__(self, speculator: SpecAttnSpeculator, sizes: tuple[int, ...], **way: bool) -> None:
+    def __init__(self, speculator: SpecAttnSpeculator, sizes: tuple[int, ...], way: Way) -> None:
         self.inputs = RoundInputs(speculator.max_num_reqs, speculator.num_speculative_steps + 1, speculator.device)
         # Made beforehand, as at capture: from then on only `load` puts anything into the buffers.
         self.batches = {rows: self.inputs.batch(rows) for rows in sizes}
         self.inputs.clear()
-        self.run = speculator._captured(self.inputs, **way)
+        self.run = speculator._captured(self.inputs, way)
         self.padding: list[int] = []
 
     def find(self, batch):
@@ -44,15 +45,9 @@ def replays(monkeypatch):
     def use(*sizes: int) -> list[Replays]:
         def with_replays(self, *args, **kwargs):
             set_attn(self, *args, **kwargs)
-            ways = {"plain_graphs": {"recording": False}}
-            if self.selection is not None:
-                ways = {
-                    "recording_graphs": {"recording": True},
-                    "recalling_graphs": {"recording": True, "recall": True},
-                }
-            for name, way in ways.items():
-                made.append(Replays(self, sizes, **way))
-                setattr(self, name, made[-1])
+            for way in self._ways():
+                made.append(Replays(self, sizes, way))
+                setattr(self, way.graphs, made[-1])
 
         monkeypatch.setattr(SpecAttnSpeculator, "set_attn", with_replays)
         return made
@@ -91,6 +86,31 @@ def test_replayed_rounds_give_the_tokens_and_selections_of_upstream_s(
     assert 1 in replayed
     # Of three rounds two recall.
     assert (len(made[-1].padding) > len(made[0].padding)) == ("refresh_draft_every" in options)
+
+
+@pytest.mark.parametrize("replay", [False, True], ids=["eager", "replayed"])
+@pytest.mark.parametrize("every", [1, 3])
+def test_below_the_crossover_the_draft_alone_reads_a_part(
+    every, replay, plain, engine, greedy, prompts, counts, audit, replays
+):
+    """Its output is then the target's own, and what the draft reads is as without a crossover of a dense target."""
+    expected = plain(prompts(LENGTHS), NEW_TOKENS)
+    draft = {"sparse_draft": True, "top_p": 0.5, "min_tokens": 16, "refresh_draft_every": every}
+    llm = engine({"method": "dense", **draft})
+    greedy(llm, prompts(LENGTHS), NEW_TOKENS)
+    dense = counts(llm)
+    made = replays(3, 6) if replay else []
+    llm = engine({**draft, "crossover_tokens": 10**6})
+    assert greedy(llm, prompts(LENGTHS), NEW_TOKENS) == expected
+    seen = counts(llm)
+    assert seen.sparse_rows == 0 < seen.verify_rows
+    assert audit.sparse_rows == {}
+    assert (seen.draft_kv_read, seen.draft_kv_full) == (dense.draft_kv_read, dense.draft_kv_full)
+    assert 0 < seen.draft_kv_fraction < 0.8
+    if replay:
+        for_target, for_draft = made[: len(made) // 2], made[len(made) // 2 :]
+        assert not any(graphs.padding for graphs in for_target)
+        assert all(graphs.padding for graphs in for_draft)
 
 
 def test_selections_of_replayed_rounds_belong_to_their_requests(engine, greedy, prompts, audit, replays):

@@ -17,9 +17,10 @@ from specattn_vllm.kernels import add_followers, add_unread, sparse_attention, s
 POINTERS = {
     "kv_cache": "D", "block_table": "i32", "slots": "i64", "lens": "i32", "sums": "fp32", "summed": "i32",
     "query": "D", "out": "D", "lse": "fp32", "seq_lens": "i32", "kept": "i32", "query_start_loc": "i32",
-    "part_acc": "fp32", "part_lse": "fp32", "page_table": "i32", "parts": "fp32", "mass": "fp32", "sources": "i64", "ids": "i32", "tokens": "i64",
+    "part_acc": "fp32", "part_lse": "fp32", "page_table": "i32",
+    "parts": "fp32", "mass": "fp32", "sources": "i64", "ids": "i32", "tokens": "i64",
 }
-SCALARS = {"block_size": "i32", "scale": "fp32", "log2_scale": "fp32", "head_rows": "i32", "num_query_heads": "i32",
+SCALARS = {"block_size": "i32", "scale": "fp32", "head_rows": "i32", "num_query_heads": "i32",
            "longest": "i32", "number": "i32", "groups": "i32"}
 
 
@@ -43,9 +44,9 @@ for dtype, size, group in (("bf16", 128, 4), ("fp16", 64, 1)):
     compiled(sum_context._add_parts_kernel, dtype, 1, LONGEST=1024, WIDTH=2 * size)
     compiled(add_unread._unread_kernel, dtype, add_unread.NUM_WARPS, GROUP=group, ROWS=add_unread.MAX_ROWS, D=size,
              BLOCK=sum_context.FEW, LONGEST=1024)
-    for mean in (True, False):
+    for mean, splits in ((True, 4), (True, 1), (False, 4)):
         config = sparse_attention.CONFIGS[size, False]
-        more = {"GROUP": group, "D": size, "SPLITS": 4, "HAS_LSE": mean, "MEAN": mean}
+        more = {"GROUP": group, "D": size, "SPLITS": splits, "HAS_LSE": mean, "MEAN": mean}
         compiled(sparse_attention._sparse_kernel, dtype, config.num_warps, TILES=1, BLOCK_M=config.block_m,
                  BLOCK=config.block_n, FEW=sum_context.FEW, LONGEST=1024, **more)
         compiled(sparse_attention._combine_kernel, dtype, 1, **more)
@@ -59,4 +60,4 @@ def test_they_compile(capability):
     program = PROGRAM.replace("CAPABILITY", str(capability))
     done = subprocess.run([sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 17
+    assert len(done.stdout.splitlines()) == 21
