@@ -109,9 +109,9 @@ def _sparse_kernel(
             )  # fmt: skip
             # What was stored is loaded again below.
             tl.debug_barrier()
-    elif MEAN:
+    elif MEAN:  # noqa: SIM102, without a mean nothing of this is compiled
         # A program of its own takes the sums further.
-        if split == SPLITS:  # noqa: SIM102, in a kernel that has no mean nothing of this is compiled
+        if split == SPLITS:
             if (slot >= 0) & (tile == 0):
                 take_further(
                     kv_cache, block_table + r * stride_br, sums, summed, tl.load(lens + r), head.to(tl.int64),
