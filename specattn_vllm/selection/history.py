@@ -46,7 +46,7 @@ class History:
 
     def forget(self, slots: torch.Tensor) -> None:
         """Slots [R] int64 have new requests, or resumed ones."""
-        self.lens[slots] = 0
+        self.lens.index_fill_(0, slots, 0)
 
     def keep(self, mass: torch.Tensor, slots: torch.Tensor, lens: torch.Tensor) -> None:
         """Keep mass [R, T, H, L] float32 of requests in slots [R] int64 on their first lens [R] int32 tokens; of a

@@ -106,7 +106,7 @@ class Sizes:
         """
         begun = torch.where(prefilling, slots, -1)
         for kept in (self.shares, self.counts, self.drafted):
-            kept[begun] = 0
+            kept.index_fill_(0, begun, 0)
         if self.history is not None:
             self.history.forget(begun)
         watched = (reads_everything & ~prefilling & (slots >= 0))[:rows]

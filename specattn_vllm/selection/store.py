@@ -85,7 +85,8 @@ class SelectionStore:
 
     def clear(self, slots: torch.Tensor) -> None:
         """Forget the selections of slots [R] int64: the next step of those requests reads everything."""
-        self.prefix_lens[slots] = NO_SELECTION
+        # Not by an assignment of a number, which brings it from the host and waits for that.
+        self.prefix_lens.index_fill_(0, slots, NO_SELECTION)
 
     def take(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -191,3 +193,61 @@ def test_xformers_reads_whole_blocks(engine, greedy, prompts, counts):
     assert seen["xformers"].sparse_rows == seen["xformers"].verify_rows > 0
     # A block is read for one kept token in it.
     assert seen["triton"].kv_fraction < seen["xformers"].kv_fraction < 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"method": "dense"}, id="dense"),
+        pytest.param({"top_p": 0.8, "sparse_draft": True, "refresh_draft_every": 3}, id="specattn"),
+        pytest.param({"ratio": 0.2, "min_tokens": 32, "refresh_every": 3}, id="ratio"),
+        pytest.param({"top_p": 0.8, "audit_share": 0.5, "audit_floor": 0.5}, id="audit"),
+        pytest.param({"top_p": 0.8, "crossover_tokens": 10**6}, id="below-the-crossover"),
+        pytest.param(
+            {"top_p": 0.8, "crossover_tokens": 10**6, "sparse_draft": True}, id="below-the-crossover-sparse_draft"
+        ),
+        pytest.param({"method": "sts", "ratio": 0.3}, id="sts"),
+        pytest.param({"method": "fused", "size_top_p": 0.9, "size_rounds": 1, "history_weight": 0.5}, id="fused"),
+        pytest.param({"method": "vegas", "min_tokens": 32}, id="vegas"),
+    ],
+)
+def test_no_step_waits_for_the_device(options, engine, greedy, prompts, monkeypatch):
+    """Async scheduling is only worth something if neither `propose` nor `build` waits. Requests come and go, so there
+    are steps with prompts, and rounds outside of graphs. What vLLM's own lines do is vLLM's affair."""
+    from specattn_vllm.backend.builder import SpecAttnMetadataBuilder
+    from specattn_vllm.speculation.rounds import RoundSpeculator
+    from specattn_vllm.speculation.speculator import SpecAttnSpeculator
+
+    llm = engine(options, **GRAPHS)
+    lengths = [*LENGTHS, 333, 90, 1700]
+    greedy(llm, prompts(lengths), NEW_TOKENS)  # what is compiled and allocated once
+    calls = {"propose": 0, "build": 0}
+
+    def watched(owner, name):
+        call = getattr(owner, name)
+
+        def run(self, *args, **kwargs):
+            calls[name] += 1
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                return call(self, *args, **kwargs)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+        monkeypatch.setattr(owner, name, run)
+
+    watched(RoundSpeculator, "propose")
+    watched(SpecAttnSpeculator, "propose")
+    watched(SpecAttnMetadataBuilder, "build")
+    numbers, place = torch.zeros(4, device="cuda"), torch.tensor([1], device="cuda")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        greedy(llm, prompts(lengths), NEW_TOKENS)
+        ours = [f"{w.filename}:{w.lineno}" for w in seen if "synchroniz" in str(w.message) and "specattn" in w.filename]
+        del seen[:]
+        torch.cuda.set_sync_debug_mode("warn")
+        numbers[place] = 1
+        torch.cuda.set_sync_debug_mode("default")
+        assert any("synchroniz" in str(w.message) for w in seen), "what this test looks for would not be seen"
+    assert min(calls.values()) > 10
+    assert not ours, sorted({*ours})
