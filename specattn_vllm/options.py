@@ -194,8 +194,9 @@ class SpecAttnOptions(BaseModel):
         None,
         ge=0,
         le=_INT32,
-        description="Context tokens of a batch, summed over its requests, below which a round reads everything: "
-        "choosing would cost more than it saves. Default: what was measured for the executor, 0 where nothing was.",
+        description="Context tokens of a batch, summed over its requests, below which the target reads everything, "
+        "because choosing would cost more than it saves; with 'sparse_draft' the draft still reads a part, unless the "
+        "target always reads everything. Default: what was measured for the executor, 0 where nothing was.",
     )
     executor: ExecutorName = Field(
         "auto",

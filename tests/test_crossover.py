@@ -22,7 +22,7 @@ def operations():
 @pytest.fixture(autouse=True)
 def measured(monkeypatch):
     monkeypatch.setattr(crossover, "MEASURED", {"fa3": 9000, "triton": 20000})
-    monkeypatch.setattr(crossover, "MEASURED_DRAFTING", {"fa3": 700})
+    monkeypatch.setattr(crossover, "OF_ITSELF", {"fa3": 700})
 
 
 def test_what_was_measured_for_the_executor_is_the_default(operations):
@@ -30,10 +30,15 @@ def test_what_was_measured_for_the_executor_is_the_default(operations):
     assert crossover_tokens(SpecAttnOptions(), operations("triton")) == 20000
 
 
-@pytest.mark.parametrize("options", [{"method": "dense", "sparse_draft": True}, {"method": "vegas"}], ids=str)
-def test_drafting_alone_starts_to_pay_elsewhere(options, operations):
-    assert crossover_tokens(SpecAttnOptions(**options), operations("fa3")) == 700
-    assert crossover_tokens(SpecAttnOptions(**options), operations("triton")) == 0
+@pytest.mark.parametrize("method", ["vegas", "streamingllm"])
+def test_a_target_that_drafts_for_itself_starts_elsewhere(method, operations):
+    assert crossover_tokens(SpecAttnOptions(method=method), operations("fa3")) == 700
+    assert crossover_tokens(SpecAttnOptions(method=method), operations("triton")) == 0
+
+
+def test_a_draft_that_alone_reads_a_part_always_does(operations):
+    options = SpecAttnOptions(method="dense", sparse_draft=True)
+    assert crossover_tokens(options, operations("fa3")) == 0
 
 
 def test_what_was_not_measured_is_always_pruned(operations):
@@ -49,6 +54,6 @@ def test_the_option_has_the_last_word(operations, name, tokens):
 
 def test_only_executors_that_there_are_have_been_measured(monkeypatch):
     monkeypatch.undo()
-    for measured in (crossover.MEASURED, crossover.MEASURED_DRAFTING):
+    for measured in (crossover.MEASURED, crossover.OF_ITSELF):
         assert set(measured) <= set(executors.CHOICES) - {"auto"}
         assert all(isinstance(tokens, int) and tokens >= 0 for tokens in measured.values())

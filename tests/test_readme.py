@@ -41,6 +41,7 @@ def test_the_command_above_the_table_runs_the_engines_in_it(capsys):
         ),
         ("h200-self-speculation-128k", "vegas 10%", "and 4 of 128k at {:,.0f}, {:.2f} times, losslessly"),
         ("h200-refresh-draft", "specattn 10%", "{:,.0f} tokens per second, {:.2f} times plain decoding"),
+        ("h200-engine-10", "specattn 10%", "({:,.0f} tokens per second, {:.2f} times plain decoding on the machine"),
     ],
 )  # fmt: skip
 def test_the_speeds_measured_apart_are_what_was_measured(file, engine, words):
@@ -79,9 +80,12 @@ def test_the_kernels_figures_are_those_measured():
     def faster(case: str, rows: str, against: str) -> str:
         return f"{row[case, f'16x32k {rows}', against]['speedup']:.1f}x"
 
-    verify = [faster(f"{case} 10%, {which}", "32/8h d128 q6", "fa3") for case, which in
-              (("fa3", "shared"), ("triton", "per head"), ("fa3", "per head"))]  # fmt: skip
-    words = "{} with one selection for all heads; one for each, {} by our kernel, which takes these, and {} by Flash"
+    verify = [faster(f"{case} 10%, {which}{mean}", "32/8h d128 q6", "fa3") for mean in (", with mean", "")
+              for which in ("shared", "per head") for case in ("triton", "fa3")]  # fmt: skip
+    words = (
+        "read: {} by our kernel and {} by FlashAttention 3 with one selection for all heads; {} and **{}** with one "
+        "for each. Without the mean: {} and {}; {} and {} |"
+    )
     assert words.format(*verify) in text
     for case, words in (
         ("select_top_p, cap 10%", "a tenth: **{} and {}** (2,048 rows: **{} and {}**)"),
@@ -95,7 +99,46 @@ def test_the_kernels_figures_are_those_measured():
              ("16/8h d128 q1", "16/8h d128 q7", "32/8h d64 q1", "32/8h d64 q7")]  # fmt: skip
     words = "{:.2f}x to {:.2f}x with head size 128; **{:.2f}x** with head size 64 and one query row, **{:.2f}x** with"
     assert words.format(*times) in text
-    assert f"{row['mean of what is not read', '16x32k 32/8h d128 q6', '']['ms']:.4f} ms a layer" in text
+    cells = {(r["case"], r["shape"].split(" ")[0]): r["ms"] for r in rows if r["group"] == "verify"}
+
+    def mean(executor: str, cell: str) -> str:
+        case = f"{executor} 10%, shared"
+        return f"{cells[f'{case}, with mean', cell] - cells[case, cell]:.4f}"
+
+    ours, theirs = ([mean(executor, cell) for cell in ("16x32k", "64x4k")] for executor in ("triton", "fa3"))
+    words = "costs our kernel {} ms a layer (16 requests of 32k) to {} (64 of 4k), and FlashAttention 3, which needs a"
+    assert words.format(*ours) in " ".join(text.split())
+    assert "a second kernel, {} and {}.".format(*theirs) in " ".join(text.split())
+    for endings, least, most in (((", with mean",), 0.03, 0.62), (("shared", "per head"), -0.1, 0.6)):
+        less = [
+            1 - ms / cells[case.replace("triton", "fa3"), cell]
+            for (case, cell), ms in cells.items()
+            if case.startswith("triton") and case.endswith(endings)
+        ]
+        assert len(less) == 30
+        assert (round(min(less), 2), round(max(less), 2) <= most) == (least, True)
+
+
+def test_the_rounds_below_the_crossover_are_those_measured():
+    def rounds(file: str, engine: str) -> dict[str, float]:
+        engines = json.loads((ROOT / f"docs/results/{file}.json").read_text())["engines"]
+        [cells] = [e["cells"] for e in engines if e["name"] == engine]
+        return {cell["name"]: cell["milliseconds_per_round"] for cell in cells}
+
+    columns = [
+        rounds("h200-crossover", "dense"),
+        rounds("h200-crossover", "sparse-draft"),
+        rounds("h200-crossover", "specattn 25%"),
+        rounds("h200-crossover-pruned", "specattn 25%"),
+        rounds("h200-crossover-pruned", "specattn 10%"),
+        rounds("h200-crossover-dense-draft", "specattn 25%"),
+    ]
+    text = (ROOT / "docs/benchmarks.md").read_text()
+    for cell in ("1x512", "1x1k", "1x4k", "4x4k", "1x32k", "16x4k"):
+        figures = " | ".join(f"{column[cell]:.2f}" for column in columns)
+        assert f"| {cell.replace('x', ' x ')} | {figures} |" in text
+        dense, sparse, ours, *_ = (column[cell] for column in columns)
+        assert max(sparse, ours) < dense, "what the text says of it"
 
 
 def test_the_cpu_s_table_is_what_was_measured():
