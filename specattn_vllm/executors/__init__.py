@@ -186,9 +186,9 @@ def _triton_operations(device: torch.device) -> Operations:
 def _borrowed_operations(name: str, device: torch.device, *, own_sparse: bool = False) -> Operations:
     """Another library's attention, and ours of the rest; `own_sparse`: ours of selections too, which 'auto' takes in
     the place of FlashAttention 3's. It mixes the mean of what is not read in on its way, where FlashAttention 3 needs
-    two kernels more, and takes 3 to 62% less time in all of 30 cells from 1x32k to 64x4k and 4x128k with 5 to 25% kept (9%
-    for a tenth of 16x32k; H200, head size 128, 2026-11-26, docs/results/h200-kernels.json). Without a mean it takes 4 to
-    10% more with one selection for all heads of four requests of 32k or more, and less elsewhere."""
+    two kernels more, and takes 3 to 62% less time in all of 30 cells from 1x32k to 64x4k and 4x128k with 5 to 25% kept
+    (9% for a tenth of 16x32k; H200, head size 128, 2026-11-26, docs/results/h200-kernels.json). Without a mean it takes
+    4 to 10% more with one selection for all heads of four requests of 32k or more, and less elsewhere."""
     base = _triton_operations(device)
     if name == "fa3":
         from specattn_vllm.executors import fa3
