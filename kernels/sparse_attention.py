@@ -18,12 +18,13 @@ kept             [R, G]         int32; 0 or less = this (request, group) is left
 query_start_loc  [R + 1]        int32; q_len may be 0
 scale            float          multiplies query . key
 out              [T, Hq, D]     query's dtype; rows of a (request, head) with kept <= 0 are left untouched. A token that
-                                sees no entry, which no valid table has, gets zeros
+                                sees no entry, which no valid table has, gets zeros, or with a mean its value
 max_query_len    int            bound of q_len; about 16 at most is meant, more is right but slow
 lse              [T, Hq]        float32, natural logarithm, or None; -inf for a token that sees no entry
 mean             Mean           or None: then what the page table leaves out counts for nothing. With it, as in
                                 ``add_unread``: sums are taken further first, and ``out`` has the share of as many
-                                tokens of the context's mean key and value; ``lse`` stays that of what was read
+                                tokens of the context's mean key and value; ``lse`` stays that of what was read.
+                                A step without tokens, or with tables of no width, takes no sums further
 
 The Triton version also takes ``config``, a ``LaunchConfig``; None picks one by dtype and shapes.
 """
@@ -61,9 +62,10 @@ MAX_BLOCK_M = 64
 # each; more would repeat their work. 64 rows are a tile for four, and on Hopper for wgmma. A step of 64 entries at head
 # size 128 is 32 KiB, double-buffered with 3 or 4 stages (three buffers with 5 or 6): five programs of two warps fit in
 # Hopper's 228 KiB, and two into Ada's 100. A step of fewer entries than threads loads its page ids more than once.
-# Swept for 24 rows of head size 128 on an H200, 2026-11-26 (a tenth of 16x32k, 4x32k and 64x4k, shared and per head):
-# nothing takes 1% less time. Of 16x32k, 4 warps take 6% more, 8 warps 37%; steps of 32 or 128 entries 8 and 12%; waves
-# of 2 or 3, 27%, and of 8, 10%, of 64x4k 45%; 2 or 4 stages, and waves of 6, are as fast.
+# Swept for 24 rows of head size 128 on an H200, 2026-11-26 (a tenth of 16x32k, 4x32k and 64x4k, shared and per head,
+# without a mean): nothing takes less time by more than its noise of 1%. Of 16x32k, 4 warps take 6 to 7% more, 8 warps
+# 36%; steps of 32 or 128 entries 8 and 12%; waves of 2 or 3, 23 to 27%, and of 8, 9%, of 64x4k 45%; tiles of 64 rows,
+# twice the time. 2 or 4 stages, and waves of 6, are as fast within 2%.
 CONFIGS = {
     (64, False): LaunchConfig(block_m=16, block_n=64, num_warps=2, num_stages=3, waves=4),
     (64, True): LaunchConfig(block_m=64, block_n=128, num_warps=4, num_stages=3, waves=4),

@@ -3,9 +3,10 @@
     sums[slots[r], h] += sum over p of (key, value) of position p and head h        summed[slots[r], h] <= p < end
     summed[slots[r], h] = end        end = min(lens[r], summed[slots[r], h] + longest)
 
-What a selection leaves out is many tokens of little weight each; their mean stands for them (``add_unread.py``). Every
-position is read once in the life of its request: those of a prompt, or found in the prefix cache, here, by as many
-programs as it takes; later the few that a verification accepted, by ``add_unread``.
+What a selection leaves out is many tokens of little weight each; their mean stands for them
+(``sparse_attention.py``). Every position is read once in the life of its request: those of a prompt, or found in the
+prefix cache, here, by as many programs as it takes; later the few that a verification accepted, by
+``sparse_attention`` or ``add_unread``.
 
 kv_cache      [B, H, N, 2D]  float; positions from lens on, and those summed before, are not read
 block_table   [R, nb]        int32
@@ -52,7 +53,8 @@ def take_further(
     kv_cache, table, sums, summed, length, h, stride_cb, stride_ch, stride_cn, block_size, D: tl.constexpr,
     BLOCK: tl.constexpr, LONGEST: tl.constexpr,
 ):  # fmt: skip
-    """A row's sums of one head taken further to ``length``, by LONGEST positions at most; one program of all does so.
+    """A row's sums of one head taken further to ``length``, by LONGEST positions at most. Of the programs of a launch,
+    exactly one may do so for a row and head.
 
     Returns what they are then, (keys [D], values [D], positions); of no positions, keys and values are 0.
     """

@@ -1,4 +1,4 @@
-"""What ``sum_context`` and ``add_unread`` are given, checked as in ``contracts.py``."""
+"""What the operations that sum a context, or use its mean, are given for that, checked as in ``contracts.py``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import contracts
 from .contracts import FLOATS, expect, tensor
 
 LONGEST = 1024
-"""Positions that one program of ``sum_context`` takes, and ``add_unread`` of a row."""
+"""Positions that one program of ``sum_context`` takes, and a verification of a row."""
 
 
 class Mean(NamedTuple):
@@ -42,7 +42,7 @@ def sum_context(kv_cache, block_table, slots, lens, sums, summed, longest) -> No
 
 
 def mean(kv_cache, given: Mean, rows: int) -> None:
-    """Rows of what ``sparse_attention``, which has checked the rest, is given."""
+    """What ``sparse_attention`` is given for the mean, of as many rows; it has checked the rest."""
     _context(kv_cache, given.block_table, given.slots, given.lens, given.sums, given.summed)
     expect(given.slots.shape[0] == rows, "slots", f"{given.slots.shape[0]} rows", f"the {rows} rows of the page table")
     tensor("seq_lens", given.seq_lens, (rows,), torch.int32, kv_cache.device)

@@ -12,7 +12,7 @@ import torch
 
 from specattn_vllm import executors
 from specattn_vllm.executors import ExecutorError, Operations, fa3, resolve, write_kv
-from specattn_vllm.options import ExecutorName
+from specattn_vllm.options import ExecutorName, SpecAttnOptions
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 OPERATIONS = {field.name for field in dataclasses.fields(Operations)} - {"name", "granularity", "graphs", "label"}
@@ -141,16 +141,32 @@ def test_fa3_replaces_attention_and_leaves_the_rest_to_the_kernels():
     assert theirs.dense_attention is fa3.dense_attention
 
 
-@pytest.mark.parametrize("per_head", [False, True])
-@pytest.mark.parametrize("name", ["auto", "fa3"])
-def test_our_kernel_reads_selections_if_nobody_asked_for_another(monkeypatch, name, per_head):
+@pytest.mark.parametrize(
+    ("name", "options", "own"),
+    [
+        ("auto", {}, True),  # which has a mean
+        ("auto", {"unread_mean": False}, False),
+        ("auto", {"method": "sts", "unread_mean": False}, True),
+        ("auto", {"method": "vegas"}, False),
+        ("auto", {"preset": "paper"}, False),
+        ("fa3", {}, False),
+        ("fa3", {"method": "fused"}, False),
+    ],
+)
+def test_our_kernel_reads_selections_where_it_is_faster_and_nobody_asked_for_another(monkeypatch, name, options, own):
+    attended = []
     monkeypatch.setattr(executors, "_unavailable", lambda name, device, dtype: None)
     monkeypatch.setattr(executors, "_triton_operations", lambda device: resolve("torch", CPU))
-    operations = resolve(name, CUDA, torch.bfloat16, per_head=per_head)
+    monkeypatch.setattr(fa3, "sparse_attention", lambda *given: attended.append(given))
+    options = SpecAttnOptions(executor=name, **options)
+    operations = executors.of_engine(options, CUDA, torch.bfloat16)
     assert operations.name == "fa3" and operations.dense_attention is fa3.dense_attention
-    own = name == "auto"
     assert operations.label == ("fa3, and triton for selections" if own else "")
-    assert (operations.sparse_attention is resolve("torch", CPU).sparse_attention) == own
+    if own:
+        assert operations.sparse_attention is resolve("torch", CPU).sparse_attention
+    else:
+        operations.sparse_attention(*"qctksfom")
+        assert attended == [(*"qctksfom", None)]
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set from the start")

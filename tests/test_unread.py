@@ -53,7 +53,7 @@ def test_a_request_that_enters_clears_its_slot_in_every_layer():
 
 
 def test_prompts_are_summed_while_they_are_computed_with_what_the_prefix_cache_had():
-    """Chunk after chunk, in one layer; rows that verify wait for `add`."""
+    """Chunk after chunk, in one layer; rows that verify wait for their verification."""
     made, length = unread(), 19
     cache = torch.randn(6, HEADS, BLOCK, 2 * SIZE, generator=torch.Generator().manual_seed(1))
     table = torch.tensor([[0, 1, 2, 3, 5], [4, 1, 3, 0, 2]], dtype=torch.int32)

@@ -44,7 +44,7 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
             return AttentionCGSupport.NEVER
         options = SpecAttnOptions.from_vllm(vllm_config)
         dtype = vllm_config.model_config.dtype
-        operations = executors.resolve(options.executor, device, dtype, per_head=options.per_head)
+        operations = executors.of_engine(options, device, dtype)
         return AttentionCGSupport.UNIFORM_BATCH if operations.graphs else AttentionCGSupport.NEVER
 
     def update_draft_decode_metadata(self, metadata: SpecAttnMetadata) -> None:

@@ -55,11 +55,8 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
                 )
         vllm_config = get_current_vllm_config()
         options = SpecAttnOptions.from_vllm(vllm_config)
-        self.operations = executors.resolve(
-            options.executor,
-            torch.device(vllm_config.device_config.device),
-            vllm_config.model_config.dtype,
-            per_head=options.per_head,
+        self.operations = executors.of_engine(
+            options, torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
         )
         self.audit: LayerAudit | None = None
         self.unread: LayerUnread | None = None

@@ -24,7 +24,6 @@ MODULES = {
     "draft_attention": ("draft_attention",),
     "accumulate_mass": ("accumulate_mass",),
     "add_followers": ("add_followers",),
-    "sum_context": ("sum_context",),
     "select_top_p": ("top_p",),
     "build_page_tables": ("page_tables",),
     "build_positions": ("page_tables", "positions"),

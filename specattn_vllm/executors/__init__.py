@@ -18,6 +18,7 @@ import torch
 
 if TYPE_CHECKING:
     from specattn_vllm.kernels.unread_contracts import Mean
+    from specattn_vllm.options import SpecAttnOptions
 
 CHOICES = ("auto", "torch", "triton", "fa3", "xformers")
 BLOCKS = ("xformers",)
@@ -60,11 +61,21 @@ class Operations:
     """What the log calls it, where that is not its name."""
 
 
+def of_engine(options: SpecAttnOptions, device: torch.device, dtype: torch.dtype) -> Operations:
+    """The operations that an engine's options name, for models of a dtype."""
+    return resolve(options.executor, device, dtype, per_head=options.per_head, mean=options.estimates_unread)
+
+
 def resolve(
-    name: str, device: torch.device, dtype: torch.dtype = torch.bfloat16, *, per_head: bool = False
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    per_head: bool = False,
+    mean: bool = False,
 ) -> Operations:
     """The operations for an executor name (one of CHOICES) on a device, for models of a dtype; `per_head`: for
-    selections of which each KV head has its own."""
+    selections of which each KV head has its own; `mean`: for attention that counts what it does not read."""
     chooses = name == "auto"
     if chooses:
         name = _best(device, dtype, per_head)
@@ -80,7 +91,7 @@ def resolve(
     if name in ("fa3", "xformers"):
         if reason := _unavailable(name, device, dtype):
             raise ExecutorError(f"executor = {name!r}: {reason}; or use 'auto' or 'triton'")
-        return _borrowed_operations(name, device, own_sparse=chooses and name == "fa3")
+        return _borrowed_operations(name, device, own_sparse=chooses and name == "fa3" and (per_head or mean))
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ExecutorError(
             f"executor = 'triton' on {device.type} needs Triton's interpreter (TRITON_INTERPRET=1): use 'auto' or "
@@ -185,10 +196,12 @@ def _triton_operations(device: torch.device) -> Operations:
 
 def _borrowed_operations(name: str, device: torch.device, *, own_sparse: bool = False) -> Operations:
     """Another library's attention, and ours of the rest; `own_sparse`: ours of selections too, which 'auto' takes in
-    the place of FlashAttention 3's. It mixes the mean of what is not read in on its way, where FlashAttention 3 needs
-    two kernels more, and takes 3 to 62% less time in all of 30 cells from 1x32k to 64x4k and 4x128k with 5 to 25% kept
-    (9% for a tenth of 16x32k; H200, head size 128, 2026-11-26, docs/results/h200-kernels.json). Without a mean it takes
-    4 to 10% more with one selection for all heads of four requests of 32k or more, and less elsewhere."""
+    the place of FlashAttention 3's where there is a mean or a selection for each KV head. It mixes the mean of what is
+    not read in on its way, where FlashAttention 3 needs two kernels more, and takes 3 to 62% less time in all of 30
+    cells from 1x32k to 64x4k and 4x128k with 5 to 25% kept (9% for a tenth of 16x32k; H200, head size 128, 2026-11-26,
+    docs/results/h200-kernels.json). So it does without a mean where each KV head has a selection; with one for all
+    heads, of four requests of 32k or more, it takes 4 to 10% more. All of this with 24 query rows for each KV head: 48,
+    of 8 query heads and 5 drafts, were not measured."""
     base = _triton_operations(device)
     if name == "fa3":
         from specattn_vllm.executors import fa3

@@ -21,8 +21,8 @@ from specattn_vllm.stats import Counters, Reporter
 
 class Way(NamedTuple):
     """How a round runs: as upstream would, or `recording`, in which attention is captured, chosen from or read
-    through. A recording round may `recall` what an earlier one chose, and what it chooses may serve the draft alone:
-    below the crossover, where the target reads everything."""
+    through. A recording round may `recall` what an earlier one chose. What it chooses is not `for_target` below the
+    crossover, where a target that reads selections reads everything, and the draft alone a part."""
 
     recording: bool = False
     recall: bool = False
@@ -53,9 +53,7 @@ class RoundSpeculator(compat.stock_speculator()):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.options = SpecAttnOptions.from_vllm(vllm_config)
-        self.operations = executors.resolve(
-            self.options.executor, device, vllm_config.model_config.dtype, per_head=self.options.per_head
-        )
+        self.operations = executors.of_engine(self.options, device, vllm_config.model_config.dtype)
         if self.operations.granularity == "block" and self.num_speculative_steps > 15:
             raise executors.ExecutorError(
                 f"executor = 'xformers' verifies at most 15 draft tokens, not {self.num_speculative_steps}: lower "
@@ -65,6 +63,7 @@ class RoundSpeculator(compat.stock_speculator()):
         self.counters = Counters(device)
         self.reporter = Reporter(self.counters, self.options.stats_interval_s)
         self.selection: Any = None
+
     def _round(self, batch: InputBatch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states,
                num_sampled: torch.Tensor, *args, way: Way, **kwargs) -> torch.Tensor:  # fmt: skip
         """Draft for a batch, arguments as upstream's `propose`. Runs as it is or under CUDA graph capture: then every

@@ -44,10 +44,11 @@ for dtype, size, group in (("bf16", 128, 4), ("fp16", 64, 1)):
     compiled(sum_context._add_parts_kernel, dtype, 1, LONGEST=1024, WIDTH=2 * size)
     compiled(add_unread._unread_kernel, dtype, add_unread.NUM_WARPS, GROUP=group, ROWS=add_unread.MAX_ROWS, D=size,
              BLOCK=sum_context.FEW, LONGEST=1024)
-    for mean, splits in ((True, 4), (True, 1), (False, 4)):
+    # With a mean: parts, none, a single one; without.
+    for mean, lse, splits, tiles in ((1, 0, 4, 1), (1, 1, 1, 1), (1, 0, 1, 2), (0, 1, 4, 1)):
         config = sparse_attention.CONFIGS[size, False]
-        more = {"GROUP": group, "D": size, "SPLITS": splits, "HAS_LSE": mean, "MEAN": mean}
-        compiled(sparse_attention._sparse_kernel, dtype, config.num_warps, TILES=1, BLOCK_M=config.block_m,
+        more = {"GROUP": group, "D": size, "SPLITS": splits, "HAS_LSE": bool(lse), "MEAN": bool(mean)}
+        compiled(sparse_attention._sparse_kernel, dtype, config.num_warps, TILES=tiles, BLOCK_M=config.block_m,
                  BLOCK=config.block_n, FEW=sum_context.FEW, LONGEST=1024, **more)
         compiled(sparse_attention._combine_kernel, dtype, 1, **more)
 compiled(add_followers._followers_kernel, "fp32", 4, C=5, BLOCK=1024)
@@ -60,4 +61,4 @@ def test_they_compile(capability):
     program = PROGRAM.replace("CAPABILITY", str(capability))
     done = subprocess.run([sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 21
+    assert len(done.stdout.splitlines()) == 25

@@ -11,8 +11,9 @@ from specattn_vllm.kernels import reference
 from specattn_vllm.kernels.sparse_attention import LaunchConfig, sparse_attention
 from specattn_vllm.kernels.unread_contracts import LONGEST, Mean
 
-BLOCK, STALE, SLOTS = 16, 2_000_000_000, 9
-# Of each row: query tokens, context with them, tokens read, its slot, tokens summed before.
+BLOCK, STALE, SLOTS = 16, 2_000_000_000, 11
+# Of each row: query tokens, context with them, tokens read, its slot, tokens summed before; and tokens in the cache for
+# good, if not those of the context that are no query tokens.
 PRUNED = (3, 140, 60, 4, 130)
 ROWS = {
     "pruned, and its sums up to date": (3, 140, 60, 5, 137),
@@ -20,9 +21,12 @@ ROWS = {
     "another": (2, 75, 20, 7, 73),
     "all of it read": (3, 50, 50, 0, 40),
     "padding": (0, 0, 0, -1, 0),
+    "nobody's, though it reads": (2, 44, 12, -1, 0),
     "no query": (0, 30, 12, 6, 20),
     "left to another executor": (2, 40, 0, 1, 30),
-    "nothing summed yet": (1, 40, 8, 2, 0),
+    "all of it to sum": (1, 40, 8, 2, 0),
+    "nothing to sum": (2, 30, 12, 8, 0, 0),
+    "summed further than it should be": (2, 60, 25, 9, 60),
     "more to sum than a step may": (1, LONGEST + 90, 33, 3, 5),
 }
 CONFIGS = {
@@ -38,7 +42,9 @@ class Step:
     def __init__(self, rows, groups, heads, group, size, place, poisoned) -> None:
         device, dtype = place
         gen = torch.Generator().manual_seed(5)
-        self.rows, self.heads, self.group, self.size = [*rows], heads, group, size
+        self.lens = [row[5] if len(row) > 5 else row[1] - row[0] for row in rows]
+        self.rows, self.heads, self.group, self.size = [row[:5] for row in rows], heads, group, size
+        rows = self.rows
         blocks = [-(-length // BLOCK) for _, length, *_ in rows]
         order = torch.randperm(sum(blocks), generator=gen).tolist()
         # Token-major, as vLLM prefers.
@@ -74,7 +80,7 @@ class Step:
         tokens = self.starts[-1] + 2
         self.query = torch.randn(tokens, heads * group, size, generator=gen).to(dtype).to(device)
         self.given = (pages.to(device), kept.to(device), starts.to(device), size**-0.5)
-        lens = torch.tensor([length - queries for queries, length, *_ in rows], dtype=torch.int32)
+        lens = torch.tensor(self.lens, dtype=torch.int32)
         seq_lens = torch.tensor([row[1] for row in rows], dtype=torch.int32)
         slots = torch.tensor([row[3] for row in rows])
         rest = (lens.to(device), seq_lens.to(device), slots.to(device), sums, summed.to(device))
@@ -125,17 +131,19 @@ def test_reference_matches_softmax_over_what_was_read_and_copies_of_the_mean(
     out, _, sums, summed = step.run(reference.sparse_attention)
     for r, (queries, length, count, slot, done) in enumerate(step.rows):
         tokens = slice(step.starts[r], step.starts[r + 1])
-        end = max(min(length - queries, done + LONGEST), done)
+        end = max(min(step.lens[r], done + LONGEST), done) if slot >= 0 else 0
         if slot >= 0:
             assert summed[slot].tolist() == [end] * heads
-            torch.testing.assert_close(sums[slot], step.kv[r][:, :end].sum(1), rtol=1e-4, atol=1e-3)
+            if end:
+                torch.testing.assert_close(sums[slot], step.kv[r][:, :end].sum(1), rtol=1e-4, atol=1e-3)
         if count <= 0:
             assert out[tokens].isnan().all()
             continue
         for h in range(heads):
             read, kv = step.read[r, h if groups > 1 else 0], step.kv[r][h]
             mine = slice(h * group, (h + 1) * group)
-            mean = kv[:end].mean(0, keepdim=True).expand(length - len(read) if end else 0, -1)
+            mean = kv[:end].sum(0, keepdim=True) / max(end, 1)
+            mean = mean.expand(length - len(read) if end else 0, -1)
             both = torch.cat((kv[read], mean))
             mask = torch.zeros(queries, 1, len(both))
             for i in range(queries):
@@ -183,7 +191,7 @@ def test_where_all_is_read_it_is_attention_to_the_bit(op, place, poisoned):
         ({"slots": torch.zeros(3, dtype=torch.int64)}, "slots: got 3 rows, wanted the 2 rows of the page table"),
         ({"lens": torch.zeros(3, dtype=torch.int32)}, r"lens: got shape \(3,\)"),
         ({"seq_lens": torch.zeros(2)}, "seq_lens: got torch.float32"),
-        ({"sums": torch.zeros(SLOTS, 3, 128)}, r"sums: got shape \(9, 3, 128\)"),
+        ({"sums": torch.zeros(SLOTS, 3, 128)}, r"sums: got shape \(11, 3, 128\)"),
     ],
     ids=["rows", "lens", "seq_lens", "sums"],
 )
