@@ -11,7 +11,7 @@ from specattn_vllm import cli
 from specattn_vllm.bench import report
 from specattn_vllm.bench.schema import Report
 
-FILE = Path(__file__).with_name("test_bench_report.json")
+FILE = Path(__file__).with_name("test_report.json")
 
 
 @pytest.fixture
@@ -208,7 +208,7 @@ def test_many_cells_are_drawn_in_rows(results):
     pytest.importorskip("matplotlib")
     from specattn_vllm.bench import plot
 
-    measured = Report.model_validate_json((Path(__file__).parents[1] / "docs/results/h200-engine.json").read_text())
+    measured = Report.model_validate_json((Path(__file__).parents[2] / "docs/results/h200-engine.json").read_text())
     figure = plot.draw(measured)
     assert [len(axes.patches) for axes in figure.axes] == [32, 32]
     cells = [text.get_text() for axes in figure.axes for text in axes.get_xticklabels()]

@@ -20,7 +20,7 @@ from specattn_vllm.evaluation.report import differences, markdown
 
 pytest.importorskip("jinja2")
 
-MEASURED = Path(__file__).parents[1] / "docs/results/h200-methods.json"
+MEASURED = Path(__file__).parents[2] / "docs/results/h200-methods.json"
 
 
 VOID = {"meta", "img", "br", "link", "input"}

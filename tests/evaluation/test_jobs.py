@@ -1,0 +1,56 @@
+"""What an engine of an evaluation is given, and the key that its figures are kept under."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from specattn_vllm.evaluation.schema import Setting
+
+
+def test_a_job_s_key_follows_what_its_figures_depend_on(half, job):
+    keys = [
+        job().key,
+        job(half).key,
+        job(context=101).key,
+        job(documents=[[1, 2, 3], [4, 5, 7]]).key,
+        job(models={"target": {"weights": "c"}, "draft": {"weights": "b"}}).key,
+        job(engine_options={"max_num_batched_tokens": 8192}).key,
+    ]
+    assert len(set(keys)) == len(keys)
+    assert job(target="/elsewhere/target").key == job().key
+    assert job(half, record_kept=True).key == job(half).key
+
+
+def test_engines_are_pruned_below_the_crossover_too(half, job):
+    assert job(half).engine_arguments()["additional_config"] == {"specattn": {"crossover_tokens": 0} | half.options}
+
+
+def test_a_target_that_drafts_for_itself_is_its_own_draft_model(half, job):
+    own = Setting(name="own", options={"method": "vegas"})
+    assert own.lossless
+    assert job(own).engine_arguments()["speculative_config"]["model"] == "/somewhere/target"
+    assert job(half).engine_arguments()["speculative_config"]["model"] == "/somewhere/draft"
+
+
+def test_what_the_user_gives_the_engine_goes_before_ours(job):
+    assert job(engine_options={"max_num_batched_tokens": 64}).engine_arguments()["max_num_batched_tokens"] == 64
+
+
+def test_a_peer_is_neither_the_reference_nor_lossless_and_runs_without_graphs(half, quest, job, result_of):
+    assert not quest.is_reference and not quest.lossless
+    assert not result_of(job(quest)).model_copy(update={"peer": quest.peer}).is_reference
+    arguments = job(quest, device="cuda").engine_arguments()
+    assert arguments["enforce_eager"] and arguments["additional_config"]["specattn"]["method"] == "dense"
+    assert "enforce_eager" not in job(half, device="cuda").engine_arguments()
+    other = quest.model_copy(update={"peer": quest.peer.model_copy(update={"page_size": 8})})
+    assert job(other).key != job(quest).key
+
+
+def test_reports_from_before_there_were_peers_keep_their_keys(half, job):
+    # Of the report's settings at that time, written out.
+    assert "peer" not in json.dumps(job(half).setting.model_dump(exclude_none=True))
+    apart = {"target": True, "draft": True, "record_kept": True, "setting": {"peer"}}
+    told = job(half).model_dump(mode="json", exclude=apart)
+    text = json.dumps(told, sort_keys=True)
+    assert job(half).key == hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,219 @@
+"""Engines of an evaluation: which run, in which order, and what is not run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from specattn_vllm import cpu_runner
+from specattn_vllm.evaluation import figures as compute
+from specattn_vllm.evaluation import runner
+from specattn_vllm.evaluation.methods_schema import Kept, Report
+from specattn_vllm.evaluation.schema import Setting
+from specattn_vllm.installed import UserError
+
+ORDER = ["half", "dense", "quarter"]
+
+
+@pytest.fixture
+def engines(monkeypatch, result_of):
+    """Stands in for engines: remembers which settings ran; those named in `engines.broken` fail."""
+
+    class Engines:
+        def __init__(self):
+            self.ran, self.broken, self.together = [], set(), None
+            self.gpus = {}
+
+        def measure(self, job, reference, log, gpu):
+            self.ran.append(job.setting.name)
+            self.gpus[job.setting.name] = gpu
+            if self.together is not None and not job.setting.is_reference:
+                self.together.wait(timeout=10)  # broken, and so an error, if fewer ever run at a time
+            if job.setting.name in self.broken:
+                return "ValueError: no"
+            if job.setting.is_reference:
+                reference.mkdir(exist_ok=True)
+                (reference / "complete.json").write_text(json.dumps({"job_key": job.key}))
+            return result_of(job)
+
+    made = Engines()
+    monkeypatch.setattr(runner, "in_own_process", made.measure)
+    monkeypatch.setattr(runner, "prepare_environment", lambda device: None)
+    return made
+
+
+@pytest.fixture
+def jobs(job, half):
+    return [job(), job(half), job(Setting(name="quarter", options={"rule": "top_k", "ratio": 0.25}))]
+
+
+@pytest.fixture
+def evaluate(jobs):
+    """evaluate(path, jobs): the settings that failed, and the report afterwards."""
+
+    def run(path, jobs=jobs, **more) -> tuple[list[str], Report]:
+        earlier = runner.earlier(path, {"context": 100}, Report)
+        found = Report(provenance={"date": "2026"}, setup={"context": 100}, results=earlier)
+        failed = runner.run_all(jobs, found, path, ORDER, say=lambda text: None, **more)
+        return failed, Report.model_validate_json(path.read_bytes())
+
+    return run
+
+
+SLEEPER = """
+import os, sys, time
+from pathlib import Path
+from types import SimpleNamespace
+from specattn_vllm.evaluation import runner
+
+class Job:
+    has_reference = False
+    def run(self, reference, terminal):
+        Path(sys.argv[1]).write_text(str(os.getpid()))
+        time.sleep(60)
+
+if __name__ == "__main__":
+    runner.in_own_process(Job(), Path(sys.argv[1] + ".reference"), Path(sys.argv[1] + ".log"))
+"""
+
+
+def test_what_is_measured_is_not_run_again(engines, tmp_path, jobs, evaluate):
+    path = tmp_path / "report.json"
+    evaluate(path, jobs[:2], keep_reference=True)
+    assert engines.ran == ["dense", "half"]
+    _, found = evaluate(path)
+    assert engines.ran == ["dense", "half", "quarter"]
+    assert [result.name for result in found.results] == ["dense", "half", "quarter"]
+    evaluate(path)
+    assert len(engines.ran) == 3
+
+
+def test_what_was_not_recorded_is_measured_again_where_there_is_something_to_record(
+    engines, tmp_path, quest, job, jobs, evaluate
+):
+    path = tmp_path / "report.json"
+    asked = [*jobs[:2], job(quest)]
+    evaluate(path, asked, keep_reference=True)
+    recording = [each.model_copy(update={"record_kept": True}) for each in asked]
+    _, found = evaluate(path, recording, keep_reference=True)
+    assert engines.ran == ["dense", "half", quest.name, "half"]
+    kept = Kept(document=0, bucket=4, contexts=[8], shares={"a": 0.5}, layers={"a": ["100 0"]})
+    found.results[1].kept = kept
+    path.write_text(found.model_dump_json())
+    evaluate(path, recording)
+    assert len(engines.ran) == 4
+
+
+def test_results_stand_in_the_order_of_the_settings_whichever_ran_first(engines, tmp_path, jobs, evaluate):
+    path = tmp_path / "report.json"
+    evaluate(path, [jobs[0], jobs[2]], keep_reference=True)
+    _, found = evaluate(path, jobs[:2])
+    assert engines.ran == ["dense", "quarter", "half"]
+    assert [result.name for result in found.results] == ["dense", "half", "quarter"]
+
+
+def test_the_dense_run_is_made_again_where_its_distributions_are_gone(engines, tmp_path, jobs, evaluate):
+    path = tmp_path / "report.json"
+    evaluate(path, jobs[:2])
+    assert not path.with_suffix(".reference").exists()
+    evaluate(path)
+    assert engines.ran == ["dense", "half", "dense", "quarter"]
+
+
+def test_a_setting_that_changed_takes_the_place_of_the_old_one(engines, tmp_path, half, job, jobs, evaluate):
+    path = tmp_path / "report.json"
+    evaluate(path)
+    changed = job(half.model_copy(update={"options": {"rule": "top_k", "ratio": 0.4}}))
+    _, found = evaluate(path, [jobs[0], changed])
+    assert [(r.name, r.options.get("ratio")) for r in found.results] == [
+        ("dense", None), ("half", 0.4), ("quarter", 0.25),
+    ]  # fmt: skip
+
+
+def test_a_setting_that_fails_is_named_and_the_others_go_on(engines, tmp_path, evaluate):
+    path = tmp_path / "report.json"
+    engines.broken = {"half"}
+    failed, found = evaluate(path)
+    assert failed == ["half"]
+    assert [result.name for result in found.results] == ["dense", "quarter"]
+    engines.broken = set()
+    failed, found = evaluate(path)
+    assert failed == [] and engines.ran == ["dense", "half", "quarter", "half"]
+
+
+def test_as_many_run_at_a_time_as_there_are_gpus_once_the_dense_one_is_done(engines, tmp_path, evaluate):
+    engines.together = threading.Barrier(2)
+    failed, found = evaluate(tmp_path / "report.json", gpus=["3", "5"])
+    assert failed == [] and engines.ran[0] == "dense"
+    assert engines.gpus["dense"] == "3" and {engines.gpus["half"], engines.gpus["quarter"]} == {"3", "5"}
+    assert [result.name for result in found.results] == ["dense", "half", "quarter"]
+
+
+def test_an_engine_ends_with_the_command_that_was_killed(tmp_path):
+    (tmp_path / "sleeper.py").write_text(SLEEPER)
+    told = tmp_path / "pid"
+    command = subprocess.Popen([sys.executable, "-P", str(tmp_path / "sleeper.py"), str(told)])
+    deadline = time.monotonic() + 60
+    while not (told.exists() and told.read_text()):
+        assert time.monotonic() < deadline and command.poll() is None
+        time.sleep(0.1)
+    engine = int(told.read_text())
+    command.kill()
+    command.wait()
+    while Path(f"/proc/{engine}").exists() and "Z" not in Path(f"/proc/{engine}/stat").read_text().split(")")[1]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def test_without_the_dense_run_nothing_else_is_run(engines, tmp_path, jobs):
+    engines.broken = {"dense"}
+    report = Report(provenance={}, setup={}, results=[])
+    assert runner.run_all(jobs, report, tmp_path / "report.json", ORDER, say=lambda text: None) == ["dense"]
+    assert engines.ran == ["dense"]
+
+
+def test_a_report_about_something_else_is_not_gone_on_with(engines, tmp_path, evaluate):
+    path = tmp_path / "report.json"
+    evaluate(path)
+    with pytest.raises(UserError, match="measured with another context"):
+        runner.earlier(path, {"context": 200}, Report)
+    path.write_text("{}")
+    with pytest.raises(UserError, match="is no report"):
+        runner.earlier(path, {"context": 100}, Report)
+
+
+def test_engines_on_a_cpu_find_the_overlay_without_cpu_env(monkeypatch):
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry != str(cpu_runner.OVERLAY)])
+    # All that is set has to go again afterwards.
+    for name in ("PYTHONPATH", "TRITON_INTERPRET", "VLLM_CPU_KVCACHE_SPACE", "VLLM_LOGGING_LEVEL"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "1")
+    runner.prepare_environment("cpu")
+    assert sys.path[0] == str(cpu_runner.OVERLAY)
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+
+
+def test_the_file_has_the_figures_of_the_table(engines, tmp_path, evaluate):
+    path = tmp_path / "report.json"
+    _, found = evaluate(path)
+    for result in found.results:
+        assert result.figures == compute.figures(result, found.dense)
+    written = json.loads(path.read_text())["results"][1]["figures"]
+    assert written["kl"] == {"value": pytest.approx(0.01), "interval": [pytest.approx(0.01), pytest.approx(0.01)]}
+    # Of a report from before there were any, they are made when it is gone on with.
+    old = json.loads(path.read_text())
+    for result in old["results"]:
+        del result["figures"]
+    old["results"].pop()
+    path.write_text(json.dumps(old))
+    _, again = evaluate(path)
+    assert [result.figures for result in again.results] == [result.figures for result in found.results]

@@ -1,0 +1,102 @@
+"""Which settings `specattn eval methods` runs, and which it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from specattn_vllm import cli
+from specattn_vllm.evaluation import settings
+from specattn_vllm.evaluation.schema import Setting
+from specattn_vllm.installed import UserError
+from specattn_vllm.options import SpecAttnOptions
+
+HALF = Setting(name="half", options={"rule": "top_k", "ratio": 0.5})
+
+
+def test_the_default_settings_are_what_the_plugin_takes_and_begin_with_the_reference():
+    found = settings.default_settings(4096)
+    assert found[0].is_reference
+    assert not any(setting.is_reference for setting in found[1:])
+    assert len({setting.name for setting in found}) == len(found)
+
+
+def test_without_choice_as_many_tokens_are_kept_as_with_it():
+    found = {setting.name: setting.options for setting in settings.default_settings(4096)}
+    plain = found["sink and recent 25%"]
+    assert plain["sink_tokens"] + plain["recent_tokens"] == 4096 // 4
+    assert SpecAttnOptions(**found["specattn"]).ratio_or_default == found["sts 25%"]["ratio"] == 0.25
+
+
+def test_a_budget_without_choice_keeps_nothing_but_the_first_and_the_last():
+    import torch
+
+    from specattn_vllm.kernels.reference import select_top_p, unpack_bits
+
+    options = next(s.options for s in settings.default_settings(400) if s.name == "sink and recent 25%")
+    mass = torch.rand(1, 400, generator=torch.Generator().manual_seed(0))
+    bits, counts = torch.empty(1, 13, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
+    select_top_p(
+        mass / mass.sum(), torch.tensor([400], dtype=torch.int32), bits, counts, options["top_p"],
+        options["min_tokens"], -1, 1.0, options["sink_tokens"], options["recent_tokens"], False,
+    )  # fmt: skip
+    kept = unpack_bits(bits, 400)[0].nonzero().flatten().tolist()
+    assert kept == [*range(4), *range(400 - 96, 400)]
+
+
+def test_the_dense_run_comes_first_whatever_is_asked_for():
+    both = [HALF, Setting(name="everything", options={"method": "dense"})]
+    assert [s.name for s in settings.chosen(both, [])] == ["everything", "half"]
+    assert [s.name for s in settings.chosen(both, ["half"])] == ["everything", "half"]
+    assert [s.name for s in settings.chosen([HALF], [])] == ["dense", "half"]
+
+
+@pytest.mark.parametrize(
+    ("given", "only", "message"),
+    [
+        ([HALF], ["whole"], "--only 'whole': there is no such setting; there are 'half'"),
+        ([HALF, HALF], [], "two settings are called 'half'"),
+        ([HALF.model_copy(update={"name": "dense"})], [], "is called 'dense' and is not"),
+    ],
+)
+def test_settings_that_cannot_stand_together_are_refused(given, only, message):
+    with pytest.raises(UserError, match=message):
+        settings.chosen(given, only)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"name": "x", "options": {"method": "magic"}}]', r"0.options: .*method = 'magic'"),
+        ('[{"name": "x", "options": {"top_q": 1}}]', "top_q: unknown option"),
+        ('[{"name": "x"}]', "0.options: Field required"),
+        ('[{"name": "x", "options": {}, "draft": "other"}]', "0.draft: Extra inputs are not permitted"),
+        ("{", "file: Invalid JSON"),
+    ],
+)
+def test_a_settings_file_that_cannot_run_is_refused_before_any_engine(text, message, tmp_path, capsys):
+    path = tmp_path / "settings.json"
+    path.write_text(text)
+    assert cli.main(["eval", "methods", "--settings", str(path), "--list"]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_settings_file_takes_the_place_of_ours(tmp_path, capsys):
+    path = tmp_path / "settings.json"
+    path.write_text(json.dumps([HALF.model_dump(exclude_none=True)]))
+    assert cli.main(["eval", "methods", "--settings", str(path), "--list"]) == 0
+    assert capsys.readouterr().out.splitlines()[::2] == ["dense", "half"]
+
+
+@pytest.mark.parametrize("name", ["documents", "context", "positions", "draft-tokens", "batch", "free-tokens"])
+def test_counts_that_make_no_evaluation_are_refused(name, capsys):
+    assert cli.main(["eval", "methods", f"--{name}", "0"]) == 2
+    assert f"--{name} 0: at least" in capsys.readouterr().err
+
+
+def test_graphs_are_refused_with_peers(capsys):
+    arguments = ["eval", "methods", "--only", "quest 25%", "--engine-argument", "enforce_eager=false"]
+    assert cli.main(arguments) == 2
+    assert "enforce_eager=false: 'quest 25%' is a peer" in capsys.readouterr().err
