@@ -243,9 +243,9 @@ def sparse_attention(
     block_m = max(config.block_m, min(triton.next_power_of_2(max_query_len * group), MAX_BLOCK_M))
     tiles = triton.cdiv(max_query_len * group, block_m)
     splits = num_splits(rows * heads * tiles, width, config.block_n, query.device, config.waves)
-    # As in the kernel; with a mean there are parts then, maybe a single one.
-    alone = splits * tiles == 1
-    parts = splits > 1 or (mean is not None and not alone)
+    # Where no program is alone with its row, as the kernel calls it, the mean is mixed into parts, maybe a single one.
+    apart = mean is not None and splits * tiles > 1
+    parts = splits > 1 or apart
     # Without parts the pointers are unused, but still have to be pointers; so with what is only there for the mean.
     part_lse = part_acc = out
     if parts:
@@ -254,7 +254,7 @@ def sparse_attention(
     total, total_stride = (kept, 0) if lse is None else (lse, lse.stride(0))
     block_table, lens, seq_lens, slots, sums, summed = mean or (kept,) * 6
     sum_strides = (0, 0, 0) if mean is None else (*sums.stride()[:2], summed.stride(0))
-    _sparse_kernel[(heads * tiles, rows, splits + (mean is not None and not alone))](
+    _sparse_kernel[(heads * tiles, rows, splits + apart)](
         query, kv_cache, page_table, kept, query_start_loc, out, total, part_acc, part_lse,
         scale, *query.stride()[:2], page_table.stride(0), table_stride,
         kept.stride(0), kept_stride, *out.stride()[:2], total_stride, head_rows, query_heads,

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 if TYPE_CHECKING:
-    from specattn_vllm.kernels.unread_contracts import Mean
     from specattn_vllm.options import SpecAttnOptions
 
 CHOICES = ("auto", "torch", "triton", "fa3", "xformers")
@@ -224,20 +223,12 @@ def _borrowed_operations(name: str, device: torch.device, *, own_sparse: bool = 
 
 
 def with_mean(attention: Callable[..., None]) -> Callable[..., None]:
-    """Another library's attention over a selection, corrected by our kernel for what the selection leaves out."""
+    """Another library's attention over a selection, corrected by our kernel for what the selection leaves out; takes
+    what `kernels/sparse_attention.py` does."""
     from specattn_vllm.kernels.add_unread import add_unread
 
     def sparse_attention(
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        page_table: torch.Tensor,
-        kept: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        scale: float,
-        out: torch.Tensor,
-        max_query_len: int,
-        lse: torch.Tensor | None = None,
-        mean: Mean | None = None,
+        query, kv_cache, page_table, kept, query_start_loc, scale, out, max_query_len, lse=None, mean=None
     ) -> None:
         if mean is not None and lse is None:
             lse = query.new_empty(query.shape[:2], dtype=torch.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from specattn_vllm import executors
 from specattn_vllm.kernels import reference
 from specattn_vllm.selection.pages import page_strides
-from specattn_vllm.selection.pruner import Pruner, TableMaps
+from specattn_vllm.selection.pruner import Pruner, SparsePlan, TableMaps
 from specattn_vllm.selection.store import NO_SELECTION, SelectionStore
 from specattn_vllm.stats import Counters, Counts
 
@@ -79,17 +80,8 @@ class Setup:
                 bits[i // self.groups, 0, i % self.groups, word] = value - 2**32 if value >= 2**31 else value
         self.store.put(torch.tensor([slot]), bits, torch.tensor([length], dtype=torch.int32))
 
-    def prune(self, *rows: Row):
-        """Prune a step; the plan, and the tokens it keeps as {(source, row, head): [tokens]}."""
-        # Poisoned, so that nothing of an earlier call can pass for a result.
-        self.tables.fill_(-(2**30))
-        self.pruner._kept.fill_(-7)
-        width = -(-MAX_LEN // BLOCK)
-        table = torch.full((len(rows), width), STALE, dtype=torch.int32)
-        free = torch.randperm(BLOCKS, generator=self.generator).tolist()
-        for r, row in enumerate(rows):
-            for i in range(-(-row.length // BLOCK)):
-                table[r, i] = free.pop()
+    def step(self, rows: Sequence[Row], table: torch.Tensor) -> SparsePlan | None:
+        """The plan of a step whose rows have these blocks."""
         starts = torch.tensor([0, *itertools.accumulate(row.query for row in rows)], dtype=torch.int32)
         prefilling = torch.tensor([row.prefilling for row in rows])
         plan = self.pruner.prune(
@@ -102,6 +94,20 @@ class Setup:
             block_table=table,
         )
         self.counters.commit()  # a real step, not one to warm up
+        return plan
+
+    def prune(self, *rows: Row):
+        """Prune a step; the plan, and the tokens it keeps as {(source, row, head): [tokens]}."""
+        # Poisoned, so that nothing of an earlier call can pass for a result.
+        self.tables.fill_(-(2**30))
+        self.pruner._kept.fill_(-7)
+        width = -(-MAX_LEN // BLOCK)
+        table = torch.full((len(rows), width), STALE, dtype=torch.int32)
+        free = torch.randperm(BLOCKS, generator=self.generator).tolist()
+        for r, row in enumerate(rows):
+            for i in range(-(-row.length // BLOCK)):
+                table[r, i] = free.pop()
+        plan = self.step(rows, table)
         if plan is None:
             return None, None
         assert plan.page_table.shape[:3] == plan.kept.shape == (SOURCES, plan.num_rows, self.groups)
@@ -350,17 +356,7 @@ def test_tables_of_blocks_name_every_block_with_a_kept_token():
     setup.select(4, 17, {1, 2, 13}, {16})
     tables = torch.full((2, 8), STALE, dtype=torch.int32)
     tables[0, :5], tables[1, :2] = torch.tensor([9, 7, 5, 3, 1]), torch.tensor([2, 4])
-    starts = torch.tensor([0, 2, 3], dtype=torch.int32)
-    plan = setup.pruner.prune(
-        slots=torch.tensor([4, 1]),
-        prefilling=torch.tensor([False, False]),
-        prefilling_cpu=torch.tensor([False, False]),
-        query_start_loc=starts,
-        query_start_loc_cpu=starts,
-        seq_lens=torch.tensor([19, 6], dtype=torch.int32),
-        block_table=tables,
-    )
-    setup.counters.commit()
+    plan = setup.step([Row(4, 17, query=2), Row(1, 5, query=1)], tables)
     # Row 0 has 19 tokens, 3 of them in its last block, where the new ones are; row 1 reads its 6 tokens.
     assert plan.kept[..., 0].tolist() == [[4 + 4 + 3, 6], [3, 6]]
     assert plan.page_table[0, 0, 0, :3].tolist() == [9, 3, 1]
@@ -410,17 +406,7 @@ def test_tables_through_maps_are_each_layer_s_own(layout):
     words = torch.tensor([[0b1, 0b110, 0b1000], [0b10000, 0b100000, 0b11]], dtype=torch.int32)
     setup.store.put(torch.tensor([4]), words.view(SOURCES, 1, groups, 1), torch.tensor([9], dtype=torch.int32))
     block_table = torch.tensor([[7, 3, 11], [8, 5, STALE]], dtype=torch.int32)
-    starts = torch.tensor([0, 1, 3], dtype=torch.int32)
-    plan = setup.pruner.prune(
-        slots=torch.tensor([4, 1]),
-        prefilling=torch.tensor([False, False]),
-        prefilling_cpu=torch.tensor([False, False]),
-        query_start_loc=starts,
-        query_start_loc_cpu=starts,
-        seq_lens=torch.tensor([10, 7], dtype=torch.int32),
-        block_table=block_table,
-    )
-    setup.counters.commit()
+    plan = setup.step([Row(4, 9, query=1), Row(1, 5, query=2)], block_table)
     assert plan.layer_sources == layers
     kept = [[[3], [0]], [[5], [5]], [[0], [1, 2]]]
     assert plan.kept.tolist() == [[[len(head) + 1 for head in table], [7, 7]] for table in kept]

