@@ -46,8 +46,8 @@ def check(vllm_config: VllmConfig) -> None:
         return
     from specattn_vllm.speculation.maps import resolve_layer_map
 
-    if not options.drafts_for_itself and (
-        not options.is_lossless or options.layer_map is not None or options.dense_layers
+    if not options.drafts_for_itself and not options.uses_sketch and (
+        options.chooses_by_draft or options.layer_map is not None or options.dense_layers
     ):
         resolve_layer_map(vllm_config, options)
     if idle := sorted(options.model_fields_set & _without_effect(options)):
@@ -62,6 +62,7 @@ _FOR_TARGET = {
 """What only matters where a draft model chooses for the target."""
 
 _FOR_VEGAS = {"per_kv_head", "dilation"}
+_FOR_SKETCH = {"sketch_bits", "shared_budget"}
 _FOR_FUSED = {"size_top_p", "size_factor", "size_rounds", "history_weight"}
 
 
@@ -69,15 +70,18 @@ def _without_effect(options: SpecAttnOptions) -> set[str]:
     """Options that mean nothing under the method at hand."""
     if options.drafts_for_itself:
         by_attention = {"top_p", "rule", *_FOR_VEGAS} if options.method == "streamingllm" else set()
-        return _FOR_TARGET | _FOR_FUSED | {"sparse_draft", "draft_ratio", "refresh_draft_every"} | by_attention
+        return _FOR_TARGET | _FOR_FUSED | _FOR_SKETCH | {"sparse_draft", "draft_ratio", "refresh_draft_every"} | by_attention
     by_rule = options.sparse_draft and options.draft_ratio is None  # what the draft reads
+    if options.uses_sketch:
+        of_draft = set() if options.sparse_draft else {"combine", "bonus_row"}
+        return _FOR_TARGET | _FOR_VEGAS | _FOR_FUSED | {"induction"} | of_draft
     if options.has_sizes:
-        return {"per_kv_head", "layer_shares"} | (set() if by_rule else {"top_p"})
+        return {"per_kv_head", "layer_shares"} | _FOR_SKETCH | (set() if by_rule else {"top_p"})
     if not options.is_lossless:
-        return _FOR_VEGAS | _FOR_FUSED
+        return _FOR_VEGAS | _FOR_FUSED | _FOR_SKETCH
     if options.sparse_draft:
         amount = set() if by_rule else {"rule", "top_p", "ratio", "max_fraction"}
-        return _FOR_TARGET | _FOR_VEGAS | _FOR_FUSED | amount
+        return _FOR_TARGET | _FOR_VEGAS | _FOR_FUSED | _FOR_SKETCH | amount
     # Where the draft reads everything too, nothing is chosen at all.
     return set(SpecAttnOptions.model_fields) - {"method", "executor", "stats_interval_s", "sparse_draft"}
 
@@ -137,13 +141,13 @@ def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
     if spec is None:
         if options.drafts_for_itself:
             yield f"method = {options.method!r} without speculation: give --num-speculative-tokens K"
-        elif options.method != "dense":
+        elif options.chooses_by_draft:
             yield (
                 f"method = {options.method!r} without a draft model: give --speculative-model DRAFT "
                 "--num-speculative-tokens K, or set method='dense' to use the backend for plain decoding"
             )
         return
-    if not spec.uses_draft_model():
+    if not spec.uses_draft_model() and not (options.uses_sketch or options.method == "dense"):
         yield (
             f"speculative method {spec.method!r}: a separate draft model is needed (--spec-method draft_model); vLLM "
             "guesses the method from the path, so a folder named after eagle, dflash or dspark has to be renamed"

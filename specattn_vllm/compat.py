@@ -25,6 +25,13 @@ check_request         A request's extra arguments are validated where `SamplingP
 watch_new_requests    The speculator learns of requests as rows of batches; what they asked for, and what their prompts
                       say, is only in the worker's `add_request`. Wraps that method of one object. Goes with a hook
                       for new requests.
+attach_to_runner      Method 'sketch' needs the loaded model and the runner's request slots before vLLM measures what is
+                      left for the KV cache; without a speculator of ours nothing of the plugin runs then. Wraps
+                      `GPUModelRunner.load_model`. Goes with a hook for backends after loading.
+count_rounds          Acceptance is only known where drafts are made: wraps `propose` of one drafter that is not ours.
+                      Goes if backends get a stats hook.
+mark_dummy_runs       vLLM's steps for warming up look like real ones to a metadata builder. Wraps `_dummy_run` of one
+                      runner. Goes when the common metadata says so.
 add_worker_method     `collective_rpc("specattn_stats")` and `("specattn_audit")` need methods on the worker. Goes if
                       backends get a stats hook.
 
@@ -59,6 +66,7 @@ BACKEND_NAME = "SPECATTN"
 BACKEND_PATH = "specattn_vllm.backend.backend.SpecAttnBackend"
 SPECULATOR_PATH = "specattn_vllm.speculation.speculator.SpecAttnSpeculator"
 SELF_SPECULATOR_PATH = "specattn_vllm.speculation.self_speculator.SelfSpeculator"
+ATTACH_PATH = "specattn_vllm.sketch.attach.attach"
 CHECK_PATH = "specattn_vllm.checks.check"
 _ALIASES = {"--spec-model": "--speculative-model", "--spec-tokens": "--num-speculative-tokens"}
 # Method -> the argument that an override needs by name.
@@ -107,6 +115,7 @@ def apply_all() -> None:
     add_cli_aliases()
     check_engine_config()
     check_request()
+    attach_to_runner()
     add_worker_method()
 
 
@@ -283,6 +292,64 @@ def check_request() -> None:
     SamplingParams._verify_args = verify_args
 
 
+def attach_to_runner() -> None:
+    try:
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    except ImportError:
+        return  # runner V2 cannot be imported where Triton does not work, and is refused there by name
+
+    original = GPUModelRunner.load_model
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if is_ours(self.vllm_config):
+            _resolve(ATTACH_PATH)(self)
+
+    setattr(load_model, _MARK, True)
+    GPUModelRunner.load_model = load_model
+
+
+def count_rounds(runner: Any, seen: Callable[[Any, Any], None]) -> None:
+    """Call seen(input batch, sampled tokens by row) for each round of a drafter, if there is one; not for dummies."""
+    drafter = runner.speculator
+    if drafter is None or not hasattr(drafter, "propose"):
+        return
+    original = drafter.propose
+    parameters = list(inspect.signature(original).parameters)
+
+    @functools.wraps(original)
+    def propose(*args: Any, **kwargs: Any):
+        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        if not given.get("dummy_run", False):
+            seen(given["input_batch"], given["num_sampled"])
+        return original(*args, **kwargs)
+
+    drafter.propose = propose
+
+
+def mark_dummy_runs(runner: Any, target: Any) -> None:
+    """Keep target.dummy true while vLLM runs a step for warming up."""
+    original = runner._dummy_run
+
+    @functools.wraps(original)
+    def dummy_run(*args: Any, **kwargs: Any):
+        target.dummy = True
+        try:
+            return original(*args, **kwargs)
+        finally:
+            target.dummy = False
+
+    runner._dummy_run = dummy_run
+
+
+def is_warm_up(request: Any) -> bool:
+    """Whether a request is one of those by which vLLM warms its kernels up."""
+    return request.req_id.startswith(("_warmup_", "_v2_mixed_warmup"))
+
+
 def watch_new_requests(model_state: Any, seen: Callable[[int, Any], None]) -> None:
     """Call seen(slot, request data) for each request that the worker takes up, a resumed one included."""
     original = getattr(model_state.add_request, "original", model_state.add_request)
@@ -305,6 +372,7 @@ def add_worker_method() -> None:
     def specattn_stats(self) -> dict[str, int] | None:
         """Counts of this worker since start-up; None without our speculator. For `collective_rpc`."""
         counters = getattr(getattr(self.model_runner, "speculator", None), "counters", None)
+        counters = counters or getattr(self.model_runner, "specattn_counters", None)
         return vars(counters.read()) if counters is not None else None
 
     def specattn_audit(self) -> dict[str, dict[str, float]] | None:

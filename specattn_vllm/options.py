@@ -16,7 +16,7 @@ _INT32 = 2**31 - 1  # the kernels count tokens in 32 bits
 REFRESH_OF_SIZES = 32  # of 'fused', by default
 MAX_DILATION = 64
 
-Method = Literal["specattn", "sts", "fused", "vegas", "streamingllm", "dense"]
+Method = Literal["sketch", "specattn", "sts", "fused", "vegas", "streamingllm", "dense"]
 Rule = Literal["top_p", "top_k"]
 Combine = Literal["sum", "max", "union", "first"]
 ExecutorName = Literal["auto", "torch", "triton", "fa3", "xformers"]
@@ -33,7 +33,9 @@ class SpecAttnOptions(BaseModel):
 
     method: Method = Field(
         "specattn",
-        description="'specattn': the draft model's attention prunes the target's verification (approximate). "
+        description="'sketch': the target's own queries choose what they read, over a small copy of its keys; any drafter, "
+        "or none (approximate). "
+        "'specattn': the draft model's attention prunes the target's verification (approximate). "
         "'sts': the same for each KV head, which reads what the draft head it is mapped to attended to, by default a "
         "fixed share of the context (Xu et al., arXiv 2605.15508; approximate). "
         "'fused': as 'sts', but each layer and KV head keeps as many tokens as it took, in that choice, for "
@@ -65,7 +67,15 @@ class SpecAttnOptions(BaseModel):
         gt=0.0,
         le=1.0,
         description="Share of the context that rule 'top_k' keeps; with 'fused', what counts as two of a head's "
-        "measurements. Default: 0.25 for 'specattn', else 0.1.",
+        "measurements. Default: 0.25 for 'specattn', 0.125 for 'sketch', else 0.1.",
+    )
+    sketch_bits: Literal[1, 2, 4] = Field(
+        2, description="With 'sketch', bits of each element of the copy of the keys that is searched."
+    )
+    shared_budget: bool = Field(
+        True,
+        description="With 'sketch' and rule 'top_k', the KV heads of a layer share what they read, by their scores, and "
+        "'ratio' is the mean; with false each reads as much.",
     )
     layer_shares: bool = Field(
         True,
@@ -239,7 +249,9 @@ class SpecAttnOptions(BaseModel):
     @property
     def ratio_or_default(self) -> float:
         """Share of the context that a fixed budget is."""
-        return self.ratio if self.ratio is not None else 0.25 if self.method == "specattn" else 0.1
+        if self.ratio is not None:
+            return self.ratio
+        return {"specattn": 0.25, "sketch": 0.125}.get(self.method, 0.1)
 
     def dilation_or_default(self, draft_tokens: int) -> int:
         """Positions by which attention is spread forward, in rounds of so many draft tokens."""
@@ -260,12 +272,22 @@ class SpecAttnOptions(BaseModel):
     @property
     def estimates_unread(self) -> bool:
         """Whether the target's pruned attention is corrected for what it does not read."""
-        return self.unread_mean and not self.is_lossless
+        return self.unread_mean and self.chooses_by_draft
 
     @property
     def per_head(self) -> bool:
         """Whether each KV head of the target reads a selection of its own in verification."""
-        return self.method in ("sts", "fused")
+        return self.method in ("sketch", "sts", "fused")
+
+    @property
+    def uses_sketch(self) -> bool:
+        """Whether keys are sketched."""
+        return self.method == "sketch"
+
+    @property
+    def chooses_by_draft(self) -> bool:
+        """Whether a draft model's attention decides what the target's verification reads."""
+        return self.method in ("specattn", "sts", "fused")
 
     @property
     def has_sizes(self) -> bool:

@@ -41,6 +41,12 @@ class Counts:
     """The same of the cache that drafting reads, over the draft steps of a round, where it reads a part (else 0)."""
     audited_pairs: int = 0
     """Pairs of a layer and a row whose retained mass was measured."""
+    kv_scanned: int = 0
+    """Entries whose sketch was searched before verification read a part of them."""
+    exact_rows: int = 0
+    """Rows past their prompt whose request asked to read everything, ..."""
+    small_batch_rows: int = 0
+    """... and those of batches in which choosing does not pay."""
 
     def __sub__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))

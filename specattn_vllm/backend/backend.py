@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
-from vllm.v1.kv_cache_interface import KVCacheLayout
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from specattn_vllm.kernels.sketch.layout import SketchLayout
 
 
 class SpecAttnBackend(AttentionBackend):
@@ -19,6 +22,10 @@ class SpecAttnBackend(AttentionBackend):
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
     forward_includes_kv_cache_update = False
+
+    sketch_bits: ClassVar[int | None] = None
+    """Bits of the sketch for which each block of the cache has room behind it; None: none. Set by the layers of an
+    engine when they are made, because vLLM asks for the cache's shape with no configuration at hand."""
 
     @staticmethod
     def get_name() -> str:
@@ -49,6 +56,17 @@ class SpecAttnBackend(AttentionBackend):
         # Both keep the K and V of one token and head together, one page of the head-folded view. Token-major comes
         # first: a token's heads are then neighbours, and gathering shared selections touches fewer lines.
         return (KVCacheLayout.LBNHC, KVCacheLayout.LBHNC)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Pages with room for the sketch of their keys: vLLM counts it as part of the cache, and whoever finds a block
+        finds its sketch."""
+        if cls.sketch_bits is None:
+            return spec
+        layout = SketchLayout(
+            spec.num_kv_heads, spec.block_size, spec.head_size, cls.sketch_bits, spec.dtype.itemsize
+        )
+        return replace(spec, page_size_padded=spec.unpadded_page_size_bytes + layout.tail_bytes)
 
     @classmethod
     def supports_kv_connector(cls) -> bool:

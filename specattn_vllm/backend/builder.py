@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
+from vllm.config import get_layers_from_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
     from specattn_vllm.evaluation.peers import Peer, PeerStep
     from specattn_vllm.selection.pruner import Pruner, SparsePlan
     from specattn_vllm.selection.target_capture import TargetCapture, TargetStep
+    from specattn_vllm.sketch.attach import TargetSketch
+    from specattn_vllm.sketch.step import SketchStep
 
 
 class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
@@ -34,6 +38,9 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
         compat.prepare_cpu_worker()
         self.pruner: Pruner | None = None
         self.target_capture: TargetCapture | None = None
+        layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
+        impls = [layer.impl for layer in layers.values()]
+        self.target_sketch: TargetSketch | None = next((i.target_sketch for i in impls if i.target_sketch), None)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
@@ -66,8 +73,15 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
             sparse=self._prune(common),
+            sketch=self._choose(common),
             capture=self._capture(common),
         )
+
+    def _choose(self, common: CommonAttentionMetadata) -> SketchStep | None:
+        # Steps of a drafter carry no slots, and neither do profiling runs.
+        if self.target_sketch is None or common.req_idx is None or common.is_prefilling is None:
+            return None
+        return self.target_sketch.begin(common)
 
     def _capture(self, common: CommonAttentionMetadata) -> TargetStep | PeerStep | None:
         if self.peer is not None:

@@ -9,12 +9,15 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from specattn_vllm import executors
+from specattn_vllm.backend.backend import SpecAttnBackend
 from specattn_vllm.backend.metadata import SpecAttnMetadata
 from specattn_vllm.options import SpecAttnOptions
 
 if TYPE_CHECKING:
     from specattn_vllm.selection.audit import LayerAudit
     from specattn_vllm.selection.unread import LayerUnread
+    from specattn_vllm.sketch.attach import TargetSketch
+    from specattn_vllm.sketch.layer import LayerSketch
 
 
 class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
@@ -60,9 +63,15 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         )
         self.audit: LayerAudit | None = None
         self.unread: LayerUnread | None = None
+        self.sketch: LayerSketch | None = None
+        self.target_sketch: TargetSketch | None = None
+        """What a metadata builder of the layer announces its steps to."""
+        SpecAttnBackend.sketch_bits = options.sketch_bits if options.uses_sketch else None
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         self.operations.write_kv(key, value, kv_cache, slot_mapping)
+        if self.sketch is not None:
+            self.sketch.write(key, kv_cache, slot_mapping)
         if self.audit is not None:
             self.audit.note_values(value, slot_mapping)
 
@@ -80,12 +89,18 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
     ) -> torch.Tensor:
         """query, output [T, Hq, D]; kv_cache [B, H, N, 2D]. Rows of T past num_actual_tokens are padding."""
         if attn_metadata is None:
-            # vLLM's memory profiling: there is no cache to read yet.
+            # There is no cache to read yet: vLLM's memory profiling, or ours of the keys.
+            if self.sketch is not None and self.sketch.probing:
+                self.sketch.probe(query, key, value, self.scale, output)
+                return output
             return output.fill_(0)
         md = attn_metadata
         out = output[: md.num_actual_tokens]
         query = query[: md.num_actual_tokens]
         if md.capture is not None and md.capture.attend(layer.layer_name, query, kv_cache, md, self.scale, out):
+            return output
+        if md.sketch is not None and self.sketch is not None:
+            self._choose_and_attend(query, kv_cache, md, out)
             return output
         if self.unread is not None:
             self.unread.take_in(kv_cache, md)
@@ -116,6 +131,20 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         if plan.num_rows < md.num_reqs:
             self._dense(query, kv_cache, md, out, first_row=plan.num_rows, first_token=plan.num_tokens)
         return output
+
+    def _choose_and_attend(self, query, kv_cache, md: SpecAttnMetadata, out) -> None:
+        """Short rows choose what they read and read it; the rows after them read everything."""
+        step = md.sketch
+        rows, tokens = slice(0, step.num_rows), slice(0, step.num_tokens)
+        starts = md.query_start_loc[: step.num_rows + 1]
+        page_table, kept = self.sketch.select(
+            step, query[tokens], kv_cache, md.block_table[rows], md.seq_lens[rows], starts, self.scale
+        )
+        self.operations.sparse_attention(
+            query[tokens], kv_cache, page_table, kept, starts, self.scale, out[tokens], step.max_query_len
+        )
+        if step.num_rows < md.num_reqs:
+            self._dense(query, kv_cache, md, out, first_row=step.num_rows, first_token=step.num_tokens)
 
     def _dense(self, query, kv_cache, md: SpecAttnMetadata, out, *, first_row: int, first_token: int) -> None:
         starts = md.query_start_loc[first_row : md.num_reqs + 1]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from specattn_vllm.selection.capture import DraftCapture
     from specattn_vllm.selection.pruner import SparsePlan
     from specattn_vllm.selection.target_capture import TargetStep
+    from specattn_vllm.sketch.step import SketchStep
 
 
 @dataclass
@@ -31,6 +32,8 @@ class SpecAttnMetadata(AttentionMetadata):
     block_table: torch.Tensor
     sparse: SparsePlan | None = None
     """Set for a target step with verification rows; the rows after them read everything."""
+    sketch: SketchStep | None = None
+    """Set for a step whose short rows choose for themselves, layer by layer; the rows after them read everything."""
     capture: DraftCapture | TargetStep | PeerStep | None = None
     """Set for a step whose attention is captured: of a draft model, or of a target that drafts for itself; or for
     one in which an evaluation attends."""

@@ -50,6 +50,10 @@ class Operations:
     count_sampled: Callable[..., None]
     load_round: Callable[..., None]
     mark_rows: Callable[..., None]
+    encode_keys: Callable[..., None]
+    prepare_queries: Callable[..., None]
+    score_tokens: Callable[..., None]
+    select_pages: Callable[..., None]
     dense_attention: Callable[..., None]
     write_kv: Callable[..., None]
     granularity: Literal["token", "block"] = "token"
@@ -80,8 +84,8 @@ def resolve(
         name = _best(device, dtype, per_head)
     if name in BLOCKS and per_head:
         raise ExecutorError(
-            f"executor = {name!r} reads whole blocks, which hold all KV heads, and methods 'sts' and 'fused' "
-            "choose for each: use 'auto' or 'triton', or method='specattn'"
+            f"executor = {name!r} reads whole blocks, which hold all KV heads, and methods 'sketch', 'sts' and "
+            "'fused' choose for each: use 'auto' or 'triton', or method='specattn'"
         )
     if name == "torch":
         if device.type != "cpu":
@@ -123,6 +127,7 @@ def _unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | N
 
 def _torch_operations() -> Operations:
     from specattn_vllm.kernels import reference
+    from specattn_vllm.kernels.sketch import reference as sketch
 
     return Operations(
         name="torch",
@@ -143,6 +148,10 @@ def _torch_operations() -> Operations:
         count_sampled=reference.count_sampled,
         load_round=reference.load_round,
         mark_rows=reference.mark_rows,
+        encode_keys=sketch.encode_keys,
+        prepare_queries=sketch.prepare_queries,
+        score_tokens=sketch.score_tokens,
+        select_pages=sketch.select_pages,
         dense_attention=_dense_attention,
         write_kv=write_kv,
     )
@@ -159,6 +168,10 @@ def _triton_operations(device: torch.device) -> Operations:
     from specattn_vllm.kernels.draft_attention import draft_attention
     from specattn_vllm.kernels.mark_rows import mark_rows
     from specattn_vllm.kernels.page_tables import build_page_tables, build_positions
+    from specattn_vllm.kernels.sketch.encode import encode_keys
+    from specattn_vllm.kernels.sketch.pages import select_pages
+    from specattn_vllm.kernels.sketch.queries import prepare_queries
+    from specattn_vllm.kernels.sketch.scores import score_tokens
     from specattn_vllm.kernels.sparse_attention import sparse_attention
     from specattn_vllm.kernels.sum_context import sum_context
     from specattn_vllm.kernels.top_p import select_top_p
@@ -187,6 +200,10 @@ def _triton_operations(device: torch.device) -> Operations:
         count_sampled=bookkeeping.count_sampled,
         load_round=bookkeeping.load_round,
         mark_rows=mark_rows,
+        encode_keys=encode_keys,
+        prepare_queries=prepare_queries,
+        score_tokens=score_tokens,
+        select_pages=select_pages,
         dense_attention=dense,
         write_kv=write,
         graphs=device.type == "cuda",

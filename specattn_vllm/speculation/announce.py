@@ -51,7 +51,7 @@ def announce(
         logger.info(
             "specattn: in batches of fewer than %d context tokens %s reads everything",
             speculator.crossover_tokens,
-            "verification" if options.sparse_draft and not options.is_lossless else "a round",
+            "verification" if options.sparse_draft and options.chooses_by_draft else "a round",
         )
     if options.sparse_draft:
         much = "" if options.draft_ratio is None else f", {options.draft_ratio:g} of the context"

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 from vllm.config import VllmConfig
 from vllm.config.compilation import CUDAGraphMode
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from specattn_vllm import compat, executors
 from specattn_vllm.crossover import crossover_tokens
 from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.speculation.counting import count_round
 from specattn_vllm.speculation.graphs import RoundGraphs, RoundInputs
 from specattn_vllm.stats import Counters, Reporter
 
@@ -59,7 +59,9 @@ class RoundSpeculator(compat.stock_speculator()):
                 f"executor = 'xformers' verifies at most 15 draft tokens, not {self.num_speculative_steps}: lower "
                 "--num-speculative-tokens, or set executor='triton'"
             )
-        self.crossover_tokens = crossover_tokens(self.options, self.operations)
+        # Where the target chooses for itself, its steps step aside, not the rounds of drafting.
+        sketched = self.options.uses_sketch
+        self.crossover_tokens = 0 if sketched else crossover_tokens(self.options, self.operations)
         self.counters = Counters(device)
         self.reporter = Reporter(self.counters, self.options.stats_interval_s)
         self.selection: Any = None
@@ -95,7 +97,7 @@ class RoundSpeculator(compat.stock_speculator()):
     @property
     def _drafts_sparsely(self) -> bool:
         """Whether the draft reads a part of the context where the target, in a batch too small, reads everything."""
-        return self.options.sparse_draft and not self.options.is_lossless
+        return self.options.sparse_draft and self.options.chooses_by_draft
 
     def _way(self, batch: InputBatch) -> Way:
         """How the round of a batch, which is none of vLLM's dummies, runs."""
@@ -171,15 +173,6 @@ class RoundSpeculator(compat.stock_speculator()):
 
     def _count(self, input_batch, num_sampled: torch.Tensor) -> None:
         self.counters.commit()
-        drafts, num_reqs = input_batch.num_draft_tokens_per_req, input_batch.num_reqs
-        if drafts is not None:
-            # vLLM pads a request with one prompt token left to the length of a verification: those drafts are none.
-            verified = (drafts[:num_reqs] > 0) & ~input_batch.is_prefilling_np[:num_reqs]
-            rounds = int(verified.sum())
-            self.counters.add(rounds=rounds)
-            if rounds:
-                # Most batches only verify: which rows do need not be sent.
-                mask = None if rounds == num_reqs else async_tensor_h2d(verified, device=self.device)
-                self.operations.count_sampled(num_sampled[:num_reqs], mask, self.counters.on_device("sampled_tokens"))
+        count_round(self.counters, self.operations, input_batch, num_sampled)
         if self.vllm_config.parallel_config.rank == 0:
             self.reporter.tick()

@@ -36,7 +36,7 @@ class SpecAttnSpeculator(RoundSpeculator):
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
-        if not self.options.is_lossless or self.options.sparse_draft:
+        if self.options.chooses_by_draft or self.options.sparse_draft:
             self.selection = prepare(self)
             self.audit = prepare_audit(self)
 

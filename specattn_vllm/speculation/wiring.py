@@ -22,7 +22,6 @@ from specattn_vllm.speculation.announce import announce, sizes
 from specattn_vllm.speculation.maps import plan_of, resolve_layer_map
 
 if TYPE_CHECKING:
-    from specattn_vllm.speculation.rounds import RoundSpeculator
     from specattn_vllm.speculation.speculator import SpecAttnSpeculator
 
 ROW_MULTIPLE = 128
@@ -104,7 +103,7 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
     layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
     draft = {extract_layer_index(n): n for n in layers if n in speculator.draft_attn_layer_names}
     target = {extract_layer_index(n): n for n in layers if n not in speculator.draft_attn_layer_names}
-    found = None if options.is_lossless else resolve_layer_map(vllm_config, options)
+    found = resolve_layer_map(vllm_config, options) if options.chooses_by_draft else None
     plan = plan_of(found, target, layers[target[0]].impl.num_kv_heads, options)
     # Layers that choose for the target come first, so that theirs are the first selections.
     captured = [*plan.sources, *(i for i in sorted(draft) if options.sparse_draft and i not in plan.sources)]
@@ -192,16 +191,19 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
     return selection
 
 
-def refuse_if_too_large(nbytes: dict[str, int], speculator: RoundSpeculator) -> None:
-    """Raise ValueError where the buffers would take most of a GPU."""
-    if speculator.device.type != "cuda":
+def refuse_if_too_large(nbytes: dict[str, int], runner: Any) -> None:
+    """Raise ValueError where the buffers would take most of a GPU. runner: our speculator or vLLM's model runner, which
+    both say for how much they are made."""
+    if runner.device.type != "cuda":
         return  # pages of a CPU's memory are taken when they are written
-    free, _ = torch.cuda.mem_get_info(speculator.device)
+    free, _ = torch.cuda.mem_get_info(runner.device)
     total = sum(nbytes.values())
     if total > free // 2:
-        remedy = ", or set method='specattn', whose heads share page tables" if speculator.options.per_head else ""
+        options = getattr(runner, "options", None)
+        shares = options is not None and options.per_head and options.chooses_by_draft
+        remedy = ", or set method='specattn', whose heads share page tables" if shares else ""
         raise ValueError(
-            f"specattn needs {total / 2**30:.1f} GiB ({sizes(nbytes)}) for max_num_seqs = {speculator.max_num_reqs} "
-            f"requests of max_model_len = {speculator.max_model_len} tokens, more than half of the "
+            f"specattn needs {total / 2**30:.1f} GiB ({sizes(nbytes)}) for max_num_seqs = {runner.max_num_reqs} "
+            f"requests of max_model_len = {runner.max_model_len} tokens, more than half of the "
             f"{free / 2**30:.1f} GiB that the weights leave: lower --max-num-seqs or --max-model-len{remedy}"
         )

@@ -1,0 +1,135 @@
+"""Argument checks of the sketch's operations, for kernels and references alike; in the words of ``kernels.contracts``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..contracts import FLOATS, expect, group_size, tensor
+from .layout import BITS
+
+HEAD_SIZES = (64, 128, 256)
+BINS = 256
+LOWEST, PER_NAT = -16.0, 12.75
+"""A score s, in nats, is kept as the bin floor((s - LOWEST) * PER_NAT), 0 to 255: from -16 to 4, in steps of 0.078."""
+MAX_SAMPLE = 1024
+"""Tokens by which the normaliser of a query row is estimated, besides the first and the last ones."""
+SAMPLE_BLOCK = 16
+"""Neighbouring tokens that are sampled together; a block of vLLM's cache holds a multiple of them."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many tokens of the context each KV head reads. Counts are in tokens and hold the forced ones.
+
+    The context are the tokens that a row had before this step; the step's own are always read. Forced are the first
+    ``sink`` and the last ``recent`` of the context. With top_p None, ``ratio`` of the context; ``shared``: the mean
+    over a layer's KV heads, which get more or less by their scores, but ``min_tokens`` at least. Else the fewest tokens
+    that hold ``top_p`` of a head's estimated attention, and no more than ``ratio`` of the context.
+    """
+
+    ratio: float
+    top_p: float | None = None
+    shared: bool = True
+    min_tokens: int = 128
+    max_tokens: int = -1
+    """-1: no limit."""
+    sink: int = 4
+    recent: int = 64
+
+    @property
+    def fixed_ratio(self) -> int:
+        """The ratio in units of 1 / 65536."""
+        return round(self.ratio * 65536)
+
+    @property
+    def reads_all_up_to(self) -> int:
+        """Contexts of so many tokens and fewer are read whole, and need no scan."""
+        if self.ratio >= 1 and self.top_p is None and self.max_tokens < 0:
+            return 2**31 - 1
+        return max(self.min_tokens, self.sink + self.recent)
+
+
+def views(kv_cache_device, codes, scales) -> tuple[int, int, int, int]:
+    """Checks codes and scales; returns (heads, block size, code bytes, blocks)."""
+    tensor("codes", codes, (None, None, None, None), torch.uint8, kv_cache_device)
+    blocks, heads, tokens, code_bytes = codes.shape
+    tensor("scales", scales, (blocks, heads, tokens), torch.float16, kv_cache_device)
+    return heads, tokens, code_bytes, blocks
+
+
+def bits_of(code_bytes: int, head_size: int) -> int:
+    bits = code_bytes * 8 // head_size
+    expect(bits in BITS and bits * head_size == code_bytes * 8, "codes", f"{code_bytes} bytes", "1, 2 or 4 bits a key")
+    return bits
+
+
+def encode_keys(key, slot_mapping, rotation, centre, codes, scales) -> int:
+    """Returns the bits of a code."""
+    tensor("key", key, (None, None, None), FLOATS)
+    _, heads, size = key.shape
+    dev = key.device
+    expect(size in HEAD_SIZES, "key", f"head size {size}", f"one of {HEAD_SIZES}")
+    expect(views(dev, codes, scales)[0] == heads, "codes", f"{codes.shape[1]} heads", f"the {heads} of key")
+    tensor("slot_mapping", slot_mapping, (None,), torch.int64, dev)
+    expect(slot_mapping.shape[0] <= key.shape[0], "slot_mapping", slot_mapping.shape[0], "no more than the keys")
+    tensor("rotation", rotation, (size, size), key.dtype, dev)
+    tensor("centre", centre, (heads, size), torch.float32, dev)
+    return bits_of(codes.shape[3], size)
+
+
+def _rows(query_start_loc, seq_lens, dense, block_table, dev) -> int:
+    tensor("seq_lens", seq_lens, (None,), torch.int32, dev)
+    rows = seq_lens.shape[0]
+    tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, dev)
+    tensor("dense", dense, (rows,), torch.int32, dev)
+    tensor("block_table", block_table, (rows, None), torch.int32, dev)
+    return rows
+
+
+def prepare_queries(
+    query, query_start_loc, seq_lens, dense, block_table, codes, scales, rotation, max_query_len, packed, factors, histogram
+) -> tuple[int, int]:  # fmt: skip
+    """Returns the query heads of a KV head and the bits of a code."""
+    tensor("query", query, (None, None, None), FLOATS)
+    dev, size = query.device, query.shape[2]
+    rows = _rows(query_start_loc, seq_lens, dense, block_table, dev)
+    heads, block_size, code_bytes, _ = views(dev, codes, scales)
+    group = group_size(query.shape[1], heads, "codes")
+    expect(block_size % SAMPLE_BLOCK == 0, "codes", f"blocks of {block_size}", f"a multiple of {SAMPLE_BLOCK} tokens")
+    tensor("rotation", rotation, (size, size), query.dtype, dev)
+    tensor("packed", packed, (rows, heads, None, size), torch.int8, dev)
+    expect(packed.shape[2] >= max_query_len * group, "packed", f"{packed.shape[2]} rows", f"{max_query_len * group}")
+    tensor("factors", factors, (rows, heads, 3, packed.shape[2]), torch.float32, dev)
+    tensor("histogram", histogram, (rows, heads, BINS), torch.int32, dev)
+    return group, bits_of(code_bytes, size)
+
+
+def score_tokens(
+    packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram
+) -> int:
+    """Returns the bits of a code."""
+    tensor("packed", packed, (None, None, None, None), torch.int8)
+    rows, heads, width, size = packed.shape
+    dev = packed.device
+    expect(_rows(query_start_loc, seq_lens, dense, block_table, dev) == rows, "packed", rows, "as many as seq_lens")
+    code_bytes = views(dev, codes, scales)[2]
+    tensor("factors", factors, (rows, heads, 3, width), torch.float32, dev)
+    tensor("scores", scores, (rows, heads, None), torch.uint8, dev)
+    tensor("histogram", histogram, (rows, heads, BINS), torch.int32, dev)
+    return bits_of(code_bytes, size)
+
+
+def select_pages(
+    scores, histogram, query_start_loc, seq_lens, dense, block_table, block_size, page_strides, page_table, kept
+) -> None:
+    tensor("scores", scores, (None, None, None), torch.uint8)
+    rows, heads, _ = scores.shape
+    dev = scores.device
+    tensor("histogram", histogram, (rows, heads, BINS), torch.int32, dev)
+    expect(_rows(query_start_loc, seq_lens, dense, block_table, dev) == rows, "scores", rows, "as many as seq_lens")
+    tensor("page_table", page_table, (rows, heads, None), torch.int32, dev)
+    tensor("kept", kept, (rows, heads), torch.int32, dev)
+    expect(block_size > 0, "block_size", block_size, "at least 1")
+    expect(len(page_strides) == 3, "page_strides", page_strides, "(block, head, token)")

@@ -1,0 +1,88 @@
+"""Where the sketch of a layer's keys lies: behind the keys and values of each block of vLLM's paged cache.
+
+A block is one page of memory. Its first part holds the K and V of its tokens, as vLLM lays them out; the rest, which
+vLLM calls padding, holds the sketch of the same tokens:
+
+    codes   H x N x C bytes    C = D * bits / 8, the codes of one token and KV head
+    scales  H x N float16      what one unit of a token's codes is worth
+
+So the sketch of a block is wherever the block is. Prefix-cache hits, preemption, reuse of blocks and copies of whole
+pages need no bookkeeping. Byte j of a token's codes holds F = 8 / bits elements of the rotated key: element i * C + j
+in bits i * bits and up, for i = 0 to F - 1. A code u stands for the level 2 u - (2^bits - 1): odd numbers around 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+BITS = (1, 2, 4)
+SCALE_BYTES = 2
+
+
+@dataclass(frozen=True)
+class SketchLayout:
+    """Sizes of one layer's sketch. Units are bytes unless said."""
+
+    heads: int
+    """KV heads of this rank."""
+    block_size: int
+    """Tokens of a block."""
+    head_size: int
+    """Elements of a key."""
+    bits: int
+    """Bits of a code."""
+    element_size: int
+    """Bytes of one element of the cache."""
+
+    @property
+    def code_bytes(self) -> int:
+        """Codes of one token and KV head."""
+        return self.head_size * self.bits // 8
+
+    @property
+    def token_bytes(self) -> int:
+        """Codes and scale of one token and KV head: what a scan reads of it."""
+        return self.code_bytes + SCALE_BYTES
+
+    @property
+    def kv_bytes(self) -> int:
+        """Key and value of one token and KV head."""
+        return 2 * self.head_size * self.element_size
+
+    @property
+    def page_bytes(self) -> int:
+        """A block's keys and values."""
+        return self.heads * self.block_size * self.kv_bytes
+
+    @property
+    def tail_bytes(self) -> int:
+        """What is added to a page: the sketch, rounded up to whole keys and values of a token and head. Page ids count
+        in those, so a block has to begin at one."""
+        used = self.heads * self.block_size * self.token_bytes
+        return -(-used // self.kv_bytes) * self.kv_bytes
+
+
+def sketch_views(kv_cache: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [B, H, N, C] uint8 and scales [B, H, N] float16 of a layer's cache [B, H, N, 2D], as views of its memory.
+
+    Raises ValueError where the blocks have no room for a sketch behind them.
+    """
+    blocks, heads, tokens, row = kv_cache.shape
+    size = kv_cache.element_size()
+    layout = SketchLayout(heads, tokens, row // 2, bits, size)
+    page = kv_cache.stride(0) * size
+    if blocks > 1 and page < layout.page_bytes + layout.tail_bytes:
+        raise ValueError(
+            f"kv_cache: got blocks of {page} bytes, wanted {layout.page_bytes} for keys and values and "
+            f"{layout.tail_bytes} for their sketch"
+        )
+    raw = torch.empty(0, dtype=torch.uint8, device=kv_cache.device).set_(kv_cache.untyped_storage())
+    first = kv_cache.storage_offset() * size + layout.page_bytes
+    per_head = tokens * layout.code_bytes
+    codes = raw.as_strided((blocks, heads, tokens, layout.code_bytes), (page, per_head, layout.code_bytes, 1), first)
+    scales = raw.view(torch.float16).as_strided(
+        (blocks, heads, tokens), (page // SCALE_BYTES, tokens, 1), (first + heads * per_head) // SCALE_BYTES
+    )
+    return codes, scales

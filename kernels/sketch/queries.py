@@ -1,0 +1,136 @@
+"""Query rows as the scan wants them: rotated, in 8 bits, with what makes their scores comparable.
+
+The rows of one KV head are the query tokens of a request times the query heads of the group, tokens outermost: M rows,
+of which q_len * Hq / H are live. The logit of row m and a token with codes u and scale s is
+
+    x = s (a_m sum_d q_md u_d + b_m)        a_m = 2 w scale    b_m = -(2^bits - 1) w scale sum_d q_md
+
+q_md being the rotated query in units of w, its largest element / 127. A token's score is the largest x - n_m over the
+rows: n_m is the logarithm of the row's summed exp(x), so x - n_m is the logarithm of its attention weight, and rows of
+large and of small logits are heard alike. The sum is estimated from a sample: the first 16 tokens, the last 16 to 31, and of
+what is between every so-manieth block of 16, so that there are no more than 1,024, each counting for so many.
+
+query            [T, Hq, D]       16-bit floats or float32
+query_start_loc  [R+1]            int32
+seq_lens         [R]              int32, the step's own tokens included
+dense            [R]              int32, not 0: the row reads everything, and nothing is made for it
+block_table      [R, nb]          int32
+codes, scales                     as in ``encode``
+rotation         [D, D]           dtype of query
+max_query_len    int              tokens of the longest row
+read_whole       int              contexts of so many tokens and fewer are read whole, as those of dense rows
+packed           [R, H, M, D]     int8, written
+factors          [R, H, 3, M]     float32, written: a, b and n; for rows that are none 0, 0 and infinity
+histogram        [R, H, 256]      int32, set to zero, of dense rows too
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import contracts
+from .contracts import MAX_SAMPLE, SAMPLE_BLOCK
+from .tiles import load_codes, load_queries, tile_products
+
+TILE = 128  # sampled tokens at a time
+
+
+@triton.jit
+def sample_stride(context, MOST: tl.constexpr):
+    """Of every how many blocks one is sampled, so that there are no more than MOST tokens."""
+    return tl.maximum((context + MOST - 1) // MOST, 1)
+
+
+@triton.jit
+def _queries_kernel(
+    query, query_start_loc, seq_lens, dense, block_table, codes, scales, rotation, packed, factors, histogram,
+    scale, norm, read_whole, block_size, stride_qt, stride_qh, stride_tr, stride_cb, stride_ch, stride_cn, stride_sb, stride_sh,
+    stride_fr, stride_pr, stride_hr,
+    GROUP: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
+    BINS: tl.constexpr, SAMPLE: tl.constexpr,
+    MOST: tl.constexpr,
+):  # fmt: skip
+    h = tl.program_id(0)
+    r = tl.program_id(1).to(tl.int64)
+    bins = tl.arange(0, BINS)
+    tl.store(histogram + r * stride_hr + h * BINS + bins, tl.zeros([BINS], tl.int32))
+    begin = tl.load(query_start_loc + r)
+    q_len = tl.load(query_start_loc + r + 1) - begin
+    context = tl.load(seq_lens + r) - q_len
+    if (tl.load(dense + r) != 0) | (context <= read_whole) | (q_len <= 0):
+        return
+    m = tl.arange(0, M)
+    d = tl.arange(0, D)
+    i = m // GROUP
+    live = i < q_len
+    token = (begin + tl.where(live, i, 0)).to(tl.int64)
+    head = h * GROUP + m % GROUP
+    q = tl.load(query + token[:, None] * stride_qt + head[:, None] * stride_qh + d[None, :], mask=live[:, None], other=0.0)
+    turn = tl.load(rotation + d[:, None] * D + d[None, :])
+    y = tl.dot(q, turn, input_precision="ieee") * norm
+    unit = tl.maximum(tl.max(tl.abs(y), 1), 1e-30) / 127.0
+    level = tl.floor(y / unit[:, None] + 0.5)
+    level = tl.where(level == level, tl.minimum(tl.maximum(level, -127.0), 127.0), 0.0)
+    packed += r * stride_pr + h * (M * D)
+    tl.store(packed + m[:, None] * D + d[None, :], level.to(tl.int8))
+    a = tl.where(live, 2.0 * unit * scale, 0.0)
+    b = tl.where(live, -((1 << BITS) - 1.0) * unit * scale * tl.sum(level, 1), 0.0)
+    # What was stored is loaded again, in the order that products want.
+    tl.debug_barrier()
+    q0, q1, q2, q3 = load_queries(packed, D, BITS, C, M)
+    codes += h * stride_ch
+    scales += h * stride_sh
+    block_table += r * stride_tr
+
+    stride = sample_stride(context, MOST)
+    blocks = (context + SAMPLE - 1) // SAMPLE
+    last = tl.maximum(context - SAMPLE, 0) // SAMPLE * SAMPLE  # where the last 16 to 31 tokens begin
+    number = (blocks + stride - 1) // stride * SAMPLE + 2 * SAMPLE
+    top = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    for start in range(0, number, TILE):
+        j = start + tl.arange(0, TILE)
+        # First the last tokens, then every so-manieth block, the first among them.
+        strided = (j // SAMPLE - 2) * stride * SAMPLE + j % SAMPLE
+        p = tl.where(j < 2 * SAMPLE, last + j, strided)
+        inside = (j < number) & (p < context) & ((j < 2 * SAMPLE) | (p < last))
+        weight = tl.where((j < 2 * SAMPLE) | (p < SAMPLE), 1.0, stride.to(tl.float32))
+        byte, worth = load_codes(
+            codes, scales, block_table, p, inside, block_size, stride_cb, stride_cn, stride_sb, C
+        )  # fmt: skip
+        products = tile_products(byte, q0, q1, q2, q3, D, BITS, C, TILE, M)
+        x = (products.to(tl.float32) * a[None, :] + b[None, :]) * worth[:, None]
+        x = tl.where(inside[:, None], x + tl.log(weight)[:, None], float("-inf"))
+        new_top = tl.maximum(top, tl.max(x, 0))
+        safe = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp(top - safe) + tl.sum(tl.exp(x - safe[None, :]), 0)
+        top = new_top
+    n = tl.where(live, top + tl.log(total), float("inf"))
+    factors += r * stride_fr + h * (3 * M)
+    tl.store(factors + m, a)
+    tl.store(factors + M + m, b)
+    tl.store(factors + 2 * M + m, n)
+
+
+def prepare_queries(
+    query: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor, dense: torch.Tensor,
+    block_table: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, rotation: torch.Tensor, scale: float,
+    max_query_len: int, read_whole: int, packed: torch.Tensor, factors: torch.Tensor, histogram: torch.Tensor,
+) -> None:  # fmt: skip
+    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
+    group, bits = contracts.prepare_queries(
+        query, query_start_loc, seq_lens, dense, block_table, codes, scales, rotation, max_query_len, packed, factors,
+        histogram,
+    )  # fmt: skip
+    rows, heads, width, size = packed.shape
+    if rows == 0:
+        return
+    _queries_kernel[(heads, rows)](
+        query, query_start_loc, seq_lens, dense, block_table, codes, scales, rotation, packed, factors, histogram,
+        scale, size**-0.5, max(read_whole, 0), codes.shape[2], *query.stride()[:2], block_table.stride(0), *codes.stride()[:3],
+        *scales.stride()[:2], factors.stride(0), packed.stride(0), histogram.stride(0),
+        GROUP=group, D=size, BITS=bits, C=codes.shape[3], M=width, TILE=TILE, BINS=contracts.BINS, SAMPLE=SAMPLE_BLOCK,
+        MOST=MAX_SAMPLE, num_warps=4,
+    )  # fmt: skip

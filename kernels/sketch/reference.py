@@ -1,0 +1,189 @@
+"""The sketch's operations in PyTorch, a request at a time: what runs on a CPU, and what the kernels are tested against."""
+
+from __future__ import annotations
+
+import torch
+
+from . import contracts
+from .contracts import BINS, LOWEST, MAX_SAMPLE, PER_NAT, SAMPLE_BLOCK, Budget
+
+STEPS = {1: 1.5958, 2: 0.9957, 4: 0.3352}
+
+
+def encode_keys(key, slot_mapping, rotation, centre, codes, scales) -> None:
+    """Codes of new keys. See ``encode.encode_keys``."""
+    bits = contracts.encode_keys(key, slot_mapping, rotation, centre, codes, scales)
+    if not bool((slot_mapping >= 0).all()):
+        key, slot_mapping = key[: slot_mapping.shape[0]][slot_mapping >= 0], slot_mapping[slot_mapping >= 0]
+    key = key[: slot_mapping.shape[0]]
+    if not key.shape[0]:
+        return
+    size = key.shape[2]
+    x = (key.float() @ rotation.float()) * size**-0.5 - centre
+    step = x.square().mean(-1, keepdim=True).sqrt() * STEPS[bits]
+    half = 1 << (bits - 1)
+    level = (torch.floor(x / step.clamp(min=1e-30)) + half).nan_to_num(0.0).clamp(0, 2 * half - 1).int()
+    fields = level.unflatten(-1, (8 // bits, -1))
+    shifts = torch.arange(8 // bits, device=key.device)[:, None] * bits
+    block, offset = slot_mapping // codes.shape[2], slot_mapping % codes.shape[2]
+    codes.transpose(1, 2)[block, offset] = (fields << shifts).sum(-2).to(torch.uint8)
+    rounded = 2.0 * level - (2.0 * half - 1.0)
+    scale = x.square().sum(-1) / (x * rounded).sum(-1).clamp(min=1e-30)
+    scales.transpose(1, 2)[block, offset] = scale.half()
+
+
+def unpack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes [..., C] uint8 -> [..., D] int32, in the order of the key's elements."""
+    shifts = torch.arange(8 // bits, device=codes.device, dtype=torch.int32)[:, None] * bits
+    return ((codes.int().unsqueeze(-2) >> shifts) & ((1 << bits) - 1)).flatten(-2)
+
+
+def _tokens(codes, scales, table, positions, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [H, n, D] float32 and scales [H, n] float32 of a request's tokens at positions [n]."""
+    block = table[positions // codes.shape[2]].long()
+    offset = positions % codes.shape[2]
+    picked = codes.transpose(1, 2)[block, offset].transpose(0, 1)
+    return unpack(picked, bits).float(), scales.transpose(1, 2)[block, offset].T.float()
+
+
+def _logits(packed, factors, codes, scales) -> torch.Tensor:
+    """[H, n, M] float32: estimated logits of n tokens for the rows of a request."""
+    products = torch.bmm(codes, packed.float().transpose(1, 2))  # whole numbers below 2^24: exact
+    return (products * factors[:, None, 0] + factors[:, None, 1]) * scales[..., None]
+
+
+def _sample(context: int, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions by which a row's normaliser is estimated, and how many tokens each stands for."""
+    stride = max(-(-context // MAX_SAMPLE), 1)
+    last = max(context - SAMPLE_BLOCK, 0) // SAMPLE_BLOCK * SAMPLE_BLOCK
+    p = torch.arange(context, device=device)
+    block = p // SAMPLE_BLOCK
+    chosen = (p >= last) | (block % stride == 0)
+    weight = torch.where((p >= last) | (block == 0), 1.0, float(stride))
+    return p[chosen], weight[chosen]
+
+
+def prepare_queries(
+    query, query_start_loc, seq_lens, dense, block_table, codes, scales, rotation, scale, max_query_len, read_whole,
+    packed, factors, histogram,
+) -> None:  # fmt: skip
+    """Query rows for the scan. See ``queries.prepare_queries``."""
+    group, bits = contracts.prepare_queries(
+        query, query_start_loc, seq_lens, dense, block_table, codes, scales, rotation, max_query_len, packed, factors,
+        histogram,
+    )  # fmt: skip
+    histogram.zero_()
+    heads, size = packed.shape[1], packed.shape[3]
+    starts, lengths, skipped = query_start_loc.tolist(), seq_lens.tolist(), dense.tolist()
+    for r, (length, skip) in enumerate(zip(lengths, skipped, strict=True)):
+        begin, end = starts[r], starts[r + 1]
+        context, rows = length - (end - begin), (end - begin) * group
+        if skip or context <= max(read_whole, 0) or end <= begin:
+            continue
+        q = query[begin:end].unflatten(1, (heads, group)).transpose(0, 1).reshape(heads, rows, size)
+        y = (q.float() @ rotation.float()) * size**-0.5
+        unit = y.abs().amax(-1).clamp(min=1e-30) / 127.0
+        level = torch.floor(y / unit[..., None] + 0.5).nan_to_num(0.0).clamp(-127, 127)
+        packed[r] = 0
+        packed[r, :, :rows] = level.to(torch.int8)
+        factors[r, :, :2], factors[r, :, 2] = 0.0, torch.inf
+        factors[r, :, 0, :rows] = 2.0 * unit * scale
+        factors[r, :, 1, :rows] = -((1 << bits) - 1.0) * unit * scale * level.sum(-1)
+        p, weight = _sample(context, query.device)
+        sampled = _logits(packed[r, :, :rows], factors[r, :, :, :rows], *_tokens(codes, scales, block_table[r], p, bits))
+        factors[r, :, 2, :rows] = (sampled + weight.log()[:, None]).logsumexp(1)
+
+
+def score_tokens(
+    packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, sink, recent, read_whole, scores,
+    histogram,
+) -> None:  # fmt: skip
+    """The scan. See ``scores.score_tokens``."""
+    bits = contracts.score_tokens(
+        packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram
+    )
+    starts, lengths, skipped = query_start_loc.tolist(), seq_lens.tolist(), dense.tolist()
+    for r, (length, skip) in enumerate(zip(lengths, skipped, strict=True)):
+        context = length - (starts[r + 1] - starts[r])
+        if skip or context <= max(read_whole, 0) or starts[r + 1] <= starts[r]:
+            continue
+        live = factors[r, 0, 2] != torch.inf
+        p = torch.arange(context, device=packed.device)
+        tokens = _tokens(codes, scales, block_table[r], p, bits)
+        score = (_logits(packed[r, :, live], factors[r, :, :, live], *tokens) - factors[r, :, None, 2, live]).amax(-1)
+        bin = torch.floor((score - LOWEST) * PER_NAT).clamp(0, BINS - 1).nan_to_num(BINS - 1.0).to(torch.uint8)
+        scores[r, :, :context] = bin
+        free = bin[:, sink : max(context - recent, sink)].long()
+        histogram[r].scatter_add_(1, free, torch.ones_like(free, dtype=torch.int32))
+
+
+def _share_out(counts: torch.Tensor, floor: int, budget: int) -> list[int]:
+    """How many free tokens each head takes of a common budget. counts [H, BINS]."""
+    from_bin = counts.flip(-1).cumsum(-1).flip(-1)
+    from_bin = torch.cat((from_bin, torch.zeros_like(from_bin[:, :1])), 1).clamp(min=floor)
+    cut = int((from_bin.sum(0) > budget).sum())
+    numbers = from_bin[:, cut].tolist()
+    if cut:
+        left = budget - sum(numbers)
+        for h, more in enumerate((from_bin[:, cut - 1] - from_bin[:, cut]).tolist()):
+            numbers[h] += min(left, more)
+            left -= min(left, more)
+    return numbers
+
+
+def _that_hold(bins: torch.Tensor, forced: torch.Tensor, top_p: float) -> int:
+    """The fewest free tokens that hold top_p of the weight; bins [n] of the free, forced [f] of the other tokens."""
+    weights = torch.exp((torch.arange(BINS, device=bins.device) + 0.5) / PER_NAT + LOWEST)
+    free = weights[bins.sort(descending=True).values].double()
+    total = free.sum() + weights[forced].double().sum()
+    need = total * top_p - weights[forced].double().sum()
+    return min(int((free.cumsum(0) < need * (1 - 1e-6)).sum()) + 1, bins.shape[0]) if need > 0 else 0
+
+
+def select_pages(
+    scores, histogram, query_start_loc, seq_lens, dense, block_table, block_size, page_strides, budget: Budget,
+    page_table, kept,
+) -> None:  # fmt: skip
+    """Page tables from scores. See ``pages.select_pages``."""
+    contracts.select_pages(
+        scores, histogram, query_start_loc, seq_lens, dense, block_table, block_size, page_strides, page_table, kept
+    )
+    heads, width, dev = page_table.shape[1], page_table.shape[2], scores.device
+    per_block, per_head, per_token = page_strides
+    starts, lengths, whole = query_start_loc.tolist(), seq_lens.tolist(), dense.tolist()
+    for r, length in enumerate(lengths):
+        length = min(length, width)
+        if length <= 0:
+            kept[r] = 0
+            continue
+        context = max(length - (starts[r + 1] - starts[r]), 0)
+        forced = min(context, budget.sink + budget.recent)
+        most = max((context * budget.fixed_ratio + 65535) >> 16, budget.min_tokens)
+        most = min(most, budget.max_tokens) if budget.max_tokens >= 0 else most
+        most = min(max(most, forced), context)
+        floor = max(min(budget.min_tokens, most), forced)
+        p = torch.arange(length, device=dev)
+        keep = torch.ones(heads, length, dtype=torch.bool, device=dev)
+        least = most if budget.top_p is None else floor
+        if not whole[r] and least < context:
+            bins = scores[r, :, :context].long()
+            free = (p[:context] >= budget.sink) & (p[:context] < context - budget.recent)
+            numbers = [most - forced] * heads
+            if budget.top_p is not None:
+                numbers = [
+                    min(max(_that_hold(bins[h, free], bins[h, ~free], budget.top_p), floor - forced), most - forced)
+                    for h in range(heads)
+                ]
+            elif budget.shared:
+                numbers = _share_out(histogram[r].long(), floor - forced, (most - forced) * heads)
+            # One number per token that sorts by bin, at equal bins the latest first.
+            order = (bins * (context + 1) + p[:context]).masked_fill(~free, -1)
+            for h, number in enumerate(numbers):
+                keep[h, :context] = ~free
+                keep[h, order[h].topk(number).indices] = True
+        block = block_table[r, p // block_size].long()
+        pages = block * per_block + p % block_size * per_token
+        for h in range(heads):
+            mine = (pages + h * per_head)[keep[h]]
+            page_table[r, h, : mine.shape[0]] = mine.int()
+            kept[r, h] = mine.shape[0]

@@ -1,0 +1,103 @@
+"""The scan: how much each token of the context weighs for the query rows of a step, and how often each weight occurs.
+
+A token's score is the largest logarithm of its estimated attention weight over the rows of a KV head (``queries``),
+kept as one of 256 bins: floor((score + 16) * 12.75), so that the scan writes one byte where it reads C + 2, and what is
+to be read can be found from a histogram, without a sort.
+
+packed           [R, H, M, D]   int8, from ``queries``; so are factors
+factors          [R, H, 3, M]   float32
+query_start_loc  [R+1]          int32
+seq_lens         [R]            int32, the step's own tokens included
+dense            [R]            int32, not 0: nothing is scanned for the row
+block_table      [R, nb]        int32
+codes, scales                   as in ``encode``
+sink, recent     int            tokens at both ends of the context that are read anyway: not in the histogram
+read_whole       int            as in ``queries``
+scores           [R, H, L]      uint8, written: bin of each token of the context; a score that is no number is bin 255
+histogram        [R, H, 256]    int32, zero before: the free tokens of the context by bin
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from . import contracts
+from .contracts import LOWEST, PER_NAT
+from .tiles import load_codes, load_queries, tile_products
+
+CHUNK = 2048  # tokens of a program
+TILE = 128  # tokens at a time
+NUM_WARPS = 4
+NUM_STAGES = 3
+
+
+@triton.jit
+def _scores_kernel(
+    packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram,
+    sink, recent, read_whole, block_size, lowest, per_nat, stride_pr, stride_fr, stride_tr, stride_cb, stride_ch, stride_cn,
+    stride_sb, stride_sh, stride_or, stride_oh, stride_hr,
+    D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
+    BINS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    h = tl.program_id(0)
+    chunk = tl.program_id(1)
+    r = tl.program_id(2).to(tl.int64)
+    q_len = tl.load(query_start_loc + r + 1) - tl.load(query_start_loc + r)
+    context = tl.load(seq_lens + r) - q_len
+    first = chunk * CHUNK
+    if (tl.load(dense + r) != 0) | (first >= context) | (context <= read_whole) | (q_len <= 0):
+        return
+    m = tl.arange(0, M)
+    packed += r * stride_pr + h * (M * D)
+    factors += r * stride_fr + h * (3 * M)
+    a = tl.load(factors + m)
+    b = tl.load(factors + M + m)
+    n = tl.load(factors + 2 * M + m)
+    q0, q1, q2, q3 = load_queries(packed, D, BITS, C, M)
+    codes += h * stride_ch
+    scales += h * stride_sh
+    block_table += r * stride_tr
+    scores += r * stride_or + h * stride_oh
+    for start in tl.range(first, tl.minimum(first + CHUNK, context), TILE, num_stages=STAGES):
+        p = start + tl.arange(0, TILE)
+        inside = p < context
+        byte, worth = load_codes(
+            codes, scales, block_table, p, inside, block_size, stride_cb, stride_cn, stride_sb, C
+        )  # fmt: skip
+        products = tile_products(byte, q0, q1, q2, q3, D, BITS, C, TILE, M)
+        x = (products.to(tl.float32) * a[None, :] + b[None, :]) * worth[:, None] - n[None, :]
+        score = tl.max(x, 1)
+        bin = tl.minimum(tl.maximum(tl.floor((score - lowest) * per_nat), 0.0), BINS - 1.0)
+        bin = tl.where(score == score, bin, BINS - 1.0).to(tl.int32)
+        tl.store(scores + p, bin.to(tl.uint8), mask=inside)
+    # What was stored is loaded again, in the order that a histogram wants.
+    tl.debug_barrier()
+    p = first + tl.arange(0, CHUNK)
+    free = (p >= sink) & (p < context - recent)
+    counted = tl.load(scores + p, mask=free, other=0).to(tl.int32)
+    counts = tl.histogram(counted, BINS, mask=free)
+    bins = tl.arange(0, BINS)
+    tl.atomic_add(histogram + r * stride_hr + h * BINS + bins, counts, mask=counts > 0, sem="relaxed")
+
+
+def score_tokens(
+    packed: torch.Tensor, factors: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor,
+    dense: torch.Tensor, block_table: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sink: int, recent: int,
+    read_whole: int, scores: torch.Tensor, histogram: torch.Tensor,
+) -> None:  # fmt: skip
+    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
+    bits = contracts.score_tokens(
+        packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram
+    )
+    rows, heads, width, size = packed.shape
+    if rows == 0:
+        return
+    _scores_kernel[(heads, triton.cdiv(scores.shape[2], CHUNK), rows)](
+        packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram,
+        sink, recent, max(read_whole, 0), codes.shape[2], LOWEST, PER_NAT, packed.stride(0), factors.stride(0), block_table.stride(0),
+        *codes.stride()[:3], *scales.stride()[:2], *scores.stride()[:2], histogram.stride(0),
+        D=size, BITS=bits, C=codes.shape[3], M=width, TILE=TILE, CHUNK=CHUNK, BINS=contracts.BINS, STAGES=NUM_STAGES,
+        num_warps=NUM_WARPS,
+    )  # fmt: skip

@@ -1,0 +1,20 @@
+"""How much is read, from the options."""
+
+from __future__ import annotations
+
+from specattn_vllm.kernels.sketch.contracts import Budget
+from specattn_vllm.options import SpecAttnOptions
+
+
+def budget_of(options: SpecAttnOptions) -> Budget:
+    """The budget of method 'sketch'."""
+    fixed = options.fixed_budget
+    return Budget(
+        ratio=min(options.ratio_or_default, options.max_fraction) if fixed else options.max_fraction,
+        top_p=None if fixed else options.top_p,
+        shared=options.shared_budget,
+        min_tokens=options.min_tokens,
+        max_tokens=-1 if options.max_tokens is None else options.max_tokens,
+        sink=options.sink_tokens,
+        recent=options.recent_tokens,
+    )

@@ -1,0 +1,78 @@
+"""What a step read, counted once the step is over: which entries a layer reads is decided while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from specattn_vllm.stats import Counters
+
+if TYPE_CHECKING:
+    from specattn_vllm.sketch.step import Sketch
+
+REASONS = ("exact", "small_batch")
+
+
+@dataclass(frozen=True)
+class _Pending:
+    rows: int
+    verifies: torch.Tensor  # [R] int64 on the device, 1 or 0
+    lens: torch.Tensor  # [R] int32, a copy
+    context: torch.Tensor  # [R] int32: tokens that were scanned if the row chose
+
+
+class StepCounts:
+    """Counts the last step when the next one begins, so that nothing waits for the device."""
+
+    def __init__(self, sketch: Sketch, counters: Counters) -> None:
+        self.sketch = sketch
+        self.counters = counters
+        self._pending: _Pending | None = None
+
+    def begin(
+        self, rows: int, verifies: np.ndarray, exact: np.ndarray, small_batch: bool, seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+    ) -> None:  # fmt: skip
+        """A step of R short rows begins. On the host, [R] bool: those past their prompt, and of these the exact ones;
+        seq_lens [R] and query_start_loc [R+1] int32 on the device."""
+        self.fold()
+        number = int(verifies.sum())
+        if not number:
+            return
+        # What these hold changes with the next step.
+        lens = seq_lens.clone()
+        context = lens - (query_start_loc[1:] - query_start_loc[:-1])
+        mask = torch.from_numpy(verifies.astype(np.int64))
+        mask = mask.pin_memory().to(self.sketch.device, non_blocking=True) if seq_lens.is_cuda else mask
+        self._pending = _Pending(rows, mask, lens, context)
+        self.counters.add(
+            verify_rows=number,
+            exact_rows=int((exact & verifies).sum()),
+            small_batch_rows=number if small_batch else 0,
+        )
+
+    def fold(self) -> None:
+        """Count the step that is over."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        sketch, shape = self.sketch, self.sketch.shape
+        per_token = shape.layers * shape.num_kv_heads
+        verifies = pending.verifies
+        read = sketch.kept[:, : pending.rows].sum(dim=(0, 2), dtype=torch.int64)
+        full = pending.lens.long() * per_token
+        scanned = (sketch.dense[: pending.rows] == 0) & (pending.context > sketch.budget.reads_all_up_to)
+        scans = verifies * scanned
+        self.counters.add(
+            kv_full=(full * verifies).sum(),
+            kv_read=(read * verifies).sum(),
+            kv_scanned=(pending.context * scans).sum() * per_token,
+            sparse_rows=scans.sum(),
+        )
+
+    def discard(self) -> None:
+        """The last step was none that anybody asked for."""
+        self._pending = None

@@ -1,0 +1,91 @@
+"""The sketch of one layer's keys: written with them, and searched by the layer's queries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from specattn_vllm.kernels.sketch.layout import sketch_views
+from specattn_vllm.selection.pages import page_strides
+from specattn_vllm.sketch.centre import attend_densely
+
+if TYPE_CHECKING:
+    from specattn_vllm.sketch.step import Sketch, SketchStep
+
+
+class LayerSketch:
+    """What a layer's implementation holds. ``index`` is the layer's place among those that share a ``Sketch``."""
+
+    def __init__(self, sketch: Sketch, index: int) -> None:
+        self.sketch = sketch
+        self.index = index
+        shape = (sketch.num_kv_heads, sketch.head_size)
+        self.centre = torch.zeros(shape, dtype=torch.float32, device=sketch.device)
+        """[H, D], rotated; measured once, before anything is written, and never changed after that."""
+        self.probing = False
+        """Whether a forward pass without a cache measures the centre."""
+        self._cache: tuple[int, int] | None = None
+
+    def set_centre(self, mean_key: torch.Tensor) -> None:
+        """Take the mean key [H, D] float32 of the layer as what is subtracted from all keys."""
+        # A model whose weights are not there yet may give anything.
+        mean_key = mean_key.nan_to_num(0.0, 0.0, 0.0)
+        turned = mean_key @ self.sketch.rotation.float() * self.sketch.head_size**-0.5
+        self.centre.copy_(turned)
+
+    def probe(self, query, key, value, scale: float, output) -> None:
+        """Attend without a cache, and take the keys' mean as the centre. query, output [T, Hq, D] or flat; key, value
+        [T, H, D] or flat."""
+        size = self.sketch.head_size
+        query, key, value, out = (x.view(x.shape[0], -1, size) for x in (query, key, value, output))
+        attend_densely(query, key, value, scale, out)
+        self.set_centre(key.float().mean(0))
+
+    def _views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # vLLM allocates the cache twice where it profiles CUDA graphs.
+        key = (kv_cache.data_ptr(), kv_cache.shape[0])
+        if self._cache != key:
+            self.codes, self.scales = sketch_views(kv_cache, self.sketch.bits)
+            self.page_strides = page_strides(kv_cache)
+            self._cache = key
+        return self.codes, self.scales
+
+    def write(self, key: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Sketch new keys. key [T, H, D]; kv_cache [B, H, N, 2D]; slot_mapping [T] int64 as in the cache's own write."""
+        sketch = self.sketch
+        sketch.operations.encode_keys(key, slot_mapping, sketch.rotation, self.centre, *self._views(kv_cache))
+
+    def select(
+        self,
+        step: SketchStep,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the step's short rows read of this layer: page table [R, H, width] and kept [R, H], int32.
+
+        query [T, Hq, D] of those rows; block_table [R, blocks], seq_lens [R] and query_start_loc [R+1] int32.
+        """
+        sketch, rows, operations = self.sketch, step.num_rows, self.sketch.operations
+        codes, scales = self._views(kv_cache)
+        packed, factors, histogram = sketch.packed[:rows], sketch.factors[:rows], sketch.histogram[:rows]
+        scores, dense = sketch.scores[:rows], sketch.dense[:rows]
+        page_table, kept = sketch.page_table[:rows], sketch.kept[self.index, :rows]
+        batch = (query_start_loc, seq_lens, dense, block_table)
+        budget = sketch.budget
+        operations.prepare_queries(
+            query, *batch, codes, scales, sketch.rotation, scale, step.max_query_len,
+            budget.reads_all_up_to, packed, factors, histogram,
+        )
+        operations.score_tokens(
+            packed, factors, *batch, codes, scales, budget.sink, budget.recent, budget.reads_all_up_to, scores,
+            histogram,
+        )
+        operations.select_pages(
+            scores, histogram, *batch, kv_cache.shape[2], self.page_strides, budget, page_table, kept
+        )
+        return page_table, kept

@@ -1,0 +1,26 @@
+"""What a round of drafting tells about the one before: how many of its tokens were accepted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from specattn_vllm.executors import Operations
+from specattn_vllm.stats import Counters
+
+
+def count_round(counters: Counters, operations: Operations, batch: Any, num_sampled: torch.Tensor) -> None:
+    """Count the verified rows of vLLM's batch and the tokens that they sampled, num_sampled [R]."""
+    drafts, num_reqs = batch.num_draft_tokens_per_req, batch.num_reqs
+    if drafts is None:
+        return
+    # vLLM pads a request with one prompt token left to the length of a verification: those drafts are none.
+    verified = (drafts[:num_reqs] > 0) & ~batch.is_prefilling_np[:num_reqs]
+    rounds = int(verified.sum())
+    counters.add(rounds=rounds)
+    if rounds:
+        # Most batches only verify: which rows do need not be sent.
+        mask = None if rounds == num_reqs else async_tensor_h2d(verified, device=num_sampled.device)
+        operations.count_sampled(num_sampled[:num_reqs], mask, counters.on_device("sampled_tokens"))
