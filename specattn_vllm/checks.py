@@ -147,10 +147,12 @@ def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
                 "--num-speculative-tokens K, or set method='dense' to use the backend for plain decoding"
             )
         return
-    if not spec.uses_draft_model() and not (options.uses_sketch or options.method == "dense"):
+    if not spec.uses_draft_model() and not options.goes_with_any_drafter:
+        of = "sparse_draft" if options.is_lossless or options.uses_sketch else f"method = {options.method!r}"
         yield (
-            f"speculative method {spec.method!r}: a separate draft model is needed (--spec-method draft_model); vLLM "
-            "guesses the method from the path, so a folder named after eagle, dflash or dspark has to be renamed"
+            f"speculative method {spec.method!r}: a separate draft model is needed (--spec-method draft_model) for "
+            f"{of}, where methods 'sketch' and 'dense' go with any drafter; vLLM guesses the method from the path, so "
+            "a folder named after eagle, dflash or dspark has to be renamed"
         )
         return
     if options.drafts_for_itself and spec.draft_model_config.model != config.model_config.model:
@@ -172,7 +174,7 @@ def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
             f"{spec.num_speculative_tokens}: a first draft step that reads a list has room for {longest}; lower "
             "--num-speculative-tokens, or leave refresh_draft_every at 1"
         )
-    if spec.parallel_drafting:
+    if spec.parallel_drafting and spec.uses_draft_model():  # DFlash and DSpark always draft so
         yield "parallel_drafting: selections need one draft step per token; turn it off"
     if spec.enable_adaptive_verification:
         yield "enable_adaptive_verification: turn it off"

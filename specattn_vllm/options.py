@@ -305,6 +305,11 @@ class SpecAttnOptions(BaseModel):
         return self.method in ("vegas", "streamingllm")
 
     @property
+    def goes_with_any_drafter(self) -> bool:
+        """Whether vLLM's own drafters will do, because nothing is asked of a draft model's attention."""
+        return self.method in ("sketch", "dense") and not self.sparse_draft
+
+    @property
     def is_lossless(self) -> bool:
         """Whether the output distribution is the target's own."""
         return self.method == "dense" or self.drafts_for_itself

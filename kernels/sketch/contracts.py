@@ -15,6 +15,8 @@ LOWEST, PER_NAT = -16.0, 12.75
 """A score s, in nats, is kept as the bin floor((s - LOWEST) * PER_NAT), 0 to 255: from -16 to 4, in steps of 0.078."""
 MAX_SAMPLE = 1024
 """Tokens by which the normaliser of a query row is estimated, besides the first and the last ones."""
+CHUNK = 2048
+"""Tokens of the context that one program scans."""
 SAMPLE_BLOCK = 16
 """Neighbouring tokens that are sampled together; a block of vLLM's cache holds a multiple of them."""
 
@@ -107,7 +109,7 @@ def prepare_queries(
 
 
 def score_tokens(
-    packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram
+    packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks
 ) -> int:
     """Returns the bits of a code."""
     tensor("packed", packed, (None, None, None, None), torch.int8)
@@ -118,17 +120,32 @@ def score_tokens(
     tensor("factors", factors, (rows, heads, 3, width), torch.float32, dev)
     tensor("scores", scores, (rows, heads, None), torch.uint8, dev)
     tensor("histogram", histogram, (rows, heads, BINS), torch.int32, dev)
+    tensor("chunks", chunks, (rows, heads, -(-scores.shape[2] // CHUNK), BINS), torch.int16, dev)
     return bits_of(code_bytes, size)
 
 
-def select_pages(
-    scores, histogram, query_start_loc, seq_lens, dense, block_table, block_size, page_strides, page_table, kept
+def cut_scores(histogram, chunks, query_start_loc, seq_lens, dense, cuts, starts, scores) -> None:
+    tensor("histogram", histogram, (None, None, BINS), torch.int32)
+    rows, heads, _ = histogram.shape
+    dev = histogram.device
+    tensor("chunks", chunks, (rows, heads, None, BINS), torch.int16, dev)
+    tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, dev)
+    tensor("seq_lens", seq_lens, (rows,), torch.int32, dev)
+    tensor("dense", dense, (rows,), torch.int32, dev)
+    tensor("cuts", cuts, (rows, heads, 2), torch.int32, dev)
+    tensor("starts", starts, (rows, heads, chunks.shape[2], 2), torch.int32, dev)
+    tensor("scores", scores, (rows, heads, None), torch.uint8, dev)
+
+
+def list_pages(
+    scores, cuts, starts, query_start_loc, seq_lens, block_table, block_size, page_strides, page_table, kept
 ) -> None:
     tensor("scores", scores, (None, None, None), torch.uint8)
     rows, heads, _ = scores.shape
     dev = scores.device
-    tensor("histogram", histogram, (rows, heads, BINS), torch.int32, dev)
-    expect(_rows(query_start_loc, seq_lens, dense, block_table, dev) == rows, "scores", rows, "as many as seq_lens")
+    tensor("cuts", cuts, (rows, heads, 2), torch.int32, dev)
+    tensor("starts", starts, (rows, heads, None, 2), torch.int32, dev)
+    expect(_rows(query_start_loc, seq_lens, seq_lens, block_table, dev) == rows, "scores", rows, "as many as seq_lens")
     tensor("page_table", page_table, (rows, heads, None), torch.int32, dev)
     tensor("kept", kept, (rows, heads), torch.int32, dev)
     expect(block_size > 0, "block_size", block_size, "at least 1")

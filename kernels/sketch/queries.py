@@ -32,9 +32,11 @@ import triton.language as tl
 
 from . import contracts
 from .contracts import MAX_SAMPLE, SAMPLE_BLOCK
-from .tiles import load_codes, load_queries, tile_products
+from .tiles import fused, load_codes, load_queries, tile_products
 
 TILE = 128  # sampled tokens at a time
+NUM_WARPS = 4
+NUM_STAGES = 3
 
 
 @triton.jit
@@ -50,7 +52,7 @@ def _queries_kernel(
     stride_fr, stride_pr, stride_hr,
     GROUP: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
     BINS: tl.constexpr, SAMPLE: tl.constexpr,
-    MOST: tl.constexpr,
+    MOST: tl.constexpr, FUSED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(0)
     r = tl.program_id(1).to(tl.int64)
@@ -90,7 +92,7 @@ def _queries_kernel(
     number = (blocks + stride - 1) // stride * SAMPLE + 2 * SAMPLE
     top = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
-    for start in range(0, number, TILE):
+    for start in tl.range(0, number, TILE, num_stages=STAGES):
         j = start + tl.arange(0, TILE)
         # First the last tokens, then every so-manieth block, the first among them.
         strided = (j // SAMPLE - 2) * stride * SAMPLE + j % SAMPLE
@@ -100,7 +102,7 @@ def _queries_kernel(
         byte, worth = load_codes(
             codes, scales, block_table, p, inside, block_size, stride_cb, stride_cn, stride_sb, C
         )  # fmt: skip
-        products = tile_products(byte, q0, q1, q2, q3, D, BITS, C, TILE, M)
+        products = tile_products(byte, q0, q1, q2, q3, D, BITS, C, TILE, FUSED)
         x = (products.to(tl.float32) * a[None, :] + b[None, :]) * worth[:, None]
         x = tl.where(inside[:, None], x + tl.log(weight)[:, None], float("-inf"))
         new_top = tl.maximum(top, tl.max(x, 0))
@@ -132,5 +134,5 @@ def prepare_queries(
         scale, size**-0.5, max(read_whole, 0), codes.shape[2], *query.stride()[:2], block_table.stride(0), *codes.stride()[:3],
         *scales.stride()[:2], factors.stride(0), packed.stride(0), histogram.stride(0),
         GROUP=group, D=size, BITS=bits, C=codes.shape[3], M=width, TILE=TILE, BINS=contracts.BINS, SAMPLE=SAMPLE_BLOCK,
-        MOST=MAX_SAMPLE, num_warps=4,
+        MOST=MAX_SAMPLE, FUSED=fused(query.device), STAGES=NUM_STAGES, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import contracts
-from .contracts import BINS, LOWEST, MAX_SAMPLE, PER_NAT, SAMPLE_BLOCK, Budget
+from .contracts import BINS, CHUNK, LOWEST, MAX_SAMPLE, PER_NAT, SAMPLE_BLOCK, Budget
 
 STEPS = {1: 1.5958, 2: 0.9957, 4: 0.3352}
 
@@ -96,11 +96,11 @@ def prepare_queries(
 
 def score_tokens(
     packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, sink, recent, read_whole, scores,
-    histogram,
+    histogram, chunks,
 ) -> None:  # fmt: skip
     """The scan. See ``scores.score_tokens``."""
     bits = contracts.score_tokens(
-        packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram
+        packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks
     )
     starts, lengths, skipped = query_start_loc.tolist(), seq_lens.tolist(), dense.tolist()
     for r, (length, skip) in enumerate(zip(lengths, skipped, strict=True)):
@@ -113,8 +113,14 @@ def score_tokens(
         score = (_logits(packed[r, :, live], factors[r, :, :, live], *tokens) - factors[r, :, None, 2, live]).amax(-1)
         bin = torch.floor((score - LOWEST) * PER_NAT).clamp(0, BINS - 1).nan_to_num(BINS - 1.0).to(torch.uint8)
         scores[r, :, :context] = bin
-        free = bin[:, sink : max(context - recent, sink)].long()
-        histogram[r].scatter_add_(1, free, torch.ones_like(free, dtype=torch.int32))
+        at = bin.long()[:, sink : max(context - recent, sink)]
+        histogram[r].scatter_add_(1, at, torch.ones_like(at, dtype=torch.int32))
+        counted = (p >= sink) & (p < context - recent)
+        for c in range(-(-context // CHUNK)):
+            part = slice(c * CHUNK, min((c + 1) * CHUNK, context))
+            for h in range(bin.shape[0]):
+                mine = bin[h, part][counted[part]].long()
+                chunks[r, h, c] = torch.bincount(mine, minlength=BINS).to(torch.int16)
 
 
 def _share_out(counts: torch.Tensor, floor: int, budget: int) -> list[int]:
@@ -140,50 +146,70 @@ def _that_hold(bins: torch.Tensor, forced: torch.Tensor, top_p: float) -> int:
     return min(int((free.cumsum(0) < need * (1 - 1e-6)).sum()) + 1, bins.shape[0]) if need > 0 else 0
 
 
-def select_pages(
-    scores, histogram, query_start_loc, seq_lens, dense, block_table, block_size, page_strides, budget: Budget,
-    page_table, kept,
-) -> None:  # fmt: skip
-    """Page tables from scores. See ``pages.select_pages``."""
-    contracts.select_pages(
-        scores, histogram, query_start_loc, seq_lens, dense, block_table, block_size, page_strides, page_table, kept
-    )
-    heads, width, dev = page_table.shape[1], page_table.shape[2], scores.device
-    per_block, per_head, per_token = page_strides
-    starts, lengths, whole = query_start_loc.tolist(), seq_lens.tolist(), dense.tolist()
+def cut_scores(
+    histogram, chunks, query_start_loc, seq_lens, dense, scores, budget: Budget, cuts, starts
+) -> None:
+    """Thresholds from histograms. See ``cuts.cut_scores``."""
+    contracts.cut_scores(histogram, chunks, query_start_loc, seq_lens, dense, cuts, starts, scores)
+    heads = histogram.shape[1]
+    begins, lengths, whole = query_start_loc.tolist(), seq_lens.tolist(), dense.tolist()
     for r, length in enumerate(lengths):
-        length = min(length, width)
-        if length <= 0:
-            kept[r] = 0
-            continue
-        context = max(length - (starts[r + 1] - starts[r]), 0)
+        context = max(length - (begins[r + 1] - begins[r]), 0)
         forced = min(context, budget.sink + budget.recent)
         most = max((context * budget.fixed_ratio + 65535) >> 16, budget.min_tokens)
         most = min(most, budget.max_tokens) if budget.max_tokens >= 0 else most
         most = min(max(most, forced), context)
         floor = max(min(budget.min_tokens, most), forced)
-        p = torch.arange(length, device=dev)
-        keep = torch.ones(heads, length, dtype=torch.bool, device=dev)
-        least = most if budget.top_p is None else floor
-        if not whole[r] and least < context:
+        cuts[r, :, 0], cuts[r, :, 1] = -1, 0
+        if whole[r] or (most if budget.top_p is None else floor) >= context:
+            continue
+        counts = histogram[r].long()
+        numbers = [most - forced] * heads
+        if budget.top_p is not None:
             bins = scores[r, :, :context].long()
-            free = (p[:context] >= budget.sink) & (p[:context] < context - budget.recent)
-            numbers = [most - forced] * heads
-            if budget.top_p is not None:
-                numbers = [
-                    min(max(_that_hold(bins[h, free], bins[h, ~free], budget.top_p), floor - forced), most - forced)
-                    for h in range(heads)
-                ]
-            elif budget.shared:
-                numbers = _share_out(histogram[r].long(), floor - forced, (most - forced) * heads)
-            # One number per token that sorts by bin, at equal bins the latest first.
-            order = (bins * (context + 1) + p[:context]).masked_fill(~free, -1)
-            for h, number in enumerate(numbers):
-                keep[h, :context] = ~free
-                keep[h, order[h].topk(number).indices] = True
-        block = block_table[r, p // block_size].long()
-        pages = block * per_block + p % block_size * per_token
-        for h in range(heads):
-            mine = (pages + h * per_head)[keep[h]]
+            free = torch.zeros(context, dtype=torch.bool, device=bins.device)
+            free[budget.sink : max(context - budget.recent, budget.sink)] = True
+            held = [_that_hold(bins[h, free], bins[h, ~free], budget.top_p) for h in range(heads)]
+            numbers = [min(max(n, floor - forced), most - forced) for n in held]
+        elif budget.shared:
+            numbers = _share_out(counts, floor - forced, (most - forced) * heads)
+        for h, number in enumerate(numbers):
+            from_bin = counts[h].flip(-1).cumsum(-1).flip(-1)
+            threshold = max(int((from_bin >= number).sum()) - 1, 0)
+            cuts[r, h, 0], cuts[r, h, 1] = threshold, int(from_bin[threshold]) - number
+            mine = chunks[r, h, : -(-context // CHUNK)].long()
+            above, tied = mine[:, threshold + 1 :].sum(-1), mine[:, threshold]
+            starts[r, h, : mine.shape[0], 0] = (above.cumsum(0) - above).int()
+            starts[r, h, : mine.shape[0], 1] = (tied.cumsum(0) - tied).int()
+
+
+def list_pages(
+    scores, cuts, starts, query_start_loc, seq_lens, block_table, block_size, page_strides, sink, recent, page_table,
+    kept,
+) -> None:  # fmt: skip
+    """Page tables from scores and cuts. See ``pages.list_pages``."""
+    contracts.list_pages(
+        scores, cuts, starts, query_start_loc, seq_lens, block_table, block_size, page_strides, page_table, kept
+    )
+    heads, width, dev = page_table.shape[1], page_table.shape[2], scores.device
+    per_block, per_head, per_token = page_strides
+    begins, lengths, thresholds = query_start_loc.tolist(), seq_lens.tolist(), cuts.tolist()
+    for r, length in enumerate(lengths):
+        length = min(length, width)
+        if length <= 0:
+            kept[r] = 0
+            continue
+        context = max(length - (begins[r + 1] - begins[r]), 0)
+        p = torch.arange(length, device=dev)
+        free = (p >= sink) & (p < context - recent)
+        pages = block_table[r, p // block_size].long() * per_block + p % block_size * per_token
+        for h, (threshold, skip) in enumerate(thresholds[r]):
+            keep = torch.ones(length, dtype=torch.bool, device=dev)
+            if threshold >= 0:
+                bins = torch.zeros(length, dtype=torch.int32, device=dev)
+                bins[:context] = scores[r, h, :context].int()
+                tie = free & (bins == threshold)
+                keep = ~free | (bins > threshold) | (tie & (tie.cumsum(0) > skip))
+            mine = pages[keep] + h * per_head
             page_table[r, h, : mine.shape[0]] = mine.int()
             kept[r, h] = mine.shape[0]

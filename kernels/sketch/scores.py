@@ -2,7 +2,8 @@
 
 A token's score is the largest logarithm of its estimated attention weight over the rows of a KV head (``queries``),
 kept as one of 256 bins: floor((score + 16) * 12.75), so that the scan writes one byte where it reads C + 2, and what is
-to be read can be found from a histogram, without a sort.
+to be read can be found from histograms, without a sort: one of the context, and one of each chunk of 2,048 tokens, from
+which follows where a chunk's part of a page table begins.
 
 packed           [R, H, M, D]   int8, from ``queries``; so are factors
 factors          [R, H, 3, M]   float32
@@ -15,6 +16,7 @@ sink, recent     int            tokens at both ends of the context that are read
 read_whole       int            as in ``queries``
 scores           [R, H, L]      uint8, written: bin of each token of the context; a score that is no number is bin 255
 histogram        [R, H, 256]    int32, zero before: the free tokens of the context by bin
+chunks           [R, H, ceil(L / 2048), 256]  int16, written: the same of each chunk that holds a part of the context
 """
 
 from __future__ import annotations
@@ -24,10 +26,9 @@ import triton
 import triton.language as tl
 
 from . import contracts
-from .contracts import LOWEST, PER_NAT
-from .tiles import load_codes, load_queries, tile_products
+from .contracts import CHUNK, LOWEST, PER_NAT
+from .tiles import fused, load_codes, load_queries, tile_products
 
-CHUNK = 2048  # tokens of a program
 TILE = 128  # tokens at a time
 NUM_WARPS = 4
 NUM_STAGES = 3
@@ -35,11 +36,11 @@ NUM_STAGES = 3
 
 @triton.jit
 def _scores_kernel(
-    packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram,
+    packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks,
     sink, recent, read_whole, block_size, lowest, per_nat, stride_pr, stride_fr, stride_tr, stride_cb, stride_ch, stride_cn,
-    stride_sb, stride_sh, stride_or, stride_oh, stride_hr,
+    stride_sb, stride_sh, stride_or, stride_oh, stride_hr, stride_kr, stride_kh,
     D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-    BINS: tl.constexpr, STAGES: tl.constexpr,
+    BINS: tl.constexpr, STAGES: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -66,7 +67,7 @@ def _scores_kernel(
         byte, worth = load_codes(
             codes, scales, block_table, p, inside, block_size, stride_cb, stride_cn, stride_sb, C
         )  # fmt: skip
-        products = tile_products(byte, q0, q1, q2, q3, D, BITS, C, TILE, M)
+        products = tile_products(byte, q0, q1, q2, q3, D, BITS, C, TILE, FUSED)
         x = (products.to(tl.float32) * a[None, :] + b[None, :]) * worth[:, None] - n[None, :]
         score = tl.max(x, 1)
         bin = tl.minimum(tl.maximum(tl.floor((score - lowest) * per_nat), 0.0), BINS - 1.0)
@@ -79,25 +80,26 @@ def _scores_kernel(
     counted = tl.load(scores + p, mask=free, other=0).to(tl.int32)
     counts = tl.histogram(counted, BINS, mask=free)
     bins = tl.arange(0, BINS)
+    tl.store(chunks + r * stride_kr + h * stride_kh + chunk * BINS + bins, counts.to(tl.int16))
     tl.atomic_add(histogram + r * stride_hr + h * BINS + bins, counts, mask=counts > 0, sem="relaxed")
 
 
 def score_tokens(
     packed: torch.Tensor, factors: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor,
     dense: torch.Tensor, block_table: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sink: int, recent: int,
-    read_whole: int, scores: torch.Tensor, histogram: torch.Tensor,
+    read_whole: int, scores: torch.Tensor, histogram: torch.Tensor, chunks: torch.Tensor,
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
     bits = contracts.score_tokens(
-        packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram
+        packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks
     )
     rows, heads, width, size = packed.shape
     if rows == 0:
         return
     _scores_kernel[(heads, triton.cdiv(scores.shape[2], CHUNK), rows)](
-        packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram,
+        packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks,
         sink, recent, max(read_whole, 0), codes.shape[2], LOWEST, PER_NAT, packed.stride(0), factors.stride(0), block_table.stride(0),
-        *codes.stride()[:3], *scales.stride()[:2], *scores.stride()[:2], histogram.stride(0),
+        *codes.stride()[:3], *scales.stride()[:2], *scores.stride()[:2], histogram.stride(0), *chunks.stride()[:2],
         D=size, BITS=bits, C=codes.shape[3], M=width, TILE=TILE, CHUNK=CHUNK, BINS=contracts.BINS, STAGES=NUM_STAGES,
-        num_warps=NUM_WARPS,
+        FUSED=fused(packed.device),         num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -53,7 +53,8 @@ class Operations:
     encode_keys: Callable[..., None]
     prepare_queries: Callable[..., None]
     score_tokens: Callable[..., None]
-    select_pages: Callable[..., None]
+    cut_scores: Callable[..., None]
+    list_pages: Callable[..., None]
     dense_attention: Callable[..., None]
     write_kv: Callable[..., None]
     granularity: Literal["token", "block"] = "token"
@@ -151,7 +152,8 @@ def _torch_operations() -> Operations:
         encode_keys=sketch.encode_keys,
         prepare_queries=sketch.prepare_queries,
         score_tokens=sketch.score_tokens,
-        select_pages=sketch.select_pages,
+        cut_scores=sketch.cut_scores,
+        list_pages=sketch.list_pages,
         dense_attention=_dense_attention,
         write_kv=write_kv,
     )
@@ -168,8 +170,9 @@ def _triton_operations(device: torch.device) -> Operations:
     from specattn_vllm.kernels.draft_attention import draft_attention
     from specattn_vllm.kernels.mark_rows import mark_rows
     from specattn_vllm.kernels.page_tables import build_page_tables, build_positions
+    from specattn_vllm.kernels.sketch.cuts import cut_scores
     from specattn_vllm.kernels.sketch.encode import encode_keys
-    from specattn_vllm.kernels.sketch.pages import select_pages
+    from specattn_vllm.kernels.sketch.pages import list_pages
     from specattn_vllm.kernels.sketch.queries import prepare_queries
     from specattn_vllm.kernels.sketch.scores import score_tokens
     from specattn_vllm.kernels.sparse_attention import sparse_attention
@@ -203,7 +206,8 @@ def _triton_operations(device: torch.device) -> Operations:
         encode_keys=encode_keys,
         prepare_queries=prepare_queries,
         score_tokens=score_tokens,
-        select_pages=select_pages,
+        cut_scores=cut_scores,
+        list_pages=list_pages,
         dense_attention=dense,
         write_kv=write,
         graphs=device.type == "cuda",

@@ -73,19 +73,22 @@ class LayerSketch:
         sketch, rows, operations = self.sketch, step.num_rows, self.sketch.operations
         codes, scales = self._views(kv_cache)
         packed, factors, histogram = sketch.packed[:rows], sketch.factors[:rows], sketch.histogram[:rows]
-        scores, dense = sketch.scores[:rows], sketch.dense[:rows]
+        scores, chunks, dense = sketch.scores[:rows], sketch.chunks[:rows], sketch.dense[:rows]
+        cuts, starts = sketch.cuts[:rows], sketch.starts[:rows]
         page_table, kept = sketch.page_table[:rows], sketch.kept[self.index, :rows]
-        batch = (query_start_loc, seq_lens, dense, block_table)
         budget = sketch.budget
+        ends = (budget.sink, budget.recent)
+        batch = (query_start_loc, seq_lens)
         operations.prepare_queries(
-            query, *batch, codes, scales, sketch.rotation, scale, step.max_query_len,
+            query, *batch, dense, block_table, codes, scales, sketch.rotation, scale, step.max_query_len,
             budget.reads_all_up_to, packed, factors, histogram,
-        )
+        )  # fmt: skip
         operations.score_tokens(
-            packed, factors, *batch, codes, scales, budget.sink, budget.recent, budget.reads_all_up_to, scores,
-            histogram,
-        )
-        operations.select_pages(
-            scores, histogram, *batch, kv_cache.shape[2], self.page_strides, budget, page_table, kept
+            packed, factors, *batch, dense, block_table, codes, scales, *ends, budget.reads_all_up_to, scores,
+            histogram, chunks,
+        )  # fmt: skip
+        operations.cut_scores(histogram, chunks, *batch, dense, scores, budget, cuts, starts)
+        operations.list_pages(
+            scores, cuts, starts, *batch, block_table, kv_cache.shape[2], self.page_strides, *ends, page_table, kept
         )
         return page_table, kept

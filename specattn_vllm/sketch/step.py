@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from specattn_vllm.executors import Operations
-from specattn_vllm.kernels.sketch.contracts import BINS, Budget
+from specattn_vllm.kernels.sketch.contracts import BINS, CHUNK, Budget
 from specattn_vllm.kernels.sketch.layout import SketchLayout
 from specattn_vllm.sketch.counting import StepCounts
 from specattn_vllm.sketch.rotation import rotation
@@ -66,6 +66,10 @@ class Sketch:
         self.packed = torch.empty((requests, heads, width, shape.head_size), dtype=torch.int8, **new)
         self.factors = torch.empty((requests, heads, 3, width), dtype=torch.float32, **new)
         self.histogram = torch.empty((requests, heads, BINS), dtype=torch.int32, **new)
+        chunks = -(-shape.max_model_len // CHUNK)
+        self.chunks = torch.empty((requests, heads, chunks, BINS), dtype=torch.int16, **new)
+        self.cuts = torch.empty((requests, heads, 2), dtype=torch.int32, **new)
+        self.starts = torch.empty((requests, heads, chunks, 2), dtype=torch.int32, **new)
         self.scores = torch.empty((requests, heads, shape.max_model_len), dtype=torch.uint8, **new)
         self.page_table = torch.empty((requests, heads, shape.max_model_len), dtype=torch.int32, **new)
         self.kept = torch.zeros((shape.layers, requests, heads), dtype=torch.int32, **new)
@@ -81,8 +85,8 @@ class Sketch:
         """Bytes by what they hold; the sketches themselves lie in the cache."""
         return {
             "queries": self.packed.nbytes + self.factors.nbytes,
-            "scores": self.scores.nbytes + self.histogram.nbytes,
-            "page tables": self.page_table.nbytes + self.kept.nbytes,
+            "scores": self.scores.nbytes + self.histogram.nbytes + self.chunks.nbytes,
+            "page tables": self.page_table.nbytes + self.kept.nbytes + self.cuts.nbytes + self.starts.nbytes,
         }
 
     def short_rows(self, query_start_loc_cpu: torch.Tensor) -> int:
