@@ -117,8 +117,10 @@ def _engine(config: VllmConfig) -> Iterator[str]:
 
 def _models(config: VllmConfig) -> Iterator[str]:
     models = {"target": config.model_config}
-    if config.speculative_config is not None and config.speculative_config.draft_model_config is not None:
-        models["draft"] = config.speculative_config.draft_model_config
+    spec = config.speculative_config
+    # Of n-grams, vLLM names the target as the draft model too.
+    if spec is not None and spec.draft_model_config not in (None, config.model_config):
+        models["draft"] = spec.draft_model_config
     for side, model in models.items():
         if model.use_mla:
             yield f"{side}: multi-head latent attention (MLA) is not supported; use a model with MHA or GQA"
@@ -148,11 +150,11 @@ def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
             )
         return
     if not spec.uses_draft_model() and not options.goes_with_any_drafter:
-        of = "sparse_draft" if options.is_lossless or options.uses_sketch else f"method = {options.method!r}"
+        asks = "sparse_draft" if options.method in ("sketch", "dense") else f"method = {options.method!r}"
         yield (
-            f"speculative method {spec.method!r}: a separate draft model is needed (--spec-method draft_model) for "
-            f"{of}, where methods 'sketch' and 'dense' go with any drafter; vLLM guesses the method from the path, so "
-            "a folder named after eagle, dflash or dspark has to be renamed"
+            f"speculative method {spec.method!r}: a separate draft model is needed (--spec-method draft_model) for {asks}; "
+            "methods 'sketch' and 'dense' without sparse_draft go with any drafter; vLLM guesses the method from the "
+            "path, so a folder named after eagle, dflash or dspark has to be renamed"
         )
         return
     if options.drafts_for_itself and spec.draft_model_config.model != config.model_config.model:

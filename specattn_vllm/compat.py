@@ -372,7 +372,10 @@ def add_worker_method() -> None:
     def specattn_stats(self) -> dict[str, int] | None:
         """Counts of this worker since start-up; None without our speculator. For `collective_rpc`."""
         counters = getattr(getattr(self.model_runner, "speculator", None), "counters", None)
-        counters = counters or getattr(self.model_runner, "specattn_counters", None)
+        sketch = getattr(self.model_runner, "specattn_sketch", None)
+        if sketch is not None:
+            sketch.counts.fold()
+            counters = sketch.counts.counters
         return vars(counters.read()) if counters is not None else None
 
     def specattn_audit(self) -> dict[str, dict[str, float]] | None:

@@ -13,7 +13,7 @@ HEAD_SIZES = (64, 128, 256)
 BINS = 256
 LOWEST, PER_NAT = -16.0, 12.75
 """A score s, in nats, is kept as the bin floor((s - LOWEST) * PER_NAT), 0 to 255: from -16 to 4, in steps of 0.078."""
-MAX_SAMPLE = 1024
+MAX_SAMPLE = 512
 """Tokens by which the normaliser of a query row is estimated, besides the first and the last ones."""
 CHUNK = 2048
 """Tokens of the context that one program scans."""

@@ -34,8 +34,8 @@ from . import contracts
 from .contracts import MAX_SAMPLE, SAMPLE_BLOCK
 from .tiles import fused, load_codes, load_queries, tile_products
 
-TILE = 128  # sampled tokens at a time
-NUM_WARPS = 4
+TILE = 256  # sampled tokens at a time
+NUM_WARPS = 8
 NUM_STAGES = 3
 
 
@@ -48,10 +48,10 @@ def sample_stride(context, MOST: tl.constexpr):
 @triton.jit
 def _queries_kernel(
     query, query_start_loc, seq_lens, dense, block_table, codes, scales, rotation, packed, factors, histogram,
-    scale, norm, read_whole, block_size, stride_qt, stride_qh, stride_tr, stride_cb, stride_ch, stride_cn, stride_sb, stride_sh,
+    scale, norm, read_whole, stride_qt, stride_qh, stride_tr, stride_cb, stride_ch, stride_cn, stride_sb, stride_sh,
     stride_fr, stride_pr, stride_hr,
     GROUP: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
-    BINS: tl.constexpr, SAMPLE: tl.constexpr,
+    BINS: tl.constexpr, SAMPLE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     MOST: tl.constexpr, FUSED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(0)
@@ -100,7 +100,7 @@ def _queries_kernel(
         inside = (j < number) & (p < context) & ((j < 2 * SAMPLE) | (p < last))
         weight = tl.where((j < 2 * SAMPLE) | (p < SAMPLE), 1.0, stride.to(tl.float32))
         byte, worth = load_codes(
-            codes, scales, block_table, p, inside, block_size, stride_cb, stride_cn, stride_sb, C
+            codes, scales, block_table, p, inside, stride_cb, stride_cn, stride_sb, C, BLOCK_SIZE
         )  # fmt: skip
         products = tile_products(byte, q0, q1, q2, q3, D, BITS, C, TILE, FUSED)
         x = (products.to(tl.float32) * a[None, :] + b[None, :]) * worth[:, None]
@@ -131,8 +131,8 @@ def prepare_queries(
         return
     _queries_kernel[(heads, rows)](
         query, query_start_loc, seq_lens, dense, block_table, codes, scales, rotation, packed, factors, histogram,
-        scale, size**-0.5, max(read_whole, 0), codes.shape[2], *query.stride()[:2], block_table.stride(0), *codes.stride()[:3],
+        scale, size**-0.5, max(read_whole, 0), *query.stride()[:2], block_table.stride(0), *codes.stride()[:3],
         *scales.stride()[:2], factors.stride(0), packed.stride(0), histogram.stride(0),
         GROUP=group, D=size, BITS=bits, C=codes.shape[3], M=width, TILE=TILE, BINS=contracts.BINS, SAMPLE=SAMPLE_BLOCK,
-        MOST=MAX_SAMPLE, FUSED=fused(query.device), STAGES=NUM_STAGES, num_warps=NUM_WARPS,
+        BLOCK_SIZE=codes.shape[2],         MOST=MAX_SAMPLE, FUSED=fused(query.device), STAGES=NUM_STAGES, num_warps=NUM_WARPS,
     )  # fmt: skip

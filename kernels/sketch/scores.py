@@ -32,15 +32,17 @@ from .tiles import fused, load_codes, load_queries, tile_products
 TILE = 128  # tokens at a time
 NUM_WARPS = 4
 NUM_STAGES = 3
+# Registers a thread. What a program waits for (a product, a barrier, the next codes) others fill in, if there are enough.
+MAX_REGISTERS = 72
 
 
 @triton.jit
 def _scores_kernel(
     packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks,
-    sink, recent, read_whole, block_size, lowest, per_nat, stride_pr, stride_fr, stride_tr, stride_cb, stride_ch, stride_cn,
+    sink, recent, read_whole, lowest, per_nat, stride_pr, stride_fr, stride_tr, stride_cb, stride_ch, stride_cn,
     stride_sb, stride_sh, stride_or, stride_oh, stride_hr, stride_kr, stride_kh,
     D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
-    BINS: tl.constexpr, STAGES: tl.constexpr, FUSED: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, BINS: tl.constexpr, STAGES: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(0)
     chunk = tl.program_id(1)
@@ -65,7 +67,7 @@ def _scores_kernel(
         p = start + tl.arange(0, TILE)
         inside = p < context
         byte, worth = load_codes(
-            codes, scales, block_table, p, inside, block_size, stride_cb, stride_cn, stride_sb, C
+            codes, scales, block_table, p, inside, stride_cb, stride_cn, stride_sb, C, BLOCK_SIZE
         )  # fmt: skip
         products = tile_products(byte, q0, q1, q2, q3, D, BITS, C, TILE, FUSED)
         x = (products.to(tl.float32) * a[None, :] + b[None, :]) * worth[:, None] - n[None, :]
@@ -98,8 +100,8 @@ def score_tokens(
         return
     _scores_kernel[(heads, triton.cdiv(scores.shape[2], CHUNK), rows)](
         packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks,
-        sink, recent, max(read_whole, 0), codes.shape[2], LOWEST, PER_NAT, packed.stride(0), factors.stride(0), block_table.stride(0),
+        sink, recent, max(read_whole, 0), LOWEST, PER_NAT, packed.stride(0), factors.stride(0), block_table.stride(0),
         *codes.stride()[:3], *scales.stride()[:2], *scores.stride()[:2], histogram.stride(0), *chunks.stride()[:2],
-        D=size, BITS=bits, C=codes.shape[3], M=width, TILE=TILE, CHUNK=CHUNK, BINS=contracts.BINS, STAGES=NUM_STAGES,
-        FUSED=fused(packed.device),         num_warps=NUM_WARPS,
+        D=size, BITS=bits, C=codes.shape[3], M=width, TILE=TILE, CHUNK=CHUNK, BLOCK_SIZE=codes.shape[2], BINS=contracts.BINS, STAGES=NUM_STAGES,
+        FUSED=fused(packed.device),         num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS,
     )  # fmt: skip

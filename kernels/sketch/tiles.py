@@ -107,11 +107,13 @@ def tile_products(
 
 
 @triton.jit
-def load_codes(codes, scales, block_table, p, live, block_size, stride_cb, stride_cn, stride_sb, C: tl.constexpr):
+def load_codes(
+    codes, scales, block_table, p, live, stride_cb, stride_cn, stride_sb, C: tl.constexpr, BLOCK_SIZE: tl.constexpr
+):  # fmt: skip
     """Codes [BLOCK, C] uint8 and scales [BLOCK] float32 of a head's tokens p [BLOCK], through a row of the block
     table; zeros for those that are not live."""
-    block = tl.load(block_table + p // block_size, mask=live, other=0).to(tl.int64)
-    offset = p % block_size
+    block = tl.load(block_table + p // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
+    offset = p % BLOCK_SIZE
     where = block * stride_cb + offset * stride_cn
     byte = tl.load(codes + where[:, None] + tl.arange(0, C)[None, :], mask=live[:, None], other=0)
     return byte, tl.load(scales + block * stride_sb + offset, mask=live, other=0.0).to(tl.float32)

@@ -51,15 +51,16 @@ def engines_arguments(parser: argparse.ArgumentParser) -> None:
         type=checked(grid.parse_modes),
         default=",".join(grid.DEFAULT_MODES),
         metavar="MODE,...",
-        help="of stock vLLM: plain, draft-v2, draft-v1; of this plugin: dense, sparse-draft, specattn, and where the "
-        "target drafts for itself: vegas, streamingllm [all but the last two]",
+        help="of stock vLLM: plain, draft-v2, draft-v1, eagle; of this plugin: dense, sparse-draft, specattn, sketch (with a "
+        "draft model), sketch-eagle, sketch-alone (no speculation), and where the target drafts for itself: vegas, "
+        "streamingllm [all but eagle, sketch-eagle, sketch-alone, vegas and streamingllm]",
     )
     what.add_argument(
         "--kept",
         type=checked(grid.parse_fractions),
         default="0.25,0.1,0.05",
         metavar="SHARE,...",
-        help="shares of the context that specattn, vegas and streamingllm keep, an engine each [%(default)s]",
+        help="shares of the context that specattn, sketch, vegas and streamingllm keep, an engine each [%(default)s]",
     )
     what.add_argument(
         "--draft-tokens",

@@ -7,14 +7,20 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
-STOCK_MODES = ("plain", "draft-v2", "draft-v1")
+STOCK_MODES = ("plain", "draft-v2", "draft-v1", "eagle")
+"""'eagle': a head of EAGLE-3's shape, for shapes that have one. Named to be measured."""
 SELF_MODES = ("vegas", "streamingllm")
 """The target drafts for itself. Named to be measured: the acceptance of a draft model says nothing about theirs."""
-KEPT_MODES = ("specattn", *SELF_MODES)
+SKETCH_MODES = ("sketch", "sketch-eagle", "sketch-alone")
+"""The target chooses for itself: with a draft model, with EAGLE-3's head, without speculation."""
+ALONE_MODES = ("plain", "sketch-alone")
+"""Without speculation."""
+EAGLE_MODES = ("eagle", "sketch-eagle")
+KEPT_MODES = ("specattn", *SKETCH_MODES, *SELF_MODES)
 """An engine for each kept share of the context."""
 OUR_MODES = ("dense", "sparse-draft", *KEPT_MODES)
 MODES = (*STOCK_MODES, *OUR_MODES)
-DEFAULT_MODES = tuple(mode for mode in MODES if mode not in SELF_MODES)
+DEFAULT_MODES = tuple(mode for mode in MODES if mode not in (*SELF_MODES, *EAGLE_MODES, "sketch-alone"))
 DRAFT_TOKENS = 5
 ACCEPTANCE_LENGTH = 3.5
 SETTLING_ROUNDS = 2

@@ -8,10 +8,13 @@ from typing import Any, Literal
 
 from specattn_vllm.bench.grid import (
     ACCEPTANCE_LENGTH,
+    ALONE_MODES,
     DRAFT_TOKENS,
+    EAGLE_MODES,
     KEPT_MODES,
     OUR_MODES,
     SELF_MODES,
+    SKETCH_MODES,
     Cell,
     generated_tokens,
     prompt_tokens,
@@ -76,7 +79,7 @@ def make_jobs(request: Request) -> list[Job]:
     for mode in request.modes:
         for kept in request.kept if mode in KEPT_MODES else (None,):
             lengths = _own(request.acceptance_lengths_of, job_name(mode, kept), mode, request.acceptance_lengths)
-            if mode == "plain":
+            if mode in ALONE_MODES:
                 lengths = (0,)
             for length in lengths:
                 jobs.append(_job(request, mode, kept, length, length_name(length) if len(lengths) > 1 else ""))
@@ -107,7 +110,7 @@ def _job(request: Request, mode: str, kept: float | None, acceptance_length: flo
         )
         for cell in request.grid
     ]
-    speculates = mode != "plain"
+    speculates = mode not in ALONE_MODES
     arguments = _engine_arguments(request, mode, cells, generated, draft_tokens)
     if speculates:
         arguments["speculative_config"] = _speculation(mode, draft_tokens, acceptance_length)
@@ -179,8 +182,8 @@ def _engine_arguments(
 
 def _speculation(mode: str, draft_tokens: int, acceptance_length: float) -> dict[str, Any]:
     speculation = {
-        "model": "{target}" if mode in SELF_MODES else "{draft}",
-        "method": "draft_model",
+        "model": "{target}" if mode in SELF_MODES else "{eagle}" if mode in EAGLE_MODES else "{draft}",
+        "method": "eagle3" if mode in EAGLE_MODES else "draft_model",
         "num_speculative_tokens": draft_tokens,
     }
     if acceptance_length:
@@ -198,10 +201,14 @@ def _options(mode: str, kept: float | None) -> dict[str, Any]:
         return {"method": "dense"}
     if mode == "sparse-draft":
         return {"method": "dense", "sparse_draft": True, "top_p": 1.0, "max_fraction": SPARSE_DRAFT, "min_tokens": 0}
+    if mode in SKETCH_MODES:
+        return {"method": "sketch", "ratio": kept, "min_tokens": 0}
     if mode in SELF_MODES:
         return {"method": mode, "ratio": kept, "min_tokens": 0}
     # A fixed share, whatever the (random) attention looks like: top_p keeps everything, the cap cuts it.
-    return {"top_p": 1.0, "max_fraction": kept, "min_tokens": 0, "layer_map": "uniform"}
+    return {
+        "method": "specattn", "top_p": 1.0, "max_fraction": kept, "min_tokens": 0, "layer_map": "uniform"
+    }  # fmt: skip
 
 
 def options_of(mode: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -218,7 +225,7 @@ def capture_sizes(mode: str, batches: Sequence[int], draft_tokens: int) -> list[
     sizes as well: K + 2 tokens per request in its first step, and one in the others; what is no multiple of K + 1 is
     rounded up here, because vLLM rounds it too and then drops what exceeds the largest size given.
     """
-    if mode == "plain":
+    if mode in ALONE_MODES:
         return sorted(set(batches))
     verified = draft_tokens + 1
     wanted = [batch * verified for batch in batches]

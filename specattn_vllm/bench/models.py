@@ -10,6 +10,8 @@ from pathlib import Path
 DEMO = "demo"
 """The pair that ships with the package, with its real weights; the other shapes have random ones."""
 ROLES = ("target", "draft")
+EAGLE = "eagle"
+"""A third role, of shapes that have a head of EAGLE-3's."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,11 @@ class Shape:
 
     @property
     def max_position(self) -> int:
-        return min(config["max_position_embeddings"] for config in self.configs.values())
+        return min(self.configs[role]["max_position_embeddings"] for role in ROLES)
 
     @property
     def vocab_size(self) -> int:
-        return min(config["vocab_size"] for config in self.configs.values())
+        return min(self.configs[role]["vocab_size"] for role in ROLES)
 
 
 def shape_names() -> list[str]:
@@ -46,7 +48,7 @@ def load_shape(name: str) -> Shape:
     if name not in shape_names():
         raise ValueError(f"no shape '{name}': choose from {', '.join(shape_names())}")
     found = json.loads((resources.files("specattn_vllm.bench") / "shapes" / f"{name}.json").read_text())
-    return Shape(name, found["description"], {role: found[role] for role in ROLES})
+    return Shape(name, found["description"], {role: found[role] for role in (*ROLES, EAGLE) if role in found})
 
 
 def model_folders(shape: Shape, below: Path) -> dict[str, Path]:
@@ -56,7 +58,7 @@ def model_folders(shape: Shape, below: Path) -> dict[str, Path]:
 
         return {role: demo_folder(role) for role in ROLES}
     folders = {}
-    for role in ROLES:
+    for role in shape.configs:
         folders[role] = below / role
         folders[role].mkdir(parents=True)
         (folders[role] / "config.json").write_text(json.dumps(shape.configs[role]))

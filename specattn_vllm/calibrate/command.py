@@ -11,6 +11,8 @@ from specattn_vllm.installed import UserError
 
 DEMO = "demo"
 PATHS = ("monotone", "ends", "onto", "one-to-one", "free")
+RETAINED = "retained"
+QUERIES = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,24 +30,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method", choices=("specattn", "sts"), default="specattn", help="what the map is for; sts: with a head map"
     )
     layers.add_argument(
-        "--similarity", choices=("kl", "overlap", "jaccard"), default="kl", help="how layers are compared [%(default)s]"
-    )
+        "--similarity", choices=(RETAINED, "kl", "overlap", "jaccard"), default=RETAINED,
+        help="what a draft layer is chosen by: the target's attention that its choice retains at the budget, or how alike "
+        "both attend [%(default)s]",
+    )  # fmt: skip
     layers.add_argument(
-        "--path", choices=PATHS, default="monotone",
+        "--path", choices=PATHS,
         help="which layer maps are allowed: never back in depth, also first to first and last to last, each draft "
-        "layer used, none twice, or any [%(default)s]",
+        "layer used, none twice, or any [free with --similarity retained, else monotone]",
     )  # fmt: skip
     layers.add_argument(
         "--dense-layers", type=int, default=0, metavar="N",
         help="first target layers that read everything [%(default)s]",
     )  # fmt: skip
     layers.add_argument(
-        "--head-similarity", choices=("overlap", "jaccard"), help="how heads are compared (sts) [overlap]"
-    )
+        "--head-similarity", choices=(RETAINED, "overlap", "jaccard"),
+        help="what a draft head is chosen by (sts) [retained with --similarity retained, else overlap]",
+    )  # fmt: skip
     layers.add_argument(
         "--ranks", type=int, metavar="N", help="map heads within each of N tensor-parallel ranks (sts) [1]"
     )
-    layers.add_argument("--queries", type=int, default=64, metavar="N", help="rows compared a window [%(default)s]")
+    layers.add_argument(
+        "--queries", type=int, metavar="N",
+        help=f"rows compared a window, where it is not by what is retained [{QUERIES}]",
+    )  # fmt: skip
     copying = parser.add_argument_group("which layers copy")
     copying.add_argument(
         "--induction", choices=("auto", "none"), default="auto",
@@ -59,8 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "which takes no further passes; or not at all [%(default)s]",
     )  # fmt: skip
     shares.add_argument(
-        "--budget", type=float, default=0.25, metavar="SHARE", help="of the context, layers' mean [%(default)s]"
-    )
+        "--budget", type=float, metavar="SHARE",
+        help="of the context, layers' mean [`ratio` of a server of the method: 0.25, sts 0.1]",
+    )  # fmt: skip
     shares.add_argument(
         "--retain", type=float, metavar="SHARE",
         help="of the layers' attention, their mean: the budget that is divided is the least that retains so much",
@@ -80,17 +89,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--seed", type=int, default=0, help="which rows are compared [%(default)s]")
 
 
+def kinds(args: argparse.Namespace) -> tuple[str, str | None]:
+    """What layers are chosen by, and heads; None where heads are not mapped."""
+    if args.method != "sts":
+        return args.similarity, None
+    return args.similarity, args.head_similarity or (RETAINED if args.similarity == RETAINED else "overlap")
+
+
+def fill_in(args: argparse.Namespace) -> None:
+    """Defaults that follow from other arguments, so that the map's provenance has them."""
+    from specattn_vllm.options import SpecAttnOptions
+
+    if args.path is None:
+        args.path = "free" if args.similarity == RETAINED else "monotone"
+    if args.budget is None:
+        args.budget = SpecAttnOptions(method=args.method).ratio_or_default
+    if args.queries is None and compares_rows(args):
+        args.queries = QUERIES
+
+
+def compares_rows(args: argparse.Namespace) -> bool:
+    """Whether sampled rows are compared, for layers or for heads."""
+    return not {*kinds(args)} <= {RETAINED, None}
+
+
 def check(args: argparse.Namespace) -> None:
     """UserError for arguments that make no sense, by themselves or together."""
     least = {"window": 64, "windows": 1, "queries": 1, "rounds": 1, "draft_tokens": 1, "dense_layers": 0, "seed": 0}
     for name, value in least.items():
-        if getattr(args, name) < value:
+        if getattr(args, name) is not None and getattr(args, name) < value:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {value}")
     if args.method != "sts" and (args.head_similarity or args.ranks):
         raise UserError("--head-similarity and --ranks are for --method sts")
     if args.ranks is not None and args.ranks < 1:
         raise UserError(f"--ranks {args.ranks}: at least 1")
-    if args.queries > args.window - args.window // 16:
+    if args.queries is not None and not compares_rows(args):
+        raise UserError("--queries is for other similarities than retained, which takes the rows of --rounds")
+    if args.queries is not None and args.queries > args.window - args.window // 16:
         raise UserError(f"--queries {args.queries}: a window of {args.window} has {args.window - args.window // 16}")
     if args.rounds * (args.draft_tokens + 1) > args.window // 2:
         raise UserError(
@@ -112,6 +147,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    fill_in(args)
     check(args)
     require(("torch", "transformers", "rich"))
     if args.picture:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from specattn_vllm.calibrate.models import Model
+from specattn_vllm.calibrate.retained import RETAINED, retained_of_window
 from specattn_vllm.calibrate.rounds import Rounds
 from specattn_vllm.calibrate.shares import GRID
 from specattn_vllm.calibrate.similarity import SIMILARITIES
@@ -24,11 +25,11 @@ def sampled_queries(window: int, count: int, seed: int, index: int) -> torch.Ten
 
 
 def similarity_of_window(
-    target: Model, draft: Model, ids: torch.Tensor, queries: torch.Tensor, kind: str, head_kind: str | None
+    target: Model, draft: Model, ids: torch.Tensor, queries: torch.Tensor, kind: str | None, head_kind: str | None
 ) -> dict[str, torch.Tensor]:
-    """Means over the queries: `layers` [target layers, draft layers] and, with a `head_kind`, `heads` [target layers,
-    draft layers, target KV heads, draft KV heads]. The target's rows are compared as they come, so those of one of its
-    layers are in memory at a time, and the draft's."""
+    """Means over the queries: with a `kind`, `layers` [target layers, draft layers] and, with a `head_kind`, `heads`
+    [target layers, draft layers, target KV heads, draft KV heads]. The target's rows are compared as they come, so those
+    of one of its layers are in memory at a time, and the draft's."""
     theirs: dict[int, torch.Tensor] = {}
     draft.look(ids, queries, theirs.__setitem__)
     by_layer = [theirs[i] for i in range(draft.layers)]
@@ -38,14 +39,29 @@ def similarity_of_window(
     heads: dict[int, torch.Tensor] = {}
 
     def compare(layer: int, rows: torch.Tensor) -> None:
-        layers[layer] = SIMILARITIES[kind](rows.mean(0, keepdim=True), averaged, lengths)[0].cpu()
+        if kind is not None:
+            layers[layer] = SIMILARITIES[kind](rows.mean(0, keepdim=True), averaged, lengths)[0].cpu()
         if head_kind is not None:
             heads[layer] = torch.stack([SIMILARITIES[head_kind](rows, one, lengths) for one in by_layer]).cpu()
 
     target.look(ids, queries, compare)
-    found = {"layers": torch.stack([layers[j] for j in range(target.layers)]) / len(queries)}
-    if head_kind is not None:
-        found["heads"] = torch.stack([heads[j] for j in range(target.layers)]) / len(queries)
+    measured = {name: of for name, of in (("layers", layers), ("heads", heads)) if of}
+    return {name: torch.stack([of[j] for j in range(target.layers)]) / len(queries) for name, of in measured.items()}
+
+
+def alike_in_window(
+    target: Model, draft: Model, ids: torch.Tensor, rounds: Rounds, share: float, queries: torch.Tensor | None,
+    kind: str, head_kind: str | None,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """What layers and heads are chosen by, as `similarity_of_window` has it, each by its own kind. Without `layers` if
+    they follow from the heads: those of one layer choose for themselves, and no choice of the whole layer is read."""
+    found = {}
+    if RETAINED in (kind, head_kind):
+        by_heads = head_kind == RETAINED
+        found |= retained_of_window(target, draft, ids, rounds, share, kind == RETAINED and not by_heads, by_heads)
+    if queries is not None:
+        rest = (None if each == RETAINED else each for each in (kind, head_kind))
+        found |= similarity_of_window(target, draft, ids, queries, *rest)
     return found
 
 

@@ -23,6 +23,8 @@ class Rounds:
     """K: tokens drafted in a round."""
     sink_tokens: int
     recent_tokens: int
+    min_tokens: int = 0
+    """Floor on kept tokens, always kept ones included."""
 
     @property
     def rows(self) -> int:
@@ -74,11 +76,11 @@ class Rounds:
         return torch.empty_like(weight, dtype=torch.int32).scatter_(-1, order, places)
 
     def keep(self, ranks: torch.Tensor, share: float) -> torch.Tensor:
-        """[G, rounds, window] bool: the first ceil(share * context) tokens, and those that are always kept."""
-        contexts = self.contexts(ranks.device)
-        wanted = (contexts.double() * share).ceil().long()
-        always = torch.minimum(contexts, torch.tensor(self.sink_tokens + self.recent_tokens, device=ranks.device))
-        return (ranks < torch.maximum(wanted, always)[:, None]) & self.old(ranks.device)
+        """[G, rounds, window] bool: the first ceil(share * context) tokens, and no fewer than are always kept or
+        `min_tokens`."""
+        wanted = (self.contexts(ranks.device).double() * share).ceil().long()
+        least = max(self.sink_tokens + self.recent_tokens, self.min_tokens)
+        return (ranks < wanted.clamp(min=least)[:, None]) & self.old(ranks.device)
 
     def masks(self, keep: torch.Tensor) -> torch.Tensor:
         """[G, rows, window] bool: what each row attends to."""

@@ -9,6 +9,7 @@ import platform
 import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import specattn_vllm
 from specattn_vllm.calibrate import models, text
-from specattn_vllm.calibrate.command import state_file
+from specattn_vllm.calibrate.command import kinds, state_file
 from specattn_vllm.calibrate.measure import (
     Chosen,
+    alike_in_window,
     cost_of_window,
     induction_of_window,
     over_windows,
     sampled_queries,
-    similarity_of_window,
 )
 from specattn_vllm.calibrate.result import allocation, as_json, copying, layer_and_head_map
+from specattn_vllm.calibrate.retained import layers_of_heads
 from specattn_vllm.calibrate.rounds import Rounds
 from specattn_vllm.calibrate.similarity import EPSILON
 from specattn_vllm.calibrate.state import State, write_whole
@@ -55,17 +57,20 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
     state.load()
     target, draft = (models.Model(folders[role], device, getattr(torch, dtype)) for role in ("target", "draft"))
 
-    kinds = args.similarity, (args.head_similarity or "overlap") if args.method == "sts" else None
+    rounds, cost, mass = _rounds(args), None, None
+
+    def alike_in(window: int) -> dict[str, torch.Tensor]:
+        queries = args.queries and sampled_queries(args.window, args.queries, args.seed, window)
+        served = replace(rounds, min_tokens=SpecAttnOptions().min_tokens)
+        return alike_in_window(target, draft, windows.ids[window], served, args.budget, queries, *kinds(args))
+
     with _progress() as begin:
         alike = over_windows(
-            state, "similarity", windows.ids,
-            lambda w: similarity_of_window(
-                target, draft, windows.ids[w], sampled_queries(args.window, args.queries, args.seed, w), *kinds
-            ),
-            begin("layers and heads", len(windows.ids)),
+            state, "similarity", windows.ids, alike_in, begin("layers and heads", len(windows.ids))
         )  # fmt: skip
+        if "layers" not in alike:
+            alike["layers"] = layers_of_heads(alike["heads"], args.ranks or 1)
         layers, heads = layer_and_head_map(alike, args.path, args.dense_layers, args.ranks or 1)
-        rounds, cost, mass = _rounds(args), None, None
 
         def chosen(window: int) -> Chosen:
             return Chosen.by(draft, windows.ids[window], rounds, layers, heads)
@@ -94,7 +99,8 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
         "layers": layers, "heads": heads, "shares": shares, "induction": induction if any(induction) else None,
         "provenance": {
             "command": _command(args), "text": windows.files, "token_ids_sha256": windows.digest,
-            "windows": len(windows.ids), "tokens": windows.ids.numel(), "settings": settings, "epsilon": EPSILON,
+            "windows": len(windows.ids), "tokens": windows.ids.numel(), "settings": settings,
+            **({"epsilon": EPSILON} if args.similarity == "kl" else {}),
             "similarity": _rounded(alike["layers"]),
             **({"head_similarity": _of_mapped(alike["heads"], layers)} if "heads" in alike else {}), **measured,
             **({"retained": {name: _rounded(of) for name, of in mass.items()}} if mass is not None else {}),

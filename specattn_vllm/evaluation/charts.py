@@ -24,6 +24,8 @@ class Value(NamedTuple):
     x: float
     y: float
     interval: tuple[float, float] | None = None
+    entries: float | None = None
+    """Share of the cache's entries that is read, where x is one of its bytes."""
 
 
 class Point(NamedTuple):
@@ -105,6 +107,8 @@ def chart(
         for value in sorted(members, key=lambda value: value.x):
             low, high = (None, None) if value.interval is None else map(y, value.interval)
             told = f"{value.name}: {label(value.y)}, {value.x:.1%} read"
+            if value.entries is not None and f"{value.entries:.1%}" != f"{value.x:.1%}":
+                told += f", {value.entries:.1%} of the entries"
             points.append(Point(x(value.x), y(value.y), low, high, told))
         series.append(Series(name, index % COLOURS, MARKS[index // COLOURS % len(MARKS)], points))
     return Chart(title, x.ticks(lambda v: f"{v:.0%}"), y.ticks(label), series)

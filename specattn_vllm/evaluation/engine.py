@@ -44,10 +44,12 @@ def run(job: Job, reference: Path, terminal: TextIO | None = None) -> Run:
             recorder = kept.KeptRecorder(*watched, job.max_model_len)
         forced = forced_run(llm, job, forcing, scores, terminal, recorder)
         free, rounds, tokens = free_run(llm, job, forcing)
+        head_size = llm.model_config.get_head_size()
     scores.reference.close()
     result = SettingResult.of(
         job,
         start,
+        head_size,
         forced=vars(forced),
         free=vars(free),
         documents=[

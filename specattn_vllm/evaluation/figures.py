@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specattn_vllm.evaluation.methods_schema import Estimate, Figures, SettingResult
+from specattn_vllm.evaluation.methods_schema import Estimate, Figures, Report, SettingResult
+from specattn_vllm.evaluation.scan import byte_fraction
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.stats import Counts
 
@@ -57,12 +58,18 @@ def figures(result: SettingResult, dense: SettingResult) -> Figures:
     more, documents = mean(_of(result, "nll") - _of(dense, "nll")), len(result.documents)
     return Figures(
         kv_read=forced.kv_fraction,
+        bytes_read=byte_fraction(forced, result.scan_share),
         draft_kv_read=None if _reads_part(result) and not forced.draft_kv_full else forced.draft_kv_fraction,
         kl=estimate(mean(_of(result, "kl")), documents),
         agreement=estimate(mean(_of(result, "agreement")), documents),
         perplexity_change=estimate(lambda weights: np.expm1(more(weights)), documents),
         acceptance_length=_acceptance(result),
     )
+
+
+def rows_of(report: Report) -> list[tuple[SettingResult, Figures]]:
+    """All settings of a report with their figures."""
+    return [(result, figures(result, report.dense)) for result in report.results]
 
 
 class Difference(NamedTuple):

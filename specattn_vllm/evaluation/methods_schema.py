@@ -77,6 +77,8 @@ class Figures(StrictModel):
 
     kv_read: float
     """Share of the context's KV entries that verification read in the forced run."""
+    bytes_read: float | None = None
+    """The same in bytes, with what was searched to find them; None where that is not known."""
     draft_kv_read: float | None
     """The same of drafting; None in reports from before it was counted."""
     kl: Estimate
@@ -124,10 +126,10 @@ class Report(AnyReport):
     results: list[SettingResult]
 
     def complete(self) -> None:
-        from specattn_vllm.evaluation.figures import figures
+        from specattn_vllm.evaluation.figures import rows_of
 
-        for result in self.results:
-            result.figures = figures(result, self.dense)
+        for result, found in rows_of(self):
+            result.figures = found
 
 
 def verified_tokens(positions: int, draft_tokens: int) -> int:

@@ -14,12 +14,6 @@ if TYPE_CHECKING:
     from specattn_vllm.evaluation.charts import Chart
     from specattn_vllm.evaluation.methods_schema import Estimate, Figures, Report, SettingResult
 
-# Over the cells of `report.row`, in less room.
-HEADINGS = (
-    "method", "KV read by the target", "by the draft", "KL to dense", "same favourite", "perplexity change",
-    "acceptance", "lossless",
-)  # fmt: skip
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json", help="reports of `specattn eval methods`")
@@ -59,7 +53,6 @@ def render(reports: list[tuple[str, Report]]) -> str:
     environment.globals |= {
         "frame": {name: getattr(charts, name) for name in ("WIDTH", "HEIGHT", "LEFT", "RIGHT", "TOP", "BOTTOM")},
         "colours": charts.COLOURS,
-        "headings": HEADINGS,
         "columns": DIFFERENCES,
     }
     sections = [_section(name, report) for name, report in reports]
@@ -67,15 +60,18 @@ def render(reports: list[tuple[str, Report]]) -> str:
 
 
 def _section(name: str, report: Report) -> dict[str, Any]:
+    from specattn_vllm.evaluation import columns
     from specattn_vllm.evaluation import report as tables
-    from specattn_vllm.evaluation.figures import difference, figures
+    from specattn_vllm.evaluation.figures import difference, rows_of
 
-    found = [(result, figures(result, report.dense)) for result in report.results]
+    found = rows_of(report)
+    shown, cells = columns.table(found)
     return {
         "name": name,
         "caption": tables.caption(report),
         "charts": _charts(found),
-        "rows": [(_told(result), _cells(tables.row(result, row), row)) for result, row in found],
+        "headings": [column.short for column in shown],
+        "rows": [(_told(result), of) for (result, _), of in zip(found, cells, strict=True)],
         "differences": [
             (other.name, [(r.name, difference(r, other)._asdict()) for r in report.results if r is not other])
             for other in report.results
@@ -92,23 +88,13 @@ def _told(result: SettingResult) -> dict[str, Any]:
     return result.options if result.peer is None else result.peer.model_dump(exclude_none=True)
 
 
-def _cells(texts: list[str], found: Figures) -> list[tuple[str, float | str]]:
-    """What stands in a row's cells, and what they are sorted by."""
-    drafting = -1.0 if found.draft_kv_read is None else found.draft_kv_read
-    figures = (
-        found.kv_read, drafting, found.kl.value, found.agreement.value,
-        found.perplexity_change.value, found.acceptance_length.value,
-    )  # fmt: skip
-    return list(zip(texts, (texts[0], *figures, texts[-1]), strict=True))
-
-
 def _charts(rows: list[tuple[SettingResult, Figures]]) -> list[Chart]:
-    """KV read against each figure, of the settings that change the target's output."""
+    """Bytes read against each figure, of the settings that change the target's output and whose bytes are known."""
     from specattn_vllm.evaluation.charts import Value, chart, family
 
     families: dict[str, list[tuple[str, Figures]]] = {}
     for result, found in rows:
-        if not result.lossless:
+        if not result.lossless and found.bytes_read is not None:
             families.setdefault(family(result.name), []).append((result.name, found))
     if not families:
         return []
@@ -116,7 +102,7 @@ def _charts(rows: list[tuple[SettingResult, Figures]]) -> list[Chart]:
     def values(figure: str) -> dict[str, list[Value]]:
         def placed(setting: str, found: Figures) -> Value:
             estimate: Estimate = getattr(found, figure)
-            return Value(setting, found.kv_read, estimate.value, estimate.interval)
+            return Value(setting, found.bytes_read, estimate.value, estimate.interval, found.kv_read)
 
         return {name: [placed(*member) for member in members] for name, members in families.items()}
 

@@ -6,9 +6,16 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from specattn_vllm.evaluation import scan
+
 
 class _PeerOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def scan_share(self, head_size: int) -> float:
+        """Bytes that are read of what is searched, for each byte of the entries searched."""
+        del head_size
+        return 0.0
 
 
 class Quest(_PeerOptions):
@@ -20,6 +27,9 @@ class Quest(_PeerOptions):
     page_size: int = Field(16, ge=1)
     dense_layers: int = Field(2, ge=0)
     """First layers that read everything; two as published."""
+
+    def scan_share(self, head_size: int) -> float:
+        return scan.of_pages(self.page_size)
 
 
 class Oracle(_PeerOptions):

@@ -59,8 +59,8 @@ class Rows(NamedTuple):
 
 
 def select_quest(options: Quest, rows: Rows, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens kept [V, H, L] bool, and entries read to find them [V, H]: each page's least and largest key are as much
-    as the key and value of one token.
+    """Tokens kept [V, H, L] bool, and entries searched to find them [V, H]: those of all pages, of which the least and
+    the largest key are read.
 
     A page's bound is the sum over dimensions of the larger of q * least and q * largest. The page that the prefix ends
     in is always among those that are read.
@@ -85,7 +85,7 @@ def select_quest(options: Quest, rows: Rows, _: torch.Tensor) -> tuple[torch.Ten
     wanted = (budget(options.ratio, rows.prefix) + size - 1) // size
     kept = heaviest(weights, used[:, None], wanted[:, None, None])
     tokens = kept.repeat_interleave(size, dim=2)[:, :, : inside.shape[1]] & inside[:, None]
-    return tokens, count[:, None].expand(kept.shape[:2])
+    return tokens, (count * size)[:, None].expand(kept.shape[:2])
 
 
 def select_oracle(options: Oracle, rows: Rows, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -198,7 +198,7 @@ class PeerStep:
         found = torch.einsum("vhgql,vhld->vqhgd", weights, rows.values).flatten(2, 3)
         out[self.tokens[self.there]] = found[self.there].to(out.dtype)
         own = self.there.sum() * heads
-        counters.stage(kv_read=kept.sum() + own + searched.sum(), kv_full=full)
+        counters.stage(kv_read=kept.sum() + own, kv_full=full, kv_scanned=searched.sum())
         return True
 
     def _rows(self, query, kv_cache, block_table, lens, longest: int, scale: float) -> Rows:

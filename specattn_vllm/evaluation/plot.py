@@ -1,4 +1,4 @@
-"""The report as a picture: what is read against how far the target then is from full attention."""
+"""The report as a picture: the bytes that are read against how far the target then is from full attention."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from specattn_vllm.evaluation.charts import family
-from specattn_vllm.evaluation.figures import figures
+from specattn_vllm.evaluation.figures import rows_of
 from specattn_vllm.evaluation.methods_schema import Report
 
 MARKS = "osD^vPX*"
@@ -21,18 +21,18 @@ MARKS = "osD^vPX*"
 def draw(report: Report) -> Figure:
     """A point for each approximate setting; those of one family are joined."""
     families: dict[str, list] = {}
-    for result in report.results:
-        if not result.lossless:
-            families.setdefault(family(result.name), []).append((result.name, figures(result, report.dense)))
+    for result, found in rows_of(report):
+        if not result.lossless and found.bytes_read is not None:
+            families.setdefault(family(result.name), []).append(found)
     figure, axes = plt.subplots(figsize=(9.5, 4.5), layout="constrained")
     for index, (name, members) in enumerate(families.items()):
-        members.sort(key=lambda member: member[1].kv_read)
-        x, y = [found.kv_read for _, found in members], [found.kl.value for _, found in members]
+        members.sort(key=lambda found: found.bytes_read)
+        x, y = [found.bytes_read for found in members], [found.kl.value for found in members]
         axes.plot(x, y, marker=MARKS[index % len(MARKS)], linewidth=1, label=name)
     axes.set_yscale("log")
-    axes.set_ylim(top=2 * max((found.kl.value for members in families.values() for _, found in members), default=1.0))
+    axes.set_ylim(top=2 * max((found.kl.value for members in families.values() for found in members), default=1.0))
     axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-    axes.set_xlabel("KV read by the target")
+    axes.set_xlabel("bytes of KV read by the target, what is searched included")
     axes.set_ylabel("KL to dense (nats)")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

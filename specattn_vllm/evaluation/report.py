@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from specattn_vllm.evaluation.figures import difference, figures
-from specattn_vllm.evaluation.methods_schema import Figures, Report, SettingResult
+from specattn_vllm.evaluation import columns
+from specattn_vllm.evaluation.figures import difference, rows_of
+from specattn_vllm.evaluation.methods_schema import Report
 from specattn_vllm.evaluation.schema import AnyReport
 from specattn_vllm.installed import UserError
 
-HEADINGS = (
-    "method", "KV read by the target", "KV read by the draft", "KL to dense", "same favourite", "perplexity change",
-    "acceptance length", "lossless",
-)  # fmt: skip
 # Fields of `figures.Difference`: what they are called and how they are written.
 DIFFERENCES = (
     ("kl", "KL", "+z.4f"), ("agreement", "same favourite", "+z.2%"), ("nll", "loss (nats a token)", "+z.4f"),
@@ -22,8 +19,9 @@ DIFFERENCES = (
 
 def markdown(report: Report) -> str:
     """Table and caption."""
-    rows = [row(result, figures(result, report.dense)) for result in report.results]
-    return "\n".join([*table(HEADINGS, rows), "", caption(report)]) + "\n"
+    shown, rows = columns.table(rows_of(report))
+    lines = table([column.heading for column in shown], [[cell.text for cell in cells] for cells in rows])
+    return "\n".join([*lines, "", caption(report)]) + "\n"
 
 
 def differences(report: Report, against: str) -> str:
@@ -40,19 +38,6 @@ def differences(report: Report, against: str) -> str:
             rows.append([result.name, *(getattr(found, field).text(form) for field, _, form in DIFFERENCES)])
     more = f"More than {against} has, paired by document; in brackets 95% intervals, by a bootstrap over documents."
     return "\n".join(table(headings, rows)) + f"\n\n{more}\n"
-
-
-def row(result: SettingResult, found: Figures) -> list[str]:
-    """The cells of a setting, under HEADINGS."""
-    compared = ((found.kl, "z.4f"), (found.agreement, ".1%"), (found.perplexity_change, "+z.2%"))
-    return [
-        result.name,
-        f"{found.kv_read:.1%}",
-        "not counted" if found.draft_kv_read is None else f"{found.draft_kv_read:.1%}",
-        *("reference" if result.is_reference else figure.text(form) for figure, form in compared),
-        found.acceptance_length.text(".2f"),
-        "yes" if result.lossless else "no",
-    ]
 
 
 def caption(report: Report) -> str:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal, Self, TextIO
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from specattn_vllm.evaluation.peer_options import PeerOptions
+from specattn_vllm.evaluation.scan import scan_share
 from specattn_vllm.installed import UserError
 from specattn_vllm.options import SpecAttnOptions
 
@@ -132,19 +133,23 @@ class Result(StrictModel):
     options: dict[str, Any]
     peer: PeerOptions | None = None
     lossless: bool
+    scan_share: float | None = None
+    """Bytes read of what is searched, for each byte of the entries searched (`scan.py`); None in reports from before
+    it was kept apart."""
     job_key: str
     seconds: float
     provenance: dict[str, Any] = Field(default_factory=dict)
 
     @classmethod
-    def of(cls, job: EngineJob, start: float, **found: Any) -> Self:
-        """What was found by a job that began at `start`, by `time.perf_counter`."""
+    def of(cls, job: EngineJob, start: float, head_size: int, **found: Any) -> Self:
+        """What was found by a job that began at `start`, by `time.perf_counter`, in a target with keys of that size."""
         setting = job.setting
         return cls(
             name=setting.name,
             options=setting.options,
             peer=setting.peer,
             lossless=setting.lossless,
+            scan_share=scan_share(setting, head_size),
             job_key=job.key,
             seconds=round(time.perf_counter() - start, 1),
             **found,

@@ -18,8 +18,9 @@ def run(job: TaskJob, terminal: TextIO | None = None) -> TaskResult:
         before = counts(llm)
         answers = answer(llm, job, terminal)
         counted = counts(llm) - before
+        head_size = llm.model_config.get_head_size()
     scores = [sample.score(made) for sample, made in zip(job.samples, answers, strict=True)]
-    return TaskResult.of(job, start, counts=vars(counted), samples=scores)
+    return TaskResult.of(job, start, head_size, counts=vars(counted), samples=scores)
 
 
 def answer(llm, job: TaskJob, terminal: TextIO | None) -> list[list[int]]:

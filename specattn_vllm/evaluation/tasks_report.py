@@ -6,12 +6,15 @@ import math
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
+from specattn_vllm.evaluation import columns
 from specattn_vllm.evaluation.report import source, table
+from specattn_vllm.evaluation.scan import byte_fraction
 from specattn_vllm.evaluation.tasks_schema import TaskReport, TaskResult
 from specattn_vllm.stats import Counts
 
 HEADINGS = (
-    "method", "KV read by the target", "answered (95% interval)", "tokens right", "lost to dense", "won over dense",
+    "method", "KV read by the target", "bytes read by the target", "answered (95% interval)", "tokens right",
+    "lost to dense", "won over dense",
 )  # fmt: skip
 
 
@@ -56,10 +59,13 @@ def _table(report: TaskReport, chosen: Iterable[int]) -> str:
         of = [result.samples[i] for i in chosen]
         right = sum(sample.exact for sample in of)
         low, high = wilson(right, len(of))
+        counts = Counts(**result.counts)
+        in_bytes = byte_fraction(counts, result.scan_share)
         compared = ("reference",) * 2 if result.is_reference else map(str, lost_and_won(result, report.dense, chosen))
         rows.append((
             result.name,
-            f"{Counts(**result.counts).kv_fraction:.1%}",
+            f"{counts.kv_fraction:.1%}",
+            columns.UNKNOWN.text if in_bytes is None else f"{in_bytes:.1%}",
             f"{right} of {len(of)} ({low:.0%} to {high:.0%})",
             f"{sum(sample.right for sample in of) / len(of):.1%}",
             *compared,

@@ -124,7 +124,7 @@ def attach(runner: Any) -> None:
         compat.count_rounds(runner, lambda batch, sampled: count_round(counters, operations, batch, sampled))
     compat.watch_new_requests(runner.model_state, target.enter)
     compat.mark_dummy_runs(runner, target)
-    runner.specattn_counters = counters
+    runner.specattn_sketch = sketch
     _announce(options, target, nbytes, vllm_config)
 
 

@@ -1,0 +1,66 @@
+"""The columns of a table of settings: what each is called, what stands in its cells, and what they are sorted by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from specattn_vllm.evaluation.methods_schema import Estimate, Figures, SettingResult
+
+Row = tuple[SettingResult, Figures]
+
+
+class Cell(NamedTuple):
+    text: str
+    value: float | str
+
+
+class Column(NamedTuple):
+    heading: str
+    short: str
+    """The same where there is less room."""
+    cell: Callable[[SettingResult, Figures], Cell | None]
+    """None where nothing is known of a setting."""
+
+
+def _share(heading: str, short: str, field: str) -> Column:
+    """Of a cache."""
+
+    def cell(_: SettingResult, found: Figures) -> Cell | None:
+        share = getattr(found, field)
+        return None if share is None else Cell(f"{share:.1%}", share)
+
+    return Column(heading, short, cell)
+
+
+def _estimate(heading: str, short: str, field: str, form: str, *, compared: bool = False) -> Column:
+    """A figure as `form` writes it; one that is `compared` with the dense run has none of that run itself."""
+
+    def cell(result: SettingResult, found: Figures) -> Cell | None:
+        figure: Estimate | None = getattr(found, field)
+        if figure is None:
+            return None
+        return Cell("reference" if compared and result.is_reference else figure.text(form), figure.value)
+
+    return Column(heading, short, cell)
+
+
+COLUMNS = (
+    Column("method", "method", lambda result, _: Cell(result.name, result.name)),
+    _share("KV read by the target", "KV read by the target", "kv_read"),
+    _share("bytes read by the target", "bytes", "bytes_read"),
+    _share("KV read by the draft", "by the draft", "draft_kv_read"),
+    _estimate("KL to dense", "KL to dense", "kl", "z.4f", compared=True),
+    _estimate("same favourite", "same favourite", "agreement", ".1%", compared=True),
+    _estimate("perplexity change", "perplexity change", "perplexity_change", "+z.2%", compared=True),
+    _estimate("acceptance length", "acceptance", "acceptance_length", ".2f"),
+    Column("lossless", "lossless", lambda result, _: Cell(*["yes" if result.lossless else "no"] * 2)),
+)
+UNKNOWN = Cell("not counted", -1.0)
+
+
+def table(rows: list[Row]) -> tuple[list[Column], list[list[Cell]]]:
+    """The columns in which something is known of some setting, and the cells of each row under them."""
+    found = [[column.cell(*row) for column in COLUMNS] for row in rows]
+    shown = [number for number in range(len(COLUMNS)) if any(cells[number] is not None for cells in found)]
+    return [COLUMNS[number] for number in shown], [[cells[number] or UNKNOWN for number in shown] for cells in found]

@@ -1,0 +1,48 @@
+"""What is searched before anything is chosen: a copy or a summary of all keys, which is read as well. Loads no torch.
+
+Shares are of the bytes of the entries that are searched, K and V of each token and KV head. A cache in 16 bits is
+meant, whatever a run computes in, as evaluations on a CPU do in 32 for what is served in 16.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from specattn_vllm.options import SpecAttnOptions
+
+if TYPE_CHECKING:
+    from specattn_vllm.evaluation.schema import Setting
+    from specattn_vllm.stats import Counts
+
+ELEMENT_BYTES = 2
+
+
+def of_pages(page_size: int) -> float:
+    """Two vectors as long as a key for each page, such as its least and its largest key: as much as one entry."""
+    return 1 / page_size
+
+
+def of_channels(channels: int, head_size: int) -> float:
+    """Some of a key's elements, in a copy of their own."""
+    return channels / (2 * head_size)
+
+
+def of_sketch(bits: int, head_size: int) -> float:
+    """A code for each of a key's elements, and a scale in 16 bits."""
+    return (bits * head_size / 8 + 2) / (2 * head_size * ELEMENT_BYTES)
+
+
+def scan_share(setting: Setting, head_size: int) -> float:
+    """Bytes that a setting reads of what it searches, for each byte of the entries; 0 where it searches nothing."""
+    if setting.peer is not None:
+        return setting.peer.scan_share(head_size)
+    options = SpecAttnOptions.parse(setting.options)
+    return of_sketch(options.sketch_bits, head_size) if options.uses_sketch else 0.0
+
+
+def byte_fraction(counts: Counts, share: float | None) -> float | None:
+    """Bytes that verification read over those of all of its KV: the entries that it kept, and `share` of those that it
+    searched. None where it searched something and the share is not known."""
+    if not counts.kv_scanned:
+        return counts.kv_fraction
+    return None if share is None else (counts.kv_read + share * counts.kv_scanned) / counts.kv_full
