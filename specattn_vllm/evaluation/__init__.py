@@ -7,8 +7,9 @@ schema.py     settings, jobs, results and the report, as JSON
 settings.py   which settings are compared; texts.py on which documents
 peers.py      other work's selections in the place of ours; peer_options.py how a settings file names them
 runner.py     an engine for each setting, one after the other, each in a process of its own
+scan.py       what is searched before anything is chosen, in bytes
 kept.py       what a setting keeps of a document, recorded over its forced run
-report.py     the table; plot.py the picture
+report.py     the table, of columns.py; plot.py the picture
 page.py       `specattn report`: all of it as an HTML page; charts.py where its marks stand
 tasks.py      prompts with known answers: a file's, or of tasks_generators.py; tasks_schema.py, tasks_engine.py and
               tasks_report.py are for them what schema.py, engine.py and report.py are for forced runs

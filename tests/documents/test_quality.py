@@ -30,9 +30,9 @@ def methods_in_evaluation(file: str, begins: str, capsys) -> list[list[str]]:
 def test_the_quality_is_what_was_measured(capsys):
     lines = methods_in_evaluation("h200-methods-50k", "eval methods --documents 29", capsys)
     rows = {cells[0]: cells for cells in lines if len(cells) > 5}
-    _, read, _, kl, _, perplexity, *_ = rows["specattn"]
-    _, less, _, more_kl, _, more, *_ = rows["specattn 12.5%"]
-    _, theirs, _, their_kl, *_ = rows["specattn, as published"]
+    _, read, _, _, kl, _, perplexity, *_ = rows["specattn"]
+    _, less, _, _, more_kl, _, more, *_ = rows["specattn 12.5%"]
+    _, theirs, _, _, their_kl, *_ = rows["specattn, as published"]
     first, second, third, fourth, fifth = (text.split()[0] for text in (kl, perplexity, more_kl, more, their_kl))
     words = " ".join(README.split())
     assert f"reading {read} of the KV by `specattn`'s defaults moves the perplexity of held-out code by" in words
@@ -57,8 +57,8 @@ def methods_of_settings(name: str, capsys, monkeypatch) -> list[list[str]]:
 def test_the_table_of_a_draft_that_seldom_reads_everything(capsys, monkeypatch):
     lines = methods_of_settings("refresh-draft", capsys, monkeypatch)
     rows = {cells[0]: cells for cells in lines if len(cells) > 5}
-    kl = [rows[f"specattn, {name}"][3].split()[0] for name in ("refresh_draft_every 4", "sparse_draft")]
-    length = [rows[f"dense, {name}"][6].split()[0] for name in ("refresh_draft_every 4", "sparse_draft")]
+    kl = [rows[f"specattn, {name}"][4].split()[0] for name in ("refresh_draft_every 4", "sparse_draft")]
+    length = [rows[f"dense, {name}"][7].split()[0] for name in ("refresh_draft_every 4", "sparse_draft")]
     words = " ".join((ROOT / "docs/evaluation.md").read_text().split())
     assert "{} accepted tokens instead of {}".format(*length) in words
     assert "a divergence of {} instead of {}".format(*kl) in words
@@ -68,9 +68,9 @@ def test_the_table_of_what_a_draft_reads(capsys, monkeypatch):
     lines = methods_of_settings("draft-ratio", capsys, monkeypatch)
     rows = {cells[0]: cells for cells in lines if len(cells) > 5}
     names = ("draft_ratio 0.25, refresh 4", "sparse_draft", "draft reads all")
-    read = [float(rows[f"10%, {name}"][2].rstrip("%")) for name in names]
+    read = [float(rows[f"10%, {name}"][3].rstrip("%")) for name in names]
     assert max(read[:2]) < 1.06 * min(read[:2]) < 36 and read[2] == 100
-    kl = [rows[f"10%, {name}"][3].split()[0] for name in names]
+    kl = [rows[f"10%, {name}"][4].split()[0] for name in names]
     words = " ".join((ROOT / "docs/evaluation.md").read_text().split())
     assert "in one round of four leaves {}, one with lists of a tenth that does so in each {};".format(*kl) in words
     assert f"with all of it read, {kl[2]}." in words

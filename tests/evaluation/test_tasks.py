@@ -235,11 +235,11 @@ def test_a_job_s_key_changes_with_its_prompts():
 def test_tables():
     results = result_of(job(), True, True, False), result_of(job(HALF), False, True, True)
     text = tasks_report.markdown(report_of(*results))
-    assert "| dense | 100.0% | 2 of 3 (21% to 94%) | 83.3% | reference | reference |" in text
-    assert "| half | 25.0% | 2 of 3 (21% to 94%) | 83.3% | 1 | 1 |" in text
+    assert "| dense | 100.0% | 100.0% | 2 of 3 (21% to 94%) | 83.3% | reference | reference |" in text
+    assert "| half | 25.0% | 25.0% | 2 of 3 (21% to 94%) | 83.3% | 1 | 1 |" in text
     one, two = text.split("Task `one`:")[1].split("Task `two`:")
-    assert "| half | 25.0% | 1 of 2 (9% to 91%) | 75.0% | 1 | 0 |" in one
-    assert "| half | 25.0% | 1 of 1 (21% to 100%) | 100.0% | 0 | 1 |" in two
+    assert "| half | 25.0% | 25.0% | 1 of 2 (9% to 91%) | 75.0% | 1 | 0 |" in one
+    assert "| half | 25.0% | 25.0% | 1 of 1 (21% to 100%) | 100.0% | 0 | 1 |" in two
     by_length = "| method | 50 | 60 |\n| --- | --- | --- |\n| dense | 1 of 1 | 1 of 2 |"
     assert f"By tokens of context, answered:\n\n{by_length}" in two
     assert "| half | 1 of 2 | 1 of 1 |" in two.split("By depth of the answer")[1]
