@@ -152,9 +152,9 @@ def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
     if not spec.uses_draft_model() and not options.goes_with_any_drafter:
         asks = "sparse_draft" if options.method in ("sketch", "dense") else f"method = {options.method!r}"
         yield (
-            f"speculative method {spec.method!r}: a separate draft model is needed (--spec-method draft_model) for {asks}; "
-            "methods 'sketch' and 'dense' without sparse_draft go with any drafter; vLLM guesses the method from the "
-            "path, so a folder named after eagle, dflash or dspark has to be renamed"
+            f"speculative method {spec.method!r}: a separate draft model is needed (--spec-method draft_model) for "
+            f"{asks}; methods 'sketch' and 'dense' without sparse_draft go with any drafter; vLLM guesses the method "
+            "from the path, so a folder named after eagle, dflash or dspark has to be renamed"
         )
         return
     if options.drafts_for_itself and spec.draft_model_config.model != config.model_config.model:

@@ -16,6 +16,8 @@ from specattn_vllm.options import SpecAttnOptions
 cpu_only = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM counts devices on other platforms")
 
 SELF = pytest.mark.parametrize("method", ["vegas", "streamingllm"])
+ANY = pytest.mark.parametrize("method", ["sketch", "dense"])
+N_GRAMS = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
 
 
 def test_the_method_needs_a_draft(reasons):
@@ -26,11 +28,46 @@ def test_the_method_needs_a_draft(reasons):
 
 
 def test_speculation_without_a_draft_model_is_refused(reasons):
-    spec = {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}
-    (reason,) = reasons(draft=None, spec=spec)
+    (reason,) = reasons(draft=None, spec=N_GRAMS)
     assert reason.startswith("speculative method 'ngram': a separate draft model is needed (--spec-method draft_model)")
     # What happens to people whose folder is called 'my-eagle-pair'.
     assert "renamed" in reason
+
+
+@pytest.mark.parametrize("method", ["sts", "fused", "vegas", "streamingllm"])
+def test_methods_that_watch_a_draft_model_say_so(reasons, method):
+    (reason,) = reasons(draft=None, spec=N_GRAMS, options={"method": method})
+    assert f"is needed (--spec-method draft_model) for method = {method!r}; methods 'sketch' and 'dense'" in reason
+
+
+@ANY
+def test_any_drafter_goes_with_methods_that_ask_nothing_of_it(configure, method):
+    assert configure(draft=None, spec=N_GRAMS, options={"method": method}).speculative_config.method == "ngram"
+
+
+@ANY
+def test_drafting_sparsely_asks_for_a_draft_model(reasons, method):
+    (reason,) = reasons(draft=None, spec=N_GRAMS, options={"method": method, "sparse_draft": True})
+    assert "is needed (--spec-method draft_model) for sparse_draft;" in reason
+
+
+@ANY
+def test_a_target_is_refused_once_where_vllm_names_it_as_the_draft_too(reasons, method):
+    (reason,) = reasons(target="narrow", draft=None, spec=N_GRAMS, options={"method": method})
+    assert reason.startswith("target: head size 32")
+
+
+@ANY
+def test_drafters_of_runner_v1_are_refused(reasons, method):
+    spec = {"method": "custom_class", "model": "somewhere.Proposer", "num_speculative_tokens": 2}
+    (reason,) = reasons(draft=None, spec=spec, options={"method": method})
+    assert reason.startswith("model runner V1: only V2 is supported")
+
+
+@ANY
+def test_drafters_that_always_draft_at_once_are_accepted(method):
+    config = speculation(method="dflash", uses_draft_model=lambda: False, parallel_drafting=True)
+    assert list(checks._speculation(config, SpecAttnOptions(method=method))) == []
 
 
 @SELF

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
+import importlib.util
 import json
 import os
 import sysconfig
@@ -47,6 +49,17 @@ def prompts(demo_pair, held_out_code):
     return cut
 
 
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """tiny_model(name) -> folder of that model of `tiny_models.py`, made when it is first asked for."""
+    # Tests are no package, so one module of theirs cannot import another.
+    spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).with_name("tiny_models.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    folder = tmp_path_factory.mktemp("tiny")
+    return functools.cache(lambda name: module.MODELS[name](folder / name))
+
+
 @pytest.fixture
 def small_pool():
     """Arguments of an engine with blocks for the prompts of four requests, `lengths`, and few more: some of them lose
@@ -57,7 +70,8 @@ def small_pool():
 
 @pytest.fixture
 def engine(demo_pair):
-    """engine(options, **vllm_arguments) -> LLM; options None is stock vLLM without speculation."""
+    """engine(options, **vllm_arguments) -> LLM; options None is stock vLLM without speculation. Elsewhere a pair
+    speculates, unless there is a `speculative_config`."""
     import torch
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -94,11 +108,12 @@ def engine(demo_pair):
             arguments["attention_backend"] = "specattn"
             arguments["additional_config"] = {"specattn": options}
             for_itself = options.get("method") in ("vegas", "streamingllm")
-            arguments["speculative_config"] = {
+            pair = {
                 "method": "draft_model",
                 "model": (target or demo_pair[0]) if for_itself else draft or demo_pair[1],
                 "num_speculative_tokens": num_speculative_tokens,
             }
+            arguments.setdefault("speculative_config", pair)
         torch.manual_seed(0)
         # vLLM looks through all objects for garbage ten times during a start. Those of the imports are none.
         gc.freeze()

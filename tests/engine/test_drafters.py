@@ -1,0 +1,94 @@
+"""Drafters of vLLM's beside methods that ask nothing of them: the target's tokens stay plain decoding's, one by one."""
+
+from __future__ import annotations
+
+import pytest
+
+pytestmark = pytest.mark.engine
+
+# Options with which the target's output is exact whoever drafts.
+OPTIONS = [
+    pytest.param({"method": "dense"}, id="dense"),
+]
+
+# Chunks of prompts beside verifications, a request that waits, contexts around a block's edge.
+SHAPE = {"skip_tokenizer_init": True, "max_model_len": 512, "max_num_batched_tokens": 256, "max_num_seqs": 4}
+LENGTHS = [9, 127, 128, 200, 260]
+NEW_TOKENS = 24
+VOCABULARY = 512
+"""That of the models of `tiny_models.py`."""
+
+
+def _case(name: str, target: str, tokens_a_round: float, **speculation):
+    """Those that share a target share its plain tokens, so they run in one process."""
+    marks = pytest.mark.xdist_group(f"drafters-{target}")
+    return pytest.param(target, speculation, tokens_a_round, id=name, marks=marks)
+
+
+# Tokens a round are those with vLLM's own attention in all layers (n-grams: with its interpreter mended), so that a
+# drafter whose layers we attend for drafts as it should. DFlash is never right: its drafts see no tokens but masks.
+DRAFTERS = [
+    _case("none", "target", 1.0),
+    _case("draft_model", "target", 3.18, method="draft_model", model="draft_model", num_speculative_tokens=4),
+    _case("ngram", "target", 1.0, method="ngram", num_speculative_tokens=3, prompt_lookup_max=2, prompt_lookup_min=1),
+    _case("eagle", "target", 2.86, method="eagle", model="eagle", num_speculative_tokens=4),
+    _case("eagle3", "target", 1.26, method="eagle3", model="eagle3", num_speculative_tokens=2),
+    _case("dflash", "target", 1.0, method="dflash", model="dflash", num_speculative_tokens=4),
+    _case("dspark", "target", 1.25, method="dspark", model="dspark", num_speculative_tokens=4),
+    _case("mtp", "mimo", 2.29, method="mtp", num_speculative_tokens=3),
+    _case("mtp-one-token", "mimo", 1.62, method="mtp", num_speculative_tokens=1),
+    _case("mtp-modules", "glm", 2.07, method="mtp", num_speculative_tokens=2),
+]
+
+
+@pytest.fixture
+def random_prompts():
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    return [{"prompt_token_ids": torch.randint(2, VOCABULARY, (n,), generator=generator).tolist()} for n in LENGTHS]
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, list[list[int]]]:
+    """Plain decoding's tokens of targets, by name."""
+    return {}
+
+
+@pytest.fixture
+def tokens_a_round():
+    """tokens_a_round(llm) -> tokens of a verification, on average; 1 without any."""
+
+    def read(llm) -> float:
+        values = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
+        rounds = values.get("vllm:spec_decode_num_drafts", 0)
+        return 1 + values["vllm:spec_decode_num_accepted_tokens"] / rounds if rounds else 1.0
+
+    return read
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize(("target", "speculation", "expected_tokens"), DRAFTERS)
+def test_tokens_equal_plain_decoding(
+    options, target, speculation, expected_tokens, engine, greedy, tiny_model, random_prompts, known, tokens_a_round
+):
+    if target not in known:
+        known[target] = greedy(engine(None, target=tiny_model(target), **SHAPE), random_prompts, NEW_TOKENS)
+    if "model" in speculation:
+        speculation = speculation | {"model": tiny_model(speculation["model"])}
+    llm = engine(
+        options, target=tiny_model(target), speculative_config=speculation or None, disable_log_stats=False, **SHAPE
+    )
+    assert greedy(llm, random_prompts, NEW_TOKENS) == known[target]
+    assert tokens_a_round(llm) == pytest.approx(expected_tokens, rel=0.05)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_n_grams_are_right_about_real_text(options, engine, greedy, plain, prompts, tokens_a_round):
+    given = prompts([31, 128, 400, 1000])
+    expected = plain(given, NEW_TOKENS)
+    spec = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    llm = engine(options, speculative_config=spec, max_model_len=2048, disable_log_stats=False)
+    assert greedy(llm, given, NEW_TOKENS) == expected
+    assert tokens_a_round(llm) > 1.3
