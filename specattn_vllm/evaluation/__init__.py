@@ -1,6 +1,7 @@
 """`specattn eval`: what pruning costs in quality, measured in whole vLLM engines (docs/evaluation.md).
 
 forcing.py    an engine made to walk through a given text: every hook into vLLM that this takes
+drafted.py    the draft's logits, kept until the target's are there; acceptance.py what of the drafts would be accepted
 scores.py     target logits to loss, KL and agreement with the dense run, whose distributions lie on disk
 engine.py     one setting in one engine: the forced run, then a free one
 schema.py     settings, jobs, results and the report, as JSON

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+from specattn_vllm.evaluation.figures import Difference
 from specattn_vllm.evaluation.methods_schema import Estimate, Figures, SettingResult
 
 Row = tuple[SettingResult, Figures]
@@ -53,10 +54,19 @@ COLUMNS = (
     _estimate("KL to dense", "KL to dense", "kl", "z.4f", compared=True),
     _estimate("same favourite", "same favourite", "agreement", ".1%", compared=True),
     _estimate("perplexity change", "perplexity change", "perplexity_change", "+z.2%", compared=True),
-    _estimate("acceptance length", "acceptance", "acceptance_length", ".2f"),
+    _estimate("acceptance along the text", "along the text", "text_tokens", ".2f"),
+    _estimate("the same, greedy", "greedy", "text_greedy_tokens", ".2f"),
+    _estimate("acceptance, free run", "free run", "acceptance_length", ".2f"),
     Column("lossless", "lossless", lambda result, _: Cell(*["yes" if result.lossless else "no"] * 2)),
 )
 UNKNOWN = Cell("not counted", -1.0)
+
+# Fields of a `Difference`: what they are called and how they are written.
+DIFFERENCES = (
+    ("kl", "KL", "+z.4f"), ("agreement", "same favourite", "+z.2%"), ("nll", "loss (nats a token)", "+z.4f"),
+    ("text_tokens", "acceptance along the text", "+z.2f"), ("text_greedy_tokens", "the same, greedy", "+z.2f"),
+    ("acceptance_length", "acceptance, free run", "+z.2f"),
+)  # fmt: skip
 
 
 def table(rows: list[Row]) -> tuple[list[Column], list[list[Cell]]]:
@@ -64,3 +74,16 @@ def table(rows: list[Row]) -> tuple[list[Column], list[list[Cell]]]:
     found = [[column.cell(*row) for column in COLUMNS] for row in rows]
     shown = [number for number in range(len(COLUMNS)) if any(cells[number] is not None for cells in found)]
     return [COLUMNS[number] for number in shown], [[cells[number] or UNKNOWN for number in shown] for cells in found]
+
+
+def differences(found: list[Difference]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+    """Headings of those differences of which some are known, and of each row the texts under them, with whether they
+    are sure."""
+    shown = [column for column in DIFFERENCES if any(getattr(each, column[0]) is not None for each in found)]
+    return [heading for _, heading, _ in shown], [
+        [
+            (UNKNOWN.text, False) if estimate is None else (estimate.text(form), estimate.is_sure)
+            for estimate, form in ((getattr(each, field), form) for field, _, form in shown)
+        ]
+        for each in found
+    ]

@@ -14,6 +14,7 @@ import torch
 from tqdm import tqdm
 
 from specattn_vllm.evaluation import kept, peers
+from specattn_vllm.evaluation.acceptance import Acceptance
 from specattn_vllm.evaluation.forcing import Forcing, ForcingError
 from specattn_vllm.evaluation.methods_schema import DocumentResult, Job, SettingResult
 from specattn_vllm.evaluation.schema import EngineJob
@@ -27,6 +28,7 @@ RECORDED = 0
 class Run(NamedTuple):
     result: SettingResult
     scores: Scores
+    acceptance: Acceptance
     free_tokens: list[list[int]]
 
 
@@ -35,6 +37,7 @@ def run(job: Job, reference: Path, terminal: TextIO | None = None) -> Run:
     Progress is shown on `terminal` (default: the standard error stream) if it is one."""
     start = time.perf_counter()
     scores = Scores(len(job.documents), job.positions, Reference(reference, write=job.setting.is_reference))
+    acceptance = Acceptance(len(job.documents), job.draft_tokens)
     device = torch.device("cuda" if job.device == "cuda" else "cpu")
     forcing = Forcing(job.batch, job.max_model_len, device)
     with forcing.installed(), engine(job) as llm:
@@ -42,7 +45,7 @@ def run(job: Job, reference: Path, terminal: TextIO | None = None) -> Run:
         if job.record_kept and job.setting.selects:
             [watched] = llm.collective_rpc(kept.watched)
             recorder = kept.KeptRecorder(*watched, job.max_model_len)
-        forced = forced_run(llm, job, forcing, scores, terminal, recorder)
+        forced = forced_run(llm, job, forcing, scores, acceptance, terminal, recorder)
         free, rounds, tokens = free_run(llm, job, forcing)
         head_size = llm.model_config.get_head_size()
     scores.reference.close()
@@ -53,12 +56,14 @@ def run(job: Job, reference: Path, terminal: TextIO | None = None) -> Run:
         forced=vars(forced),
         free=vars(free),
         documents=[
-            DocumentResult(nll=nll.mean(), kl=kl.mean(), agreement=agrees.mean(), rounds=count, sampled_tokens=sampled)
-            for nll, kl, agrees, (count, sampled) in zip(scores.nll, scores.kl, scores.agrees, rounds, strict=True)
+            DocumentResult(nll=nll.mean(), kl=kl.mean(), agreement=agrees.mean(), rounds=n, sampled_tokens=m, drafts=of)
+            for nll, kl, agrees, (n, m), of in zip(
+                scores.nll, scores.kl, scores.agrees, rounds, acceptance.results(), strict=True
+            )
         ],
         kept=None if recorder is None else recorder.result(RECORDED),
     )
-    return Run(result, scores, tokens)
+    return Run(result, scores, acceptance, tokens)
 
 
 @contextmanager
@@ -82,8 +87,9 @@ def engine(job: EngineJob) -> Iterator[Any]:
 
 
 def forced_run(
-    llm: Any, job: Job, forcing: Forcing, scores: Scores, terminal: TextIO | None, recorder: kept.KeptRecorder | None
-) -> Counts:
+    llm: Any, job: Job, forcing: Forcing, scores: Scores, acceptance: Acceptance, terminal: TextIO | None,
+    recorder: kept.KeptRecorder | None,
+) -> Counts:  # fmt: skip
     """Lead every document through verification; returns what was counted meanwhile.
 
     The token after the prompt comes from the prompt's own pass, which reads everything: scores begin with the next.
@@ -92,9 +98,11 @@ def forced_run(
     before = counts(llm)
     with tqdm(total=scores.nll.size, desc=job.setting.name, unit="tok", disable=None, file=terminal) as bar:
 
-        def observe(name: str, position: int, following: torch.Tensor, logits: torch.Tensor) -> None:
+        def observe(name: str, position: int, following: torch.Tensor, logits: torch.Tensor, drafts) -> None:
             if recorder is not None and names[name] == RECORDED:
                 recorder.add(forcing.slot_of(name), position)
+            if drafts is not None:
+                acceptance.add(names[name], logits[: drafts.shape[0]], drafts)
             bar.update(scores.add(names[name], position - job.context, following, logits))
 
         texts = {name: job.documents[number] for name, number in names.items()}

@@ -64,6 +64,8 @@ def figures(result: SettingResult, dense: SettingResult) -> Figures:
         agreement=estimate(mean(_of(result, "agreement")), documents),
         perplexity_change=estimate(lambda weights: np.expm1(more(weights)), documents),
         acceptance_length=_acceptance(result),
+        text_tokens=_along_the_text(result, "tokens"),
+        text_greedy_tokens=_along_the_text(result, "greedy_tokens"),
     )
 
 
@@ -80,13 +82,22 @@ class Difference(NamedTuple):
     nll: Estimate
     """Nats a token, which is the relative change of perplexity where it is small."""
     acceptance_length: Estimate
+    text_tokens: Estimate | None
+    text_greedy_tokens: Estimate | None
 
 
 def difference(result: SettingResult, other: SettingResult) -> Difference:
     def more(name: str) -> Estimate:
         return estimate(mean(_of(result, name) - _of(other, name)), len(result.documents))
 
-    return Difference(more("kl"), more("agreement"), more("nll"), _longer(result, other))
+    return Difference(
+        kl=more("kl"),
+        agreement=more("agreement"),
+        nll=more("nll"),
+        acceptance_length=_longer(result, other),
+        text_tokens=_along_the_text(result, "tokens", other),
+        text_greedy_tokens=_along_the_text(result, "greedy_tokens", other),
+    )
 
 
 def _of(result: SettingResult, name: str) -> np.ndarray:
@@ -111,6 +122,23 @@ def _longer(result: SettingResult, other: SettingResult) -> Estimate:
     if one is None or two is None:
         return Estimate(value=_acceptance(result).value - _acceptance(other).value)
     return estimate(lambda weights: one(weights) - two(weights), len(result.documents))
+
+
+def _along_the_text(result: SettingResult, name: str, other: SettingResult | None = None) -> Estimate | None:
+    """Mean over all rounds, or how much more it is than another's; None where it was not measured."""
+    lengths = [_of_rounds(each, name) for each in (result, other) if each is not None]
+    if None in lengths:
+        return None
+    first, *less = lengths
+    return estimate(lambda weights: first(weights) - sum(of(weights) for of in less), len(result.documents))
+
+
+def _of_rounds(result: SettingResult, name: str) -> Figure | None:
+    drafts = [document.drafts for document in result.documents]
+    if None in drafts:
+        return None
+    rounds = np.array([of.rounds for of in drafts])
+    return ratio(np.array([getattr(of, name) for of in drafts]) * rounds, rounds)
 
 
 def _tokens_a_round(result: SettingResult) -> Figure | None:

@@ -13,6 +13,9 @@ sample        (`GPUModelRunner`, after the target's forward pass). The logits of
               text's as well. vLLM's synthetic acceptance accepts drafts, but takes the token after them from the
               target. Nothing here is in a graph. Where requests run free, what they sampled is counted for each.
 
+The draft's logits are kept from the one to the other, by slot and step, so that the observer sees those of both models
+for the same token: a draft that is forced says nothing of what would have been accepted.
+
 Both are put on vLLM's classes for as long as the engine lives, since its graphs are captured while it is made.
 """
 
@@ -25,11 +28,14 @@ from typing import Any
 
 import torch
 
+from specattn_vllm.evaluation.drafted import Drafted
+
 NO_TEXT = -1
 
-Observer = Callable[[str, int, torch.Tensor, torch.Tensor], None]
+Observer = Callable[[str, int, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 """Called per request and step with its name, the position of the first token it was verified on, the tokens that follow
-in the text [n] int64, and the target's logits for them [n, vocabulary]."""
+in the text [n] int64, the target's logits for them [n, vocabulary], and of a round of K drafts, where n is K + 1, the
+draft's for the first K of them [K, vocabulary], else None."""
 
 
 class ForcingError(RuntimeError):
@@ -48,6 +54,7 @@ class Forcing:
         self._seated: dict[int, str] = {}
         self._observe: Observer | None = None
         self._counted: dict[str, list[int]] | None = None
+        self._drafted = Drafted(slots)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -58,8 +65,14 @@ class Forcing:
         sample_draft, sample = DraftModelSpeculator.sample_draft, GPUModelRunner.sample
 
         @functools.wraps(sample_draft)
-        def forced_draft(speculator, hidden_states, positions, idx_mapping, *args, **kwargs):
-            own = sample_draft(speculator, hidden_states, positions, idx_mapping, *args, **kwargs)
+        def forced_draft(
+            speculator, hidden_states, positions, idx_mapping, temperature, seeds, draft_step, *args, **kwargs
+        ):
+            own = sample_draft(
+                speculator, hidden_states, positions, idx_mapping, temperature, seeds, draft_step, *args, **kwargs
+            )
+            logits = speculator.compute_draft_logits(hidden_states, kwargs.get("spec_step_idx", 0))
+            self._drafted.keep(logits, positions, idx_mapping, draft_step, speculator.num_speculative_steps)
             return self._draft(own, positions, idx_mapping)
 
         @functools.wraps(sample)
@@ -142,7 +155,8 @@ class Forcing:
             begin, end = int(starts[row]), int(starts[row + 1])
             sampled[row, : end - begin] = following[begin:end]
             if not batch.is_prefilling_np[row]:
-                self._observe(_name(request), firsts[begin], following[begin:end], logits[begin:end])
+                drafts = self._drafted.round_of(int(batch.idx_mapping_np[row]), positions[begin:end])
+                self._observe(_name(request), firsts[begin], following[begin:end], logits[begin:end], drafts)
         num_sampled, num_rejected = get_num_sampled_and_rejected(
             torch.tensor(starts[1:] - starts[:-1], dtype=torch.int32, device=logits.device),
             batch.seq_lens,

@@ -40,6 +40,20 @@ class Job(EngineJob):
         return not self.record_kept or not self.setting.selects or result.kept is not None
 
 
+class DraftResult(StrictModel):
+    """What would be accepted of the drafts along one document, means over its rounds (`acceptance.py`)."""
+
+    rounds: int
+    tokens: float
+    """That a round gives, by sampling, ..."""
+    greedy_tokens: float
+    """... and greedily."""
+    accepted: list[float]
+    """For each of K drafts, by sampling, that it is accepted after the text's tokens, ..."""
+    agreed: list[float]
+    """... and greedily."""
+
+
 class DocumentResult(StrictModel):
     """Means over the scored positions of one document, in nats where they have a unit."""
 
@@ -49,6 +63,8 @@ class DocumentResult(StrictModel):
     rounds: int | None = None
     """Of the free run, and the tokens that they gave; None in reports from before they were kept."""
     sampled_tokens: int | None = None
+    drafts: DraftResult | None = None
+    """None in reports from before it was measured."""
 
 
 class Estimate(StrictModel):
@@ -86,6 +102,11 @@ class Figures(StrictModel):
     perplexity_change: Estimate
     """Relative, 0.01 is one per cent more."""
     acceptance_length: Estimate
+    """Tokens a round of the free run."""
+    text_tokens: Estimate | None = None
+    """Tokens a round along the text, by sampling, ..."""
+    text_greedy_tokens: Estimate | None = None
+    """... and greedily; None in reports from before they were measured."""
 
 
 class Kept(StrictModel):

@@ -41,7 +41,6 @@ def render(reports: list[tuple[str, Report]]) -> str:
     import jinja2
 
     from specattn_vllm.evaluation import charts
-    from specattn_vllm.evaluation.report import DIFFERENCES
 
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("specattn_vllm.evaluation"),
@@ -53,7 +52,6 @@ def render(reports: list[tuple[str, Report]]) -> str:
     environment.globals |= {
         "frame": {name: getattr(charts, name) for name in ("WIDTH", "HEIGHT", "LEFT", "RIGHT", "TOP", "BOTTOM")},
         "colours": charts.COLOURS,
-        "columns": DIFFERENCES,
     }
     sections = [_section(name, report) for name, report in reports]
     return environment.get_template("report.html.jinja").render(sections=sections)
@@ -62,7 +60,7 @@ def render(reports: list[tuple[str, Report]]) -> str:
 def _section(name: str, report: Report) -> dict[str, Any]:
     from specattn_vllm.evaluation import columns
     from specattn_vllm.evaluation import report as tables
-    from specattn_vllm.evaluation.figures import difference, rows_of
+    from specattn_vllm.evaluation.figures import rows_of
 
     found = rows_of(report)
     shown, cells = columns.table(found)
@@ -72,10 +70,7 @@ def _section(name: str, report: Report) -> dict[str, Any]:
         "charts": _charts(found),
         "headings": [column.short for column in shown],
         "rows": [(_told(result), of) for (result, _), of in zip(found, cells, strict=True)],
-        "differences": [
-            (other.name, [(r.name, difference(r, other)._asdict()) for r in report.results if r is not other])
-            for other in report.results
-        ],
+        "differences": [(other.name, *_differences(report, other)) for other in report.results],
         "kept": [_kept(result) for result in report.results if result.kept is not None],
         "provenance": _provenance(report),
         "documents": report.setup["documents"],
@@ -86,6 +81,16 @@ def _section(name: str, report: Report) -> dict[str, Any]:
 def _told(result: SettingResult) -> dict[str, Any]:
     """What a setting is, beyond its name."""
     return result.options if result.peer is None else result.peer.model_dump(exclude_none=True)
+
+
+def _differences(report: Report, other: SettingResult) -> tuple[list[str], list[tuple[str, list[tuple[str, bool]]]]]:
+    """Headings, and of each other setting its name and cells."""
+    from specattn_vllm.evaluation import columns
+    from specattn_vllm.evaluation.figures import difference
+
+    results = [result for result in report.results if result is not other]
+    headings, cells = columns.differences([difference(result, other) for result in results])
+    return headings, [(result.name, of) for result, of in zip(results, cells, strict=True)]
 
 
 def _charts(rows: list[tuple[SettingResult, Figures]]) -> list[Chart]:

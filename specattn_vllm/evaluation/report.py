@@ -10,12 +10,6 @@ from specattn_vllm.evaluation.methods_schema import Report
 from specattn_vllm.evaluation.schema import AnyReport
 from specattn_vllm.installed import UserError
 
-# Fields of `figures.Difference`: what they are called and how they are written.
-DIFFERENCES = (
-    ("kl", "KL", "+z.4f"), ("agreement", "same favourite", "+z.2%"), ("nll", "loss (nats a token)", "+z.4f"),
-    ("acceptance_length", "acceptance length", "+z.2f"),
-)  # fmt: skip
-
 
 def markdown(report: Report) -> str:
     """Table and caption."""
@@ -30,14 +24,11 @@ def differences(report: Report, against: str) -> str:
     if against not in named:
         raise UserError(f"--against {against!r}: not in the report, which has {', '.join(map(repr, named))}")
     other = named[against]
-    headings = ("method", *(f"{heading}, more" for _, heading, _ in DIFFERENCES))
-    rows = []
-    for result in report.results:
-        if result is not other:
-            found = difference(result, other)
-            rows.append([result.name, *(getattr(found, field).text(form) for field, _, form in DIFFERENCES)])
+    others = [result for result in report.results if result is not other]
+    headings, cells = columns.differences([difference(result, other) for result in others])
+    rows = [[result.name, *(text for text, _ in of)] for result, of in zip(others, cells, strict=True)]
     more = f"More than {against} has, paired by document; in brackets 95% intervals, by a bootstrap over documents."
-    return "\n".join(table(headings, rows)) + f"\n\n{more}\n"
+    return "\n".join(table(["method", *(f"{heading}, more" for heading in headings)], rows)) + f"\n\n{more}\n"
 
 
 def caption(report: Report) -> str:
@@ -46,7 +37,7 @@ def caption(report: Report) -> str:
     return (
         f"{count * positions:,} positions, {positions:,} each of {count} documents after {setup['context']:,} tokens "
         f"of context, K = {setup['draft_tokens']}; in brackets 95% intervals, by a bootstrap over documents; "
-        f"acceptance over {count * setup['free_tokens']:,} greedy tokens. {source(report)}"
+        f"acceptance of the free run over {count * setup['free_tokens']:,} greedy tokens. {source(report)}"
     )
 
 

@@ -27,6 +27,11 @@ PRUNED = {
     "rule": "top_k", "ratio": RATIO, "min_tokens": 0, "sink_tokens": SINK, "recent_tokens": RECENT, "combine": "sum",
 }  # fmt: skip
 
+# A target that drafts for itself, from the first and the last tokens: no attention to compute.
+WINDOW = {
+    "method": "streamingllm", "ratio": RATIO, "min_tokens": 0, "sink_tokens": SINK, "recent_tokens": RECENT,
+}  # fmt: skip
+
 
 def keep(mass: list[float], ratio: float) -> list[bool]:
     """The heaviest tokens up to that share of the context, the first and the last always."""
@@ -40,8 +45,8 @@ def keep(mass: list[float], ratio: float) -> list[bool]:
 
 @torch.no_grad()
 def plain_pytorch(folders: tuple[str, str], layer_map: dict, text: list[int]) -> tuple:
-    """Log-probabilities [POSITIONS, vocabulary] of the dense target, the pruned one without and with the mean of what
-    it does not read, and the share of KV read."""
+    """Log-probabilities [whole rounds, vocabulary] of the dense target, the pruned one without and with the mean of
+    what it does not read, and the share of KV read."""
     from transformers import AttentionInterface, LlamaForCausalLM
 
     rounds = -(-POSITIONS // (STEPS + 1))
@@ -99,8 +104,50 @@ def plain_pytorch(folders: tuple[str, str], layer_map: dict, text: list[int]) ->
             folders[0], dtype=torch.float32, attn_implementation="pruned"
         )(ids).logits[0]  # fmt: skip
 
-    span = slice(CONTEXT, CONTEXT + POSITIONS)
+    span = slice(CONTEXT, size)
     return *(logits[span].double().log_softmax(-1) for logits in (dense, pruned(False), pruned(True))), read / full
+
+
+def windowed(allowed: torch.Tensor):
+    """An attention function of transformers that reads what a mask [T, T] allows."""
+
+    def attend(module, query, key, value, attention_mask, scaling, **kwargs):
+        grouped = query[0].unflatten(0, (key.shape[1], -1))
+        logits = torch.einsum("hgqd,hkd->hgqk", grouped, key[0]).mul(scaling).masked_fill(~allowed, -torch.inf)
+        return torch.einsum("hgqk,hkd->qhgd", logits.softmax(-1), value[0]).flatten(1, 2)[None], None
+
+    return attend
+
+
+@torch.no_grad()
+def drafting(folders: tuple[str, str], text: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [rounds, K, vocabulary] of the drafts: of the draft model, and of the target that drafts for itself from
+    the first and the last tokens of what was verified, and from the round's own."""
+    from transformers import AttentionInterface, LlamaForCausalLM
+
+    draft = LlamaForCausalLM.from_pretrained(folders[1], dtype=torch.float32)
+    AttentionInterface.register("windowed", lambda *args, **kwargs: None)
+    target = LlamaForCausalLM.from_pretrained(folders[0], dtype=torch.float32, attn_implementation="windowed")
+    begins = range(CONTEXT, CONTEXT + -(-POSITIONS // (STEPS + 1)) * (STEPS + 1), STEPS + 1)
+    whole = draft(torch.tensor([text])).logits[0]
+    by_draft = torch.stack([whole[begin : begin + STEPS] for begin in begins])
+    by_itself = []
+    for begin in begins:
+        size = begin + STEPS
+        allowed = torch.ones(size, size, dtype=torch.bool).tril()
+        kept = keep([0.0] * begin, RATIO)
+        allowed[begin:, :begin] &= torch.tensor(kept)
+        AttentionInterface.register("windowed", windowed(allowed))
+        by_itself.append(target(torch.tensor([text[:size]])).logits[0, begin:])
+    return by_draft, torch.stack(by_itself)
+
+
+def acceptance(target: torch.Tensor, draft: torch.Tensor) -> tuple[np.ndarray, float, float]:
+    """Of logits [rounds, K, vocabulary]: what is accepted of each draft, tokens a round, and the same greedily."""
+    overlap = torch.minimum(target.softmax(-1), draft.softmax(-1)).sum(-1)
+    same = (target.argmax(-1) == draft.argmax(-1)).float()
+    tokens, greedy = ((1 + accepted.cumprod(1).sum(1)).mean().item() for accepted in (overlap, same))
+    return overlap.mean(0).numpy(), tokens, greedy
 
 
 @torch.no_grad()
@@ -170,6 +217,7 @@ def test_figures_are_those_of_plain_pytorch(demo_pair, prompts, tmp_path):
             ("pruned", PRUNED | {"unread_mean": False}, None),
             ("with the mean", PRUNED, None),
             ("oracle", {"method": "dense"}, {"name": "oracle", "ratio": RATIO}),
+            ("own drafts", WINDOW, None),
         )
     ]
     layer_map = json.loads((Path(__file__).parents[2] / "configs/demo.json").read_text())
@@ -178,19 +226,35 @@ def test_figures_are_those_of_plain_pytorch(demo_pair, prompts, tmp_path):
     for job in jobs:
         runs[job.setting.name] = run(job, tmp_path)
     for number, (dense, pruned, estimated, _, best, _) in enumerate(expected):
+        true = dense[:POSITIONS]
         following = torch.tensor(texts[number][CONTEXT + 1 : CONTEXT + 1 + POSITIONS])[:, None]
         by_name = {"dense": dense, "oracle": best, "pruned": pruned, "with the mean": estimated}
         for name, logprobs in by_name.items():
+            logprobs = logprobs[:POSITIONS]
             found = runs[name].scores
             assert found.nll[number] == pytest.approx(-logprobs.gather(1, following)[:, 0].numpy(), abs=1e-3), name
-            kl = (dense.exp() * (dense - logprobs)).sum(-1).numpy()
+            kl = (true.exp() * (true - logprobs)).sum(-1).numpy()
             assert found.kl[number] == pytest.approx(kl, abs=1e-3), name
-            agrees = (logprobs.argmax(-1) == dense.argmax(-1)).numpy()
+            agrees = (logprobs.argmax(-1) == true.argmax(-1)).numpy()
             assert found.agrees[number].tolist() == agrees.tolist(), name
             # Something that a wrong selection would not pass by chance.
             assert name == "dense" or kl.mean() > 0.002, name
         assert (dense.exp() * (dense - estimated)).sum(-1).mean() < (dense.exp() * (dense - pruned)).sum(-1).mean()
     assert not runs["pruned"].scores.agrees.all(), "pruning changes some choice in the texts, if not in each"
+    for number, text in enumerate(texts):
+        dense, pruned, *_ = expected[number]
+        by_draft, by_itself = drafting(demo_pair, text)
+        for name, target, draft in (
+            ("dense", dense, by_draft), ("pruned", pruned, by_draft), ("own drafts", dense, by_itself)
+        ):  # fmt: skip
+            told = runs[name].acceptance.results()[number]
+            rounds = target.unflatten(0, (-1, STEPS + 1))[:, :STEPS].float()
+            overlap, tokens, greedy = acceptance(rounds, draft)
+            assert told.rounds == len(rounds) == 7
+            assert told.accepted == pytest.approx(overlap, abs=1e-3), name
+            assert (told.tokens, told.greedy_tokens) == pytest.approx((tokens, greedy), abs=2e-3), name
+    own, drafted = (runs[name].result.documents[0].drafts.accepted for name in ("own drafts", "dense"))
+    assert own != pytest.approx(drafted, abs=0.05), "what reads a part of a model is not what another model is"
     counted = runs["pruned"].result.forced
     assert counted["sparse_rows"] == counted["verify_rows"] == counted["rounds"] == 3 * 7
     assert counted["kv_read"] / counted["kv_full"] == pytest.approx(np.mean([e[3] for e in expected]), abs=2e-3)
