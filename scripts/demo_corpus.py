@@ -148,9 +148,13 @@ def train_tokenizer(documents, vocab, context, seed, sample_mb=60):
     return fast
 
 
-def encode(tokenizer, documents, seconds, label):
-    """One uint16 stream of <|bos|> document <|eos|> ...; stops, and says so, once `seconds` are over."""
-    bos, eos, tok = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.backend_tokenizer
+def encode(tokenizer, documents, seconds, label, separator=None):
+    """One stream of <|bos|> document <|eos|> ...; stops, and says so, once `seconds` are over.
+
+    separator: the id that a model marks the end of a document with, where that is all and no <|bos|> precedes it.
+    """
+    tok, kind = tokenizer.backend_tokenizer, np.uint16 if len(tokenizer) <= 65536 else np.uint32
+    bos, eos = ([tokenizer.bos_token_id], [tokenizer.eos_token_id]) if separator is None else ([], [separator])
     flat = [(t, i == 0, i == len(d) - 1) for d in documents for i, t in enumerate(d)]
     parts, start = [], time.monotonic()
     for at in range(0, len(flat), 1024):  # bounded batches: an Encoding takes far more memory than its ids
@@ -160,7 +164,7 @@ def encode(tokenizer, documents, seconds, label):
         chunk = flat[at : at + 1024]
         found = tok.encode_batch_fast([t for t, _, _ in chunk], add_special_tokens=False)
         for (_, first, last), e in zip(chunk, found, strict=True):
-            parts.append(np.array([bos] * first + e.ids + [eos] * last, dtype=np.uint16))
+            parts.append(np.array(bos * first + e.ids + eos * last, dtype=kind))
     stream = np.concatenate(parts)
     print(f"{label}: {len(stream) / 1e6:.1f}M tokens in {time.monotonic() - start:.0f} s", flush=True)
     return stream

@@ -13,14 +13,17 @@ LOOKAHEAD = 4  # draft tokens a step, for the acceptance estimate
 
 
 @torch.inference_mode()
-def evaluate(target, draft, stream, args, device):
-    """Teacher-forced losses (nats a token) and agreement on held-out text; `draft` may be None."""
+def evaluate(target, draft, stream, args, device, text="Python standard library, held out", first=None):
+    """Teacher-forced losses (nats a token) and agreement on held-out text; `draft` may be None.
+
+    first: the token before each window; the target's <|bos|> unless given.
+    """
     count = min(args.eval_windows, len(stream) // args.context)
     starts = np.linspace(0, len(stream) - args.context, count).astype(int)
     y = torch.from_numpy(np.stack([stream[s : s + args.context] for s in starts]).astype(np.int64))
-    x = F.pad(y[:, :-1], (1, 0), value=target.config.bos_token_id)
+    x = F.pad(y[:, :-1], (1, 0), value=target.config.bos_token_id if first is None else first)
     edges = [e for e in EDGES if e < args.context] + [args.context]
-    result, best = {"positions": y.numel(), "windows": count, "text": "Python standard library, held out"}, {}
+    result, best = {"positions": y.numel(), "windows": count, "text": text}, {}
     for name, model in (("target", target), ("draft", draft)):
         if model is None:
             continue
