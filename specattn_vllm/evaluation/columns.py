@@ -41,7 +41,10 @@ def _estimate(heading: str, short: str, field: str, form: str, *, compared: bool
         figure: Estimate | None = getattr(found, field)
         if figure is None:
             return None
-        return Cell("reference" if compared and result.is_reference else figure.text(form), figure.value)
+        if compared and result.is_reference:
+            return Cell("reference", figure.value)
+        is_floor = field == "kl_above_rounding" and result.other_batches
+        return Cell("floor" if is_floor else figure.text(form), figure.value)
 
     return Column(heading, short, cell)
 
@@ -52,6 +55,7 @@ COLUMNS = (
     _share("bytes read by the target", "bytes", "bytes_read"),
     _share("KV read by the draft", "by the draft", "draft_kv_read"),
     _estimate("KL to dense", "KL to dense", "kl", "z.4f", compared=True),
+    _estimate("KL above rounding", "above rounding", "kl_above_rounding", "z.4f", compared=True),
     _estimate("same favourite", "same favourite", "agreement", ".1%", compared=True),
     _estimate("perplexity change", "perplexity change", "perplexity_change", "+z.2%", compared=True),
     _estimate("acceptance along the text", "along the text", "text_tokens", ".2f"),

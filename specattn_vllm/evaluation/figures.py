@@ -53,7 +53,8 @@ def mean(values: np.ndarray) -> Figure:
     return ratio(values, np.ones_like(values))
 
 
-def figures(result: SettingResult, dense: SettingResult) -> Figures:
+def figures(result: SettingResult, dense: SettingResult, floor: SettingResult | None = None) -> Figures:
+    """`floor`: the dense run in other batches."""
     forced = Counts(**result.forced)
     more, documents = mean(_of(result, "nll") - _of(dense, "nll")), len(result.documents)
     return Figures(
@@ -61,6 +62,7 @@ def figures(result: SettingResult, dense: SettingResult) -> Figures:
         bytes_read=byte_fraction(forced, result.scan_share),
         draft_kv_read=None if _reads_part(result) and not forced.draft_kv_full else forced.draft_kv_fraction,
         kl=estimate(mean(_of(result, "kl")), documents),
+        kl_above_rounding=None if floor is None else estimate(mean(_of(result, "kl") - _of(floor, "kl")), documents),
         agreement=estimate(mean(_of(result, "agreement")), documents),
         perplexity_change=estimate(lambda weights: np.expm1(more(weights)), documents),
         acceptance_length=_acceptance(result),
@@ -71,7 +73,7 @@ def figures(result: SettingResult, dense: SettingResult) -> Figures:
 
 def rows_of(report: Report) -> list[tuple[SettingResult, Figures]]:
     """All settings of a report with their figures."""
-    return [(result, figures(result, report.dense)) for result in report.results]
+    return [(result, figures(result, report.dense, report.floor)) for result in report.results]
 
 
 class Difference(NamedTuple):

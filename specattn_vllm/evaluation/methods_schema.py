@@ -98,6 +98,8 @@ class Figures(StrictModel):
     draft_kv_read: float | None
     """The same of drafting; None in reports from before it was counted."""
     kl: Estimate
+    kl_above_rounding: Estimate | None = None
+    """KL less that of the dense run in other batches, paired by document; None where that was not measured."""
     agreement: Estimate
     perplexity_change: Estimate
     """Relative, 0.01 is one per cent more."""

@@ -80,6 +80,8 @@ def _section(name: str, report: Report) -> dict[str, Any]:
 
 def _told(result: SettingResult) -> dict[str, Any]:
     """What a setting is, beyond its name."""
+    if result.other_batches:
+        return {**result.options, "other_batches": True}
     return result.options if result.peer is None else result.peer.model_dump(exclude_none=True)
 
 

@@ -16,6 +16,8 @@ from specattn_vllm.installed import UserError
 from specattn_vllm.options import SpecAttnOptions
 
 DENSE_OPTIONS = {"method": "dense"}
+OTHER_CHUNK = 1000
+"""Tokens of a prompt at a time, where batches are to be others than vLLM's own, which are powers of two."""
 
 
 class StrictModel(BaseModel):
@@ -28,6 +30,9 @@ class Setting(StrictModel):
     name: str = Field(min_length=1)
     options: dict[str, Any]
     peer: PeerOptions | None = None
+    other_batches: bool = False
+    """Whether this is the dense run once more, with half as many requests at a time and prompts in other chunks. It
+    differs by nothing but what rounding makes of other shapes, which no other setting's KL can be told from."""
 
     @field_validator("options")
     @classmethod
@@ -42,12 +47,16 @@ class Setting(StrictModel):
                 f"a peer ({self.peer.name!r}) reads in the place of the plugin, not beside it: its options are "
                 f"{json.dumps(DENSE_OPTIONS)}, got {json.dumps(self.options)}"
             )
+        if self.other_batches and (self.options != DENSE_OPTIONS or self.peer is not None):
+            raise ValueError(
+                f"'other_batches' is the dense run once more: options are {json.dumps(DENSE_OPTIONS)}, without a peer"
+            )
         return self
 
     @property
     def is_reference(self) -> bool:
         """Whether this is what the others are compared with: the target alone, with all of its KV."""
-        return self.options == DENSE_OPTIONS and self.peer is None
+        return self.options == DENSE_OPTIONS and self.peer is None and not self.other_batches
 
     @property
     def selects(self) -> bool:
@@ -93,8 +102,10 @@ class EngineJob(StrictModel):
     def key(self) -> str:
         """Changes with anything that the figures depend on, so that a later run can tell what is measured."""
         told = self.model_dump(mode="json", exclude={"target", "draft", "record_kept"})
-        if self.setting.peer is None:
-            del told["setting"]["peer"]  # as in reports from before there were any
+        # As in reports from before there were any.
+        for field, default in (("peer", None), ("other_batches", False)):
+            if told["setting"][field] == default:
+                del told["setting"][field]
         text = json.dumps(told, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -123,7 +134,12 @@ class EngineJob(StrictModel):
             arguments |= {"enforce_eager": True, "max_num_batched_tokens": 2048}
         if self.setting.peer is not None:
             arguments["enforce_eager"] = True  # a peer waits for the device
-        return arguments | self.engine_options
+        arguments |= self.engine_options
+        if self.setting.other_batches:
+            fewer = max(1, self.batch // 2)
+            rows = fewer * 2 * (self.draft_tokens + 1)  # a round of each, and what drafting takes in beside
+            arguments |= {"max_num_seqs": fewer, "max_num_batched_tokens": max(OTHER_CHUNK, rows)}
+        return arguments
 
 
 class Result(StrictModel):
@@ -132,6 +148,7 @@ class Result(StrictModel):
     name: str
     options: dict[str, Any]
     peer: PeerOptions | None = None
+    other_batches: bool = False
     lossless: bool
     scan_share: float | None = None
     """Bytes read of what is searched, for each byte of the entries searched (`scan.py`); None in reports from before
@@ -148,6 +165,7 @@ class Result(StrictModel):
             name=setting.name,
             options=setting.options,
             peer=setting.peer,
+            other_batches=setting.other_batches,
             lossless=setting.lossless,
             scan_share=scan_share(setting, head_size),
             job_key=job.key,
@@ -157,7 +175,9 @@ class Result(StrictModel):
 
     @property
     def is_reference(self) -> bool:
-        return Setting(name=self.name, options=self.options, peer=self.peer).is_reference
+        return Setting(
+            name=self.name, options=self.options, peer=self.peer, other_batches=self.other_batches
+        ).is_reference
 
 
 class AnyReport(StrictModel):
@@ -176,6 +196,11 @@ class AnyReport(StrictModel):
     def dense(self) -> Any:
         """The result that the others are compared with; None where it is missing."""
         return next((result for result in self.results if result.is_reference), None)
+
+    @property
+    def floor(self) -> Any:
+        """The result whose KL is that of rounding; None where it is missing."""
+        return next((result for result in self.results if result.other_batches), None)
 
     def complete(self) -> None:
         """Fill in what follows from all results; called before a report is written."""

@@ -94,7 +94,8 @@ def measure(
 
 def list_settings(settings: list[Setting]) -> None:
     for setting in settings:
-        told = setting.options if setting.peer is None else setting.model_dump(exclude={"name"}, exclude_none=True)
+        more = setting.model_dump(exclude={"name"}, exclude_defaults=True)
+        told = setting.options if more.keys() == {"options"} else more
         print(f"{setting.name}\n  {json.dumps(told)}")
 
 

@@ -12,6 +12,7 @@ from specattn_vllm.evaluation.methods_schema import Report
 pytestmark = pytest.mark.engine
 
 SETTINGS = [
+    {"name": "rounding", "options": {"method": "dense"}, "other_batches": True},
     {"name": "own drafts", "options": {"method": "vegas", "ratio": 0.1, "min_tokens": 0}},
     {
         "name": "ends",
@@ -36,7 +37,7 @@ def test_settings_are_measured_and_what_they_keep_is_recorded(tmp_path):
     assert run.returncode == 1, run.stdout + run.stderr
     assert "no map: failed: LayerMapError: layer_map = 'nowhere.json' cannot be read" in run.stdout
     assert "failed: no map" in run.stdout
-    dense, own, ends = Report.model_validate(json.loads(path.read_text())).results
+    dense, rounding, own, ends = Report.model_validate(json.loads(path.read_text())).results
     assert "| own drafts | 100.0% |" in run.stdout
     # Of the free run, by document, with an interval.
     length = ends.figures.acceptance_length
@@ -52,6 +53,12 @@ def test_settings_are_measured_and_what_they_keep_is_recorded(tmp_path):
         assert after.nll == pytest.approx(before.nll, abs=1e-4)
         assert after.agreement == 1.0
         assert abs(after.kl) < 1e-5
+        assert after.drafts.rounds == 4 and 1 < after.drafts.greedy_tokens <= 5
+    # In fp32, other batches round off next to nothing.
+    assert 0 <= abs(rounding.figures.kl.value) < 1e-5 and rounding.figures.agreement.value == 1.0
+    assert rounding.other_batches and not rounding.is_reference
+    assert ends.figures.kl_above_rounding.value == pytest.approx(ends.figures.kl.value, abs=1e-5)
+    assert "| KL to dense | KL above rounding |" in run.stdout
     assert dense.kept is own.kept is None
     # Rounds follow the prompt and the token after it; kept are the first 4 tokens and the 50 before the drafts.
     kept, contexts = ends.kept, [300, 305, 310, 315]

@@ -8,9 +8,9 @@ import math
 import numpy as np
 import pytest
 
+from specattn_vllm.evaluation import columns, settings
 from specattn_vllm.evaluation import figures as compute
-from specattn_vllm.evaluation import settings
-from specattn_vllm.evaluation.methods_schema import Estimate
+from specattn_vllm.evaluation.methods_schema import Estimate, Report
 
 
 @pytest.fixture
@@ -51,6 +51,22 @@ def test_all_draws_of_three_documents_are_as_likely_as_they_should_be():
         share = np.mean(np.isclose(resampled, value))
         assert share == pytest.approx(np.mean(np.isclose(exact, value)), abs=0.02), value
     assert compute.estimate(figure, 3) == found
+
+
+def test_what_is_above_rounding_is_paired_by_document(half, of_documents, dense_of_four):
+    """Rounding differs from document to document, and so does what is compared with it."""
+    rounding = [0.001, 0.004, 0.002, 0.003]
+    floor = of_documents(settings.DENSE, kl=rounding).model_copy(update={"other_batches": True})
+    above = of_documents(half, kl=[kl + 0.02 for kl in rounding])
+    report = Report(provenance={}, setup={}, results=[dense_of_four, floor, above])
+    itself, found = (figures.kl_above_rounding for _, figures in compute.rows_of(report)[1:])
+    assert (found.value, found.interval) == (pytest.approx(0.02), pytest.approx((0.02, 0.02)))
+    assert (itself.value, itself.interval) == (0, (0, 0))
+    shown, rows = columns.table(compute.rows_of(report))
+    at = [column.heading for column in shown].index("KL above rounding")
+    assert [cells[at].text for cells in rows] == ["reference", "floor", "0.0200 (0.0200 to 0.0200)"]
+    del report.results[1]
+    assert "KL above rounding" not in [column.heading for column in columns.table(compute.rows_of(report))[0]]
 
 
 def test_one_document_has_no_interval(half, of_documents):

@@ -47,10 +47,24 @@ def test_a_peer_is_neither_the_reference_nor_lossless_and_runs_without_graphs(ha
     assert job(other).key != job(quest).key
 
 
+def test_the_dense_run_in_other_batches_is_not_the_reference_and_has_other_shapes(job, result_of):
+    setting = Setting(name="again", options={"method": "dense"}, other_batches=True)
+    assert not setting.is_reference and setting.lossless and job(setting).key != job().key
+    shapes = {"max_num_batched_tokens": 2048, "enforce_eager": True}
+    arguments = job(setting, batch=7, engine_options=shapes).engine_arguments()
+    assert (arguments["max_num_seqs"], arguments["max_num_batched_tokens"]) == (3, 1000)
+    assert arguments["enforce_eager"]
+    # A round of every request has to fit.
+    assert job(setting, batch=400).engine_arguments()["max_num_batched_tokens"] == 2000
+    assert job(setting, batch=1).engine_arguments()["max_num_seqs"] == 1
+    again = result_of(job(setting)).model_copy(update={"other_batches": True})
+    assert not again.is_reference and result_of(job()).is_reference
+
+
 def test_reports_from_before_there_were_peers_keep_their_keys(half, job):
     # Of the report's settings at that time, written out.
     assert "peer" not in json.dumps(job(half).setting.model_dump(exclude_none=True))
-    apart = {"target": True, "draft": True, "record_kept": True, "setting": {"peer"}}
+    apart = {"target": True, "draft": True, "record_kept": True, "setting": {"peer", "other_batches"}}
     told = job(half).model_dump(mode="json", exclude=apart)
     text = json.dumps(told, sort_keys=True)
     assert job(half).key == hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -73,6 +73,7 @@ def test_settings_that_cannot_stand_together_are_refused(given, only, message):
         ('[{"name": "x", "options": {"top_q": 1}}]', "top_q: unknown option"),
         ('[{"name": "x"}]', "0.options: Field required"),
         ('[{"name": "x", "options": {}, "draft": "other"}]', "0.draft: Extra inputs are not permitted"),
+        ('[{"name": "x", "options": {}, "other_batches": true}]', "'other_batches' is the dense run once more"),
         ("{", "file: Invalid JSON"),
     ],
 )
