@@ -64,8 +64,10 @@ def _pages_kernel(
         before += tl.maximum(tied_before - skip, 0)
     p = first + tl.arange(0, CHUNK)
     free = (p >= head) & (p < tail)
+    # Where everything is read there may be no scores.
+    scored = tl.where(threshold >= 0, tail, head)
     where = scores + r * stride_sr + h * stride_sh + p
-    score = tl.load(where, mask=free & (threshold >= 0), other=0).to(tl.int32)
+    score = tl.load(where, mask=(p >= head) & (p < scored), other=0).to(tl.int32)
     tie = free & (score == threshold)
     rank = tied_before + tl.cumsum(tie.to(tl.int32), 0)  # counted from 1
     keep = (p < length) & ((free == 0) | (score > threshold) | (tie & (rank > skip)))

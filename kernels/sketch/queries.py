@@ -32,7 +32,7 @@ import triton.language as tl
 
 from . import contracts
 from .contracts import MAX_SAMPLE, SAMPLE_BLOCK
-from .tiles import fused, load_codes, load_queries, tile_products
+from .tiles import fused, load_blocks, load_codes, load_queries, load_scales, tile_products
 
 TILE = 256  # sampled tokens at a time
 NUM_WARPS = 8
@@ -99,9 +99,9 @@ def _queries_kernel(
         p = tl.where(j < 2 * SAMPLE, last + j, strided)
         inside = (j < number) & (p < context) & ((j < 2 * SAMPLE) | (p < last))
         weight = tl.where((j < 2 * SAMPLE) | (p < SAMPLE), 1.0, stride.to(tl.float32))
-        byte, worth = load_codes(
-            codes, scales, block_table, p, inside, stride_cb, stride_cn, stride_sb, C, BLOCK_SIZE
-        )  # fmt: skip
+        block = load_blocks(block_table, p, inside, BLOCK_SIZE)
+        byte = load_codes(codes, block, p, inside, stride_cb, stride_cn, C, BLOCK_SIZE)
+        worth = load_scales(scales, block, p, inside, stride_sb, BLOCK_SIZE).to(tl.float32)
         products = tile_products(byte, q0, q1, q2, q3, D, BITS, C, TILE, FUSED)
         x = (products.to(tl.float32) * a[None, :] + b[None, :]) * worth[:, None]
         x = tl.where(inside[:, None], x + tl.log(weight)[:, None], float("-inf"))

@@ -27,13 +27,13 @@ import triton.language as tl
 
 from . import contracts
 from .contracts import CHUNK, LOWEST, PER_NAT
-from .tiles import fused, load_codes, load_queries, tile_products
+from .tiles import fused, load_blocks, load_codes, load_queries, load_scales, tile_products
 
 TILE = 128  # tokens at a time
 NUM_WARPS = 4
 NUM_STAGES = 3
 # Registers a thread. What a program waits for (a product, a barrier, the next codes) others fill in, if there are enough.
-MAX_REGISTERS = 72
+MAX_REGISTERS: int | None = None
 
 
 @triton.jit
@@ -63,12 +63,22 @@ def _scores_kernel(
     scales += h * stride_sh
     block_table += r * stride_tr
     scores += r * stride_or + h * stride_oh
-    for start in tl.range(first, tl.minimum(first + CHUNK, context), TILE, num_stages=STAGES):
+    end = tl.minimum(first + CHUNK, context)
+    # Codes and scales are loaded one tile ahead and block ids two, in registers that the loop carries: no load then waits
+    # for another, and none for its own tile.
+    p = first + tl.arange(0, TILE)
+    block = load_blocks(block_table, p, p < end, BLOCK_SIZE)
+    next_byte = load_codes(codes, block, p, p < end, stride_cb, stride_cn, C, BLOCK_SIZE)
+    next_worth = load_scales(scales, block, p, p < end, stride_sb, BLOCK_SIZE)
+    block = load_blocks(block_table, p + TILE, p + TILE < end, BLOCK_SIZE)
+    for start in range(first, end, TILE):
         p = start + tl.arange(0, TILE)
-        inside = p < context
-        byte, worth = load_codes(
-            codes, scales, block_table, p, inside, stride_cb, stride_cn, stride_sb, C, BLOCK_SIZE
-        )  # fmt: skip
+        inside = p < end
+        byte, worth = next_byte, next_worth.to(tl.float32)
+        q = p + TILE
+        next_byte = load_codes(codes, block, q, q < end, stride_cb, stride_cn, C, BLOCK_SIZE)
+        next_worth = load_scales(scales, block, q, q < end, stride_sb, BLOCK_SIZE)
+        block = load_blocks(block_table, q + TILE, q + TILE < end, BLOCK_SIZE)
         products = tile_products(byte, q0, q1, q2, q3, D, BITS, C, TILE, FUSED)
         x = (products.to(tl.float32) * a[None, :] + b[None, :]) * worth[:, None] - n[None, :]
         score = tl.max(x, 1)

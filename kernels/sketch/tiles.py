@@ -107,13 +107,19 @@ def tile_products(
 
 
 @triton.jit
-def load_codes(
-    codes, scales, block_table, p, live, stride_cb, stride_cn, stride_sb, C: tl.constexpr, BLOCK_SIZE: tl.constexpr
-):  # fmt: skip
-    """Codes [BLOCK, C] uint8 and scales [BLOCK] float32 of a head's tokens p [BLOCK], through a row of the block
-    table; zeros for those that are not live."""
-    block = tl.load(block_table + p // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
-    offset = p % BLOCK_SIZE
-    where = block * stride_cb + offset * stride_cn
-    byte = tl.load(codes + where[:, None] + tl.arange(0, C)[None, :], mask=live[:, None], other=0)
-    return byte, tl.load(scales + block * stride_sb + offset, mask=live, other=0.0).to(tl.float32)
+def load_blocks(block_table, p, live, BLOCK_SIZE: tl.constexpr):
+    """Blocks [BLOCK] int64 that hold tokens p, from a row of the block table; 0 for those that are not live."""
+    return tl.load(block_table + p // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
+
+
+@triton.jit
+def load_codes(codes, block, p, live, stride_cb, stride_cn, C: tl.constexpr, BLOCK_SIZE: tl.constexpr):
+    """Codes [BLOCK, C] uint8 of a head's tokens p in their blocks; zeros for those that are not live."""
+    where = block * stride_cb + (p % BLOCK_SIZE) * stride_cn
+    return tl.load(codes + where[:, None] + tl.arange(0, C)[None, :], mask=live[:, None], other=0)
+
+
+@triton.jit
+def load_scales(scales, block, p, live, stride_sb, BLOCK_SIZE: tl.constexpr):
+    """Scales [BLOCK] float16 of the same tokens."""
+    return tl.load(scales + block * stride_sb + p % BLOCK_SIZE, mask=live, other=0.0)

@@ -255,3 +255,37 @@ def test_no_step_waits_for_the_device(options, engine, greedy, prompts, monkeypa
         assert any("synchroniz" in str(w.message) for w in seen), "what this test looks for would not be seen"
     assert min(calls.values()) > 10
     assert not ours, sorted({*ours})
+
+
+@pytest.mark.parametrize("drafter", [True, False], ids=["draft model", "no speculation"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"ratio": 1.0}, id="everything"),
+        pytest.param({"ratio": 0.2, "min_tokens": 80}, id="ratio"),
+        pytest.param({"top_p": 0.9, "min_tokens": 80, "sketch_bits": 4}, id="top_p"),
+        pytest.param({"ratio": 0.2, "min_tokens": 80, "crossover_tokens": 10**6}, id="below-the-crossover"),
+    ],
+)
+def test_a_target_that_chooses_for_itself_chooses_alike_in_graphs(
+    options, drafter, engine, greedy, prompts, counts, replayed
+):
+    own = {} if drafter else {"speculative_config": None}
+    graphs = GRAPHS
+    if not drafter:
+        compilation = {**GRAPHS["compilation_config"], "cudagraph_capture_sizes": [1, 2, 4, 8]}
+        graphs = {**GRAPHS, "compilation_config": compilation}
+    options = {"method": "sketch", **options}
+    eager = engine(options, **own)
+    expected, upstream = greedy(eager, prompts(LENGTHS), NEW_TOKENS), counts(eager)
+    llm = engine(options, **own, **graphs)
+    assert greedy(llm, prompts(LENGTHS), NEW_TOKENS) == expected
+    seen = counts(llm)
+    assert seen.kv_fraction == pytest.approx(upstream.kv_fraction, rel=0.01)
+    assert replayed["target"] > 5
+    if options.get("ratio") == 1.0 or "crossover_tokens" in options:
+        assert seen.kv_fraction == 1.0
+        assert greedy(engine(None), prompts(LENGTHS), NEW_TOKENS) == expected
+    else:
+        assert seen.kv_fraction < 0.5
+        assert 0 < seen.sparse_rows < seen.verify_rows

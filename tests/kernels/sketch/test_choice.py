@@ -1,0 +1,171 @@
+"""Queries, scores, cuts and pages: kernels against references, and references against plain attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specattn_vllm.kernels.sketch import reference
+from specattn_vllm.kernels.sketch.contracts import BINS, LOWEST, PER_NAT, Budget
+from specattn_vllm.kernels.sketch.cuts import cut_scores
+from specattn_vllm.kernels.sketch.pages import list_pages
+from specattn_vllm.kernels.sketch.queries import prepare_queries
+from specattn_vllm.kernels.sketch.scores import score_tokens
+
+# lens, q_lens, KV heads, query heads each, head size, bits, block size, layout, dense rows
+BATCHES = [
+    pytest.param(([3000, 130, 0, 70, 2500], [6, 6, 0, 3, 1], 2, 4, 128, 2, 16, "LBNHC", (3,)), id="ragged-128"),
+    pytest.param(([1500, 2049 + 5], [5, 5], 3, 3, 64, 2, 32, "LBHNC", ()), id="chunk-edge-64"),
+    pytest.param(([400, 2, 1], [1, 1, 1], 1, 1, 64, 1, 16, "LBNHC", ()), id="one-row-1-bit"),
+    pytest.param(([700, 900], [4, 2], 2, 2, 128, 4, 16, "LBHNC", ()), id="4-bits"),
+    pytest.param(([600], [6], 1, 16, 128, 2, 16, "LBNHC", ()), id="gqa-16"),
+    pytest.param(([500, 300], [3, 3], 2, 1, 256, 2, 16, "LBNHC", (1,)), id="head-256"),
+]
+BUDGETS = [
+    Budget(0.1),
+    Budget(0.1, shared=False),
+    Budget(0.25, top_p=0.9),
+    Budget(1.0, top_p=0.5),
+    Budget(0.03, min_tokens=70),
+    Budget(0.5, max_tokens=90, min_tokens=80),
+    Budget(0.1, sink=0, recent=0, min_tokens=0),
+    Budget(1.0),
+]
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_kernels_do_what_the_references_do(place, sketched, prepared, scored, selected, batch):
+    device, dtype = place
+    data = sketched(*batch[:8], device, dtype, dense=batch[8])
+    got, want = prepared(prepare_queries, data), prepared(reference.prepare_queries, data)
+    assert (got[0] != want[0]).float().mean() < 1e-3  # a query on the border between two levels
+    torch.testing.assert_close(got[1], want[1], rtol=2e-3, atol=2e-3, equal_nan=True)
+    assert torch.equal(got[2], want[2])
+    packed, factors, _ = want
+    got, want = scored(score_tokens, data, packed, factors), scored(reference.score_tokens, data, packed, factors)
+    apart = (got[0].int() - want[0].int()).abs()
+    assert apart.max() <= 1
+    assert (apart > 0).float().mean() < 1e-3  # a score on the border between two bins
+    assert int((got[1] - want[1]).abs().sum()) <= 2 * int((apart > 0).sum())
+    for budget in BUDGETS:
+        scores, histogram, chunks = scored(
+            reference.score_tokens, data, packed, factors, budget.sink, budget.recent
+        )
+        arguments = (data, scores, histogram, chunks, budget)
+        ours, theirs = selected(cut_scores, list_pages, *arguments), selected(
+            reference.cut_scores, reference.list_pages, *arguments
+        )
+        if budget.top_p is not None:
+            # Sums of weights in another order: a token more or less.
+            assert (ours[3] - theirs[3]).abs().max() <= 1
+            continue
+        for mine, its in zip(ours, theirs, strict=True):
+            assert torch.equal(mine, its), budget
+
+
+def test_scores_are_logarithms_of_attention_weights(sketched, prepared, scored):
+    """4 bits of queries' true attention: the largest weight over the rows, from keys that are nearly exact."""
+    data = sketched([900], [4], 2, 3, 128, 4, 16, "LBNHC", torch.device("cpu"), torch.float32)
+    packed, factors, _ = prepared(reference.prepare_queries, data)
+    scores, _, _ = scored(reference.score_tokens, data, packed, factors)
+    context = data.context(0)
+    p = torch.arange(context)
+    table = data.block_table[0]
+    # What a code stands for, turned back: the tests of encoding say how near that is to the key.
+    codes = reference.unpack(data.codes.transpose(1, 2)[table[p // 16].long(), p % 16], 4).float()
+    scales = data.scales.transpose(1, 2)[table[p // 16].long(), p % 16].float()
+    keys = (2 * codes - 15) * scales[..., None]
+    query = (data.query[:4] @ data.rotation / 128**0.5).unflatten(1, (2, 3))
+    logits = torch.einsum("nhgd,thd->hngt", query, keys) / 128**0.5
+    weights = logits.softmax(-1).log().flatten(1, 2).amax(1)
+    bins = ((weights - LOWEST) * PER_NAT).floor().clamp(0, BINS - 1)
+    # 512 of 900 tokens estimate the sums, and queries have 8 bits.
+    assert (scores[0, :, :context].float() - bins).abs().mean() < 0.5 * PER_NAT
+
+
+def test_the_most_attended_tokens_are_read(sketched, prepared, scored, selected):
+    data = sketched([1100, 1100], [2, 2], 2, 2, 64, 2, 16, "LBNHC", torch.device("cpu"), torch.float32)
+    packed, factors, _ = prepared(reference.prepare_queries, data)
+    scores, histogram, chunks = scored(reference.score_tokens, data, packed, factors)
+    budget = Budget(0.1)
+    _, _, table, kept = selected(
+        reference.cut_scores, reference.list_pages, data, scores, histogram, chunks, budget
+    )
+    assert kept.sum(1).tolist() == [2 * (128 + 2)] * 2  # the mean of both heads is the budget, and the step's own tokens
+    block, head, token = data.page_strides
+    for r in range(2):
+        for h in range(2):
+            pages = table[r, h, : kept[r, h]].tolist()
+            where = {
+                int(data.block_table[r, p // 16]) * block + p % 16 * token + h * head: p for p in range(1100)
+            }
+            read = [where[page] for page in pages]
+            assert read == sorted(read)
+            assert {0, 1, 2, 3, *range(1098 - 64, 1100)} <= set(read)
+            left = [int(scores[r, h, p]) for p in range(4, 1098 - 64) if p not in set(read)]
+            assert max(left) <= min(int(scores[r, h, p]) for p in read if 4 <= p < 1098 - 64)
+
+
+def test_a_key_that_is_no_number_is_read(place, sketched, prepared, scored):
+    """So that the row fails as it would densely, and not without a word."""
+    device, dtype = place
+    data = sketched([600], [2], 1, 2, 64, 2, 16, "LBNHC", device, dtype)
+    packed, factors, _ = prepared(reference.prepare_queries, data)
+    data.scales[int(data.block_table[0, 20]), 0, 3] = torch.nan
+    for op in (score_tokens, reference.score_tokens):
+        assert int(scored(op, data, packed, factors)[0][0, 0, 323]) == BINS - 1
+
+
+def test_contexts_that_are_read_whole_are_not_scanned(place, sketched, prepared, scored):
+    device, dtype = place
+    data = sketched([600, 90], [2, 2], 1, 2, 64, 2, 16, "LBNHC", device, dtype)
+    for op, scan in ((prepare_queries, score_tokens), (reference.prepare_queries, reference.score_tokens)):
+        packed, factors, histogram = prepared(op, data, read_whole=100)
+        assert (packed[1] == 77).all()
+        assert (histogram == 0).all()
+        scores, _, _ = scored(scan, data, packed, factors, read_whole=100)
+        assert (scores[1] == 201).all()
+
+
+@pytest.mark.parametrize("broken", ["histogram", "starts"])
+def test_nothing_is_written_past_the_table(place, sketched, prepared, scored, selected, broken):
+    device, dtype = place
+    data = sketched([600], [2], 1, 2, 64, 2, 16, "LBNHC", device, dtype)
+    packed, factors, _ = prepared(reference.prepare_queries, data)
+    scores, histogram, chunks = scored(reference.score_tokens, data, packed, factors)
+    wide = torch.full((1, 1, 700), -77, dtype=torch.int32, device=device)
+    cuts = torch.zeros((1, 1, 2), dtype=torch.int32, device=device)
+    starts = torch.zeros((1, 1, 1, 2), dtype=torch.int32, device=device)
+    if broken == "histogram":
+        cut_scores(histogram * 0, chunks * 0, *data.step[:3], scores, Budget(0.5), cuts, starts)
+    else:
+        cuts[..., 0], starts[...] = 3, 500
+    kept = torch.zeros((1, 1), dtype=torch.int32, device=device)
+    list_pages(
+        scores, cuts, starts, data.step[0], data.step[1], data.step[3], 16, data.page_strides, 4, 64, wide[..., :640],
+        kept,
+    )  # fmt: skip
+    assert (wide[..., 640:] == -77).all()
+    assert int(kept) <= 640
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 3}, "1, 2 or 4 bits"),
+        ({"block_size": 8}, "a multiple of 16"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, message):
+    size, tokens = 64, change.get("block_size", 16)
+    code_bytes = size * change.get("bits", 2) // 8
+    codes = torch.zeros(2, 1, tokens, code_bytes, dtype=torch.uint8)
+    scales = torch.zeros(2, 1, tokens, dtype=torch.float16)
+    starts, lens = torch.tensor([0, 1], dtype=torch.int32), torch.tensor([20], dtype=torch.int32)
+    for op in (prepare_queries, reference.prepare_queries):
+        with pytest.raises(ValueError, match=message):
+            op(
+                torch.zeros(1, 1, size), starts, lens, lens * 0, torch.zeros(1, 3, dtype=torch.int32), codes, scales,
+                torch.ones(size, size), 1.0, 1, 0, torch.zeros(1, 1, 16, size, dtype=torch.int8),
+                torch.zeros(1, 1, 3, 16), torch.zeros(1, 1, BINS, dtype=torch.int32),
+            )  # fmt: skip
