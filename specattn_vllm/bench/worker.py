@@ -157,10 +157,10 @@ class Worker:
 
 
 def fill_in(value: Any, folders: dict[str, str]) -> Any:
-    """`value` with '{target}' and '{draft}' replaced by the models' folders."""
+    """`value` with '{target}', '{draft}' and '{eagle}' replaced by the models' folders."""
     if isinstance(value, dict):
         return {key: fill_in(item, folders) for key, item in value.items()}
-    return folders[value[1:-1]] if value in ("{target}", "{draft}") else value
+    return folders.get(value[1:-1], value) if isinstance(value, str) and value[:1] == "{" else value
 
 
 def end_with_the_parent(seconds: float = 2.0) -> None:
