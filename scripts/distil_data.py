@@ -72,6 +72,7 @@ def read(args, tokenizer) -> tuple[np.ndarray, dict[str, np.ndarray], dict]:
     if not learnt or not held:
         raise SystemExit(f"found {len(learnt)} files to train on and {len(held)} held out: name folders with more text "
                          "with --roots")  # fmt: skip
+    print(f"text: {len(files)} files, {len(learnt)} to train on, {len(held)} held out", flush=True)
     longest = 3 * args.context  # characters of a chat: a token of ordinary text has about three
 
     def stream(of: list[list[str]], label: str) -> np.ndarray:
@@ -86,7 +87,7 @@ def read(args, tokenizer) -> tuple[np.ndarray, dict[str, np.ndarray], dict]:
     whole = args.corpus_mb * 1e6
     learning = documents(mixed(learnt, args, whole * (1 - args.chat_share)), whole * args.chat_share)
     tokens = stream([document for of in learning.values() for document in of], "training text")
-    enough = args.eval_windows * args.context * 4  # characters of each kind
+    enough = 4 * args.eval_windows * args.context * 4  # characters of each kind, for windows of several packages
     judged = {kind: capped(by_folder([f for f in held if f.kind == kind], args.seed), enough) for kind in (PROSE, CODE)}
     judged = {kind: stream(of, f"held-out {kind}") for kind, of in documents(judged, enough).items() if of}
     facts = {"found_files": len(files), "held_out_files": len(held), "files_to_train_on": len(learnt),

@@ -73,7 +73,10 @@ def find(roots) -> list[File]:
 
 
 def training(files: list[File]) -> list[File]:
-    """Without what is held out, and without edited copies of it: packages carry each other's files along."""
+    """Without what is held out, and without edited copies of it: packages carry each other's files along.
+
+    A copy is a file most of whose lines are held-out ones. Short files of nothing but boilerplate go with them.
+    """
     barred = {hash(line) for file in files if file.held_out for line in long_lines(file.text)}
     kept = []
     for file in files:
