@@ -6,7 +6,7 @@ scores.py     target logits to loss, KL and agreement with the dense run, whose 
 engine.py     one setting in one engine: the forced run, then a free one
 schema.py     settings, jobs, results and the report, as JSON
 settings.py   which settings are compared; texts.py on which documents
-peers.py      other work's selections in the place of ours; peer_options.py how a settings file names them
+peers/        other work's selections in the place of ours, a file each; peer_options.py how a settings file names them
 runner.py     an engine for each setting, one after the other, each in a process of its own
 scan.py       what is searched before anything is chosen, in bytes
 kept.py       what a setting keeps of a document, recorded over its forced run

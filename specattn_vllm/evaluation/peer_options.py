@@ -32,6 +32,35 @@ class Quest(_PeerOptions):
         return scan.of_pages(self.page_size)
 
 
+class MeanStd(_PeerOptions):
+    """Pages of the cache by the mean and the standard deviation of their keys."""
+
+    name: Literal["mean_std"]
+    ratio: float = Field(gt=0, le=1)
+    """Share of the context that is read, in whole pages."""
+    page_size: int = Field(16, ge=1)
+    spread: float = Field(1.0, ge=0)
+    """Standard deviations that a page's score is above its mean's."""
+    dense_layers: int = Field(0, ge=0)
+
+    def scan_share(self, head_size: int) -> float:
+        return scan.of_pages(self.page_size)
+
+
+class Channels(_PeerOptions):
+    """Tokens by a few channels of their keys, as Double Sparsity (Yang et al., arXiv 2408.07092)."""
+
+    name: Literal["channels"]
+    ratio: float = Field(gt=0, le=1)
+    """Share of the context that is read."""
+    channels: int = Field(16, ge=1)
+    """Of a key's elements, in 16 bits each."""
+    dense_layers: int = Field(0, ge=0)
+
+    def scan_share(self, head_size: int) -> float:
+        return scan.of_channels(self.channels, head_size)
+
+
 class Oracle(_PeerOptions):
     """The target's own attention of the very rows that are verified: what no selection of its size can know better.
     It cannot be served, since whoever has read everything has nothing left to save."""
@@ -52,4 +81,4 @@ class Oracle(_PeerOptions):
         return self
 
 
-PeerOptions = Annotated[Quest | Oracle, Field(discriminator="name")]
+PeerOptions = Annotated[Quest | MeanStd | Channels | Oracle, Field(discriminator="name")]

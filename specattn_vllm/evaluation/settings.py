@@ -18,6 +18,7 @@ def default_settings(context: int) -> list[Setting]:
     """For prompts of `context` tokens: what a budget without any choice takes is a number of tokens in the options."""
     return [
         DENSE,
+        Setting(name="dense, another batch shape", options=DENSE_OPTIONS, other_batches=True),
         Setting(name="dense, sparse_draft", options={"method": "dense", "sparse_draft": True}),
         Setting(name="specattn", options={"method": "specattn"}),
         Setting(name="specattn, sparse_draft", options={"method": "specattn", "sparse_draft": True}),
@@ -66,6 +67,8 @@ def default_settings(context: int) -> list[Setting]:
             Setting(name=f"{name} {share * 100:g}%", options=DENSE.options, peer={**peer, "ratio": share})
             for name, shares, peer in (
                 ("quest", (0.25, 0.125), {"name": "quest"}),
+                ("mean and std", (0.25, 0.125), {"name": "mean_std"}),
+                ("channels", (0.25, 0.125), {"name": "channels"}),
                 ("oracle", (0.25, 0.125), {"name": "oracle"}),
                 ("oracle, shared", (0.125,), {"name": "oracle", "shared": True}),
             )

@@ -42,9 +42,13 @@ def test_the_quality_is_what_was_measured(capsys):
 
 @pytest.mark.parametrize(
     ("file", "begins"),
-    [("h200-methods", "eval methods --documents 16"), ("h200-methods-8k", "eval methods --context 6400")],
+    [
+        ("h200-methods", "eval methods --settings docs/settings/every-method.json"),
+        ("h200-methods-8k", "eval methods --context 6400"),
+    ],
 )
-def test_the_tables_of_methods_are_what_was_measured(file, begins, capsys):
+def test_the_tables_of_methods_are_what_was_measured(file, begins, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
     methods_in_evaluation(file, begins, capsys)
 
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from specattn_vllm import executors
-from specattn_vllm.evaluation.peer_options import Oracle, Quest
+from specattn_vllm.evaluation.peer_options import Channels, MeanStd, Oracle, Quest
 from specattn_vllm.evaluation.peers import Peer
 from specattn_vllm.evaluation.schema import Setting
 from specattn_vllm.stats import Counters
@@ -167,30 +167,71 @@ def test_an_oracle_of_everything_is_full_attention(options):
     assert counts.kv_read == counts.kv_full
 
 
-def quest(step: Step, row: int, head: int, ratio: float, page: int) -> set[int]:
-    """Pages by the mean over queries of the softmax of their bounds, the last of the prefix always."""
-    first = step.lens[row] - step.counts[row]
-    pages = [range(begin, min(begin + page, first)) for begin in range(0, first, page)]
+def queries_of(step: Step, row: int, head: int) -> torch.Tensor:
+    """[tokens x query heads, D] float64"""
     span = slice(step.starts[row], step.starts[row + 1])
-    queries = step.query[span, head * GROUP : (head + 1) * GROUP].double().flatten(0, 1)
-    bounds = []
-    for of in pages:
-        keys = step.keys[row, list(of), head].double()
-        bounds.append(torch.maximum(queries * keys.amin(0), queries * keys.amax(0)).sum(-1) * SCALE)
-    mean = torch.stack(bounds, -1).softmax(-1).mean(0).tolist()
-    count = -(-tokens_of(ratio, first) // page)
-    order = [len(pages) - 1, *sorted(range(len(pages) - 1), key=lambda p: -mean[p])]
-    return {position for p in order[:count] for position in pages[p]}
+    return step.query[span, head * GROUP : (head + 1) * GROUP].double().flatten(0, 1)
+
+
+def best_pages(step: Step, row: int, head: int, ratio: float, page: int, score, *, first: bool = False) -> set[int]:
+    """Pages by the mean over queries of the softmax of score(queries, keys), the last of the prefix always."""
+    end = step.lens[row] - step.counts[row]
+    pages = [range(begin, min(begin + page, end)) for begin in range(0, end, page)]
+    queries = queries_of(step, row, head)
+    scores = [score(queries, step.keys[row, list(of), head].double()) * SCALE for of in pages]
+    mean = torch.stack(scores, -1).softmax(-1).mean(0).tolist()
+    count = -(-tokens_of(ratio, end) // page)
+    order = sorted(range(len(pages) - 1), key=lambda p: (not (first and p == 0), -mean[p]))
+    return {position for p in [len(pages) - 1, *order][:count] for position in pages[p]}
+
+
+def quest(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    return torch.maximum(queries * keys.amin(0), queries * keys.amax(0)).sum(-1)
+
+
+def mean_std(spread: float):
+    def score(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        return queries @ keys.mean(0) + spread * (queries.abs() @ keys.std(0, correction=0))
+
+    return score
 
 
 @pytest.mark.parametrize(("ratio", "page"), [(0.3, 16), (0.5, 8), (0.4, 10), (1.0, 16), (0.001, 16)])
 def test_quest_reads_the_pages_of_the_largest_bounds(ratio, page):
     step = Step()
     found = step.attend(Quest(name="quest", ratio=ratio, page_size=page))
-    kept = {(row, head): quest(step, row, head, ratio, page) for row, head in verifying()}
+    kept = {(row, head): best_pages(step, row, head, ratio, page, quest) for row, head in verifying()}
     assert_same(found, step.expected(kept))
     searched = sum(-(-(step.lens[row] - step.counts[row]) // page) * page for row, _ in verifying())
     assert_counted(step, kept, searched)
+
+
+@pytest.mark.parametrize(("ratio", "page", "spread"), [(0.3, 16, 1.0), (0.5, 8, 0.0), (0.4, 10, 2.5), (0.001, 16, 1.0)])
+def test_pages_of_the_largest_means_and_deviations(ratio, page, spread):
+    step = Step()
+    found = step.attend(MeanStd(name="mean_std", ratio=ratio, page_size=page, spread=spread))
+    score = mean_std(spread)
+    kept = {(row, head): best_pages(step, row, head, ratio, page, score, first=True) for row, head in verifying()}
+    assert sum(0 in of for of in kept.values()) >= 4 or ratio < 0.01
+    assert_same(found, step.expected(kept))
+    searched = sum(-(-(step.lens[row] - step.counts[row]) // page) * page for row, _ in verifying())
+    assert_counted(step, kept, searched)
+
+
+@pytest.mark.parametrize(("ratio", "channels"), [(0.2, 16), (0.4, 3), (0.01, 16), (0.3, SIZE)])
+def test_channels_keep_the_heaviest_by_a_part_of_each_key(ratio, channels):
+    step = Step()
+    found = step.attend(Channels(name="channels", ratio=ratio, channels=channels))
+    kept = {}
+    for row, head in verifying():
+        end = step.lens[row] - step.counts[row]
+        keys, queries = step.keys[row, :end, head].double(), queries_of(step, row, head)
+        worth = (queries.abs().mean(0) * keys.abs().mean(0)).tolist()
+        few = sorted(range(SIZE), key=lambda d: -worth[d])[:channels]
+        mass = (queries[:, few] @ keys[:, few].T * SCALE).softmax(-1).mean(0).tolist()
+        kept[row, head] = top_k(mass, tokens_of(ratio, end))
+    assert_same(found, step.expected(kept))
+    assert_counted(step, kept, sum(step.lens[row] - step.counts[row] for row, _ in verifying()))
 
 
 def test_a_page_of_one_token_bounds_its_score_exactly():
@@ -229,6 +270,11 @@ def test_prompts_and_profiling_are_left_alone():
     assert peer.begin(profiling) is None
 
 
+def test_channels_that_a_key_does_not_have_are_refused():
+    with pytest.raises(ValueError, match=f"channels {SIZE + 1}, but keys have {SIZE} elements"):
+        Step().attend(Channels(name="channels", ratio=0.2, channels=SIZE + 1))
+
+
 def test_dense_layers_leave_something_to_select_in():
     with pytest.raises(ValueError, match="dense_layers 2 leaves none of the target's 2 layers"):
         Peer(Quest(name="quest", ratio=0.5), executors.resolve("torch", CPU), Counters(CPU), ["a", "b"])
@@ -243,7 +289,7 @@ def test_dense_layers_leave_something_to_select_in():
         ({"name": "quest", "ratio": 0.5}, {}, "reads in the place of the plugin, not beside it"),
         ({"name": "quest", "ratio": 1.5}, {"method": "dense"}, "less than or equal to 1"),
         ({"name": "quest", "ratio": 0.5, "shared": True}, {"method": "dense"}, "Extra inputs are not permitted"),
-        ({"name": "h2o", "ratio": 0.5}, {"method": "dense"}, "'quest', 'oracle'"),
+        ({"name": "h2o", "ratio": 0.5}, {"method": "dense"}, "'quest', 'mean_std', 'channels', 'oracle'"),
     ],
 )
 def test_peers_that_make_no_sense_are_refused(peer, options, message):
