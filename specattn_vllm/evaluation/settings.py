@@ -7,8 +7,10 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
+from specattn_vllm import layer_map
 from specattn_vllm.evaluation.schema import DENSE_OPTIONS, Setting
 from specattn_vllm.installed import UserError
+from specattn_vllm.options import SpecAttnOptions
 
 DENSE = Setting(name="dense", options=DENSE_OPTIONS)
 SINK = 4
@@ -101,6 +103,22 @@ def read_settings(path: Path) -> list[Setting]:
             f"--settings {path}: {place}: {message} It is a list of settings: "
             f"{json.dumps([{'name': 'half', 'options': {'rule': 'top_k', 'ratio': 0.5}}])} (docs/evaluation.md)"
         ) from None
+
+
+def with_layer_map(settings: list[Setting], path: Path) -> list[Setting]:
+    """The same, with that layer map where a draft model's attention chooses and no map is named."""
+    try:
+        layer_map.read(path)
+    except layer_map.LayerMapError as error:
+        raise UserError(f"--layer-map: {error}") from None
+
+    def mapped(setting: Setting) -> Setting:
+        options = SpecAttnOptions.parse(setting.options)
+        if setting.peer is not None or not options.chooses_by_draft or options.layer_map is not None:
+            return setting
+        return setting.model_copy(update={"options": {**setting.options, "layer_map": str(path)}})
+
+    return [mapped(setting) for setting in settings]
 
 
 def chosen(settings: list[Setting], only: list[str]) -> list[Setting]:

@@ -28,6 +28,10 @@ def add_compared(parser: argparse.ArgumentParser) -> None:
         "--settings", type=Path, metavar="FILE.json", help='[{"name": ..., "options": {...}}, ...] in the place of ours'
     )
     what.add_argument(
+        "--layer-map", type=Path, metavar="FILE.json",
+        help="the pair's, for all settings whose selections come from a draft model and that name none themselves",
+    )  # fmt: skip
+    what.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="this setting, beside dense; may be repeated"
     )
 
@@ -66,9 +70,11 @@ def check_least(args: argparse.Namespace, **least: int) -> None:
 
 def settings_of(args: argparse.Namespace, context: int) -> tuple[list[Setting], list[Setting]]:
     """All settings of the file or of the default list, for prompts of `context` tokens, and those to be run."""
-    from specattn_vllm.evaluation.settings import chosen, default_settings, read_settings
+    from specattn_vllm.evaluation.settings import chosen, default_settings, read_settings, with_layer_map
 
     given = read_settings(args.settings) if args.settings else default_settings(context)
+    if args.layer_map is not None:
+        given = with_layer_map(given, args.layer_map)
     return given, chosen(given, args.only)
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 
 from specattn_vllm import cli
 from specattn_vllm.evaluation import settings
+from specattn_vllm.evaluation.scan import scan_share
 from specattn_vllm.evaluation.schema import Setting
 from specattn_vllm.installed import UserError
 from specattn_vllm.options import SpecAttnOptions
 
+ROOT = Path(__file__).parents[2]
+DEMO_MAP = ROOT / "configs/demo.json"
 HALF = Setting(name="half", options={"rule": "top_k", "ratio": 0.5})
 
 
@@ -101,3 +105,32 @@ def test_graphs_are_refused_with_peers(capsys):
     arguments = ["eval", "methods", "--only", "quest 25%", "--engine-argument", "enforce_eager=false"]
     assert cli.main(arguments) == 2
     assert "enforce_eager=false: 'quest 25%' is a peer" in capsys.readouterr().err
+
+
+def test_a_layer_map_is_for_those_that_choose_by_a_draft_and_name_none(capsys, tmp_path):
+    path = tmp_path / "settings.json"
+    own = Setting(name="own", options={"method": "specattn", "layer_map": "uniform"})
+    others = [Setting(name="vegas", options={"method": "vegas"}), Setting(name="sketch", options={"method": "sketch"})]
+    peer = Setting(name="oracle", options={"method": "dense"}, peer={"name": "oracle", "ratio": 0.5})
+    given = [HALF, Setting(name="sts", options={"method": "sts"}), own, *others, peer]
+    path.write_text(json.dumps([setting.model_dump() for setting in given]))
+    arguments = ["eval", "methods", "--settings", str(path), "--list", "--layer-map"]
+    assert cli.main([*arguments, str(DEMO_MAP)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    listed = {name: json.loads(told) for name, told in zip(lines[::2], lines[1::2], strict=True)}
+    assert {name for name, options in listed.items() if options.get("layer_map") == str(DEMO_MAP)} == {"half", "sts"}
+    assert listed["own"]["layer_map"] == "uniform"
+    assert cli.main([*arguments, str(tmp_path / "nowhere.json")]) == 2
+    assert "--layer-map: layer_map = " in capsys.readouterr().err
+
+
+def test_the_settings_of_the_real_model_read_as_many_bytes_as_they_are_called_by():
+    found = settings.read_settings(ROOT / "docs/settings/real.json")
+    assert found[0].is_reference and found[1].other_batches
+    named = [(setting, re.search(r"([\d.]+)%$", setting.name)) for setting in found]
+    for setting, share in named:
+        ratio = setting.options.get("ratio") if setting.peer is None else setting.peer.ratio
+        if share is not None and ratio is not None:
+            # Less what a round reads of itself, and whole pages round up.
+            assert scan_share(setting, 64) + ratio == pytest.approx(float(share[1]) / 100, abs=1e-3), setting.name
+    assert {setting.peer.name for setting in found if setting.peer} == {"quest", "mean_std", "channels", "oracle"}
