@@ -5,11 +5,13 @@ from __future__ import annotations
 import gc
 import os
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -107,13 +109,26 @@ def forced_run(
 
         texts = {name: job.documents[number] for name, number in names.items()}
         with forcing.through(texts, observe):
-            generate(llm, {name: text[: job.context] for name, text in texts.items()}, 1 + job.verified)
-    if scores.missing():
-        raise ForcingError(f"{scores.missing()} of {scores.nll.size} positions were never verified")
+            generate(llm, job, {name: text[: job.context] for name, text in texts.items()}, 1 + job.verified)
+    check_complete(scores)
     counted = counts(llm) - before
     if counted.sampled_tokens != counted.rounds * (job.draft_tokens + 1):
         raise ForcingError(f"{counted.rounds} rounds gave {counted.sampled_tokens} tokens: some draft was not accepted")
     return counted
+
+
+def check_complete(scores: Scores) -> None:
+    """Every position has a loss."""
+    for without, what in (
+        (~scores.seen, "were never verified"),
+        (scores.seen & ~np.isfinite(scores.nll), "have logits that are no numbers"),
+    ):
+        if without.any():
+            document, position = np.argwhere(without)[0]
+            raise ForcingError(
+                f"{without.sum()} of {without.size} positions {what}, the first of them position {position} of "
+                f"document {document}"
+            )
 
 
 def free_run(llm: Any, job: Job, forcing: Forcing) -> tuple[Counts, list[list[int]], list[list[int]]]:
@@ -122,7 +137,7 @@ def free_run(llm: Any, job: Job, forcing: Forcing) -> tuple[Counts, list[list[in
     before = counts(llm)
     prompts = {f"free-{number}": text[: job.context] for number, text in enumerate(job.documents)}
     with forcing.counting() as counted:
-        tokens = generate(llm, prompts, job.free_tokens)
+        tokens = generate(llm, job, prompts, job.free_tokens)
     total, rounds = counts(llm) - before, [counted[name] for name in prompts]
     if [total.rounds, total.sampled_tokens] != [sum(column) for column in zip(*rounds, strict=True)]:
         raise ForcingError(
@@ -131,18 +146,40 @@ def free_run(llm: Any, job: Job, forcing: Forcing) -> tuple[Counts, list[list[in
     return total, rounds, [tokens[name] for name in prompts]
 
 
-def generate(llm: Any, prompts: dict[str, list[int]], tokens: int) -> dict[str, list[int]]:
+def generate(llm: Any, job: Job, prompts: dict[str, list[int]], tokens: int) -> dict[str, list[int]]:
     """So many greedy tokens for each prompt, by name."""
     from vllm import SamplingParams
 
     core, outputs = llm.llm_engine, {}
     parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    for name, prompt in prompts.items():
-        core.add_request(name, {"prompt_token_ids": prompt}, parameters)
-    while core.has_unfinished_requests():
+    waiting, running, most = deque(prompts.items()), 0, at_a_time(llm, job)
+    while waiting or running:
+        while waiting and running < most:
+            name, prompt = waiting.popleft()
+            core.add_request(name, {"prompt_token_ids": prompt}, parameters)
+            running += 1
         for output in core.step():
-            outputs[output.request_id] = list(output.outputs[0].token_ids)
+            if output.finished:
+                outputs[output.request_id] = list(output.outputs[0].token_ids)
+                running -= 1
     return outputs
+
+
+def at_a_time(llm: Any, job: Job) -> int:
+    """Requests that the cache holds up to their ends. With more, vLLM takes a request's place away and lets it come
+    back with all its tokens as its prompt: the token after it is not verified, and what pruned passes had left in the
+    cache is replaced by what a dense one does."""
+    cache = llm.llm_engine.vllm_config.cache_config
+    # One block is vLLM's own.
+    held = (cache.num_gpu_blocks - 1) // -(-job.max_model_len // cache.block_size)
+    if held < 1:
+        raise ForcingError(
+            f"the KV cache has {cache.num_gpu_blocks} blocks of {cache.block_size} tokens, which do not hold one "
+            f"document of {job.max_model_len}: give it more memory (--engine-argument gpu_memory_utilization=...)"
+        )
+    if held < job.batch:
+        print(f"{job.setting.name}: the KV cache holds {held} documents at a time, not --batch {job.batch}", flush=True)
+    return min(held, job.batch)
 
 
 def counts(llm: Any) -> Counts:

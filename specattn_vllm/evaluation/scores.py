@@ -70,6 +70,8 @@ class Scores:
         """Nats, from the dense run's distribution to this one's."""
         self.agrees = np.zeros(shape, dtype=bool)
         """Whether the most likely token is the dense run's."""
+        self.seen = np.zeros(shape, dtype=bool)
+        """Whether a position was scored."""
         self.reference = reference
 
     def add(self, document: int, first: int, following: torch.Tensor, logits: torch.Tensor) -> int:
@@ -83,13 +85,10 @@ class Scores:
         # Small divergences are differences of large sums.
         logprobs = logits[:count].double().log_softmax(-1)
         chosen = logprobs.gather(1, following[:count, None])[:, 0]
+        self.seen[document, first : first + count] = True
         self.nll[document, first : first + count] = -chosen.cpu().numpy()
         self.reference.compare(self, document, first, logprobs, logits[:count].argmax(-1))
         return count
-
-    def missing(self) -> int:
-        """Positions that were never scored."""
-        return int(np.isnan(self.nll).sum())
 
 
 def kl_divergence(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from specattn_vllm.evaluation.engine import free_run
+from specattn_vllm.evaluation.engine import at_a_time, check_complete, free_run
 from specattn_vllm.evaluation.forcing import Forcing, ForcingError
+from specattn_vllm.evaluation.scores import Reference, Scores
 from specattn_vllm.stats import Counts
 
 
@@ -45,7 +46,7 @@ def test_counts_by_document_that_do_not_add_up_to_the_plugin_s_are_refused(total
 
     forcing = Forcing(2, 8, torch.device("cpu"))
 
-    def generate(llm, prompts, tokens):
+    def generate(llm, job, prompts, tokens):
         for given, sampled in BATCHES:
             forcing._count(given, torch.tensor(sampled))
         return {name: [7] for name in prompts}
@@ -59,3 +60,33 @@ def test_counts_by_document_that_do_not_add_up_to_the_plugin_s_are_refused(total
     else:
         with pytest.raises(ForcingError, match="by document they are"):
             free_run(None, job, forcing)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "most"),
+    # 100 tokens are 7 blocks of 16, and one block is nobody's.
+    [(1000, 3), (22, 3), (21, 2), (15, 2), (14, 1), (8, 1)],
+)
+def test_no_more_run_at_a_time_than_the_cache_holds(blocks, most, capsys):
+    cache = SimpleNamespace(num_gpu_blocks=blocks, block_size=16)
+    llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache)))
+    job = SimpleNamespace(max_model_len=100, batch=3, setting=SimpleNamespace(name="half"))
+    assert at_a_time(llm, job) == most
+    told = f"half: the KV cache holds {most} documents at a time, not --batch 3\n"
+    assert capsys.readouterr().out == ("" if most == 3 else told)
+    cache.num_gpu_blocks = 7
+    with pytest.raises(ForcingError, match="7 blocks of 16 tokens, which do not hold one document of 100"):
+        at_a_time(llm, job)
+
+
+def test_what_was_not_verified_and_what_is_no_number_are_told_apart(tmp_path):
+    scores = Scores(2, 3, Reference(tmp_path, write=True))
+    scores.add(0, 0, torch.tensor([0, 1, 2]), torch.zeros(3, 5))
+    scores.add(1, 0, torch.tensor([0, 1]), torch.zeros(2, 5))
+    with pytest.raises(ForcingError, match=r"^1 of 6 positions were never verified, .* position 2 of document 1"):
+        check_complete(scores)
+    scores.add(1, 2, torch.tensor([0]), torch.full((1, 5), torch.nan))
+    with pytest.raises(ForcingError, match=r"^1 of 6 positions have logits that are no numbers, .* 2 of document 1"):
+        check_complete(scores)
+    scores.add(1, 2, torch.tensor([0]), torch.zeros(1, 5))
+    check_complete(scores)
