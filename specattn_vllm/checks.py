@@ -70,7 +70,8 @@ def _without_effect(options: SpecAttnOptions) -> set[str]:
     """Options that mean nothing under the method at hand."""
     if options.drafts_for_itself:
         by_attention = {"top_p", "rule", *_FOR_VEGAS} if options.method == "streamingllm" else set()
-        return _FOR_TARGET | _FOR_FUSED | _FOR_SKETCH | {"sparse_draft", "draft_ratio", "refresh_draft_every"} | by_attention
+        of_draft = {"sparse_draft", "draft_ratio", "refresh_draft_every"}
+        return _FOR_TARGET | _FOR_FUSED | _FOR_SKETCH | of_draft | by_attention
     by_rule = options.sparse_draft and options.draft_ratio is None  # what the draft reads
     if options.uses_sketch:
         of_draft = set() if options.sparse_draft else {"combine", "bonus_row"}

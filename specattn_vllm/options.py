@@ -33,8 +33,8 @@ class SpecAttnOptions(BaseModel):
 
     method: Method = Field(
         "specattn",
-        description="'sketch': the target's own queries choose what they read, over a small copy of its keys; any drafter, "
-        "or none (approximate). "
+        description="'sketch': the target's own queries choose what they read, over a small copy of its keys; any "
+        "drafter, or none (approximate). "
         "'specattn': the draft model's attention prunes the target's verification (approximate). "
         "'sts': the same for each KV head, which reads what the draft head it is mapped to attended to, by default a "
         "fixed share of the context (Xu et al., arXiv 2605.15508; approximate). "
@@ -74,8 +74,8 @@ class SpecAttnOptions(BaseModel):
     )
     shared_budget: bool = Field(
         True,
-        description="With 'sketch' and rule 'top_k', the KV heads of a layer share what they read, by their scores, and "
-        "'ratio' is the mean; with false each reads as much.",
+        description="With 'sketch' and rule 'top_k', the KV heads of a layer share what they read, by their scores, "
+        "and 'ratio' is the mean; with false each reads as much.",
     )
     layer_shares: bool = Field(
         True,

@@ -51,6 +51,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 }
 UNPUBLISHED = {
     "dense": "it reads everything",
+    "sketch": "it is this package's own",
     "fused": "it is this package's own",
     "streamingllm": "here it is a baseline of the same budget as 'vegas'",
 }

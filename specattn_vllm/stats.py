@@ -62,6 +62,11 @@ class Counts:
         return self.kv_read / self.kv_full if self.kv_full else 1.0
 
     @property
+    def scanned_fraction(self) -> float:
+        """Share of the KV entries of rows past their prompt whose sketch was searched."""
+        return self.kv_scanned / self.kv_full if self.kv_full else 0.0
+
+    @property
     def draft_kv_fraction(self) -> float:
         """Share of the KV entries that drafting read, where it reads a part."""
         return self.draft_kv_read / self.draft_kv_full if self.draft_kv_full else 1.0
@@ -72,6 +77,15 @@ class Counts:
         drafting = f", drafting read {self.draft_kv_fraction:.1%} of KV" if self.draft_kv_full else ""
         if not self.verify_rows:
             return f"{head}verification read all of KV (no row was pruned){drafting}"
+        if self.kv_scanned or self.exact_rows or self.small_batch_rows:
+            dense = self.verify_rows - self.sparse_rows
+            # A row may be of a small batch and exact.
+            short = max(dense - self.exact_rows - self.small_batch_rows, 0)
+            return head + (
+                f"target read {self.kv_fraction:.1%} of KV and searched the sketch of {self.scanned_fraction:.1%}"
+                f"{drafting}, dense rows {dense} (exact {self.exact_rows}, small batch {self.small_batch_rows}, short "
+                f"context {short}), prefill rows {self.prefill_rows}"
+            )
         return head + (
             f"verification read {self.kv_fraction:.1%} of KV{drafting}, dense verification rows "
             f"{self.verify_rows - self.sparse_rows} (no selection {self.no_selection_rows}, stale {self.stale_rows}, "
@@ -163,7 +177,7 @@ class Reporter:
             return
         counts = self.counters.read()
         new = counts - self._last
-        if new.rounds:
+        if new.rounds or new.verify_rows:
             logger.info(new.line(now - self._since))
         for further in self.more:
             if line := further():

@@ -28,6 +28,8 @@ def test_the_defaults_are_the_documented_ones():
         "rule": None,
         "top_p": 0.9,
         "ratio": None,
+        "sketch_bits": 2,
+        "shared_budget": True,
         "layer_shares": True,
         "min_tokens": 128,
         "size_top_p": 0.8,
@@ -67,6 +69,8 @@ def test_every_option_can_be_given():
         "rule": "top_k",
         "top_p": 1.0,
         "ratio": 0.05,
+        "sketch_bits": 4,
+        "shared_budget": False,
         "layer_shares": False,
         "min_tokens": 0,
         "size_top_p": 0.9,
@@ -333,7 +337,7 @@ def test_which_targets_draft_for_themselves():
 
 
 def test_which_methods_choose_per_head():
-    assert {m for m in typing.get_args(Method) if SpecAttnOptions(method=m).per_head} == {"sts", "fused"}
+    assert {m for m in typing.get_args(Method) if SpecAttnOptions(method=m).per_head} == {"sketch", "sts", "fused"}
 
 
 def test_sizes_come_from_rows_that_read_everything():

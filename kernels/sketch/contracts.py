@@ -1,4 +1,4 @@
-"""Argument checks of the sketch's operations, for kernels and references alike; in the words of ``kernels.contracts``."""
+"""Argument checks of the sketch's operations, for kernels and references alike, in the words of ``contracts.py``."""
 
 from __future__ import annotations
 
@@ -91,7 +91,8 @@ def _rows(query_start_loc, seq_lens, dense, block_table, dev) -> int:
 
 
 def prepare_queries(
-    query, query_start_loc, seq_lens, dense, block_table, codes, scales, rotation, max_query_len, packed, factors, histogram
+    query, query_start_loc, seq_lens, dense, block_table, codes, scales, rotation, max_query_len, packed, factors,
+    histogram,
 ) -> tuple[int, int]:  # fmt: skip
     """Returns the query heads of a KV head and the bits of a code."""
     tensor("query", query, (None, None, None), FLOATS)

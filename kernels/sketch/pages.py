@@ -53,8 +53,8 @@ def _pages_kernel(
         last = tl.maximum(context - 1, 0) // CHUNK
         c = tl.minimum(chunk, last)
         tied_before = tl.load(starts + c * 2 + 1)
-        before = tl.load(starts + c * 2) + tl.minimum(first, head) + tl.maximum(tl.minimum(first, context) - tl.maximum(tail, head), 0)
-        before += tl.maximum(first - context, 0)
+        forced = tl.minimum(first, head) + tl.maximum(tl.minimum(first, context) - tl.maximum(tail, head), 0)
+        before = tl.load(starts + c * 2) + forced + tl.maximum(first - context, 0)
         if chunk > last:
             p = last * CHUNK + tl.arange(0, CHUNK)
             free = (p >= head) & (p < tail)

@@ -7,8 +7,8 @@ of which q_len * Hq / H are live. The logit of row m and a token with codes u an
 
 q_md being the rotated query in units of w, its largest element / 127. A token's score is the largest x - n_m over the
 rows: n_m is the logarithm of the row's summed exp(x), so x - n_m is the logarithm of its attention weight, and rows of
-large and of small logits are heard alike. The sum is estimated from a sample: the first 16 tokens, the last 16 to 31, and of
-what is between every so-manieth block of 16, so that there are no more than 1,024, each counting for so many.
+large and of small logits are heard alike. The sum is estimated from a sample: the first 16 tokens, the last 16 to 31,
+and blocks of 16 at equal distances between them, about 512 tokens, each of which counts for all that it stands for.
 
 query            [T, Hq, D]       16-bit floats or float32
 query_start_loc  [R+1]            int32
@@ -34,6 +34,7 @@ from . import contracts
 from .contracts import MAX_SAMPLE, SAMPLE_BLOCK
 from .tiles import fused, load_blocks, load_codes, load_queries, load_scales, tile_products
 
+# H200, 16 requests of 32k, 2026-11-28: 0.0123 ms a layer; with 1,024 sampled tokens 0.0180, with tiles of 128 0.0148.
 TILE = 256  # sampled tokens at a time
 NUM_WARPS = 8
 NUM_STAGES = 3
@@ -69,7 +70,8 @@ def _queries_kernel(
     live = i < q_len
     token = (begin + tl.where(live, i, 0)).to(tl.int64)
     head = h * GROUP + m % GROUP
-    q = tl.load(query + token[:, None] * stride_qt + head[:, None] * stride_qh + d[None, :], mask=live[:, None], other=0.0)
+    where = query + token[:, None] * stride_qt + head[:, None] * stride_qh + d[None, :]
+    q = tl.load(where, mask=live[:, None], other=0.0)
     turn = tl.load(rotation + d[:, None] * D + d[None, :])
     y = tl.dot(q, turn, input_precision="ieee") * norm
     unit = tl.maximum(tl.max(tl.abs(y), 1), 1e-30) / 127.0
@@ -131,8 +133,8 @@ def prepare_queries(
         return
     _queries_kernel[(heads, rows)](
         query, query_start_loc, seq_lens, dense, block_table, codes, scales, rotation, packed, factors, histogram,
-        scale, size**-0.5, max(read_whole, 0), *query.stride()[:2], block_table.stride(0), *codes.stride()[:3],
-        *scales.stride()[:2], factors.stride(0), packed.stride(0), histogram.stride(0),
+        scale, size**-0.5, max(read_whole, 0), *query.stride()[:2], block_table.stride(0),
+        *codes.stride()[:3], *scales.stride()[:2], factors.stride(0), packed.stride(0), histogram.stride(0),
         GROUP=group, D=size, BITS=bits, C=codes.shape[3], M=width, TILE=TILE, BINS=contracts.BINS, SAMPLE=SAMPLE_BLOCK,
-        BLOCK_SIZE=codes.shape[2],         MOST=MAX_SAMPLE, FUSED=fused(query.device), STAGES=NUM_STAGES, num_warps=NUM_WARPS,
+        BLOCK_SIZE=codes.shape[2], MOST=MAX_SAMPLE, FUSED=fused(query.device), STAGES=NUM_STAGES, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The sketch's operations in PyTorch, a request at a time: what runs on a CPU, and what the kernels are tested against."""
+"""The sketch's operations in PyTorch, a request at a time: what runs on a CPU, and the oracle of the kernels' tests."""
 
 from __future__ import annotations
 
@@ -90,7 +90,8 @@ def prepare_queries(
         factors[r, :, 0, :rows] = 2.0 * unit * scale
         factors[r, :, 1, :rows] = -((1 << bits) - 1.0) * unit * scale * level.sum(-1)
         p, weight = _sample(context, query.device)
-        sampled = _logits(packed[r, :, :rows], factors[r, :, :, :rows], *_tokens(codes, scales, block_table[r], p, bits))
+        tokens = _tokens(codes, scales, block_table[r], p, bits)
+        sampled = _logits(packed[r, :, :rows], factors[r, :, :, :rows], *tokens)
         factors[r, :, 2, :rows] = (sampled + weight.log()[:, None]).logsumexp(1)
 
 
@@ -191,7 +192,7 @@ def list_pages(
     contracts.list_pages(
         scores, cuts, starts, query_start_loc, seq_lens, block_table, block_size, page_strides, page_table, kept
     )
-    heads, width, dev = page_table.shape[1], page_table.shape[2], scores.device
+    width, dev = page_table.shape[2], scores.device
     per_block, per_head, per_token = page_strides
     begins, lengths, thresholds = query_start_loc.tolist(), seq_lens.tolist(), cuts.tolist()
     for r, length in enumerate(lengths):

@@ -51,9 +51,9 @@ def engines_arguments(parser: argparse.ArgumentParser) -> None:
         type=checked(grid.parse_modes),
         default=",".join(grid.DEFAULT_MODES),
         metavar="MODE,...",
-        help="of stock vLLM: plain, draft-v2, draft-v1, eagle; of this plugin: dense, sparse-draft, specattn, sketch (with a "
-        "draft model), sketch-eagle, sketch-alone (no speculation), and where the target drafts for itself: vegas, "
-        "streamingllm [all but eagle, sketch-eagle, sketch-alone, vegas and streamingllm]",
+        help="of stock vLLM: plain, draft-v2, draft-v1, eagle (a head of EAGLE-3's shape); of this plugin: dense, "
+        "sparse-draft, specattn, sketch (with a draft model), sketch-eagle, sketch-alone (no speculation), and where "
+        "the target drafts for itself: vegas, streamingllm [all but the last two, eagle, sketch-eagle, sketch-alone]",
     )
     what.add_argument(
         "--kept",

@@ -10,7 +10,12 @@ from specattn_vllm.bench.schema import CellResult, EngineResult, Job, Report
 
 LOSING = 0.95
 """Below this share of the best stock mode's speed a cell counts as lost: nobody should switch there."""
-_TITLES = {"plain": "plain decoding", "draft-v2": "draft model, runner V2", "draft-v1": "draft model, runner V1", "eagle": "EAGLE-3 head"}
+_TITLES = {
+    "plain": "plain decoding",
+    "draft-v2": "draft model, runner V2",
+    "draft-v1": "draft model, runner V1",
+    "eagle": "EAGLE-3 head",
+}
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from specattn_vllm.sketch.budget import budget_of
 from specattn_vllm.sketch.centre import measure_centres
 from specattn_vllm.sketch.layer import LayerSketch
 from specattn_vllm.sketch.step import Shape, Sketch, SketchStep
-from specattn_vllm.speculation.counting import count_round
 from specattn_vllm.speculation.announce import sizes
+from specattn_vllm.speculation.counting import count_round
 from specattn_vllm.speculation.wiring import refuse_if_too_large, row_width
 from specattn_vllm.stats import Counters, Reporter
 
@@ -64,9 +64,9 @@ class TargetSketch:
         else:
             lengths = (starts[1 : short + 1] - starts[:short]).numpy()
             verifies = ~prefilling & (lengths > 0)
-            self.sketch.counts.begin(
-                short, verifies, exact, small, common.seq_lens[:short], common.query_start_loc[: short + 1]
-            )
+            prompts = int(common.is_prefilling.sum())
+            device = common.seq_lens[:short], common.query_start_loc[: short + 1]
+            self.sketch.counts.begin(short, verifies, exact, small, prompts, *device)
             if self.reporter is not None:
                 self.reporter.tick()
         return self.sketch.begin(prefilling | exact | small, starts)
@@ -139,8 +139,8 @@ def _announce(options: SpecAttnOptions, target: TargetSketch, nbytes: dict[str, 
         much = f"top_p={budget.top_p} of the estimated attention"
     layout = sketch.layout
     logger.info(
-        "specattn: each KV head reads %s%s, chosen by the step's own queries over a %d-bit copy of the keys, which adds "
-        "%.1f%% to the KV cache; executor=%s, buffers %.1f MiB (%s)",
+        "specattn: each KV head reads %s%s, chosen by the step's own queries over a %d-bit copy of the keys, which "
+        "adds %.1f%% to the KV cache; executor=%s, buffers %.1f MiB (%s)",
         much,
         ", shared out over a layer's heads" if budget.shared and budget.top_p is None else "",
         options.sketch_bits,

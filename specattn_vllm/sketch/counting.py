@@ -33,13 +33,14 @@ class StepCounts:
         self._pending: _Pending | None = None
 
     def begin(
-        self, rows: int, verifies: np.ndarray, exact: np.ndarray, small_batch: bool, seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor,
+        self, rows: int, verifies: np.ndarray, exact: np.ndarray, small_batch: bool, prefilling: int,
+        seq_lens: torch.Tensor, query_start_loc: torch.Tensor,
     ) -> None:  # fmt: skip
-        """A step of R short rows begins. On the host, [R] bool: those past their prompt, and of these the exact ones;
-        seq_lens [R] and query_start_loc [R+1] int32 on the device."""
+        """A step of R short rows begins. On the host, [R] bool: those past their prompt, and of these the exact ones, and
+        how many rows of the whole step are inside their prompt. On the device: seq_lens [R], query_start_loc [R+1]."""
         self.fold()
         number = int(verifies.sum())
+        self.counters.add(prefill_rows=prefilling)
         if not number:
             return
         # What these hold changes with the next step.

@@ -52,7 +52,7 @@ class LayerSketch:
         return self.codes, self.scales
 
     def write(self, key: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        """Sketch new keys. key [T, H, D]; kv_cache [B, H, N, 2D]; slot_mapping [T] int64 as in the cache's own write."""
+        """Sketch new keys. key [T, H, D]; kv_cache [B, H, N, 2D]; slot_mapping [T] int64, as the cache is written."""
         sketch = self.sketch
         sketch.operations.encode_keys(key, slot_mapping, sketch.rotation, self.centre, *self._views(kv_cache))
 

@@ -64,7 +64,8 @@ def test_torch_runs_the_reference_for_every_operation():
     for name in OPERATIONS - {"write_kv", "dense_attention"}:
         function = getattr(operations, name)
         assert function.__name__ == name
-        assert function.__module__.startswith("specattn_vllm.kernels.reference.")
+        where = ("specattn_vllm.kernels.reference.", "specattn_vllm.kernels.sketch.reference")
+        assert function.__module__.startswith(where)
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set from the start")
@@ -178,7 +179,8 @@ def test_xformers_reads_whole_blocks():
 
 
 def test_blocks_hold_no_selections_per_head(monkeypatch):
-    with pytest.raises(ExecutorError, match=r"'xformers' reads whole blocks.* methods 'sts' and 'fused'.*'triton'"):
+    message = r"'xformers' reads whole blocks.* methods 'sketch', 'sts' and 'fused'.*'triton'"
+    with pytest.raises(ExecutorError, match=message):
         resolve("xformers", CUDA, per_head=True)
     monkeypatch.setattr(executors, "_unavailable", lambda name, device, dtype: "no" if name == "fa3" else None)
     monkeypatch.setattr(executors, "_triton_operations", lambda device: "triton")
