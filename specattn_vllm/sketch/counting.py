@@ -36,7 +36,7 @@ class StepCounts:
         self, rows: int, verifies: np.ndarray, exact: np.ndarray, small_batch: bool, prefilling: int,
         seq_lens: torch.Tensor, query_start_loc: torch.Tensor,
     ) -> None:  # fmt: skip
-        """A step of R short rows begins. On the host, [R] bool: those past their prompt, and of these the exact ones, and
+        """A step of R short rows begins. On the host, [R] bool: those past their prompt, of these the exact ones, and
         how many rows of the whole step are inside their prompt. On the device: seq_lens [R], query_start_loc [R+1]."""
         self.fold()
         number = int(verifies.sum())

@@ -49,8 +49,10 @@ class Audit:
         fresh, worth = torch.zeros_like(codes), torch.zeros_like(scales)
         slots = blocks * size + offsets
         reference.encode_keys(keys.contiguous(), slots, sketch.rotation, layer.centre, fresh, worth)
-        assert torch.equal(codes[blocks, :, offsets], fresh[blocks, :, offsets])
-        assert torch.equal(scales[blocks, :, offsets], worth[blocks, :, offsets])
+        # A kernel may round an element on the border between two levels the other way.
+        apart = (codes[blocks, :, offsets] != fresh[blocks, :, offsets]).float().mean()
+        assert apart <= (0.0 if sketch.operations.name == "torch" else 1e-3)
+        torch.testing.assert_close(scales[blocks, :, offsets], worth[blocks, :, offsets], rtol=2e-3, atol=0)
         self.choices += 1
         per_block, per_head, per_token = layer.page_strides
         budget, numbers = sketch.budget, []
