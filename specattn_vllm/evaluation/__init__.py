@@ -3,7 +3,7 @@
 forcing.py    an engine made to walk through a given text: every hook into vLLM that this takes
 drafted.py    the draft's logits, kept until the target's are there; acceptance.py what of the drafts would be accepted
 scores.py     target logits to loss, KL and agreement with the dense run, whose distributions lie on disk
-engine.py     one setting in one engine: the forced run, then a free one
+engine.py     one setting in one engine: the forced run, then a free one; requests.py how many run at a time
 schema.py     settings, jobs, results and the report, as JSON
 settings.py   which settings are compared; texts.py on which documents
 peers/        other work's selections in the place of ours, a file each; peer_options.py how a settings file names them

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import os
 import time
-from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from specattn_vllm.evaluation import kept, peers
 from specattn_vllm.evaluation.acceptance import Acceptance
 from specattn_vllm.evaluation.forcing import Forcing, ForcingError
 from specattn_vllm.evaluation.methods_schema import DocumentResult, Job, SettingResult
+from specattn_vllm.evaluation.requests import finished
 from specattn_vllm.evaluation.schema import EngineJob
 from specattn_vllm.evaluation.scores import Reference, Scores
 from specattn_vllm.stats import Counts
@@ -148,38 +148,8 @@ def free_run(llm: Any, job: Job, forcing: Forcing) -> tuple[Counts, list[list[in
 
 def generate(llm: Any, job: Job, prompts: dict[str, list[int]], tokens: int) -> dict[str, list[int]]:
     """So many greedy tokens for each prompt, by name."""
-    from vllm import SamplingParams
-
-    core, outputs = llm.llm_engine, {}
-    parameters = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    waiting, running, most = deque(prompts.items()), 0, at_a_time(llm, job)
-    while waiting or running:
-        while waiting and running < most:
-            name, prompt = waiting.popleft()
-            core.add_request(name, {"prompt_token_ids": prompt}, parameters)
-            running += 1
-        for output in core.step():
-            if output.finished:
-                outputs[output.request_id] = list(output.outputs[0].token_ids)
-                running -= 1
-    return outputs
-
-
-def at_a_time(llm: Any, job: Job) -> int:
-    """Requests that the cache holds up to their ends. With more, vLLM takes a request's place away and lets it come
-    back with all its tokens as its prompt: the token after it is not verified, and what pruned passes had left in the
-    cache is replaced by what a dense one does."""
-    cache = llm.llm_engine.vllm_config.cache_config
-    # One block is vLLM's own.
-    held = (cache.num_gpu_blocks - 1) // -(-job.max_model_len // cache.block_size)
-    if held < 1:
-        raise ForcingError(
-            f"the KV cache has {cache.num_gpu_blocks} blocks of {cache.block_size} tokens, which do not hold one "
-            f"document of {job.max_model_len}: give it more memory (--engine-argument gpu_memory_utilization=...)"
-        )
-    if held < job.batch:
-        print(f"{job.setting.name}: the KV cache holds {held} documents at a time, not --batch {job.batch}", flush=True)
-    return min(held, job.batch)
+    requests = [(name, prompt, tokens) for name, prompt in prompts.items()]
+    return {done.request_id: list(done.outputs[0].token_ids) for done in finished(llm, job, requests)}
 
 
 def counts(llm: Any) -> Counts:

@@ -8,6 +8,7 @@ from typing import TextIO
 from tqdm import tqdm
 
 from specattn_vllm.evaluation.engine import counts, engine
+from specattn_vllm.evaluation.requests import finished
 from specattn_vllm.evaluation.tasks_schema import TaskJob, TaskResult
 
 
@@ -25,16 +26,10 @@ def run(job: TaskJob, terminal: TextIO | None = None) -> TaskResult:
 
 def answer(llm, job: TaskJob, terminal: TextIO | None) -> list[list[int]]:
     """Greedy token ids for each sample, as many as its longest answer has."""
-    from vllm import SamplingParams
-
-    core, made = llm.llm_engine, {}
-    for number, sample in enumerate(job.samples):
-        parameters = SamplingParams(temperature=0, max_tokens=sample.answer_tokens, ignore_eos=True, detokenize=False)
-        core.add_request(str(number), {"prompt_token_ids": sample.prompt}, parameters)
-    with tqdm(total=len(job.samples), desc=job.setting.name, unit="prompt", disable=None, file=terminal) as bar:
-        while core.has_unfinished_requests():
-            for output in core.step():
-                if output.finished:
-                    made[int(output.request_id)] = list(output.outputs[0].token_ids)
-                    bar.update()
-    return [made[number] for number in range(len(job.samples))]
+    requests = [(str(number), sample.prompt, sample.answer_tokens) for number, sample in enumerate(job.samples)]
+    made = {}
+    with tqdm(total=len(requests), desc=job.setting.name, unit="prompt", disable=None, file=terminal) as bar:
+        for output in finished(llm, job, requests):
+            made[int(output.request_id)] = list(output.outputs[0].token_ids)
+            bar.update()
+    return [made[number] for number in range(len(requests))]

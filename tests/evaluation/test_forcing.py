@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from specattn_vllm.evaluation.engine import at_a_time, check_complete, free_run
+from specattn_vllm.evaluation.engine import check_complete, free_run
 from specattn_vllm.evaluation.forcing import Forcing, ForcingError
+from specattn_vllm.evaluation.requests import CacheTooSmallError, at_a_time
 from specattn_vllm.evaluation.scores import Reference, Scores
 from specattn_vllm.stats import Counts
 
@@ -72,10 +73,10 @@ def test_no_more_run_at_a_time_than_the_cache_holds(blocks, most, capsys):
     llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache)))
     job = SimpleNamespace(max_model_len=100, batch=3, setting=SimpleNamespace(name="half"))
     assert at_a_time(llm, job) == most
-    told = f"half: the KV cache holds {most} documents at a time, not --batch 3\n"
+    told = f"half: the KV cache holds {most} requests at a time, not --batch 3\n"
     assert capsys.readouterr().out == ("" if most == 3 else told)
     cache.num_gpu_blocks = 7
-    with pytest.raises(ForcingError, match="7 blocks of 16 tokens, which do not hold one document of 100"):
+    with pytest.raises(CacheTooSmallError, match="7 blocks of 16 tokens, which do not hold one request of 100"):
         at_a_time(llm, job)
 
 
