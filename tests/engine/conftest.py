@@ -49,13 +49,26 @@ def prompts(demo_pair, held_out_code):
     return cut
 
 
+def _beside(name: str):
+    """A module of this folder: tests are no package, so one of them cannot import another."""
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def sketch_audit(monkeypatch):
+    """Checks every choice that engines of method 'sketch' make from then on; counts them."""
+    found = _beside("sketch_audit").Audit()
+    found.watch(monkeypatch)
+    return found
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """tiny_model(name) -> folder of that model of `tiny_models.py`, made when it is first asked for."""
-    # Tests are no package, so one module of theirs cannot import another.
-    spec = importlib.util.spec_from_file_location("tiny_models", Path(__file__).with_name("tiny_models.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _beside("tiny_models")
     folder = tmp_path_factory.mktemp("tiny")
     return functools.cache(lambda name: module.MODELS[name](folder / name))
 

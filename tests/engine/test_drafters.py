@@ -9,6 +9,7 @@ pytestmark = pytest.mark.engine
 # Options with which the target's output is exact whoever drafts.
 OPTIONS = [
     pytest.param({"method": "dense"}, id="dense"),
+    pytest.param({"method": "sketch", "ratio": 1.0}, id="sketch"),
 ]
 
 # Chunks of prompts beside verifications, a request that waits, contexts around a block's edge.
@@ -82,6 +83,26 @@ def test_tokens_equal_plain_decoding(
     )
     assert greedy(llm, random_prompts, NEW_TOKENS) == known[target]
     assert tokens_a_round(llm) == pytest.approx(expected_tokens, rel=0.05)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("target", "speculation", "expected_tokens"), DRAFTERS)
+def test_what_is_read_is_chosen_by_the_target_alone(
+    target, speculation, expected_tokens, engine, greedy, tiny_model, random_prompts, sketch_audit, counts
+):
+    """Below ratio 1, whoever drafts: each choice is that of the target's queries over the keys in its own cache."""
+    del expected_tokens
+    if "model" in speculation:
+        speculation = speculation | {"model": tiny_model(speculation["model"])}
+    options = {"method": "sketch", "ratio": 0.2, "min_tokens": 40, "recent_tokens": 16}
+    llm = engine(options, target=tiny_model(target), speculative_config=speculation or None, **SHAPE)
+    greedy(llm, random_prompts, NEW_TOKENS)
+    assert sketch_audit.pruned > 20
+    seen = counts(llm)
+    assert 0 < seen.sparse_rows < seen.verify_rows
+    assert 0.15 < seen.kv_fraction < 0.6
+    if speculation:
+        assert seen.rounds > 0
 
 
 @pytest.mark.parametrize("options", OPTIONS)
