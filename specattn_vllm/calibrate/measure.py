@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+from specattn_vllm.calibrate.arguments import RETAINED
 from specattn_vllm.calibrate.models import Model
-from specattn_vllm.calibrate.retained import RETAINED, retained_of_window
+from specattn_vllm.calibrate.retained import retained_of_window
 from specattn_vllm.calibrate.rounds import Rounds
 from specattn_vllm.calibrate.shares import GRID
 from specattn_vllm.calibrate.similarity import SIMILARITIES
@@ -28,8 +29,8 @@ def similarity_of_window(
     target: Model, draft: Model, ids: torch.Tensor, queries: torch.Tensor, kind: str | None, head_kind: str | None
 ) -> dict[str, torch.Tensor]:
     """Means over the queries: with a `kind`, `layers` [target layers, draft layers] and, with a `head_kind`, `heads`
-    [target layers, draft layers, target KV heads, draft KV heads]. The target's rows are compared as they come, so those
-    of one of its layers are in memory at a time, and the draft's."""
+    [target layers, draft layers, target KV heads, draft KV heads]. The target's rows are compared as they come, so
+    those of one of its layers are in memory at a time, and the draft's."""
     theirs: dict[int, torch.Tensor] = {}
     draft.look(ids, queries, theirs.__setitem__)
     by_layer = [theirs[i] for i in range(draft.layers)]
@@ -53,14 +54,12 @@ def alike_in_window(
     target: Model, draft: Model, ids: torch.Tensor, rounds: Rounds, share: float, queries: torch.Tensor | None,
     kind: str, head_kind: str | None,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """What layers and heads are chosen by, as `similarity_of_window` has it, each by its own kind. Without `layers` if
-    they follow from the heads: those of one layer choose for themselves, and no choice of the whole layer is read."""
-    found = {}
-    if RETAINED in (kind, head_kind):
-        by_heads = head_kind == RETAINED
-        found |= retained_of_window(target, draft, ids, rounds, share, kind == RETAINED and not by_heads, by_heads)
+    """What layers and heads are chosen by, as `similarity_of_window` has it, each by its own kind."""
+    given = {"layers": kind, "heads": head_kind}
+    served = [name for name, each in given.items() if each == RETAINED]
+    found = retained_of_window(target, draft, ids, rounds, share, served) if served else {}
     if queries is not None:
-        rest = (None if each == RETAINED else each for each in (kind, head_kind))
+        rest = (None if each == RETAINED else each for each in given.values())
         found |= similarity_of_window(target, draft, ids, queries, *rest)
     return found
 

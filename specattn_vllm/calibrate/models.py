@@ -88,6 +88,7 @@ class Model:
         self.kv_heads = self.model.config.num_key_value_heads
         self._pass = Pass()
         self._prefix: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._inputs: list[torch.Tensor] = []
         for layer in self.model.base_model.layers:
             layer.self_attn.calibrated_model = self
 
@@ -107,18 +108,40 @@ class Model:
         self._prefix.clear()
         self._pass = Pass(torch.arange(tokens - rest, tokens, device=self.device), see, tokens - rest)
         out = self.model(input_ids=ids[None].to(self.device), use_cache=False, logits_to_keep=rest)
+        self._keep_inputs(ids, rest)
         return out.logits[0].float().log_softmax(-1)
+
+    def _keep_inputs(self, ids: torch.Tensor, rest: int) -> None:
+        """What each layer is given in a pass over the rest in which every layer reads everything."""
+        self._inputs.clear()
+
+        def keep(layer: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            self._inputs.append(args[0])
+
+        hooks = [layer.register_forward_pre_hook(keep) for layer in self.model.base_model.layers]
+        try:
+            self.pruned(ids, rest, {})
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @torch.inference_mode()
     def pruned(self, ids: torch.Tensor, rest: int, masks: dict[int, torch.Tensor]) -> torch.Tensor:
-        """As `reference` for the window that it last saw, with the given layers reading a part of it."""
+        """As `reference` for the window that it last saw, with the given layers reading a part of it.
+
+        The pass begins at the first of these layers: those before it would do again what they did for `reference`.
+        """
         tokens = len(ids)
         rows = torch.arange(tokens - rest, tokens, device=self.device)
         causal = torch.arange(tokens, device=self.device) <= rows[:, None]
         self._pass = Pass(masks=masks, causal=causal[None])
-        out = self.model(
-            input_ids=ids[None, -rest:].to(self.device), position_ids=rows[None], use_cache=False
-        )  # fmt: skip
+        layers, first = self.model.base_model.layers, min(masks, default=0)
+        given = {"inputs_embeds": self._inputs[first]} if masks else {"input_ids": ids[None, -rest:].to(self.device)}
+        self.model.base_model.layers = layers[first:]
+        try:
+            out = self.model(**given, position_ids=rows[None], use_cache=False)
+        finally:
+            self.model.base_model.layers = layers
         return out.logits[0].float().log_softmax(-1)
 
     def attend(

@@ -16,6 +16,10 @@ from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
 from specattn_vllm.calibrate.state import write_whole
 
+SIMILARITIES = {
+    "retained": "target's attention on what the draft layer chooses",
+    "kl": "similarity, minus KL in nats",
+}
 COSTS = {"kl": "KL of the output, this layer alone pruned (nats)", "mass": "attention mass that is kept"}
 
 
@@ -40,7 +44,7 @@ def _similarity(axes: Axes, values: list[list[float]], layers: list[int | None],
         axis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("draft layer")
     axes.set_ylabel("target layer")
-    axes.set_title("similarity" + (", minus KL in nats" if kind == "kl" else f", {kind}"), fontsize=10)
+    axes.set_title(SIMILARITIES.get(kind, f"similarity, {kind}"), fontsize=10)
     axes.figure.colorbar(image, ax=axes)
 
 

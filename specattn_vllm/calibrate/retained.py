@@ -10,13 +10,12 @@ target's rows put on the choice and on what they read in any case.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from specattn_vllm.calibrate.models import Model
-from specattn_vllm.calibrate.paths import head_map
 from specattn_vllm.calibrate.rounds import Rounds
-
-RETAINED = "retained"
 
 
 def choices(rounds: Rounds, attention: torch.Tensor, share: float) -> torch.Tensor:
@@ -36,39 +35,29 @@ def retained(rounds: Rounds, attention: torch.Tensor, chosen: torch.Tensor) -> t
 
 
 def retained_of_window(
-    target: Model, draft: Model, ids: torch.Tensor, rounds: Rounds, share: float, layers: bool, heads: bool
+    target: Model, draft: Model, ids: torch.Tensor, rounds: Rounds, share: float, names: Collection[str]
 ) -> dict[str, torch.Tensor]:
-    """Means over the rounds' rows, as asked for: `layers` [target layers, draft layers], a layer's heads averaged on
-    both sides, and `heads` [target layers, draft layers, target KV heads, draft KV heads]. The rows of one layer are in
-    memory at a time; of the draft's, what they choose is kept."""
+    """Means over the rounds' rows, of the `names` that are asked for: `layers` [target layers, draft layers], a layer's
+    heads averaged on both sides, and `heads` [target layers, draft layers, target KV heads, draft KV heads]. The rows
+    of one layer are in memory at a time; of the draft's, what they choose is kept."""
     rows = torch.arange(len(ids) - rounds.rows, len(ids))
-    chosen: dict[str, dict[int, torch.Tensor]] = {"layers": {}, "heads": {}}
-    found: dict[str, dict[int, torch.Tensor]] = {"layers": {}, "heads": {}}
-    asked = [name for name, wanted in (("layers", layers), ("heads", heads)) if wanted]
+    chosen: dict[str, dict[int, torch.Tensor]] = {name: {} for name in names}
+    found: dict[str, dict[int, torch.Tensor]] = {name: {} for name in names}
 
     def of(name: str, attention: torch.Tensor) -> torch.Tensor:
         return attention if name == "heads" else attention.mean(0, keepdim=True)
 
     def choose(layer: int, attention: torch.Tensor) -> None:
-        for name in asked:
+        for name in names:
             chosen[name][layer] = choices(rounds, of(name, attention), share).to(target.device)
 
     def compare(layer: int, attention: torch.Tensor) -> None:
-        for name in asked:
-            by_layer = [retained(rounds, of(name, attention), chosen[name][i]).cpu() for i in range(draft.layers)]
+        for name in names:
+            ours = of(name, attention)
+            by_layer = [retained(rounds, ours, chosen[name][i]).cpu() for i in range(draft.layers)]
             found[name][layer] = torch.stack(by_layer)
 
     draft.look(ids, rows, choose)
     target.look(ids, rows, compare)
-    all_layers = {name: torch.stack([found[name][j] for j in range(target.layers)]) for name in asked}
-    if layers:
-        all_layers["layers"] = all_layers["layers"].flatten(1)
-    return all_layers
-
-
-def layers_of_heads(heads: torch.Tensor, ranks: int) -> torch.Tensor:
-    """[target layers, draft layers] from the `heads` of `retained_of_window`: what a target layer retains if each of
-    its heads takes the best of the draft layer's, on its own rank."""
-    m, n, ours, _ = heads.shape
-    best = torch.tensor([[head_map(heads[j, i], ranks) for i in range(n)] for j in range(m)])
-    return heads.gather(3, best.unsqueeze(-1)).squeeze(-1).mean(2)
+    whole = {name: torch.stack([of[j] for j in range(target.layers)]) for name, of in found.items()}
+    return {name: of.flatten(1) if name == "layers" else of for name, of in whole.items()}

@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import specattn_vllm
 from specattn_vllm.calibrate import models, text
-from specattn_vllm.calibrate.command import kinds, state_file
+from specattn_vllm.calibrate.arguments import kinds
 from specattn_vllm.calibrate.measure import (
     Chosen,
     alike_in_window,
@@ -30,10 +30,9 @@ from specattn_vllm.calibrate.measure import (
     sampled_queries,
 )
 from specattn_vllm.calibrate.result import allocation, as_json, copying, layer_and_head_map
-from specattn_vllm.calibrate.retained import layers_of_heads
 from specattn_vllm.calibrate.rounds import Rounds
 from specattn_vllm.calibrate.similarity import EPSILON
-from specattn_vllm.calibrate.state import State, write_whole
+from specattn_vllm.calibrate.state import State, state_file, write_whole
 from specattn_vllm.fingerprint import fingerprint
 from specattn_vllm.installed import UserError
 from specattn_vllm.layer_map import SCHEMA, LayerMap
@@ -68,8 +67,6 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
         alike = over_windows(
             state, "similarity", windows.ids, alike_in, begin("layers and heads", len(windows.ids))
         )  # fmt: skip
-        if "layers" not in alike:
-            alike["layers"] = layers_of_heads(alike["heads"], args.ranks or 1)
         layers, heads = layer_and_head_map(alike, args.path, args.dense_layers, args.ranks or 1)
 
         def chosen(window: int) -> Chosen:

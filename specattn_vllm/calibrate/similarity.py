@@ -1,4 +1,4 @@
-"""How alike two layers, or two heads, attend.
+"""How alike two layers, or two heads, attend: the papers' ways to compare them.
 
 Layers (Shah, arXiv 2510.27641, section 3): each is one distribution over the key positions, its heads averaged; they
 are compared by KL divergence. Heads (Xu et al., arXiv 2605.15508): each KV head is one distribution, the query heads
@@ -68,4 +68,3 @@ def jaccard(
 
 
 SIMILARITIES = {"kl": negative_kl, "overlap": overlap, "jaccard": jaccard}
-HEAD_SIMILARITIES = ("overlap", "jaccard")

@@ -31,6 +31,11 @@ def write_whole(path: Path, data: str | bytes) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
+def state_file(out: Path) -> Path:
+    """Beside the map that is to be written."""
+    return out.with_name(out.name + ".state")
+
+
 class State:
     """Sums over windows by name, with the number of windows in each."""
 
