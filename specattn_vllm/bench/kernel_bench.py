@@ -138,6 +138,20 @@ class Bench:
                 self._check(row, check)
         return row
 
+    def add_up(
+        self, group: str, case: str, shape: object, parts: Sequence[Row], against: Row | None = None, **parameters: Any
+    ) -> Row:
+        """One row whose time is that of others together; without any one of them it has none."""
+        row = Row(group, case, str(shape))
+        self.rows.append(row)
+        if missing := [part.case for part in parts if part.ms is None]:
+            row.skipped = f"not measured: {', '.join(missing)}"
+            return row
+        row.parameters = {**parameters, "parts": {part.case: part.ms for part in parts}}
+        row.ms, row.timing = round(sum(part.ms for part in parts), 5), "sum"
+        row.compare(against)
+        return row
+
     @staticmethod
     def _check(row: Row, check: Callable[[], float]) -> None:
         try:
@@ -155,6 +169,7 @@ class Bench:
             return
         row.gb_per_s = round(row.bytes / row.ms / 1e6, 1)
         if self.copy_gb_per_s:
+            row.bound_ms = round(row.bytes / self.copy_gb_per_s / 1e6, 5)
             row.share_of_copy = round(row.gb_per_s / self.copy_gb_per_s, 4)
             if row.share_of_copy > 1.1:
                 row.add_note("faster than memory: operands were in L2, or not everything was read")

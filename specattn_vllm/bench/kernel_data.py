@@ -18,8 +18,9 @@ def layer_count(bytes_per_layer: int, limit: int = CALLS, wanted: int = ROTATION
     return max(min(-(-wanted // max(bytes_per_layer, 1)), limit), 1)
 
 
-def layer_numel(heads: Heads, batch: Batch) -> int:
-    return batch.rows * batch.blocks * BLOCK_SIZE * heads.kv * 2 * heads.size
+def page_numel(heads: Heads) -> int:
+    """Elements of a block's keys and values."""
+    return BLOCK_SIZE * heads.kv * 2 * heads.size
 
 
 class Arena:
@@ -29,17 +30,19 @@ class Arena:
         self.device, self.dtype = device, dtype
         self._flat = torch.empty(0, dtype=dtype, device=device)
 
-    def layers(self, heads: Heads, batch: Batch) -> list[torch.Tensor]:
-        """Cache layers [B, H, N, 2D] in vLLM's layout with tokens outermost."""
-        numel = layer_numel(heads, batch)
+    def layers(self, heads: Heads, batch: Batch, tail: int = 0) -> list[torch.Tensor]:
+        """Cache layers [B, H, N, 2D] in vLLM's layout with tokens outermost, each block with a tail of so many elements
+        behind it."""
+        blocks, page = batch.rows * batch.blocks, page_numel(heads) + tail
+        numel = blocks * page
         count = layer_count(numel * self._flat.element_size()) if self.device.type == "cuda" else 2
         if self._flat.numel() < count * numel:
             self._flat = torch.empty(0, dtype=self.dtype, device=self.device)  # the old one goes first
             self._flat = torch.empty(count * numel, dtype=self.dtype, device=self.device)
             for part in self._flat.split(1 << 28):
                 part.normal_()
-        shape = (count, batch.rows * batch.blocks, BLOCK_SIZE, heads.kv, 2 * heads.size)
-        return list(self._flat[: count * numel].view(shape).transpose(2, 3))
+        pages = self._flat[: count * numel].view(count, blocks, page)[..., : page - tail]
+        return list(pages.unflatten(-1, (BLOCK_SIZE, heads.kv, 2 * heads.size)).transpose(2, 3))
 
 
 class Requests(NamedTuple):

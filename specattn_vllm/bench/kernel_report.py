@@ -17,7 +17,8 @@ class Row:
     """One case. Exactly one of ms, error and skipped is set.
 
     time_ratio is ms over the ms of the row named by `against`; speedup is its inverse. target: {"speedup": at least} or
-    {"time_ratio": at most}. share_of_copy is of the measured copy bandwidth; bytes is the floor of kernel_shapes.py.
+    {"time_ratio": at most}. share_of_copy is of the measured copy bandwidth; bytes is the floor of kernel_shapes.py,
+    and bound_ms what it takes at that bandwidth.
     """
 
     group: str
@@ -33,6 +34,7 @@ class Row:
     bytes: int | None = None
     gb_per_s: float | None = None
     share_of_copy: float | None = None
+    bound_ms: float | None = None
     against: str | None = None
     time_ratio: float | None = None
     speedup: float | None = None
@@ -102,7 +104,7 @@ def write_json(path: Path, where: dict[str, Any], settings: dict[str, Any], rows
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
-COLUMNS = ("case", "shape", "ms", "p10-p90", "MB", "GB/s", "of copy", "speedup", "against", "target")
+COLUMNS = ("case", "shape", "ms", "p10-p90", "MB", "GB/s", "bound", "of copy", "speedup", "against", "target")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -122,6 +124,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.ms_p10:.4f}-{row.ms_p90:.4f}" if row.ms_p10 is not None else "",
         f"{row.bytes / 1e6:.1f}" if row.bytes else "",
         f"{row.gb_per_s:.0f}" if row.gb_per_s else "",
+        f"{row.bound_ms:.4f}" if row.bound_ms else "",
         f"{row.share_of_copy:.0%}" if row.share_of_copy else "",
         f"{row.speedup:.2f}x" if row.speedup else "",
         row.against or "",

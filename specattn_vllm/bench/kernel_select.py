@@ -71,7 +71,7 @@ def _select(bench: Bench, batch: Batch, pair: Pair, groups: int, full: bool) -> 
 def _also(bench: Bench, row: Row, against: Row, bound: float) -> Row:
     """The same time compared with another row."""
     copy = Row(row.group, row.case, row.shape, row.parameters, row.ms, row.ms_p10, row.ms_p90, row.samples, row.calls,
-               row.timing, row.bytes, row.gb_per_s, row.share_of_copy, note=row.note, error=row.error,
+               row.timing, row.bytes, row.gb_per_s, row.share_of_copy, row.bound_ms, note=row.note, error=row.error,
                skipped=row.skipped)  # fmt: skip
     copy.compare(against, {"speedup": bound} if bench.cuda else None)
     bench.rows.append(copy)
@@ -162,11 +162,5 @@ def round_cost(bench: Bench, batch: Batch, selected: dict[int, Row], pruned: dic
     """Selection and pruning of one round, added up."""
     for groups in selected.keys() & pruned.keys():
         parts = [selected[groups], *pruned[groups]]
-        row = Row("prune", "selection + pruning of a round", f"{batch} {'per head' if groups > 1 else 'shared'}")
-        bench.rows.append(row)
-        missing = [part.case for part in parts if part.ms is None]
-        if missing:
-            row.skipped = f"not measured: {', '.join(missing)}"
-            continue
-        row.parameters = {"groups": groups, "parts": {part.case: part.ms for part in parts}}
-        row.ms, row.timing = round(sum(part.ms for part in parts), 5), "sum"
+        shape = f"{batch} {'per head' if groups > 1 else 'shared'}"
+        bench.add_up("prune", "selection + pruning of a round", shape, parts, groups=groups)

@@ -15,6 +15,8 @@ DRAFT_TOKENS = 5  # K
 VERIFY_LEN = DRAFT_TOKENS + 1
 FIRST_STEP_LEN = DRAFT_TOKENS + 2  # the draft's first step also runs the tokens that verification accepted
 MASS_BYTES, BITS_BYTES, ID_BYTES = 4, 4, 4
+# Of a sketch's search (kernels/sketch/contracts.py, which loads torch).
+SAMPLED_TOKENS, SCORED_CHUNK, HISTOGRAM_BYTES = 512, 2048, 256 * 4
 
 
 class Heads(NamedTuple):
@@ -132,3 +134,41 @@ def page_table_bytes(batch: Batch, sources: int, groups: int, kept: int) -> int:
 
 def position_bytes(batch: Batch, sources: int, kept: int) -> int:
     return sources * batch.rows * (words(batch.context) * BITS_BYTES + (kept + 1) * ID_BYTES)
+
+
+def encode_bytes(heads: Heads, tokens: int, element: int, token_bytes: int) -> int:
+    """New keys in; codes and scales, `token_bytes` for a token and KV head, out."""
+    return tokens * (heads.kv * (heads.size * element + token_bytes) + 8) + heads.size * heads.size * element
+
+
+def packed_bytes(heads: Heads, batch: Batch, width: int) -> int:
+    """Query rows in 8 bits and their three factors, `width` rows for each request and KV head."""
+    return batch.rows * heads.kv * width * (heads.size + 3 * 4)
+
+
+def prepare_bytes(heads: Heads, batch: Batch, element: int, token_bytes: int, width: int) -> int:
+    """Queries and the sampled tokens' sketches in; packed rows and a zeroed histogram out."""
+    queries = batch.rows * VERIFY_LEN * heads.query * heads.size * element
+    sampled = batch.rows * heads.kv * min(SAMPLED_TOKENS, batch.context - VERIFY_LEN) * token_bytes
+    return queries + sampled + packed_bytes(heads, batch, width) + batch.rows * heads.kv * HISTOGRAM_BYTES
+
+
+def scan_bytes(heads: Heads, batch: Batch, token_bytes: int, width: int) -> int:
+    """Codes, scales and packed rows in; a score of one byte for each token out, and the histograms."""
+    context = batch.context - VERIFY_LEN
+    tokens = batch.rows * heads.kv * context * (token_bytes + 1)
+    chunks = -(-context // SCORED_CHUNK)
+    histograms = batch.rows * heads.kv * (HISTOGRAM_BYTES + chunks * HISTOGRAM_BYTES // 2)
+    return tokens + histograms + packed_bytes(heads, batch, width) + batch.rows * batch.blocks * ID_BYTES
+
+
+def cut_bytes(heads: Heads, batch: Batch) -> int:
+    """Histograms in; a cut for each head, and where each chunk begins, out."""
+    chunks = -(-(batch.context - VERIFY_LEN) // SCORED_CHUNK)
+    return batch.rows * heads.kv * (HISTOGRAM_BYTES + chunks * (HISTOGRAM_BYTES // 2 + 8) + 8)
+
+
+def list_bytes(heads: Heads, batch: Batch, kept: int) -> int:
+    """Scores in, page ids out."""
+    per_head = batch.context - VERIFY_LEN + (kept + 1) * ID_BYTES
+    return batch.rows * (heads.kv * per_head + batch.blocks * ID_BYTES)

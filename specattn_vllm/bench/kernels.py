@@ -1,8 +1,9 @@
 """`specattn bench kernels`: how fast the kernels are on one GPU, next to what else would do their work.
 
-Five groups. copy: the memory bandwidth that the others are shares of. verify: attention over a selection against
+Six groups. copy: the memory bandwidth that the others are shares of. verify: attention over a selection against
 FlashAttention 3 over everything. draft: attention that hands out its scores. select: mass to bits. prune: bits to page
-tables and positions. `--sweep` tries launch configurations of the two attention kernels instead, and prints the best.
+tables and positions. sketch: the search of method 'sketch' and attention over what it chooses. `--sweep` tries launch
+configurations of the two attention kernels instead, and prints the best.
 
 On a CPU it runs the PyTorch references on tiny shapes, to show that it works; those times say nothing about a GPU.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from specattn_vllm.bench.kernel_shapes import PAIRS, TINY, Batch, parse_batch
 
-GROUPS = ("copy", "verify", "draft", "select", "prune")
+GROUPS = ("copy", "verify", "draft", "select", "prune", "sketch")
 # The first gets every case, the others those that depend on the shape most.
 GRID = ("16x32k", "4x32k", "1x32k", "4x128k", "64x4k")
 CPU_GRID = ("2x100",)
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", choices=tuple(PAIRS), help="target and draft (both pairs on the first shape)")
     parser.add_argument("--group", type=_group, help="query heads for each KV head of the draft (those of its shape)")
     parser.add_argument("--grid", type=_grid, help=f"requests x context, the first in full ({','.join(GRID)})")
-    parser.add_argument("--kept", type=_kept, help=f"kept shares ({','.join(map(str, KEPT))})")
+    parser.add_argument("--kept", type=_kept, help=f"kept shares ({','.join(map(str, KEPT))}; sketch 0.08)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: references on tiny shapes")
     parser.add_argument("--commit", help="what to record as the commit, where the package is in no repository")
     parser.add_argument("--seconds", type=float, help="skip what would begin later (120; quick 34; sweep 165)")
@@ -144,7 +145,7 @@ def _pairs(bench, args: argparse.Namespace) -> list:
 def _cases(bench, args: argparse.Namespace, save) -> None:
     """The first shape in full; then the others, drafting last, because it compiles most: what comes after the time
     limit is left out."""
-    from specattn_vllm.bench import kernel_draft, kernel_select, kernel_verify
+    from specattn_vllm.bench import kernel_draft, kernel_select, kernel_sketch, kernel_verify
 
     fractions = args.kept or list(QUICK_KEPT if args.quick else KEPT)
     pairs = _pairs(bench, args)
@@ -166,11 +167,17 @@ def _cases(bench, args: argparse.Namespace, save) -> None:
         if selected and pruned:
             kernel_select.round_cost(bench, batch, selected, pruned)
 
+    def sketch(batch: Batch) -> None:
+        shares = args.kept or [kernel_sketch.KEPT]
+        _guarded(bench, "sketch", batch, kernel_sketch.search, bench, batch, pairs[0], shares)
+
     steps = [("verify", verify, first, True)]
     steps += [("draft", draft, first, pair, full) for pair in pairs]
     steps += [("", select_and_prune, first, full)]
+    steps += [("sketch", sketch, first)]
     steps += [("verify", verify, batch, False) for batch in others]
     steps += [("", select_and_prune, batch, False) for batch in others]
+    steps += [("sketch", sketch, batch) for batch in others]
     steps += [("draft", draft, batch, pairs[0], False) for batch in others]
     for group, step, *arguments in steps:
         if not group or group in args.only:

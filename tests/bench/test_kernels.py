@@ -15,12 +15,15 @@ from specattn_vllm import cli
 from specattn_vllm.bench import kernel_data as data
 from specattn_vllm.bench import kernel_report as report
 from specattn_vllm.bench import kernel_shapes as shapes
+from specattn_vllm.bench import kernel_sketch, kernels
 from specattn_vllm.bench import kernel_sweep as sweep
 from specattn_vllm.bench import kernel_timing as timing
-from specattn_vllm.bench import kernels
 from specattn_vllm.bench.kernel_bench import Bench, Skip, relative_error
 from specattn_vllm.bench.kernel_shapes import Batch, Heads
 from specattn_vllm.kernels import reference
+from specattn_vllm.kernels.sketch import contracts
+from specattn_vllm.kernels.sketch import reference as sketch_reference
+from specattn_vllm.kernels.sketch.layout import sketch_views
 from specattn_vllm.selection.pages import page_strides
 
 CPU = torch.device("cpu")
@@ -108,6 +111,30 @@ def test_bytes_of_capture_selection_and_pruning():
     assert shapes.position_bytes(Batch(2, 33), 3, 10) == 3 * 2 * (8 + 44)
 
 
+def test_bytes_of_a_search():
+    batch = Batch(16, 32768)
+    context = 32768 - 6
+    packed = 16 * 8 * 32 * (128 + 12)
+    # A token's codes of 2 bits and its scale in, a byte of score out; histograms of the context and of 16 chunks.
+    scan = 16 * 8 * (context * (34 + 1) + 1024 + 16 * 512) + packed + 16 * 2048 * 4
+    assert shapes.scan_bytes(LLAMA, batch, 34, 32) == scan
+    sampled = 16 * 8 * 512 * 34
+    assert shapes.prepare_bytes(LLAMA, batch, 2, 34, 32) == 16 * 6 * 32 * 128 * 2 + sampled + packed + 16 * 8 * 1024
+    # A context shorter than the sample is sampled whole.
+    assert shapes.prepare_bytes(Heads(2, 1, 64), Batch(1, 106), 4, 18, 16) == (
+        6 * 2 * 64 * 4 + 100 * 18 + 16 * (64 + 12) + 1024
+    )
+    assert shapes.cut_bytes(LLAMA, batch) == 16 * 8 * (1024 + 16 * (512 + 8) + 8)
+    assert shapes.list_bytes(LLAMA, batch, 2622) == 16 * (8 * (context + 2623 * 4) + 2048 * 4)
+    assert shapes.encode_bytes(LLAMA, 96, 2, 34) == 96 * (8 * (256 + 34) + 8) + 128 * 128 * 2
+
+
+def test_constants_of_a_search_are_the_kernels():
+    assert shapes.SAMPLED_TOKENS == contracts.MAX_SAMPLE
+    assert shapes.SCORED_CHUNK == contracts.CHUNK
+    assert shapes.HISTOGRAM_BYTES == contracts.BINS * 4
+
+
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize(("context", "fraction", "kept"), [(1000, 0.1, 100), (1000, 0.25, 250), (96, 0.05, 8)])
 def test_a_selection_has_the_fraction_asked_for(groups, context, fraction, kept):
@@ -159,6 +186,17 @@ def test_layers_share_one_memory_that_grows():
     assert arena.layers(Heads(2, 1, 64), Batch(4, 40))[1].isfinite().all()
 
 
+def test_layers_have_room_behind_their_blocks():
+    [layer, _] = data.Arena(CPU, torch.float32).layers(Heads(4, 2, 64), Batch(2, 40), tail=5 * 128)
+    assert layer.shape == (6, 2, 16, 128)
+    assert layer.stride() == (16 * 2 * 128 + 5 * 128, 128, 2 * 128, 1)
+    codes, scales = sketch_views(layer, 2)
+    before = layer.clone()
+    codes.fill_(255)
+    scales.fill_(7)
+    assert torch.equal(layer, before)
+
+
 def test_as_many_operands_as_exceed_the_cache():
     assert data.layer_count(2 << 30, wanted=6 << 30) == 3
     assert data.layer_count(1 << 20, limit=20, wanted=6 << 30) == 20
@@ -188,6 +226,7 @@ def test_a_rate_is_bytes_over_time(bench, monkeypatch):
     bench.copy_gb_per_s = 100.0
     row = bench.measure("verify", "case", "1x1", lambda: [lambda: None], 50_000_000, kept=0.1)
     assert (row.ms, row.ms_p10, row.ms_p90, row.gb_per_s, row.share_of_copy) == (2.0, 1.9, 2.1, 25.0, 0.25)
+    assert row.bound_ms == 0.5
     assert row.parameters == {"kept": 0.1}
     assert row.note is None
     fast = bench.measure("verify", "case", "1x1", lambda: [lambda: None], 500_000_000)
@@ -294,7 +333,8 @@ def test_a_run_on_the_cpu(run, capsys):
     for case in ("fa3 dense", "fa3 10%, per head", "xformers 10%, blocks"):
         assert "needs CUDA" in by_case[case]["skipped"]
     for case in ("reference 10%, shared", "draft_attention", "torch.sort", "build_page_tables", "build_positions",
-                 "selection + pruning of a round", "reference 10%, shared, with mean"):  # fmt: skip
+                 "selection + pruning of a round", "reference 10%, shared, with mean", "score_tokens",
+                 "search and attention of a layer, 8%"):  # fmt: skip
         assert by_case[case]["ms"] > 0, by_case[case]
     # 2 requests of 100 tokens, 4 query and 2 KV heads of size 64, fp32; 10 tokens kept; 6 query rows.
     shared = by_case["reference 10%, shared"]
@@ -312,6 +352,57 @@ def test_a_run_on_the_cpu(run, capsys):
     printed = capsys.readouterr().out
     assert "== verify" in printed
     assert "0 errors" in printed
+
+
+def test_a_search_is_measured_operation_by_operation(run):
+    rows = run("--only", "sketch", "--kept", "0.2,0.1")["rows"]
+    assert [row["error"] for row in rows if row["error"]] == []
+    by_case = {row["case"]: row for row in rows if row["ms"] is not None}
+    for case in ("encode_keys", "prepare_queries", "score_tokens"):
+        assert sum(row["case"] == case for row in rows) == 1, "whatever is kept"
+    scan = by_case["score_tokens"]
+    assert scan["shape"] == "2x100 4/2h d64 q6"
+    # 2 requests with 94 tokens before the step's own, 2 KV heads of 64: 16 bytes of codes and a scale of 2, a score.
+    packed, histograms = 2 * 2 * 16 * (64 + 12), 2 * 2 * (1024 + 512)
+    assert scan["bytes"] == 2 * 2 * 94 * 19 + packed + histograms + 2 * 7 * 4
+    assert scan["bound_ms"] == pytest.approx(scan["bytes"] / rows[0]["gb_per_s"] / 1e6, abs=1e-5)
+    assert scan["relative_error"] == 0
+    for share, kept in ((20, 19), (10, 10)):
+        attention = by_case[f"sparse_attention, {share}%"]
+        assert attention["parameters"]["kept_tokens"] == kept + 6
+        assert attention["relative_error"] == 0
+        assert attention["against"] == "reference dense"
+        searched, both = by_case[f"search of a layer, {share}%"], by_case[f"search and attention of a layer, {share}%"]
+        parts = {"prepare_queries", "score_tokens", f"cut_scores, {share}%", f"list_pages, {share}%"}
+        assert set(searched["parameters"]["parts"]) == parts
+        assert searched["ms"] == pytest.approx(sum(by_case[part]["ms"] for part in parts), abs=1e-4)
+        assert both["ms"] == pytest.approx(searched["ms"] + attention["ms"], abs=1e-4)
+
+
+def test_each_operation_of_a_search_is_given_what_those_before_it_made(bench):
+    it = kernel_sketch.Search(bench, Heads(4, 2, 64), Batch(2, 100), 0.2)
+    table, kept = it.select(1)
+    wanted = table[0, 0, : int(kept[0, 0])].clone()
+    assert (kept < 100).all(), "a part is read"
+    for buffer in (it.sketch.scores, it.sketch.cuts, it.sketch.histogram):
+        buffer.fill_(9)
+    table.zero_()
+    calls = it.calls_of("list_pages")
+    assert len(calls) == len(it.layers) == 2
+    assert not table.any(), "the operation itself is left to the clock"
+    calls[1]()
+    assert torch.equal(table[0, 0, : int(kept[0, 0])], wanted)
+
+
+def test_an_operation_that_raises_leaves_those_before_it(run, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("out of registers")
+
+    monkeypatch.setattr(sketch_reference, "cut_scores", broken)
+    rows = {row["case"]: row for row in run("--only", "sketch")["rows"]}
+    assert rows["score_tokens"]["ms"] > 0
+    assert rows["cut_scores, 8%"]["error"] == rows["list_pages, 8%"]["error"] == "RuntimeError: out of registers"
+    assert "cut_scores, 8%" in rows["search of a layer, 8%"]["skipped"]
 
 
 def test_only_what_is_asked_for_is_measured(run):
