@@ -38,6 +38,8 @@ class TargetSketch:
         self.reporter: Reporter | None = None
         """Set where no speculator of ours reports."""
         self._served = False
+        self._announced: tuple[tuple[Any, ...], SketchStep | None] = (), None
+        """The step that was announced last: what its metadata of all layers has in common, and what came of it."""
 
     def enter(self, slot: int, request: Any) -> None:
         """A request, new or resumed, is given a slot."""
@@ -49,7 +51,19 @@ class TargetSketch:
         self.exact[slot] = asks_for_exactness(request.sampling_params)
 
     def begin(self, common: Any) -> SketchStep | None:
-        """A step of the target, from vLLM's common metadata: on the host but for seq_lens and query_start_loc."""
+        """A step of the target, from vLLM's common metadata: on the host but for seq_lens and query_start_loc.
+
+        Where the target's layers are in several groups, each group's builder announces the same step. It begins once,
+        whoever comes first: counting the step before ends with it, and what a layer chose is not known yet."""
+        # vLLM makes these anew for each step, and hands the same ones to all groups. Held here, they are no others.
+        shared = common.query_start_loc_cpu, common.seq_lens, common.req_idx
+        announced, step = self._announced
+        if not announced or any(new is not old for new, old in zip(shared, announced, strict=True)):
+            step = self._begin(common)
+            self._announced = shared, step
+        return step
+
+    def _begin(self, common: Any) -> SketchStep | None:
         rows = common.num_reqs
         starts = common.query_start_loc_cpu[: rows + 1]
         short = self.sketch.short_rows(starts)

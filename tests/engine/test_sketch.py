@@ -42,6 +42,32 @@ def test_blocks_that_are_found_again_hold_their_sketch(engine, greedy, prompts, 
     assert [tokens[0] for tokens in first] == [tokens[0] for tokens in again]
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("drafts", [True, False], ids=["EAGLE", "no speculation"])
+def test_a_step_is_counted_once_in_however_many_groups_the_layers_are(
+    drafts, engine, greedy, tiny_model, counts, sketch_audit, monkeypatch
+):
+    """vLLM takes layers apart where a drafter's differ from the target's; here each is in a group of its own."""
+    from vllm.v1.core import kv_cache_utils
+
+    def one_each(vllm_config, specs):
+        return [kv_cache_utils.KVCacheGroupSpec([name], spec) for name, spec in specs.items()]
+
+    speculation = {"method": "eagle", "model": tiny_model("eagle"), "num_speculative_tokens": 3} if drafts else None
+    shape = {"target": tiny_model("target"), "speculative_config": speculation, "skip_tokenizer_init": True}
+    shape |= {"max_model_len": 512, "block_size": 16, "num_gpu_blocks_override": 600, "enable_prefix_caching": False}
+    generator = torch.Generator().manual_seed(0)
+    given = [{"prompt_token_ids": torch.randint(2, 512, (n,), generator=generator).tolist()} for n in (300, 30, 400)]
+    seen = []
+    together = kv_cache_utils.get_kv_cache_groups
+    for groups in (together, one_each):
+        monkeypatch.setattr(kv_cache_utils, "get_kv_cache_groups", groups)
+        llm = engine(OPTIONS, **shape)
+        seen.append((greedy(llm, given, NEW_TOKENS), counts(llm)))
+    assert sketch_audit.pruned > 20
+    assert seen[0] == seen[1]
+
+
 def test_exact_requests_read_everything_beside_others(engine, prompts, plain, counts, sketch_audit):
     from vllm import SamplingParams
 

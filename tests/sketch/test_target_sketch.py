@@ -1,0 +1,96 @@
+"""What a step of the target is told, and what is counted, whichever of its builders announces it. No engine starts."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+from specattn_vllm import executors
+from specattn_vllm.backend.builder import SpecAttnMetadataBuilder
+from specattn_vllm.kernels.sketch.contracts import Budget
+from specattn_vllm.sketch.attach import TargetSketch
+from specattn_vllm.sketch.step import Shape, Sketch
+from specattn_vllm.stats import Counters
+
+CPU = torch.device("cpu")
+SHAPE = Shape(
+    layers=3, num_heads=4, num_kv_heads=2, head_size=64, dtype=torch.float32, max_query_len=5, max_num_reqs=4,
+    max_model_len=512,
+)  # fmt: skip
+
+
+@pytest.fixture
+def target() -> TargetSketch:
+    sketch = Sketch(executors.resolve("torch", CPU), Budget(0.25, min_tokens=64), 2, SHAPE, Counters(CPU), CPU)
+    return TargetSketch(sketch, 0, SHAPE.max_num_reqs)
+
+
+@pytest.fixture
+def announce(target):
+    """announce(lens, query_lens, prefilling, groups) -> what the builders of so many groups hand to their layers."""
+    builders = []
+    for _ in range(3):
+        made = object.__new__(SpecAttnMetadataBuilder)
+        made.device, made.pruner, made.target_capture, made.target_sketch = CPU, None, None, target
+        builders.append(made)
+
+    def run(lens: list[int], query_lens: list[int], prefilling: list[bool], groups: int = 3) -> list:
+        starts = torch.tensor([0, *query_lens]).cumsum(0).int()
+        shared = {
+            "num_reqs": len(lens),
+            "num_actual_tokens": sum(query_lens),
+            "max_query_len": max(query_lens),
+            "max_seq_len": max(lens),
+            "query_start_loc": starts,
+            "query_start_loc_cpu": starts.clone(),
+            "seq_lens": torch.tensor(lens, dtype=torch.int32),
+            "seq_lens_cpu_upper_bound": None,
+            "req_idx": np.arange(len(lens)),
+            "is_prefilling": torch.tensor(prefilling),
+        }
+        # A group's metadata is an object of its own, with a table of its own blocks.
+        tables = torch.arange(groups * len(lens) * 32, dtype=torch.int32).view(groups, len(lens), 32)
+        return [
+            builder.build(0, SimpleNamespace(**shared, block_table_tensor=table)).sketch
+            for builder, table in zip(builders, tables, strict=False)
+        ]
+
+    return run
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_step_is_counted_once_whoever_announces_it(announce, target, groups):
+    first = announce([300, 200], [5, 100], [False, True], groups)
+    assert all(step is first[0] for step in first)
+    assert (first[0].num_rows, first[0].num_tokens) == (1, 5)
+    # What the layers chose becomes known as they run, after all builders.
+    target.sketch.kept[:, :1] = 80
+    announce([305, 201], [5, 1], [False, False], groups)
+    target.sketch.kept[:, :2] = 90
+    target.sketch.counts.fold()
+    seen = target.sketch.counts.counters.read()
+    heads = SHAPE.layers * SHAPE.num_kv_heads
+    assert seen.prefill_rows == 1
+    assert seen.verify_rows == seen.sparse_rows == 3
+    assert seen.kv_full == (300 + 305 + 201) * heads
+    assert seen.kv_read == (80 + 90 + 90) * heads
+
+
+def test_steps_that_look_alike_are_two(announce, target):
+    for _ in range(2):
+        announce([300], [5], [False])
+        target.sketch.kept[:, :1] = 80
+    target.sketch.counts.fold()
+    assert target.sketch.counts.counters.read().verify_rows == 2
+
+
+def test_the_log_line_is_due_once_a_step(announce, target):
+    ticks = []
+    target.reporter = SimpleNamespace(tick=lambda: ticks.append(1))
+    announce([300], [5], [False])
+    announce([301], [1], [False])
+    assert len(ticks) == 2
