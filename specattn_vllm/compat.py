@@ -26,8 +26,9 @@ watch_new_requests    The speculator learns of requests as rows of batches; what
                       say, is only in the worker's `add_request`. Wraps that method of one object. Goes with a hook
                       for new requests.
 attach_to_runner      Method 'sketch' needs the loaded model and the runner's request slots before vLLM measures what is
-                      left for the KV cache; without a speculator of ours nothing of the plugin runs then. Wraps
-                      `GPUModelRunner.load_model`. Goes with a hook for backends after loading.
+                      left for the KV cache, and 'dense' beside a drafter of vLLM's has its rounds to count; without a
+                      speculator of ours nothing of the plugin runs then. Wraps `GPUModelRunner.load_model`. Goes with a
+                      hook for backends after loading.
 count_rounds          Acceptance is only known where drafts are made: wraps `propose` of one drafter that is not ours.
                       Goes if backends get a stats hook.
 mark_dummy_runs       vLLM's steps for warming up look like real ones to a metadata builder. Wraps `_dummy_run` of one
@@ -370,8 +371,9 @@ def add_worker_method() -> None:
         return
 
     def specattn_stats(self) -> dict[str, int] | None:
-        """Counts of this worker since start-up; None without our speculator. For `collective_rpc`."""
-        counters = getattr(getattr(self.model_runner, "speculator", None), "counters", None)
+        """Counts of this worker since start-up; None without our backend. For `collective_rpc`."""
+        counters = getattr(self.model_runner, "specattn_counters", None)
+        counters = getattr(getattr(self.model_runner, "speculator", None), "counters", counters)
         sketch = getattr(self.model_runner, "specattn_sketch", None)
         if sketch is not None:
             sketch.counts.fold()

@@ -385,7 +385,16 @@ def test_a_worker_reports_its_counts():
     assert json.loads(json.dumps(report)) == report
 
 
-def test_a_worker_without_our_speculator_reports_nothing():
+def test_a_worker_beside_a_drafter_of_vllm_s_reports_what_is_counted_of_it():
+    beside = worker()
+    beside.model_runner.specattn_counters = Counters(torch.device("cpu"))
+    beside.model_runner.specattn_counters.add(rounds=3)
+    assert beside.specattn_stats()["rounds"] == 3
+    del beside.model_runner.speculator
+    assert beside.specattn_stats()["rounds"] == 3
+
+
+def test_a_worker_without_our_backend_reports_nothing():
     assert worker().specattn_stats() is None
     without = worker()
     del without.model_runner.speculator

@@ -19,7 +19,7 @@ from specattn_vllm.sketch.centre import measure_centres
 from specattn_vllm.sketch.layer import LayerSketch
 from specattn_vllm.sketch.step import Shape, Sketch, SketchStep
 from specattn_vllm.speculation.announce import sizes
-from specattn_vllm.speculation.counting import count_round
+from specattn_vllm.speculation.counting import count_round, watch_drafter
 from specattn_vllm.speculation.wiring import refuse_if_too_large, row_width
 from specattn_vllm.stats import Counters, Reporter
 
@@ -98,6 +98,7 @@ def attach(runner: Any) -> None:
     vllm_config = runner.vllm_config
     options = SpecAttnOptions.from_vllm(vllm_config)
     if not options.uses_sketch:
+        watch_drafter(runner, options)
         return
     drafter = runner.speculator
     drafters = getattr(drafter, "draft_attn_layer_names", None) or set()

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from specattn_vllm import compat, executors
 from specattn_vllm.executors import Operations
-from specattn_vllm.stats import Counters
+from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.stats import Counters, Reporter
 
 
 def count_round(counters: Counters, operations: Operations, batch: Any, num_sampled: torch.Tensor) -> None:
@@ -24,3 +26,31 @@ def count_round(counters: Counters, operations: Operations, batch: Any, num_samp
         # Most batches only verify: which rows do need not be sent.
         mask = None if rounds == num_reqs else async_tensor_h2d(verified, device=num_sampled.device)
         operations.count_sampled(num_sampled[:num_reqs], mask, counters.on_device("sampled_tokens"))
+
+
+def watch_drafter(runner: Any, options: SpecAttnOptions) -> None:
+    """Count the rounds of a drafter that is vLLM's own, where the target reads everything; called once it is loaded.
+    What is read is not counted then, and without a drafter there are no rounds. A speculator of ours counts already."""
+    if getattr(runner.speculator, "counters", None) is not None:
+        return
+    config = runner.vllm_config
+    operations = executors.of_engine(options, runner.device, config.model_config.dtype)
+    counters = Counters(runner.device)
+    reporter = Reporter(counters, options.stats_interval_s)
+    served = False
+
+    def count(batch: Any, sampled: torch.Tensor) -> None:
+        count_round(counters, operations, batch, sampled)
+        if config.parallel_config.rank == 0:
+            reporter.tick()
+
+    def enter(slot: int, request: Any) -> None:
+        nonlocal served
+        if not served and not compat.is_warm_up(request):
+            # What was counted so far, nobody asked for.
+            served = True
+            counters.reset()
+
+    compat.count_rounds(runner, count)
+    compat.watch_new_requests(runner.model_state, enter)
+    runner.specattn_counters = counters

@@ -72,8 +72,9 @@ def tokens_a_round():
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(("target", "speculation", "expected_tokens"), DRAFTERS)
 def test_tokens_equal_plain_decoding(
-    options, target, speculation, expected_tokens, engine, greedy, tiny_model, random_prompts, known, tokens_a_round
-):
+    options, target, speculation, expected_tokens, engine, greedy, tiny_model, random_prompts, known, tokens_a_round,
+    counts,
+):  # fmt: skip
     if target not in known:
         known[target] = greedy(engine(None, target=tiny_model(target), **SHAPE), random_prompts, NEW_TOKENS)
     if "model" in speculation:
@@ -83,6 +84,10 @@ def test_tokens_equal_plain_decoding(
     )
     assert greedy(llm, random_prompts, NEW_TOKENS) == known[target]
     assert tokens_a_round(llm) == pytest.approx(expected_tokens, rel=0.05)
+    # As many rounds as vLLM counts, and the tokens of these.
+    seen = counts(llm)
+    assert (seen.rounds > 0) == bool(speculation)
+    assert max(seen.acceptance_length, 1.0) == pytest.approx(tokens_a_round(llm), rel=0.05)
 
 
 @pytest.mark.filterwarnings("ignore")
