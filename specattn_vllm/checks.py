@@ -71,15 +71,22 @@ def _without_effect(options: SpecAttnOptions) -> set[str]:
     if options.drafts_for_itself:
         by_attention = {"top_p", "rule", *_FOR_VEGAS} if options.method == "streamingllm" else set()
         of_draft = {"sparse_draft", "draft_ratio", "refresh_draft_every"}
+        if options.drafts_by_sketch:
+            return _FOR_TARGET | _FOR_FUSED | _FOR_VEGAS | {"shared_budget"} | of_draft
         return _FOR_TARGET | _FOR_FUSED | _FOR_SKETCH | of_draft | by_attention
     by_rule = options.sparse_draft and options.draft_ratio is None  # what the draft reads
     if options.uses_sketch:
-        of_draft = set() if options.sparse_draft else {"combine", "bonus_row"}
+        watched = options.sparse_draft and not options.drafts_by_sketch
+        of_draft = set() if watched else {"combine", "bonus_row"}
         return _FOR_TARGET | _FOR_VEGAS | _FOR_FUSED | {"induction"} | of_draft
     if options.has_sizes:
         return {"per_kv_head", "layer_shares"} | _FOR_SKETCH | (set() if by_rule else {"top_p"})
     if not options.is_lossless:
         return _FOR_VEGAS | _FOR_FUSED | _FOR_SKETCH
+    if options.drafts_by_sketch:
+        amount = {"rule", "top_p", "ratio", "max_fraction"} if options.draft_ratio is not None else set()
+        of_attention = {"layer_shares", "induction", "shared_budget"}
+        return _FOR_TARGET | _FOR_VEGAS | _FOR_FUSED | of_attention | amount
     if options.sparse_draft:
         amount = set() if by_rule else {"rule", "top_p", "ratio", "max_fraction"}
         return _FOR_TARGET | _FOR_VEGAS | _FOR_FUSED | _FOR_SKETCH | amount

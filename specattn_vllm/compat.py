@@ -36,10 +36,10 @@ mark_dummy_runs       vLLM's steps for warming up look like real ones to a metad
 add_worker_method     `collective_rpc("specattn_stats")` and `("specattn_audit")` need methods on the worker. Goes if
                       backends get a stats hook.
 
-Leaned on without a patch: `speculation/speculator.py` overrides the methods in SPECULATOR_HOOKS of upstream's
-speculator (`missing_hooks` looks for them at start-up) and reads its `last_token_indices`, `expanded_positions`,
-`expanded_input_ids`, `input_buffers`, `block_tables`, `draft_tokens`, `attn_cg_support`, `dp_size` and
-`draft_watermarker`;
+Leaned on without a patch: `speculation/speculator.py` and `sketch_speculator.py` override the methods in
+SPECULATOR_HOOKS of upstream's speculator (`missing_hooks` looks for them at start-up) and read its
+`last_token_indices`, `expanded_positions`, `expanded_input_ids`, `input_buffers`, `block_tables`, `draft_tokens`,
+`attn_cg_support`, `dp_size` and `draft_watermarker`;
 `speculation/graphs.py` builds on vLLM's `CudaGraphManager`, `InputBuffers` and `InputBatch.make_dummy`;
 `speculation/wiring.py` reads the attention layers that vLLM has configured.
 
@@ -67,6 +67,7 @@ BACKEND_NAME = "SPECATTN"
 BACKEND_PATH = "specattn_vllm.backend.backend.SpecAttnBackend"
 SPECULATOR_PATH = "specattn_vllm.speculation.speculator.SpecAttnSpeculator"
 SELF_SPECULATOR_PATH = "specattn_vllm.speculation.self_speculator.SelfSpeculator"
+SKETCH_SPECULATOR_PATH = "specattn_vllm.speculation.sketch_speculator.SketchSpeculator"
 ATTACH_PATH = "specattn_vllm.sketch.attach.attach"
 CHECK_PATH = "specattn_vllm.checks.check"
 _ALIASES = {"--spec-model": "--speculative-model", "--spec-tokens": "--num-speculative-tokens"}
@@ -77,7 +78,8 @@ SPECULATOR_HOOKS = {
     "init_cudagraph_manager": "cudagraph_mode",
     "capture": None,
     "propose": "dummy_run",
-    "_build_attn_metadata": "step",
+    "_build_attn_metadata": "query_start_loc_np",
+    "_multi_step_decode": "num_rejected",
     "_run_model": None,
 }
 _MARK = "_specattn_patched"
@@ -149,8 +151,9 @@ def choose_speculator() -> None:
             return stock(vllm_config, device)
         from specattn_vllm.options import SpecAttnOptions
 
-        for_itself = SpecAttnOptions.from_vllm(vllm_config).drafts_for_itself
-        return _resolve(SELF_SPECULATOR_PATH if for_itself else SPECULATOR_PATH)(vllm_config, device)
+        options = SpecAttnOptions.from_vllm(vllm_config)
+        path = SKETCH_SPECULATOR_PATH if options.drafts_by_sketch else SPECULATOR_PATH
+        return _resolve(SELF_SPECULATOR_PATH if options.drafts_for_itself else path)(vllm_config, device)
 
     setattr(build, _MARK, True)
     build.stock = stock

@@ -14,6 +14,11 @@ MEASURED = {"fa3": 32768}
 # The same of a target that drafts for itself. Not measured: below it, drafts that read nothing at all would save a
 # thirtieth of what a step of an 8B model reads.
 OF_ITSELF = {"fa3": 4096}
+# Of a target that chooses for itself. By the times of its kernels (docs/sketch.md): a search of 32 layers and what it
+# spares are about equal at two requests of 32k.
+OF_SKETCH = {"fa3": 65536}
+# Of drafts that are chosen so beside a target that reads everything: a 1B model's round of six steps and one search.
+OF_SKETCHED_DRAFT = {"fa3": 16384}
 
 
 def crossover_tokens(options: SpecAttnOptions, operations: Operations) -> int:
@@ -23,6 +28,10 @@ def crossover_tokens(options: SpecAttnOptions, operations: Operations) -> int:
         return options.crossover_tokens
     if options.drafts_for_itself:
         return OF_ITSELF.get(operations.name, 0)
+    if options.uses_sketch:
+        return OF_SKETCH.get(operations.name, 0)
+    if options.drafts_by_sketch:
+        return OF_SKETCHED_DRAFT.get(operations.name, 0)
     if options.is_lossless:
         # A sparse draft pays in the smallest batch that was measured, one request of 512 tokens: 11.09 ms, and 11.29.
         return 0

@@ -72,10 +72,11 @@ class SpecAttnOptions(BaseModel):
     sketch_bits: Literal[1, 2, 4] = Field(
         2, description="With 'sketch', bits of each element of the copy of the keys that is searched."
     )
-    shared_budget: bool = Field(
-        True,
-        description="With 'sketch' and rule 'top_k', the KV heads of a layer share what they read, by their scores, "
-        "and 'ratio' is the mean; with false each reads as much.",
+    shared_budget: Literal["layers", "heads", "none"] = Field(
+        "layers",
+        description="With 'sketch' and rule 'top_k', who shares what is read, so that 'ratio' is the mean: the KV "
+        "heads of all 'layers', by a threshold that a request's last step would have needed; the 'heads' of each "
+        "layer; or 'none', each reads as much.",
     )
     layer_shares: bool = Field(
         True,
@@ -186,6 +187,13 @@ class SpecAttnOptions(BaseModel):
         description="Draft steps after the first read only what the draft's own first step attended to, chosen by "
         "the same rule. Never changes the output distribution of 'dense'.",
     )
+    draft_by: Literal["attention", "sketch"] | None = Field(
+        None,
+        description="What chooses what draft steps read. 'sketch': their own queries in the first step of a round, "
+        "over a small copy of the keys of the model that drafts. 'attention': with 'sparse_draft', that of the draft's "
+        "first step, which reads everything; with 'vegas', that of the last verification. Default: 'sketch' for "
+        "'sparse_draft' with methods 'sketch' and 'dense', unless with 'refresh_draft_every', else 'attention'.",
+    )
     draft_ratio: float | None = Field(
         None,
         gt=0.0,
@@ -244,7 +252,9 @@ class SpecAttnOptions(BaseModel):
             return self.rule == "top_k"
         if "top_p" in self.model_fields_set:
             return False
-        return "ratio" in self.model_fields_set or self.method not in ("fused", "dense")
+        if self.method == "dense":
+            return "ratio" in self.model_fields_set or self.drafts_by_sketch
+        return "ratio" in self.model_fields_set or self.method != "fused"
 
     @property
     def ratio_or_default(self) -> float:
@@ -280,9 +290,28 @@ class SpecAttnOptions(BaseModel):
         return self.method in ("sketch", "sts", "fused")
 
     @property
+    def needs_token_pages(self) -> bool:
+        """Whether some selection is of single tokens and heads, which an executor of whole blocks cannot read."""
+        return self.per_head or self.drafts_by_sketch
+
+    @property
     def uses_sketch(self) -> bool:
-        """Whether keys are sketched."""
+        """Whether the target chooses by a sketch of its keys."""
         return self.method == "sketch"
+
+    @property
+    def drafts_by_sketch(self) -> bool:
+        """Whether what drafts, a draft model or the target itself, chooses by a sketch of its keys."""
+        if self.method == "vegas":
+            return self.draft_by == "sketch"
+        # A first step that reads an older choice has attention, and no search.
+        by_sketch = self.draft_by == "sketch" or (self.draft_by is None and self.refresh_draft_every == 1)
+        return by_sketch and self.sparse_draft and self.method in ("sketch", "dense")
+
+    @property
+    def keeps_sketches(self) -> bool:
+        """Whether there is room for sketches in the cache."""
+        return self.uses_sketch or self.drafts_by_sketch
 
     @property
     def chooses_by_draft(self) -> bool:

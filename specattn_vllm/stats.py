@@ -43,6 +43,8 @@ class Counts:
     """Pairs of a layer and a row whose retained mass was measured."""
     kv_scanned: int = 0
     """Entries whose sketch was searched before verification read a part of them."""
+    draft_kv_scanned: int = 0
+    """The same before drafting read a part."""
     exact_rows: int = 0
     """Rows past their prompt whose request asked to read everything, ..."""
     small_batch_rows: int = 0

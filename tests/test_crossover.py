@@ -23,6 +23,8 @@ def operations():
 def measured(monkeypatch):
     monkeypatch.setattr(crossover, "MEASURED", {"fa3": 9000, "triton": 20000})
     monkeypatch.setattr(crossover, "OF_ITSELF", {"fa3": 700})
+    monkeypatch.setattr(crossover, "OF_SKETCH", {"fa3": 8000})
+    monkeypatch.setattr(crossover, "OF_SKETCHED_DRAFT", {"fa3": 500})
 
 
 def test_what_was_measured_for_the_executor_is_the_default(operations):
@@ -37,8 +39,13 @@ def test_a_target_that_drafts_for_itself_starts_elsewhere(method, operations):
 
 
 def test_a_draft_that_alone_reads_a_part_always_does(operations):
-    options = SpecAttnOptions(method="dense", sparse_draft=True)
+    options = SpecAttnOptions(method="dense", sparse_draft=True, draft_by="attention")
     assert crossover_tokens(options, operations("fa3")) == 0
+
+
+def test_what_searches_starts_where_a_search_pays(operations):
+    assert crossover_tokens(SpecAttnOptions(method="sketch"), operations("fa3")) == 8000
+    assert crossover_tokens(SpecAttnOptions(method="dense", sparse_draft=True), operations("fa3")) == 500
 
 
 def test_what_was_not_measured_is_always_pruned(operations):

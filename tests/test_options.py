@@ -29,7 +29,7 @@ def test_the_defaults_are_the_documented_ones():
         "top_p": 0.9,
         "ratio": None,
         "sketch_bits": 2,
-        "shared_budget": True,
+        "shared_budget": "layers",
         "layer_shares": True,
         "min_tokens": 128,
         "size_top_p": 0.8,
@@ -53,6 +53,7 @@ def test_the_defaults_are_the_documented_ones():
         "audit_dense_rounds": 16,
         "check_weights": True,
         "sparse_draft": False,
+        "draft_by": None,
         "draft_ratio": None,
         "refresh_draft_every": 1,
         "crossover_tokens": None,
@@ -70,7 +71,7 @@ def test_every_option_can_be_given():
         "top_p": 1.0,
         "ratio": 0.05,
         "sketch_bits": 4,
-        "shared_budget": False,
+        "shared_budget": "none",
         "layer_shares": False,
         "min_tokens": 0,
         "size_top_p": 0.9,
@@ -94,6 +95,7 @@ def test_every_option_can_be_given():
         "audit_dense_rounds": 4,
         "check_weights": False,
         "sparse_draft": True,
+        "draft_by": "attention",
         "draft_ratio": 0.5,
         "refresh_draft_every": 4,
         "crossover_tokens": 4096,
@@ -226,6 +228,12 @@ def test_refreshes_of_a_draft_that_reads_everything_are_refused():
 
 
 def test_a_share_for_a_draft_that_reads_everything_is_refused():
+    message = refusal({"draft_by": "sketch"})
+    assert "draft_by 'sketch' without sparse_draft" in message
+    message = refusal({"draft_by": "sketch", "sparse_draft": True, "method": "sts"})
+    assert "set method to 'sketch' or 'dense', or draft_by to 'attention'" in message
+    message = refusal({"draft_by": "sketch", "sparse_draft": True, "method": "dense", "refresh_draft_every": 3})
+    assert "leave it at 1, or set draft_by='attention'" in message
     message = refusal({"draft_ratio": 0.25})
     assert "draft_ratio 0.25 without sparse_draft" in message
     assert "set sparse_draft=true, or leave draft_ratio out" in message

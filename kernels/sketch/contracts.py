@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -26,14 +27,15 @@ class Budget:
     """How many tokens of the context each KV head reads. Counts are in tokens and hold the forced ones.
 
     The context are the tokens that a row had before this step; the step's own are always read. Forced are the first
-    ``sink`` and the last ``recent`` of the context. With top_p None, ``ratio`` of the context; ``shared``: the mean
-    over a layer's KV heads, which get more or less by their scores, but ``min_tokens`` at least. Else the fewest tokens
-    that hold ``top_p`` of a head's estimated attention, and no more than ``ratio`` of the context.
+    ``sink`` and the last ``recent`` of the context. With top_p None, ``ratio`` of the context, shared by the KV heads
+    of a layer or of all ``layers``: that is their mean, and each gets more or less by its scores, but ``min_tokens`` at
+    least; ``none``: each gets as much. Else the fewest tokens that hold ``top_p`` of a head's estimated attention, and
+    no more than ``ratio`` of the context.
     """
 
     ratio: float
     top_p: float | None = None
-    shared: bool = True
+    shared: Literal["layers", "heads", "none"] = "heads"
     min_tokens: int = 128
     max_tokens: int = -1
     """-1: no limit."""
@@ -44,6 +46,11 @@ class Budget:
     def fixed_ratio(self) -> int:
         """The ratio in units of 1 / 65536."""
         return round(self.ratio * 65536)
+
+    @property
+    def amount(self) -> str:
+        """How much that is, in words."""
+        return f"{self.ratio:.1%} of the context" if self.top_p is None else f"top_p={self.top_p} of what is estimated"
 
     @property
     def reads_all_up_to(self) -> int:
@@ -91,13 +98,14 @@ def _rows(query_start_loc, seq_lens, dense, block_table, dev) -> int:
 
 
 def prepare_queries(
-    query, query_start_loc, seq_lens, dense, block_table, codes, scales, rotation, max_query_len, packed, factors,
-    histogram,
+    query, query_start_loc, seq_lens, dense, heard, block_table, codes, scales, rotation, max_query_len, packed,
+    factors, histogram,
 ) -> tuple[int, int]:  # fmt: skip
     """Returns the query heads of a KV head and the bits of a code."""
     tensor("query", query, (None, None, None), FLOATS)
     dev, size = query.device, query.shape[2]
     rows = _rows(query_start_loc, seq_lens, dense, block_table, dev)
+    tensor("heard", heard, (rows,), torch.int32, dev)
     heads, block_size, code_bytes, _ = views(dev, codes, scales)
     group = group_size(query.shape[1], heads, "codes")
     expect(block_size % SAMPLE_BLOCK == 0, "codes", f"blocks of {block_size}", f"a multiple of {SAMPLE_BLOCK} tokens")
@@ -125,9 +133,29 @@ def score_tokens(
     return bits_of(code_bytes, size)
 
 
-def cut_scores(histogram, chunks, query_start_loc, seq_lens, dense, cuts, starts, scores) -> None:
+TOTALS = BINS + 2
+"""What is kept of a request's step: tokens by bin, layers and heads that are in it, and tokens they took beyond."""
+
+
+def _carried(slots, totals, thresholds, rows, dev) -> None:
+    tensor("slots", slots, (rows,), torch.int32, dev)
+    tensor("totals", totals, (None, TOTALS), torch.int32, dev)
+    tensor("thresholds", thresholds, (totals.shape[0], 2), torch.int32, dev)
+
+
+def carry_thresholds(query_start_loc, seq_lens, slots, totals, thresholds) -> None:
+    tensor("seq_lens", seq_lens, (None,), torch.int32)
+    rows, dev = seq_lens.shape[0], seq_lens.device
+    tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, dev)
+    _carried(slots, totals, thresholds, rows, dev)
+
+
+def cut_scores(
+    histogram, chunks, query_start_loc, seq_lens, dense, cuts, starts, scores, slots, totals, thresholds
+) -> None:
     tensor("histogram", histogram, (None, None, BINS), torch.int32)
     rows, heads, _ = histogram.shape
+    _carried(slots, totals, thresholds, rows, histogram.device)
     dev = histogram.device
     tensor("chunks", chunks, (rows, heads, None, BINS), torch.int16, dev)
     tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, dev)
@@ -139,7 +167,7 @@ def cut_scores(histogram, chunks, query_start_loc, seq_lens, dense, cuts, starts
 
 
 def list_pages(
-    scores, cuts, starts, query_start_loc, seq_lens, block_table, block_size, page_strides, page_table, kept
+    scores, cuts, starts, query_start_loc, seq_lens, block_table, block_size, page_strides, ahead, page_table, kept
 ) -> None:
     tensor("scores", scores, (None, None, None), torch.uint8)
     rows, heads, _ = scores.shape
@@ -150,4 +178,5 @@ def list_pages(
     tensor("page_table", page_table, (rows, heads, None), torch.int32, dev)
     tensor("kept", kept, (rows, heads), torch.int32, dev)
     expect(block_size > 0, "block_size", block_size, "at least 1")
+    expect(ahead >= 0, "ahead", ahead, "0 or more")
     expect(len(page_strides) == 3, "page_strides", page_strides, "(block, head, token)")

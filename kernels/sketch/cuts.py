@@ -7,10 +7,13 @@ With n tokens wanted of a context of c, f of which are forced:
     share = (c * F + 65535) >> 16                                F = round(ratio * 65536)
     n     = min(max_tokens, max(share, min_tokens)), at least f, at most c
 
-``ratio`` alone: each head takes n - f free tokens. ``shared``: a layer's H heads take H (n - f) together, by one
-threshold over their scores, but each the floor, min(n, min_tokens) - f, at least. ``top_p``: each takes the fewest free
-tokens with which, and with the forced ones, it holds that share of its estimated attention (the sum of
-exp((bin + 1/2) / 12.75 - 16)); between the floor and n.
+``ratio`` alone: each head takes n - f free tokens. Shared by ``heads``: a layer's H heads take H (n - f) together, by
+one threshold over their scores, but each the floor, min(n, min_tokens) - f, at least. Shared by ``layers``: the heads
+of all layers take n - f on average, by one threshold for a request. It is what its last step would have needed
+(``carry_thresholds``, once a step, before the first layer), because what the layers to come weigh is not known yet; a
+request's first step, which has none, shares by heads. ``top_p``: each takes the fewest free tokens with which, and with
+the forced ones, it holds that share of its estimated attention (the sum of exp((bin + 1/2) / 12.75 - 16)); between the
+floor and n.
 
 histogram        [R, H, 256]       int32, of the free tokens of the context
 chunks           [R, H, C, 256]    int16, the same of each chunk of 2,048 tokens
@@ -18,6 +21,12 @@ query_start_loc  [R+1]             int32
 seq_lens         [R]               int32, the step's own tokens included; 0 = padded row
 dense            [R]               int32, not 0: every token is read; so it is where no head can do with less
 scores           [R, H, L]         uint8, read with ``top_p`` alone, for the weight of the forced tokens
+slots            [R]               int32, of each row's request; negative: nobody's, which share the last
+totals           [S, 258]          int32, by slot, added to where layers share: free tokens of the step by bin, over the
+                                   layers so far, how many heads that is, and by how much they took more than their
+                                   share by the threshold; zeros for a request that is new
+thresholds       [S, 2]            int32, by slot: (bin, part): tokens of higher bins are taken, and part / 65536 of
+                                   this one's; bin -1: there is none yet
 cuts             [R, H, 2]         int32, written: (threshold, skip): free tokens of bins above the threshold are read,
                                    and of the threshold's own bin all but the first ``skip``; threshold -1: all tokens
 starts           [R, H, C, 2]      int32, written where the threshold is not -1: free tokens above the threshold, and in
@@ -98,12 +107,62 @@ def _forced_weight(scores, context, sink, recent, lowest, per_nat, BLOCK: tl.con
 
 
 @triton.jit
+def _slot(slots, r, num_slots):
+    slot = tl.load(slots + r)
+    return tl.where(slot < 0, num_slots - 1, slot).to(tl.int64)
+
+
+@triton.jit
+def _carry_kernel(
+    query_start_loc, seq_lens, slots, totals, thresholds, fixed_ratio, min_tokens, max_tokens, sink, recent, num_slots,
+    BINS: tl.constexpr,
+):  # fmt: skip
+    r = tl.program_id(0)
+    q_len = tl.load(query_start_loc + r + 1) - tl.load(query_start_loc + r)
+    context = tl.maximum(tl.load(seq_lens + r) - q_len, 0)
+    most, _, forced = _limits(context, fixed_ratio, min_tokens, max_tokens, sink, recent)
+    slot = _slot(slots, r, num_slots)
+    totals += slot * (BINS + 2)
+    bins = tl.arange(0, BINS)
+    counts = tl.load(totals + bins).to(tl.int64)
+    heads = tl.load(totals + BINS).to(tl.int64)
+    beyond = tl.load(totals + BINS + 1)
+    number = heads * (most - forced) - beyond
+    from_bin = tl.cumsum(counts, 0, reverse=True)
+    threshold = tl.maximum(tl.sum((from_bin >= number).to(tl.int32), 0) - 1, 0)
+    tied = tl.sum(tl.where(bins == threshold, counts, 0), 0)
+    above = tl.sum(tl.where(bins > threshold, counts, 0), 0)
+    part = tl.minimum(tl.maximum(number - above, 0) * 65536 // tl.maximum(tied, 1), 65536)
+    tl.store(thresholds + slot * 2, tl.where(heads > 0, threshold, -1))
+    tl.store(thresholds + slot * 2 + 1, part.to(tl.int32))
+    tl.debug_barrier()  # all of it is loaded
+    tl.store(totals + bins, tl.zeros([BINS], tl.int32))
+    tl.store(totals + BINS, 0)
+    tl.store(totals + BINS + 1, 0)
+
+
+def carry_thresholds(
+    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, slots: torch.Tensor, totals: torch.Tensor,
+    thresholds: torch.Tensor, budget: Budget,
+) -> None:  # fmt: skip
+    """Once a step: from the totals of a request's last step, which become zeros, the threshold of this one. Launch on
+    the current stream; arguments as in the module's text."""
+    contracts.carry_thresholds(query_start_loc, seq_lens, slots, totals, thresholds)
+    if seq_lens.shape[0] == 0:
+        return
+    _carry_kernel[(seq_lens.shape[0],)](
+        query_start_loc, seq_lens, slots, totals, thresholds, budget.fixed_ratio, budget.min_tokens, budget.max_tokens,
+        budget.sink, budget.recent, totals.shape[0], BINS=contracts.BINS, num_warps=NUM_WARPS,
+    )  # fmt: skip
+
+
+@triton.jit
 def _cuts_kernel(
-    histogram, chunks, query_start_loc, seq_lens, dense, scores, cuts, starts,
-    fixed_ratio, top_p, min_tokens, max_tokens, sink, recent, lowest, per_nat, heads,
+    histogram, chunks, query_start_loc, seq_lens, dense, scores, slots, totals, thresholds, cuts, starts,
+    fixed_ratio, top_p, min_tokens, max_tokens, sink, recent, lowest, per_nat, heads, num_slots,
     stride_hr, stride_kr, stride_kh, stride_sr, stride_sh, stride_cr, stride_tr, stride_th,
-    H: tl.constexpr, SHARED: tl.constexpr, TOP_P: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    H: tl.constexpr, HEADS: tl.constexpr, LAYERS: tl.constexpr, TOP_P: tl.constexpr, CHUNK: tl.constexpr,
+    BINS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(0)
     r = tl.program_id(1).to(tl.int64)
@@ -124,12 +183,27 @@ def _cuts_kernel(
         weight = _forced_weight(scores + r * stride_sr + h * stride_sh, context, sink, recent, lowest, per_nat, BINS)
         number = _number_that_holds(mine, from_bin, weight, top_p, lowest, per_nat, BINS)
         number = tl.minimum(tl.maximum(number, floor - forced), most - forced)
-    elif SHARED:
-        all_heads = tl.arange(0, H)
-        where = histogram + r * stride_hr + all_heads[:, None] * BINS + bins[None, :]
-        counts = tl.load(where, mask=(all_heads < heads)[:, None], other=0)
-        all_from = tl.cumsum(counts, 1, reverse=True)
-        number = _shared_number(counts, all_from, floor - forced, number, h, heads, H, BINS)
+    else:
+        carried, part, slot = -1, 0, tl.full([], 0, tl.int64)
+        if LAYERS:
+            slot = _slot(slots, r, num_slots)
+            carried = tl.load(thresholds + slot * 2)
+            part = tl.load(thresholds + slot * 2 + 1)
+        if carried >= 0:
+            tied = tl.sum(tl.where(bins == carried, mine, 0), 0).to(tl.int64)
+            above = tl.sum(tl.where(bins > carried, mine, 0), 0)
+            share = above + ((tied * part + 32768) >> 16).to(tl.int32)
+            number = tl.maximum(share, floor - forced)
+            tl.atomic_add(totals + slot * (BINS + 2) + BINS + 1, number - share, sem="relaxed")
+        elif HEADS or LAYERS:
+            all_heads = tl.arange(0, H)
+            where = histogram + r * stride_hr + all_heads[:, None] * BINS + bins[None, :]
+            counts = tl.load(where, mask=(all_heads < heads)[:, None], other=0)
+            all_from = tl.cumsum(counts, 1, reverse=True)
+            number = _shared_number(counts, all_from, floor - forced, number, h, heads, H, BINS)
+        if LAYERS:
+            tl.atomic_add(totals + slot * (BINS + 2) + bins, mine, mask=mine > 0, sem="relaxed")
+            tl.atomic_add(totals + slot * (BINS + 2) + BINS, 1, sem="relaxed")
     threshold = tl.maximum(tl.sum((from_bin >= number).to(tl.int32), 0) - 1, 0)
     tl.store(cuts, threshold)
     tl.store(cuts + 1, tl.sum(tl.where(bins == threshold, from_bin, 0), 0) - number)
@@ -140,28 +214,32 @@ def _cuts_kernel(
     for first in range(0, (context + CHUNK - 1) // CHUNK, CHUNKS):
         c = first + tl.arange(0, CHUNKS)
         inside = c * CHUNK < context
-        part = tl.load(chunks + c[:, None] * BINS + bins[None, :], mask=inside[:, None], other=0).to(tl.int32)
-        above = tl.sum(tl.where(bins[None, :] > threshold, part, 0), 1)
-        tied = tl.sum(tl.where(bins[None, :] == threshold, part, 0), 1)
-        tl.store(starts + c * 2, above_before + tl.cumsum(above, 0) - above, mask=inside)
-        tl.store(starts + c * 2 + 1, tied_before + tl.cumsum(tied, 0) - tied, mask=inside)
-        above_before += tl.sum(above, 0)
-        tied_before += tl.sum(tied, 0)
+        chunk = tl.load(chunks + c[:, None] * BINS + bins[None, :], mask=inside[:, None], other=0).to(tl.int32)
+        higher = tl.sum(tl.where(bins[None, :] > threshold, chunk, 0), 1)
+        equal = tl.sum(tl.where(bins[None, :] == threshold, chunk, 0), 1)
+        tl.store(starts + c * 2, above_before + tl.cumsum(higher, 0) - higher, mask=inside)
+        tl.store(starts + c * 2 + 1, tied_before + tl.cumsum(equal, 0) - equal, mask=inside)
+        above_before += tl.sum(higher, 0)
+        tied_before += tl.sum(equal, 0)
 
 
 def cut_scores(
     histogram: torch.Tensor, chunks: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor,
-    dense: torch.Tensor, scores: torch.Tensor, budget: Budget, cuts: torch.Tensor, starts: torch.Tensor,
+    dense: torch.Tensor, scores: torch.Tensor, slots: torch.Tensor, totals: torch.Tensor, thresholds: torch.Tensor,
+    budget: Budget, cuts: torch.Tensor, starts: torch.Tensor,
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    contracts.cut_scores(histogram, chunks, query_start_loc, seq_lens, dense, cuts, starts, scores)
+    contracts.cut_scores(
+        histogram, chunks, query_start_loc, seq_lens, dense, cuts, starts, scores, slots, totals, thresholds
+    )
     rows, heads, _ = histogram.shape
     if rows == 0:
         return
     _cuts_kernel[(heads, rows)](
-        histogram, chunks, query_start_loc, seq_lens, dense, scores, cuts, starts,
+        histogram, chunks, query_start_loc, seq_lens, dense, scores, slots, totals, thresholds, cuts, starts,
         budget.fixed_ratio, budget.top_p or 0.0, budget.min_tokens, budget.max_tokens, budget.sink, budget.recent,
-        LOWEST, PER_NAT, heads, histogram.stride(0), *chunks.stride()[:2], *scores.stride()[:2], cuts.stride(0),
-        *starts.stride()[:2], H=triton.next_power_of_2(heads), SHARED=budget.shared, TOP_P=budget.top_p is not None,
-        CHUNK=CHUNK, BINS=contracts.BINS, CHUNKS=CHUNKS, num_warps=NUM_WARPS,
+        LOWEST, PER_NAT, heads, totals.shape[0], histogram.stride(0), *chunks.stride()[:2], *scores.stride()[:2],
+        cuts.stride(0), *starts.stride()[:2], H=triton.next_power_of_2(heads), HEADS=budget.shared == "heads",
+        LAYERS=budget.shared == "layers", TOP_P=budget.top_p is not None, CHUNK=CHUNK, BINS=contracts.BINS,
+        CHUNKS=CHUNKS, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -8,9 +8,13 @@ seq_lens         [R]            int32, the step's own tokens included; 0 = padde
 block_table      [R, nb]        int32
 page_strides                    rows of 2D elements between neighbouring blocks, heads and tokens of the cache
 sink, recent     int            as in ``scores``
+ahead            int            tokens after the step's own whose pages are written too, behind those that count: steps
+                                to come read the same table and a little more of it
 page_table       [R, H, width]  int32, written: ids of the pages to read, one for each token and head, by position
-                                ascending; entries past kept stay, and nothing is written past width
-kept             [R, H]         int32, written
+                                ascending; entries past kept + ahead stay, and nothing is written past width
+kept             [R, H]         int32, written; without those ahead
+
+No row is longer than L. A table narrower than L will do where the cuts leave room for what they keep.
 """
 
 from __future__ import annotations
@@ -28,25 +32,32 @@ NUM_WARPS = 4
 @triton.jit
 def _pages_kernel(
     scores, cuts, starts, query_start_loc, seq_lens, block_table, page_table, kept,
-    sink, recent, block_size, per_block, per_head, per_token, width,
+    sink, recent, ahead, block_size, per_block, per_head, per_token, longest, width,
     stride_sr, stride_sh, stride_cr, stride_ar, stride_ah, stride_tr, stride_pr, stride_ph, stride_kr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(0)
     chunk = tl.program_id(1)
     r = tl.program_id(2).to(tl.int64)
-    length = tl.minimum(tl.load(seq_lens + r), width)
+    length = tl.minimum(tl.load(seq_lens + r), longest)
+    listed = tl.where(length > 0, tl.minimum(length + ahead, longest), 0)
     kept += r * stride_kr + h
     first = chunk * CHUNK
-    if first >= length:
+    if first >= listed:
         if chunk == 0:
             tl.store(kept, 0)
         return
     context = tl.maximum(length - (tl.load(query_start_loc + r + 1) - tl.load(query_start_loc + r)), 0)
     head, tail = tl.minimum(sink, context), tl.maximum(context - recent, 0)
+    # All that waits for nothing is loaded first. Where everything is read scores may be anything: none is below -1.
+    p = first + tl.arange(0, CHUNK)
+    free = (p >= head) & (p < tail)
+    scores += r * stride_sr + h * stride_sh
+    score = tl.load(scores + p, mask=free, other=0).to(tl.int32)
+    block = tl.load(block_table + r * stride_tr + p // block_size, mask=p < listed, other=0)
     threshold = tl.load(cuts + r * stride_cr + h * 2)
     skip = tl.load(cuts + r * stride_cr + h * 2 + 1)
-    before, tied_before = first, 0
+    before, tied_before = first, 0  # what comes before this chunk: entries without ties, and ties
     if threshold >= 0:
         starts += r * stride_ar + h * stride_ah
         # A chunk without a token of the context comes after the last that has one, which is short of it.
@@ -56,47 +67,44 @@ def _pages_kernel(
         forced = tl.minimum(first, head) + tl.maximum(tl.minimum(first, context) - tl.maximum(tail, head), 0)
         before = tl.load(starts + c * 2) + forced + tl.maximum(first - context, 0)
         if chunk > last:
-            p = last * CHUNK + tl.arange(0, CHUNK)
-            free = (p >= head) & (p < tail)
-            score = tl.load(scores + r * stride_sr + h * stride_sh + p, mask=free, other=0).to(tl.int32)
-            before += tl.sum((free & (score > threshold)).to(tl.int32), 0)
-            tied_before += tl.sum((free & (score == threshold)).to(tl.int32), 0)
-        before += tl.maximum(tied_before - skip, 0)
-    p = first + tl.arange(0, CHUNK)
-    free = (p >= head) & (p < tail)
-    # Where everything is read there may be no scores.
-    scored = tl.where(threshold >= 0, tail, head)
-    where = scores + r * stride_sr + h * stride_sh + p
-    score = tl.load(where, mask=(p >= head) & (p < scored), other=0).to(tl.int32)
+            q = last * CHUNK + tl.arange(0, CHUNK)
+            free_there = (q >= head) & (q < tail)
+            there = tl.load(scores + q, mask=free_there, other=0).to(tl.int32)
+            before += tl.sum((free_there & (there > threshold)).to(tl.int32), 0)
+            tied_before += tl.sum((free_there & (there == threshold)).to(tl.int32), 0)
     tie = free & (score == threshold)
-    rank = tied_before + tl.cumsum(tie.to(tl.int32), 0)  # counted from 1
-    keep = (p < length) & ((free == 0) | (score > threshold) | (tie & (rank > skip)))
-    number = tl.cumsum(keep.to(tl.int32), 0)
-    column = before + number - 1
-    block = tl.load(block_table + r * stride_tr + p // block_size, mask=keep, other=0)
+    sure = (p < listed) & ((free == 0) | (score > threshold))
+    # Both counts in one sum: neither exceeds a chunk.
+    counted = tl.cumsum(sure.to(tl.int32) + (tie.to(tl.int32) << 16), 0)
+    rank = tied_before + (counted >> 16)  # counted from 1
+    keep = sure | (tie & (rank > skip))
+    column = before + (counted & 0xFFFF) + tl.maximum(rank - skip, 0) - 1
     page = block * per_block + (p % block_size) * per_token + h * per_head
     # Whatever cuts say of scores that they were not made from, nothing is written past the table.
     tl.store(page_table + r * stride_pr + h * stride_ph + column, page, mask=keep & (column < width))
     if chunk == (length - 1) // CHUNK:
-        tl.store(kept, tl.minimum(before + tl.sum(keep.to(tl.int32), 0), width))
+        last_column = tl.max(tl.where(keep & (p < length), column, -1), 0)
+        tl.store(kept, tl.minimum(last_column + 1, width))
 
 
 def list_pages(
     scores: torch.Tensor, cuts: torch.Tensor, starts: torch.Tensor, query_start_loc: torch.Tensor,
     seq_lens: torch.Tensor, block_table: torch.Tensor, block_size: int, page_strides: tuple[int, int, int], sink: int,
-    recent: int, page_table: torch.Tensor, kept: torch.Tensor,
+    recent: int, ahead: int, page_table: torch.Tensor, kept: torch.Tensor,
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
     contracts.list_pages(
-        scores, cuts, starts, query_start_loc, seq_lens, block_table, block_size, page_strides, page_table, kept
+        scores, cuts, starts, query_start_loc, seq_lens, block_table, block_size, page_strides, ahead, page_table, kept
     )
     rows, heads, width = page_table.shape
+    # What a block table has no blocks for is nobody's.
+    longest = min(scores.shape[2], block_table.shape[1] * block_size)
     if rows == 0:
         return
     # One chunk at least: the first also writes the zeros of padded rows.
-    _pages_kernel[(heads, max(triton.cdiv(width, CHUNK), 1), rows)](
+    _pages_kernel[(heads, max(triton.cdiv(longest, CHUNK), 1), rows)](
         scores, cuts, starts, query_start_loc, seq_lens, block_table, page_table, kept,
-        sink, recent, block_size, *page_strides, width,
+        sink, recent, ahead, block_size, *page_strides, longest, width,
         *scores.stride()[:2], cuts.stride(0), *starts.stride()[:2], block_table.stride(0), *page_table.stride()[:2],
         kept.stride(0), CHUNK=CHUNK, num_warps=NUM_WARPS,
     )  # fmt: skip

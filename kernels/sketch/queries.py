@@ -14,6 +14,8 @@ query            [T, Hq, D]       16-bit floats or float32
 query_start_loc  [R+1]            int32
 seq_lens         [R]              int32, the step's own tokens included
 dense            [R]              int32, not 0: the row reads everything, and nothing is made for it
+heard            [R]              int32: tokens of the row, from its first, whose queries count; where drafts were
+                                  rejected, the last ones mean nothing
 block_table      [R, nb]          int32
 codes, scales                     as in ``encode``
 rotation         [D, D]           dtype of query
@@ -48,7 +50,7 @@ def sample_stride(context, MOST: tl.constexpr):
 
 @triton.jit
 def _queries_kernel(
-    query, query_start_loc, seq_lens, dense, block_table, codes, scales, rotation, packed, factors, histogram,
+    query, query_start_loc, seq_lens, dense, heard, block_table, codes, scales, rotation, packed, factors, histogram,
     scale, norm, read_whole, stride_qt, stride_qh, stride_tr, stride_cb, stride_ch, stride_cn, stride_sb, stride_sh,
     stride_fr, stride_pr, stride_hr,
     GROUP: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
@@ -67,7 +69,7 @@ def _queries_kernel(
     m = tl.arange(0, M)
     d = tl.arange(0, D)
     i = m // GROUP
-    live = i < q_len
+    live = i < tl.minimum(q_len, tl.load(heard + r))
     token = (begin + tl.where(live, i, 0)).to(tl.int64)
     head = h * GROUP + m % GROUP
     where = query + token[:, None] * stride_qt + head[:, None] * stride_qh + d[None, :]
@@ -120,20 +122,21 @@ def _queries_kernel(
 
 def prepare_queries(
     query: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor, dense: torch.Tensor,
-    block_table: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, rotation: torch.Tensor, scale: float,
+    heard: torch.Tensor, block_table: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor,
+    rotation: torch.Tensor, scale: float,
     max_query_len: int, read_whole: int, packed: torch.Tensor, factors: torch.Tensor, histogram: torch.Tensor,
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
     group, bits = contracts.prepare_queries(
-        query, query_start_loc, seq_lens, dense, block_table, codes, scales, rotation, max_query_len, packed, factors,
-        histogram,
+        query, query_start_loc, seq_lens, dense, heard, block_table, codes, scales, rotation, max_query_len, packed,
+        factors, histogram,
     )  # fmt: skip
     rows, heads, width, size = packed.shape
     if rows == 0:
         return
     _queries_kernel[(heads, rows)](
-        query, query_start_loc, seq_lens, dense, block_table, codes, scales, rotation, packed, factors, histogram,
-        scale, size**-0.5, max(read_whole, 0), *query.stride()[:2], block_table.stride(0),
+        query, query_start_loc, seq_lens, dense, heard, block_table, codes, scales, rotation, packed, factors,
+        histogram, scale, size**-0.5, max(read_whole, 0), *query.stride()[:2], block_table.stride(0),
         *codes.stride()[:3], *scales.stride()[:2], factors.stride(0), packed.stride(0), histogram.stride(0),
         GROUP=group, D=size, BITS=bits, C=codes.shape[3], M=width, TILE=TILE, BINS=contracts.BINS, SAMPLE=SAMPLE_BLOCK,
         BLOCK_SIZE=codes.shape[2], MOST=MAX_SAMPLE, FUSED=fused(query.device), STAGES=NUM_STAGES, num_warps=NUM_WARPS,

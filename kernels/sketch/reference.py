@@ -64,22 +64,24 @@ def _sample(context: int, device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def prepare_queries(
-    query, query_start_loc, seq_lens, dense, block_table, codes, scales, rotation, scale, max_query_len, read_whole,
-    packed, factors, histogram,
+    query, query_start_loc, seq_lens, dense, heard, block_table, codes, scales, rotation, scale, max_query_len,
+    read_whole, packed, factors, histogram,
 ) -> None:  # fmt: skip
     """Query rows for the scan. See ``queries.prepare_queries``."""
     group, bits = contracts.prepare_queries(
-        query, query_start_loc, seq_lens, dense, block_table, codes, scales, rotation, max_query_len, packed, factors,
-        histogram,
+        query, query_start_loc, seq_lens, dense, heard, block_table, codes, scales, rotation, max_query_len, packed,
+        factors, histogram,
     )  # fmt: skip
     histogram.zero_()
     heads, size = packed.shape[1], packed.shape[3]
     starts, lengths, skipped = query_start_loc.tolist(), seq_lens.tolist(), dense.tolist()
     for r, (length, skip) in enumerate(zip(lengths, skipped, strict=True)):
         begin, end = starts[r], starts[r + 1]
-        context, rows = length - (end - begin), (end - begin) * group
+        context = length - (end - begin)
         if skip or context <= max(read_whole, 0) or end <= begin:
             continue
+        end = min(end, begin + int(heard[r]))
+        rows = (end - begin) * group
         q = query[begin:end].unflatten(1, (heads, group)).transpose(0, 1).reshape(heads, rows, size)
         y = (q.float() @ rotation.float()) * size**-0.5
         unit = y.abs().amax(-1).clamp(min=1e-30) / 127.0
@@ -147,20 +149,44 @@ def _that_hold(bins: torch.Tensor, forced: torch.Tensor, top_p: float) -> int:
     return min(int((free.cumsum(0) < need * (1 - 1e-6)).sum()) + 1, bins.shape[0]) if need > 0 else 0
 
 
+def _limits(context: int, budget: Budget) -> tuple[int, int, int]:
+    """(most, floor, forced) tokens of a head."""
+    forced = min(context, budget.sink + budget.recent)
+    most = max((context * budget.fixed_ratio + 65535) >> 16, budget.min_tokens)
+    most = min(most, budget.max_tokens) if budget.max_tokens >= 0 else most
+    most = min(max(most, forced), context)
+    return most, max(min(budget.min_tokens, most), forced), forced
+
+
+def carry_thresholds(query_start_loc, seq_lens, slots, totals, thresholds, budget: Budget) -> None:
+    """One threshold for all layers, from a request's last step. See ``cuts.carry_thresholds``."""
+    contracts.carry_thresholds(query_start_loc, seq_lens, slots, totals, thresholds)
+    begins = query_start_loc.tolist()
+    for r, length in enumerate(seq_lens.tolist()):
+        slot = int(slots[r]) if slots[r] >= 0 else totals.shape[0] - 1
+        *counts, heads, beyond = totals[slot].tolist()
+        most, _, forced = _limits(max(length - (begins[r + 1] - begins[r]), 0), budget)
+        number = heads * (most - forced) - beyond
+        from_bin = torch.tensor(counts).flip(-1).cumsum(-1).flip(-1)
+        threshold = max(int((from_bin >= number).sum()) - 1, 0)
+        above = int(from_bin[threshold]) - counts[threshold]
+        part = min(max(number - above, 0) * 65536 // max(counts[threshold], 1), 65536)
+        thresholds[slot, 0], thresholds[slot, 1] = threshold if heads else -1, part
+        totals[slot] = 0
+
+
 def cut_scores(
-    histogram, chunks, query_start_loc, seq_lens, dense, scores, budget: Budget, cuts, starts
+    histogram, chunks, query_start_loc, seq_lens, dense, scores, slots, totals, thresholds, budget: Budget, cuts, starts
 ) -> None:
     """Thresholds from histograms. See ``cuts.cut_scores``."""
-    contracts.cut_scores(histogram, chunks, query_start_loc, seq_lens, dense, cuts, starts, scores)
+    contracts.cut_scores(
+        histogram, chunks, query_start_loc, seq_lens, dense, cuts, starts, scores, slots, totals, thresholds
+    )
     heads = histogram.shape[1]
     begins, lengths, whole = query_start_loc.tolist(), seq_lens.tolist(), dense.tolist()
     for r, length in enumerate(lengths):
         context = max(length - (begins[r + 1] - begins[r]), 0)
-        forced = min(context, budget.sink + budget.recent)
-        most = max((context * budget.fixed_ratio + 65535) >> 16, budget.min_tokens)
-        most = min(most, budget.max_tokens) if budget.max_tokens >= 0 else most
-        most = min(max(most, forced), context)
-        floor = max(min(budget.min_tokens, most), forced)
+        most, floor, forced = _limits(context, budget)
         cuts[r, :, 0], cuts[r, :, 1] = -1, 0
         if whole[r] or (most if budget.top_p is None else floor) >= context:
             continue
@@ -172,7 +198,20 @@ def cut_scores(
             free[budget.sink : max(context - budget.recent, budget.sink)] = True
             held = [_that_hold(bins[h, free], bins[h, ~free], budget.top_p) for h in range(heads)]
             numbers = [min(max(n, floor - forced), most - forced) for n in held]
-        elif budget.shared:
+        elif budget.shared == "layers":
+            slot = int(slots[r]) if slots[r] >= 0 else totals.shape[0] - 1
+            carried, part = thresholds[slot].tolist()
+            if carried >= 0:
+                shares = [
+                    int(mine[carried + 1 :].sum()) + ((int(mine[carried]) * part + 32768) >> 16) for mine in counts
+                ]
+                numbers = [max(share, floor - forced) for share in shares]
+                totals[slot, BINS + 1] += sum(numbers) - sum(shares)
+            else:
+                numbers = _share_out(counts, floor - forced, (most - forced) * heads)
+            totals[slot, :BINS] += counts.sum(0).int()
+            totals[slot, BINS] += heads
+        elif budget.shared == "heads":
             numbers = _share_out(counts, floor - forced, (most - forced) * heads)
         for h, number in enumerate(numbers):
             from_bin = counts[h].flip(-1).cumsum(-1).flip(-1)
@@ -185,32 +224,34 @@ def cut_scores(
 
 
 def list_pages(
-    scores, cuts, starts, query_start_loc, seq_lens, block_table, block_size, page_strides, sink, recent, page_table,
-    kept,
+    scores, cuts, starts, query_start_loc, seq_lens, block_table, block_size, page_strides, sink, recent, ahead,
+    page_table, kept,
 ) -> None:  # fmt: skip
     """Page tables from scores and cuts. See ``pages.list_pages``."""
     contracts.list_pages(
-        scores, cuts, starts, query_start_loc, seq_lens, block_table, block_size, page_strides, page_table, kept
+        scores, cuts, starts, query_start_loc, seq_lens, block_table, block_size, page_strides, ahead, page_table, kept
     )
     width, dev = page_table.shape[2], scores.device
+    longest = min(scores.shape[2], block_table.shape[1] * block_size)
     per_block, per_head, per_token = page_strides
     begins, lengths, thresholds = query_start_loc.tolist(), seq_lens.tolist(), cuts.tolist()
     for r, length in enumerate(lengths):
-        length = min(length, width)
+        length = min(length, longest)
         if length <= 0:
             kept[r] = 0
             continue
         context = max(length - (begins[r + 1] - begins[r]), 0)
-        p = torch.arange(length, device=dev)
+        listed = min(length + ahead, longest)
+        p = torch.arange(listed, device=dev)
         free = (p >= sink) & (p < context - recent)
         pages = block_table[r, p // block_size].long() * per_block + p % block_size * per_token
         for h, (threshold, skip) in enumerate(thresholds[r]):
-            keep = torch.ones(length, dtype=torch.bool, device=dev)
+            keep = torch.ones(listed, dtype=torch.bool, device=dev)
             if threshold >= 0:
-                bins = torch.zeros(length, dtype=torch.int32, device=dev)
+                bins = torch.zeros(listed, dtype=torch.int32, device=dev)
                 bins[:context] = scores[r, h, :context].int()
                 tie = free & (bins == threshold)
                 keep = ~free | (bins > threshold) | (tie & (tie.cumsum(0) > skip))
-            mine = pages[keep] + h * per_head
+            mine = (pages[keep] + h * per_head)[:width]
             page_table[r, h, : mine.shape[0]] = mine.int()
-            kept[r, h] = mine.shape[0]
+            kept[r, h] = min(int(keep[:length].sum()), width)

@@ -66,7 +66,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         self.sketch: LayerSketch | None = None
         self.target_sketch: TargetSketch | None = None
         """What a metadata builder of the layer announces its steps to."""
-        SpecAttnBackend.sketch_bits = options.sketch_bits if options.uses_sketch else None
+        SpecAttnBackend.sketch_bits = options.sketch_bits if options.keeps_sketches else None
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         self.operations.write_kv(key, value, kv_cache, slot_mapping)

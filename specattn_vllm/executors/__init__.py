@@ -53,6 +53,7 @@ class Operations:
     encode_keys: Callable[..., None]
     prepare_queries: Callable[..., None]
     score_tokens: Callable[..., None]
+    carry_thresholds: Callable[..., None]
     cut_scores: Callable[..., None]
     list_pages: Callable[..., None]
     dense_attention: Callable[..., None]
@@ -67,7 +68,7 @@ class Operations:
 
 def of_engine(options: SpecAttnOptions, device: torch.device, dtype: torch.dtype) -> Operations:
     """The operations that an engine's options name, for models of a dtype."""
-    return resolve(options.executor, device, dtype, per_head=options.per_head, mean=options.estimates_unread)
+    return resolve(options.executor, device, dtype, per_head=options.needs_token_pages, mean=options.estimates_unread)
 
 
 def resolve(
@@ -152,6 +153,7 @@ def _torch_operations() -> Operations:
         encode_keys=sketch.encode_keys,
         prepare_queries=sketch.prepare_queries,
         score_tokens=sketch.score_tokens,
+        carry_thresholds=sketch.carry_thresholds,
         cut_scores=sketch.cut_scores,
         list_pages=sketch.list_pages,
         dense_attention=_dense_attention,
@@ -170,7 +172,7 @@ def _triton_operations(device: torch.device) -> Operations:
     from specattn_vllm.kernels.draft_attention import draft_attention
     from specattn_vllm.kernels.mark_rows import mark_rows
     from specattn_vllm.kernels.page_tables import build_page_tables, build_positions
-    from specattn_vllm.kernels.sketch.cuts import cut_scores
+    from specattn_vllm.kernels.sketch.cuts import carry_thresholds, cut_scores
     from specattn_vllm.kernels.sketch.encode import encode_keys
     from specattn_vllm.kernels.sketch.pages import list_pages
     from specattn_vllm.kernels.sketch.queries import prepare_queries
@@ -206,6 +208,7 @@ def _triton_operations(device: torch.device) -> Operations:
         encode_keys=encode_keys,
         prepare_queries=prepare_queries,
         score_tokens=score_tokens,
+        carry_thresholds=carry_thresholds,
         cut_scores=cut_scores,
         list_pages=list_pages,
         dense_attention=dense,

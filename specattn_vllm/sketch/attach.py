@@ -25,6 +25,8 @@ from specattn_vllm.stats import Counters, Reporter
 
 logger = init_logger("vllm.specattn")
 
+SHARED = {"layers": ", shared out over all layers' heads", "heads": ", shared out over a layer's heads", "none": ""}
+
 
 class TargetSketch:
     """The sketch of an engine's target: which rows of a step choose, and what was counted."""
@@ -49,6 +51,7 @@ class TargetSketch:
             self.sketch.counts.discard()
             self.sketch.counts.counters.reset()
         self.exact[slot] = asks_for_exactness(request.sampling_params)
+        self.sketch.forget(slot)
 
     def begin(self, common: Any) -> SketchStep | None:
         """A step of the target, from vLLM's common metadata: on the host but for seq_lens and query_start_loc.
@@ -72,6 +75,9 @@ class TargetSketch:
         prefilling, exact = np.ones(short, dtype=bool), np.zeros(short, dtype=bool)
         prefilling[:real] = common.is_prefilling[:real].numpy()
         exact[:real] = self.exact[common.req_idx[:real]]
+        slots = np.full(short, -1, dtype=np.int32)
+        if not self.dummy:
+            slots[:real] = common.req_idx[:real]
         small = self._too_small(common, real)
         if self.dummy:
             self.sketch.counts.discard()
@@ -83,7 +89,7 @@ class TargetSketch:
             self.sketch.counts.begin(short, verifies, exact, small, prompts, *device)
             if self.reporter is not None:
                 self.reporter.tick()
-        return self.sketch.begin(prefilling | exact | small, starts)
+        return self.sketch.begin(prefilling | exact | small, slots, starts)
 
     def _too_small(self, common: Any, real: int) -> bool:
         if not self.crossover or not real:
@@ -149,15 +155,12 @@ def _announce(options: SpecAttnOptions, target: TargetSketch, nbytes: dict[str, 
         "specattn: method 'sketch' is APPROXIMATE: the target reads a selection of the KV cache, so the output is not "
         "the target model's own. For exact attention set method='dense'."
     )
-    much = f"{budget.ratio:.1%} of the context"
-    if budget.top_p is not None:
-        much = f"top_p={budget.top_p} of the estimated attention"
     layout = sketch.layout
     logger.info(
         "specattn: each KV head reads %s%s, chosen by the step's own queries over a %d-bit copy of the keys, which "
         "adds %.1f%% to the KV cache; executor=%s, buffers %.1f MiB (%s)",
-        much,
-        ", shared out over a layer's heads" if budget.shared and budget.top_p is None else "",
+        budget.amount,
+        SHARED[budget.shared] if budget.top_p is None else "",
         options.sketch_bits,
         100 * layout.tail_bytes / layout.page_bytes,
         sketch.operations.label or sketch.operations.name,

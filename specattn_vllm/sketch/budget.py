@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from specattn_vllm.kernels.sketch.contracts import Budget
 from specattn_vllm.options import SpecAttnOptions
 
@@ -18,3 +20,11 @@ def budget_of(options: SpecAttnOptions) -> Budget:
         sink=options.sink_tokens,
         recent=options.recent_tokens,
     )
+
+
+def draft_budget_of(options: SpecAttnOptions) -> Budget:
+    """What drafting by a sketch reads. Heads share nothing: page tables that stay for a round are then narrow."""
+    budget = replace(budget_of(options), shared="none")
+    if options.draft_ratio is None:
+        return budget
+    return replace(budget, ratio=options.draft_ratio, top_p=None)

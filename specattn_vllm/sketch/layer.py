@@ -71,24 +71,31 @@ class LayerSketch:
         query [T, Hq, D] of those rows; block_table [R, blocks], seq_lens [R] and query_start_loc [R+1] int32.
         """
         sketch, rows, operations = self.sketch, step.num_rows, self.sketch.operations
+        page_table = sketch.page_table[self.index % sketch.page_table.shape[0], :rows]
+        if step.follows:
+            return page_table, sketch.following[self.index, :rows]
         codes, scales = self._views(kv_cache)
         packed, factors, histogram = sketch.packed[:rows], sketch.factors[:rows], sketch.histogram[:rows]
         scores, chunks, dense = sketch.scores[:rows], sketch.chunks[:rows], sketch.dense[:rows]
         cuts, starts = sketch.cuts[:rows], sketch.starts[:rows]
-        page_table, kept = sketch.page_table[:rows], sketch.kept[self.index, :rows]
+        kept = sketch.kept[self.index, :rows]
+        carried = (sketch.slots[:rows], sketch.totals, sketch.thresholds)
         budget = sketch.budget
         ends = (budget.sink, budget.recent)
         batch = (query_start_loc, seq_lens)
         operations.prepare_queries(
-            query, *batch, dense, block_table, codes, scales, sketch.rotation, scale, step.max_query_len,
-            budget.reads_all_up_to, packed, factors, histogram,
+            query, *batch, dense, sketch.heard[:rows], block_table, codes, scales, sketch.rotation, scale,
+            step.max_query_len, budget.reads_all_up_to, packed, factors, histogram,
         )  # fmt: skip
         operations.score_tokens(
             packed, factors, *batch, dense, block_table, codes, scales, *ends, budget.reads_all_up_to, scores,
             histogram, chunks,
         )  # fmt: skip
-        operations.cut_scores(histogram, chunks, *batch, dense, scores, budget, cuts, starts)
+        if self.index == 0 and budget.shared == "layers":
+            operations.carry_thresholds(*batch, *carried, budget)
+        operations.cut_scores(histogram, chunks, *batch, dense, scores, *carried, budget, cuts, starts)
         operations.list_pages(
-            scores, cuts, starts, *batch, block_table, kv_cache.shape[2], self.page_strides, *ends, page_table, kept
-        )
+            scores, cuts, starts, *batch, block_table, kv_cache.shape[2], self.page_strides, *ends, sketch.ahead,
+            page_table, kept,
+        )  # fmt: skip
         return page_table, kept

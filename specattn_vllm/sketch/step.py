@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from specattn_vllm.executors import Operations
-from specattn_vllm.kernels.sketch.contracts import BINS, CHUNK, Budget
+from specattn_vllm.kernels.sketch.contracts import BINS, CHUNK, TOTALS, Budget
 from specattn_vllm.kernels.sketch.layout import SketchLayout
 from specattn_vllm.sketch.counting import StepCounts
 from specattn_vllm.sketch.rotation import rotation
 from specattn_vllm.stats import Counters
 
+ROW_MULTIPLE = 128
 LEAST_ROWS = 16  # the narrowest product of matrices
 
 
@@ -24,6 +26,8 @@ class SketchStep:
     num_rows: int
     num_tokens: int
     max_query_len: int
+    follows: bool = False
+    """Whether the rows read what they chose in an earlier step, and what is newer."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,23 @@ class Sketch:
     """Buffers that last, one set for all layers: they lie at the same addresses in every step, so that a captured graph
     follows what the host writes into them.
 
-    dense [R] int32 says which rows read everything; page_table [R, H, width] and scores [R, H, width] serve one layer
-    after the other; kept [layers, R, H] stays for the counts.
+    dense [R] int32 says which rows read everything, heard [R] int32 how many of a row's queries count; page_table
+    [T, R, H, width] serves one layer after the other where T is 1, and stays for steps that follow where there is one
+    for each; scores [R, H, L] serve one layer after the other; kept [layers, R, H] stays for the counts. By request
+    slot, the last of which is nobody's: totals and thresholds, of what layers share.
     """
 
     def __init__(
-        self, operations: Operations, budget: Budget, bits: int, shape: Shape, counters: Counters, device: torch.device
+        self,
+        operations: Operations,
+        budget: Budget,
+        bits: int,
+        shape: Shape,
+        counters: Counters,
+        device: torch.device,
+        steps_ahead: int | None = None,
     ) -> None:
+        """With steps_ahead, so many steps may follow one that chooses, each a token longer; nothing is shared."""
         self.operations = operations
         self.budget = budget
         self.bits = bits
@@ -71,8 +85,16 @@ class Sketch:
         self.cuts = torch.empty((requests, heads, 2), dtype=torch.int32, **new)
         self.starts = torch.empty((requests, heads, chunks, 2), dtype=torch.int32, **new)
         self.scores = torch.empty((requests, heads, shape.max_model_len), dtype=torch.uint8, **new)
-        self.page_table = torch.empty((requests, heads, shape.max_model_len), dtype=torch.int32, **new)
+        self.ahead = steps_ahead or 0
+        tables, longest = (1, shape.max_model_len) if steps_ahead is None else (shape.layers, self._most())
+        # Zeros: rows that chose nothing have nothing there that can be followed.
+        self.page_table = torch.zeros((tables, requests, heads, longest), dtype=torch.int32, **new)
         self.kept = torch.zeros((shape.layers, requests, heads), dtype=torch.int32, **new)
+        self.following = torch.zeros_like(self.kept)
+        self.slots = torch.full((requests,), -1, dtype=torch.int32, **new)
+        self.totals = torch.zeros((requests + 1, TOTALS), dtype=torch.int32, **new)
+        self.thresholds = torch.full((requests + 1, 2), -1, dtype=torch.int32, **new)
+        self.heard = torch.full((requests,), shape.max_query_len, dtype=torch.int32, **new)
         self.dense = torch.ones(requests, dtype=torch.int32, **new)
         self.rotation = (
             torch.empty(0, **new) if device.type == "meta" else rotation(shape.head_size, shape.dtype, device)
@@ -80,13 +102,23 @@ class Sketch:
         self.layout = SketchLayout(heads, 16, shape.head_size, bits, shape.dtype.itemsize)
         self.counts = StepCounts(self, counters)
 
+    def _most(self) -> int:
+        """The widest page table of a head, where heads share nothing."""
+        shape, budget = self.shape, self.budget
+        if budget.shared != "none" and budget.top_p is None:
+            raise ValueError("page tables that stay are as wide as a head may read: heads cannot share what they read")
+        most = max(math.ceil(budget.ratio * shape.max_model_len), budget.reads_all_up_to)
+        most += shape.max_query_len + self.ahead
+        return min(-(-most // ROW_MULTIPLE) * ROW_MULTIPLE, shape.max_model_len)
+
     @property
     def nbytes(self) -> dict[str, int]:
         """Bytes by what they hold; the sketches themselves lie in the cache."""
         return {
             "queries": self.packed.nbytes + self.factors.nbytes,
             "scores": self.scores.nbytes + self.histogram.nbytes + self.chunks.nbytes,
-            "page tables": self.page_table.nbytes + self.kept.nbytes + self.cuts.nbytes + self.starts.nbytes,
+            "page tables": sum(t.nbytes for t in (self.page_table, self.kept, self.following, self.cuts, self.starts)),
+            "thresholds": self.totals.nbytes + self.thresholds.nbytes + self.slots.nbytes,
         }
 
     def short_rows(self, query_start_loc_cpu: torch.Tensor) -> int:
@@ -95,14 +127,27 @@ class Sketch:
         long = (query_start_loc_cpu[1:] - query_start_loc_cpu[:-1] > self.max_query_len).nonzero()
         return int(long[0, 0]) if long.numel() else query_start_loc_cpu.shape[0] - 1
 
-    def begin(self, dense: np.ndarray, query_start_loc_cpu: torch.Tensor) -> SketchStep | None:
-        """Announce a step; dense [R] bool on the host: rows that read everything. None where no row is short."""
+    def forget(self, slot: int) -> None:
+        """Another request enters a slot. Does not wait for the device."""
+        self.totals[slot].zero_()
+
+    def begin(self, dense: np.ndarray, slots: np.ndarray, query_start_loc_cpu: torch.Tensor) -> SketchStep | None:
+        """Announce a step; on the host: dense [R] bool, rows that read everything, and slots [R] int32 of their
+        requests, -1 for nobody's. None where no row is short."""
         rows = self.short_rows(query_start_loc_cpu)
         if rows == 0:
             return None
-        flags = torch.from_numpy(dense[:rows].astype(np.int32))
-        if self.device.type == "cuda":
-            flags = flags.pin_memory()
-        self.dense[:rows].copy_(flags, non_blocking=True)
+        for values, buffer in ((dense, self.dense), (slots, self.slots)):
+            given = torch.from_numpy(values[:rows].astype(np.int32))
+            if self.device.type == "cuda":
+                given = given.pin_memory()
+            buffer[:rows].copy_(given, non_blocking=True)
+        return self.step(query_start_loc_cpu)
+
+    def step(self, query_start_loc_cpu: torch.Tensor) -> SketchStep | None:
+        """A step in which rows choose, as it lies; query_start_loc_cpu [R+1] on the host."""
+        rows = self.short_rows(query_start_loc_cpu)
+        if rows == 0:
+            return None
         lengths = query_start_loc_cpu[1 : rows + 1] - query_start_loc_cpu[:rows]
         return SketchStep(rows, int(query_start_loc_cpu[rows]), int(lengths.max()))

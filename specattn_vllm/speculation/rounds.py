@@ -59,9 +59,9 @@ class RoundSpeculator(compat.stock_speculator()):
                 f"executor = 'xformers' verifies at most 15 draft tokens, not {self.num_speculative_steps}: lower "
                 "--num-speculative-tokens, or set executor='triton'"
             )
-        # Where the target chooses for itself, its steps step aside, not the rounds of drafting.
-        sketched = self.options.uses_sketch
-        self.crossover_tokens = 0 if sketched else crossover_tokens(self.options, self.operations)
+        # Where the target chooses for itself, its steps step aside, and lists for the draft alone cost next to nothing.
+        alone = self.options.uses_sketch and not self.options.drafts_by_sketch
+        self.crossover_tokens = 0 if alone else crossover_tokens(self.options, self.operations)
         self.counters = Counters(device)
         self.reporter = Reporter(self.counters, self.options.stats_interval_s)
         self.selection: Any = None

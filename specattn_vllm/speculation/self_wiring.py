@@ -84,16 +84,22 @@ def prepare_self(speculator: SelfSpeculator) -> SelfSelection:
 
     refuse_if_too_large(allocate(torch.device("meta")).nbytes, speculator)
     selection = allocate(speculator.device)
-    announce_buffers(speculator, selection.nbytes)
     budget = f"{options.ratio_or_default:.1%} of the context"
     if not options.fixed_budget:
         budget = f"top_p={options.top_p} of its attention"
+    if isinstance(selection.source, TargetCapture):
+        budget += f", dilation {dilation}"
+    announce_self(speculator, selection.nbytes, budget)
+    return selection
+
+
+def announce_self(speculator: SelfSpeculator, nbytes: dict[str, int], budget: str) -> None:
+    """Say what was allocated, and what drafting reads."""
+    announce_buffers(speculator, nbytes)
     logger.info(
-        "specattn: method '%s': the target drafts for itself, %d tokens a round, against %s%s; its verification reads "
+        "specattn: method '%s': the target drafts for itself, %d tokens a round, against %s; its verification reads "
         "everything, so the output is the target model's own",
-        options.method,
+        speculator.options.method,
         speculator.num_speculative_steps,
         budget,
-        f", dilation {dilation}" if isinstance(selection.source, TargetCapture) else "",
     )
-    return selection

@@ -14,6 +14,11 @@ class Audit:
     def __init__(self) -> None:
         self.choices = 0
         self.pruned = 0
+        self.followed = 0
+        """Draft steps and layers that read what the first step of a round chose."""
+        self.chosen: dict = {}
+        self.read = self.wanted = 0
+        """Tokens that all heads of the choices by carried thresholds read, and were to read on average."""
 
     def watch(self, monkeypatch) -> None:
         select = LayerSketch.select
@@ -21,14 +26,31 @@ class Audit:
         def watched(layer, step, query, kv_cache, block_table, seq_lens, query_start_loc, scale):
             table, kept = select(layer, step, query, kv_cache, block_table, seq_lens, query_start_loc, scale)
             for row in range(step.num_rows):
-                self.check(layer, row, kv_cache, block_table, seq_lens, query_start_loc, table, kept)
+                look = self.follow if step.follows else self.check
+                look(layer, row, kv_cache, block_table, seq_lens, query_start_loc, table, kept)
             return table, kept
 
         monkeypatch.setattr(LayerSketch, "select", watched)
 
+    def follow(self, layer, row, kv_cache, block_table, seq_lens, query_start_loc, table, kept) -> None:
+        """A draft step reads what the first of its round chose, and all that came after that."""
+        del query_start_loc
+        chosen, context = self.chosen[layer, row]
+        length, size = int(seq_lens[row]), kv_cache.shape[2]
+        if chosen is None:
+            assert not kept[row].any()
+            return
+        self.followed += 1
+        per_block, per_head, per_token = layer.page_strides
+        for head, before in enumerate(chosen):
+            p = torch.tensor([*before, *range(context, length)])
+            pages = block_table[row, p // size] * per_block + p % size * per_token + head * per_head
+            assert table[row, head, : kept[row, head]].tolist() == pages.tolist()
+
     def check(self, layer, row, kv_cache, block_table, seq_lens, query_start_loc, table, kept) -> None:
         sketch, length = layer.sketch, int(seq_lens[row])
         context = length - int(query_start_loc[row + 1] - query_start_loc[row])
+        self.chosen[layer, row] = None, 0
         if length <= 0:
             assert not kept[row].any()
             return
@@ -48,12 +70,14 @@ class Audit:
         self.choices += 1
         per_block, per_head, per_token = layer.page_strides
         budget, numbers = sketch.budget, []
+        self.chosen[layer, row] = [], context
         whole = bool(sketch.dense[row]) or context <= budget.reads_all_up_to
         for head in range(sketch.num_kv_heads):
             pages = table[row, head, : kept[row, head]]
             of_page = {int(blocks[i] * per_block + offsets[i] * per_token + head * per_head): i for i in range(length)}
             read = [of_page[page] for page in pages.tolist()]  # a KeyError: a page of nobody's, or of another request
             assert read == sorted(set(read))
+            self.chosen[layer, row][0].append([i for i in read if i < context])
             if whole:
                 assert read == list(range(length))
                 continue
@@ -67,7 +91,12 @@ class Audit:
         if not whole and sketch.budget.top_p is None:
             self.pruned += 1
             wanted = max((context * budget.fixed_ratio + 65535) >> 16, budget.min_tokens)
-            assert sum(numbers) == wanted * sketch.num_kv_heads
+            slot = int(sketch.slots[row])
+            if budget.shared == "layers" and sketch.thresholds[slot, 0] >= 0:
+                self.read += sum(numbers)
+                self.wanted += wanted * sketch.num_kv_heads
+            else:
+                assert sum(numbers) == wanted * sketch.num_kv_heads
             assert min(numbers) >= min(budget.min_tokens, wanted)
-            if not budget.shared:
+            if budget.shared == "none":
                 assert set(numbers) == {wanted}

@@ -17,7 +17,7 @@ NEW_TOKENS = 24
     ("options", "own"),
     [
         pytest.param({}, {}, id="draft model"),
-        pytest.param({"shared_budget": False, "sketch_bits": 4}, {"speculative_config": None}, id="no speculation"),
+        pytest.param({"shared_budget": "none", "sketch_bits": 4}, {"speculative_config": None}, id="no speculation"),
         pytest.param({"sketch_bits": 1, "executor": "triton"}, {"speculative_config": None}, id="kernels"),
     ],
 )

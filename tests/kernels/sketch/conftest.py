@@ -27,6 +27,7 @@ class Batch:
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     dense: torch.Tensor
+    heard: torch.Tensor
     query: torch.Tensor
     rotation: torch.Tensor
     centre: torch.Tensor
@@ -50,8 +51,11 @@ class Batch:
         return int(self.seq_lens[row] - (self.query_start_loc[row + 1] - self.query_start_loc[row]))
 
 
-def build(lens, q_lens, heads, group, size, bits, block_size, layout, device, dtype, dense=(), seed=0) -> Batch:
-    """Rows of ``lens`` tokens, the last ``q_lens`` of which are the step's own; rows in ``dense`` read everything."""
+def build(
+    lens, q_lens, heads, group, size, bits, block_size, layout, device, dtype, dense=(), seed=0, unheard=0
+) -> Batch:
+    """Rows of ``lens`` tokens, the last ``q_lens`` of which are the step's own; rows in ``dense`` read everything. The
+    last ``unheard`` of a row's own, but never the first, have queries that are no numbers."""
     generator = torch.Generator().manual_seed(seed)
     sizes = SketchLayout(heads, block_size, size, bits, dtype.itemsize)
     page = (sizes.page_bytes + sizes.tail_bytes) // dtype.itemsize
@@ -79,14 +83,17 @@ def build(lens, q_lens, heads, group, size, bits, block_size, layout, device, dt
             reference.encode_keys(key, slots.to(device), turn, centre, codes, scales)
     query = (3 * torch.randn(sum(q_lens) + 2, heads * group, size, generator=generator)).to(dtype)
     query[sum(q_lens) :] = torch.nan
+    heard = torch.tensor([max(n - unheard, min(n, 1)) for n in q_lens], dtype=torch.int32)
+    for row, n in enumerate(q_lens):
+        query[sum(q_lens[:row]) + int(heard[row]) : sum(q_lens[:row]) + n] = torch.nan
     flags = torch.zeros(len(lens), dtype=torch.int32)
     flags[list(dense)] = 1
     row_strides = (page // (2 * size), *(stride // (2 * size) for stride in inner))
     return Batch(
         kv_cache, codes, scales, table.to(device),
         torch.tensor([0, *q_lens], dtype=torch.int32).cumsum(0).int().to(device),
-        torch.tensor(lens, dtype=torch.int32, device=device), flags.to(device), query.to(device), turn, centre,
-        max(1, *q_lens), -(-max(lens) // 64) * 64, row_strides,
+        torch.tensor(lens, dtype=torch.int32, device=device), flags.to(device), heard.to(device),
+        query.to(device), turn, centre, max(1, *q_lens), -(-max(lens) // 64) * 64, row_strides,
     )  # fmt: skip
 
 
@@ -107,8 +114,8 @@ def prepared():
         factors = torch.full((*outer, 3, width), torch.nan, device=device)
         histogram = torch.full((*outer, contracts.BINS), 99, dtype=torch.int32, device=device)
         op(
-            batch.query, *batch.step, batch.codes, batch.scales, batch.rotation, batch.query.shape[2] ** -0.5,
-            batch.max_query_len, read_whole, packed, factors, histogram,
+            batch.query, *batch.step[:3], batch.heard, batch.step[3], batch.codes, batch.scales, batch.rotation,
+            batch.query.shape[2] ** -0.5, batch.max_query_len, read_whole, packed, factors, histogram,
         )  # fmt: skip
         return packed, factors, histogram
 
@@ -133,21 +140,35 @@ def scored():
     return run
 
 
+def nothing_carried(rows: int, device: torch.device, slots: int = 8) -> tuple[torch.Tensor, ...]:
+    """Slots of rows, in another order than they lie in, and totals and thresholds of requests that are new."""
+    order = (torch.arange(rows, device=device, dtype=torch.int32) * 3 + 1) % slots
+    totals = torch.zeros((slots + 1, contracts.TOTALS), dtype=torch.int32, device=device)
+    return order, totals, torch.full((slots + 1, 2), -1, dtype=torch.int32, device=device)
+
+
+@pytest.fixture(scope="session")
+def new_requests():
+    return nothing_carried
+
+
 @pytest.fixture(scope="session")
 def selected():
-    """selected(cut, list, batch, scores, histogram, chunks, budget) -> cuts, starts, page table, kept."""
+    """selected(cut, list, batch, scores, histogram, chunks, budget, ahead, carried) -> cuts, starts, page table, kept.
+    carried: slots, totals and thresholds."""
 
-    def run(cut, pages, batch: Batch, scores, histogram, chunks, budget):
+    def run(cut, pages, batch: Batch, scores, histogram, chunks, budget, ahead=0, carried=None):
         outer, device = (batch.rows, batch.heads), scores.device
         cuts = torch.full((*outer, 2), -77, dtype=torch.int32, device=device)
         starts = torch.full((*outer, chunks.shape[2], 2), -77, dtype=torch.int32, device=device)
         page_table = torch.full((*outer, batch.width), -77, dtype=torch.int32, device=device)
         kept = torch.full(outer, -77, dtype=torch.int32, device=device)
         starts_of, lens, dense, table = batch.step
-        cut(histogram, chunks, starts_of, lens, dense, scores, budget, cuts, starts)
+        carried = carried or nothing_carried(batch.rows, device)
+        cut(histogram, chunks, starts_of, lens, dense, scores, *carried, budget, cuts, starts)
         pages(
             scores, cuts, starts, starts_of, lens, table, batch.codes.shape[2], batch.page_strides, budget.sink,
-            budget.recent, page_table, kept,
+            budget.recent, ahead, page_table, kept,
         )  # fmt: skip
         return cuts, starts, page_table, kept
 

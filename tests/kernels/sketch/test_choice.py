@@ -7,7 +7,7 @@ import torch
 
 from specattn_vllm.kernels.sketch import reference
 from specattn_vllm.kernels.sketch.contracts import BINS, LOWEST, PER_NAT, Budget
-from specattn_vllm.kernels.sketch.cuts import cut_scores
+from specattn_vllm.kernels.sketch.cuts import carry_thresholds, cut_scores
 from specattn_vllm.kernels.sketch.pages import list_pages
 from specattn_vllm.kernels.sketch.queries import prepare_queries
 from specattn_vllm.kernels.sketch.scores import score_tokens
@@ -23,7 +23,8 @@ BATCHES = [
 ]
 BUDGETS = [
     Budget(0.1),
-    Budget(0.1, shared=False),
+    Budget(0.1, shared="none"),
+    Budget(0.1, shared="layers"),
     Budget(0.25, top_p=0.9),
     Budget(1.0, top_p=0.5),
     Budget(0.03, min_tokens=70),
@@ -33,12 +34,13 @@ BUDGETS = [
 ]
 
 
-@pytest.mark.parametrize("batch", BATCHES)
-def test_kernels_do_what_the_references_do(place, sketched, prepared, scored, selected, batch):
+# The last of a row's own tokens that were rejected drafts.
+@pytest.mark.parametrize(("batch", "unheard"), [(BATCHES[0].values[0], 2), *((b.values[0], 0) for b in BATCHES)])
+def test_kernels_do_what_the_references_do(place, sketched, prepared, scored, selected, batch, unheard):
     device, dtype = place
     if device.type == "cuda" and dtype == torch.float32 and batch[4] == 256:
         pytest.skip("products of 256 x 256 float32 do not fit in a GPU's shared memory")
-    data = sketched(*batch[:8], device, dtype, dense=batch[8])
+    data = sketched(*batch[:8], device, dtype, dense=batch[8], unheard=unheard)
     got, want = prepared(prepare_queries, data), prepared(reference.prepare_queries, data)
     assert (got[0] != want[0]).float().mean() < 1e-3  # a query on the border between two levels
     torch.testing.assert_close(got[1], want[1], rtol=2e-3, atol=2e-3, equal_nan=True)
@@ -109,6 +111,88 @@ def test_the_most_attended_tokens_are_read(sketched, prepared, scored, selected)
             assert max(left) <= min(int(scores[r, h, p]) for p in read if 4 <= p < 1098 - 64)
 
 
+@pytest.mark.parametrize("triton", [True, False], ids=["kernels", "references"])
+def test_layers_share_by_what_the_last_step_needed(place, sketched, prepared, scored, selected, new_requests, triton):
+    """Two layers, one of which attends to little: it reads less, and both together what they may."""
+    carry, cut, pages = (
+        (carry_thresholds, cut_scores, list_pages)
+        if triton
+        else (reference.carry_thresholds, reference.cut_scores, reference.list_pages)
+    )
+    device, dtype = place
+    data = sketched([2300, 1100, 0, 60], [2, 2, 2, 1], 2, 2, 64, 2, 16, "LBNHC", device, dtype)
+    packed, factors, _ = prepared(reference.prepare_queries, data)
+    layers = []
+    for shift in (0.0, 1.5):
+        moved = factors.clone()
+        moved[:, :, 2] += shift
+        layers.append(scored(reference.score_tokens, data, packed, moved))
+    budget = Budget(0.1, shared="layers", min_tokens=90)
+    carried = slots, totals, thresholds = new_requests(4, device)
+    slots[3] = -1
+    kept = []
+    for _ in range(3):
+        carry(*data.step[:2], slots, totals, thresholds, budget)
+        kept.append(torch.stack([selected(cut, pages, data, *layer, budget, carried=carried)[3] for layer in layers]))
+    first, second, third = (step.float() for step in kept)
+    wanted = torch.tensor([230.0 + 2, 110.0 + 2], device=device)
+    # A first step shares by heads.
+    torch.testing.assert_close(first[:, :2].mean(2), wanted.expand(2, 2), rtol=0.01, atol=1)
+    for step in (second, third):
+        assert (step[0, :2].sum(1) > 1.2 * step[1, :2].sum(1)).all()
+        torch.testing.assert_close(step[:, 0].mean(), wanted[0], rtol=0.02, atol=2)
+        assert (step[:, :2] >= 90 + 2).all()
+    # What the floor adds is taken from the rest a step later.
+    torch.testing.assert_close(third[:, 1].mean(), wanted[1], rtol=0.02, atol=2)
+    assert (third[:, 2] == 0).all()
+    assert (third[:, 3] == 60).all()
+    # A request that leaves its slot leaves nothing: its totals are zeros again, and the next one shares by heads.
+    totals.zero_()
+    carry(*data.step[:2], slots, totals, thresholds, budget)
+    assert (thresholds[slots[:2].long(), 0] == -1).all()
+
+
+def test_carried_thresholds_are_the_references(place, new_requests):
+    device, _ = place
+    generator = torch.Generator().manual_seed(1)
+    starts, lens = torch.tensor([0, 1, 4, 5]), torch.tensor([4000, 900, 0])
+    batch = starts.int().to(device), lens.int().to(device)
+    slots, totals, thresholds = new_requests(3, device)
+    totals[:, :BINS] = torch.randint(0, 400, (totals.shape[0], BINS), generator=generator).to(device)
+    totals[:, BINS] = 60
+    totals[:, BINS + 1] = torch.randint(0, 9000, (totals.shape[0],), generator=generator).to(device)
+    totals[int(slots[1])] = 0
+    for budget in (Budget(0.1, shared="layers"), Budget(1.0), Budget(0.001, min_tokens=0, sink=0, recent=0)):
+        ours = (slots, totals.clone(), thresholds.clone())
+        theirs = (slots, totals.clone(), thresholds.clone())
+        carry_thresholds(*batch, *ours, budget)
+        reference.carry_thresholds(*batch, *theirs, budget)
+        for mine, its in zip(ours, theirs, strict=True):
+            assert torch.equal(mine, its), budget
+
+
+@pytest.mark.parametrize("ahead", [1, 5])
+def test_pages_of_tokens_to_come_follow(place, sketched, prepared, scored, selected, ahead):
+    """They stand behind what counts, in a table that is no wider than what may be kept; but for a padded row."""
+    device, dtype = place
+    data = sketched([2100, 0, 330], [3, 2, 1], 2, 2, 64, 2, 16, "LBHNC", device, dtype)
+    packed, factors, _ = prepared(reference.prepare_queries, data)
+    layer = scored(reference.score_tokens, data, packed, factors)
+    for cut, pages in ((cut_scores, list_pages), (reference.cut_scores, reference.list_pages)):
+        _, _, plain, kept = selected(cut, pages, data, *layer, Budget(0.1, shared="none"))
+        _, _, more, same = selected(cut, pages, data, *layer, Budget(0.1, shared="none"), ahead=ahead)
+        assert torch.equal(kept, same)
+        block, head, token = data.page_strides
+        for r, length in enumerate(data.seq_lens.tolist()):
+            for h in range(2):
+                n = int(kept[r, h])
+                assert torch.equal(more[r, h, :n], plain[r, h, :n])
+                p = torch.arange(length, length + (ahead if length else 0))
+                there = data.block_table[r].cpu()[p // 16] * block + p % 16 * token + h * head
+                assert more[r, h, n : n + len(p)].tolist() == there.tolist()
+                assert (more[r, h, n + len(p) :] == -77).all()
+
+
 def test_a_key_that_is_no_number_is_read(place, sketched, prepared, scored):
     """So that the row fails as it would densely, and not without a word."""
     device, dtype = place
@@ -131,7 +215,7 @@ def test_contexts_that_are_read_whole_are_not_scanned(place, sketched, prepared,
 
 
 @pytest.mark.parametrize("broken", ["histogram", "starts"])
-def test_nothing_is_written_past_the_table(place, sketched, prepared, scored, selected, broken):
+def test_nothing_is_written_past_the_table(place, sketched, prepared, scored, new_requests, broken):
     device, dtype = place
     data = sketched([600], [2], 1, 2, 64, 2, 16, "LBNHC", device, dtype)
     packed, factors, _ = prepared(reference.prepare_queries, data)
@@ -140,13 +224,14 @@ def test_nothing_is_written_past_the_table(place, sketched, prepared, scored, se
     cuts = torch.zeros((1, 1, 2), dtype=torch.int32, device=device)
     starts = torch.zeros((1, 1, 1, 2), dtype=torch.int32, device=device)
     if broken == "histogram":
-        cut_scores(histogram * 0, chunks * 0, *data.step[:3], scores, Budget(0.5), cuts, starts)
+        carried = new_requests(1, device)
+        cut_scores(histogram * 0, chunks * 0, *data.step[:3], scores, *carried, Budget(0.5), cuts, starts)
     else:
         cuts[..., 0], starts[...] = 3, 500
     kept = torch.zeros((1, 1), dtype=torch.int32, device=device)
     list_pages(
-        scores, cuts, starts, data.step[0], data.step[1], data.step[3], 16, data.page_strides, 4, 64, wide[..., :640],
-        kept,
+        scores, cuts, starts, data.step[0], data.step[1], data.step[3], 16, data.page_strides, 4, 64, 0,
+        wide[..., :640], kept,
     )  # fmt: skip
     assert (wide[..., 640:] == -77).all()
     assert int(kept) <= 640
@@ -168,7 +253,7 @@ def test_what_does_not_fit_is_refused(change, message):
     for op in (prepare_queries, reference.prepare_queries):
         with pytest.raises(ValueError, match=message):
             op(
-                torch.zeros(1, 1, size), starts, lens, lens * 0, torch.zeros(1, 3, dtype=torch.int32), codes, scales,
-                torch.ones(size, size), 1.0, 1, 0, torch.zeros(1, 1, 16, size, dtype=torch.int8),
+                torch.zeros(1, 1, size), starts, lens, lens * 0, lens, torch.zeros(1, 3, dtype=torch.int32), codes,
+                scales, torch.ones(size, size), 1.0, 1, 0, torch.zeros(1, 1, 16, size, dtype=torch.int8),
                 torch.zeros(1, 1, 3, 16), torch.zeros(1, 1, BINS, dtype=torch.int32),
             )  # fmt: skip

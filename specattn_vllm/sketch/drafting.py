@@ -1,0 +1,123 @@
+"""Drafting by a sketch: what a round's first draft step chooses, its other steps read too.
+
+A search costs a draft model about as much as what it spares one step, so it is made once a round. A draft step sees a
+token more than the one before, and nothing else in its context is new: the page tables of the first step list those
+tokens already, behind what it read itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from specattn_vllm.sketch.budget import draft_budget_of
+from specattn_vllm.sketch.centre import measure_centres
+from specattn_vllm.sketch.layer import LayerSketch
+from specattn_vllm.sketch.step import Shape, Sketch, SketchStep
+from specattn_vllm.speculation.wiring import refuse_if_too_large, row_width
+from specattn_vllm.stats import Counters
+
+if TYPE_CHECKING:
+    from specattn_vllm.backend.metadata import SpecAttnMetadata
+    from specattn_vllm.speculation.rounds import RoundSpeculator
+
+
+class DraftSketch:
+    """What the layers that draft choose with; no host wait, and every buffer lasts, so that a round can be captured."""
+
+    def __init__(self, sketch: Sketch, counters: Counters) -> None:
+        self.sketch = sketch
+        self.counters = counters
+        self.first_lens = torch.zeros_like(sketch.dense)
+        """[R] int32: tokens that the first step saw."""
+        self._first: SketchStep | None = None
+
+    @property
+    def nbytes(self) -> dict[str, int]:
+        """Bytes by what they hold."""
+        return self.sketch.nbytes
+
+    def begin(
+        self, metadata: SpecAttnMetadata, query_start_loc_cpu: torch.Tensor, heard: torch.Tensor | None = None
+    ) -> SketchStep | None:
+        """A round's first step, in which short rows choose; query_start_loc_cpu [R+1] on the host; heard [R]: how many
+        tokens of each row are not rejected drafts, None where there are none."""
+        self._first = self.sketch.step(query_start_loc_cpu)
+        if self._first is not None:
+            rows = self._first.num_rows
+            self.first_lens[:rows].copy_(metadata.seq_lens[:rows])
+            if heard is not None:
+                self.sketch.heard[:rows].copy_(heard[:rows])
+        return self._first
+
+    def follow(self, metadata: SpecAttnMetadata) -> SketchStep | None:
+        """A later step of the round, a token a row."""
+        if self._first is None:
+            return None
+        rows, sketch = self._first.num_rows, self.sketch
+        newer = metadata.seq_lens[:rows] - self.first_lens[:rows]
+        kept = sketch.kept[:, :rows]
+        # Rows of a graph's batch that are nobody's read nothing.
+        torch.mul(kept + newer[:, None], kept > 0, out=sketch.following[:, :rows])
+        return replace(self._first, num_tokens=rows, max_query_len=1, follows=True)
+
+    def count(self, last_lens: torch.Tensor, query_lens: torch.Tensor, num_steps: int) -> None:
+        """Count a round that is over: last_lens [R] int32, tokens that its last step saw, and query_lens [R] int32,
+        tokens of each row in its first."""
+        if self._first is None:
+            return
+        rows, sketch = self._first.num_rows, self.sketch
+        per_token = sketch.shape.layers * sketch.num_kv_heads
+        kept, first = sketch.kept[:, :rows], self.first_lens[:rows]
+        live = kept[0, :, 0] > 0
+        later = num_steps - 1
+        # Steps after the first see a token more each, up to what the last one saw.
+        seen = last_lens[:rows] * later - later * (later - 1) // 2
+        seen = torch.where(live, seen, 0).sum(dtype=torch.int64)
+        first_seen = torch.where(live, first, 0)
+        read = kept.sum(dtype=torch.int64) * num_steps
+        newer = seen - first_seen.sum(dtype=torch.int64) * later
+        scanned = first_seen - query_lens[:rows]
+        scanned = torch.where(scanned > sketch.budget.reads_all_up_to, scanned, 0).sum(dtype=torch.int64)
+        self.counters.on_device("draft_kv_full").add_(first_seen.sum(dtype=torch.int64) + seen, alpha=per_token)
+        self.counters.on_device("draft_kv_read").add_(read + newer * per_token)
+        self.counters.on_device("draft_kv_scanned").add_(scanned, alpha=per_token)
+
+
+def prepare_drafting(
+    speculator: RoundSpeculator, layers: dict[str, Any], model: Callable[..., object], max_query_len: int
+) -> DraftSketch:
+    """Give the layers that draft, by vLLM's names, their sketch. Called once `model`, whose layers they are, is loaded:
+    vLLM measures what is left for the KV cache after that. max_query_len: tokens of a row in a round's first step."""
+    options, names = speculator.options, list(layers)
+    impl = layers[names[0]].impl
+    shape = Shape(
+        layers=len(names),
+        num_heads=impl.num_heads,
+        num_kv_heads=impl.num_kv_heads,
+        head_size=impl.head_size,
+        dtype=speculator.vllm_config.model_config.dtype,
+        max_query_len=max_query_len,
+        max_num_reqs=speculator.max_num_reqs,
+        max_model_len=row_width(speculator.max_model_len),
+    )
+
+    def allocate(device: torch.device) -> Sketch:
+        return Sketch(
+            speculator.operations, draft_budget_of(options), options.sketch_bits, shape, speculator.counters, device,
+            steps_ahead=speculator.num_speculative_steps - 1,
+        )  # fmt: skip
+
+    refuse_if_too_large(allocate(torch.device("meta")).nbytes, speculator)
+    sketch = allocate(speculator.device)
+    sketch.dense.zero_()
+    for index, name in enumerate(names):
+        layers[name].impl.sketch = LayerSketch(sketch, index)
+    vocabulary = speculator.vllm_config.model_config.get_vocab_size()
+    measure_centres(
+        model, [layers[name].impl.sketch for name in names], speculator.vllm_config, vocabulary, speculator.device
+    )
+    return DraftSketch(sketch, speculator.counters)

@@ -1,0 +1,74 @@
+"""A draft model that chooses for itself what it reads, over a sketch of its own keys. Lossless: only drafts change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+from specattn_vllm.sketch.drafting import DraftSketch, prepare_drafting
+from specattn_vllm.speculation.announce import announce_buffers
+from specattn_vllm.speculation.rounds import RoundSpeculator, Way
+
+logger = init_logger("vllm.specattn")
+
+
+class SketchSpeculator(RoundSpeculator):
+    """Drafts with a draft model as vLLM does; around upstream's `propose` it marks the metadata of each draft step, so
+    that the layers choose in a round's first step and follow it in the others."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)
+        self.selection: DraftSketch | None = None
+        self._recording = False
+
+    def load_model(self, target_model: torch.nn.Module) -> None:
+        super().load_model(target_model)
+        layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
+        layers = {name: layer for name, layer in layers.items() if name in self.draft_attn_layer_names}
+        # In its first step a request has its verified tokens, the target's own, and one more.
+        self.selection = prepare_drafting(self, layers, self.model, self.num_speculative_steps + 2)
+        announce_buffers(self, self.selection.nbytes)
+        if self.crossover_tokens:
+            logger.info("specattn: in batches of fewer than %d tokens drafting reads everything", self.crossover_tokens)
+        logger.info(
+            "specattn: draft steps read %s, chosen in the first of a round by its own queries over a %d-bit copy of "
+            "the draft's keys",
+            self.selection.sketch.budget.amount,
+            self.options.sketch_bits,
+        )
+
+    def _round(self, batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args,
+               way: Way, **kwargs) -> torch.Tensor:  # fmt: skip
+        """Upstream's `propose`, with its steps marked."""
+        self._recording = way.recording
+        try:
+            return self._upstream_round(
+                batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args, **kwargs
+            )
+        finally:
+            self._recording = False
+
+    def _build_attn_metadata(self, num_reqs: int, *args, step: int, **kwargs) -> dict[str, Any] | None:
+        metadata = super()._build_attn_metadata(num_reqs, *args, step=step, **kwargs)
+        if not self._recording or not metadata:
+            return metadata
+        shared = next(iter(metadata.values()))
+        if step == 0:
+            starts = torch.from_numpy(kwargs["query_start_loc_np"])
+            first = shared.query_start_loc[:num_reqs]
+            self._query_lens = shared.query_start_loc[1 : num_reqs + 1] - first
+            chosen = self.selection.begin(shared, starts, self.last_token_indices[:num_reqs] + 1 - first)
+        else:
+            chosen = self.selection.follow(shared)
+        for layer_metadata in metadata.values():
+            layer_metadata.sketch = chosen
+        return metadata
+
+    def _multi_step_decode(self, input_batch, num_rejected, num_reqs, *args, **kwargs) -> None:
+        super()._multi_step_decode(input_batch, num_rejected, num_reqs, *args, **kwargs)
+        if self._recording:
+            self.selection.count(self.input_buffers.seq_lens[:num_reqs], self._query_lens, self.num_speculative_steps)
