@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ from specattn_vllm.evaluation.shared import (
     settings_of,
     tokenizer_of,
 )
+from specattn_vllm.installed import UserError
+
+LED = ("draft_model", "eagle", "eagle3", "mtp")
+"""vLLM's drafters whose every draft is sampled where `forcing.py` can take the text's token instead."""
 
 
 def methods_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,6 +78,7 @@ def plan(args: argparse.Namespace, settings: list) -> tuple[dict[str, Any], list
     from specattn_vllm.evaluation.methods_schema import Job, text_tokens
 
     folders, common = engines_of(args, settings)
+    refuse_what_cannot_be_led(common["engine_options"], args.draft_tokens)
     length = text_tokens(args.context, args.positions, args.draft_tokens)
     source = texts.files(args.text) if args.text else texts.held_out()
     tokenizer = tokenizer_of(folders["target"])
@@ -85,6 +91,32 @@ def plan(args: argparse.Namespace, settings: list) -> tuple[dict[str, Any], list
     ]
     named = [{"name": document.name, "sha256": document.digest} for document in documents]
     return common | {"documents": named}, jobs
+
+
+def refuse_what_cannot_be_led(engine_options: dict[str, Any], draft_tokens: int) -> None:
+    """A drafter in the place of --draft may be one that engines cannot be led with (`forcing.py`): refused before any
+    engine starts."""
+    if "speculative_config" not in engine_options:
+        return
+    given = engine_options["speculative_config"]
+    if not isinstance(given, dict):
+        raise UserError(
+            f"--engine-argument speculative_config={json.dumps(given)}: engines are led round by round, and without a "
+            "drafter there are no rounds; leave it out (--draft drafts), or run `specattn eval tasks`, which leads none"
+        )
+    # Without a method vLLM tells it from the model.
+    method = given.get("method") or "draft_model"
+    if method not in LED and not method.endswith("mtp"):
+        raise UserError(
+            f"--engine-argument speculative_config with method {method!r}: its drafts are not sampled token by token "
+            f"from a model, so they cannot be the text's; take one of {', '.join(map(repr, LED))}, leave it out "
+            "(--draft drafts), or run `specattn eval tasks`, which leads none"
+        )
+    if given.get("num_speculative_tokens", draft_tokens) != draft_tokens:
+        raise UserError(
+            f"--engine-argument speculative_config with num_speculative_tokens {given['num_speculative_tokens']}, and "
+            f"--draft-tokens {draft_tokens}: rounds have one length, give the same"
+        )
 
 
 def table_arguments(parser: argparse.ArgumentParser) -> None:

@@ -142,6 +142,7 @@ class Forcing:
         slots, positions = batch.expanded_idx_mapping, batch.positions[batch.logits_indices]
         given = self._table[slots, positions]
         if not torch.equal(given, batch.input_ids[batch.logits_indices].long()):
+            # `specattn eval methods` refuses the drafters for which this is known.
             raise ForcingError(
                 f"the target was run on other tokens than the text's ({', '.join(batch.req_ids)}): the speculator did "
                 "not take its drafts from DraftModelSpeculator.sample_draft"

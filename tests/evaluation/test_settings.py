@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from specattn_vllm import cli
-from specattn_vllm.evaluation import settings
+from specattn_vllm.evaluation import command, runner, settings
 from specattn_vllm.evaluation.scan import scan_share
 from specattn_vllm.evaluation.schema import Setting
 from specattn_vllm.installed import UserError
@@ -68,6 +68,31 @@ def test_the_dense_run_comes_first_whatever_is_asked_for():
 def test_settings_that_cannot_stand_together_are_refused(given, only, message):
     with pytest.raises(UserError, match=message):
         settings.chosen(given, only)
+
+
+@pytest.mark.parametrize(
+    ("speculation", "message"),
+    [
+        ("null", r"speculative_config=null: .* leave it out .*`specattn eval tasks`"),
+        ('{"method": "ngram", "num_speculative_tokens": 4}', "method 'ngram': .*'eagle'.*`specattn eval tasks`"),
+        ('{"method": "dspark", "model": "d", "num_speculative_tokens": 4}', "method 'dspark'"),
+        ('{"method": "eagle", "model": "d", "num_speculative_tokens": 3}', "--draft-tokens 4: .* give the same"),
+    ],
+)
+def test_a_drafter_that_cannot_be_led_is_refused_before_an_engine_starts(
+    speculation, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(runner, "run_all", lambda *given, **more: pytest.fail("ran"))
+    given = ["--only", "dense", "--engine-argument", f"speculative_config={speculation}"]
+    assert cli.main(["eval", "methods", "--device", "cpu", "--out", str(tmp_path / "out.json"), *given]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("method", [None, "draft_model", "eagle", "eagle3", "mtp", "deepseek_mtp"])
+def test_drafters_that_can_be_led_are_taken(method):
+    given = {"model": "d", "num_speculative_tokens": 4} | ({"method": method} if method else {})
+    command.refuse_what_cannot_be_led({"speculative_config": given}, 4)
+    command.refuse_what_cannot_be_led({}, 4)
 
 
 @pytest.mark.parametrize(
