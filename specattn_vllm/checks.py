@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -172,11 +171,6 @@ def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
         )
     if options.drafts_for_itself and config.parallel_config.enable_eplb:
         yield f"method = {options.method!r} with enable_eplb: one model would be registered twice; turn EPLB off"
-    if spec.draft_sample_method == "probabilistic" and _interpreted():
-        yield (
-            "draft_sample_method = 'probabilistic': vLLM's kernel for it does not run in Triton's interpreter; use "
-            "'greedy' on CPU (the output distribution is the same)"
-        )
     longest = MAX_FUSED_QUERY - 2  # step 0 attends the verified tokens, the target's own and one more
     if options.refresh_draft_every > 1 and spec.num_speculative_tokens > longest:
         yield (
@@ -199,7 +193,3 @@ def _on_cpu() -> bool:
     from vllm.platforms import current_platform
 
     return current_platform.is_cpu()
-
-
-def _interpreted() -> bool:
-    return _on_cpu() and os.environ.get("TRITON_INTERPRET") == "1"

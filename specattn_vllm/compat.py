@@ -11,7 +11,8 @@ allow_on_cpu          `CpuPlatform.get_attn_backend_cls` replaces every backend 
                       when it honours registered backends.
 prepare_cpu_worker    vLLM's Triton kernel for top-k/top-p sampling does not run in Triton's interpreter ("'int' object
                       has no attribute 'to'"), and the first such request stops the server. vLLM has a PyTorch version
-                      beside it. Also mends the interpreter's masks and halves its time (`cpu_runner/interpreter.py`).
+                      beside it. Also mends the interpreter's masks and its log1p, and halves its time
+                      (`cpu_runner/interpreter.py`).
                       CPU only. Goes when the kernel runs interpreted, or Triton compiles for CPU.
 add_cli_aliases       vLLM's flags are `--spec-model` and `--spec-tokens`; ours are the words users look for. Goes if
                       vLLM takes them.
@@ -209,10 +210,11 @@ def prepare_cpu_worker() -> None:
     if current_platform.is_cpu():
         from vllm.v1.sample.ops import topk_topp_sampler
 
-        from specattn_vllm.cpu_runner.interpreter import accept_integer_masks, leave_out_needless_work
+        from specattn_vllm.cpu_runner.interpreter import accept_integer_masks, compute_log1p, leave_out_needless_work
 
         topk_topp_sampler.HAS_TRITON = False
         accept_integer_masks()
+        compute_log1p()
         leave_out_needless_work()
 
 

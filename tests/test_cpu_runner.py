@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -183,6 +184,54 @@ def test_the_interpreter_s_needless_work_is_left_out_and_changes_no_result(tmp_p
     assert after["looked"] == {"members": 0, "overflows": 0}
     # The language is as it was when no kernel runs.
     assert after["builtins"] == before["builtins"] and "load" in before["builtins"]
+
+
+LOG1P_PROBE = """
+import json
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+from specattn_vllm.cpu_runner.interpreter import compute_log1p
+
+
+@triton.jit
+def kernel(source, target, BLOCK: tl.constexpr):
+    offsets = tl.arange(0, BLOCK)
+    tl.store(target + offsets, libdevice.log1p(-tl.load(source + offsets)) + 1.0)
+
+
+def launch():
+    target = torch.zeros(8)
+    kernel[(1,)](torch.tensor([0.0, 1e-6, 0.25, 0.5, 0.75, 1.0, 2.0, -3.0]), target, BLOCK=8)
+    return [str(value) for value in target.tolist()]
+
+
+try:
+    launch()
+    before = "works"
+except Exception as error:
+    before = str(error)
+compute_log1p()
+compute_log1p()
+print(json.dumps([before, launch()]))
+"""
+
+
+@needs_cpu_build
+def test_the_interpreter_s_missing_logarithm_is_computed(tmp_path):
+    probe = tmp_path / "probe.py"
+    probe.write_text(LOG1P_PROBE)
+    env = without_overlay() | environment(without_overlay())
+    result = subprocess.run([sys.executable, "-P", str(probe)], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    before, after = json.loads(result.stdout.splitlines()[-1])
+    assert "NoneType" in before, "what Triton does by itself; where this fails, the piece can go"
+    values = [float(value) for value in after]
+    assert values[:5] == pytest.approx([1 + math.log1p(-x) for x in (0.0, 1e-6, 0.25, 0.5, 0.75)], rel=1e-6)
+    assert values[5] == -math.inf and math.isnan(values[6]) and values[7] == pytest.approx(1 + math.log(4))
 
 
 @needs_cpu_build

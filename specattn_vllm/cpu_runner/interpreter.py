@@ -1,4 +1,4 @@
-"""A gap in Triton 3.9's interpreter that vLLM's kernels fall into, and what makes it slower than it has to be."""
+"""Gaps in Triton 3.9's interpreter that vLLM's kernels fall into, and what makes it slower than it has to be."""
 
 from __future__ import annotations
 
@@ -37,6 +37,27 @@ def accept_integer_masks() -> None:
     InterpreterBuilder.create_masked_load = create_masked_load
     InterpreterBuilder.create_masked_store = create_masked_store
     setattr(InterpreterBuilder, _MARK, True)
+
+
+def compute_log1p() -> None:
+    """Let kernels take the logarithm of 1 + x from the device's library, which has no code for the interpreter: its
+    functions give None there. vLLM's rejection sampling does so for drafts that were drawn from a draft model's
+    distribution. Goes when Triton's interpreter runs that library's functions.
+    """
+    import numpy as np
+    import triton.language as tl
+    from triton.language.extra import libdevice
+    from triton.runtime.interpreter import TensorHandle
+
+    if getattr(libdevice, _MARK, False):
+        return
+
+    def log1p(x):
+        with np.errstate(divide="ignore", invalid="ignore"):  # as on a GPU: what comes of -1 and less is left out later
+            return tl.core.tensor(TensorHandle(np.log1p(x.handle.data), x.handle.dtype.scalar), x.type)
+
+    libdevice.log1p = log1p
+    setattr(libdevice, _MARK, True)
 
 
 def leave_out_needless_work() -> None:

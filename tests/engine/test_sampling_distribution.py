@@ -1,4 +1,5 @@
-"""Sampled tokens of a target that drafts for itself have the target's own distribution, not only its greedy tokens."""
+"""Sampled tokens have the target's own distribution, not only its greedy tokens, where output is exact: of a target
+that drafts for itself, and of one that reads everything and is given drafts drawn from the draft's distribution."""
 
 from __future__ import annotations
 
@@ -79,10 +80,26 @@ def cases(prompts, demo_pair):
     return [(prompt, penalty, _distribution(model, prompt, penalty)) for prompt, penalty in given]
 
 
-def test_the_first_three_tokens_have_the_target_s_distribution(engine, cases, counts):
+VEGAS = {"method": "vegas", "ratio": 0.1, "min_tokens": 0, "sink_tokens": 1, "recent_tokens": 4}
+
+
+@pytest.mark.parametrize(
+    ("options", "sampling"),
+    [
+        pytest.param(VEGAS, "greedy", id="vegas"),
+        pytest.param({"method": "sketch", "ratio": 1.0}, "probabilistic", id="sketch, drafts drawn"),
+    ],
+)
+def test_the_first_three_tokens_have_the_target_s_distribution(options, sampling, engine, demo_pair, cases, counts):
     """With a penalty, too, which depends on what was accepted before in the same round."""
-    options = {"method": "vegas", "ratio": 0.1, "min_tokens": 0, "sink_tokens": 1, "recent_tokens": 4}
-    llm = engine(options, num_speculative_tokens=DRAFTS, max_num_seqs=64, max_model_len=512, block_size=16)
+    speculation = {
+        "method": "draft_model",
+        "model": demo_pair[0 if options["method"] == "vegas" else 1],
+        "num_speculative_tokens": DRAFTS,
+        "draft_sample_method": sampling,
+    }
+    shape = {"max_num_seqs": 64, "max_model_len": 512, "block_size": 16}
+    llm = engine(options, speculative_config=speculation, **shape)
     for prompt, penalty, expected in cases:
         before = counts(llm)
         seen = _sample(llm, prompt, penalty)
