@@ -162,6 +162,11 @@ def scan_bytes(heads: Heads, batch: Batch, token_bytes: int, width: int) -> int:
     return tokens + histograms + packed_bytes(heads, batch, width) + batch.rows * batch.blocks * ID_BYTES
 
 
+def carry_bytes(batch: Batch) -> int:
+    """What was counted of a request in and, as zeros, out; its threshold out."""
+    return batch.rows * (2 * (HISTOGRAM_BYTES + 8) + 8)
+
+
 def cut_bytes(heads: Heads, batch: Batch) -> int:
     """Histograms in; a cut for each head, and where each chunk begins, out."""
     chunks = -(-(batch.context - VERIFY_LEN) // SCORED_CHUNK)

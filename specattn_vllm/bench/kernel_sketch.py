@@ -26,7 +26,9 @@ from specattn_vllm.options import SpecAttnOptions
 BITS = 2
 KEPT = 0.08
 SEARCH = ("prepare_queries", "score_tokens", "cut_scores", "list_pages")
-"""What a layer runs before its attention, in this order."""
+"""What each layer runs before its attention, in this order."""
+ONCE = "carry_thresholds"
+"""What the first layer of a step runs besides, after its scores."""
 KEYS_AT_A_TIME = 1 << 16
 
 
@@ -60,6 +62,7 @@ class Search:
         )  # fmt: skip
         self.sketch = Sketch(self.operations, budget_of(self.options), BITS, shape, Counters(device), device)
         self.sketch.dense.zero_()
+        self.sketch.slots.copy_(torch.arange(batch.rows))
         self.step = SketchStep(batch.rows, batch.rows * VERIFY_LEN, VERIFY_LEN)
         self.layers = [LayerSketch(self.sketch, index) for index in range(len(self.caches))]
         for layer, cache in zip(self.layers, self.caches, strict=True):
@@ -79,6 +82,8 @@ class Search:
     def calls_of(self, name: str) -> Calls:
         """The calls of one operation of the search, a layer's each, after what comes before it in the layer."""
         calls: list[Callable[[], None]] = []
+        if name in (ONCE, "cut_scores", "list_pages"):
+            self.settle()
 
         def hold(*arguments) -> NoReturn:
             calls.append(partial(getattr(self.operations, name), *arguments))
@@ -95,6 +100,12 @@ class Search:
             self.sketch.operations = self.operations
         return calls
 
+    def settle(self) -> None:
+        """Two whole steps: the second is as all of a request's but the first, which finds no threshold carried over."""
+        for _ in range(2):
+            for index in range(len(self.layers)):
+                self.select(index)
+
     def encode_calls(self) -> Calls:
         """The new keys of a step into each layer's sketch."""
         heads, req = self.heads, self.req
@@ -106,6 +117,7 @@ class Search:
     def attention_calls(self) -> Calls:
         """Attention over what the last layer chose, in the cache of each."""
         req = self.req
+        self.settle()
         table, kept = self.select(len(self.layers) - 1)
         return [
             partial(
@@ -157,18 +169,19 @@ def _operations(bench: Bench, it: Search, shape: str, fraction: float, paid: dic
     nbytes = {
         "prepare_queries": shapes.prepare_bytes(heads, batch, bench.element, token, width),
         "score_tokens": shapes.scan_bytes(heads, batch, token, width),
+        ONCE: shapes.carry_bytes(batch),
         "cut_scores": shapes.cut_bytes(heads, batch),
         "list_pages": shapes.list_bytes(heads, batch, it.kept_tokens()),
     }
-    for name in SEARCH:
+    for name in (*SEARCH[:2], ONCE, *SEARCH[2:]):
         by_share = name in ("cut_scores", "list_pages")
         if not by_share and name in paid:
             continue
         more = {"kept": fraction} if by_share else {}
+        what = f", {fraction:.0%}" if by_share else ", once a step" if name == ONCE else ""
         check = partial(_check_scores, it) if name == "score_tokens" else None
         paid[name] = bench.measure(
-            "sketch", f"{name}{f', {fraction:.0%}' if by_share else ''}", shape, partial(it.calls_of, name),
-            nbytes[name], check=check, bits=BITS, **more,
+            "sketch", f"{name}{what}", shape, partial(it.calls_of, name), nbytes[name], check=check, bits=BITS, **more,
         )  # fmt: skip
 
 

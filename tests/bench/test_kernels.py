@@ -52,7 +52,8 @@ def run(tmp_path):
 
     def go(*words: str) -> dict:
         out = tmp_path / "new" / "kernels.json"
-        kernels.run(arguments("--device", "cpu", "--quick", "--out", str(out), *words))
+        # However busy the machine is: what would begin late is not to be skipped.
+        kernels.run(arguments("--device", "cpu", "--quick", "--seconds", "600", "--out", str(out), *words))
         return json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
     return go
@@ -124,6 +125,7 @@ def test_bytes_of_a_search():
     assert shapes.prepare_bytes(Heads(2, 1, 64), Batch(1, 106), 4, 18, 16) == (
         6 * 2 * 64 * 4 + 100 * 18 + 16 * (64 + 12) + 1024
     )
+    assert shapes.carry_bytes(batch) == 16 * (2 * 258 * 4 + 8)
     assert shapes.cut_bytes(LLAMA, batch) == 16 * 8 * (1024 + 16 * (512 + 8) + 8)
     assert shapes.list_bytes(LLAMA, batch, 2622) == 16 * (8 * (context + 2623 * 4) + 2048 * 4)
     assert shapes.encode_bytes(LLAMA, 96, 2, 34) == 96 * (8 * (256 + 34) + 8) + 128 * 128 * 2
@@ -358,7 +360,7 @@ def test_a_search_is_measured_operation_by_operation(run):
     rows = run("--only", "sketch", "--kept", "0.2,0.1")["rows"]
     assert [row["error"] for row in rows if row["error"]] == []
     by_case = {row["case"]: row for row in rows if row["ms"] is not None}
-    for case in ("encode_keys", "prepare_queries", "score_tokens"):
+    for case in ("encode_keys", "prepare_queries", "score_tokens", "carry_thresholds, once a step"):
         assert sum(row["case"] == case for row in rows) == 1, "whatever is kept"
     scan = by_case["score_tokens"]
     assert scan["shape"] == "2x100 4/2h d64 q6"
@@ -381,17 +383,28 @@ def test_a_search_is_measured_operation_by_operation(run):
 
 def test_each_operation_of_a_search_is_given_what_those_before_it_made(bench):
     it = kernel_sketch.Search(bench, Heads(4, 2, 64), Batch(2, 100), 0.2)
-    table, kept = it.select(1)
-    wanted = table[0, 0, : int(kept[0, 0])].clone()
-    assert (kept < 100).all(), "a part is read"
-    for buffer in (it.sketch.scores, it.sketch.cuts, it.sketch.histogram):
-        buffer.fill_(9)
-    table.zero_()
     calls = it.calls_of("list_pages")
     assert len(calls) == len(it.layers) == 2
-    assert not table.any(), "the operation itself is left to the clock"
+    it.sketch.page_table.zero_()
+    assert not it.sketch.page_table.any(), "the operation itself is left to the clock"
     calls[1]()
-    assert torch.equal(table[0, 0, : int(kept[0, 0])], wanted)
+    listed = it.sketch.page_table.clone()
+    table, kept = it.select(1)
+    assert (kept < 100).all(), "a part is read"
+    for row, head in ((0, 0), (1, 1)):
+        number = int(kept[row, head])
+        assert torch.equal(listed[0, row, head, :number], table[row, head, :number])
+
+
+def test_a_search_is_measured_as_in_a_step_that_follows_others(bench):
+    it = kernel_sketch.Search(bench, Heads(4, 2, 64), Batch(2, 100), 0.2)
+    [*calls] = it.calls_of("cut_scores")
+    assert (it.sketch.thresholds[:2] >= 0).all(), "each request has one of its own carried over"
+    assert (it.sketch.thresholds[2:] == -1).all()
+    totals = it.sketch.totals[:2].sum()
+    calls[0]()
+    assert it.sketch.totals[:2].sum() > totals
+    assert len(it.calls_of(kernel_sketch.ONCE)) == 1
 
 
 def test_an_operation_that_raises_leaves_those_before_it(run, monkeypatch):
