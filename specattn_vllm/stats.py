@@ -49,6 +49,10 @@ class Counts:
     """Rows past their prompt whose request asked to read everything, ..."""
     small_batch_rows: int = 0
     """... and those of batches in which choosing does not pay."""
+    kv_sampled: int = 0
+    """Entries whose sketch was read once more before that, for the size of each query row's scores: a sample."""
+    draft_kv_sampled: int = 0
+    """The same before drafting read a part."""
 
     def __sub__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))

@@ -22,6 +22,16 @@ SAMPLE_BLOCK = 16
 """Neighbouring tokens that are sampled together; a block of vLLM's cache holds a multiple of them."""
 
 
+def sampled_tokens(context: torch.Tensor) -> torch.Tensor:
+    """How many tokens the normalisers of a row are estimated from, of contexts [R] of so many tokens, integers: the
+    last 16 to 31, and of the blocks before them one in so many that they are MAX_SAMPLE tokens at most."""
+    stride = ((context + MAX_SAMPLE - 1) // MAX_SAMPLE).clamp(min=1)
+    blocks = (context - SAMPLE_BLOCK).clamp(min=0) // SAMPLE_BLOCK
+    return context - blocks * SAMPLE_BLOCK + (blocks + stride - 1) // stride * SAMPLE_BLOCK
+
+
+
+
 @dataclass(frozen=True)
 class Budget:
     """How many tokens of the context each KV head reads. Counts are in tokens and hold the forced ones.

@@ -42,7 +42,9 @@ def scan_share(setting: Setting, head_size: int) -> float:
 
 def byte_fraction(counts: Counts, share: float | None) -> float | None:
     """Bytes that verification read over those of all of its KV: the entries that it kept, and `share` of those that it
-    searched. None where it searched something and the share is not known."""
+    searched, and of those that it sampled before. None where it searched something and the share is not known."""
     if not counts.kv_scanned:
         return counts.kv_fraction
-    return None if share is None else (counts.kv_read + share * counts.kv_scanned) / counts.kv_full
+    if share is None:
+        return None
+    return (counts.kv_read + share * (counts.kv_scanned + counts.kv_sampled)) / counts.kv_full

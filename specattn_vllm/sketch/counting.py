@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from specattn_vllm.kernels.sketch.contracts import sampled_tokens
 from specattn_vllm.stats import Counters
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class StepCounts:
             kv_full=(full * verifies).sum(),
             kv_read=(read * verifies).sum(),
             kv_scanned=(pending.context * scans).sum() * per_token,
+            kv_sampled=(sampled_tokens(pending.context) * scans).sum() * per_token,
             sparse_rows=scans.sum(),
         )
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from specattn_vllm.kernels.sketch.contracts import sampled_tokens
 from specattn_vllm.sketch.budget import draft_budget_of
 from specattn_vllm.sketch.centre import measure_centres
 from specattn_vllm.sketch.layer import LayerSketch
@@ -81,10 +82,13 @@ class DraftSketch:
         read = kept.sum(dtype=torch.int64) * num_steps
         newer = seen - first_seen.sum(dtype=torch.int64) * later
         scanned = first_seen - query_lens[:rows]
-        scanned = torch.where(scanned > sketch.budget.reads_all_up_to, scanned, 0).sum(dtype=torch.int64)
+        searched = scanned > sketch.budget.reads_all_up_to
+        sampled = torch.where(searched, sampled_tokens(scanned), 0).sum(dtype=torch.int64)
+        scanned = torch.where(searched, scanned, 0).sum(dtype=torch.int64)
         self.counters.on_device("draft_kv_full").add_(first_seen.sum(dtype=torch.int64) + seen, alpha=per_token)
         self.counters.on_device("draft_kv_read").add_(read + newer * per_token)
         self.counters.on_device("draft_kv_scanned").add_(scanned, alpha=per_token)
+        self.counters.on_device("draft_kv_sampled").add_(sampled, alpha=per_token)
 
 
 def prepare_drafting(

@@ -136,7 +136,7 @@ def test_drafts_are_chosen_by_the_drafting_model_s_own_queries(
     assert sketch_audit.followed > 20
     assert seen.acceptance_length > 2
     assert 0.15 < seen.draft_kv_fraction < 0.5
-    assert 0 < seen.draft_kv_scanned < seen.draft_kv_full
+    assert 0 < seen.draft_kv_sampled < seen.draft_kv_scanned < seen.draft_kv_full
 
 
 @pytest.mark.parametrize("options", OPTIONS)

@@ -29,6 +29,8 @@ def test_choices_and_sketches_of_chunked_prompts(options, own, engine, greedy, p
     assert 0 < seen.sparse_rows < seen.verify_rows
     assert 0.1 < seen.kv_fraction < 0.5
     assert 0.5 < seen.kv_scanned / seen.kv_full < 1.0
+    # Before that some 500 tokens of each context, or all of a shorter one.
+    assert 0.3 < seen.kv_sampled / seen.kv_scanned < 1.0
 
 
 def test_blocks_that_are_found_again_hold_their_sketch(engine, greedy, prompts, counts, sketch_audit):

@@ -78,6 +78,9 @@ def test_a_step_is_counted_once_whoever_announces_it(announce, target, groups):
     assert seen.verify_rows == seen.sparse_rows == 3
     assert seen.kv_full == (300 + 305 + 201) * heads
     assert seen.kv_read == (80 + 90 + 90) * heads
+    assert seen.kv_scanned == (295 + 300 + 200) * heads
+    # Contexts of less than 512 tokens are sampled whole.
+    assert seen.kv_sampled == seen.kv_scanned
 
 
 def test_steps_that_look_alike_are_two(announce, target):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from specattn_vllm.kernels.sketch import reference
-from specattn_vllm.kernels.sketch.contracts import BINS, LOWEST, PER_NAT, Budget
+from specattn_vllm.kernels.sketch.contracts import BINS, LOWEST, MAX_SAMPLE, PER_NAT, Budget, sampled_tokens
 from specattn_vllm.kernels.sketch.cuts import carry_thresholds, cut_scores
 from specattn_vllm.kernels.sketch.pages import list_pages
 from specattn_vllm.kernels.sketch.queries import prepare_queries
@@ -201,6 +201,15 @@ def test_a_key_that_is_no_number_is_read(place, sketched, prepared, scored):
     data.scales[int(data.block_table[0, 20]), 0, 3] = torch.nan
     for op in (score_tokens, reference.score_tokens):
         assert int(scored(op, data, packed, factors)[0][0, 0, 323]) == BINS - 1
+
+
+def test_sampled_tokens_are_counted_as_they_are_drawn():
+    contexts = [0, 1, 15, 16, 17, 31, 32, 300, 511, 512, 513, 528, 1000, 1024, 1025, 4095, 4096, 32762, 131066]
+    counted = sampled_tokens(torch.tensor(contexts, dtype=torch.int32))
+    assert counted.dtype == torch.int32
+    assert counted.tolist() == [reference._sample(context, "cpu")[0].shape[0] for context in contexts]
+    assert counted[:9].tolist() == contexts[:9]
+    assert int(counted.max()) < MAX_SAMPLE + 32
 
 
 def test_contexts_that_are_read_whole_are_not_scanned(place, sketched, prepared, scored):
