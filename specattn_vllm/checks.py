@@ -73,9 +73,9 @@ def _without_effect(options: SpecAttnOptions) -> set[str]:
         if options.drafts_by_sketch:
             return _FOR_TARGET | _FOR_FUSED | _FOR_VEGAS | {"shared_budget"} | of_draft
         return _FOR_TARGET | _FOR_FUSED | _FOR_SKETCH | of_draft | by_attention
-    by_rule = options.sparse_draft and options.draft_ratio is None  # what the draft reads
+    by_rule = options.drafts_sparsely and options.draft_ratio is None  # what the draft reads
     if options.uses_sketch:
-        watched = options.sparse_draft and not options.drafts_by_sketch
+        watched = options.drafts_sparsely and not options.drafts_by_sketch
         of_draft = set() if watched else {"combine", "bonus_row"}
         return _FOR_TARGET | _FOR_VEGAS | _FOR_FUSED | {"induction"} | of_draft
     if options.has_sizes:
@@ -86,7 +86,7 @@ def _without_effect(options: SpecAttnOptions) -> set[str]:
         amount = {"rule", "top_p", "ratio", "max_fraction"} if options.draft_ratio is not None else set()
         of_attention = {"layer_shares", "induction", "shared_budget"}
         return _FOR_TARGET | _FOR_VEGAS | _FOR_FUSED | of_attention | amount
-    if options.sparse_draft:
+    if options.drafts_sparsely:
         amount = set() if by_rule else {"rule", "top_p", "ratio", "max_fraction"}
         return _FOR_TARGET | _FOR_VEGAS | _FOR_FUSED | _FOR_SKETCH | amount
     # Where the draft reads everything too, nothing is chosen at all.

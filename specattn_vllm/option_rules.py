@@ -26,7 +26,7 @@ def _clamps_agree(options: SpecAttnOptions) -> None:
 
 
 def _draft_refresh_has_something_to_refresh(options: SpecAttnOptions) -> None:
-    if options.refresh_draft_every > 1 and not options.sparse_draft:
+    if options.refresh_draft_every > 1 and not options.drafts_sparsely:
         raise ValueError(
             f"refresh_draft_every {options.refresh_draft_every} without sparse_draft, where every draft step reads "
             "everything: set sparse_draft=true, or leave it at 1"
@@ -34,7 +34,7 @@ def _draft_refresh_has_something_to_refresh(options: SpecAttnOptions) -> None:
 
 
 def _a_draft_s_ratio_has_a_draft_that_reads_a_part(options: SpecAttnOptions) -> None:
-    if options.draft_ratio is not None and not options.sparse_draft:
+    if options.draft_ratio is not None and not options.drafts_sparsely:
         raise ValueError(
             f"draft_ratio {options.draft_ratio:g} without sparse_draft, where every draft step reads everything: set "
             "sparse_draft=true, or leave draft_ratio out"
@@ -44,7 +44,7 @@ def _a_draft_s_ratio_has_a_draft_that_reads_a_part(options: SpecAttnOptions) -> 
 def _what_drafts_choose_by_is_at_hand(options: SpecAttnOptions) -> None:
     if options.draft_by is None:
         return
-    if not options.sparse_draft and options.method != "vegas":
+    if not options.drafts_sparsely and options.method != "vegas":
         raise ValueError(
             f"draft_by {options.draft_by!r} without sparse_draft, where every draft step reads everything: set "
             "sparse_draft=true, or leave draft_by out"

@@ -182,10 +182,10 @@ class SpecAttnOptions(BaseModel):
     check_weights: bool = Field(
         True, description="Refuse a layer map calibrated on other weights of the same architecture."
     )
-    sparse_draft: bool = Field(
-        False,
-        description="Draft steps after the first read only what the draft's own first step attended to, chosen by "
-        "the same rule. Never changes the output distribution of 'dense'.",
+    sparse_draft: bool | None = Field(
+        None,
+        description="Whether the steps of a draft model read a part of its context, chosen as 'draft_by' says. Never "
+        "changes the output distribution of 'dense'. Default: true for 'sketch', else false.",
     )
     draft_by: Literal["attention", "sketch"] | None = Field(
         None,
@@ -300,13 +300,18 @@ class SpecAttnOptions(BaseModel):
         return self.method == "sketch"
 
     @property
+    def drafts_sparsely(self) -> bool:
+        """Whether the steps of a draft model, if there is one, read a part of its context."""
+        return self.method == "sketch" if self.sparse_draft is None else self.sparse_draft
+
+    @property
     def drafts_by_sketch(self) -> bool:
         """Whether what drafts, a draft model or the target itself, chooses by a sketch of its keys."""
         if self.method == "vegas":
             return self.draft_by == "sketch"
         # A first step that reads an older choice has attention, and no search.
         by_sketch = self.draft_by == "sketch" or (self.draft_by is None and self.refresh_draft_every == 1)
-        return by_sketch and self.sparse_draft and self.method in ("sketch", "dense")
+        return by_sketch and self.drafts_sparsely and self.method in ("sketch", "dense")
 
     @property
     def keeps_sketches(self) -> bool:

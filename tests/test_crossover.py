@@ -28,8 +28,8 @@ def measured(monkeypatch):
 
 
 def test_what_was_measured_for_the_executor_is_the_default(operations):
-    assert crossover_tokens(SpecAttnOptions(), operations("fa3")) == 9000
-    assert crossover_tokens(SpecAttnOptions(), operations("triton")) == 20000
+    assert crossover_tokens(SpecAttnOptions(method="specattn"), operations("fa3")) == 9000
+    assert crossover_tokens(SpecAttnOptions(method="specattn"), operations("triton")) == 20000
 
 
 @pytest.mark.parametrize("method", ["vegas", "streamingllm"])
@@ -49,14 +49,14 @@ def test_what_searches_starts_where_a_search_pays(operations):
 
 
 def test_what_was_not_measured_is_always_pruned(operations):
-    assert crossover_tokens(SpecAttnOptions(), operations("torch")) == 0
+    assert crossover_tokens(SpecAttnOptions(method="specattn"), operations("torch")) == 0
 
 
 @pytest.mark.parametrize("name", ["fa3", "torch"])
 @pytest.mark.parametrize("tokens", [0, 1, 123456])
 def test_the_option_has_the_last_word(operations, name, tokens):
     # 0 is an answer too: prune always.
-    assert crossover_tokens(SpecAttnOptions(crossover_tokens=tokens), operations(name)) == tokens
+    assert crossover_tokens(SpecAttnOptions(method="specattn", crossover_tokens=tokens), operations(name)) == tokens
 
 
 def test_only_executors_that_there_are_have_been_measured(monkeypatch):

@@ -52,7 +52,7 @@ def test_the_defaults_are_the_documented_ones():
         "audit_floor": None,
         "audit_dense_rounds": 16,
         "check_weights": True,
-        "sparse_draft": False,
+        "sparse_draft": None,
         "draft_by": None,
         "draft_ratio": None,
         "refresh_draft_every": 1,
@@ -221,20 +221,20 @@ def test_a_cap_below_what_is_always_kept_is_refused():
 
 
 def test_refreshes_of_a_draft_that_reads_everything_are_refused():
-    message = refusal({"refresh_draft_every": 4})
+    message = refusal({"method": "specattn", "refresh_draft_every": 4})
     assert "refresh_draft_every 4 without sparse_draft" in message
     assert "set sparse_draft=true, or leave it at 1" in message
     assert SpecAttnOptions.parse({"refresh_draft_every": 1}).refresh_draft_every == 1
 
 
 def test_a_share_for_a_draft_that_reads_everything_is_refused():
-    message = refusal({"draft_by": "sketch"})
+    message = refusal({"method": "dense", "draft_by": "sketch"})
     assert "draft_by 'sketch' without sparse_draft" in message
     message = refusal({"draft_by": "sketch", "sparse_draft": True, "method": "sts"})
     assert "set method to 'sketch' or 'dense', or draft_by to 'attention'" in message
     message = refusal({"draft_by": "sketch", "sparse_draft": True, "method": "dense", "refresh_draft_every": 3})
     assert "leave it at 1, or set draft_by='attention'" in message
-    message = refusal({"draft_ratio": 0.25})
+    message = refusal({"method": "specattn", "draft_ratio": 0.25})
     assert "draft_ratio 0.25 without sparse_draft" in message
     assert "set sparse_draft=true, or leave draft_ratio out" in message
 
@@ -336,7 +336,7 @@ def test_the_default_ratio_is_that_of_the_method():
     ids=str,
 )  # fmt: skip
 def test_layers_that_copy_are_served_within_a_budget_that_one_choice_spends(raw, uses):
-    assert SpecAttnOptions.parse(raw).uses_induction is uses
+    assert SpecAttnOptions.parse({"method": "specattn"} | raw).uses_induction is uses
 
 
 def test_which_targets_draft_for_themselves():
@@ -412,14 +412,13 @@ def test_a_preset_sets_what_is_not_given(method):
     }[method]  # fmt: skip
 
 
-def test_a_preset_is_that_of_the_default_method_too():
-    assert SpecAttnOptions(preset="paper") == SpecAttnOptions(method="specattn", preset="paper")
-    assert SpecAttnOptions(preset="paper").top_p == 0.97
+def test_a_preset_needs_a_method_that_was_published():
+    assert "set method to one of specattn, sts, vegas" in refusal({"method": "sketch", "preset": "paper"})
 
 
 def test_what_is_given_wins_over_a_preset():
     given = {"top_p": 0.9, "sink_tokens": 4, "dense_layers": [], "max_tokens": None}  # the defaults, but given
-    options = SpecAttnOptions.parse({"preset": "paper", **given})
+    options = SpecAttnOptions.parse({"method": "specattn", "preset": "paper", **given})
     assert (options.top_p, options.sink_tokens, options.dense_layers, options.max_tokens) == (0.9, 4, (), None)
     assert (options.combine, options.recent_tokens) == ("union", 0)
 

@@ -260,12 +260,17 @@ class Ours(Stock):
     pass
 
 
+class Sketching(Stock):
+    pass
+
+
 @pytest.fixture
 def stand_ins(monkeypatch):
     # Imported before its base class is replaced.
-    from specattn_vllm.speculation import speculator
+    from specattn_vllm.speculation import sketch_speculator, speculator
 
     monkeypatch.setattr(speculator, "SpecAttnSpeculator", Ours)
+    monkeypatch.setattr(sketch_speculator, "SketchSpeculator", Sketching)
     monkeypatch.setattr(upstream, "StandaloneARSpeculator", Stock)
     compat.choose_speculator()
 
@@ -277,10 +282,19 @@ def engine_config(backend: str | None, **options):
 
 
 @pytest.mark.parametrize(
-    ("backend", "wanted"), [("specattn", Ours), (None, Stock), ("TRITON_ATTN", Stock), ("FLASH_ATTN", Stock)]
+    ("backend", "options", "wanted"),
+    [
+        ("specattn", {"method": "sketch"}, Sketching),
+        ("specattn", {"method": "sketch", "sparse_draft": False}, Ours),
+        ("specattn", {"method": "specattn"}, Ours),
+        ("specattn", {"method": "dense", "sparse_draft": True}, Sketching),
+        (None, {}, Stock),
+        ("TRITON_ATTN", {}, Stock),
+        ("FLASH_ATTN", {}, Stock),
+    ],
 )
-def test_only_our_backend_gets_our_speculator(stand_ins, backend, wanted):
-    config, device = engine_config(backend), torch.device("cpu")
+def test_only_our_backend_gets_our_speculator(stand_ins, backend, options, wanted):
+    config, device = engine_config(backend, **options), torch.device("cpu")
     made = upstream.StandaloneARSpeculator(config, device)
     assert type(made) is wanted
     assert made.arguments == (config, device)
@@ -422,6 +436,8 @@ def test_hooks_that_vllm_has_moved_are_named(monkeypatch):
         "load_model(target_model)",
         "init_cudagraph_manager(cudagraph_mode)",
         "capture",
+        "_build_attn_metadata(query_start_loc_np)",
+        "_multi_step_decode",
         "_run_model",
     ]
 

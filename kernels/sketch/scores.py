@@ -109,6 +109,16 @@ def score_tokens(
     rows, heads, width, size = packed.shape
     if rows == 0:
         return
+    # On Hopper in Gluon, whose layouts leave no barrier in the loop; it runs in no interpreter.
+    if fused(packed.device) and torch.cuda.get_device_capability(packed.device) == (9, 0):
+        from . import hopper
+
+        if hopper.takes(packed, codes, scales, scores):
+            hopper.launch(
+                bits, packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, sink, recent,
+                read_whole, scores, histogram, chunks,
+            )  # fmt: skip
+            return
     _scores_kernel[(heads, triton.cdiv(scores.shape[2], CHUNK), rows)](
         packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks,
         sink, recent, max(read_whole, 0), LOWEST, PER_NAT, packed.stride(0), factors.stride(0), block_table.stride(0),

@@ -51,9 +51,9 @@ def announce(
         logger.info(
             "specattn: in batches of fewer than %d context tokens %s reads everything",
             speculator.crossover_tokens,
-            "verification" if options.sparse_draft and options.chooses_by_draft else "a round",
+            "verification" if options.drafts_sparsely and options.chooses_by_draft else "a round",
         )
-    if options.sparse_draft:
+    if options.drafts_sparsely:
         much = "" if options.draft_ratio is None else f", {options.draft_ratio:g} of the context"
         logger.info("specattn: sparse_draft: draft steps after the first read what it attended to%s", much)
     if options.refresh_draft_every > 1:

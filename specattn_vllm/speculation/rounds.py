@@ -97,7 +97,7 @@ class RoundSpeculator(compat.stock_speculator()):
     @property
     def _drafts_sparsely(self) -> bool:
         """Whether the draft reads a part of the context where the target, in a batch too small, reads everything."""
-        return self.options.sparse_draft and self.options.chooses_by_draft
+        return self.options.drafts_sparsely and self.options.chooses_by_draft
 
     def _way(self, batch: InputBatch) -> Way:
         """How the round of a batch, which is none of vLLM's dummies, runs."""

@@ -106,7 +106,7 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
     found = resolve_layer_map(vllm_config, options) if options.chooses_by_draft else None
     plan = plan_of(found, target, layers[target[0]].impl.num_kv_heads, options)
     # Layers that choose for the target come first, so that theirs are the first selections.
-    captured = [*plan.sources, *(i for i in sorted(draft) if options.sparse_draft and i not in plan.sources)]
+    captured = [*plan.sources, *(i for i in sorted(draft) if options.drafts_sparsely and i not in plan.sources)]
     # The bits of a source are those of the draft's KV heads, a table has those of the target's.
     groups = layers[draft[0]].impl.num_kv_heads if options.per_head else 1
     selections, made_from = len(plan.selections), plan.made_from
@@ -122,7 +122,7 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
         floor = options.audit_floor is not None
         store = SelectionStore(stored[0], requests, stored[1], longest, device, options.refreshes, floor)
         lists = None
-        if options.sparse_draft:
+        if options.drafts_sparsely:
             lists = DraftLists(
                 speculator.operations,
                 speculator.counters,

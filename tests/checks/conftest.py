@@ -54,10 +54,13 @@ def models(tmp_path_factory):
 
 @pytest.fixture
 def configure(models):
-    """configure(...): vLLM's finished configuration of an engine, as a user's command makes it."""
+    """configure(...): vLLM's finished configuration of an engine, as a user's command makes it. A method that is not
+    named is 'specattn', which asks most of a configuration."""
     from vllm.engine.arg_utils import EngineArgs
 
     def make(target="target", draft="draft", options=None, backend="specattn", spec=None, others=None, **arguments):
+        ours = options is not None or backend == "specattn"
+        given = {"specattn": {"method": "specattn"} | (options or {})} if ours else {}
         if draft is not None:
             spec = {"model": models[draft], "num_speculative_tokens": 2} | (spec or {})
         return EngineArgs(
@@ -67,7 +70,7 @@ def configure(models):
             dtype="float32",
             max_model_len=128,
             attention_backend=backend,
-            additional_config=(others or {}) | ({} if options is None else {"specattn": options}),
+            additional_config=(others or {}) | given,
             speculative_config=spec,
             **arguments,
         ).create_engine_config()

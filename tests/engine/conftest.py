@@ -84,7 +84,7 @@ def small_pool():
 @pytest.fixture
 def engine(demo_pair):
     """engine(options, **vllm_arguments) -> LLM; options None is stock vLLM without speculation. Elsewhere a pair
-    speculates, unless there is a `speculative_config`."""
+    speculates, unless there is a `speculative_config`, and a method that is not named is 'specattn'."""
     import torch
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -111,13 +111,17 @@ def engine(demo_pair):
             "max_num_seqs": 8,
             "max_num_batched_tokens": 1024,
             "distributed_executor_backend": "uni",
-            "gpu_memory_utilization": 0.3,
+            "gpu_memory_utilization": 0.1,
             **arguments,
         }
-        if not torch.cuda.is_available():
+        if torch.cuda.is_available():
+            # Others may use the GPU too: neither profile its memory nor ask for most of it.
+            arguments.setdefault("kv_cache_memory_bytes", 4 << 30)
+        else:
             # 40k tokens. All that VLLM_CPU_KVCACHE_SPACE allows would be filled with zeros at each start.
             arguments.setdefault("num_gpu_blocks_override", 40960 // arguments.get("block_size", 128))
         if options is not None:
+            options = {"method": "specattn"} | options
             arguments["attention_backend"] = "specattn"
             arguments["additional_config"] = {"specattn": options}
             for_itself = options.get("method") in ("vegas", "streamingllm")

@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 
 
 def kept(options: dict, mass: torch.Tensor) -> list[int]:
-    options = {"min_tokens": 0, "sink_tokens": 0, "recent_tokens": 0, **options}
+    options = {"method": "specattn", "min_tokens": 0, "sink_tokens": 0, "recent_tokens": 0, **options}
     limits = Limits.of(SpecAttnOptions.parse(options))
     length = mass.shape[0]
     bits = torch.zeros(1, 1, 1, 1, dtype=torch.int32)
@@ -45,7 +45,7 @@ def test_top_k_obeys_floor_and_caps():
 
 
 def test_without_a_rule_it_is_that_of_the_method():
-    given = {"rule": "top_k", "ratio": 0.25}
-    assert Limits.of(SpecAttnOptions.parse({})) == Limits.of(SpecAttnOptions.parse(given))
+    given = {"method": "specattn", "rule": "top_k", "ratio": 0.25}
+    assert Limits.of(SpecAttnOptions.parse({"method": "specattn"})) == Limits.of(SpecAttnOptions.parse(given))
     sts = {"method": "sts", "ratio": 0.375}
     assert kept(sts, MASS) == kept({"rule": "top_k", **sts}, MASS) == [1, 3, 7]

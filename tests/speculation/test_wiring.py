@@ -26,7 +26,7 @@ ROW = 128  # LONGEST, rounded up to whole vectors
 def on_a_gpu(monkeypatch):
     """A speculator on a GPU on which the weights have left 40 GiB."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * GIB, 141 * GIB))
-    options = SpecAttnOptions()
+    options = SpecAttnOptions(method="specattn")
     return SimpleNamespace(device=torch.device("cuda"), max_num_reqs=1024, max_model_len=131072, options=options)
 
 
@@ -479,7 +479,7 @@ def test_a_map_that_is_not_calibrated_is_warned_of_with_the_command_that_makes_a
     config = SimpleNamespace(model_config=model, speculative_config=SimpleNamespace(draft_model_config=draft))
     speculator = SimpleNamespace(vllm_config=config, crossover_tokens=0)
     monkeypatch.setattr(announcing, "announce_buffers", lambda speculator, nbytes: None)
-    options, shipped = SpecAttnOptions(**options), layer_map.shipped()["qwen3-8b-qwen3-0.6b"]
+    options, shipped = SpecAttnOptions(**{"method": "specattn"} | options), layer_map.shipped()["qwen3-8b-qwen3-0.6b"]
     found = layer_map.read(shipped)
     found = layer_map.resolve(options.layer_map and "uniform", found.target, found.draft).with_dense((3,))
     announcing.announce(options, found, speculator, {"mass": 1})

@@ -29,7 +29,7 @@ STALE = 1_000_000
 
 
 def _options(combine: str = "sum", **changes) -> SpecAttnOptions:
-    base = {"min_tokens": 0, "sink_tokens": 1, "recent_tokens": 2}
+    base = {"method": "specattn", "min_tokens": 0, "sink_tokens": 1, "recent_tokens": 2}
     if "ratio" not in changes:
         base["top_p"] = 0.7
     return SpecAttnOptions(combine=combine, **(base | changes))
