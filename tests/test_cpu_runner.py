@@ -111,7 +111,7 @@ def test_vllm_counts_the_interpreter_as_triton_only_with_the_overlay(tmp_path):
 
 # Members of the language in a kernel, and in a function of the device that it calls.
 HASTE_PROBE = """
-import inspect, json
+import contextlib, inspect, json
 
 import torch
 import triton
@@ -139,31 +139,54 @@ def overflow(target, n):
     tl.store(target, n * n)
 
 
+@contextlib.contextmanager
+def counted(looked, name, owner, member):
+    real = getattr(owner, member)
+
+    def watch(*arguments, **named):
+        looked[name] += 1
+        return real(*arguments, **named)
+
+    setattr(owner, member, watch)
+    yield
+    setattr(owner, member, real)
+
+
 def launch():
-    looked, getmembers, check = {"members": 0, "overflows": 0}, inspect.getmembers, TritonSemantic.device_assert
-
-    def watch_members(*arguments):
-        looked["members"] += 1
-        return getmembers(*arguments)
-
-    def watch_check(*arguments):
-        looked["overflows"] += 1
-        return check(*arguments)
-
-    inspect.getmembers, TritonSemantic.device_assert = watch_members, watch_check
+    looked, watched = dict.fromkeys(WATCHED, 0), contextlib.ExitStack()
     source, target, large = torch.linspace(-2, 2, 37), torch.zeros(5), torch.zeros(1, dtype=torch.int32)
-    kernel[(5,)](source, target, 37, BLOCK=8)
-    overflow[(1,)](large, 2**20 + 1)
-    inspect.getmembers, TritonSemantic.device_assert = getmembers, check
-    builtins = [name for name, member in getmembers(tl) if tl.core.is_builtin(member)]
+    with watched:
+        for name, place in WATCHED.items():
+            watched.enter_context(counted(looked, name, *place))
+        kernel[(5,)](source, target, 37, BLOCK=8)
+        overflow[(1,)](large, 2**20 + 1)
+    builtins = [name for name, member in inspect.getmembers(tl) if tl.core.is_builtin(member)]
     return {"looked": looked, "results": [target.tolist(), large.tolist()], "builtins": builtins}
 
 
-before = launch()
+WATCHED = {
+    "members": (inspect, "getmembers"),
+    "overflows": (TritonSemantic, "device_assert"),
+    "replacements": (interpreter, "_patch_lang_core"),
+    "types": (tl.dtype, "__hash__"),
+    "shapes": (tl.tuple, "__init__"),
+}
+SCALARS = [t for t in vars(tl).values() if isinstance(t, tl.dtype) and t.name != "void"]
+
+
+def types():
+    # NumPy's, of scalars, of pointers to them, and of blocks of both.
+    pointers = [tl.pointer_type(scalar) for scalar in SCALARS]
+    blocks = [tl.block_type(each, [4]) for each in SCALARS + pointers]
+    return [interpreter._get_np_dtype(each).str for each in SCALARS + pointers + blocks]
+
+
+before = launch() | {"types": types()}
 leave_out_needless_work()
-patched = interpreter._patch_builtin
+patched = interpreter._patch_lang
 leave_out_needless_work()
-print(json.dumps([before, launch(), patched is interpreter._patch_builtin]))
+launch()
+print(json.dumps([before, launch() | {"types": types()}, patched is interpreter._patch_lang]))
 """
 
 
@@ -179,9 +202,13 @@ def test_the_interpreter_s_needless_work_is_left_out_and_changes_no_result(tmp_p
     # 2**40 + 2**21 + 1 in 32 bits, reported by nobody before either.
     assert after["results"] == before["results"] and after["results"][1] == [2**21 + 1]
     assert after["results"][0][0] == pytest.approx(3.0 + 2**0.5)
+    assert after["types"] == before["types"]
     # What Triton does by itself. Where this fails, the piece that it belongs to can go.
-    assert before["looked"]["members"] > 5 and before["looked"]["overflows"] > 5
-    assert after["looked"] == {"members": 0, "overflows": 0}
+    by_itself, left = before["looked"], after["looked"]
+    assert min(by_itself.values()) > 5
+    assert left["members"] == left["overflows"] == left["types"] == 0
+    assert left["replacements"] == 4  # in two launches, of what kernels see and of what Triton's own functions do
+    assert left["shapes"] < by_itself["shapes"] / 2
     # The language is as it was when no kernel runs.
     assert after["builtins"] == before["builtins"] and "load" in before["builtins"]
 
