@@ -32,7 +32,7 @@ class SpecAttnOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Method = Field(
-        "specattn",
+        "sketch",
         description="'sketch': the target's own queries choose what they read, over a small copy of its keys; any "
         "drafter, or none (approximate). "
         "'specattn': the draft model's attention prunes the target's verification (approximate). "

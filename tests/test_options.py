@@ -22,7 +22,7 @@ def refusal(raw) -> str:
 def test_the_defaults_are_the_documented_ones():
     # Written out: changing one changes what every user of the plugin gets.
     assert SpecAttnOptions.parse({}).model_dump() == {
-        "method": "specattn",
+        "method": "sketch",
         "preset": None,
         "layer_map": None,
         "rule": None,
@@ -413,7 +413,7 @@ def test_a_preset_sets_what_is_not_given(method):
 
 
 def test_a_preset_needs_a_method_that_was_published():
-    assert "set method to one of specattn, sts, vegas" in refusal({"method": "sketch", "preset": "paper"})
+    assert "set method to one of specattn, sts, vegas" in refusal({"preset": "paper"})
 
 
 def test_what_is_given_wins_over_a_preset():

@@ -284,8 +284,8 @@ def engine_config(backend: str | None, **options):
 @pytest.mark.parametrize(
     ("backend", "options", "wanted"),
     [
-        ("specattn", {"method": "sketch"}, Sketching),
-        ("specattn", {"method": "sketch", "sparse_draft": False}, Ours),
+        ("specattn", {}, Sketching),
+        ("specattn", {"sparse_draft": False}, Ours),
         ("specattn", {"method": "specattn"}, Ours),
         ("specattn", {"method": "dense", "sparse_draft": True}, Sketching),
         (None, {}, Stock),
@@ -301,7 +301,7 @@ def test_only_our_backend_gets_our_speculator(stand_ins, backend, options, wante
     assert compat.stock_speculator() is Stock
 
 
-@pytest.mark.parametrize(("backend", "wanted"), [("specattn", Ours), (None, Stock)])
+@pytest.mark.parametrize(("backend", "wanted"), [("specattn", Sketching), (None, Stock)])
 def test_vllm_builds_the_speculator_through_the_name_that_is_replaced(
     stand_ins, tmp_path, monkeypatch, backend, wanted
 ):

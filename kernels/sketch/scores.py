@@ -21,6 +21,10 @@ chunks           [R, H, ceil(L / 2048), 256]  int16, written: the same of each c
 
 from __future__ import annotations
 
+import functools
+import logging
+from types import ModuleType
+
 import torch
 import triton
 import triton.language as tl
@@ -28,6 +32,8 @@ import triton.language as tl
 from . import contracts
 from .contracts import CHUNK, LOWEST, PER_NAT
 from .tiles import fused, load_blocks, load_codes, load_queries, load_scales, tile_products
+
+logger = logging.getLogger("vllm.specattn")
 
 TILE = 128  # tokens at a time
 NUM_WARPS = 4
@@ -97,6 +103,18 @@ def _scores_kernel(
     tl.atomic_add(histogram + r * stride_hr + h * BINS + bins, counts, mask=counts > 0, sem="relaxed")
 
 
+@functools.cache
+def _hopper() -> ModuleType | None:
+    """The form in Gluon, whose layouts leave no barrier in the loop; it runs in no interpreter. Gluon's names still
+    change from version to version: where they are others, the kernel above does the same, a half slower."""
+    try:
+        from . import hopper
+    except (ImportError, AttributeError) as error:
+        logger.warning("the faster scan does not run with Triton %s: %s", triton.__version__, error)
+        return None
+    return hopper
+
+
 def score_tokens(
     packed: torch.Tensor, factors: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor,
     dense: torch.Tensor, block_table: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sink: int, recent: int,
@@ -109,16 +127,12 @@ def score_tokens(
     rows, heads, width, size = packed.shape
     if rows == 0:
         return
-    # On Hopper in Gluon, whose layouts leave no barrier in the loop; it runs in no interpreter.
-    if fused(packed.device) and torch.cuda.get_device_capability(packed.device) == (9, 0):
-        from . import hopper
-
-        if hopper.takes(packed, codes, scales, scores):
-            hopper.launch(
-                bits, packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, sink, recent,
-                read_whole, scores, histogram, chunks,
-            )  # fmt: skip
-            return
+    if fused(packed.device) and (hopper := _hopper()) and hopper.takes(packed, codes, scales, scores):
+        hopper.launch(
+            bits, packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, sink, recent,
+            read_whole, scores, histogram, chunks,
+        )  # fmt: skip
+        return
     _scores_kernel[(heads, triton.cdiv(scores.shape[2], CHUNK), rows)](
         packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks,
         sink, recent, max(read_whole, 0), LOWEST, PER_NAT, packed.stride(0), factors.stride(0), block_table.stride(0),

@@ -122,7 +122,7 @@ def test_graphs_are_offered_where_the_executor_can_be_captured(monkeypatch, grap
 
     monkeypatch.setattr(executors, "resolve", resolve)
     assert SpecAttnMetadataBuilder.get_cudagraph_support(config("cuda:0", "triton"), None) == support
-    assert asked == [("triton", torch.device("cuda:0"), torch.bfloat16, False, True)]
+    assert asked == [("triton", torch.device("cuda:0"), torch.bfloat16, True, False)]
 
 
 def test_a_cpu_has_no_graphs():

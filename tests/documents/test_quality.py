@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+REAL = "eval methods --target SmolLM2-135M-Instruct --draft DRAFT"
 
 
 def methods_in_evaluation(file: str, begins: str, capsys) -> list[list[str]]:
@@ -40,11 +41,33 @@ def test_the_quality_is_what_was_measured(capsys):
     assert f"the published method is at {fifth} with {theirs} ([" in words
 
 
+def test_the_quality_on_a_real_model_is_what_was_measured():
+    from specattn_vllm.evaluation.methods_schema import Report
+    from specattn_vllm.evaluation.report import markdown
+    from specattn_vllm.evaluation.schema import read
+
+    lines = markdown(read(ROOT / "docs/results/h200-real-sketch.json", Report)).splitlines()
+    rows = {cells[0]: cells for cells in (line.strip("| ").split(" | ") for line in lines) if len(cells) > 5}
+    words, page = " ".join(README.split()), (ROOT / "docs/sketch.md").read_text()
+    eighth, twelfth = rows["sketch 12.5%"], rows["sketch 8%"]
+    read_, kl, same, perplexity = (eighth[i].split()[0] for i in (1, 4, 5, 6))
+    assert f"at {read_} of the KV entries KL {kl} to dense, {same} of top-1 tokens the same," in words
+    assert f"top-1 tokens the same, perplexity {perplexity};" in words
+    read_, kl, same, perplexity = (twelfth[i].split()[0] for i in (1, 4, 5, 6))
+    assert f"at {read_} it is {kl}, {same} and {perplexity} (" in words
+    for ratio, row in (("0.125", eighth), ("0.08", twelfth)):
+        more = f"{float(row[2].rstrip('%')) + 0.9:.1f}%"
+        cells = (f"`sketch`, `ratio` {ratio}", row[1], more, row[4], row[5].split()[0], row[6].split()[0])
+        assert f"| {' | '.join(cells)} |" in page
+
+
 @pytest.mark.parametrize(
     ("file", "begins"),
     [
         ("h200-methods", "eval methods --settings docs/settings/every-method.json"),
         ("h200-methods-8k", "eval methods --context 6400"),
+        ("h200-real-sketch", f"{REAL} --settings docs/settings/real-sketch.json"),
+        ("h200-real-peers", f"{REAL} --settings docs/settings/real-4k.json"),
     ],
 )
 def test_the_tables_of_methods_are_what_was_measured(file, begins, capsys, monkeypatch):

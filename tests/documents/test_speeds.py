@@ -153,6 +153,44 @@ def test_the_rounds_below_the_crossover_are_those_measured():
     assert f"4 x 4k is by {columns[5]['4x4k'] / columns[0]['4x4k'] - 1:.1%}." in " ".join(text.split())
 
 
+def test_the_times_of_a_search_are_those_measured():
+    page = (ROOT / "docs/sketch.md").read_text()
+    rows = json.loads((ROOT / "docs/results/h200-sketch-kernels.json").read_text())["rows"]
+    ms = {(row["shape"].split()[0], row["case"]): row["ms"] for row in rows}
+    parts = (
+        "prepare_queries", "score_tokens", "cut_scores, 8%", "list_pages, 8%", "search of a layer, 8%",
+        "sparse_attention, 8%", "fa3 dense",
+    )  # fmt: skip
+    for shape in ("16x32k", "4x32k", "1x32k", "4x128k"):
+        times = " | ".join(f"{ms[shape, part]:.4f}" for part in parts)
+        assert f"| {shape.replace('x', ' x ')} | {times} |" in page
+    scan = json.loads((ROOT / "docs/results/h200-sketch-scan.json").read_text())["ms"]
+    many, few = scan["16x32k, 24 query rows"], scan["16x32k, 4 query rows"]
+    shipped = "gluon, 4 warps (as shipped)"
+    words = " ".join(page.split())
+    assert f"**{many[shipped]} ms instead of {many['triton']}** at 16 x 32k" in words
+    assert f"{few[shipped]} instead of {few['triton']} with 4 query rows" in words
+    search = sum(ms["16x32k", part] for part in (parts[0], *parts[2:4])) + many[shipped]
+    assert f"A search of 32 layers at 16 x 32k is then {32 * search:.1f} ms" in words
+
+
+def test_the_engine_s_speeds_with_a_sketch_are_those_measured():
+    words = " ".join(README.split())
+    found = json.loads((ROOT / "docs/results/h200-sketch-round.json").read_text())["engines"]
+    drafted, alone = found.values()
+    speeds = [max(t / s for t, s in zip(e["tokens"], e["seconds"], strict=True)) for e in (drafted, alone)]
+    # The last two generations, after one that warms up, are within a thousandth.
+    assert f"**{speeds[0]:,.0f} tokens per second with the draft model** and at **" in words
+    assert f"**{sorted(t / s for t, s in zip(alone['tokens'], alone['seconds'], strict=True))[1]:,.0f} without" in words
+    assert f"A round of {1000 * drafted['seconds'][2] / drafted['rounds'][2]:.1f} ms" in words
+    kernels = drafted["kernels"]
+    search = sum(kernels[name]["ms"] for name in ("_scores_kernel", "_queries_kernel", "_cuts_kernel", "_pages_kernel"))
+    attention = kernels["_sparse_kernel"]["ms"] + kernels["_combine_kernel"]["ms"]
+    products = sum(k["ms"] for name, k in kernels.items() if "nvjet" in name or "splitK" in name)
+    told = f"has {products:.1f} ms of matrix products, {attention:.1f} of attention, and {search:.1f} of searching"
+    assert told in words
+
+
 def test_the_cpu_s_table_is_what_was_measured():
     document = (ROOT / "docs/cpu.md").read_text()
     results = {r["mode"]: r for r in json.loads((ROOT / "docs/results/cpu.json").read_text())["results"]}
