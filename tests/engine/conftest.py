@@ -148,11 +148,14 @@ def engine(demo_pair):
 
 @pytest.fixture
 def greedy():
-    """greedy(llm, prompts, n) -> token ids, n per prompt."""
+    """greedy(llm, prompts, n) -> token ids, n per prompt, or as many as a list says for each."""
     from vllm import SamplingParams
 
-    def run(llm, prompts, n: int) -> list[list[int]]:
-        parameters = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
+    def run(llm, prompts, n: int | list[int]) -> list[list[int]]:
+        parameters = [
+            SamplingParams(temperature=0, max_tokens=most, ignore_eos=True, detokenize=False)
+            for most in (n if isinstance(n, list) else [n] * len(prompts))
+        ]
         outputs = llm.generate(prompts, parameters, use_tqdm=False)
         return [list(output.outputs[0].token_ids) for output in outputs]
 

@@ -7,6 +7,7 @@ import pytest
 pytestmark = pytest.mark.engine
 
 VOCABULARY = 512
+NEW_TOKENS = 8
 
 # Nothing dropped; and some of it.
 EXACT = {
@@ -114,16 +115,16 @@ def test_pairs_of_other_shapes(method, target, draft, tmp_path, engine, greedy, 
         "draft": _save(tmp_path / "draft", draft[0], **draft[1], seed=1),
     }
     shared = dict(skip_tokenizer_init=True, max_model_len=512)
-    expected = greedy(engine(None, target=models["target"], **shared), random_prompts, 12)
+    expected = greedy(engine(None, target=models["target"], **shared), random_prompts, NEW_TOKENS)
     audit.owner.clear()
     # Sizes come from a first verification of everything.
     unsized = len(random_prompts) if method == "fused" else 0
     llm = engine(EXACT[method], **models, **shared)
-    assert greedy(llm, random_prompts, 12) == expected
+    assert greedy(llm, random_prompts, NEW_TOKENS) == expected
     seen = counts(llm)
     assert seen.sparse_rows == seen.verify_rows - unsized > 0
     llm = engine(PRUNED[method], **models, **shared)
-    greedy(llm, random_prompts, 12)
+    greedy(llm, random_prompts, NEW_TOKENS)
     seen = counts(llm)
     assert seen.sparse_rows == seen.verify_rows - unsized > 0
     assert seen.kv_read < seen.kv_full
