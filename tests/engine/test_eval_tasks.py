@@ -13,10 +13,13 @@ from specattn_vllm.installed import demo_folder
 pytestmark = pytest.mark.engine
 
 SETTINGS = [
-    {"name": "all of it", "options": {"top_p": 1.0}},
+    {"name": "all of it", "options": {"method": "specattn", "top_p": 1.0}},
     # Of a constant that stands far back nothing is read.
-    {"name": "the end", "options": {"top_p": 1e-6, "min_tokens": 0, "sink_tokens": 1, "recent_tokens": 16}},
-    {"name": "no map", "options": {"layer_map": "nowhere.json"}},
+    {
+        "name": "the end",
+        "options": {"method": "specattn", "top_p": 1e-6, "min_tokens": 0, "sink_tokens": 1, "recent_tokens": 16},
+    },
+    {"name": "no map", "options": {"method": "specattn", "layer_map": "nowhere.json"}},
 ]
 
 

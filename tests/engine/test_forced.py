@@ -22,9 +22,11 @@ pytestmark = [
 ]
 
 CONTEXT, POSITIONS, STEPS = 330, 33, 4  # positions are no whole number of rounds
+FREE = 12  # tokens of a run that nothing leads
 SINK, RECENT, RATIO = 4, 16, 0.1
 PRUNED = {
-    "rule": "top_k", "ratio": RATIO, "min_tokens": 0, "sink_tokens": SINK, "recent_tokens": RECENT, "combine": "sum",
+    "method": "specattn", "rule": "top_k", "ratio": RATIO, "min_tokens": 0, "sink_tokens": SINK,
+    "recent_tokens": RECENT, "combine": "sum",
 }  # fmt: skip
 
 # A target that drafts for itself, from the first and the last tokens: no attention to compute.
@@ -207,7 +209,7 @@ def test_figures_are_those_of_plain_pytorch(demo_pair, prompts, tmp_path):
             context=CONTEXT,
             positions=POSITIONS,
             draft_tokens=STEPS,
-            free_tokens=24,
+            free_tokens=FREE,
             batch=2,  # fewer than documents, so that a slot is taken over
             device="cpu",
             dtype="float32",
@@ -261,13 +263,13 @@ def test_figures_are_those_of_plain_pytorch(demo_pair, prompts, tmp_path):
     counted = runs["oracle"].result.forced
     assert counted["kv_read"] / counted["kv_full"] == pytest.approx(np.mean([e[5] for e in expected]), abs=1e-3)
     # The free run is no forced one: some drafts were rejected, and what comes out is the target's own choice.
-    assert [len(tokens) for tokens in runs["pruned"].free_tokens] == [24] * 3
+    assert [len(tokens) for tokens in runs["pruned"].free_tokens] == [FREE] * 3
     free = runs["pruned"].result.free
     assert free["rounds"] < free["sampled_tokens"] < 5 * free["rounds"]
     by_document = runs["pruned"].result.documents
     assert sum(document.rounds for document in by_document) == free["rounds"]
     assert sum(document.sampled_tokens for document in by_document) == free["sampled_tokens"]
     # The first token is the prompt's pass's; of the last round, some may be more than was asked for.
-    assert all(23 <= document.sampled_tokens < 23 + STEPS + 1 for document in by_document)
+    assert all(FREE - 1 <= document.sampled_tokens < FREE + STEPS for document in by_document)
     own = favourites(demo_pair[0], texts[0][:CONTEXT] + runs["dense"].free_tokens[0])
     assert own[CONTEXT - 1 : -1] == runs["dense"].free_tokens[0]

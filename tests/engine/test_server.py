@@ -23,8 +23,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 NEW_TOKENS = 64
 LINE = re.compile(
-    r"specattn: (\d+) rounds in \d+ s, acceptance length ([\d.]+), verification read ([\d.]+)% of KV, "
-    r"dense verification rows (\d+)"
+    r"specattn: (\d+) rounds in \d+ s, acceptance length ([\d.]+), (?:verification|target) read ([\d.]+)% of KV\b.*?"
+    r"dense (?:verification )?rows (\d+)"
 )
 
 

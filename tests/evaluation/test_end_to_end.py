@@ -16,9 +16,12 @@ SETTINGS = [
     {"name": "own drafts", "options": {"method": "vegas", "ratio": 0.1, "min_tokens": 0}},
     {
         "name": "ends",
-        "options": {"top_p": 1e-6, "min_tokens": 0, "sink_tokens": 4, "recent_tokens": 50, "layer_map": "uniform"},
+        "options": {
+            "method": "specattn", "top_p": 1e-6, "min_tokens": 0, "sink_tokens": 4, "recent_tokens": 50,
+            "layer_map": "uniform",
+        },
     },
-    {"name": "no map", "options": {"layer_map": "nowhere.json"}},
+    {"name": "no map", "options": {"method": "specattn", "layer_map": "nowhere.json"}},
 ]
 
 

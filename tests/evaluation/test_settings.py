@@ -17,7 +17,7 @@ from specattn_vllm.options import SpecAttnOptions
 
 ROOT = Path(__file__).parents[2]
 DEMO_MAP = ROOT / "configs/demo.json"
-HALF = Setting(name="half", options={"rule": "top_k", "ratio": 0.5})
+HALF = Setting(name="half", options={"method": "specattn", "rule": "top_k", "ratio": 0.5})
 
 
 def test_the_default_settings_are_what_the_plugin_takes_and_begin_with_the_reference():
