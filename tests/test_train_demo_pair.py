@@ -122,11 +122,12 @@ def run(*args):
     return done.stdout
 
 
-def test_end_to_end_in_two_calls(corpus, tmp_path):
+def test_end_to_end_in_two_calls(corpus, tmp_path, script):
     first, second = tmp_path / "first", tmp_path / "second"
     run("--out", first, "--corpus", corpus[0], "--seconds-draft", 0)
     assert {p.name for p in (first / "target").iterdir()} == OUTPUT
-    run("--out", second, "--corpus", corpus[0], "--target", first / "target")
+    second_call = ["--tiny", "--vocab", "300", "--out", second, "--corpus", corpus[0], "--target", first / "target"]
+    script.main([*map(str, second_call)])
     for kind in ("target", "draft"):
         folder = second / kind
         assert {p.name for p in folder.iterdir()} == OUTPUT

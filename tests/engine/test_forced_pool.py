@@ -30,7 +30,7 @@ def job(demo_pair, prompts):
             context=CONTEXT,
             positions=POSITIONS,
             draft_tokens=STEPS,
-            free_tokens=40,
+            free_tokens=16,
             batch=5,
             device="cpu",
             dtype="float32",
