@@ -95,7 +95,8 @@ def test_below_the_crossover_the_draft_alone_reads_a_part(
 ):
     """Its output is then the target's own, and what the draft reads is as without a crossover of a dense target."""
     expected = plain(prompts(LENGTHS), NEW_TOKENS)
-    draft = {"sparse_draft": True, "top_p": 0.5, "min_tokens": 16, "refresh_draft_every": every}
+    draft = {"sparse_draft": True, "draft_by": "attention", "top_p": 0.5, "min_tokens": 16}
+    draft |= {"refresh_draft_every": every}
     llm = engine({"method": "dense", **draft})
     greedy(llm, prompts(LENGTHS), NEW_TOKENS)
     dense = counts(llm)
@@ -137,7 +138,8 @@ def test_replayed_rounds_select_nothing_for_exact_requests(engine, prompts, audi
 
 def test_sparse_drafting_is_lossless_for_a_dense_target(plain, engine, greedy, prompts, counts):
     expected = plain(prompts(LENGTHS), 30)
-    options = {"method": "dense", "sparse_draft": True, "top_p": 0.5, "min_tokens": 16, "recent_tokens": 8}
+    options = {"method": "dense", "sparse_draft": True, "draft_by": "attention", "top_p": 0.5}
+    options |= {"min_tokens": 16, "recent_tokens": 8}
     read = {}
     for every in (1, 4):
         llm = engine({**options, "refresh_draft_every": every})
