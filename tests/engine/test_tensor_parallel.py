@@ -14,7 +14,6 @@ pytestmark = [
     pytest.mark.engine,
     pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two ranks need two processor cores"),
     pytest.mark.skipif(torch.cuda.is_available(), reason="runs two ranks on a CPU"),
-    pytest.mark.xdist_group("two ranks"),
 ]
 
 # A rank of the demo target holds one of its two KV heads.
@@ -23,67 +22,59 @@ import json, sys
 from vllm import LLM, SamplingParams
 
 if __name__ == "__main__":
-    target, draft, jobs = json.loads(sys.argv[1])
-    for name, (options, prompts) in jobs.items():
-        llm = LLM(
-            target, dtype="float32", enforce_eager=True, max_model_len=1024, max_num_seqs=2, tensor_parallel_size=2,
-            attention_backend="specattn", additional_config={"specattn": options},
-            speculative_config={"model": draft, "method": "draft_model", "num_speculative_tokens": 3},
-        )
-        parameters = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
-        outputs = llm.generate(prompts, parameters, use_tqdm=False)
-        result = [[list(o.outputs[0].token_ids) for o in outputs], llm.collective_rpc("specattn_stats")]
-        print("RESULT", json.dumps([name, result]), flush=True)
-        llm.llm_engine.engine_core.shutdown()
+    target, draft, options, prompts = json.loads(sys.argv[1])
+    llm = LLM(
+        target, dtype="float32", enforce_eager=True, max_model_len=1024, max_num_seqs=2, tensor_parallel_size=2,
+        attention_backend="specattn", additional_config={"specattn": options},
+        speculative_config={"model": draft, "method": "draft_model", "num_speculative_tokens": 3},
+    )
+    parameters = SamplingParams(temperature=0, max_tokens=16, ignore_eos=True, detokenize=False)
+    outputs = llm.generate(prompts, parameters, use_tqdm=False)
+    result = [[list(o.outputs[0].token_ids) for o in outputs], llm.collective_rpc("specattn_stats")]
+    print("RESULT", json.dumps(result), flush=True)
+    llm.llm_engine.engine_core.shutdown()
 """
 
-# What is compared with one rank, and what is pruned. A map of heads by proportion stays within each rank.
-EXACT = {"method": "specattn", "top_p": 1.0}
-PRUNED = {
-    "specattn": {"method": "specattn", "top_p": 0.7},
-    "sts": {"method": "sts", "ratio": 0.2, "layer_map": "uniform"},
-    "fused": {"method": "fused", "size_top_p": 0.6, "size_rounds": 1, "layer_map": "uniform"},
-}
 
-
-@pytest.fixture(scope="module")
-def asked(prompts):
-    return prompts([300, 600])
-
-
-@pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory, demo_pair, prompts, asked):
-    """By name, the tokens of each engine and the counts of its ranks. One program starts them all, after each other,
-    because what it imports takes longer than they do."""
-    script = tmp_path_factory.mktemp("ranks") / "ranks.py"
+def run_on_two_ranks(tmp_path, pair, options: dict, prompts: list[dict]) -> tuple[list[list[int]], list[dict]]:
+    script = tmp_path / "ranks.py"
     script.write_text(PROGRAM)
-    longer = prompts([600, 900])
-    jobs = {name: ({**options, "min_tokens": 16}, longer) for name, options in PRUNED.items()}
-    jobs = {"exact": (EXACT, asked), **jobs}
     environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    command = [sys.executable, "-P", str(script), json.dumps([*demo_pair, jobs])]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    command = [sys.executable, "-P", str(script), json.dumps([*pair, options, prompts])]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     lines = [line.split("RESULT ", 1)[1] for line in done.stdout.splitlines() if "RESULT " in line]
-    assert len(lines) == len(jobs), done.stdout[-2000:] + done.stderr[-2000:]
-    return dict(json.loads(line) for line in lines)
+    assert lines, done.stdout[-2000:] + done.stderr[-2000:]
+    return tuple(json.loads(lines[0]))
 
 
-def test_two_ranks_give_the_tokens_of_one(plain, asked, on_two_ranks):
-    tokens, ranks = on_two_ranks["exact"]
-    assert tokens == plain(asked, 16)
+def test_two_ranks_give_the_tokens_of_one(plain, prompts, demo_pair, tmp_path):
+    asked = prompts([300, 600])
+    expected = plain(asked, 16)
+    tokens, ranks = run_on_two_ranks(tmp_path, demo_pair, {"method": "specattn", "top_p": 1.0}, asked)
+    assert tokens == expected
     assert len(ranks) == 2
     for counts in ranks:
         assert counts["sparse_rows"] == counts["verify_rows"] > 0
         assert counts["kv_read"] == counts["kv_full"]
 
 
-@pytest.mark.parametrize("method", PRUNED)
-def test_each_rank_prunes(method, on_two_ranks):
-    tokens, ranks = on_two_ranks[method]
+@pytest.mark.parametrize(
+    "options",
+    # A map of heads by proportion stays within each rank.
+    [
+        {"method": "specattn", "top_p": 0.7},
+        {"method": "sts", "ratio": 0.2, "layer_map": "uniform"},
+        {"method": "fused", "size_top_p": 0.6, "size_rounds": 1, "layer_map": "uniform"},
+    ],
+    ids=["specattn", "sts", "fused"],
+)
+def test_each_rank_prunes(options, prompts, demo_pair, tmp_path):
+    options = {**options, "min_tokens": 16}
+    tokens, ranks = run_on_two_ranks(tmp_path, demo_pair, options, prompts([600, 900]))
     assert all(len(row) == 16 for row in tokens)
     # Sizes come from a first verification of everything.
-    unsized = 2 if method == "fused" else 0
+    unsized = 2 if options.get("method") == "fused" else 0
     for counts in ranks:
         assert counts["sparse_rows"] == counts["verify_rows"] - unsized > 0
         assert counts["kv_read"] < 0.8 * counts["kv_full"]
