@@ -23,7 +23,10 @@ NEW_TOKENS = 24
 )
 def test_choices_and_sketches_of_chunked_prompts(options, own, engine, greedy, prompts, counts, sketch_audit):
     llm = engine({**OPTIONS, **options}, max_num_batched_tokens=256, block_size=16, **own)
-    greedy(llm, prompts([30, 400, 900, 1500]), NEW_TOKENS)
+    # On a CPU the kernels' interpreter takes minutes for what PyTorch takes seconds for.
+    interpreted = options.get("executor") == "triton" and not torch.cuda.is_available()
+    lengths, tokens = ([30, 300, 600], 6) if interpreted else ([30, 400, 900, 1500], NEW_TOKENS)
+    greedy(llm, prompts(lengths), tokens)
     assert sketch_audit.pruned > 20
     seen = counts(llm)
     assert 0 < seen.sparse_rows < seen.verify_rows

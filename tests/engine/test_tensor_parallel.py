@@ -39,8 +39,8 @@ if __name__ == "__main__":
 def run_on_two_ranks(tmp_path, pair, options: dict, prompts: list[dict]) -> tuple[list[list[int]], list[dict]]:
     script = tmp_path / "ranks.py"
     script.write_text(PROGRAM)
-    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    # No process for the engine's core, which would import everything once more: those of the ranks are what matters.
+    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     command = [sys.executable, "-P", str(script), json.dumps([*pair, options, prompts])]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     lines = [line.split("RESULT ", 1)[1] for line in done.stdout.splitlines() if "RESULT " in line]
