@@ -203,6 +203,8 @@ def _options(mode: str, kept: float | None) -> dict[str, Any]:
         return {"method": "dense", "sparse_draft": True, "top_p": 1.0, "max_fraction": SPARSE_DRAFT, "min_tokens": 0}
     if mode in SKETCH_MODES:
         return {"method": "sketch", "ratio": kept, "min_tokens": 0}
+    if mode == "vegas-sketch":
+        return {"method": "vegas", "draft_by": "sketch", "ratio": kept, "min_tokens": 0}
     if mode in SELF_MODES:
         return {"method": mode, "ratio": kept, "min_tokens": 0}
     # A fixed share, whatever the (random) attention looks like: top_p keeps everything, the cap cuts it.
