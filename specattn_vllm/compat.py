@@ -30,6 +30,11 @@ attach_to_runner      Method 'sketch' needs the loaded model and the runner's re
                       left for the KV cache, and 'dense' beside a drafter of vLLM's has its rounds to count; without a
                       speculator of ours nothing of the plugin runs then. Wraps `GPUModelRunner.load_model`. Goes with a
                       hook for backends after loading.
+capture_twice         A step in which no row chooses (a batch below the crossover, exact requests) needs no search, and
+                      one costs a small batch up to a tenth. vLLM captures a full graph of the target for each batch
+                      size; this captures another without the search, and replays the one that the step's metadata is
+                      for. Wraps `capture` and `run_fullgraph` of `ModelCudaGraphManager`. Goes when a backend may have
+                      graphs by its own key.
 count_rounds          Acceptance is only known where drafts are made: wraps `propose` of one drafter that is not ours.
                       Goes if backends get a stats hook.
 mark_dummy_runs       vLLM's steps for warming up look like real ones to a metadata builder. Wraps `_dummy_run` of one
@@ -53,7 +58,8 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -316,6 +322,61 @@ def attach_to_runner() -> None:
 
     setattr(load_model, _MARK, True)
     GPUModelRunner.load_model = load_model
+
+
+def capture_twice(model: Any, target: Any) -> None:
+    """Have vLLM's full graphs of `model` captured once with target.captured true and once with it false, and replayed
+    as target.chooses says. vLLM makes a manager of graphs after the model is loaded, and one to profile before that."""
+    model.specattn_target = target
+    from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+
+    capture, run = ModelCudaGraphManager.capture, ModelCudaGraphManager.run_fullgraph
+    if getattr(capture, _MARK, False):
+        return
+
+    @functools.wraps(capture)
+    def capture_both(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        self.specattn_target = target = getattr(model, "specattn_target", None)
+        if target is None:
+            return capture(self, model, *args, **kwargs)
+        with _captured(target, True):
+            capture(self, model, *args, **kwargs)
+        samples = self._capture_mem_samples
+        before = list(samples or ())
+        graphs, wanted = self.graphs, self._capture_descs
+        self.graphs = self.specattn_dense_graphs = {}
+        self._capture_descs = {mode: descs for mode, descs in wanted.items() if mode.name == "FULL"}
+        try:
+            with _captured(target, False):
+                capture(self, model, *args, **kwargs)
+        finally:
+            self.graphs, self._capture_descs = graphs, wanted
+            if samples is not None:
+                # vLLM reckons with a graph for each batch size: its memory is that of both.
+                samples[:] = [sum(pair) for pair in zip(before, samples[len(before) :], strict=True)]
+
+    @functools.wraps(run)
+    def run_fullgraph(self, desc: Any) -> Any:
+        target = getattr(self, "specattn_target", None)
+        if target is None or target.chooses:
+            return run(self, desc)
+        graphs, self.graphs = self.graphs, self.specattn_dense_graphs
+        try:
+            return run(self, desc)
+        finally:
+            self.graphs = graphs
+
+    setattr(capture_both, _MARK, True)
+    ModelCudaGraphManager.capture, ModelCudaGraphManager.run_fullgraph = capture_both, run_fullgraph
+
+
+@contextmanager
+def _captured(target: Any, chooses: bool) -> Iterator[None]:
+    target.captured = chooses
+    try:
+        yield
+    finally:
+        target.captured = None
 
 
 def count_rounds(runner: Any, seen: Callable[[Any, Any], None]) -> None:

@@ -30,8 +30,6 @@ def sampled_tokens(context: torch.Tensor) -> torch.Tensor:
     return context - blocks * SAMPLE_BLOCK + (blocks + stride - 1) // stride * SAMPLE_BLOCK
 
 
-
-
 @dataclass(frozen=True)
 class Budget:
     """How many tokens of the context each KV head reads. Counts are in tokens and hold the forced ones.
@@ -84,7 +82,7 @@ def bits_of(code_bytes: int, head_size: int) -> int:
     return bits
 
 
-def encode_keys(key, slot_mapping, rotation, centre, codes, scales) -> int:
+def encode_keys(key, slot_mapping, rotation, centre, codes, scales, value=None, kv_cache=None) -> int:
     """Returns the bits of a code."""
     tensor("key", key, (None, None, None), FLOATS)
     _, heads, size = key.shape
@@ -95,6 +93,10 @@ def encode_keys(key, slot_mapping, rotation, centre, codes, scales) -> int:
     expect(slot_mapping.shape[0] <= key.shape[0], "slot_mapping", slot_mapping.shape[0], "no more than the keys")
     tensor("rotation", rotation, (size, size), key.dtype, dev)
     tensor("centre", centre, (heads, size), torch.float32, dev)
+    expect((value is None) == (kv_cache is None), "kv_cache", "given or not", "as value is")
+    if value is not None:
+        tensor("value", value, key.shape, key.dtype, dev)
+        tensor("kv_cache", kv_cache, (*codes.shape[:3], 2 * size), key.dtype, dev)
     return bits_of(codes.shape[3], size)
 
 

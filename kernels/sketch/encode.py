@@ -1,4 +1,4 @@
-"""Codes of new keys, written where the keys are written.
+"""Codes of new keys, written where the keys are written; with the values at hand, keys and values are written too.
 
 A key is rotated, its centre subtracted, and each element rounded to 2^bits levels of a step that suits the key's own
 size. The rotation (random signs, then a Hadamard matrix) spreads what a few large elements hold over all of them; the
@@ -11,6 +11,9 @@ rotation      [D, D]           dtype of key, +1 and -1: a key k becomes k @ rota
 centre        [H, D]           float32, rotated
 codes         [B, H, N, C]     uint8, written; C = D * bits / 8, order of the elements as in ``layout``
 scales        [B, H, N]        float16, written: k.k / k.level, what one unit of a level is worth
+value         [T, H, D]        dtype of key; None: codes alone are written. One launch for both is what vLLM's cache
+                               write takes by itself
+kv_cache      [B, H, N, 2D]    dtype of key, written; only with value
 """
 
 from __future__ import annotations
@@ -28,9 +31,10 @@ STEPS = {1: 1.5958, 2: 0.9957, 4: 0.3352}
 
 @triton.jit
 def _encode_kernel(
-    key, slot_mapping, rotation, centre, codes, scales, tokens, block_size, norm, step_size,
+    key, slot_mapping, rotation, centre, codes, scales, value, kv_cache, tokens, block_size, norm, step_size,
     stride_kt, stride_kh, stride_cb, stride_ch, stride_cn, stride_sb, stride_sh,
-    D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+    stride_vt, stride_vh, stride_eb, stride_eh, stride_en,
+    D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, HAS_VALUE: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     h = tl.program_id(1)
@@ -38,6 +42,13 @@ def _encode_kernel(
     live = slot >= 0
     d = tl.arange(0, D)
     k = tl.load(key + t.to(tl.int64)[:, None] * stride_kt + h * stride_kh + d[None, :], mask=live[:, None], other=0.0)
+    block, offset = slot // block_size, slot % block_size
+    if HAS_VALUE:
+        at = t.to(tl.int64)[:, None] * stride_vt + h * stride_vh + d[None, :]
+        v = tl.load(value + at, mask=live[:, None], other=0.0)
+        entry = kv_cache + block[:, None] * stride_eb + h * stride_eh + offset[:, None] * stride_en + d[None, :]
+        tl.store(entry, k, mask=live[:, None])
+        tl.store(entry + D, v, mask=live[:, None])
     turn = tl.load(rotation + d[:, None] * D + d[None, :])
     x = tl.dot(k, turn, input_precision="ieee") * norm - tl.load(centre + h * D + d)[None, :]
     step = tl.sqrt(tl.sum(x * x, 1) / D) * step_size
@@ -48,7 +59,6 @@ def _encode_kernel(
     FIELDS: tl.constexpr = 8 // BITS
     field = tl.arange(0, FIELDS)
     packed = tl.sum(tl.reshape(level, (BLOCK, FIELDS, C)) << (field * BITS)[None, :, None], 1)
-    block, offset = slot // block_size, slot % block_size
     j = tl.arange(0, C)
     where = codes + block[:, None] * stride_cb + h * stride_ch + offset[:, None] * stride_cn + j[None, :]
     tl.store(where, packed.to(tl.uint8), mask=live[:, None])
@@ -61,15 +71,16 @@ def _encode_kernel(
 
 def encode_keys(
     key: torch.Tensor, slot_mapping: torch.Tensor, rotation: torch.Tensor, centre: torch.Tensor, codes: torch.Tensor,
-    scales: torch.Tensor,
+    scales: torch.Tensor, value: torch.Tensor | None = None, kv_cache: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    bits = contracts.encode_keys(key, slot_mapping, rotation, centre, codes, scales)
+    bits = contracts.encode_keys(key, slot_mapping, rotation, centre, codes, scales, value, kv_cache)
     tokens, (_, heads, size) = slot_mapping.shape[0], key.shape
     if tokens == 0:
         return
     _encode_kernel[(triton.cdiv(tokens, BLOCK), heads)](
-        key, slot_mapping, rotation, centre, codes, scales, tokens, codes.shape[2], size**-0.5, STEPS[bits],
-        *key.stride()[:2], *codes.stride()[:3], *scales.stride()[:2],
-        D=size, BITS=bits, C=codes.shape[3], BLOCK=BLOCK, num_warps=4,
+        key, slot_mapping, rotation, centre, codes, scales, value, kv_cache, tokens, codes.shape[2], size**-0.5,
+        STEPS[bits], *key.stride()[:2], *codes.stride()[:3], *scales.stride()[:2],
+        *((0,) * 5 if value is None else (*value.stride()[:2], *kv_cache.stride()[:3])),
+        D=size, BITS=bits, C=codes.shape[3], BLOCK=BLOCK, HAS_VALUE=value is not None, num_warps=4,
     )  # fmt: skip

@@ -10,14 +10,16 @@ from .contracts import BINS, CHUNK, LOWEST, MAX_SAMPLE, PER_NAT, SAMPLE_BLOCK, B
 STEPS = {1: 1.5958, 2: 0.9957, 4: 0.3352}
 
 
-def encode_keys(key, slot_mapping, rotation, centre, codes, scales) -> None:
+def encode_keys(key, slot_mapping, rotation, centre, codes, scales, value=None, kv_cache=None) -> None:
     """Codes of new keys. See ``encode.encode_keys``."""
-    bits = contracts.encode_keys(key, slot_mapping, rotation, centre, codes, scales)
-    if not bool((slot_mapping >= 0).all()):
-        key, slot_mapping = key[: slot_mapping.shape[0]][slot_mapping >= 0], slot_mapping[slot_mapping >= 0]
-    key = key[: slot_mapping.shape[0]]
+    bits = contracts.encode_keys(key, slot_mapping, rotation, centre, codes, scales, value, kv_cache)
+    live = slot_mapping >= 0
+    key, slot_mapping, tokens = key[: live.shape[0]][live], slot_mapping[live], live.shape[0]
     if not key.shape[0]:
         return
+    if value is not None:
+        entries = torch.cat((key, value[:tokens][live]), dim=-1)
+        kv_cache.transpose(1, 2)[slot_mapping // codes.shape[2], slot_mapping % codes.shape[2]] = entries
     size = key.shape[2]
     x = (key.float() @ rotation.float()) * size**-0.5 - centre
     step = x.square().mean(-1, keepdim=True).sqrt() * STEPS[bits]

@@ -69,9 +69,10 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         SpecAttnBackend.sketch_bits = options.sketch_bits if options.keeps_sketches else None
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
-        self.operations.write_kv(key, value, kv_cache, slot_mapping)
         if self.sketch is not None:
-            self.sketch.write(key, kv_cache, slot_mapping)
+            self.sketch.write(key, value, kv_cache, slot_mapping)
+        else:
+            self.operations.write_kv(key, value, kv_cache, slot_mapping)
         if self.audit is not None:
             self.audit.note_values(value, slot_mapping)
 

@@ -137,8 +137,8 @@ def position_bytes(batch: Batch, sources: int, kept: int) -> int:
 
 
 def encode_bytes(heads: Heads, tokens: int, element: int, token_bytes: int) -> int:
-    """New keys in; codes and scales, `token_bytes` for a token and KV head, out."""
-    return tokens * (heads.kv * (heads.size * element + token_bytes) + 8) + heads.size * heads.size * element
+    """New keys and values in; the same out, with codes and scales, `token_bytes` for a token and KV head."""
+    return tokens * (heads.kv * (4 * heads.size * element + token_bytes) + 8) + heads.size * heads.size * element
 
 
 def packed_bytes(heads: Heads, batch: Batch, width: int) -> int:

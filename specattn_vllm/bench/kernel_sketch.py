@@ -107,12 +107,14 @@ class Search:
                 self.select(index)
 
     def encode_calls(self) -> Calls:
-        """The new keys of a step into each layer's sketch."""
+        """The new keys and values of a step into each layer's cache, and the keys into its sketch."""
         heads, req = self.heads, self.req
-        key = torch.randn(self.step.num_tokens, heads.kv, heads.size, device=self.bench.device).to(self.bench.dtype)
+        shape = (2, self.step.num_tokens, heads.kv, heads.size)
+        key, value = torch.randn(shape, device=self.bench.device).to(self.bench.dtype)
         new = self.batch.context - VERIFY_LEN + torch.arange(VERIFY_LEN, device=key.device)
         slots = (req.block_table[:, new // BLOCK_SIZE].long() * BLOCK_SIZE + new % BLOCK_SIZE).flatten()
-        return [partial(layer.write, key, cache, slots) for layer, cache in zip(self.layers, self.caches, strict=True)]
+        layers = zip(self.layers, self.caches, strict=True)
+        return [partial(layer.write, key, value, cache, slots) for layer, cache in layers]
 
     def attention_calls(self) -> Calls:
         """Attention over what the last layer chose, in the cache of each."""
@@ -138,9 +140,10 @@ def _sketch_all(layer, cache: torch.Tensor, size: int) -> None:
     """Sketch every key of a cache [B, H, N, 2D]."""
     blocks = max(KEYS_AT_A_TIME // BLOCK_SIZE, 1)
     for first in range(0, cache.shape[0], blocks):
-        part = cache[first : first + blocks, :, :, :size].transpose(1, 2)
+        part = cache[first : first + blocks].transpose(1, 2)
         slots = torch.arange(part.shape[0] * BLOCK_SIZE, device=cache.device) + first * BLOCK_SIZE
-        layer.write(part.reshape(-1, *part.shape[2:]), cache, slots)
+        entries = part.reshape(-1, *part.shape[2:])
+        layer.write(entries[..., :size], entries[..., size:], cache, slots)
 
 
 def search(bench: Bench, batch: Batch, pair: Pair, fractions: Sequence[float]) -> None:

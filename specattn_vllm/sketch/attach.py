@@ -37,6 +37,10 @@ class TargetSketch:
         self.exact = np.zeros(max_num_reqs, dtype=bool)
         self.dummy = False
         """Whether the step at hand is one of vLLM's own, for warming up."""
+        self.captured: bool | None = None
+        """While vLLM captures its graphs: whether rows choose in the steps that are captured. None at other times."""
+        self.chooses = True
+        """Whether any row of the step at hand chooses. Where none does, nothing is searched."""
         self.reporter: Reporter | None = None
         """Set where no speculator of ours reports."""
         self._served = False
@@ -79,6 +83,8 @@ class TargetSketch:
         if not self.dummy:
             slots[:real] = common.req_idx[:real]
         small = self._too_small(common, real)
+        dense = prefilling | exact | small
+        self.chooses = not dense.all() if self.captured is None else self.captured
         if self.dummy:
             self.sketch.counts.discard()
         else:
@@ -86,10 +92,10 @@ class TargetSketch:
             verifies = ~prefilling & (lengths > 0)
             prompts = int(common.is_prefilling.sum())
             device = common.seq_lens[:short], common.query_start_loc[: short + 1]
-            self.sketch.counts.begin(short, verifies, exact, small, prompts, *device)
+            self.sketch.counts.begin(short, verifies, exact, small, prompts, *device, self.chooses)
             if self.reporter is not None:
                 self.reporter.tick()
-        return self.sketch.begin(prefilling | exact | small, slots, starts)
+        return self.sketch.begin(dense, slots, starts) if self.chooses else None
 
     def _too_small(self, common: Any, real: int) -> bool:
         if not self.crossover or not real:
@@ -145,6 +151,7 @@ def attach(runner: Any) -> None:
         compat.count_rounds(runner, lambda batch, sampled: count_round(counters, operations, batch, sampled))
     compat.watch_new_requests(runner.model_state, target.enter)
     compat.mark_dummy_runs(runner, target)
+    compat.capture_twice(runner.model, target)
     runner.specattn_sketch = sketch
     _announce(options, target, nbytes, vllm_config)
 
@@ -168,6 +175,9 @@ def _announce(options: SpecAttnOptions, target: TargetSketch, nbytes: dict[str, 
         sizes(nbytes),
     )
     if target.crossover:
-        logger.info("specattn: batches of fewer than %d context tokens read everything", target.crossover)
+        logger.info(
+            "specattn: batches of fewer than %d context tokens read everything, in graphs of their own",
+            target.crossover,
+        )
     spec = vllm_config.speculative_config
     logger.info("specattn: drafting: %s", "none" if spec is None else f"vLLM's {spec.method}, unchanged")

@@ -20,6 +20,7 @@ REASONS = ("exact", "small_batch")
 @dataclass(frozen=True)
 class _Pending:
     rows: int
+    chooses: bool
     verifies: torch.Tensor  # [R] int64 on the device, 1 or 0
     lens: torch.Tensor  # [R] int32, a copy
     context: torch.Tensor  # [R] int32: tokens that were scanned if the row chose
@@ -35,10 +36,11 @@ class StepCounts:
 
     def begin(
         self, rows: int, verifies: np.ndarray, exact: np.ndarray, small_batch: bool, prefilling: int,
-        seq_lens: torch.Tensor, query_start_loc: torch.Tensor,
+        seq_lens: torch.Tensor, query_start_loc: torch.Tensor, chooses: bool,
     ) -> None:  # fmt: skip
         """A step of R short rows begins. On the host, [R] bool: those past their prompt, of these the exact ones, and
-        how many rows of the whole step are inside their prompt. On the device: seq_lens [R], query_start_loc [R+1]."""
+        how many rows of the whole step are inside their prompt. On the device: seq_lens [R], query_start_loc [R+1].
+        Where `chooses` is false, nothing is searched, and all rows read everything."""
         self.fold()
         number = int(verifies.sum())
         self.counters.add(prefill_rows=prefilling)
@@ -49,7 +51,7 @@ class StepCounts:
         context = lens - (query_start_loc[1:] - query_start_loc[:-1])
         mask = torch.from_numpy(verifies.astype(np.int64))
         mask = mask.pin_memory().to(self.sketch.device, non_blocking=True) if seq_lens.is_cuda else mask
-        self._pending = _Pending(rows, mask, lens, context)
+        self._pending = _Pending(rows, chooses, mask, lens, context)
         self.counters.add(
             verify_rows=number,
             exact_rows=int((exact & verifies).sum()),
@@ -64,12 +66,15 @@ class StepCounts:
         sketch, shape = self.sketch, self.sketch.shape
         per_token = shape.layers * shape.num_kv_heads
         verifies = pending.verifies
+        full = (pending.lens * verifies).sum() * per_token
+        if not pending.chooses:
+            self.counters.add(kv_full=full, kv_read=full)
+            return
         read = sketch.kept[:, : pending.rows].sum(dim=(0, 2), dtype=torch.int64)
-        full = pending.lens.long() * per_token
         scanned = (sketch.dense[: pending.rows] == 0) & (pending.context > sketch.budget.reads_all_up_to)
         scans = verifies * scanned
         self.counters.add(
-            kv_full=(full * verifies).sum(),
+            kv_full=full,
             kv_read=(read * verifies).sum(),
             kv_scanned=(pending.context * scans).sum() * per_token,
             kv_sampled=(sampled_tokens(pending.context) * scans).sum() * per_token,

@@ -51,10 +51,15 @@ class LayerSketch:
             self._cache = key
         return self.codes, self.scales
 
-    def write(self, key: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        """Sketch new keys. key [T, H, D]; kv_cache [B, H, N, 2D]; slot_mapping [T] int64, as the cache is written."""
+    def write(
+        self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    ) -> None:
+        """Write new keys and values into the cache, and the keys' codes beside them. key, value [T, H, D]; kv_cache
+        [B, H, N, 2D]; slot_mapping [S] int64, S <= T."""
         sketch = self.sketch
-        sketch.operations.encode_keys(key, slot_mapping, sketch.rotation, self.centre, *self._views(kv_cache))
+        sketch.operations.encode_keys(
+            key, slot_mapping, sketch.rotation, self.centre, *self._views(kv_cache), value, kv_cache
+        )
 
     def select(
         self,

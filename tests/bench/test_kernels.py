@@ -128,7 +128,7 @@ def test_bytes_of_a_search():
     assert shapes.carry_bytes(batch) == 16 * (2 * 258 * 4 + 8)
     assert shapes.cut_bytes(LLAMA, batch) == 16 * 8 * (1024 + 16 * (512 + 8) + 8)
     assert shapes.list_bytes(LLAMA, batch, 2622) == 16 * (8 * (context + 2623 * 4) + 2048 * 4)
-    assert shapes.encode_bytes(LLAMA, 96, 2, 34) == 96 * (8 * (256 + 34) + 8) + 128 * 128 * 2
+    assert shapes.encode_bytes(LLAMA, 96, 2, 34) == 96 * (8 * (4 * 256 + 34) + 8) + 128 * 128 * 2
 
 
 def test_constants_of_a_search_are_the_kernels():

@@ -23,6 +23,8 @@ GRAPHS = {
     },
 }
 LENGTHS = [5, 129, 700, 1300, 2500, 4000]
+ACROSS = sum(LENGTHS) + 90
+"""A crossover between the first step's tokens and the last one's: graphs of both kinds, in turn."""
 NEW_TOKENS = 32
 
 
@@ -271,6 +273,7 @@ def test_no_step_waits_for_the_device(options, engine, greedy, prompts, monkeypa
         pytest.param({"ratio": 0.2, "min_tokens": 80}, id="ratio"),
         pytest.param({"top_p": 0.9, "min_tokens": 80, "sketch_bits": 4}, id="top_p"),
         pytest.param({"ratio": 0.2, "min_tokens": 80, "crossover_tokens": 10**6}, id="below-the-crossover"),
+        pytest.param({"ratio": 0.2, "min_tokens": 80, "crossover_tokens": ACROSS}, id="across-the-crossover"),
     ],
 )
 def test_a_target_that_chooses_for_itself_chooses_alike_in_graphs(
@@ -289,7 +292,10 @@ def test_a_target_that_chooses_for_itself_chooses_alike_in_graphs(
     seen = counts(llm)
     assert seen.kv_fraction == pytest.approx(upstream.kv_fraction, rel=0.01)
     assert replayed["target"] > 5
-    if options.get("ratio") == 1.0 or "crossover_tokens" in options:
+    if options.get("crossover_tokens") == ACROSS:
+        assert 0 < seen.small_batch_rows == upstream.small_batch_rows
+        assert 0 < seen.sparse_rows < seen.verify_rows - seen.small_batch_rows
+    elif options.get("ratio") == 1.0 or "crossover_tokens" in options:
         assert seen.kv_fraction == 1.0
         assert greedy(engine(None), prompts(LENGTHS), NEW_TOKENS) == expected
     else:

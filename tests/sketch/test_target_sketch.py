@@ -91,6 +91,83 @@ def test_steps_that_look_alike_are_two(announce, target):
     assert target.sketch.counts.counters.read().verify_rows == 2
 
 
+def test_a_step_in_which_no_row_chooses_is_searched_by_none(announce, target):
+    target.crossover = 601
+    for lens, chooses in (([300, 200], False), ([400, 205], True)):
+        steps = announce(lens, [5, 5], [False, False])
+        assert target.chooses == chooses
+        assert all((step is not None) == chooses for step in steps)
+        target.sketch.kept[:, :2] = 80
+    target.exact[:2] = True
+    assert announce([500, 205], [5, 5], [False, False]) == [None] * 3
+    announce([500, 205], [5, 5], [True, False])
+    assert not target.chooses, "a prompt beside an exact request"
+    target.sketch.counts.fold()
+    seen, heads = target.sketch.counts.counters.read(), SHAPE.layers * SHAPE.num_kv_heads
+    assert (seen.small_batch_rows, seen.exact_rows) == (2, 3)
+    assert seen.kv_full == (500 + 605 + 705 + 205) * heads
+    assert seen.kv_read == (500 + 80 * 2 + 705 + 205) * heads
+    assert seen.sparse_rows == 2
+
+
+@pytest.mark.parametrize("captured", [True, False])
+def test_what_is_captured_is_not_for_the_batch_to_say(announce, target, captured):
+    """vLLM captures with lengths of its own choice."""
+    target.crossover, target.captured, target.dummy = 10**6, captured, True
+    assert [step is not None for step in announce([300], [5], [False])] == [captured] * 3
+    target.crossover, target.captured = 0, None
+    assert None not in announce([300], [5], [False])
+
+
+def test_graphs_are_captured_with_and_without_the_search(monkeypatch):
+    """vLLM's manager stands in for itself: what is captured is what the target said while it was."""
+    from vllm.config.compilation import CUDAGraphMode
+    from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+
+    from specattn_vllm import compat
+
+    full, piecewise = CUDAGraphMode.FULL, CUDAGraphMode.PIECEWISE
+
+    def capture(self, model, sizes):
+        for mode, descs in self._capture_descs.items():
+            for desc in descs[:sizes]:
+                self.seen.append((mode.name, desc, target.captured))
+                self.graphs[desc] = f"{desc} {target.captured}"
+                if self._capture_mem_samples is not None:
+                    self._capture_mem_samples.append(100 if target.captured else 10)
+
+    monkeypatch.setattr(ModelCudaGraphManager, "capture", capture)
+    monkeypatch.setattr(ModelCudaGraphManager, "run_fullgraph", lambda self, desc: self.graphs[desc])
+    target, model = SimpleNamespace(captured=None, chooses=True), SimpleNamespace()
+    for _ in range(2):  # a second engine of the process wraps nothing again
+        compat.capture_twice(model, target)
+
+    def manager(samples):
+        made = object.__new__(ModelCudaGraphManager)
+        made.graphs, made.seen, made._capture_mem_samples = {}, [], samples
+        made._capture_descs = {piecewise: [8], full: [4, 2]}
+        return made
+
+    ours = manager(samples := [])
+    ours._capture_descs = {full: [4, 2]}
+    ours.capture(model, 2)
+    assert samples == [110, 110]
+    ours = manager(None)
+    ours.capture(model, 2)
+    assert ours.seen == [
+        ("PIECEWISE", 8, True), ("FULL", 4, True), ("FULL", 2, True), ("FULL", 4, False), ("FULL", 2, False),
+    ]  # fmt: skip
+    assert ours._capture_descs.keys() == {piecewise, full}
+    assert target.captured is None
+    assert ours.run_fullgraph(4) == "4 True"
+    target.chooses = False
+    assert (ours.run_fullgraph(4), ours.run_fullgraph(2)) == ("4 False", "2 False")
+    assert ours.graphs[4] == "4 True"
+    stock = manager(None)
+    stock.capture(SimpleNamespace(), 1)
+    assert stock.run_fullgraph(4) == "4 None"
+
+
 def test_the_log_line_is_due_once_a_step(announce, target):
     ticks = []
     target.reporter = SimpleNamespace(tick=lambda: ticks.append(1))

@@ -91,6 +91,44 @@ def test_keys_of_zeros_and_of_nan_write_codes_and_a_scale_that_says_so(place):
         assert scales[0, 0, 1].isnan()
 
 
+@pytest.mark.parametrize("layout", ["tokens", "heads"])
+@pytest.mark.parametrize(("heads", "size", "tokens"), [(1, 64, 1), (3, 64, 37), (2, 128, 50)])
+def test_with_values_the_cache_is_written_as_well(place, heads, size, tokens, layout):
+    """Codes stay what they are without; keys and values come from a wider tensor, as a model's projection gives them,
+    and lie in the cache in either of vLLM's orders."""
+    device, dtype = place
+    both = torch.randn(tokens + 2, 2, heads, size).to(dtype).to(device)
+    both[tokens:] = torch.nan
+    key, value = both[:, 0], both[:, 1]
+    slots = torch.randperm(8 * 16)[:tokens]
+    slots[tokens // 2] = -1
+    slots = slots.to(device)
+    order = (8, 16, heads, 2 * size) if layout == "tokens" else (8, heads, 16, 2 * size)
+    turn, centre = rotation(size, dtype, device), torch.zeros(heads, size, device=device)
+    alone = _written(encode_keys, key, slots, turn, centre, (8, heads, 16, size), 2)
+    for op in (encode_keys, reference.encode_keys):
+        cache = torch.full(order, 7.0, dtype=dtype, device=device)
+        entries = cache.transpose(1, 2) if layout == "tokens" else cache
+        codes, scales = torch.full_like(alone[0], 0xEE), torch.full_like(alone[1], -3.0)
+        op(key, slots, turn, centre, codes, scales, value, entries)
+        if op is encode_keys:
+            assert torch.equal(codes, alone[0])
+            assert torch.equal(scales, alone[1])
+        flat, live = entries.transpose(1, 2).reshape(8 * 16, heads, 2 * size), slots >= 0
+        assert torch.equal(flat[slots[live]], both[:tokens][live].transpose(1, 2).flatten(2))
+        untouched = torch.ones(8 * 16, dtype=torch.bool, device=device)
+        untouched[slots[live]] = False
+        assert (flat[untouched] == 7).all()
+
+
+def test_values_without_a_cache_are_refused():
+    key, centre = torch.randn(4, 2, 64), torch.zeros(2, 64)
+    codes, scales = torch.zeros(1, 2, 16, 16, dtype=torch.uint8), torch.zeros(1, 2, 16, dtype=torch.float16)
+    turn = rotation(64, torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match="kv_cache"):
+        reference.encode_keys(key, torch.arange(4), turn, centre, codes, scales, value=key)
+
+
 def test_no_keys_launch_nothing(place):
     device, dtype = place
     empty = torch.zeros(0, 1, 64, dtype=dtype, device=device)
