@@ -23,7 +23,7 @@ GRAPHS = {
     },
 }
 LENGTHS = [5, 129, 700, 1300, 2500, 4000]
-ACROSS = sum(LENGTHS) + 90
+ACROSS = sum(LENGTHS) + 40
 """A crossover between the first step's tokens and the last one's: graphs of both kinds, in turn."""
 NEW_TOKENS = 32
 
