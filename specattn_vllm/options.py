@@ -184,15 +184,10 @@ class SpecAttnOptions(BaseModel):
     )
     sparse_draft: bool | None = Field(
         None,
-        description="Whether the steps of a draft model read a part of its context, chosen as 'draft_by' says. Never "
-        "changes the output distribution of 'dense'. Default: true for 'sketch', else false.",
-    )
-    draft_by: Literal["attention", "sketch"] | None = Field(
-        None,
-        description="What chooses what draft steps read. 'sketch': their own queries in the first step of a round, "
-        "over a small copy of the keys of the model that drafts. 'attention': with 'sparse_draft', that of the draft's "
-        "first step, which reads everything; with 'vegas', that of the last verification. Default: 'sketch' for "
-        "'sparse_draft' with methods 'sketch' and 'dense', unless with 'refresh_draft_every', else 'attention'.",
+        description="Whether the steps of a draft model read a part of its context. With 'sketch' and 'dense', what "
+        "its own queries choose in the first step of a round, over a small copy of its keys; else what its first step "
+        "attended to, which reads everything. Never changes the output distribution of 'dense'. Default: true for "
+        "'sketch', else false.",
     )
     draft_ratio: float | None = Field(
         None,
@@ -306,12 +301,8 @@ class SpecAttnOptions(BaseModel):
 
     @property
     def drafts_by_sketch(self) -> bool:
-        """Whether what drafts, a draft model or the target itself, chooses by a sketch of its keys."""
-        if self.method == "vegas":
-            return self.draft_by == "sketch"
-        # A first step that reads an older choice has attention, and no search.
-        by_sketch = self.draft_by == "sketch" or (self.draft_by is None and self.refresh_draft_every == 1)
-        return by_sketch and self.drafts_sparsely and self.method in ("sketch", "dense")
+        """Whether a draft model chooses what it reads by a sketch of its keys."""
+        return self.drafts_sparsely and self.method in ("sketch", "dense")
 
     @property
     def keeps_sketches(self) -> bool:

@@ -53,15 +53,14 @@ def engines_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODE,...",
         help="of stock vLLM: plain, draft-v2, draft-v1, eagle (a head of EAGLE-3's shape); of this plugin: dense, "
         "sparse-draft, specattn, sketch (with a draft model), sketch-eagle, sketch-alone (no speculation), and where "
-        "the target drafts for itself: vegas, vegas-sketch, streamingllm [all but the last three, eagle, sketch-eagle, "
-        "sketch-alone]",
+        "the target drafts for itself: vegas, streamingllm [all but the last two, eagle, sketch-eagle, sketch-alone]",
     )
     what.add_argument(
         "--kept",
         type=checked(grid.parse_fractions),
         default="0.25,0.1,0.05",
         metavar="SHARE,...",
-        help="shares of the context that specattn, the sketch modes and the last three keep, an engine each "
+        help="shares of the context that specattn, the sketch modes and the last two keep, an engine each "
         "[%(default)s]",
     )
     what.add_argument(

@@ -16,7 +16,6 @@ import numpy as np
 
 from specattn_vllm.evaluation.methods_schema import Estimate, Figures, Report, SettingResult
 from specattn_vllm.evaluation.scan import byte_fraction
-from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.stats import Counts
 
 RESAMPLES = 10_000
@@ -60,7 +59,7 @@ def figures(result: SettingResult, dense: SettingResult, floor: SettingResult | 
     return Figures(
         kv_read=forced.kv_fraction,
         bytes_read=byte_fraction(forced, result.scan_share),
-        draft_kv_read=None if _reads_part(result) and not forced.draft_kv_full else forced.draft_kv_fraction,
+        draft_kv_read=forced.draft_kv_fraction,
         kl=estimate(mean(_of(result, "kl")), documents),
         kl_above_rounding=None if floor is None else estimate(mean(_of(result, "kl") - _of(floor, "kl")), documents),
         agreement=estimate(mean(_of(result, "agreement")), documents),
@@ -104,12 +103,6 @@ def difference(result: SettingResult, other: SettingResult) -> Difference:
 
 def _of(result: SettingResult, name: str) -> np.ndarray:
     return np.array([getattr(document, name) for document in result.documents])
-
-
-def _reads_part(result: SettingResult) -> bool:
-    """Whether drafting reads a part of its cache."""
-    options = SpecAttnOptions.parse(result.options)
-    return options.sparse_draft or options.drafts_for_itself
 
 
 def _acceptance(result: SettingResult) -> Estimate:

@@ -95,7 +95,7 @@ class Figures(StrictModel):
     """Share of the context's KV entries that verification read in the forced run."""
     bytes_read: float | None = None
     """The same in bytes, with what was searched to find them; None where that is not known."""
-    draft_kv_read: float | None
+    draft_kv_read: float
     """The same of drafting; None in reports from before it was counted."""
     kl: Estimate
     kl_above_rounding: Estimate | None = None

@@ -36,7 +36,7 @@ class SpecAttnSpeculator(RoundSpeculator):
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
-        if self.options.chooses_by_draft or self.options.drafts_sparsely:
+        if self.options.chooses_by_draft:
             self.selection = prepare(self)
             self.audit = prepare_audit(self)
 

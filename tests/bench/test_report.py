@@ -46,7 +46,7 @@ def test_what_stands_below_the_table(results):
     assert "5 draft tokens, 3.5 tokens a round on average" in text
     assert "NVIDIA H200, vLLM 0.32.0, 2026-11-22." in text
     assert "draft-v1: timeout, took longer than 300 s (--engine-timeout)." in text
-    assert "† slower than 0.95 times the best stock mode." in text
+    assert "† slower than 0.95 times the best of those." in text
     assert "‡" not in text
 
 
@@ -83,6 +83,21 @@ def test_speeds_are_compared_with_those_of_the_same_acceptance(results):
     text = report.markdown(results)
     assert "5 draft tokens, 2 or 3.5 tokens a round on average" in text
     assert "draft tokens, " not in "".join(report.remarks(Report.model_validate(results)))
+
+
+def test_each_is_compared_with_stock_speculation_by_the_same_drafter(results):
+    speeds = {"eagle": 1400.0, "sketch 8%": 2700.0, "sketch-eagle 8%": 2500.0, "sketch-alone 8%": 1600.0}
+    template = next(e for e in results["engines"] if e["name"] == "specattn 10%")
+    for name, speed in speeds.items():
+        engine = copy.deepcopy(template)
+        engine["name"] = engine["job"]["name"] = name
+        engine["job"]["mode"] = name.split(" ")[0]
+        for cell in engine["cells"]:
+            cell["tokens_per_second"] = speed if cell["name"] == "16x32k" else 92.0
+        results["engines"].append(engine)
+    table = rows(report.markdown(results))
+    assert table[2][-4:] == ["1,400 (2.03x)", "2,700 (3.91x, 3.18x)", "2,500 (3.62x, 1.79x)", "1,600 (2.32x)"]
+    assert table[3][-1] == "92.0 (0.96x)"
 
 
 @pytest.mark.parametrize(("speed", "losing"), [(91.19, True), (91.21, False)])

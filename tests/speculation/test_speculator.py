@@ -187,16 +187,6 @@ def test_rounds_below_the_crossover_choose_for_the_draft_alone(recalling):
     assert speculator.selection.store.prefix_lens[3] == -1
 
 
-def test_rounds_of_a_dense_target_below_the_crossover_are_plain(recalling):
-    speculator = recalling(3)
-    speculator.options = SpecAttnOptions(method="dense", sparse_draft=True, refresh_draft_every=3)
-    speculator.crossover_tokens = 50
-    for tokens in (60, 40, 60, 40, 60, 60):
-        propose(speculator, batch(tokens))
-    assert [way.recording for way in speculator.ways] == [True, False, True, False, True, True]
-    assert speculator.recalled == [False, False, True, False, True, False]
-
-
 RECORDING, RECALLING = Way(recording=True), Way(recording=True, recall=True)
 
 

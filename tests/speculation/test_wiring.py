@@ -244,7 +244,6 @@ def test_choices_are_kept_where_a_round_may_recall_them(monkeypatch, every, slot
         ((0, 2), {"copies": (False, True), "shares": (0.5, 1.5)}),
         ((0, 2), {"sparse_draft": True}),
         (None, {"sparse_draft": True}),
-        (None, {"sparse_draft": True, "refresh_draft_every": 4}),
         ((0, 2, None), {"method": "sts", "kv_heads": (4, 2)}),
         ((0, 2), {"method": "sts", "sparse_draft": True}),
         ((0, 2, None, 2), {"method": "fused", "kv_heads": (4, 2)}),
