@@ -98,7 +98,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         md = attn_metadata
         out = output[: md.num_actual_tokens]
         query = query[: md.num_actual_tokens]
-        if md.capture is not None and md.capture.attend(layer.layer_name, query, kv_cache, md, self.scale, out):
+        if md.hook is not None and md.hook.attend(layer.layer_name, query, kv_cache, md, self.scale, out):
             return output
         if md.sketch is not None and self.sketch is not None:
             self._choose_and_attend(query, kv_cache, md, out)

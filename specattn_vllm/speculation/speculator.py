@@ -130,7 +130,7 @@ class SpecAttnSpeculator(RoundSpeculator):
         if self._recording and metadata is not None:
             self._begin_step(num_reqs, first=step == 0)
             for layer_metadata in metadata.values():
-                layer_metadata.capture = self.selection.capture
+                layer_metadata.hook = self.selection.capture
         return metadata
 
     def _begin_step(self, num_reqs: int, *, first: bool) -> None:

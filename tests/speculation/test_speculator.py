@@ -292,7 +292,7 @@ def drafting(monkeypatch):
 
     monkeypatch.setattr(stock, "propose", upstream)
     monkeypatch.setattr(
-        stock, "_build_attn_metadata", lambda self, rows, step: {"layer": SimpleNamespace(capture=None)}
+        stock, "_build_attn_metadata", lambda self, rows, step: {"layer": SimpleNamespace(hook=None)}
     )
     monkeypatch.setattr(stock, "_run_model", lambda self: "hidden states")
     return made
@@ -317,7 +317,7 @@ def test_a_recorded_round_tells_the_capture_each_step_and_stores_its_selection(d
         ("step", 2, None, None),
         ("end", 2),
     ]
-    assert all(metadata["layer"].capture is capture for metadata in drafting.layers)
+    assert all(metadata["layer"].hook is capture for metadata in drafting.layers)
     assert drafting.selection.store.prefix_lens.tolist() == [-1, 9, -1, -1, -1]
     assert drafting.selection.store.bits[0, :, 0, 0].tolist() == [0, 5, 0, 5, 0]
     assert not drafting._recording
@@ -381,7 +381,7 @@ def test_sizes_are_learned_before_drafting_and_select_after_it(drafting, fails):
 def test_a_round_that_is_not_recorded_leaves_the_capture_alone(drafting):
     assert one_round(drafting, False) == "drafts"
     assert drafting.selection.capture.told == []
-    assert all(metadata["layer"].capture is None for metadata in drafting.layers)
+    assert all(metadata["layer"].hook is None for metadata in drafting.layers)
     assert not drafting.selection.store.bits.any()
 
 
