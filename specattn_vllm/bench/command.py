@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from specattn_vllm.bench import grid, models
 from specattn_vllm.bench.arguments import engines_arguments, table_arguments
-from specattn_vllm.installed import UserError
+from specattn_vllm.installed import UserError, require
 
 if TYPE_CHECKING:
     from specattn_vllm.bench.jobs import Request
@@ -96,7 +95,7 @@ def engines(args: argparse.Namespace) -> int:
         for job in jobs:
             print(describe(job))
         return 0
-    require(("rich", *(("matplotlib",) if args.plot else ())))
+    require(("vllm", "rich", *(("matplotlib",) if args.plot else ())))
     from rich.console import Console
 
     from specattn_vllm.bench import runner, terminal
@@ -193,12 +192,6 @@ def draw(report: Report, path: Path) -> None:
     from specattn_vllm.bench import plot
 
     plot.save(report, path)
-
-
-def require(modules: tuple[str, ...]) -> None:
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} is not installed: pip install 'specattn-vllm[bench]'")
 
 
 def kernels_arguments(parser: argparse.ArgumentParser) -> None:

@@ -76,11 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
+    from specattn_vllm.installed import UserError, require
+
+    require(("torch",))
     import torch
 
     from specattn_vllm.bench import kernel_report as report
     from specattn_vllm.bench.kernel_bench import Bench
-    from specattn_vllm.installed import UserError
 
     device = torch.device(args.device)
     if device.type == "cuda":

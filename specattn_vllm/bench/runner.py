@@ -6,6 +6,7 @@ until then.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import queue
@@ -24,6 +25,7 @@ from typing import Any
 from specattn_vllm import cpu_runner
 from specattn_vllm.bench.grid import MODES
 from specattn_vllm.bench.schema import EngineResult, Job, Report, Status
+from specattn_vllm.causes import LONGEST, of_lines
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 10.0
@@ -139,8 +141,12 @@ def _cause(log: str) -> str | None:
     for index, line in enumerate(lines):
         if re.match(r"[\w.]*(?:Error|Exception): .", line):
             # pydantic's own first line says how many errors there are, the two after it which one and where.
-            parts = lines[index + 1 : index + 3] if "ValidationError: " in line else [line]
-            return " ".join(part.strip() for part in parts)[:300]
+            if "ValidationError: " in line:
+                return " ".join(part.strip() for part in lines[index + 1 : index + 3])[:300]
+            # A heading has its reasons in indented lines below it.
+            below = itertools.takewhile(lambda part: part.startswith("  "), lines[index + 1 :])
+            name, message = line.split(": ", 1)
+            return of_lines(name.rpartition(".")[2], [message, *(below if line.endswith(":") else ())])[:LONGEST]
     return None
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from specattn_vllm.bench import models, timing
 from specattn_vllm.bench.schema import CellResult, EngineResult, Job, JobCell, Phase, Sample, write_json
 from specattn_vllm.bench.summary import summarise
+from specattn_vllm.causes import told
 
 
 class Worker:
@@ -40,7 +41,7 @@ class Worker:
             self.result.status, self.result.reason = "ok", None
         except Exception as error:
             traceback.print_exc()  # into the log
-            self.result.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.result.reason = told(error)
         self.result.seconds = round(time.perf_counter() - start, 2)
         self.write()
 

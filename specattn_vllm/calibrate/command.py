@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from specattn_vllm.bench.command import require
 from specattn_vllm.calibrate.arguments import add_arguments, check, fill_in
+from specattn_vllm.installed import require
 
 __all__ = ["add_arguments", "run"]
 

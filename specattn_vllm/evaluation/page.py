@@ -7,8 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specattn_vllm.bench.command import require
-from specattn_vllm.installed import UserError
+from specattn_vllm.installed import UserError, require
 
 if TYPE_CHECKING:
     from specattn_vllm.evaluation.charts import Chart
@@ -23,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    require(("jinja2",))
+    require(("jinja2", "numpy"))
     from specattn_vllm.evaluation.methods_schema import Report
     from specattn_vllm.evaluation.schema import read
 

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 
 from specattn_vllm import cpu_runner
 from specattn_vllm.bench.schema import write_json
+from specattn_vllm.causes import told
 from specattn_vllm.evaluation.schema import AnyReport, EngineJob, Result
 from specattn_vllm.installed import UserError
 
@@ -59,6 +60,8 @@ def run_all(
     for job, outcome in outcomes(missing, dense, reference, logs, gpus):
         if isinstance(outcome, str):
             say(f"{job.setting.name}: failed: {outcome} (log: {log_of(job, logs)})")
+            if job is dense:
+                say("no other setting was measured: they are compared with this one")
             failed.append(job.setting.name)
             continue
         outcome.provenance = report.provenance
@@ -155,7 +158,7 @@ def _measure(job: EngineJob, reference: Path, log: Path, gpu: str | None = None)
         result = job.run(reference, terminal)
     except Exception as error:
         traceback.print_exc()
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return told(error)
     if leaves_reference:
         write_json(complete, {"job_key": job.key})
     return result

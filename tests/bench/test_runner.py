@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from specattn_vllm import cli
+from specattn_vllm import cli, installed
 from specattn_vllm.bench import command, grid, jobs, models, runner
 from specattn_vllm.bench.schema import Report
 
@@ -135,6 +135,18 @@ def test_of_a_validation_error_what_is_wrong_is_reported():
 RuntimeError: Engine core initialization failed."""
     assert runner._cause(log).startswith("Value error, K is too large: use less")
     assert runner._cause("INFO 11-22 all is well") is None
+
+
+def test_of_a_refusal_its_reasons_are_reported():
+    log = """(EngineCore pid=7) ERROR 11-22 10:00:00 [core.py:1] Traceback (most recent call last):
+specattn_vllm.checks.UnsupportedError: --attention-backend specattn cannot serve this:
+  target: head size 32 is not supported; 64 and 128 are
+  LoRA: serve merged weights
+RuntimeError: Engine core initialization failed."""
+    assert runner._cause(log) == (
+        "target: head size 32 is not supported; 64 and 128 are; LoRA: serve merged weights (UnsupportedError: "
+        "--attention-backend specattn cannot serve this)"
+    )
 
 
 def test_one_that_is_killed_is_reported_too(bench):
@@ -263,9 +275,14 @@ def test_an_end_by_signal_ends_the_engine_and_leaves_a_report(bench, monkeypatch
 
 
 def test_what_is_missing_is_named_with_its_remedy(monkeypatch):
-    monkeypatch.setattr(command.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else object())
-    with pytest.raises(cli.UserError, match=r"matplotlib is not installed: pip install 'specattn-vllm\[bench\]'"):
+    monkeypatch.setattr(
+        installed.importlib.util, "find_spec", lambda name: None if name in ("matplotlib", "torch") else object()
+    )
+    with pytest.raises(cli.UserError, match=r"^matplotlib is not installed: pip install 'specattn-vllm\[bench\]'$"):
         command.require(("rich", "matplotlib"))
+    # That extra does not bring torch.
+    with pytest.raises(cli.UserError, match=r"^torch is not installed, which vLLM brings: .*specattn-vllm\[gpu\]"):
+        command.require(("rich", "torch"))
 
 
 def test_kernels_are_loaded_only_if_they_are_asked_for():

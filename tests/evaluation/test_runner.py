@@ -174,9 +174,10 @@ def test_an_engine_ends_with_the_command_that_was_killed(tmp_path):
 
 def test_without_the_dense_run_nothing_else_is_run(engines, tmp_path, jobs):
     engines.broken = {"dense"}
-    report = Report(provenance={}, setup={}, results=[])
-    assert runner.run_all(jobs, report, tmp_path / "report.json", ORDER, say=lambda text: None) == ["dense"]
+    report, said = Report(provenance={}, setup={}, results=[]), []
+    assert runner.run_all(jobs, report, tmp_path / "report.json", ORDER, say=said.append) == ["dense"]
     assert engines.ran == ["dense"]
+    assert said[-1] == "no other setting was measured: they are compared with this one"
 
 
 def test_a_report_about_something_else_is_not_gone_on_with(engines, tmp_path, evaluate):
