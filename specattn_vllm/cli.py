@@ -14,6 +14,7 @@ from typing import NamedTuple
 import specattn_vllm
 from specattn_vllm import cpu_runner
 from specattn_vllm.installed import DEMO_ROLES, UserError, demo_folder, version_of
+from specattn_vllm.interrupts import status_of
 from specattn_vllm.versions import SUPPORTED, is_supported
 
 
@@ -177,6 +178,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"specattn: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as interrupt:  # of commands that leave nothing to go on with
+        print("\nspecattn: interrupted", file=sys.stderr)
+        return status_of(interrupt)
     except BrokenPipeError:
         # Whoever read the output has enough of it, `head` for one; nor is Python to complain when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

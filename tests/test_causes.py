@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import BaseModel, ValidationError, model_validator
 
+from specattn_vllm.bench import runner
 from specattn_vllm.causes import LONGEST, told
 
 
@@ -68,3 +69,26 @@ def test_one_without_a_message_has_its_name():
 
 def test_it_is_never_endless():
     assert len(told(ValueError("x" * 5000))) == LONGEST
+
+
+def test_of_a_validation_error_what_is_wrong_is_reported():
+    log = """INFO 11-22 all is well
+    ValueError: within a line of a traceback
+(EngineCore pid=7) pydantic_core._pydantic_core.ValidationError: 1 validation error for VllmConfig
+(EngineCore pid=7)   Value error, K is too large: use less [type=value_error, input_value=1]
+(EngineCore pid=7)     For further information visit https://errors.pydantic.dev
+RuntimeError: Engine core initialization failed."""
+    assert runner._cause(log).startswith("Value error, K is too large: use less")
+    assert runner._cause("INFO 11-22 all is well") is None
+
+
+def test_of_a_refusal_its_reasons_are_reported():
+    log = """(EngineCore pid=7) ERROR 11-22 10:00:00 [core.py:1] Traceback (most recent call last):
+specattn_vllm.checks.UnsupportedError: --attention-backend specattn cannot serve this:
+  target: head size 32 is not supported; 64 and 128 are
+  LoRA: serve merged weights
+RuntimeError: Engine core initialization failed."""
+    assert runner._cause(log) == (
+        "target: head size 32 is not supported; 64 and 128 are; LoRA: serve merged weights (UnsupportedError: "
+        "--attention-backend specattn cannot serve this)"
+    )

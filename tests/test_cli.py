@@ -131,6 +131,25 @@ def test_every_command_explains_itself(capsys, command):
     assert cli.COMMANDS[command].help in " ".join(capsys.readouterr().out.split())
 
 
+def test_bench_shows_the_options_that_it_takes_without_a_part(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    shown = capsys.readouterr().out
+    for option in re.findall(r"specattn bench (--[^`]*)", (ROOT / "README.md").read_text()):
+        for flag in re.findall(r"(?:^| )(--[a-z-]+)", option):
+            assert flag in shown, flag
+    assert "--grid" in shown and "kernels" in shown
+
+
+def test_an_interrupted_command_says_so_without_a_traceback(capsys, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "info", cli.COMMANDS["info"]._replace(run=interrupted))
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "\nspecattn: interrupted\n"
+
+
 def test_info_and_cpu_env_load_neither_torch_nor_vllm():
     program = (
         "import sys; from specattn_vllm import cli\n"

@@ -87,6 +87,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--seed", type=int, default=0, help="which rows are compared [%(default)s]")
 
 
+def state_file(out: Path) -> Path:
+    """What a run that was cut off has left, beside the map that is to be written."""
+    return out.with_name(out.name + ".state")
+
+
 def kinds(args: argparse.Namespace) -> tuple[str, str | None]:
     """What layers are chosen by, and heads; None where heads are not mapped."""
     if args.method != "sts":
@@ -140,5 +145,6 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--dense-above is for --shares kl: nothing else measures what a layer costs the output")
     if args.text is None and (args.target, args.draft) != (DEMO, DEMO):
         raise UserError("--text: give files of text like what will be served; only the demo pair brings its own")
-    if args.out.exists() and not args.overwrite:
+    # Where both are there, the map is an earlier run's, and one that was to overwrite it was cut off: it goes on.
+    if args.out.exists() and not args.overwrite and not state_file(args.out).exists():
         raise UserError(f"--out {args.out} exists: give another, or --overwrite")

@@ -12,6 +12,7 @@ from specattn_vllm.bench.arguments import add_gpus, checked
 from specattn_vllm.bench.grid import parse_option
 from specattn_vllm.causes import told
 from specattn_vllm.installed import UserError, demo_folder
+from specattn_vllm.interrupts import ended_as_interrupted, resumed, status_of
 
 if TYPE_CHECKING:
     from specattn_vllm.evaluation.schema import AnyReport, EngineJob, Setting
@@ -95,7 +96,12 @@ def measure(
     results = [] if args.overwrite else runner.earlier(args.out, setup, kind)
     report = kind(provenance=provenance(args.commit), setup=setup, results=results)
     running["gpus"] = args.gpus
-    failed = runner.run_all(jobs, report, args.out, [setting.name for setting in given], **running)
+    try:
+        with ended_as_interrupted():
+            failed = runner.run_all(jobs, report, args.out, [setting.name for setting in given], **running)
+    except KeyboardInterrupt as interrupt:
+        print(f"\ninterrupted; this goes on after the settings in {args.out}: {resumed()}")
+        return status_of(interrupt)
     if report.dense is not None:
         print("\n" + markdown(report))
     if failed:

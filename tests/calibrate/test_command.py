@@ -147,7 +147,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_map(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(runner, part, cut)
         assert run(out, *more) == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "this goes on from" in capsys.readouterr().out
     assert not out.exists()
     assert state.state_file(out).exists() == (at > 0)
     again = []
@@ -174,6 +174,10 @@ def test_what_an_earlier_run_left_is_not_mixed_with_other_settings(tmp_path, mon
     assert run(out) == 2
     assert "cannot be gone on from" in capsys.readouterr().err
     assert run(out, "--overwrite") == 0 and not state.state_file(out).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "cost_of_window", interrupted)
+        assert run(out, "--overwrite") == 130
+    assert run(out) == 0, "what was to be overwritten stood in the way of going on"
     assert run(out) == 2
     assert f"--out {out} exists" in capsys.readouterr().err
 
