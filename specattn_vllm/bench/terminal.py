@@ -113,7 +113,7 @@ def board(jobs: list[Job], console: Console) -> Iterator[Board | Lines]:
 
 
 def table(report: Report) -> Table:
-    found = Table(title=f"{report.settings['shape']}: tokens per second", caption=caption(report))
+    found = Table(title=f"{report.settings['shape']}: tokens per second")
     found.add_column("requests x context", no_wrap=True)
     for engine in report.engines:
         found.add_column(title(engine), justify="right")
@@ -150,6 +150,6 @@ def show(report: Report, console: Console) -> None:
     else:
         for part in turned(report):
             console.print(part)
-        console.print(escape(caption(report)), highlight=False)
+    console.print(escape(caption(report)), highlight=False)
     for remark in remarks(report):
         console.print(escape(remark))
