@@ -83,7 +83,7 @@ class Estimate(StrictModel):
 
     @property
     def is_sure(self) -> bool:
-        """Whether it is not 0, as far as the interval says."""
+        """Whether it is not 0, as far as the interval says: of few documents that is not far (`figures.FEWEST`)."""
         return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
 

@@ -63,6 +63,9 @@ def _section(name: str, report: Report) -> dict[str, Any]:
 
     found = rows_of(report)
     shown, cells = columns.table(found)
+    # Whether the output is the target's own is what a reader of a figure has to know first: beside the name.
+    order = sorted(range(len(shown)), key=lambda n: (n > 0, shown[n].heading != "lossless"))
+    shown, cells = [shown[n] for n in order], [[row[n] for n in order] for row in cells]
     return {
         "name": name,
         "caption": tables.caption(report),
@@ -70,6 +73,7 @@ def _section(name: str, report: Report) -> dict[str, Any]:
         "headings": [column.short for column in shown],
         "rows": [(_told(result), of) for (result, _), of in zip(found, cells, strict=True)],
         "differences": [(other.name, *_differences(report, other)) for other in report.results],
+        "sureness": columns.sureness(len(report.setup["documents"])),
         "kept": [_kept(result) for result in report.results if result.kept is not None],
         "provenance": _provenance(report),
         "documents": report.setup["documents"],
@@ -84,14 +88,18 @@ def _told(result: SettingResult) -> dict[str, Any]:
     return result.options if result.peer is None else result.peer.model_dump(exclude_none=True)
 
 
-def _differences(report: Report, other: SettingResult) -> tuple[list[str], list[tuple[str, list[tuple[str, bool]]]]]:
-    """Headings, and of each other setting its name and cells."""
+def _differences(
+    report: Report, other: SettingResult
+) -> tuple[list[str], list[tuple[str, str, list[tuple[str, bool]]]]]:
+    """Headings, and of each other setting its name, whether it is lossless, and its cells."""
     from specattn_vllm.evaluation import columns
     from specattn_vllm.evaluation.figures import difference
 
     results = [result for result in report.results if result is not other]
-    headings, cells = columns.differences([difference(result, other) for result in results])
-    return headings, [(result.name, of) for result, of in zip(results, cells, strict=True)]
+    documents = len(report.setup["documents"])
+    headings, cells = columns.differences([difference(result, other) for result in results], documents)
+    named = zip(results, cells, strict=True)
+    return headings, [(result.name, "yes" if result.lossless else "no", of) for result, of in named]
 
 
 def _charts(rows: list[tuple[SettingResult, Figures]]) -> list[Chart]:
