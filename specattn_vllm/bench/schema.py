@@ -141,6 +141,7 @@ class Report(_Model):
 
 def write_json(path: Path, value: Any) -> None:
     """At once, so that whoever reads at any time, or after a crash, finds a whole file."""
+    # It was there at the start (`outputs.py`); should it be gone by now, hours of figures are worth making it again.
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     partial.write_text(json.dumps(value, indent=2) + "\n")

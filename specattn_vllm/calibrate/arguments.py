@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from specattn_vllm.installed import UserError
+from specattn_vllm.outputs import output_file
 
 DEMO = "demo"
 PATHS = ("monotone", "ends", "onto", "one-to-one", "free")
@@ -79,8 +80,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shares.add_argument("--rounds", type=int, default=20, metavar="N", help="verifications a window [%(default)s]")
     shares.add_argument("--draft-tokens", type=int, default=4, metavar="K", help="drafted a round [%(default)s]")
     run = parser.add_argument_group("running")
-    run.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="the map")
-    run.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw what was measured")
+    run.add_argument("--out", type=output_file, required=True, metavar="FILE.json", help="the map")
+    run.add_argument("--picture", type=output_file, metavar="FILE.png", help="also draw what was measured")
     run.add_argument("--overwrite", action="store_true", help="throw away what --out holds or an earlier run left")
     run.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     run.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="[float32 on a CPU, else bfloat16]")

@@ -23,7 +23,6 @@ def write_whole(path: Path, data: str | bytes) -> None:
     """
     partial = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()

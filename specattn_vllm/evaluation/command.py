@@ -22,6 +22,7 @@ from specattn_vllm.evaluation.shared import (
     tokenizer_of,
 )
 from specattn_vllm.installed import UserError, require
+from specattn_vllm.outputs import output_file
 
 LED = ("draft_model", "eagle", "eagle3", "mtp")
 """vLLM's drafters whose every draft is sampled where `forcing.py` can take the text's token instead."""
@@ -144,7 +145,7 @@ def refuse_what_cannot_be_led(engine_options: dict[str, Any], draft_tokens: int)
 def table_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE.json")
     methods = parser.add_argument_group("of `specattn eval methods` alone")
-    methods.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it")
+    methods.add_argument("--plot", type=output_file, metavar="FILE.png", help="also draw it")
     methods.add_argument("--against", metavar="NAME", help="also the differences from this setting, paired by document")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specattn_vllm.installed import UserError, require
+from specattn_vllm.outputs import output_file
 
 if TYPE_CHECKING:
     from specattn_vllm.evaluation.charts import Chart
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json", help="reports of `specattn eval methods`")
     parser.add_argument(
-        "--out", type=Path, default=Path("specattn-report.html"), metavar="FILE.html", help="[%(default)s]"
+        "--out", type=output_file, default=Path("specattn-report.html"), metavar="FILE.html", help="[%(default)s]"
     )
 
 
@@ -28,7 +29,6 @@ def run(args: argparse.Namespace) -> None:
 
     text = render([(path.name, read(path, Report)) for path in args.files])
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}") from None

@@ -13,6 +13,7 @@ from specattn_vllm.bench.grid import parse_option
 from specattn_vllm.causes import told
 from specattn_vllm.installed import UserError, demo_folder
 from specattn_vllm.interrupts import ended_as_interrupted, resumed, status_of
+from specattn_vllm.outputs import output_file
 
 if TYPE_CHECKING:
     from specattn_vllm.evaluation.schema import AnyReport, EngineJob, Setting
@@ -58,7 +59,7 @@ def add_engines(parser: argparse.ArgumentParser, batch_of: str) -> argparse._Arg
 def add_running(parser: argparse.ArgumentParser, out: str, listed: str) -> argparse._ArgumentGroup:
     run = parser.add_argument_group("running")
     run.add_argument(
-        "--out", type=Path, default=Path(out), metavar="FILE.json",
+        "--out", type=output_file, default=Path(out), metavar="FILE.json",
         help="written after each setting; what it holds already is not run again [%(default)s]",
     )  # fmt: skip
     run.add_argument("--overwrite", action="store_true", help="throw away what --out holds")

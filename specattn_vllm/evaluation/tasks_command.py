@@ -21,6 +21,7 @@ from specattn_vllm.evaluation.shared import (
     tokenizer_of,
 )
 from specattn_vllm.installed import UserError, require
+from specattn_vllm.outputs import output_file
 
 
 def _numbers(kind: type) -> Any:
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_engines(parser, "prompts")
     add_running(parser, "specattn-tasks.json", "tasks and settings").add_argument(
-        "--write", type=Path, metavar="TASKS.jsonl", help="write the prompts as lines for --file, and stop"
+        "--write", type=output_file, metavar="TASKS.jsonl", help="write the prompts as lines for --file, and stop"
     )
 
 

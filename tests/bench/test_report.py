@@ -223,7 +223,7 @@ def test_the_picture(results, tmp_path):
     assert [bar.get_hatch() for bar in axes.patches].count("///") == 1
     assert [text.get_text() for text in axes.get_xticklabels()] == ["16x32k", "1x32k"]
     assert len(axes.get_legend().get_texts()) == 4
-    path = tmp_path / "deep" / "bench.png"
+    path = tmp_path / "bench.png"
     assert cli.main(["bench", "table", str(FILE), "--plot", str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
 

@@ -42,6 +42,7 @@ def test_the_map_names_the_layers_that_copy(tmp_path, monkeypatch, capsys, more,
 @pytest.mark.parametrize(("more", "path"), [((), "free"), (BY_KL, "monotone"), (("--path", "ends"), "ends")])
 def test_a_map_is_what_the_loader_takes_and_comes_out_the_same_again(pair, tmp_path, capsys, run, more, path):
     for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
         assert run(tmp_path / folder / "map.json", *more, "--picture", str(tmp_path / folder / "map.png")) == 0
     written = (tmp_path / "one" / "map.json").read_bytes()
     assert written == (tmp_path / "two" / "map.json").read_bytes()
@@ -135,6 +136,8 @@ def test_a_goal_of_what_is_retained_sets_the_budget(tmp_path, capsys, kind, run)
 )
 def test_an_interrupted_run_goes_on_and_gives_the_same_map(tmp_path, monkeypatch, capsys, run, part, at, more):
     whole, out = tmp_path / "whole" / "map.json", tmp_path / "cut" / "map.json"
+    for path in (whole, out):
+        path.parent.mkdir()
     assert run(whole, *more) == 0
     measured, real = [], getattr(measure, part)
 

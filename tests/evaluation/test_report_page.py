@@ -56,7 +56,7 @@ def written(tmp_path, *reports: dict) -> str:
     for number, report in enumerate(reports):
         files.append(tmp_path / f"report-{number}.json")
         files[-1].write_text(json.dumps(report))
-    out = tmp_path / "pages" / "report.html"
+    out = tmp_path / "page.html"
     assert cli.main(["report", *map(str, files), "--out", str(out)]) == 0
     return out.read_text()
 
