@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from specattn_vllm import compat
-from specattn_vllm.options import KEY, OptionsError, SpecAttnOptions
+from specattn_vllm.options import KEY, OptionsError, SpecAttnOptions, refuse_misplaced
 from specattn_vllm.selection.capture import MAX_FUSED_QUERY
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def check(vllm_config: VllmConfig) -> None:
                 f"{chosen.name if chosen else 'left to vLLM'}, so the options would do nothing: add "
                 f"--attention-backend specattn, or remove them"
             )
+        refuse_misplaced(vllm_config.additional_config, ours=False)
         return
     options = SpecAttnOptions.from_vllm(vllm_config)
     reasons = [*_engine(vllm_config), *_models(vllm_config), *_speculation(vllm_config, options)]

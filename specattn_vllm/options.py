@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from specattn_vllm import option_rules, presets
+from specattn_vllm import misplaced, option_rules, presets
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -355,9 +355,20 @@ class SpecAttnOptions(BaseModel):
 
     @classmethod
     def from_vllm(cls, vllm_config: VllmConfig) -> SpecAttnOptions:
-        """The options of an engine; the one place where they are read."""
-        config = vllm_config.additional_config
+        """The options of an engine that uses our backend."""
+        return cls.from_additional(vllm_config.additional_config)
+
+    @classmethod
+    def from_additional(cls, config: Any) -> SpecAttnOptions:
+        """The options in an `--additional-config`, for our backend; the one place where they are read."""
+        refuse_misplaced(config, ours=True)
         return cls.parse(config.get(KEY, {}) if isinstance(config, dict) else {})
+
+
+def refuse_misplaced(config: Any, *, ours: bool) -> None:
+    """Raise OptionsError for options that were meant for us and would not reach us."""
+    if found := misplaced.in_config(config, KEY, SpecAttnOptions.model_fields, ours=ours):
+        raise OptionsError("--additional-config:\n  " + "\n  ".join(found))
 
 
 def _explain(problem: dict) -> str:

@@ -36,8 +36,20 @@ class Entry:
         if self.speed is None:
             return "-"
         ratios = ", ".join(f"{ratio:.2f}x" for ratio in (self.over_plain, self.over_draft) if ratio is not None)
-        marks = "†" * self.losing + "‡" * (not self.result.steady)
-        return f"{self.speed:,.{0 if self.speed >= 100 else 1}f}" + (f" ({ratios})" if ratios else "") + marks
+        return self._number + (f" ({ratios})" if ratios else "") + self._marks
+
+    @property
+    def speed_text(self) -> str:
+        """The speed alone, with its marks."""
+        return "-" if self.speed is None else self._number + self._marks
+
+    @property
+    def _number(self) -> str:
+        return f"{self.speed:,.{0 if self.speed >= 100 else 1}f}"
+
+    @property
+    def _marks(self) -> str:
+        return "†" * self.losing + "‡" * (not self.result.steady)
 
 
 def title(engine: EngineResult) -> str:

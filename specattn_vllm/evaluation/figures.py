@@ -22,6 +22,10 @@ RESAMPLES = 10_000
 SEED = 0
 ENDS = (0.025, 0.975)
 
+FEWEST = 6
+"""Documents from which on a difference may be called sure: if 0 were the truth, that many would all lie on one side of
+it less often than once in 20 times (2 x 0.5^6 = 3%; of five, 6%). Two tell nothing of what a third would do."""
+
 Figure = Callable[[np.ndarray], np.ndarray]
 """From how often each document counts, [N, documents], to the figure of each of those N draws, [N]."""
 

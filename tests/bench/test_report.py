@@ -180,6 +180,28 @@ def test_the_terminal_shows_the_same_figures(results):
     assert "timeout, took longer" in shown
 
 
+def test_a_table_that_is_too_wide_is_turned(results):
+    """Nothing is cut on 80 columns, whatever the number of engines."""
+    pytest.importorskip("rich")
+    from rich.console import Console
+
+    from specattn_vllm.bench import terminal
+
+    results["engines"] += [
+        engine | {"name": f"{engine['name']} {n}", "job": engine["job"] | {"name": f"{engine['name']} {n}"}}
+        for n in range(2)
+        for engine in copy.deepcopy(results["engines"])
+    ]
+    console = Console(width=80, record=True, file=io.StringIO())
+    terminal.show(Report.model_validate(results), console)
+    shown = console.export_text()
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+    lines = [[part.strip() for part in line.strip("│").split("│")] for line in shown.splitlines() if "│" in line]
+    assert ["specattn 10%", "2,415", "3.50x", "2.84x"] in lines
+    assert ["specattn 10%", "90.5†", "0.94x", "1.51x"] in lines
+    assert ["draft model, runner V1 (timeout)", "-", "", ""] in lines
+
+
 def test_the_board_names_what_runs(results):
     pytest.importorskip("rich")
     from rich.console import Console
@@ -195,12 +217,14 @@ def test_the_board_names_what_runs(results):
             board.watch(jobs[0], events[:1])
             board.watch(jobs[0], events)
             if not is_terminal:
+                assert "engine 1 of 4" in console.export_text(clear=False)
                 assert console.export_text(clear=False).count("start") == 1
             board.done(engines[0])
             board.done(engines[2])
         shown = console.export_text()
         assert "16x32k 690, 1x32k 96 tokens/s" in shown
         assert "until then 16x32k 850 tokens/s" in shown
+        assert "1 of 4 done, about" in shown
 
 
 def test_the_picture(results, tmp_path):
@@ -214,7 +238,7 @@ def test_the_picture(results, tmp_path):
     assert [bar.get_hatch() for bar in axes.patches].count("///") == 1
     assert [text.get_text() for text in axes.get_xticklabels()] == ["16x32k", "1x32k"]
     assert len(axes.get_legend().get_texts()) == 4
-    path = tmp_path / "deep" / "bench.png"
+    path = tmp_path / "bench.png"
     assert cli.main(["bench", "table", str(FILE), "--plot", str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
 
