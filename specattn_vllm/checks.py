@@ -62,7 +62,6 @@ _FOR_TARGET = {
 
 _FOR_VEGAS = {"per_kv_head", "dilation"}
 _FOR_SKETCH = {"sketch_bits", "shared_budget"}
-_FOR_FUSED = {"size_top_p", "size_factor", "size_rounds", "history_weight"}
 
 
 def _without_effect(options: SpecAttnOptions) -> set[str]:
@@ -71,24 +70,22 @@ def _without_effect(options: SpecAttnOptions) -> set[str]:
         by_attention = {"top_p", "rule", *_FOR_VEGAS} if options.method == "streamingllm" else set()
         of_draft = {"sparse_draft", "draft_ratio", "refresh_draft_every"}
         if options.drafts_by_sketch:
-            return _FOR_TARGET | _FOR_FUSED | _FOR_VEGAS | {"shared_budget"} | of_draft
-        return _FOR_TARGET | _FOR_FUSED | _FOR_SKETCH | of_draft | by_attention
+            return _FOR_TARGET | _FOR_VEGAS | {"shared_budget"} | of_draft
+        return _FOR_TARGET | _FOR_SKETCH | of_draft | by_attention
     by_rule = options.drafts_sparsely and options.draft_ratio is None  # what the draft reads
     if options.uses_sketch:
         watched = options.drafts_sparsely and not options.drafts_by_sketch
         of_draft = set() if watched else {"combine", "bonus_row"}
-        return _FOR_TARGET | _FOR_VEGAS | _FOR_FUSED | {"induction"} | of_draft
-    if options.has_sizes:
-        return {"per_kv_head", "layer_shares"} | _FOR_SKETCH | (set() if by_rule else {"top_p"})
+        return _FOR_TARGET | _FOR_VEGAS | {"induction"} | of_draft
     if not options.is_lossless:
-        return _FOR_VEGAS | _FOR_FUSED | _FOR_SKETCH
+        return _FOR_VEGAS | _FOR_SKETCH
     if options.drafts_by_sketch:
         amount = {"rule", "top_p", "ratio", "max_fraction"} if options.draft_ratio is not None else set()
         of_attention = {"layer_shares", "induction", "shared_budget"}
-        return _FOR_TARGET | _FOR_VEGAS | _FOR_FUSED | of_attention | amount
+        return _FOR_TARGET | _FOR_VEGAS | of_attention | amount
     if options.drafts_sparsely:
         amount = set() if by_rule else {"rule", "top_p", "ratio", "max_fraction"}
-        return _FOR_TARGET | _FOR_VEGAS | _FOR_FUSED | _FOR_SKETCH | amount
+        return _FOR_TARGET | _FOR_VEGAS | _FOR_SKETCH | amount
     # Where the draft reads everything too, nothing is chosen at all.
     return set(SpecAttnOptions.model_fields) - {"method", "executor", "stats_interval_s", "sparse_draft"}
 

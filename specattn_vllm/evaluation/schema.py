@@ -55,8 +55,7 @@ class Setting(StrictModel):
 
     @property
     def is_reference(self) -> bool:
-        """Whether this is what the others are compared with: the target alone, with all of its KV."""
-        return self.options == DENSE_OPTIONS and self.peer is None and not self.other_batches
+        return is_reference(self)
 
     @property
     def selects(self) -> bool:
@@ -66,6 +65,11 @@ class Setting(StrictModel):
     @property
     def lossless(self) -> bool:
         return self.peer is None and SpecAttnOptions.parse(self.options).is_lossless
+
+
+def is_reference(of: Setting | Result) -> bool:
+    """Whether this is what the others are compared with: the target alone, with all of its KV."""
+    return of.options == DENSE_OPTIONS and of.peer is None and not of.other_batches
 
 
 class EngineJob(StrictModel):
@@ -147,6 +151,7 @@ class Result(StrictModel):
 
     name: str
     options: dict[str, Any]
+    """As they were when it was measured: a report may have options that this version has not."""
     peer: PeerOptions | None = None
     other_batches: bool = False
     lossless: bool
@@ -175,9 +180,7 @@ class Result(StrictModel):
 
     @property
     def is_reference(self) -> bool:
-        return Setting(
-            name=self.name, options=self.options, peer=self.peer, other_batches=self.other_batches
-        ).is_reference
+        return is_reference(self)
 
 
 class AnyReport(StrictModel):

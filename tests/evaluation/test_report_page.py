@@ -197,7 +197,7 @@ def test_more_families_than_colours_differ_in_their_marks():
         ("oracle, shared 12.5%", "oracle, shared"),
         ("oracle top-p 0.95", "oracle top-p"),
         ("vegas 10%, dilation 0", "vegas, dilation 0"),
-        ("fused 0.95 x 1, floor 0", "fused 0.95 x 1, floor 0"),
+        ("specattn 0.95 x 1, floor 0", "specattn 0.95 x 1, floor 0"),
         ("specattn, as published", "specattn, as published"),
     ],
 )
