@@ -126,20 +126,6 @@ def select_top_p(
         expect(top_p >= 1, "top_p", top_p, "1 or more, because the budgets say how many tokens are wanted")
 
 
-def count_ranked(weights, ranking, lens, counts, share, sink, recent, rows) -> None:
-    tensor("weights", weights, (None, None), torch.float32)
-    number, width = weights.shape
-    dev = weights.device
-    tensor("ranking", ranking, (number if rows is None else None, width), torch.float32, dev)
-    tensor("lens", lens, (number,), torch.int32, dev)
-    tensor("counts", counts, (number,), torch.int32, dev)
-    expect(0 < share <= 1, "share", share, "more than 0, at most 1")
-    for name, value in (("sink", sink), ("recent", recent)):
-        expect(0 <= value < 2**31, name, value, "0 or more, below 2^31")
-    if rows is not None:
-        tensor("rows", rows, (number,), torch.int64, dev)
-
-
 def dilate_mass(mass, lens, out, steps, weight) -> None:
     tensor("mass", mass, (None, None), torch.float32)
     tensor("lens", lens, (mass.shape[0],), torch.int32, mass.device)
@@ -147,33 +133,6 @@ def dilate_mass(mass, lens, out, steps, weight) -> None:
     expect(not _overlap(mass, out), "out", "memory of mass", "memory of its own")
     expect(0 <= steps <= MAX_DILATION, "steps", steps, f"0 to {MAX_DILATION}")
     expect(weight > 0, "weight", weight, "more than 0")
-
-
-def average_mass(mass, lens, out, rows, steps) -> None:
-    tensor("mass", mass, (None, None, None), torch.float32)
-    number, groups, width = mass.shape
-    dev = mass.device
-    tensor("lens", lens, (number,), torch.int32, dev)
-    tensor("out", out, (None, width), torch.bfloat16, dev)
-    tensor("rows", rows, (number,), torch.int64, dev)
-    expect(groups > 0, "mass", "no score groups", "at least 1")
-    expect(0 <= steps <= MAX_DILATION, "steps", steps, f"0 to {MAX_DILATION}")
-
-
-def add_mass(mass, lens, out, rows, other, other_rows, other_lens, weight) -> None:
-    tensor("mass", mass, (None, None), torch.float32)
-    dev = mass.device
-    tensor("out", out, (None, mass.shape[1]), torch.float32, dev)
-    tensor("other", other, (None, mass.shape[1]), torch.bfloat16, dev)
-    for name, value, dtype in (
-        ("lens", lens, torch.int32),
-        ("rows", rows, torch.int64),
-        ("other_rows", other_rows, torch.int64),
-        ("other_lens", other_lens, torch.int32),
-    ):
-        tensor(name, value, (out.shape[0],), dtype, dev)
-    expect(not _overlap(mass, out), "out", "memory of mass", "memory of its own")
-    expect(weight >= 0, "weight", weight, "at least 0")
 
 
 def add_followers(mass, lens, out, sources, ids, slots, tokens) -> None:

@@ -63,7 +63,6 @@ _FOR_TARGET = {
 
 _FOR_VEGAS = {"per_kv_head", "dilation"}
 _FOR_SKETCH = {"sketch_bits", "shared_budget"}
-_FOR_FUSED = {"size_top_p", "size_factor", "size_rounds", "history_weight"}
 
 
 def _without_effect(options: SpecAttnOptions) -> set[str]:
@@ -71,18 +70,15 @@ def _without_effect(options: SpecAttnOptions) -> set[str]:
     if options.drafts_for_itself:
         by_attention = {"top_p", "rule", *_FOR_VEGAS} if options.method == "streamingllm" else set()
         of_draft = {"sparse_draft", "draft_ratio", "refresh_draft_every"}
-        return _FOR_TARGET | _FOR_FUSED | _FOR_SKETCH | of_draft | by_attention
-    by_rule = options.drafts_sparsely and options.draft_ratio is None  # what the draft reads
+        return _FOR_TARGET | _FOR_SKETCH | of_draft | by_attention
     if options.uses_sketch:
-        return _FOR_TARGET | _FOR_VEGAS | _FOR_FUSED | {"induction"}
-    if options.has_sizes:
-        return {"per_kv_head", "layer_shares"} | _FOR_SKETCH | (set() if by_rule else {"top_p"})
+        return _FOR_TARGET | _FOR_VEGAS | {"induction"}
     if not options.is_lossless:
-        return _FOR_VEGAS | _FOR_FUSED | _FOR_SKETCH
+        return _FOR_VEGAS | _FOR_SKETCH
     if options.drafts_by_sketch:
         amount = {"rule", "top_p", "ratio", "max_fraction"} if options.draft_ratio is not None else set()
         of_attention = {"layer_shares", "induction", "shared_budget"}
-        return _FOR_TARGET | _FOR_VEGAS | _FOR_FUSED | of_attention | amount
+        return _FOR_TARGET | _FOR_VEGAS | of_attention | amount
     # Where the draft reads everything too, nothing is chosen at all.
     return set(SpecAttnOptions.model_fields) - {"method", "executor", "stats_interval_s", "sparse_draft"}
 

@@ -18,7 +18,6 @@ UNIFORM = "uniform"
 FITS = {
     "specattn": ("specattn",),
     "sts": ("sts", "specattn"),
-    "fused": ("sts", "specattn"),
     "dense": ("specattn", "sts"),
 }
 """Methods whose maps serve each method, the best first. `dense` reads none, and is run in the place of any."""

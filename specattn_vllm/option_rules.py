@@ -62,19 +62,6 @@ def _audits_have_what_they_need(options: SpecAttnOptions) -> None:
         )
 
 
-def _one_selection_has_one_size(options: SpecAttnOptions) -> None:
-    if options.has_sizes and options.combine == "union":
-        raise ValueError(
-            "combine 'union' with method 'fused', whose sizes are those of one selection, not of each draft "
-            "step's: set combine to 'sum', 'max' or 'first', or method to 'sts'"
-        )
-    if options.has_sizes and options.fixed_budget and not options.history_weight:
-        raise ValueError(
-            "rule 'top_k' and history_weight 0 with method 'fused', so that the target's attention says nothing: "
-            "set method to 'sts', or rule to 'top_p', or history_weight"
-        )
-
-
 def _one_rule_is_meant(options: SpecAttnOptions) -> None:
     if options.rule is None and {"top_p", "ratio"} <= options.model_fields_set:
         raise ValueError(
@@ -91,26 +78,12 @@ def _bonus_row_has_steps_to_join(options: SpecAttnOptions) -> None:
         )
 
 
-def _history_leaves_room_for_the_draft(options: SpecAttnOptions) -> None:
-    # Sums of mass have to stay below 2, of which the draft's may be 1; the rest of the hundredth is for rounding.
-    if not options.has_sizes:
-        return
-    dilation = options.dilation_or_default(draft_tokens=0)  # that of a history is the same in rounds of any length
-    if options.history_weight * (dilation + 1) > 0.99:
-        raise ValueError(
-            f"history_weight {options.history_weight} with dilation {dilation}: their product history_weight * "
-            "(dilation + 1) may be 0.99 at most; lower either"
-        )
-
-
 RULES = (
     _clamps_agree,
     _draft_refresh_has_something_to_refresh,
     _a_draft_s_ratio_has_a_draft_that_reads_a_part,
     _a_sketch_is_searched_in_every_round,
     _audits_have_what_they_need,
-    _one_selection_has_one_size,
     _one_rule_is_meant,
     _bonus_row_has_steps_to_join,
-    _history_leaves_room_for_the_draft,
 )

@@ -13,10 +13,9 @@ if TYPE_CHECKING:
 
 KEY = "specattn"
 _INT32 = 2**31 - 1  # the kernels count tokens in 32 bits
-REFRESH_OF_SIZES = 32  # of 'fused', by default
 MAX_DILATION = 64
 
-Method = Literal["sketch", "specattn", "sts", "fused", "vegas", "streamingllm", "dense"]
+Method = Literal["sketch", "specattn", "sts", "vegas", "streamingllm", "dense"]
 Rule = Literal["top_p", "top_k"]
 Combine = Literal["sum", "max", "union", "first"]
 ExecutorName = Literal["auto", "torch", "triton", "fa3", "xformers"]
@@ -38,8 +37,6 @@ class SpecAttnOptions(BaseModel):
         "'specattn': the draft model's attention prunes the target's verification (approximate). "
         "'sts': the same for each KV head, which reads what the draft head it is mapped to attended to, by default a "
         "fixed share of the context (Xu et al., arXiv 2605.15508; approximate). "
-        "'fused': as 'sts', but each layer and KV head keeps as many tokens as it took, in that choice, for "
-        "`size_top_p` of its own attention when the request read everything (approximate). "
         "'vegas': the target drafts for itself, reading what its own last verification attended to (lossless). "
         "'streamingllm': the same, reading the first and the last tokens (lossless; a baseline). "
         "'dense': speculation with a draft model and full attention (lossless; the control).",
@@ -57,7 +54,7 @@ class SpecAttnOptions(BaseModel):
         None,
         description="'top_p': as many tokens as hold `top_p` of the attention mass. 'top_k': a fixed share of the "
         "context, `ratio`. Default: that of the one of the two that is given, else that of the method ('top_p' for "
-        "'fused' and 'dense', else 'top_k').",
+        "'dense', else 'top_k').",
     )
     top_p: float = Field(
         0.9, gt=0.0, le=1.0, description="Share of the attention mass on the context that the kept tokens hold."
@@ -66,8 +63,8 @@ class SpecAttnOptions(BaseModel):
         None,
         gt=0.0,
         le=1.0,
-        description="Share of the context that rule 'top_k' keeps; with 'fused', what counts as two of a head's "
-        "measurements. Default: 0.25 for 'specattn', 0.125 for 'sketch', else 0.1.",
+        description="Share of the context that rule 'top_k' keeps. Default: 0.25 for 'specattn', 0.125 for 'sketch', "
+        "else 0.1.",
     )
     sketch_bits: Literal[1, 2, 4] = Field(
         2, description="With 'sketch', bits of each element of the copy of the keys that is searched."
@@ -88,28 +85,6 @@ class SpecAttnOptions(BaseModel):
         ge=0,
         le=_INT32,
         description="Floor on kept tokens, sink and recent ones included; `ratio` and `max_fraction` yield to it.",
-    )
-    size_top_p: float = Field(
-        0.8,
-        gt=0.0,
-        le=1.0,
-        description="With 'fused', share of the target's attention mass that a layer's KV head is given tokens for.",
-    )
-    size_factor: float = Field(
-        1.0, gt=0.0, allow_inf_nan=False, description="With 'fused', what the number of those tokens is multiplied by."
-    )
-    size_rounds: int = Field(
-        4,
-        ge=0,
-        le=_INT32,
-        description="With 'fused', verifications of a request that read everything before the first that does not.",
-    )
-    history_weight: float = Field(
-        0.1,
-        ge=0.0,
-        lt=1.0,
-        description="With 'fused', weight of the target's own attention in the last verification that read everything, "
-        "which is added to the draft's before tokens are chosen; 0: the draft's alone.",
     )
     max_tokens: int | None = Field(None, ge=1, le=_INT32, description="Cap on kept tokens; none by default.")
     max_fraction: float = Field(
@@ -144,9 +119,8 @@ class SpecAttnOptions(BaseModel):
         None,
         ge=0,
         le=MAX_DILATION,
-        description="With 'vegas' and for the history of 'fused', positions by which attention is spread forward before"
-        " tokens are chosen: heads that copy move on by a token a step. Default: K + 1 for 'vegas', which covers a "
-        "round of K draft tokens, and 0 for 'fused'.",
+        description="With 'vegas', positions by which attention is spread forward before tokens are chosen: heads that "
+        "copy move on by a token a step. Default: K + 1, which covers a round of K draft tokens.",
     )
     dense_layers: tuple[int, ...] = Field(
         (), description="Target layers that always read everything, besides those the layer map leaves unmapped."
@@ -156,8 +130,7 @@ class SpecAttnOptions(BaseModel):
         ge=2,
         le=_INT32,
         description="Every so many verifications of a request, one reads everything, which bounds what sparse "
-        "verification leaves behind in the KV cache, and renews the sizes of 'fused'. Default: 32 for 'fused', else "
-        "never. For every verification, use method 'dense'.",
+        "verification leaves behind in the KV cache. Default: never. For every verification, use method 'dense'.",
     )
     audit_share: float = Field(
         0.0,
@@ -247,9 +220,7 @@ class SpecAttnOptions(BaseModel):
             return self.rule == "top_k"
         if "top_p" in self.model_fields_set:
             return False
-        if self.method == "dense":
-            return "ratio" in self.model_fields_set or self.drafts_by_sketch
-        return "ratio" in self.model_fields_set or self.method != "fused"
+        return self.method != "dense" or "ratio" in self.model_fields_set or self.drafts_by_sketch
 
     @property
     def ratio_or_default(self) -> float:
@@ -260,19 +231,17 @@ class SpecAttnOptions(BaseModel):
 
     def dilation_or_default(self, draft_tokens: int) -> int:
         """Positions by which attention is spread forward, in rounds of so many draft tokens."""
-        if self.dilation is not None:
-            return self.dilation
-        return min(draft_tokens + 1, MAX_DILATION) if self.method == "vegas" else 0
+        return min(draft_tokens + 1, MAX_DILATION) if self.dilation is None else self.dilation
 
     @property
     def uses_layer_shares(self) -> bool:
         """Whether the layer map may say how much of the budget each layer gets."""
-        return self.layer_shares and self.fixed_budget and not self.has_sizes
+        return self.layer_shares and self.fixed_budget
 
     @property
     def uses_induction(self) -> bool:
         """Whether the layer map may name layers that copy. A union is chosen before the drafts are all known."""
-        return self.induction and self.fixed_budget and not self.has_sizes and self.combine != "union"
+        return self.induction and self.fixed_budget and self.combine != "union"
 
     @property
     def estimates_unread(self) -> bool:
@@ -282,7 +251,7 @@ class SpecAttnOptions(BaseModel):
     @property
     def per_head(self) -> bool:
         """Whether each KV head of the target reads a selection of its own in verification."""
-        return self.method in ("sketch", "sts", "fused")
+        return self.method in ("sketch", "sts")
 
     @property
     def needs_token_pages(self) -> bool:
@@ -312,17 +281,7 @@ class SpecAttnOptions(BaseModel):
     @property
     def chooses_by_draft(self) -> bool:
         """Whether a draft model's attention decides what the target's verification reads."""
-        return self.method in ("specattn", "sts", "fused")
-
-    @property
-    def has_sizes(self) -> bool:
-        """Whether the target's own attention says how much each of its layers and KV heads reads."""
-        return self.method == "fused"
-
-    @property
-    def refreshes(self) -> int | None:
-        """Every how many verifications of a request one reads everything; None: never."""
-        return REFRESH_OF_SIZES if self.has_sizes and self.refresh_every is None else self.refresh_every
+        return self.method in ("specattn", "sts")
 
     @property
     def drafts_for_itself(self) -> bool:

@@ -52,7 +52,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 UNPUBLISHED = {
     "dense": "it reads everything",
     "sketch": "it is this package's own",
-    "fused": "it is this package's own",
     "streamingllm": "here it is a baseline of the same budget as 'vegas'",
 }
 """Methods that no preset sets, and why."""

@@ -279,7 +279,7 @@ def test_by_default_a_shipped_map_of_shapes_is_used_for_all_their_weights(write,
 
 
 @pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize("method", ["specattn", "sts", "fused", "dense"])
+@pytest.mark.parametrize("method", ["specattn", "sts", "dense"])
 def test_a_calibrated_map_goes_before_one_of_shapes(write, monkeypatch, method, order):
     """Whatever it has heads for, and whichever is read first; and what is named goes before both."""
     maps = {

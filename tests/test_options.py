@@ -32,10 +32,6 @@ def test_the_defaults_are_the_documented_ones():
         "shared_budget": "layers",
         "layer_shares": True,
         "min_tokens": 128,
-        "size_top_p": 0.8,
-        "size_factor": 1.0,
-        "size_rounds": 4,
-        "history_weight": 0.1,
         "max_tokens": None,
         "max_fraction": 1.0,
         "sink_tokens": 4,
@@ -73,10 +69,6 @@ def test_every_option_can_be_given():
         "shared_budget": "none",
         "layer_shares": False,
         "min_tokens": 0,
-        "size_top_p": 0.9,
-        "size_factor": 2.5,
-        "size_rounds": 0,
-        "history_weight": 0.2,
         "max_tokens": 10,
         "max_fraction": 0.25,
         "sink_tokens": 0,
@@ -141,16 +133,9 @@ def test_an_unknown_option_is_named_with_the_known_ones():
         ("stats_interval_s", 0.0, "greater than 0"),
         ("dense_layers", [2, -1], "counted from 0"),
         ("dense_layers", 3, "valid tuple"),
-        ("size_top_p", 0.0, "greater than 0"),
-        ("size_top_p", 1.01, "less than or equal to 1"),
-        ("size_factor", 0.0, "greater than 0"),
-        ("size_factor", float("inf"), "finite number"),
-        ("size_rounds", -1, "greater than or equal to 0"),
-        ("history_weight", -0.1, "greater than or equal to 0"),
-        ("history_weight", 1.0, "less than 1"),
         ("dilation", -1, "greater than or equal to 0"),
         ("dilation", 65, "less than or equal to 64"),
-        ("method", "sparse", "'sts', 'fused', 'vegas', 'streamingllm' or"),
+        ("method", "sparse", "'sts', 'vegas', 'streamingllm' or"),
         ("combine", "mean", "'sum', 'max', 'union' or 'first'"),
         ("executor", "cuda", "'auto', 'torch', 'triton', 'fa3' or 'xformers'"),
         ("refresh_every", 1, "greater than or equal to 2"),
@@ -294,7 +279,6 @@ def test_where_the_target_reads_everything_it_is_lossless():
     [
         ("specattn", None, True),
         ("sts", None, True),
-        ("fused", None, False),
         ("dense", None, False),
         ("specattn", "top_k", True),
         ("sts", "top_p", False),
@@ -326,7 +310,7 @@ def test_the_default_ratio_is_that_of_the_method():
 @pytest.mark.parametrize(
     ("raw", "uses"),
     [({}, True), ({"induction": False}, False), ({"top_p": 0.9}, False), ({"ratio": 0.1, "combine": "union"}, False),
-     ({"method": "sts"}, True), ({"method": "fused", "rule": "top_k"}, False), ({"preset": "paper"}, False)],
+     ({"method": "sts"}, True), ({"preset": "paper"}, False)],
     ids=str,
 )  # fmt: skip
 def test_layers_that_copy_are_served_within_a_budget_that_one_choice_spends(raw, uses):
@@ -339,23 +323,7 @@ def test_which_targets_draft_for_themselves():
 
 
 def test_which_methods_choose_per_head():
-    assert {m for m in typing.get_args(Method) if SpecAttnOptions(method=m).per_head} == {"sketch", "sts", "fused"}
-
-
-def test_sizes_come_from_rows_that_read_everything():
-    assert {m for m in typing.get_args(Method) if SpecAttnOptions(method=m).has_sizes} == {"fused"}
-    assert [SpecAttnOptions(method=m).refreshes for m in ("sts", "fused")] == [None, 32]
-    assert [SpecAttnOptions(method=m, refresh_every=5).refreshes for m in ("sts", "fused")] == [5, 5]
-    assert not SpecAttnOptions(method="fused", size_factor=1e9).is_lossless
-
-
-def test_history_that_would_outweigh_what_sums_allow_is_refused():
-    message = refusal({"method": "fused", "history_weight": 0.2, "dilation": 4})
-    assert "history_weight 0.2 with dilation 4" in message and "0.99 at most; lower either" in message
-    assert SpecAttnOptions(method="fused", history_weight=0.19, dilation=4).dilation == 4
-    assert SpecAttnOptions(method="vegas", dilation=64).dilation == 64
-    # Of the default nothing is said that was not given.
-    assert "history_weight 0.995 with dilation 0" in refusal({"method": "fused", "history_weight": 0.995})
+    assert {m for m in typing.get_args(Method) if SpecAttnOptions(method=m).per_head} == {"sketch", "sts"}
 
 
 @pytest.mark.parametrize(
@@ -365,26 +333,12 @@ def test_history_that_would_outweigh_what_sums_allow_is_refused():
         ({"method": "vegas", "preset": "paper"}, [0, 0, 0, 0]),
         ({"method": "vegas", "dilation": 0}, [0, 0, 0, 0]),
         ({"method": "vegas", "dilation": 3}, [3, 3, 3, 3]),
-        ({"method": "fused"}, [0, 0, 0, 0]),
-        ({"method": "fused", "dilation": 2}, [2, 2, 2, 2]),
+        ({"method": "vegas", "dilation": 64}, [64, 64, 64, 64]),
     ],
     ids=str,
 )
 def test_attention_is_spread_over_a_round_unless_told_otherwise(options, found):
     assert [SpecAttnOptions(**options).dilation_or_default(k) for k in (1, 4, 63, 100)] == found
-
-
-def test_neither_sizes_nor_history_is_another_method():
-    message = refusal({"method": "fused", "rule": "top_k", "history_weight": 0})
-    assert "rule 'top_k' and history_weight 0 with method 'fused'" in message and "method to 'sts'" in message
-    assert SpecAttnOptions(method="fused", rule="top_k").fixed_budget
-    assert not SpecAttnOptions(method="fused", history_weight=0).fixed_budget
-
-
-def test_sizes_are_not_those_of_a_union():
-    message = refusal({"method": "fused", "combine": "union"})
-    assert "combine 'union' with method 'fused'" in message
-    assert "set combine to 'sum', 'max' or 'first', or method to 'sts'" in message
 
 
 # Presets

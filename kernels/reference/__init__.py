@@ -1,9 +1,8 @@
 """PyTorch versions of the kernels: the oracle of their tests, and the code that runs where there is no GPU.
 
 Each function has the signature of its Triton twin; shapes, dtypes, padding rules and errors are stated there, once
-(``draft_attention.py``, ``accumulate_mass.py``, ``dilate_mass.py``, ``average_mass.py``, ``add_mass.py``,
-``add_followers.py``, ``count_ranked.py``, ``top_p.py``, ``page_tables.py``, ``sparse_attention.py``,
-``sum_context.py``, ``add_unread.py``).
+(``draft_attention.py``, ``accumulate_mass.py``, ``dilate_mass.py``, ``add_followers.py``, ``top_p.py``,
+``page_tables.py``, ``sparse_attention.py``, ``sum_context.py``, ``add_unread.py``).
 Scores and softmax are computed in fp32. They loop over requests, because requests differ in length and a padded batch
 would spend most of its time on padding, and over nothing else.
 
@@ -14,12 +13,9 @@ from .attention import accumulate_mass, dense_attention, draft_attention, sparse
 from .bookkeeping import count_reads, count_sampled, load_round, mark_rows, take_selections
 from .selection import (
     add_followers,
-    add_mass,
-    average_mass,
     build_block_tables,
     build_page_tables,
     build_positions,
-    count_ranked,
     dilate_mass,
     select_top_p,
     unpack_bits,
@@ -29,13 +25,10 @@ from .unread import add_unread, sum_context
 __all__ = [
     "accumulate_mass",
     "add_followers",
-    "add_mass",
     "add_unread",
-    "average_mass",
     "build_block_tables",
     "build_page_tables",
     "build_positions",
-    "count_ranked",
     "count_reads",
     "count_sampled",
     "dense_attention",

@@ -82,45 +82,6 @@ def select_top_p(
         counts.copy_(unpack_bits(bits, bits.shape[1] * 32).sum(-1))
 
 
-def count_ranked(weights, ranking, lens, counts, share, sink, recent, rows=None) -> None:
-    """Length of a ranking's prefix that holds a share. See ``count_ranked.count_ranked``."""
-    contracts.count_ranked(weights, ranking, lens, counts, share, sink, recent, rows)
-    for x, length in enumerate(lens.tolist()):
-        quanta = (weights[x, :length] * float(1 << 30)).long()
-        pos = torch.arange(length, device=weights.device)
-        forced = (pos < sink) | (pos >= length - recent)
-        need = ((quanta.sum() * round(share * 65536) + 65535) >> 16) - quanta[forced].sum()
-        counts[x] = forced.sum()
-        if need > 0:
-            # As of a bfloat16 that is cut off: of a float32 that is not negative, the upper 16 bits sort as it does.
-            keys = ranking[x if rows is None else rows[x], :length].contiguous().view(torch.int32)[~forced] >> 16
-            keys, order = keys.sort(descending=True)
-            enough = quanta[~forced][order].cumsum(0) >= need
-            counts[x] += (keys >= keys[enough.long().argmax()]).sum()
-
-
-def average_mass(mass, lens, out, rows, steps) -> None:
-    """One row of mass for each request, kept for later. See ``average_mass.average_mass``."""
-    contracts.average_mass(mass, lens, out, rows, steps)
-    for x, length in enumerate(lens.tolist()):
-        if length:
-            spread = mass[x, :, :length].clone()
-            for d in range(1, min(steps, length - 1) + 1):
-                torch.maximum(spread[:, d:], mass[x, :, : length - d], out=spread[:, d:])
-            out[rows[x], :length] = spread.mean(0).bfloat16()
-
-
-def add_mass(mass, lens, out, rows, other, other_rows, other_lens, weight) -> None:
-    """What is remembered, added. See ``add_mass.add_mass``."""
-    contracts.add_mass(mass, lens, out, rows, other, other_rows, other_lens, weight)
-    for x, (length, remembered) in enumerate(zip(lens.tolist(), other_lens.tolist(), strict=True)):
-        if length:
-            out[x, :length] = mass[rows[x], :length]
-            n = min(length, remembered)
-            if n:
-                out[x, :n] += weight * other[other_rows[x], :n].float()
-
-
 def add_followers(mass, lens, out, sources, ids, slots, tokens) -> None:
     """More of it where an earlier occurrence is followed. See ``add_followers.add_followers``."""
     contracts.add_followers(mass, lens, out, sources, ids, slots, tokens)

@@ -127,8 +127,6 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         )
         if self.audit is not None:
             self.audit.observe(query[: plan.num_tokens], kv_cache, md, self.scale, lse)
-        if plan.watched is not None:
-            plan.watched.watch(layer.layer_name, query, kv_cache, md, self.scale)
         if plan.num_rows < md.num_reqs:
             self._dense(query, kv_cache, md, out, first_row=plan.num_rows, first_token=plan.num_tokens)
         return output

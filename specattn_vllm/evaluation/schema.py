@@ -159,6 +159,7 @@ class Result(StrictModel):
 
     name: str
     options: dict[str, Any]
+    """As they were when it was measured: a report may have options that this version has not."""
     peer: PeerOptions | None = None
     other_batches: bool = False
     lossless: bool

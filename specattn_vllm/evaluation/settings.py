@@ -49,16 +49,6 @@ def default_settings(context: int) -> list[Setting]:
             )
             for part in ("unread_mean", "induction", "layer_shares", "bonus_row")
         ),
-        # Sizes follow the target's attention: how much that is of the context is measured, not set.
-        *(
-            Setting(name=f"fused{what}", options={"method": "fused", "min_tokens": 0, **options})
-            for what, options in (
-                ("", {}),
-                (", sizes alone", {"history_weight": 0}),
-                (", history alone 12.5%", {"rule": "top_k", "ratio": 0.125}),
-                (", 0.7", {"size_top_p": 0.7}),
-            )
-        ),
         Setting(name="vegas, as published", options={"method": "vegas", "preset": "paper"}),
         Setting(name="vegas 10%", options={"method": "vegas", "ratio": 0.1, "min_tokens": 0}),
         Setting(

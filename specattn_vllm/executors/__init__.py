@@ -36,9 +36,6 @@ class Operations:
     draft_attention: Callable[..., None]
     accumulate_mass: Callable[..., None]
     dilate_mass: Callable[..., None]
-    count_ranked: Callable[..., None]
-    average_mass: Callable[..., None]
-    add_mass: Callable[..., None]
     add_followers: Callable[..., None]
     select_top_p: Callable[..., None]
     build_positions: Callable[..., None]
@@ -86,8 +83,8 @@ def resolve(
         name = _best(device, dtype, per_head)
     if name in BLOCKS and per_head:
         raise ExecutorError(
-            f"executor = {name!r} reads whole blocks, which hold all KV heads, and methods 'sketch', 'sts' and "
-            "'fused' choose for each: use 'auto' or 'triton', or method='specattn'"
+            f"executor = {name!r} reads whole blocks, which hold all KV heads, and methods 'sketch' and 'sts' "
+            "choose for each: use 'auto' or 'triton', or method='specattn'"
         )
     if name == "torch":
         if device.type != "cpu":
@@ -136,9 +133,6 @@ def _torch_operations() -> Operations:
         draft_attention=reference.draft_attention,
         accumulate_mass=reference.accumulate_mass,
         dilate_mass=reference.dilate_mass,
-        count_ranked=reference.count_ranked,
-        average_mass=reference.average_mass,
-        add_mass=reference.add_mass,
         add_followers=reference.add_followers,
         select_top_p=reference.select_top_p,
         build_positions=reference.build_positions,
@@ -165,9 +159,6 @@ def _triton_operations(device: torch.device) -> Operations:
     from specattn_vllm.kernels import bookkeeping
     from specattn_vllm.kernels.accumulate_mass import accumulate_mass
     from specattn_vllm.kernels.add_followers import add_followers
-    from specattn_vllm.kernels.add_mass import add_mass
-    from specattn_vllm.kernels.average_mass import average_mass
-    from specattn_vllm.kernels.count_ranked import count_ranked
     from specattn_vllm.kernels.dilate_mass import dilate_mass
     from specattn_vllm.kernels.draft_attention import draft_attention
     from specattn_vllm.kernels.mark_rows import mark_rows
@@ -191,9 +182,6 @@ def _triton_operations(device: torch.device) -> Operations:
         draft_attention=draft_attention,
         accumulate_mass=accumulate_mass,
         dilate_mass=dilate_mass,
-        count_ranked=count_ranked,
-        average_mass=average_mass,
-        add_mass=add_mass,
         add_followers=add_followers,
         select_top_p=select_top_p,
         build_positions=build_positions,

@@ -242,22 +242,13 @@ class DraftCapture:
         if self.shared_out is not None:
             bits = self.shared_out.bits(self.num_reqs)
         if self.step < 0:
-            return bits.zero_(), self.context_lens()
+            return bits.zero_(), torch.zeros_like(self.wanted, dtype=torch.int32)
         if self.induction is not None:
             mass = self.ranking.mass
             self.induction.add(mass[: self.ranked], mass[self.ranked :], self.slots, self.prefix_lens, drafts)
         if self.options.combine != "union":
             self._choose(union=False)
         return bits, self.prefix_lens
-
-    def context_lens(self) -> torch.Tensor:
-        """Tokens [R] int32 of each row's context that have mass; 0 for unwanted rows, and if nothing was drafted."""
-        return torch.zeros_like(self.wanted, dtype=torch.int32) if self.step < 0 else self.prefix_lens
-
-    @property
-    def mass(self) -> torch.Tensor:
-        """What the round attended to, for the target: [S, R, G, L] float32, of each row its context's tokens."""
-        return self.ranking.mass[: self.num_sources]
 
     def _choose(self, *, union: bool) -> None:
         if self.shared_out is not None:

@@ -88,18 +88,3 @@ def choose(
         None if mass_rows is None else mass_rows.view(rows),
     )
 
-
-def mass_rows(
-    sources: torch.Tensor,
-    heads: torch.Tensor,
-    requests: torch.Tensor,
-    groups: int,
-    num_reqs: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """[T, R, H] int64: for `choose`, the row of a mass [S, R, groups, L] that each selection is made from.
-
-    sources [T] int64, heads [T, H] int64: the group of each head; requests [R] int64: 0 to R - 1, or those of
-    other rounds, of num_reqs [R] int64 requests.
-    """
-    per_source = len(requests) if num_reqs is None else num_reqs[:, None]
-    return (sources[:, None, None] * per_source + requests[:, None]) * groups + heads[:, None, :]

@@ -15,8 +15,6 @@ from specattn_vllm.selection.store import SelectionStore
 from specattn_vllm.stats import Counters
 
 if TYPE_CHECKING:
-    from specattn_vllm.selection.sizes import Sizes
-    from specattn_vllm.selection.target_capture import TargetStep
     from specattn_vllm.selection.unread import Unread
 
 
@@ -36,8 +34,6 @@ class SparsePlan:
     page_table: torch.Tensor
     kept: torch.Tensor
     layer_sources: dict[str, int]
-    watched: TargetStep | None = None
-    """Set where rows that read everything leave the target's scores behind."""
 
 
 class TableMaps(NamedTuple):
@@ -74,13 +70,12 @@ class Pruner:
         max_query_len: int,
         page_table: torch.Tensor,
         maps: TableMaps | None = None,
-        sizes: Sizes | None = None,
         unread: Unread | None = None,
     ) -> None:
         """layer_sources: target layer name -> table; num_layers: target layers in all; max_query_len: tokens of the
         longest verification, K + 1. page_table [T or more, max_num_reqs, G, width] int32: where the tables are made;
         what else it serves between steps does not matter. Without maps there is a table for each source and group of
-        the store. sizes: is told which rows read everything, unread which verify."""
+        the store. unread: is told which rows verify."""
         self.store = store
         self.operations = operations
         self.counters = counters
@@ -90,7 +85,6 @@ class Pruner:
         self.max_query_len = max_query_len
         self.maps = maps
         self.audit: Audit | None = None
-        self.sizes = sizes
         self.unread = unread
         tables, groups = (store.bits.shape[0], store.bits.shape[2]) if maps is None else maps.groups.shape
         self.device = page_table.device
@@ -129,9 +123,6 @@ class Pruner:
         """
         prefix_lens, stored = self.store.take(self.operations, slots, query_start_loc, seq_lens, prefilling)
         rows = self._short_rows(query_start_loc_cpu)
-        if self.sizes is not None:
-            everything = (prefix_lens < 0) & ~self.store.exact[slots]
-            self.sizes.begin(slots, prefilling, everything, query_start_loc, seq_lens, rows)
         if self.unread is not None:
             prefills = bool(prefilling_cpu[rows:].any())
             self.unread.begin(slots, prefilling, prefills, query_start_loc, seq_lens, rows)
@@ -165,15 +156,13 @@ class Pruner:
         if verifying := int(verifies.sum()):
             self._count(verifying, slots, seq_lens, prefilling, prefix_lens, stored, kept)
         starts = query_start_loc_cpu[: rows + 1]
-        tokens, longest = int(starts[rows]), int((starts[1:] - starts[:-1]).max())
         return SparsePlan(
             num_rows=rows,
-            num_tokens=tokens,
-            max_query_len=longest,
+            num_tokens=int(starts[rows]),
+            max_query_len=int((starts[1:] - starts[:-1]).max()),
             page_table=page_table,
             kept=kept,
             layer_sources=self.layer_sources,
-            watched=None if self.sizes is None else self.sizes.watch(rows, tokens, longest),
         )
 
     def _short_rows(self, query_start_loc_cpu: torch.Tensor) -> int:

@@ -28,11 +28,6 @@ class Ranking:
     def nbytes(self) -> int:
         return self._mass.nbytes + self._bits.nbytes + self._counts.nbytes
 
-    @property
-    def rows(self) -> torch.Tensor:
-        """The mass of any layout, [S * max_num_reqs * G, L]; in one of R rows, s, r, g is row (s * R + r) * G + g."""
-        return self._mass.view(-1, self.max_model_len)
-
     def begin(self, num_reqs: int) -> None:
         """Lay the buffers out for a number of rows."""
         shape = (self.layers, num_reqs, self.groups)

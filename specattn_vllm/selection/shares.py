@@ -12,7 +12,7 @@ import torch
 
 from specattn_vllm.executors import Operations
 from specattn_vllm.options import SpecAttnOptions
-from specattn_vllm.selection.choose import Limits, choose, mass_rows
+from specattn_vllm.selection.choose import Limits, choose
 
 FULL = 1 << 16  # the kernels count shares of a context in 65,536ths
 
@@ -52,8 +52,8 @@ class SharedOut:
         self._sources = torch.tensor(sources, dtype=torch.int64, device=device)
         parts = [round(fraction * FULL) for fraction in fractions]
         self._parts = torch.tensor(parts, dtype=torch.int64, device=device)
-        self._heads = torch.arange(groups, dtype=torch.int64, device=device).expand(len(parts), groups).contiguous()
-        self._rows = torch.arange(max_num_reqs, device=device)
+        # Of any number of requests, one row of mass each for every group.
+        self._rows = torch.arange(max_num_reqs * groups, device=device).view(max_num_reqs, groups)
         self.words = -(-max_model_len // 32)
         rows = len(parts) * max_num_reqs * groups
         self._bits = torch.empty(rows * self.words, dtype=torch.int32, device=device)
@@ -61,7 +61,7 @@ class SharedOut:
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (self._bits, self._counts, self._sources, self._parts, self._heads, self._rows))
+        return sum(t.nbytes for t in (self._bits, self._counts, self._sources, self._parts, self._rows))
 
     def bits(self, num_reqs: int) -> torch.Tensor:
         """[T, R, G, W] int32; what it held before a choice is undefined."""
@@ -84,5 +84,5 @@ class SharedOut:
             counts,
             union=union,
             budgets=wanted[:, :, None].expand_as(counts).contiguous(),
-            mass_rows=mass_rows(self._sources, self._heads, self._rows[:num_reqs], mass.shape[2]),
+            mass_rows=self._sources[:, None, None] * (num_reqs * self.groups) + self._rows[:num_reqs],
         )

@@ -3,9 +3,6 @@
 Where the target drafts for itself (Vegas, arXiv 2602.07223), verification reads everything, and leaves the scores of
 two query rows per request behind. What they attended to is what the target reads while it drafts the next round.
 Selections are made and read within one step, so they stay in the order of the batch and nothing is kept by request.
-
-Where a draft model chooses, the rows that happen to read everything leave theirs, and say how much is to be chosen
-(`sizes.py`).
 """
 
 from __future__ import annotations
@@ -85,22 +82,18 @@ class TargetCapture:
         vLLM puts rows with drafts first and sorts the rest by length: those before the first long one go through the
         kernel that leaves its scores as it attends.
         """
-        self.mark(query_start_loc, seq_lens)
+        self.operations.mark_rows(query_start_loc, seq_lens, self.max_query_len, self.scored_rows, self.lens)
         lengths = query_start_loc_cpu[1:] - query_start_loc_cpu[:-1]
         long = (lengths > self.max_query_len).nonzero()
         rows = int(long[0, 0]) if long.numel() else lengths.shape[0]
         longest = int(lengths[:rows].max()) if rows else 1
         return TargetStep(self, rows, int(query_start_loc_cpu[rows]), max(longest, 1))
 
-    def mark(self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor) -> None:
-        """Say which rows of the batch leave their scores in this step: the first R, but for those of length 0."""
-        self.operations.mark_rows(query_start_loc, seq_lens, self.max_query_len, self.scored_rows, self.lens)
-
-    def record(self, layer: int, rows: slice) -> None:
-        """Mass of a layer from the scores of rows of the batch."""
-        lens, mass = self.lens[rows], self.mass[rows, layer]
-        target = self._sharp[rows] if self.dilation else mass
-        self.operations.accumulate_mass(self.scores[rows], self.lse[rows], lens, target, self.weight, "store")
+    def record(self, layer: int, rows: int) -> None:
+        """Mass of a layer from the scores of the first rows of the batch."""
+        lens, mass = self.lens[:rows], self.mass[:rows, layer]
+        target = self._sharp[:rows] if self.dilation else mass
+        self.operations.accumulate_mass(self.scores[:rows], self.lse[:rows], lens, target, self.weight, "store")
         if self.dilation:
             weight = 1.0 / (self.dilation + 1)
             for group in range(mass.shape[1]):
@@ -141,15 +134,8 @@ class TargetStep:
             self._attend_short(query, kv_cache, md, scale, out[: self.num_tokens], short)
         if self.num_rows < md.num_reqs:
             self._attend_prompts(query, kv_cache, md, scale, out, long)
-        capture.record(layer, slice(0, md.num_reqs))
+        capture.record(layer, md.num_reqs)
         return True
-
-    def watch(self, layer_name: str, query, kv_cache, batch, scale: float) -> None:
-        """The same for rows that something else attends for: those that are marked leave their scores, once more over
-        all of their keys, and the others cost next to nothing."""
-        short = slice(0, self.num_rows)
-        self._attend_short(query, kv_cache, batch, scale, None, short)
-        self.capture.record(self.capture.layer_sources[layer_name], short)
 
     def _attend_short(self, query, kv_cache, md, scale: float, out, short: slice) -> None:
         capture = self.capture

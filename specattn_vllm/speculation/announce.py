@@ -75,11 +75,6 @@ def announce(
     kept = f"top_p={options.top_p} of the draft's attention"
     if options.fixed_budget:
         kept = f"ratio={options.ratio_or_default} of the context"
-    if options.has_sizes:
-        kept = f"{options.size_factor} times what held size_top_p={options.size_top_p} of the target's attention"
-        if options.fixed_budget:
-            kept = f"ratio={options.ratio_or_default} of the context"
-        kept += f", history_weight={options.history_weight}"
     if options.uses_layer_shares and found.shares is not None:
         shares = " ".join("-" if share is None else f"{share:g}" for share in found.shares)
         kept += f", shared out by layer [{shares}]"
@@ -95,8 +90,8 @@ def announce(
         "per KV head" if options.per_head else "shared by all heads",
         pairs,
     )
-    if options.refreshes is not None:
-        logger.info("specattn: verification %d of each %d of a request reads everything", *[options.refreshes] * 2)
+    if (every := options.refresh_every) is not None:
+        logger.info("specattn: verification %d of each %d of a request reads everything", every, every)
     if not found.calibrated:
         logger.warning(
             "specattn: layer map '%s' is uniform, not calibrated for this pair of models: expect worse quality at the "

@@ -68,7 +68,7 @@ def plan_of(
     found: LayerMap | None, target: dict[int, str], local_kv_heads: int, options: SpecAttnOptions
 ) -> Plan:
     """The plan of a layer map. Target layers of the same source and fraction, that copy or do not, read the same
-    selection, and, mapped alike by heads, the same table; unless each has sizes of its own."""
+    selection, and, mapped alike by heads, the same table."""
     if found is None:
         return Plan()
     shared = options.uses_layer_shares and found.shares is not None
@@ -88,8 +88,5 @@ def plan_of(
     ranks = found.target.num_key_value_heads // local_kv_heads
     heads = found.local_heads(get_tensor_model_parallel_rank() if ranks > 1 else 0, ranks)
     made_from = {j: (selection, heads[j]) for j, selection in chosen.items()}
-    if options.has_sizes:
-        tables = {target[j]: t for t, j in enumerate(made_from)}
-        return Plan(found.sources, selections, tables, tuple(made_from.values()))
     distinct = tuple(dict.fromkeys(made_from.values()))
     return Plan(found.sources, selections, {target[j]: distinct.index(of) for j, of in made_from.items()}, distinct)

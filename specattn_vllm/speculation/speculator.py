@@ -100,8 +100,6 @@ class SpecAttnSpeculator(RoundSpeculator):
             slots = batch.idx_mapping[:num_reqs]
             wanted = (num_sampled[:num_reqs] > 0) & ~self.selection.store.exact[slots]
             self.selection.capture.begin_round(num_reqs, wanted, slots, way.recall, way.for_target)
-            if self.selection.sizes is not None and way.for_target:
-                self.selection.sizes.learn(slots, self.selection.capture.ranking)
         try:
             drafts = self._upstream_round(
                 batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args, **kwargs
@@ -109,13 +107,8 @@ class SpecAttnSpeculator(RoundSpeculator):
         finally:
             self._recording, self._sampled = False, None
         if way.recording and way.for_target and self.selection.pruner is not None:
-            self.selection.store.put(slots, *self._select(slots, drafts))
+            self.selection.store.put(slots, *self.selection.capture.select(drafts))
         return drafts
-
-    def _select(self, slots: torch.Tensor, drafts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the next verification reads, as `SelectionStore.put` takes it."""
-        capture, sizes = self.selection.capture, self.selection.sizes
-        return capture.select(drafts) if sizes is None else sizes.select(capture.mass, slots, capture.context_lens())
 
     def _build_attn_metadata(self, num_reqs: int, *args, step: int, **kwargs) -> dict[str, Any] | None:
         metadata = super()._build_attn_metadata(num_reqs, *args, step=step, **kwargs)

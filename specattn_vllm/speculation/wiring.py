@@ -15,7 +15,6 @@ from specattn_vllm.selection.capture import DraftCapture
 from specattn_vllm.selection.draft_lists import DraftLists
 from specattn_vllm.selection.pages import page_strides
 from specattn_vllm.selection.pruner import Pruner, TableMaps
-from specattn_vllm.selection.sizes import Sizes
 from specattn_vllm.selection.store import SelectionStore
 from specattn_vllm.selection.unread import LayerUnread, Unread
 from specattn_vllm.speculation.announce import announce, sizes
@@ -60,8 +59,6 @@ class Selection:
     pruner: Pruner | None
     tables: torch.Tensor
     """[tables, requests, G, width] int32: page tables in the target's step, positions while drafting."""
-    sizes: Sizes | None = None
-    """Method 'fused': how much is chosen, from the target's attention."""
 
     @property
     def unread(self) -> Unread | None:
@@ -71,14 +68,12 @@ class Selection:
     def nbytes(self) -> dict[str, int]:
         """Bytes by what they hold."""
         capture = self.capture
-        target = {"scores": 0, "mass": 0, "bitmasks": 0, "history": 0} if self.sizes is None else self.sizes.nbytes
         ids = 0 if capture.induction is None else capture.induction.nbytes
         return {
-            "scores": capture.scores.nbytes + target["scores"],
-            "mass": capture.nbytes - capture.scores.nbytes - ids + target["mass"],
-            "bitmasks": self.store.nbytes + target["bitmasks"],
+            "scores": capture.scores.nbytes,
+            "mass": capture.nbytes - capture.scores.nbytes - ids,
+            "bitmasks": self.store.nbytes,
             "page tables": self.tables.nbytes + (0 if self.pruner is None else self.pruner.nbytes),
-            **({"history": target["history"]} if target["history"] else {}),
             **({"means": self.unread.nbytes} if self.unread is not None else {}),
             **({"token ids": ids} if ids else {}),
         }
@@ -111,8 +106,6 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
     groups = layers[draft[0]].impl.num_kv_heads if options.per_head else 1
     selections, made_from = len(plan.selections), plan.made_from
     num_tables, heads = (selections, 1) if made_from is None else (len(made_from), len(made_from[0][1]))
-    # With sizes, bits are those of the tables already.
-    stored = (num_tables, heads) if options.has_sizes else (selections, groups)
     requests = speculator.max_num_reqs
     longest = row_width(speculator.max_model_len)
 
@@ -120,7 +113,7 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
         shape = (max(num_tables, len(captured)), requests, heads, longest)
         tables = torch.empty(shape, dtype=torch.int32, device=device)
         floor = options.audit_floor is not None
-        store = SelectionStore(stored[0], requests, stored[1], longest, device, options.refreshes, floor)
+        store = SelectionStore(selections, requests, groups, longest, device, options.refresh_every, floor)
         lists = None
         if options.drafts_sparsely:
             lists = DraftLists(
@@ -148,20 +141,6 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
         )
         if found is None:
             return Selection(capture, store, None, tables)
-        maps = None if made_from is None else TableMaps.of(made_from, device)
-        sizes = None
-        if options.has_sizes:
-            sizes = Sizes.of(
-                options,
-                speculator.operations,
-                maps,
-                layer_sources=plan.layer_tables,
-                num_heads=layers[target[0]].impl.num_heads,
-                max_query_len=speculator.num_speculative_steps + 1,
-                max_num_reqs=requests,
-                max_model_len=longest,
-                device=device,
-            )
         unread = None
         if options.estimates_unread:
             impl, number = layers[target[0]].impl, len(plan.layer_tables)
@@ -175,13 +154,12 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
             num_kv_heads=layers[target[0]].impl.num_kv_heads,
             max_query_len=speculator.num_speculative_steps + 1,
             page_table=tables,
-            maps=None if options.has_sizes else maps,
-            sizes=sizes,
+            maps=None if made_from is None else TableMaps.of(made_from, device),
             unread=unread,
         )
-        return Selection(capture, store, pruner, tables, sizes)
+        return Selection(capture, store, pruner, tables)
 
-    # Sizes first, without memory: an allocation that fails names no option.
+    # Without memory first: an allocation that fails names no option.
     refuse_if_too_large(allocate(torch.device("meta")).nbytes, speculator)
     selection = allocate(speculator.device)
     if selection.unread is not None:

@@ -81,9 +81,6 @@ def test_options_without_effect_are_named(configure, warnings, options, idle):
             "dilation, per_kv_head, rule, top_p",
         ),
         ({"method": "specattn", "per_kv_head": True, "dilation": 3}, "dilation, per_kv_head"),
-        ({"method": "sts", "size_top_p": 0.9, "history_weight": 0.2}, "history_weight, size_top_p"),
-        # What the draft reads is chosen by the rule, what the target reads is not.
-        ({"method": "fused", "rule": "top_k", "ratio": 0.2, "top_p": 0.5, "dilation": 2}, "top_p"),
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else "idle",
 )
@@ -108,8 +105,8 @@ def test_options_of_vegas_have_an_effect_there(configure, warnings, options):
         {"method": "dense", "sparse_draft": True, "top_p": 0.5, "min_tokens": 7, "max_tokens": 300, "max_fraction": 0.5}
         | {"sink_tokens": 2, "recent_tokens": 3, "crossover_tokens": 9, "executor": "torch"},
         {"top_p": 0.5, "sparse_draft": True, "combine": "max", "dense_layers": [1], "draft_ratio": 0.5},
-        {"method": "fused", "sparse_draft": True, "rule": "top_k", "ratio": 0.2, "size_top_p": 0.9, "size_factor": 2}
-        | {"refresh_every": 4, "combine": "max", "layer_map": "uniform"},
+        {"method": "sts", "sparse_draft": True, "rule": "top_k", "ratio": 0.2, "top_p": 0.5, "refresh_every": 4}
+        | {"combine": "max", "layer_map": "uniform"},
     ],
     ids=lambda options: ", ".join(options),
 )

@@ -34,7 +34,7 @@ def test_speculation_without_a_draft_model_is_refused(reasons):
     assert "renamed" in reason
 
 
-@pytest.mark.parametrize("method", ["sts", "fused", "vegas", "streamingllm"])
+@pytest.mark.parametrize("method", ["sts", "vegas", "streamingllm"])
 def test_methods_that_watch_a_draft_model_say_so(reasons, method):
     (reason,) = reasons(draft=None, spec=N_GRAMS, options={"method": method})
     assert f"is needed (--spec-method draft_model) for method = {method!r}; methods 'sketch' and 'dense'" in reason

@@ -8,7 +8,7 @@ import torch
 pytestmark = pytest.mark.engine
 
 OPTIONS = {"top_p": 0.5, "min_tokens": 16, "recent_tokens": 8, "sink_tokens": 2}
-METHODS = [{"method": "specattn"}, {"method": "sts", "ratio": 0.1}, {"method": "fused", "size_rounds": 0}]
+METHODS = [{"method": "specattn"}, {"method": "sts", "ratio": 0.1}]
 
 
 @pytest.fixture

@@ -54,9 +54,6 @@ def replayed(monkeypatch):
         pytest.param({"method": "dense", "sparse_draft": True, "min_tokens": 32}, id="dense-drafts_by_sketch"),
         pytest.param({"top_p": 1.0}, id="top_p=1"),
         pytest.param({"method": "sts", "ratio": 1.0}, id="sts-everything"),
-        pytest.param(
-            {"method": "fused", "size_factor": 1e6, "size_rounds": 1, "refresh_every": 3}, id="fused-everything"
-        ),
         pytest.param({"method": "vegas", "min_tokens": 32, "crossover_tokens": 0}, id="vegas"),
         pytest.param({"method": "vegas", "min_tokens": 32, "per_kv_head": True, "dilation": 5}, id="vegas-per_kv_head"),
         pytest.param({"method": "streamingllm", "min_tokens": 32}, id="streamingllm"),
@@ -86,7 +83,6 @@ def test_exact_modes_equal_plain_decoding(options, engine, greedy, prompts, coun
         pytest.param({"top_p": 0.8, "sparse_draft": True, "draft_ratio": 0.3}, id="draft_ratio"),
         pytest.param({"top_p": 0.8, "refresh_every": 3}, id="refresh_every"),
         pytest.param({"method": "sts", "ratio": 0.3}, id="sts"),
-        pytest.param({"method": "fused", "size_top_p": 0.9, "size_rounds": 1, "refresh_every": 3}, id="fused"),
     ],
 )
 def test_selections_in_graphs_equal_those_of_eager_steps(options, engine, greedy, prompts, counts, replayed):
@@ -96,9 +92,7 @@ def test_selections_in_graphs_equal_those_of_eager_steps(options, engine, greedy
     llm = engine(options, **GRAPHS)
     assert greedy(llm, prompts(LENGTHS), NEW_TOKENS) == expected
     seen = counts(llm)
-    # Sizes come from a first verification of everything.
-    unsized = len(LENGTHS) if options.get("method") == "fused" else 0
-    assert seen.sparse_rows == seen.verify_rows - seen.refresh_rows - unsized
+    assert seen.sparse_rows == seen.verify_rows - seen.refresh_rows
     assert (seen.refresh_rows > 0) == ("refresh_every" in options)
     # A logit that rounds the other way moves a token in or out of a selection, no more.
     assert seen.kv_fraction == pytest.approx(upstream.kv_fraction, rel=0.01)
@@ -147,7 +141,6 @@ def test_a_target_s_own_selections_in_graphs_accept_as_many_drafts(engine, greed
         pytest.param({"top_p": 0.95, "executor": "fa3"}, id="fa3"),
         pytest.param({"top_p": 0.95, "executor": "triton"}, id="triton"),
         pytest.param({"method": "sts", "ratio": 0.4}, id="sts"),
-        pytest.param({"method": "fused", "size_top_p": 0.95, "size_rounds": 1}, id="fused"),
     ],
 )
 def test_bf16_reads_less_and_says_the_same(options, engine, greedy, prompts, counts, replayed):
@@ -158,9 +151,8 @@ def test_bf16_reads_less_and_says_the_same(options, engine, greedy, prompts, cou
     same = sum(t == e for row, want in zip(tokens, expected, strict=True) for t, e in zip(row, want, strict=True))
     assert same >= 0.8 * 8 * len(LENGTHS)
     seen = counts(llm)
-    unsized = len(LENGTHS) if options.get("method") == "fused" else 0
-    assert seen.sparse_rows == seen.verify_rows - seen.refresh_rows - unsized > 0
-    assert seen.kv_fraction < (0.7 if not unsized else 1)
+    assert seen.sparse_rows == seen.verify_rows > 0
+    assert seen.kv_fraction < 0.7
     assert replayed["target"] > 0
     assert replayed["draft"] > 0
 
@@ -205,7 +197,6 @@ def test_xformers_reads_whole_blocks(engine, greedy, prompts, counts):
             {"top_p": 0.8, "crossover_tokens": 10**6, "sparse_draft": True}, id="below-the-crossover-sparse_draft"
         ),
         pytest.param({"method": "sts", "ratio": 0.3}, id="sts"),
-        pytest.param({"method": "fused", "size_top_p": 0.9, "size_rounds": 1, "history_weight": 0.5}, id="fused"),
         pytest.param({"method": "vegas", "min_tokens": 32}, id="vegas"),
         pytest.param({"method": "sketch", "sparse_draft": True, "min_tokens": 32}, id="sketch-drafts_by_sketch"),
     ],

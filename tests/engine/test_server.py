@@ -255,8 +255,8 @@ def test_start_up_says_that_the_method_is_approximate(server):
     assert "is APPROXIMATE" in server.text()
 
 
-# One of each kind: engines show that sts and streamingllm are as good as these.
-@pytest.mark.parametrize("method", ["fused", "vegas", "dense"])
+# One of each kind: engines show that specattn and streamingllm are as good as these.
+@pytest.mark.parametrize("method", ["sts", "vegas", "dense"])
 def test_other_methods_are_served_alike(method, tmp_path, demo_pair, prompts, plain):
     """The same command with another method; a target that drafts for itself is its own draft model."""
     import openai
@@ -298,11 +298,7 @@ def test_other_methods_are_served_alike(method, tmp_path, demo_pair, prompts, pl
         if options.is_lossless:
             assert all("verification read all of KV" in line for line in lines)
         else:
-            read = [(float(share), int(dense)) for _, _, share, dense in LINE.findall("\n".join(lines))]
-            assert min(share for share, _ in read) < 50
-            if options.has_sizes:
-                # It begins with verifications that read everything, and measure how much is to be read.
-                assert max(dense for _, dense in read) > 0
+            assert min(float(share) for _, _, share, _ in LINE.findall("\n".join(lines))) < 50
         drafting = [float(share) for share in re.findall(r"drafting read ([\d.]+)% of KV", "\n".join(lines))]
         assert bool(drafting) == options.drafts_for_itself
         assert all(share < 30 for share in drafting)

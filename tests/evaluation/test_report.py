@@ -78,6 +78,13 @@ def test_what_drafting_reads(options, counted, share, job, result_of):
     assert cells_of([result_of(job()), result])["x"]["KV read by the draft"] == share
 
 
+def test_a_report_may_have_methods_and_options_that_are_gone(job, result_of):
+    gone = result_of(job(), kept=0.5).model_copy(update={"name": "x", "options": {"method": "gone", "sizes": 3}})
+    assert not gone.is_reference
+    cells = cells_of([result_of(job()), gone])["x"]
+    assert (cells["KV read by the target"], cells["KV read by the draft"]) == ("50.0%", "100.0%")
+
+
 @pytest.mark.parametrize(
     ("searched", "scan_share", "share"),
     [

@@ -151,7 +151,7 @@ def test_fa3_replaces_attention_and_leaves_the_rest_to_the_kernels():
         ("auto", {"method": "vegas"}, False),
         ("auto", {"preset": "paper"}, False),
         ("fa3", {}, False),
-        ("fa3", {"method": "fused"}, False),
+        ("fa3", {"method": "sts"}, False),
     ],
 )
 def test_our_kernel_reads_selections_where_it_is_faster_and_nobody_asked_for_another(monkeypatch, name, options, own):
@@ -179,7 +179,7 @@ def test_xformers_reads_whole_blocks():
 
 
 def test_blocks_hold_no_selections_per_head(monkeypatch):
-    message = r"'xformers' reads whole blocks.* methods 'sketch', 'sts' and 'fused'.*'triton'"
+    message = r"'xformers' reads whole blocks.* methods 'sketch' and 'sts' choose.*'triton'"
     with pytest.raises(ExecutorError, match=message):
         resolve("xformers", CUDA, per_head=True)
     monkeypatch.setattr(executors, "_unavailable", lambda name, device, dtype: "no" if name == "fa3" else None)

@@ -42,7 +42,7 @@ def speculator(monkeypatch):
     made = object.__new__(SpecAttnSpeculator)
     store = SelectionStore(1, REQUESTS, 1, 64, CPU)
     store.prefix_lens[:REQUESTS] = 7
-    made.selection = SimpleNamespace(store=store, capture=None, pruner=object(), sizes=None)
+    made.selection = SimpleNamespace(store=store, capture=None, pruner=object())
     made.options, made._since_dense = SpecAttnOptions(method="specattn"), 0
     made.crossover_tokens = 0
     made.audit = None
@@ -273,7 +273,7 @@ def drafting(monkeypatch):
     made = object.__new__(SpecAttnSpeculator)
     made._recording, made._sampled, made.fail = False, None, None
     made.selection = SimpleNamespace(
-        store=SelectionStore(1, REQUESTS, 1, 64, CPU), capture=Capture([0, 9]), pruner=object(), sizes=None
+        store=SelectionStore(1, REQUESTS, 1, 64, CPU), capture=Capture([0, 9]), pruner=object()
     )
     made.last_token_indices = torch.tensor([2, 5, 99])
     made.expanded_positions = torch.tensor([10, 11, 12, 7, 8, 9])
@@ -350,34 +350,6 @@ def test_a_request_brings_its_tokens(drafting):
     assert entered == [(2, [4, 5, 6])]
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_sizes_are_learned_before_drafting_and_select_after_it(drafting, fails):
-    """The target's step left its scores in buffers that the next one overwrites, whatever becomes of the round."""
-    capture, told = drafting.selection.capture, []
-    capture.ranking = "ranking"
-    capture.mass, capture.context_lens = "mass", lambda: torch.tensor([0, 9], dtype=torch.int32)
-
-    def select(mass, slots, lens):
-        told.append((mass, slots.tolist(), lens.tolist(), drafting._recording))
-        return torch.full((1, 2, 1, 2), 6, dtype=torch.int32), lens
-
-    drafting.selection.sizes = SimpleNamespace(
-        learn=lambda slots, ranking: told.append((slots.tolist(), ranking, len(capture.told))), select=select
-    )
-    if fails:
-        drafting.fail = 0
-        with pytest.raises(RuntimeError):
-            one_round(drafting, True)
-        assert told == [([3, 1], "ranking", 1)]
-        return
-    one_round(drafting, True)
-    assert told == [([3, 1], "ranking", 1), ("mass", [3, 1], [0, 9], False)]
-    assert drafting.selection.store.bits[0, :, 0, 0].tolist() == [0, 6, 0, 6, 0]
-    assert drafting.selection.store.prefix_lens.tolist() == [-1, 9, -1, -1, -1]
-    one_round(drafting, False)
-    assert len(told) == 2
-
-
 def test_a_round_that_is_not_recorded_leaves_the_capture_alone(drafting):
     assert one_round(drafting, False) == "drafts"
     assert drafting.selection.capture.told == []
@@ -388,8 +360,6 @@ def test_a_round_that_is_not_recorded_leaves_the_capture_alone(drafting):
 @pytest.mark.parametrize("pruner", [None, object()], ids=["dense", "below the crossover"])
 def test_a_round_for_the_draft_alone_stores_nothing(drafting, pruner):
     drafting.selection.pruner = pruner
-    # Nor learns: sizes are for the target.
-    drafting.selection.sizes = None if pruner is None else SimpleNamespace(learn=None, select=None)
     one_round(drafting, True, for_target=pruner is None)
     assert len(drafting.selection.capture.told) == 7
     assert drafting.selection.capture.told[0][-1] == (pruner is None)

@@ -246,8 +246,6 @@ def test_choices_are_kept_where_a_round_may_recall_them(monkeypatch, every, slot
         (None, {"sparse_draft": True}),
         ((0, 2, None), {"method": "sts", "kv_heads": (4, 2)}),
         ((0, 2), {"method": "sts", "sparse_draft": True}),
-        ((0, 2, None, 2), {"method": "fused", "kv_heads": (4, 2)}),
-        ((0, 2, None, 2), {"method": "fused", "history_weight": 0, "kv_heads": (4, 2)}),
     ],
 )
 def test_the_size_that_is_checked_is_that_of_all_buffers(monkeypatch, layers, options):
@@ -261,8 +259,6 @@ def test_the_size_that_is_checked_is_that_of_all_buffers(monkeypatch, layers, op
     capture = made.capture
     parts = [made, capture, capture.ranking, capture.own_ranking, capture.lists, made.store, made.pruner]
     parts += [made.unread, capture.induction, capture.shared_out]
-    if made.sizes is not None:
-        parts += [made.sizes, made.sizes.target, made.sizes.history]
     for part in parts:
         for value in vars(part).values() if part is not None else ():
             if isinstance(value, torch.Tensor):
@@ -327,15 +323,12 @@ def test_shares_per_head(monkeypatch):
     assert made.capture.shared_out.groups == KV_HEADS
 
 
-@pytest.mark.parametrize(
-    "options", [{"rule": "top_p"}, {"rule": "top_k", "layer_shares": False}, {"method": "fused"}], ids=str
-)
+@pytest.mark.parametrize("options", [{"rule": "top_p"}, {"rule": "top_k", "layer_shares": False}], ids=str)
 def test_shares_are_not_used(options, monkeypatch):
-    """Of another rule, switched off, or where the target's own attention says how much."""
+    """Of another rule, or switched off."""
     made = prepared(monkeypatch, (3, None, 3, 1), shares=(0.5, None, 0.5, 2.0), **options)
     assert made.capture.shared_out is None
-    if options.get("method") != "fused":
-        assert made.store.bits.shape[0] == 2
+    assert made.store.bits.shape[0] == 2
 
 
 def test_shares_are_in_the_log(monkeypatch):
@@ -374,11 +367,11 @@ def test_layers_that_copy_need_no_shares(monkeypatch):
 @pytest.mark.parametrize(
     "options",
     [{"rule": "top_p"}, {"rule": "top_k", "induction": False}, {"rule": "top_k", "combine": "union"},
-     {"method": "fused"}, {"rule": "top_k", "dense_layers": (2,)}],
+     {"rule": "top_k", "dense_layers": (2,)}],
     ids=str,
 )  # fmt: skip
 def test_no_layer_copies(options, monkeypatch):
-    """Of another rule, switched off, chosen before the drafts are known, of sizes, or made dense."""
+    """Of another rule, switched off, chosen before the drafts are known, or made dense."""
     options = dict(options)
     copies = (False, False, not options.pop("dense_layers", None), False)
     made = prepared(monkeypatch, (3, None, 3, 1), copies=copies, **options)
@@ -425,23 +418,6 @@ def test_layers_that_are_mapped_alike_share_a_table(monkeypatch):
     assert made.pruner.layer_sources == {f"model.layers.{j}": t for j, t in ((0, 0), (1, 0), (3, 1), (4, 1))}
     assert maps_of(made) == [(0, [0, 1]), (1, [0, 1])]
     assert made.pruner._layers_of.tolist() == [2, 2]
-
-
-def test_with_sizes_each_layer_has_selections_of_its_own(monkeypatch):
-    """Layers that are mapped alike share what chooses, but not how much. The maps serve the choice; after it there is a
-    selection for each table."""
-    heads = ((1, 0, 0, 1), None, (1, 0, 0, 1), (0, 0, 1, 1))
-    made = prepared(monkeypatch, (3, None, 3, 1), method="fused", heads=heads, kv_heads=(4, 2))
-    names = [f"model.layers.{j}" for j in (0, 2, 3)]
-    assert made.pruner.layer_sources == made.sizes.target.layer_sources == {name: t for t, name in enumerate(names)}
-    assert made.sizes.maps.sources.tolist() == [1, 1, 0]
-    assert made.sizes.maps.groups.tolist() == [[1, 0, 0, 1], [1, 0, 0, 1], [0, 0, 1, 1]]
-    assert made.pruner.maps is None and made.pruner.sizes is made.sizes
-    assert made.store.bits.shape[:3] == (3, REQUESTS + 1, 4)
-    assert made.tables.shape == (3, REQUESTS, 4, ROW)
-    assert made.capture.ranking.groups == 2 and made.sizes.target.mass.shape == (REQUESTS, 3, 4, ROW)
-    assert made.store.refresh_every == 32
-    assert prepared(monkeypatch, (3, None, 3, 1), method="sts").sizes is None
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_a_round_for_the_draft_alone_reads_the_same_and_scores_its_first_step_on
         light.scores.fill_(torch.nan)
 
     light.scores.fill_(torch.nan)
-    for_target = light.ranking.rows.fill_(torch.nan) if light.own_ranking is not light.ranking else None
+    for_target = light.ranking._mass.fill_(torch.nan) if light.own_ranking is not light.ranking else None
     steps = draft.run(whole, [True] * 4)
     same = draft.run(light, [True] * 4, after_layer=note, for_target=False)
     for k, name in itertools.product(range(STEPS), (*sources, extra)):

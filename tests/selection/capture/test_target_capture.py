@@ -12,7 +12,7 @@ from specattn_vllm import executors
 from specattn_vllm.backend.metadata import SpecAttnMetadata
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.selection.choose import Limits
-from specattn_vllm.selection.target_capture import TargetCapture, TargetStep
+from specattn_vllm.selection.target_capture import TargetCapture
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, SIZE, BLOCK = 4, 2, 64, 16
@@ -194,27 +194,6 @@ def test_the_selection_is_what_plain_python_chooses(rows, changes, choose, token
         for g, heads in enumerate(groups_of(opts)):
             wanted = choose(step.mass(name, r, heads, opts.dilation), opts) if step.ranked(r) else set()
             assert tokens(bits[r, layer, g]) == wanted, (name, r, g)
-
-
-@pytest.mark.parametrize("marked", [[], [0], [1, 2], [0, 1, 2, 3, 4]], ids=str)
-def test_marked_rows_leave_their_scores_though_another_attends(marked):
-    """What `watch` leaves of them is what `attend` would; of all other rows, prompts among them, nothing is written."""
-    step, capture, other = Step(MIXED), make(options(per_kv_head=True)), make(options(per_kv_head=True))
-    step.run(other)
-    starts, lens = torch.tensor(step.starts, dtype=torch.int32), torch.tensor(step.lens, dtype=torch.int32)
-    capture.mark(starts[:6], torch.tensor([n if r in marked else 0 for r, n in enumerate(step.lens[:5])]).int())
-    metadata = SpecAttnMetadata(
-        num_reqs=len(MIXED), num_actual_tokens=step.starts[-1], max_query_len=20, max_seq_len=70,
-        query_start_loc=starts, seq_lens=lens, block_table=step.block_table,
-    )  # fmt: skip
-    for name in LAYERS:
-        watched = TargetStep(capture, num_rows=5, num_tokens=step.starts[5], max_query_len=LONGEST)
-        watched.watch(name, step.queries[name], step.caches[name].transpose(1, 2), metadata, SCALE)
-    for r in range(MAX_REQS):
-        length = step.ranked(r) if r in marked else 0
-        assert capture.lens[r] == length
-        torch.testing.assert_close(capture.mass[r, :, :, :length], other.mass[r, :, :, :length])
-        assert capture.mass[r, :, :, length:].isnan().all()
 
 
 def test_on_this_data_the_ways_of_choosing_differ(choose):
