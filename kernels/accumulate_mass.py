@@ -3,7 +3,6 @@
     new[r, g, p] = weight * sum_{h in group g} exp(scores[r, h, p] - lse[r, h])        p < lens[r]
     mass[r, g, p] = new                       combine "store"
                   = mass[r, g, p] + new       combine "add"
-                  = max(mass[r, g, p], new)   combine "max"
 
 With weight = G / Hq the mass of a row sums to at most 1 after "store"; the caller scales so that it still does after
 further calls, because ``select_top_p`` counts on it.
@@ -16,14 +15,14 @@ mass       [R, G, L]   float32, in and out; G divides Hq, and the heads of a gro
                        on are left untouched
 weight     float       on the host
 
-Indexed, if both of these are given (combine is "add" or "max" then): column j of ``scores`` belongs to position
+Indexed, if both of these are given (combine is "add" then): column j of ``scores`` belongs to position
 positions[r, j] for j < kept[r]; further columns are not counted, and positions that are not listed, or not below lens,
 keep their mass. kept[r] = -1: the columns of row r are positions, as without a list.
 
 positions  [R, W]      int32, ascending
 kept       [R]         int32, at most W and L
 
-Shifted, if ``shift`` is more than 0 (combine is "add" or "max" then): what belongs to position p goes to p + shift
+Shifted, if ``shift`` is more than 0 (combine is "add" then): what belongs to position p goes to p + shift
 instead, if that is below lens. Heads that copy move on by a token a step, so this is what they will attend to next.
 
 shift      int         on the host, 0 to 64
@@ -93,12 +92,10 @@ def _mass_kernel(
             p += SHIFT
             inside = inside & (p < length)
             old = tl.load(row + p, mask=inside, other=0.0)
-            tl.store(row + p, old + new if COMBINE == "add" else tl.maximum(old, new), mask=inside)
+            tl.store(row + p, old + new, mask=inside)
         else:
             if COMBINE == "add":
                 new += tl.load(row + j, mask=readable, other=0.0)
-            elif COMBINE == "max":
-                new = tl.maximum(new, tl.load(row + j, mask=readable, other=0.0))
             # Without a mask the stores are vectors.
             if (block + 1) * BLOCK <= columns:
                 tl.store(row + j, new)

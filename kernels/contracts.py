@@ -14,7 +14,7 @@ HEAD_SIZES = (64, 128)  # what the Triton kernels are tuned and tested for; the 
 SCORED_ROWS = (1, 2)  # per request
 MAX_DILATION = 64
 MAX_TOKENS = 64
-COMBINE = ("store", "add", "max")
+COMBINE = ("store", "add")
 
 
 def expect(ok: bool, name: str, got: object, wanted: str) -> None:
@@ -100,9 +100,9 @@ def accumulate_mass(scores, lse, lens, mass, combine, positions=None, kept=None,
     expect(combine in COMBINE, "combine", repr(combine), " or ".join(COMBINE))
     _index(positions, kept, rows, dev)
     # What a list leaves out would keep what it held before, which is no mass of this step.
-    expect(positions is None or combine != "store", "combine", repr(combine), "add or max, because positions are given")
+    expect(positions is None or combine != "store", "combine", repr(combine), "add, because positions are given")
     expect(0 <= shift <= MAX_DILATION, "shift", shift, f"0 to {MAX_DILATION}")
-    expect(not shift or combine != "store", "combine", repr(combine), "add or max, because of the shift")
+    expect(not shift or combine != "store", "combine", repr(combine), "add, because of the shift")
 
 
 def select_top_p(

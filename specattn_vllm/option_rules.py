@@ -71,10 +71,10 @@ def _one_rule_is_meant(options: SpecAttnOptions) -> None:
 
 
 def _bonus_row_has_steps_to_join(options: SpecAttnOptions) -> None:
-    if "bonus_row" in options.model_fields_set and options.bonus_row and options.combine in ("union", "first"):
+    if "bonus_row" in options.model_fields_set and options.bonus_row and options.combine == "union":
         raise ValueError(
-            f"bonus_row true with combine {options.combine!r}, which looks at one draft step at a time: set combine "
-            "to 'sum' or 'max', or leave bonus_row out"
+            "bonus_row true with combine 'union', which looks at one draft step at a time: set combine to 'sum', or "
+            "leave bonus_row out"
         )
 
 

@@ -17,7 +17,7 @@ MAX_DILATION = 64
 
 Method = Literal["sketch", "specattn", "sts", "vegas", "streamingllm", "dense"]
 Rule = Literal["top_p", "top_k"]
-Combine = Literal["sum", "max", "union", "first"]
+Combine = Literal["sum", "union"]
 ExecutorName = Literal["auto", "torch", "triton", "fa3", "xformers"]
 
 
@@ -94,13 +94,13 @@ class SpecAttnOptions(BaseModel):
     recent_tokens: int = Field(64, ge=0, le=_INT32, description="Last tokens of the context that are always kept.")
     combine: Combine = Field(
         "sum",
-        description="How the K draft steps of a round become one selection: top-p on their summed or maximal mass, "
-        "the union of each step's own top-p (Shah, arXiv 2510.27641), or the first step alone.",
+        description="How the K draft steps of a round become one selection: it is chosen by the 'sum' of their mass, "
+        "or is the 'union' of each step's own (Shah, arXiv 2510.27641).",
     )
     bonus_row: bool = Field(
         True,
-        description="With combine 'sum' or 'max', the last row of a verification, that of the bonus token, counts as "
-        "well: the draft never gets there, so its last step's attention is taken, moved on by one token.",
+        description="With combine 'sum', the last row of a verification, that of the bonus token, counts as well: the "
+        "draft never gets there, so its last step's attention is taken, moved on by one token.",
     )
     unread_mean: bool = Field(
         True,
@@ -211,7 +211,7 @@ class SpecAttnOptions(BaseModel):
     @property
     def counts_bonus_row(self) -> bool:
         """Whether the steps' mass has that of the row that verification has and the draft has not."""
-        return self.bonus_row and self.combine in ("sum", "max")
+        return self.bonus_row and self.combine == "sum"
 
     @property
     def fixed_budget(self) -> bool:

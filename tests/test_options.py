@@ -136,7 +136,7 @@ def test_an_unknown_option_is_named_with_the_known_ones():
         ("dilation", -1, "greater than or equal to 0"),
         ("dilation", 65, "less than or equal to 64"),
         ("method", "sparse", "'sts', 'vegas', 'streamingllm' or"),
-        ("combine", "mean", "'sum', 'max', 'union' or 'first'"),
+        ("combine", "mean", "'sum' or 'union'"),
         ("executor", "cuda", "'auto', 'torch', 'triton', 'fa3' or 'xformers'"),
         ("refresh_every", 1, "greater than or equal to 2"),
         ("refresh_every", 2**31, "less than or equal to 2147483647"),

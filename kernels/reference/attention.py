@@ -100,11 +100,8 @@ def accumulate_mass(scores, lse, lens, mass, weight, combine, positions=None, ke
         columns = slice(where.shape[0])
         probs = torch.exp(scores[r, :, columns].float() - lse[r, :, None])
         new = probs.unflatten(0, (groups, -1)).sum(1).mul_(weight)
-        old = mass[r, :, where]
         if combine == "add":
-            new += old
-        elif combine == "max":
-            new = torch.maximum(old, new)
+            new += mass[r, :, where]
         mass[r, :, where] = new
 
 

@@ -88,7 +88,7 @@ def engines_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="an option of the plugin for its modes, e.g. combine=first, or for one, e.g. specattn:sparse_draft=true; "
+        help="an option of the plugin for its modes, e.g. combine=union, or for one, e.g. specattn:sparse_draft=true; "
         "may be repeated",
     )
     what.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="[%(default)s]")

@@ -75,7 +75,7 @@ class DraftCapture:
         self.num_sources = num_sources
         self.num_steps = num_steps
         # Every row of mass sums to at most 1, which is what the fixed-point top-p needs.
-        spread = num_steps + options.counts_bonus_row if options.combine in ("sum", "max") else 1
+        spread = num_steps + options.counts_bonus_row if options.combine == "sum" else 1
         self.weight = groups / (num_heads * spread)
         layers = len(layer_sources)
         # Halving the scores costs a mass nothing: their rounding moves it by less than a hundredth.
@@ -157,11 +157,9 @@ class DraftCapture:
         layer = self.layer_sources.get(layer_name)
         if layer is None:
             return False
-        later = self.for_target and layer < self.num_sources and self.options.combine != "first"
+        later = self.for_target and layer < self.num_sources
         scoring = self.step == 0 or later
         pruned = self.lists is not None and (self.step > 0 or self.recall)
-        if not scoring and not pruned:
-            return False
         reads = self.lists.of(layer) if pruned else {}
         fused = batch.max_query_len <= MAX_FUSED_QUERY
         scores, lse = self.scores[: self.num_reqs], self.lse[: self.num_reqs]
@@ -203,10 +201,10 @@ class DraftCapture:
             self._add_mass(self.own_ranking.mass[layer], weight, "store", pruned, reads)
         if layer >= self.ranked or not (self.for_target or self.own_ranking is self.ranking):
             return
-        self._add_mass(self.ranking.mass[layer], self.weight, self._combine_rule(), pruned, reads)
+        rule = "store" if self.step == 0 or self.options.combine == "union" else "add"
+        self._add_mass(self.ranking.mass[layer], self.weight, rule, pruned, reads)
         if self.options.counts_bonus_row and self.step == self.num_steps - 1 and layer < self.num_sources:
-            rule = "add" if self.options.combine == "sum" else "max"
-            self._add_mass(self.ranking.mass[layer], self.weight, rule, pruned, {**reads, "shift": 1})
+            self._add_mass(self.ranking.mass[layer], self.weight, "add", pruned, {**reads, "shift": 1})
 
     def _add_mass(self, mass: torch.Tensor, weight: float, rule: str, pruned: bool, reads: dict) -> None:
         if pruned and rule == "store":
@@ -215,11 +213,6 @@ class DraftCapture:
             rule = "add"
         scores, lse = self.scores[: self.num_reqs], self.lse[: self.num_reqs]
         self.operations.accumulate_mass(scores, lse, self.prefix_lens, mass, weight, rule, **reads)
-
-    def _combine_rule(self) -> str:
-        if self.step == 0 or self.options.combine == "union":
-            return "store"
-        return "add" if self.options.combine == "sum" else "max"
 
     def end_step(self) -> None:
         """Close a draft step: the union rule selects after each, and `sparse_draft` after the first."""

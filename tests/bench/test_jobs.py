@@ -59,7 +59,7 @@ def test_the_order_keeps_the_prefix_cache_warm():
         ("sparse_draft=true", ("sparse_draft", True)),
         ("top_p=0.9", ("top_p", 0.9)),
         ("dense_layers=[0, 1]", ("dense_layers", [0, 1])),
-        ("combine=max", ("combine", "max")),
+        ("combine=union", ("combine", "union")),
         ("layer_map=a=b", ("layer_map", "a=b")),
     ],
 )
@@ -170,16 +170,16 @@ def test_stock_engines_are_stock():
 
 
 def test_our_engines_differ_from_stock_in_the_backend_and_its_options_only():
-    found = jobs_by_name(options={"combine": "max", "specattn:sparse_draft": True, "dense:combine": "first"})
+    found = jobs_by_name(options={"combine": "union", "specattn:sparse_draft": True, "dense:combine": "sum"})
     stock = found["draft-v2"].engine_arguments
     expected = {
-        "dense": {"method": "dense", "combine": "first"},
+        "dense": {"method": "dense", "combine": "sum"},
         "sparse-draft": {
             "method": "dense",
             "sparse_draft": True,
             "draft_ratio": 0.1,
             "min_tokens": 0,
-            "combine": "max",
+            "combine": "union",
         },
         "specattn 5%": {
             "method": "specattn",
@@ -187,7 +187,7 @@ def test_our_engines_differ_from_stock_in_the_backend_and_its_options_only():
             "max_fraction": 0.05,
             "min_tokens": 0,
             "layer_map": "uniform",
-            "combine": "max",
+            "combine": "union",
             "sparse_draft": True,
         },
     }

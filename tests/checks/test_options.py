@@ -37,12 +37,12 @@ def test_the_backend_for_some_kinds_of_layers_is_refused(configure, options):
     ("options", "idle"),
     [
         ({"top_p": 0.5, "executor": "torch"}, "top_p"),
-        ({"crossover_tokens": 5, "combine": "max", "min_tokens": 7}, "combine, crossover_tokens, min_tokens"),
+        ({"crossover_tokens": 5, "combine": "union", "min_tokens": 7}, "combine, crossover_tokens, min_tokens"),
         # Off, the draft reads everything too.
         ({"sparse_draft": False, "sink_tokens": 2, "stats_interval_s": 5}, "sink_tokens"),
         # On, the rule chooses for the draft: only what is about the target does nothing.
         (
-            {"sparse_draft": True, "top_p": 0.5, "layer_map": "uniform", "dense_layers": [1], "combine": "max"},
+            {"sparse_draft": True, "top_p": 0.5, "layer_map": "uniform", "dense_layers": [1], "combine": "union"},
             "combine, dense_layers, layer_map",
         ),
         ({"sparse_draft": True, "crossover_tokens": 5, "check_weights": False}, "check_weights"),
@@ -72,7 +72,7 @@ def test_options_without_effect_are_named(configure, warnings, options, idle):
     [
         # Whatever decides what verification reads, which is everything.
         (
-            {"method": "vegas", "layer_map": "uniform", "combine": "max", "dense_layers": [1], "refresh_every": 4}
+            {"method": "vegas", "layer_map": "uniform", "combine": "union", "dense_layers": [1], "refresh_every": 4}
             | {"check_weights": False, "sparse_draft": True, "audit_share": 0.5, "audit_floor": 0.8},
             "audit_floor, audit_share, check_weights, combine, dense_layers, layer_map, refresh_every, sparse_draft",
         ),
@@ -104,9 +104,9 @@ def test_options_of_vegas_have_an_effect_there(configure, warnings, options):
         {"method": "dense", "sparse_draft": True},
         {"method": "dense", "sparse_draft": True, "top_p": 0.5, "min_tokens": 7, "max_tokens": 300, "max_fraction": 0.5}
         | {"sink_tokens": 2, "recent_tokens": 3, "crossover_tokens": 9, "executor": "torch"},
-        {"top_p": 0.5, "sparse_draft": True, "combine": "max", "dense_layers": [1], "draft_ratio": 0.5},
+        {"top_p": 0.5, "sparse_draft": True, "combine": "union", "dense_layers": [1], "draft_ratio": 0.5},
         {"method": "sts", "sparse_draft": True, "rule": "top_k", "ratio": 0.2, "top_p": 0.5, "refresh_every": 4}
-        | {"combine": "max", "layer_map": "uniform"},
+        | {"combine": "union", "layer_map": "uniform"},
     ],
     ids=lambda options: ", ".join(options),
 )

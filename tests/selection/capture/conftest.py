@@ -211,13 +211,10 @@ class Draft:
     def combined(self, name: str, r: int, opts: SpecAttnOptions, group: int | None = None) -> list[float]:
         """One mass per token, in the units of a single step."""
         steps = self.step_mass(name, r, opts, group)
-        if opts.combine == "first":
-            return steps[0]
         if opts.bonus_row:
             # The row that is verified after the last step: as that one, a token on.
             steps = [*steps, [0.0, *steps[-1]][: len(steps[-1])]]
-        combine = {"sum": sum, "max": max}[opts.combine]
-        return [combine(masses) / len(steps) for masses in zip(*steps, strict=True)]
+        return [sum(masses) / len(steps) for masses in zip(*steps, strict=True)]
 
     def selection(self, opts: SpecAttnOptions, name: str, r: int, group: int | None = None) -> set[int]:
         if opts.combine == "union":

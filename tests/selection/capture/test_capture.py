@@ -11,7 +11,7 @@ import torch
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.selection.capture import MAX_FUSED_QUERY
 
-COMBINE = pytest.mark.parametrize("combine", ["sum", "max", "first", "union"])
+COMBINE = pytest.mark.parametrize("combine", ["sum", "union"])
 STEPS, MAX_LEN, HEADS = 3, 70, 4  # as in conftest.py
 
 
@@ -39,14 +39,14 @@ def test_the_rules_differ_on_this_data(draft_of, options, sources):
     draft = draft_of(60, 33, MAX_LEN - STEPS, 17)
     chosen = [
         tuple(frozenset(draft.selection(options(combine), name, r)) for name in sources for r in range(4))
-        for combine in ("sum", "max", "first", "union")
+        for combine in ("sum", "union")
     ]
-    assert len(set(chosen)) == 4
+    assert len(set(chosen)) == 2
     assert all(0 < len(each) < draft.lens[i % 4] - 1 for rule in chosen for i, each in enumerate(rule))
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set from the start")
-@pytest.mark.parametrize(("combine", "sparse"), [("sum", False), ("union", True), ("max", True)])
+@pytest.mark.parametrize(("combine", "sparse"), [("sum", False), ("union", True), ("sum", True)])
 def test_the_kernels_select_the_same(new_draft, options, make, sources, tokens, combine, sparse):
     draft, opts = new_draft([20, 33]), options(combine, sparse_draft=sparse)
     capture = make(opts, executor="triton")
@@ -57,9 +57,8 @@ def test_the_kernels_select_the_same(new_draft, options, make, sources, tokens, 
         assert tokens(bits[s, r, 0]) == draft.selection(opts, name, r), (name, r)
 
 
-@pytest.mark.parametrize("combine", ["sum", "max", "first"])
-def test_the_mass_is_the_mean_over_heads_combined_over_steps(draft_of, options, make, sources, combine):
-    draft, opts = draft_of(60, 33), options(combine)
+def test_the_mass_is_the_mean_over_heads_and_steps(draft_of, options, make, sources):
+    draft, opts = draft_of(60, 33), options()
     capture = make(opts)
     draft.run(capture, [True, True])
     for (s, name), r in itertools.product(enumerate(sources), range(2)):
@@ -182,7 +181,7 @@ def test_where_short_ends(new_draft, options, make, sources, tokens_of_a_row, fu
 
 @pytest.mark.parametrize("before", [None, [17, 1, 2]], ids=["short", "long"])
 def test_at_step_0_the_sampled_rows_are_picked_out_of_the_batch(new_draft, options, make, before):
-    draft, opts = new_draft([60, 33, 20], before=before), options("first")
+    draft, opts = new_draft([60, 33, 20], before=before), options()
     picked, first_rows = make(opts), make(opts)
     draft.run(picked, [True] * 3)
     draft.query_rows = torch.tensor(draft.starts[:-1])
@@ -195,7 +194,7 @@ def test_at_step_0_the_sampled_rows_are_picked_out_of_the_batch(new_draft, optio
 
 def test_later_steps_do_the_attention_of_every_row(draft_of, options, make, sources):
     """Of rows that are not wanted too: inside a prompt, nobody uses the result, but nothing else would compute it."""
-    draft, opts = draft_of(60, 33, 20), options("sum")
+    draft, opts = draft_of(60, 33, 20), options()
     steps = draft.run(make(opts), [True, False, True])
     for k, name in itertools.product((1, 2), sources):
         done, out = steps[k][name]
@@ -210,12 +209,6 @@ def test_other_layers_are_left_alone(draft_of, options, make, extra):
             done, out = results[name]
             assert not done
             assert out.isnan().all()
-
-
-def test_the_first_rule_leaves_later_steps_to_the_backend(draft_of, options, make, sources):
-    steps = draft_of(60, 33).run(make(options("first")), [True, True])
-    assert [steps[0][name][0] for name in sources] == [True, True]
-    assert not any(done for results in steps[1:] for done, _ in results.values())
 
 
 # Batches of a CUDA graph
