@@ -16,7 +16,7 @@ import numpy as np
 
 from specattn_vllm.evaluation.methods_schema import Estimate, Figures, Report, SettingResult
 from specattn_vllm.evaluation.scan import byte_fraction
-from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.options import SELF_DRAFTING
 from specattn_vllm.stats import Counts
 
 RESAMPLES = 10_000
@@ -107,9 +107,8 @@ def _of(result: SettingResult, name: str) -> np.ndarray:
 
 
 def _reads_part(result: SettingResult) -> bool:
-    """Whether drafting reads a part of its cache."""
-    options = SpecAttnOptions.parse(result.options)
-    return options.sparse_draft or options.drafts_for_itself
+    """Whether drafting reads a part of its cache; options are not parsed, as they may be an earlier version's."""
+    return bool(result.options.get("sparse_draft")) or result.options.get("method") in SELF_DRAFTING
 
 
 def _acceptance(result: SettingResult) -> Estimate:

@@ -175,9 +175,8 @@ class Result(StrictModel):
 
     @property
     def is_reference(self) -> bool:
-        return Setting(
-            name=self.name, options=self.options, peer=self.peer, other_batches=self.other_batches
-        ).is_reference
+        # Not as a Setting, whose options are checked: a report may have those of an earlier version.
+        return self.options == DENSE_OPTIONS and self.peer is None and not self.other_batches
 
 
 class AnyReport(StrictModel):

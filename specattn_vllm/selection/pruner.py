@@ -17,7 +17,6 @@ from specattn_vllm.stats import Counters
 if TYPE_CHECKING:
     from specattn_vllm.selection.sizes import Sizes
     from specattn_vllm.selection.target_capture import TargetStep
-    from specattn_vllm.selection.unread import Unread
 
 
 @dataclass
@@ -75,12 +74,11 @@ class Pruner:
         page_table: torch.Tensor,
         maps: TableMaps | None = None,
         sizes: Sizes | None = None,
-        unread: Unread | None = None,
     ) -> None:
         """layer_sources: target layer name -> table; num_layers: target layers in all; max_query_len: tokens of the
         longest verification, K + 1. page_table [T or more, max_num_reqs, G, width] int32: where the tables are made;
         what else it serves between steps does not matter. Without maps there is a table for each source and group of
-        the store. sizes: is told which rows read everything, unread which verify."""
+        the store. sizes: is told which rows read everything."""
         self.store = store
         self.operations = operations
         self.counters = counters
@@ -91,7 +89,6 @@ class Pruner:
         self.maps = maps
         self.audit: Audit | None = None
         self.sizes = sizes
-        self.unread = unread
         tables, groups = (store.bits.shape[0], store.bits.shape[2]) if maps is None else maps.groups.shape
         self.device = page_table.device
         self._page_table = page_table[:tables]
@@ -132,9 +129,6 @@ class Pruner:
         if self.sizes is not None:
             everything = (prefix_lens < 0) & ~self.store.exact[slots]
             self.sizes.begin(slots, prefilling, everything, query_start_loc, seq_lens, rows)
-        if self.unread is not None:
-            prefills = bool(prefilling_cpu[rows:].any())
-            self.unread.begin(slots, prefilling, prefills, query_start_loc, seq_lens, rows)
         self.counters.stage(prefill_rows=int(prefilling_cpu.sum()))
         # Rows that all prefill are no reason to stop here: vLLM runs a prompt's last token through the same graph as
         # verifications, and that graph reads the tables whatever this returns.

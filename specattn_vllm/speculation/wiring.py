@@ -17,7 +17,6 @@ from specattn_vllm.selection.pages import page_strides
 from specattn_vllm.selection.pruner import Pruner, TableMaps
 from specattn_vllm.selection.sizes import Sizes
 from specattn_vllm.selection.store import SelectionStore
-from specattn_vllm.selection.unread import LayerUnread, Unread
 from specattn_vllm.speculation.announce import announce, sizes
 from specattn_vllm.speculation.maps import plan_of, resolve_layer_map
 
@@ -64,10 +63,6 @@ class Selection:
     """Method 'fused': how much is chosen, from the target's attention."""
 
     @property
-    def unread(self) -> Unread | None:
-        return None if self.pruner is None else self.pruner.unread
-
-    @property
     def nbytes(self) -> dict[str, int]:
         """Bytes by what they hold."""
         capture = self.capture
@@ -79,7 +74,6 @@ class Selection:
             "bitmasks": self.store.nbytes + target["bitmasks"],
             "page tables": self.tables.nbytes + (0 if self.pruner is None else self.pruner.nbytes),
             **({"history": target["history"]} if target["history"] else {}),
-            **({"means": self.unread.nbytes} if self.unread is not None else {}),
             **({"token ids": ids} if ids else {}),
         }
 
@@ -162,10 +156,6 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
                 max_model_len=longest,
                 device=device,
             )
-        unread = None
-        if options.estimates_unread:
-            impl, number = layers[target[0]].impl, len(plan.layer_tables)
-            unread = Unread.of(impl, speculator.operations, layers=number, max_num_reqs=requests, device=device)
         pruner = Pruner(
             store,
             speculator.operations,
@@ -177,16 +167,12 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
             page_table=tables,
             maps=None if options.has_sizes else maps,
             sizes=sizes,
-            unread=unread,
         )
         return Selection(capture, store, pruner, tables, sizes)
 
     # Sizes first, without memory: an allocation that fails names no option.
     refuse_if_too_large(allocate(torch.device("meta")).nbytes, speculator)
     selection = allocate(speculator.device)
-    if selection.unread is not None:
-        for index, name in enumerate(plan.layer_tables):
-            layers[name].impl.unread = LayerUnread(selection.unread, index)
     announce(options, found, speculator, selection.nbytes)
     return selection
 
