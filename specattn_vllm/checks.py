@@ -56,8 +56,8 @@ def check(vllm_config: VllmConfig) -> None:
 
 
 _FOR_TARGET = {
-    "layer_map", "layer_shares", "dense_layers", "check_weights", "combine", "bonus_row", "unread_mean",
-    "refresh_every", "audit_share", "audit_floor", "audit_dense_rounds",
+    "layer_map", "layer_shares", "dense_layers", "check_weights", "combine", "bonus_row", "refresh_every",
+    "audit_share", "audit_floor", "audit_dense_rounds",
 }  # fmt: skip
 """What only matters where a draft model chooses for the target."""
 

@@ -19,6 +19,8 @@ Method = Literal["sketch", "specattn", "sts", "vegas", "streamingllm", "dense"]
 Rule = Literal["top_p", "top_k"]
 Combine = Literal["sum", "union"]
 ExecutorName = Literal["auto", "torch", "triton", "fa3", "xformers"]
+SELF_DRAFTING = ("vegas", "streamingllm")
+"""Methods with which the target is its own draft model."""
 
 
 class OptionsError(ValueError):
@@ -101,11 +103,6 @@ class SpecAttnOptions(BaseModel):
         True,
         description="With combine 'sum', the last row of a verification, that of the bonus token, counts as well: the "
         "draft never gets there, so its last step's attention is taken, moved on by one token.",
-    )
-    unread_mean: bool = Field(
-        True,
-        description="What a pruned verification does not read counts as so many tokens of the request's mean key and "
-        "value. With false, the tokens that are read get all of the weight.",
     )
     induction: bool = Field(
         True,
@@ -244,11 +241,6 @@ class SpecAttnOptions(BaseModel):
         return self.induction and self.fixed_budget and self.combine != "union"
 
     @property
-    def estimates_unread(self) -> bool:
-        """Whether the target's pruned attention is corrected for what it does not read."""
-        return self.unread_mean and self.chooses_by_draft
-
-    @property
     def per_head(self) -> bool:
         """Whether each KV head of the target reads a selection of its own in verification."""
         return self.method in ("sketch", "sts")
@@ -286,7 +278,7 @@ class SpecAttnOptions(BaseModel):
     @property
     def drafts_for_itself(self) -> bool:
         """Whether the target is its own draft model."""
-        return self.method in ("vegas", "streamingllm")
+        return self.method in SELF_DRAFTING
 
     @property
     def goes_with_any_drafter(self) -> bool:

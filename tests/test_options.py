@@ -38,7 +38,6 @@ def test_the_defaults_are_the_documented_ones():
         "recent_tokens": 64,
         "combine": "sum",
         "bonus_row": True,
-        "unread_mean": True,
         "induction": True,
         "per_kv_head": False,
         "dilation": None,
@@ -75,7 +74,6 @@ def test_every_option_can_be_given():
         "recent_tokens": 10,
         "combine": "union",
         "bonus_row": False,
-        "unread_mean": False,
         "induction": False,
         "per_kv_head": True,
         "dilation": 5,
@@ -351,10 +349,9 @@ def test_a_preset_sets_what_is_not_given(method):
     changed = {key: value for key, value in preset.items() if value != plain[key]}
     assert changed == {"preset": "paper"} | {
         "specattn": {"rule": "top_p", "top_p": 0.97, "combine": "union", "dense_layers": (0, 1), "min_tokens": 0,
-                     "sink_tokens": 0, "recent_tokens": 0, "bonus_row": False, "unread_mean": False,
-                     "induction": False},
+                     "sink_tokens": 0, "recent_tokens": 0, "bonus_row": False, "induction": False},
         "sts": {"rule": "top_k", "ratio": 1.0, "max_tokens": 256, "min_tokens": 0, "sink_tokens": 0,
-                "recent_tokens": 0, "bonus_row": False, "unread_mean": False, "induction": False},
+                "recent_tokens": 0, "bonus_row": False, "induction": False},
         "vegas": {"rule": "top_k", "ratio": 0.07, "min_tokens": 256, "sink_tokens": 0, "recent_tokens": 0,
                   "dilation": 0},
     }[method]  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -13,9 +13,6 @@ from specattn_vllm.kernels.bookkeeping_contracts import READ_COUNTS
 from specattn_vllm.selection.audit import Audit
 from specattn_vllm.selection.store import SelectionStore
 from specattn_vllm.stats import Counters
-
-if TYPE_CHECKING:
-    from specattn_vllm.selection.unread import Unread
 
 
 @dataclass
@@ -70,12 +67,11 @@ class Pruner:
         max_query_len: int,
         page_table: torch.Tensor,
         maps: TableMaps | None = None,
-        unread: Unread | None = None,
     ) -> None:
         """layer_sources: target layer name -> table; num_layers: target layers in all; max_query_len: tokens of the
         longest verification, K + 1. page_table [T or more, max_num_reqs, G, width] int32: where the tables are made;
         what else it serves between steps does not matter. Without maps there is a table for each source and group of
-        the store. unread: is told which rows verify."""
+        the store."""
         self.store = store
         self.operations = operations
         self.counters = counters
@@ -85,7 +81,6 @@ class Pruner:
         self.max_query_len = max_query_len
         self.maps = maps
         self.audit: Audit | None = None
-        self.unread = unread
         tables, groups = (store.bits.shape[0], store.bits.shape[2]) if maps is None else maps.groups.shape
         self.device = page_table.device
         self._page_table = page_table[:tables]
@@ -123,9 +118,6 @@ class Pruner:
         """
         prefix_lens, stored = self.store.take(self.operations, slots, query_start_loc, seq_lens, prefilling)
         rows = self._short_rows(query_start_loc_cpu)
-        if self.unread is not None:
-            prefills = bool(prefilling_cpu[rows:].any())
-            self.unread.begin(slots, prefilling, prefills, query_start_loc, seq_lens, rows)
         self.counters.stage(prefill_rows=int(prefilling_cpu.sum()))
         # Rows that all prefill are no reason to stop here: vLLM runs a prompt's last token through the same graph as
         # verifications, and that graph reads the tables whatever this returns.

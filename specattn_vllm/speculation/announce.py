@@ -81,8 +81,6 @@ def announce(
     if options.uses_induction and any(found.induction or ()):
         copying = " ".join(str(j) for j, copies in enumerate(found.induction) if copies)
         kept += f", what follows the round's tokens in layers [{copying}] too"
-    if options.estimates_unread:
-        kept += ", the rest as its mean"
     logger.info(
         "specattn: %s, combine=%s, selections %s, draft layer per target layer [%s] ('-' reads everything)",
         kept,

@@ -68,8 +68,6 @@ class SpecAttnSpeculator(RoundSpeculator):
     def _enter(self, slot: int, request: Any) -> None:
         """A request, new or resumed, is given a slot."""
         self.selection.store.hold(slot, asks_for_exactness(request.sampling_params))
-        if self.selection.unread is not None:
-            self.selection.unread.forget(slot)
         if self.selection.capture.induction is not None:
             self.selection.capture.induction.enter(slot, request.prefill_token_ids)
         if self.selection.capture.lists is not None:

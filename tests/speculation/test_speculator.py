@@ -339,13 +339,11 @@ def test_what_a_round_begins_with_is_known_to_later_ones(drafting, recording):
 
 def test_a_request_brings_its_tokens(drafting):
     entered = []
-    forgotten = []
     drafting.selection.capture.lists = None
-    drafting.selection.unread = SimpleNamespace(forget=forgotten.append)
     drafting.selection.capture.induction = SimpleNamespace(enter=lambda *given: entered.append(given))
     drafting._enter(2, SimpleNamespace(sampling_params=None, prefill_token_ids=[4, 5, 6]))
-    assert entered == [(2, [4, 5, 6])] and forgotten == [2]
-    drafting.selection.capture.induction = drafting.selection.unread = None
+    assert entered == [(2, [4, 5, 6])]
+    drafting.selection.capture.induction = None
     drafting._enter(1, SimpleNamespace(sampling_params=None, prefill_token_ids=[7]))
     assert entered == [(2, [4, 5, 6])]
 
