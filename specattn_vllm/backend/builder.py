@@ -17,7 +17,8 @@ from specattn_vllm.backend.metadata import LayerHook, SpecAttnMetadata
 from specattn_vllm.options import SpecAttnOptions
 
 if TYPE_CHECKING:
-    from specattn_vllm.selection.pruner import Pruner, SparsePlan
+    from specattn_vllm.selection.plan import SparsePlan
+    from specattn_vllm.selection.pruner import Pruner
     from specattn_vllm.selection.target_capture import TargetCapture
     from specattn_vllm.sketch.attach import TargetSketch
     from specattn_vllm.sketch.step import SketchStep

@@ -9,7 +9,7 @@ import torch
 from vllm.v1.attention.backend import AttentionMetadata
 
 if TYPE_CHECKING:
-    from specattn_vllm.selection.pruner import SparsePlan
+    from specattn_vllm.selection.plan import SparsePlan
     from specattn_vllm.sketch.step import SketchStep
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -11,26 +10,9 @@ import torch
 from specattn_vllm.executors import Operations
 from specattn_vllm.kernels.bookkeeping_contracts import READ_COUNTS
 from specattn_vllm.selection.audit import Audit
+from specattn_vllm.selection.plan import SparsePlan
 from specattn_vllm.selection.store import SelectionStore
 from specattn_vllm.stats import Counters
-
-
-@dataclass
-class SparsePlan:
-    """Page tables of a step's short rows, which are rows 0..num_rows-1 of the batch and hold all that verify.
-
-    page_table [T, R, G, width] int32, kept [T, R, G] int32: ids into the head-folded view of a layer's cache, those of
-    the first KV head where all heads share a selection (G = 1), else those of each (G = H). Both lie in buffers that
-    last, at the same addresses for every step, so a captured graph reads the tables of the step it is replayed in.
-    layer_sources: vLLM layer name -> T index, for the target layers that read a selection.
-    """
-
-    num_rows: int
-    num_tokens: int
-    max_query_len: int
-    page_table: torch.Tensor
-    kept: torch.Tensor
-    layer_sources: dict[str, int]
 
 
 class TableMaps(NamedTuple):

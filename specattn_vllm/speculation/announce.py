@@ -13,7 +13,6 @@ from specattn_vllm.presets import PRESETS
 if TYPE_CHECKING:
     from specattn_vllm.options import SpecAttnOptions
     from specattn_vllm.speculation.rounds import RoundSpeculator
-    from specattn_vllm.speculation.speculator import SpecAttnSpeculator
 
 logger = init_logger("vllm.specattn")
 
@@ -43,7 +42,7 @@ def announce_buffers(speculator: RoundSpeculator, nbytes: dict[str, int]) -> Non
 
 
 def announce(
-    options: SpecAttnOptions, found: LayerMap | None, speculator: SpecAttnSpeculator, nbytes: dict[str, int]
+    options: SpecAttnOptions, found: LayerMap | None, speculator: RoundSpeculator, nbytes: dict[str, int]
 ) -> None:
     """All of it, for a draft model and a target that reads by a layer map, if it does."""
     announce_buffers(speculator, nbytes)

@@ -20,7 +20,7 @@ from specattn_vllm.speculation.announce import announce, sizes
 from specattn_vllm.speculation.maps import plan_of, resolve_layer_map
 
 if TYPE_CHECKING:
-    from specattn_vllm.speculation.speculator import SpecAttnSpeculator
+    from specattn_vllm.speculation.rounds import RoundSpeculator
 
 ROW_MULTIPLE = 128
 
@@ -83,7 +83,7 @@ class Selection:
         builder.pruner = self.pruner
 
 
-def prepare(speculator: SpecAttnSpeculator) -> Selection:
+def prepare(speculator: RoundSpeculator) -> Selection:
     """Everything a selection needs, its buffers included.
 
     Called as soon as both models are loaded: vLLM measures what is left for the KV cache after that.
