@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from specattn_vllm import misplaced, option_rules, presets
+from specattn_vllm import methods, misplaced, option_rules, presets
+from specattn_vllm.methods.base import Method
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -15,12 +16,9 @@ KEY = "specattn"
 _INT32 = 2**31 - 1  # the kernels count tokens in 32 bits
 MAX_DILATION = 64
 
-Method = Literal["sketch", "specattn", "sts", "vegas", "streamingllm", "dense"]
 Rule = Literal["top_p", "top_k"]
 Combine = Literal["sum", "union"]
 ExecutorName = Literal["auto", "torch", "triton", "fa3", "xformers"]
-SELF_DRAFTING = ("vegas", "streamingllm")
-"""Methods with which the target is its own draft model."""
 
 
 class OptionsError(ValueError):
@@ -32,16 +30,9 @@ class SpecAttnOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Method = Field(
-        "sketch",
-        description="'sketch': the target's own queries choose what they read, over a small copy of its keys; any "
-        "drafter, or none (approximate). "
-        "'specattn': the draft model's attention prunes the target's verification (approximate). "
-        "'sts': the same for each KV head, which reads what the draft head it is mapped to attended to, by default a "
-        "fixed share of the context (Xu et al., arXiv 2605.15508; approximate). "
-        "'vegas': the target drafts for itself, reading what its own last verification attended to (lossless). "
-        "'streamingllm': the same, reading the first and the last tokens (lossless; a baseline). "
-        "'dense': speculation with a draft model and full attention (lossless; the control).",
+    method: str = Field(
+        methods.DEFAULT,
+        description="; ".join(f"'{method.name}': {method.summary}" for method in methods.METHODS.values()) + ".",
     )
     preset: Literal["paper"] | None = Field(
         None,
@@ -193,6 +184,13 @@ class SpecAttnOptions(BaseModel):
     def _fill_in_the_preset(cls, data: Any) -> Any:
         return presets.apply(data, cls.model_fields["method"].default) if isinstance(data, dict) else data
 
+    @field_validator("method")
+    @classmethod
+    def _known(cls, value: str) -> str:
+        if value not in methods.METHODS:
+            raise ValueError(f"there is no such method: choose from {', '.join(methods.METHODS)}")
+        return value
+
     @field_validator("dense_layers")
     @classmethod
     def _no_negative_layers(cls, value: tuple[int, ...]) -> tuple[int, ...]:
@@ -206,6 +204,11 @@ class SpecAttnOptions(BaseModel):
         return self
 
     @property
+    def kind(self) -> Method:
+        """The method, as it describes itself."""
+        return methods.METHODS[self.method]
+
+    @property
     def counts_bonus_row(self) -> bool:
         """Whether the steps' mass has that of the row that verification has and the draft has not."""
         return self.bonus_row and self.combine == "sum"
@@ -213,18 +216,16 @@ class SpecAttnOptions(BaseModel):
     @property
     def fixed_budget(self) -> bool:
         """Whether a fixed share of the context is kept, instead of a share of the attention mass."""
-        if self.rule is not None:
-            return self.rule == "top_k"
-        if "top_p" in self.model_fields_set:
-            return False
-        return self.method != "dense" or "ratio" in self.model_fields_set or self.drafts_by_sketch
+        if self.kind.fixed_rule or self.rule is None:
+            return self.kind.fixed_rule or "top_p" not in self.model_fields_set
+        return self.rule == "top_k"
 
     @property
     def ratio_or_default(self) -> float:
         """Share of the context that a fixed budget is."""
         if self.ratio is not None:
             return self.ratio
-        return {"specattn": 0.25, "sketch": 0.125}.get(self.method, 0.1)
+        return self.kind.ratio
 
     def dilation_or_default(self, draft_tokens: int) -> int:
         """Positions by which attention is spread forward, in rounds of so many draft tokens."""
@@ -243,7 +244,7 @@ class SpecAttnOptions(BaseModel):
     @property
     def per_head(self) -> bool:
         """Whether each KV head of the target reads a selection of its own in verification."""
-        return self.method in ("sketch", "sts")
+        return self.kind.per_head
 
     @property
     def needs_token_pages(self) -> bool:
@@ -252,18 +253,18 @@ class SpecAttnOptions(BaseModel):
 
     @property
     def uses_sketch(self) -> bool:
-        """Whether the target chooses by a sketch of its keys."""
-        return self.method == "sketch"
+        """Whether the target's own queries choose, layer by layer."""
+        return self.kind.target_reads == "own choice"
 
     @property
     def drafts_sparsely(self) -> bool:
         """Whether the steps of a draft model, if there is one, read a part of its context."""
-        return self.method == "sketch" if self.sparse_draft is None else self.sparse_draft
+        return self.kind.sparse_draft if self.sparse_draft is None else self.sparse_draft
 
     @property
     def drafts_by_sketch(self) -> bool:
         """Whether a draft model chooses what it reads by a sketch of its keys."""
-        return self.drafts_sparsely and self.method in ("sketch", "dense")
+        return self.drafts_sparsely and self.kind.drafts_by_sketch
 
     @property
     def keeps_sketches(self) -> bool:
@@ -273,22 +274,22 @@ class SpecAttnOptions(BaseModel):
     @property
     def chooses_by_draft(self) -> bool:
         """Whether a draft model's attention decides what the target's verification reads."""
-        return self.method in ("specattn", "sts")
+        return self.kind.target_reads == "draft's choice"
 
     @property
     def drafts_for_itself(self) -> bool:
         """Whether the target is its own draft model."""
-        return self.method in SELF_DRAFTING
+        return self.kind.drafter == "target"
 
     @property
     def goes_with_any_drafter(self) -> bool:
         """Whether vLLM's own drafters will do, because nothing is asked of a draft model's attention."""
-        return self.method in ("sketch", "dense") and not self.sparse_draft
+        return self.kind.drafter == "any" and not self.sparse_draft
 
     @property
     def is_lossless(self) -> bool:
         """Whether the output distribution is the target's own."""
-        return self.method == "dense" or self.drafts_for_itself
+        return self.kind.lossless
 
     @classmethod
     def parse(cls, raw: Any) -> SpecAttnOptions:

@@ -58,7 +58,7 @@ def prepare_self(speculator: RoundSpeculator) -> SelfSelection:
     requests, width = speculator.max_num_reqs, row_width(speculator.max_model_len)
 
     def allocate(device: torch.device) -> SelfSelection:
-        if options.method == "streamingllm":
+        if options.kind.window:
             window = Window(speculator.operations, Limits.of(options), requests, width, device)
             tables = torch.empty((1, requests, 1, width), dtype=torch.int32, device=device)
             return SelfSelection(window, _tables(dict.fromkeys(names, 0), tables, tables.nbytes), heads)
