@@ -60,7 +60,7 @@ _FOR_TARGET = {
 }  # fmt: skip
 """What only matters where a draft model chooses for the target."""
 
-_FOR_VEGAS = {"per_kv_head", "dilation"}
+_FOR_VEGAS = {"dilation"}
 _FOR_SKETCH = {"sketch_bits", "shared_budget"}
 
 

@@ -44,7 +44,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "min_tokens": 256,
             "sink_tokens": 0,
             "recent_tokens": 0,
-            "per_kv_head": False,
             "dilation": 0,
         },
     },
