@@ -92,9 +92,6 @@ class OptionFields(BaseModel):
         description="With rule 'top_k', in layers that the layer map names as copying, what follows an earlier "
         "occurrence of one of the round's tokens counts half of the mean attention more.",
     )
-    per_kv_head: bool = Field(
-        False, description="With 'vegas', a selection for each KV head instead of one that all heads of a layer share."
-    )
     dilation: int | None = Field(
         None,
         ge=0,

@@ -11,7 +11,7 @@ METHOD = Method(
     summary="the target drafts for itself, reading what its last verification attended to (lossless)",
     drafter="target",
     target_reads="everything",
-    options=BUDGET | {"dilation", "per_kv_head"},
+    options=BUDGET | {"dilation"},
     crossover=CROSSOVER,
     # 7% of the context and 256 tokens at least, one set for all heads of a layer; the class's own default is 5%.
     paper={
@@ -20,7 +20,6 @@ METHOD = Method(
         "min_tokens": 256,
         "sink_tokens": 0,
         "recent_tokens": 0,
-        "per_kv_head": False,
         "dilation": 0,
     },
     speculator=SPECULATOR,
