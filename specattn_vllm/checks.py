@@ -46,7 +46,7 @@ def check(vllm_config: VllmConfig) -> None:
         return
     from specattn_vllm.speculation.maps import resolve_layer_map
 
-    if not options.drafts_for_itself and not options.uses_sketch and (
+    if not options.drafts_for_itself and not options.chooses_by_itself and (
         options.chooses_by_draft or options.layer_map is not None or options.dense_layers
     ):
         resolve_layer_map(vllm_config, options)

@@ -94,6 +94,25 @@ def _with_default_part(argv: Sequence[str]) -> list[str]:
     return argv
 
 
+def _methods_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="for scripts")
+
+
+def methods(args: argparse.Namespace) -> None:
+    from specattn_vllm.methods import METHODS
+
+    if args.json:
+        told = {
+            name: {"summary": method.summary, "lossless": method.lossless, "options": sorted(method.options)}
+            for name, method in METHODS.items()
+        }
+        print(json.dumps(told, indent=2))
+        return
+    width = max(map(len, METHODS))
+    for name, method in METHODS.items():
+        print(f"{name:{width}}  {method.summary}")
+
+
 class Command(NamedTuple):
     run: Callable[[argparse.Namespace], int | None]
     """Returns the exit code; None is 0."""
@@ -104,6 +123,7 @@ class Command(NamedTuple):
 # One line per subcommand. A `run` that needs torch or vLLM imports it inside.
 COMMANDS = {
     "info": Command(info.run, "what is installed, and whether it fits together", info.add_arguments),
+    "methods": Command(methods, "the methods that `method` may name, and what they choose by", _methods_arguments),
     "cpu-env": Command(cpu_env, "the variables that let vLLM use this plugin without a GPU", _cpu_env_arguments),
     "demo-path": Command(demo_path, "the folder of one of the two demo models", _demo_path_arguments),
     "bench": Command(bench, "how fast it decodes, next to stock vLLM, on this machine", _bench_arguments),

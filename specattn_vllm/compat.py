@@ -26,10 +26,10 @@ check_request         A request's extra arguments are validated where `SamplingP
 watch_new_requests    The speculator learns of requests as rows of batches; what they asked for, and what their prompts
                       say, is only in the worker's `add_request`. Wraps that method of one object. Goes with a hook
                       for new requests.
-attach_to_runner      Method 'sketch' needs the loaded model and the runner's request slots before vLLM measures what is
-                      left for the KV cache, and 'dense' beside a drafter of vLLM's has its rounds to count; without a
-                      speculator of ours nothing of the plugin runs then. Wraps `GPUModelRunner.load_model`. Goes with a
-                      hook for backends after loading.
+attach_to_runner      A target that chooses for itself needs the loaded model and the runner before vLLM measures
+                      what is left for the KV cache, and 'dense' beside a drafter of vLLM's has its rounds to count;
+                      without a speculator of ours nothing of the plugin runs then. Wraps `GPUModelRunner.load_model`.
+                      Goes with a hook for backends after loading.
 capture_twice         A step in which no row chooses (a batch below the crossover, exact requests) needs no search, and
                       one costs a small batch up to a tenth. vLLM captures a full graph of the target for each batch
                       size; this captures another without the search, and replays the one that the step's metadata is
@@ -73,7 +73,7 @@ BACKEND_NAME = "SPECATTN"
 # By name, as vLLM keeps classes itself: they import this module, and are not needed before an engine starts.
 BACKEND_PATH = "specattn_vllm.backend.backend.SpecAttnBackend"
 SKETCH_SPECULATOR_PATH = "specattn_vllm.speculation.sketch_speculator.SketchSpeculator"
-ATTACH_PATH = "specattn_vllm.sketch.attach.attach"
+ATTACH_PATH = "specattn_vllm.backend.attach.attach"
 CHECK_PATH = "specattn_vllm.checks.check"
 _ALIASES = {"--spec-model": "--speculative-model", "--spec-tokens": "--num-speculative-tokens"}
 # Method -> the argument that an override needs by name.
@@ -437,10 +437,10 @@ def add_worker_method() -> None:
         """Counts of this worker since start-up; None without our backend. For `collective_rpc`."""
         counters = getattr(self.model_runner, "specattn_counters", None)
         counters = getattr(getattr(self.model_runner, "speculator", None), "counters", counters)
-        sketch = getattr(self.model_runner, "specattn_sketch", None)
-        if sketch is not None:
-            sketch.counts.fold()
-            counters = sketch.counts.counters
+        chooser = getattr(self.model_runner, "specattn_chooser", None)
+        if chooser is not None:
+            chooser.counts.fold()
+            counters = chooser.counts.counters
         return vars(counters.read()) if counters is not None else None
 
     def specattn_audit(self) -> dict[str, dict[str, float]] | None:

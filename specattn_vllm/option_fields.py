@@ -217,7 +217,7 @@ class OptionFields(BaseModel):
         return self.per_head or self.drafts_by_sketch
 
     @property
-    def uses_sketch(self) -> bool:
+    def chooses_by_itself(self) -> bool:
         """Whether the target's own queries choose, layer by layer."""
         return self.kind.target_reads == "own choice"
 
@@ -234,7 +234,7 @@ class OptionFields(BaseModel):
     @property
     def keeps_sketches(self) -> bool:
         """Whether there is room for sketches in the cache."""
-        return self.uses_sketch or self.drafts_by_sketch
+        return self.kind.keeps_sketch or self.drafts_by_sketch
 
     @property
     def chooses_by_draft(self) -> bool:

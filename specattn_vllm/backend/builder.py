@@ -17,11 +17,11 @@ from specattn_vllm.backend.metadata import LayerHook, SpecAttnMetadata
 from specattn_vllm.options import SpecAttnOptions
 
 if TYPE_CHECKING:
+    from specattn_vllm.backend.target_choice import TargetChoice
+    from specattn_vllm.selection.own_choice import ChoiceStep
     from specattn_vllm.selection.plan import SparsePlan
     from specattn_vllm.selection.pruner import Pruner
     from specattn_vllm.selection.target_capture import TargetCapture
-    from specattn_vllm.sketch.attach import TargetSketch
-    from specattn_vllm.sketch.step import SketchStep
 
 
 class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
@@ -41,7 +41,7 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
         self.target_capture: TargetCapture | None = None
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
         impls = [layer.impl for layer in layers.values()]
-        self.target_sketch: TargetSketch | None = next((i.target_sketch for i in impls if i.target_sketch), None)
+        self.target_choice: TargetChoice | None = next((i.target_choice for i in impls if i.target_choice), None)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
@@ -74,15 +74,15 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
             seq_lens=common.seq_lens,
             block_table=common.block_table_tensor,
             sparse=self._prune(common),
-            sketch=self._choose(common),
+            choice=self._choose(common),
             hook=self._hook(common),
         )
 
-    def _choose(self, common: CommonAttentionMetadata) -> SketchStep | None:
+    def _choose(self, common: CommonAttentionMetadata) -> ChoiceStep | None:
         # Steps of a drafter carry no slots, and neither do profiling runs.
-        if self.target_sketch is None or common.req_idx is None or common.is_prefilling is None:
+        if self.target_choice is None or common.req_idx is None or common.is_prefilling is None:
             return None
-        return self.target_sketch.begin(common)
+        return self.target_choice.begin(common)
 
     def _hook(self, common: CommonAttentionMetadata) -> LayerHook | None:
         if self.substitute is not None:

@@ -14,9 +14,9 @@ from specattn_vllm.backend.metadata import SpecAttnMetadata
 from specattn_vllm.options import SpecAttnOptions
 
 if TYPE_CHECKING:
+    from specattn_vllm.backend.target_choice import TargetChoice
     from specattn_vllm.selection.audit import LayerAudit
-    from specattn_vllm.sketch.attach import TargetSketch
-    from specattn_vllm.sketch.layer import LayerSketch
+    from specattn_vllm.selection.own_choice import LayerChoice
 
 
 class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
@@ -61,15 +61,13 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             options, torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
         )
         self.audit: LayerAudit | None = None
-        self.sketch: LayerSketch | None = None
-        self.target_sketch: TargetSketch | None = None
+        self.choice: LayerChoice | None = None
+        self.target_choice: TargetChoice | None = None
         """What a metadata builder of the layer announces its steps to."""
         SpecAttnBackend.sketch_bits = options.sketch_bits if options.keeps_sketches else None
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
-        if self.sketch is not None:
-            self.sketch.write(key, value, kv_cache, slot_mapping)
-        else:
+        if self.choice is None or not self.choice.write(key, value, kv_cache, slot_mapping):
             self.operations.write_kv(key, value, kv_cache, slot_mapping)
         if self.audit is not None:
             self.audit.note_values(value, slot_mapping)
@@ -89,8 +87,8 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         """query, output [T, Hq, D]; kv_cache [B, H, N, 2D]. Rows of T past num_actual_tokens are padding."""
         if attn_metadata is None:
             # There is no cache to read yet: vLLM's memory profiling, or ours of the keys.
-            if self.sketch is not None and self.sketch.probing:
-                self.sketch.probe(query, key, value, self.scale, output)
+            if self.choice is not None and self.choice.probing:
+                self.choice.probe(query, key, value, self.scale, output)
                 return output
             return output.fill_(0)
         md = attn_metadata
@@ -98,7 +96,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         query = query[: md.num_actual_tokens]
         if md.hook is not None and md.hook.attend(layer.layer_name, query, kv_cache, md, self.scale, out):
             return output
-        if md.sketch is not None and self.sketch is not None:
+        if md.choice is not None and self.choice is not None:
             self._choose_and_attend(query, kv_cache, md, out)
             return output
         source = md.sparse.layer_sources.get(layer.layer_name) if md.sparse is not None else None
@@ -128,10 +126,10 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
 
     def _choose_and_attend(self, query, kv_cache, md: SpecAttnMetadata, out) -> None:
         """Short rows choose what they read and read it; the rows after them read everything."""
-        step = md.sketch
+        step = md.choice
         rows, tokens = slice(0, step.num_rows), slice(0, step.num_tokens)
         starts = md.query_start_loc[: step.num_rows + 1]
-        page_table, kept = self.sketch.select(
+        page_table, kept = self.choice.select(
             step, query[tokens], kv_cache, md.block_table[rows], md.seq_lens[rows], starts, self.scale
         )
         self.operations.sparse_attention(

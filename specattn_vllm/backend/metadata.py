@@ -9,8 +9,8 @@ import torch
 from vllm.v1.attention.backend import AttentionMetadata
 
 if TYPE_CHECKING:
+    from specattn_vllm.selection.own_choice import ChoiceStep
     from specattn_vllm.selection.plan import SparsePlan
-    from specattn_vllm.sketch.step import SketchStep
 
 
 class LayerHook(Protocol):
@@ -40,7 +40,7 @@ class SpecAttnMetadata(AttentionMetadata):
     block_table: torch.Tensor
     sparse: SparsePlan | None = None
     """Set for a target step with verification rows; the rows after them read everything."""
-    sketch: SketchStep | None = None
+    choice: ChoiceStep | None = None
     """Set for a step whose short rows choose for themselves, layer by layer; the rows after them read everything."""
     hook: LayerHook | None = None
     """Set for a step whose attention is captured: of a draft model, or of a target that drafts for itself; or for

@@ -40,9 +40,10 @@ class Search:
     """Layers of a batch with sketched caches, and what they share, as an engine has them."""
 
     def __init__(self, bench: Bench, heads: Heads, batch: Batch, fraction: float) -> None:
+        from specattn_vllm.selection.own_choice import ChoiceStep
         from specattn_vllm.sketch.budget import budget_of
         from specattn_vllm.sketch.layer import LayerSketch
-        from specattn_vllm.sketch.step import Shape, Sketch, SketchStep
+        from specattn_vllm.sketch.step import Shape, Sketch
         from specattn_vllm.stats import Counters
 
         device = bench.device
@@ -63,7 +64,7 @@ class Search:
         self.sketch = Sketch(self.operations, budget_of(self.options), BITS, shape, Counters(device), device)
         self.sketch.dense.zero_()
         self.sketch.slots.copy_(torch.arange(batch.rows))
-        self.step = SketchStep(batch.rows, batch.rows * VERIFY_LEN, VERIFY_LEN)
+        self.step = ChoiceStep(batch.rows, batch.rows * VERIFY_LEN, VERIFY_LEN)
         self.layers = [LayerSketch(self.sketch, index) for index in range(len(self.caches))]
         for layer, cache in zip(self.layers, self.caches, strict=True):
             _sketch_all(layer, cache, heads.size)

@@ -62,7 +62,7 @@ class Setting(StrictModel):
         if self.peer is not None:
             return self.peer.scan_share(head_size)
         options = SpecAttnOptions.parse(self.options)
-        return of_sketch(options.sketch_bits, head_size) if options.uses_sketch else 0.0
+        return of_sketch(options.sketch_bits, head_size) if options.kind.keeps_sketch else 0.0
 
     @property
     def selects(self) -> bool:

@@ -1,6 +1,11 @@
-"""The methods, by name: one file each, and its line here. `base.py` says what a method is."""
+"""The methods, by name: one file each, and its line here. `base.py` says what a method is.
+
+Other packages add theirs by an entry point of the group `specattn_vllm.methods`, which names a `Method`.
+"""
 
 from __future__ import annotations
+
+from importlib.metadata import entry_points
 
 from specattn_vllm.methods import dense, sketch, specattn, streamingllm, sts, vegas
 from specattn_vllm.methods.base import Method
@@ -17,3 +22,5 @@ def register(method: Method) -> None:
 
 for module in (sketch, specattn, sts, vegas, streamingllm, dense):
     register(module.METHOD)
+for entry in entry_points(group="specattn_vllm.methods"):
+    register(entry.load())

@@ -55,6 +55,8 @@ class Method:
     """Whether a draft model reads a part of its context where nothing is said."""
     drafts_by_sketch: bool = False
     """Whether a draft model that reads a part chooses it by a sketch of its own keys."""
+    keeps_sketch: bool = False
+    """Whether the target keeps a sketch of its keys in the cache."""
     fixed_rule: bool = False
     """Whether a fixed share is all that it can keep, whatever rule is asked for."""
     window: bool = False

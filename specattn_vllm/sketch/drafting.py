@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from specattn_vllm.kernels.sketch.contracts import sampled_tokens
+from specattn_vllm.selection.own_choice import ChoiceStep
 from specattn_vllm.sketch.budget import draft_budget_of
 from specattn_vllm.sketch.centre import measure_centres
 from specattn_vllm.sketch.layer import LayerSketch
-from specattn_vllm.sketch.step import Shape, Sketch, SketchStep
+from specattn_vllm.sketch.step import Shape, Sketch
 from specattn_vllm.speculation.wiring import refuse_if_too_large, row_width
 from specattn_vllm.stats import Counters
 
@@ -34,7 +35,7 @@ class DraftSketch:
         self.counters = counters
         self.first_lens = torch.zeros_like(sketch.dense)
         """[R] int32: tokens that the first step saw."""
-        self._first: SketchStep | None = None
+        self._first: ChoiceStep | None = None
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -43,7 +44,7 @@ class DraftSketch:
 
     def begin(
         self, metadata: SpecAttnMetadata, query_start_loc_cpu: torch.Tensor, heard: torch.Tensor | None = None
-    ) -> SketchStep | None:
+    ) -> ChoiceStep | None:
         """A round's first step, in which short rows choose; query_start_loc_cpu [R+1] on the host; heard [R]: how many
         tokens of each row are not rejected drafts, None where there are none."""
         self._first = self.sketch.step(query_start_loc_cpu)
@@ -54,7 +55,7 @@ class DraftSketch:
                 self.sketch.heard[:rows].copy_(heard[:rows])
         return self._first
 
-    def follow(self, metadata: SpecAttnMetadata) -> SketchStep | None:
+    def follow(self, metadata: SpecAttnMetadata) -> ChoiceStep | None:
         """A later step of the round, a token a row."""
         if self._first is None:
             return None
@@ -119,9 +120,9 @@ def prepare_drafting(
     sketch = allocate(speculator.device)
     sketch.dense.zero_()
     for index, name in enumerate(names):
-        layers[name].impl.sketch = LayerSketch(sketch, index)
+        layers[name].impl.choice = LayerSketch(sketch, index)
     vocabulary = speculator.vllm_config.model_config.get_vocab_size()
     measure_centres(
-        model, [layers[name].impl.sketch for name in names], speculator.vllm_config, vocabulary, speculator.device
+        model, [layers[name].impl.choice for name in names], speculator.vllm_config, vocabulary, speculator.device
     )
     return DraftSketch(sketch, speculator.counters)

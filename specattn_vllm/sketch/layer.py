@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 
 from specattn_vllm.kernels.sketch.layout import sketch_views
+from specattn_vllm.selection.own_choice import LayerChoice
 from specattn_vllm.selection.pages import page_strides
 
 if TYPE_CHECKING:
-    from specattn_vllm.sketch.step import Sketch, SketchStep
+    from specattn_vllm.selection.own_choice import ChoiceStep
+    from specattn_vllm.sketch.step import Sketch
 
 
 def attend_densely(
@@ -23,7 +25,7 @@ def attend_densely(
     output.copy_(attended[0].transpose(0, 1))
 
 
-class LayerSketch:
+class LayerSketch(LayerChoice):
     """What a layer's implementation holds. ``index`` is the layer's place among those that share a ``Sketch``."""
 
     def __init__(self, sketch: Sketch, index: int) -> None:
@@ -62,17 +64,17 @@ class LayerSketch:
 
     def write(
         self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> None:
-        """Write new keys and values into the cache, and the keys' codes beside them. key, value [T, H, D]; kv_cache
-        [B, H, N, 2D]; slot_mapping [S] int64, S <= T."""
+    ) -> bool:
+        """Write new keys and values into the cache, and the keys' codes beside them."""
         sketch = self.sketch
         sketch.operations.encode_keys(
             key, slot_mapping, sketch.rotation, self.centre, *self._views(kv_cache), value, kv_cache
         )
+        return True
 
     def select(
         self,
-        step: SketchStep,
+        step: ChoiceStep,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
         block_table: torch.Tensor,

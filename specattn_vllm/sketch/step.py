@@ -5,29 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from specattn_vllm.executors import Operations
 from specattn_vllm.kernels.sketch.contracts import BINS, CHUNK, TOTALS, Budget
 from specattn_vllm.kernels.sketch.layout import SketchLayout
-from specattn_vllm.sketch.counting import StepCounts
+from specattn_vllm.selection.own_choice import Chooser
 from specattn_vllm.sketch.rotation import rotation
 from specattn_vllm.stats import Counters
 
 ROW_MULTIPLE = 128
 LEAST_ROWS = 16  # the narrowest product of matrices
-
-
-@dataclass(frozen=True)
-class SketchStep:
-    """The rows of a step that choose: rows 0..num_rows-1 of the batch, num_tokens tokens; the rest reads everything."""
-
-    num_rows: int
-    num_tokens: int
-    max_query_len: int
-    follows: bool = False
-    """Whether the rows read what they chose in an earlier step, and what is newer."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +33,13 @@ class Shape:
     max_model_len: int
 
 
-class Sketch:
+class Sketch(Chooser):
     """Buffers that last, one set for all layers: they lie at the same addresses in every step, so that a captured graph
     follows what the host writes into them.
 
-    dense [R] int32 says which rows read everything, heard [R] int32 how many of a row's queries count; page_table
-    [T, R, H, width] serves one layer after the other where T is 1, and stays for steps that follow where there is one
-    for each; scores [R, H, L] serve one layer after the other; kept [layers, R, H] stays for the counts. By request
-    slot, the last of which is nobody's: totals and thresholds, of what layers share.
+    heard [R] int32 says how many of a row's queries count; page_table [T, R, H, width] serves one layer after the other
+    where T is 1, and stays for steps that follow where there is one for each; scores [R, H, L] serve one layer after
+    the other. By request slot, the last of which is nobody's: totals and thresholds, of what layers share.
     """
 
     def __init__(
@@ -66,13 +53,20 @@ class Sketch:
         steps_ahead: int | None = None,
     ) -> None:
         """With steps_ahead, so many steps may follow one that chooses, each a token longer; nothing is shared."""
+        super().__init__(
+            counters,
+            layers=shape.layers,
+            num_kv_heads=shape.num_kv_heads,
+            max_query_len=shape.max_query_len,
+            max_num_reqs=shape.max_num_reqs,
+            reads_all_up_to=budget.reads_all_up_to,
+            device=device,
+        )
         self.operations = operations
         self.budget = budget
         self.bits = bits
         self.shape = shape
-        self.device = device
-        self.num_kv_heads, self.head_size = shape.num_kv_heads, shape.head_size
-        self.max_query_len = shape.max_query_len
+        self.head_size = shape.head_size
         group = shape.num_heads // shape.num_kv_heads
         width = max(1 << (shape.max_query_len * group - 1).bit_length(), LEAST_ROWS)
         requests, heads = shape.max_num_reqs, shape.num_kv_heads
@@ -89,18 +83,14 @@ class Sketch:
         tables, longest = (1, shape.max_model_len) if steps_ahead is None else (shape.layers, self._most())
         # Zeros: rows that chose nothing have nothing there that can be followed.
         self.page_table = torch.zeros((tables, requests, heads, longest), dtype=torch.int32, **new)
-        self.kept = torch.zeros((shape.layers, requests, heads), dtype=torch.int32, **new)
         self.following = torch.zeros_like(self.kept)
-        self.slots = torch.full((requests,), -1, dtype=torch.int32, **new)
         self.totals = torch.zeros((requests + 1, TOTALS), dtype=torch.int32, **new)
         self.thresholds = torch.full((requests + 1, 2), -1, dtype=torch.int32, **new)
         self.heard = torch.full((requests,), shape.max_query_len, dtype=torch.int32, **new)
-        self.dense = torch.ones(requests, dtype=torch.int32, **new)
         self.rotation = (
             torch.empty(0, **new) if device.type == "meta" else rotation(shape.head_size, shape.dtype, device)
         )
         self.layout = SketchLayout(heads, 16, shape.head_size, bits, shape.dtype.itemsize)
-        self.counts = StepCounts(counters, self.kept, self.dense, budget.reads_all_up_to)
 
     def _most(self) -> int:
         """The widest page table of a head, where heads share nothing."""
@@ -121,33 +111,6 @@ class Sketch:
             "thresholds": self.totals.nbytes + self.thresholds.nbytes + self.slots.nbytes,
         }
 
-    def short_rows(self, query_start_loc_cpu: torch.Tensor) -> int:
-        """Rows before the first that is longer than any that chooses. vLLM puts rows with drafts first and sorts the
-        rest by length, so these hold all that are past their prompt."""
-        long = (query_start_loc_cpu[1:] - query_start_loc_cpu[:-1] > self.max_query_len).nonzero()
-        return int(long[0, 0]) if long.numel() else query_start_loc_cpu.shape[0] - 1
-
     def forget(self, slot: int) -> None:
         """Another request enters a slot. Does not wait for the device."""
         self.totals[slot].zero_()
-
-    def begin(self, dense: np.ndarray, slots: np.ndarray, query_start_loc_cpu: torch.Tensor) -> SketchStep | None:
-        """Announce a step; on the host: dense [R] bool, rows that read everything, and slots [R] int32 of their
-        requests, -1 for nobody's. None where no row is short."""
-        rows = self.short_rows(query_start_loc_cpu)
-        if rows == 0:
-            return None
-        for values, buffer in ((dense, self.dense), (slots, self.slots)):
-            given = torch.from_numpy(values[:rows].astype(np.int32))
-            if self.device.type == "cuda":
-                given = given.pin_memory()
-            buffer[:rows].copy_(given, non_blocking=True)
-        return self.step(query_start_loc_cpu)
-
-    def step(self, query_start_loc_cpu: torch.Tensor) -> SketchStep | None:
-        """A step in which rows choose, as it lies; query_start_loc_cpu [R+1] on the host."""
-        rows = self.short_rows(query_start_loc_cpu)
-        if rows == 0:
-            return None
-        lengths = query_start_loc_cpu[1 : rows + 1] - query_start_loc_cpu[:rows]
-        return SketchStep(rows, int(query_start_loc_cpu[rows]), int(lengths.max()))

@@ -60,7 +60,7 @@ class RoundSpeculator(compat.stock_speculator()):
                 "--num-speculative-tokens, or set executor='triton'"
             )
         # Of a target that chooses for itself, the steps stand aside; a draft that reads everything has nothing to.
-        alone = self.options.uses_sketch and not self.options.drafts_by_sketch
+        alone = self.options.chooses_by_itself and not self.options.drafts_by_sketch
         self.crossover_tokens = 0 if alone else crossover_tokens(self.options, self.operations)
         self.counters = Counters(device)
         self.reporter = Reporter(self.counters, self.options.stats_interval_s)

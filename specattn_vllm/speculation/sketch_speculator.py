@@ -65,7 +65,7 @@ class SketchSpeculator(RoundSpeculator):
         else:
             chosen = self.selection.follow(shared)
         for layer_metadata in metadata.values():
-            layer_metadata.sketch = chosen
+            layer_metadata.choice = chosen
         return metadata
 
     def _multi_step_decode(self, input_batch, num_rejected, num_reqs, *args, **kwargs) -> None:

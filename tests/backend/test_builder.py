@@ -25,7 +25,7 @@ def builder():
     made.device = CPU
     made.pruner = SimpleNamespace(prune=lambda **step: step)
     made.target_capture = None
-    made.target_sketch = None
+    made.target_choice = None
     return made
 
 

@@ -111,7 +111,7 @@ def test_the_cache_s_budget_pays_for_the_sketch(engine):
 def test_centres_are_measured_and_stay(engine, greedy, prompts):
     llm = engine(OPTIONS)
     layers = get_layers_from_vllm_config(llm.llm_engine.vllm_config, AttentionLayerBase)
-    sketches = [layer.impl.sketch for layer in layers.values() if layer.impl.sketch is not None]
+    sketches = [layer.impl.choice for layer in layers.values() if layer.impl.choice is not None]
     assert len(sketches) == 6 + 3  # the target's, and the draft's, which drafts by its own
     before = [sketch.centre.clone() for sketch in sketches]
     assert all(float(centre.norm()) > 0.1 for centre in before)

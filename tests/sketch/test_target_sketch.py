@@ -11,8 +11,8 @@ import torch
 pytest.importorskip("vllm")
 from specattn_vllm import executors
 from specattn_vllm.backend.builder import SpecAttnMetadataBuilder
+from specattn_vllm.backend.target_choice import TargetChoice
 from specattn_vllm.kernels.sketch.contracts import Budget
-from specattn_vllm.sketch.attach import TargetSketch
 from specattn_vllm.sketch.step import Shape, Sketch
 from specattn_vllm.stats import Counters
 
@@ -24,9 +24,9 @@ SHAPE = Shape(
 
 
 @pytest.fixture
-def target() -> TargetSketch:
+def target() -> TargetChoice:
     sketch = Sketch(executors.resolve("torch", CPU), Budget(0.25, min_tokens=64), 2, SHAPE, Counters(CPU), CPU)
-    return TargetSketch(sketch, 0, SHAPE.max_num_reqs)
+    return TargetChoice(sketch, 0, SHAPE.max_num_reqs)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def announce(target):
     builders = []
     for _ in range(3):
         made = object.__new__(SpecAttnMetadataBuilder)
-        made.device, made.pruner, made.target_capture, made.target_sketch = CPU, None, None, target
+        made.device, made.pruner, made.target_capture, made.target_choice = CPU, None, None, target
         builders.append(made)
 
     def run(lens: list[int], query_lens: list[int], prefilling: list[bool], groups: int = 3) -> list:
@@ -55,7 +55,7 @@ def announce(target):
         # A group's metadata is an object of its own, with a table of its own blocks.
         tables = torch.arange(groups * len(lens) * 32, dtype=torch.int32).view(groups, len(lens), 32)
         return [
-            builder.build(0, SimpleNamespace(**shared, block_table_tensor=table)).sketch
+            builder.build(0, SimpleNamespace(**shared, block_table_tensor=table)).choice
             for builder, table in zip(builders, tables, strict=False)
         ]
 
@@ -68,11 +68,11 @@ def test_a_step_is_counted_once_whoever_announces_it(announce, target, groups):
     assert all(step is first[0] for step in first)
     assert (first[0].num_rows, first[0].num_tokens) == (1, 5)
     # What the layers chose becomes known as they run, after all builders.
-    target.sketch.kept[:, :1] = 80
+    target.chooser.kept[:, :1] = 80
     announce([305, 201], [5, 1], [False, False], groups)
-    target.sketch.kept[:, :2] = 90
-    target.sketch.counts.fold()
-    seen = target.sketch.counts.counters.read()
+    target.chooser.kept[:, :2] = 90
+    target.chooser.counts.fold()
+    seen = target.chooser.counts.counters.read()
     heads = SHAPE.layers * SHAPE.num_kv_heads
     assert seen.prefill_rows == 1
     assert seen.verify_rows == seen.sparse_rows == 3
@@ -86,9 +86,9 @@ def test_a_step_is_counted_once_whoever_announces_it(announce, target, groups):
 def test_steps_that_look_alike_are_two(announce, target):
     for _ in range(2):
         announce([300], [5], [False])
-        target.sketch.kept[:, :1] = 80
-    target.sketch.counts.fold()
-    assert target.sketch.counts.counters.read().verify_rows == 2
+        target.chooser.kept[:, :1] = 80
+    target.chooser.counts.fold()
+    assert target.chooser.counts.counters.read().verify_rows == 2
 
 
 def test_a_step_in_which_no_row_chooses_is_searched_by_none(announce, target):
@@ -97,13 +97,13 @@ def test_a_step_in_which_no_row_chooses_is_searched_by_none(announce, target):
         steps = announce(lens, [5, 5], [False, False])
         assert target.chooses == chooses
         assert all((step is not None) == chooses for step in steps)
-        target.sketch.kept[:, :2] = 80
+        target.chooser.kept[:, :2] = 80
     target.exact[:2] = True
     assert announce([500, 205], [5, 5], [False, False]) == [None] * 3
     announce([500, 205], [5, 5], [True, False])
     assert not target.chooses, "a prompt beside an exact request"
-    target.sketch.counts.fold()
-    seen, heads = target.sketch.counts.counters.read(), SHAPE.layers * SHAPE.num_kv_heads
+    target.chooser.counts.fold()
+    seen, heads = target.chooser.counts.counters.read(), SHAPE.layers * SHAPE.num_kv_heads
     assert (seen.small_batch_rows, seen.exact_rows) == (2, 3)
     assert seen.kv_full == (500 + 605 + 705 + 205) * heads
     assert seen.kv_read == (500 + 80 * 2 + 705 + 205) * heads

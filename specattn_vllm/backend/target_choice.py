@@ -1,0 +1,138 @@
+"""Joins a method by which the target chooses for itself to a model that vLLM has just loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+from specattn_vllm import compat
+from specattn_vllm.crossover import crossover_tokens
+from specattn_vllm.executors import Operations
+from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.request import asks_for_exactness
+from specattn_vllm.selection.own_choice import ChoiceStep, Chooser, LayerChoice
+from specattn_vllm.speculation.counting import count_round
+from specattn_vllm.stats import Counters, Reporter
+
+logger = init_logger("vllm.specattn")
+
+
+class TargetChoice:
+    """The target of an engine that chooses for itself: which rows of a step choose, and what was counted."""
+
+    def __init__(self, chooser: Chooser, crossover: int, max_num_reqs: int) -> None:
+        self.chooser = chooser
+        self.crossover = crossover
+        self.exact = np.zeros(max_num_reqs, dtype=bool)
+        self.dummy = False
+        """Whether the step at hand is one of vLLM's own, for warming up."""
+        self.captured: bool | None = None
+        """While vLLM captures its graphs: whether rows choose in the steps that are captured. None at other times."""
+        self.chooses = True
+        """Whether any row of the step at hand chooses. Where none does, nothing is searched."""
+        self.reporter: Reporter | None = None
+        """Set where no speculator of ours reports."""
+        self._served = False
+        self._announced: tuple[tuple[Any, ...], ChoiceStep | None] = (), None
+        """The step that was announced last: what its metadata of all layers has in common, and what came of it."""
+
+    def enter(self, slot: int, request: Any) -> None:
+        """A request, new or resumed, is given a slot."""
+        if not self._served and not compat.is_warm_up(request):
+            # What was counted so far, nobody asked for.
+            self._served = True
+            self.chooser.counts.discard()
+            self.chooser.counts.counters.reset()
+        self.exact[slot] = asks_for_exactness(request.sampling_params)
+        self.chooser.forget(slot)
+
+    def begin(self, common: Any) -> ChoiceStep | None:
+        """A step of the target, from vLLM's common metadata: on the host but for seq_lens and query_start_loc.
+
+        Where the target's layers are in several groups, each group's builder announces the same step. It begins once,
+        whoever comes first: counting the step before ends with it, and what a layer chose is not known yet."""
+        # vLLM makes these anew for each step, and hands the same ones to all groups. Held here, they are no others.
+        shared = common.query_start_loc_cpu, common.seq_lens, common.req_idx
+        announced, step = self._announced
+        if not announced or any(new is not old for new, old in zip(shared, announced, strict=True)):
+            step = self._begin(common)
+            self._announced = shared, step
+        return step
+
+    def _begin(self, common: Any) -> ChoiceStep | None:
+        rows = common.num_reqs
+        starts = common.query_start_loc_cpu[: rows + 1]
+        short = self.chooser.short_rows(starts)
+        # A full graph's batch has more rows than requests; the rest has no tokens to read.
+        real = min(len(common.req_idx), short)
+        prefilling, exact = np.ones(short, dtype=bool), np.zeros(short, dtype=bool)
+        prefilling[:real] = common.is_prefilling[:real].numpy()
+        exact[:real] = self.exact[common.req_idx[:real]]
+        slots = np.full(short, -1, dtype=np.int32)
+        if not self.dummy:
+            slots[:real] = common.req_idx[:real]
+        small = self._too_small(common, real)
+        dense = prefilling | exact | small
+        self.chooses = not dense.all() if self.captured is None else self.captured
+        if self.dummy:
+            self.chooser.counts.discard()
+        else:
+            lengths = (starts[1 : short + 1] - starts[:short]).numpy()
+            verifies = ~prefilling & (lengths > 0)
+            prompts = int(common.is_prefilling.sum())
+            device = common.seq_lens[:short], common.query_start_loc[: short + 1]
+            self.chooser.counts.begin(short, verifies, exact, small, prompts, *device, self.chooses)
+            if self.reporter is not None:
+                self.reporter.tick()
+        return self.chooser.begin(dense, slots, starts) if self.chooses else None
+
+    def _too_small(self, common: Any, real: int) -> bool:
+        if not self.crossover or not real:
+            return False
+        lens = common.seq_lens_cpu_upper_bound
+        total = int(lens[:real].sum()) if lens is not None else real * common.max_seq_len
+        return total < self.crossover
+
+
+def target_layers(runner: Any) -> dict[str, Any]:
+    """The attention layers of the target of vLLM's model runner, by vLLM's names, in order."""
+    drafters = getattr(runner.speculator, "draft_attn_layer_names", None) or set()
+    layers = get_layers_from_vllm_config(runner.vllm_config, AttentionLayerBase)
+    return {name: layer for name, layer in layers.items() if name not in drafters}
+
+
+def counters_of(runner: Any) -> Counters:
+    """Where a target of vLLM's model runner counts: with a speculator of ours, which reports, or by itself."""
+    return getattr(runner.speculator, "counters", None) or Counters(runner.device)
+
+
+def join(
+    runner: Any, options: SpecAttnOptions, operations: Operations, chooser: Chooser, choices: Mapping[str, LayerChoice]
+) -> TargetChoice:  # fmt: skip
+    """Give the target's layers, by vLLM's names, their choices, and have each step announced to the chooser.
+
+    Called by what `Method.attach` names, once vLLM's model runner has loaded its models."""
+    target = TargetChoice(chooser, crossover_tokens(options, operations), runner.max_num_reqs)
+    layers = target_layers(runner)
+    for name, choice in choices.items():
+        layers[name].impl.choice = choice
+        layers[name].impl.target_choice = target
+    counters = chooser.counts.counters
+    if getattr(runner.speculator, "reporter", None) is None:
+        target.reporter = Reporter(counters, options.stats_interval_s)
+        compat.count_rounds(runner, lambda batch, sampled: count_round(counters, operations, batch, sampled))
+    compat.watch_new_requests(runner.model_state, target.enter)
+    compat.mark_dummy_runs(runner, target)
+    compat.capture_twice(runner.model, target)
+    runner.specattn_chooser = chooser
+    logger.warning(
+        "specattn: method '%s' is APPROXIMATE: the target reads a selection of the KV cache, so the output is not the "
+        "target model's own. For exact attention set method='dense'.",
+        options.method,
+    )
+    return target
