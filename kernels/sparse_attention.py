@@ -18,13 +18,9 @@ kept             [R, G]         int32; 0 or less = this (request, group) is left
 query_start_loc  [R + 1]        int32; q_len may be 0
 scale            float          multiplies query . key
 out              [T, Hq, D]     query's dtype; rows of a (request, head) with kept <= 0 are left untouched. A token that
-                                sees no entry, which no valid table has, gets zeros, or with a mean its value
+                                sees no entry, which no valid table has, gets zeros
 max_query_len    int            bound of q_len; about 16 at most is meant, more is right but slow
 lse              [T, Hq]        float32, natural logarithm, or None; -inf for a token that sees no entry
-mean             Mean           or None: then what the page table leaves out counts for nothing. With it, as in
-                                ``add_unread``: sums are taken further first, and ``out`` has the share of as many
-                                tokens of the context's mean key and value; ``lse`` stays that of what was read.
-                                A step without tokens, or with tables of no width, takes no sums further
 
 The Triton version also takes ``config``, a ``LaunchConfig``; None picks one by dtype and shapes.
 """
@@ -37,11 +33,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import contracts, unread_contracts
-from .add_unread import mean_share
+from . import contracts
 from .split_kv import combine_splits, log_norm, num_splits, split_range
-from .sum_context import FEW, take_further
-from .unread_contracts import LONGEST, Mean
 
 
 @dataclass(frozen=True)
@@ -62,10 +55,10 @@ MAX_BLOCK_M = 64
 # each; more would repeat their work. 64 rows are a tile for four, and on Hopper for wgmma. A step of 64 entries at head
 # size 128 is 32 KiB, double-buffered with 3 or 4 stages (three buffers with 5 or 6): five programs of two warps fit in
 # Hopper's 228 KiB, and two into Ada's 100. A step of fewer entries than threads loads its page ids more than once.
-# Swept for 24 rows of head size 128 on an H200, 2026-11-26 (a tenth of 16x32k, 4x32k and 64x4k, shared and per head,
-# without a mean): nothing takes less time by more than its noise of 1%. Of 16x32k, 4 warps take 6 to 7% more, 8 warps
-# 36%; steps of 32 or 128 entries 8 and 12%; waves of 2 or 3, 23 to 27%, and of 8, 9%, of 64x4k 45%; tiles of 64 rows,
-# twice the time. 2 or 4 stages, and waves of 6, are as fast within 2%.
+# Swept for 24 rows of head size 128 on an H200, 2026-11-26 (a tenth of 16x32k, 4x32k and 64x4k, shared and per head):
+# nothing takes less time by more than its noise of 1%. Of 16x32k, 4 warps take 6 to 7% more, 8 warps 36%; steps of 32
+# or 128 entries 8 and 12%; waves of 2 or 3, 23 to 27%, and of 8, 9%, of 64x4k 45%; tiles of 64 rows, twice the time. 2
+# or 4 stages, and waves of 6, are as fast within 2%.
 CONFIGS = {
     (64, False): LaunchConfig(block_m=16, block_n=64, num_warps=2, num_stages=3, waves=4),
     (64, True): LaunchConfig(block_m=64, block_n=128, num_warps=4, num_stages=3, waves=4),
@@ -83,43 +76,17 @@ def default_config(query: torch.Tensor, query_rows: int) -> LaunchConfig:
 
 @triton.jit
 def _sparse_kernel(
-    query, kv_cache, page_table, kept, query_start_loc, out, lse, part_acc, part_lse, scale,
+    query, kv_cache, page_table, kept, query_start_loc, out, lse, part_acc, part_lse, log2_scale,
     stride_qt, stride_qh, stride_tr, stride_th, stride_kr, stride_kh, stride_ot, stride_oh, stride_lt,
     head_rows, num_query_heads,
-    block_table, lens, seq_lens, slots, sums, summed,
-    stride_cb, stride_ch, stride_cn, stride_br, stride_sz, stride_sh, stride_uz, block_size,
     GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK: tl.constexpr, HAS_LSE: tl.constexpr, MEAN: tl.constexpr, FEW: tl.constexpr, LONGEST: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     # Heads run fastest: in the usual layout the heads of a token are neighbours in memory.
     head = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
     r = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
-    # A program that has a (request, head) to itself mixes the mean in; else the kernel that puts parts together does.
-    ALONE: tl.constexpr = MEAN and (SPLITS * TILES == 1)
-    slot = tl.cast(-1, tl.int64)
-    if MEAN:
-        slot = tl.load(slots + r)
-        sums += tl.maximum(slot, 0) * stride_sz + head.to(tl.int64) * stride_sh
-        summed += tl.maximum(slot, 0) * stride_uz + head
-    if ALONE:
-        if slot >= 0:
-            take_further(
-                kv_cache, block_table + r * stride_br, sums, summed, tl.load(lens + r), head.to(tl.int64), stride_cb,
-                stride_ch, stride_cn, block_size, D, FEW, LONGEST
-            )  # fmt: skip
-            # What was stored is loaded again below.
-            tl.debug_barrier()
-    elif MEAN:  # noqa: SIM102, without a mean nothing of this is compiled
-        # A program of its own takes the sums further.
-        if split == SPLITS:
-            if (slot >= 0) & (tile == 0):
-                take_further(
-                    kv_cache, block_table + r * stride_br, sums, summed, tl.load(lens + r), head.to(tl.int64),
-                    stride_cb, stride_ch, stride_cn, block_size, D, FEW, LONGEST
-                )  # fmt: skip
-            return
     begin = tl.load(query_start_loc + r)
     q_len = tl.load(query_start_loc + r + 1) - begin
     count = tl.load(kept + r * stride_kr + head * stride_kh)
@@ -150,7 +117,7 @@ def _sparse_kernel(
         page = tl.load(page_table + tl.minimum(j, hi - 1)) + first_page
         entry = kv_cache + page.to(tl.int64) * (2 * D)
         k = tl.load(entry[None, :] + d[:, None])
-        logits = tl.dot(q, k, input_precision="ieee") * (scale * 1.4426950408889634)
+        logits = tl.dot(q, k, input_precision="ieee") * log2_scale
         logits = tl.where(j[None, :] < visible[:, None], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         # A row that has seen only masked logits has maximum -inf, and -inf - -inf would be nan.
@@ -165,14 +132,7 @@ def _sparse_kernel(
 
     total = log_norm(top * 0.6931471805599453, norm)
     acc = acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
-    if ALONE:
-        unread = tl.load(seq_lens + r, mask=slot >= 0, other=0) - count
-        positions = tl.load(summed, mask=slot >= 0, other=0)
-        if (unread > 0) & (positions > 0):
-            logit = tl.sum(q.to(tl.float32) * tl.load(sums + d)[None, :], 1) / positions * scale
-            share = mean_share(logit, unread, total)
-            acc += share[:, None] * (tl.load(sums + D + d)[None, :] / positions - acc)
-    if (SPLITS == 1) and (ALONE or not MEAN):
+    if SPLITS == 1:
         here = out + token[:, None] * stride_ot + q_head[:, None] * stride_oh + d[None, :]
         tl.store(here, acc.to(out.dtype.element_ty), mask=live[:, None])
         if HAS_LSE:
@@ -188,32 +148,19 @@ def _sparse_kernel(
 def _combine_kernel(
     part_acc, part_lse, kept, query_start_loc, out, lse,
     stride_kr, stride_kh, stride_ot, stride_oh, stride_lt, num_query_heads,
-    query, scale, seq_lens, slots, sums, summed, stride_qt, stride_qh, stride_sz, stride_sh, stride_uz,
-    GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, HAS_LSE: tl.constexpr, MEAN: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(0)
     r = tl.program_id(1).to(tl.int64)
     i = tl.program_id(2)
     begin = tl.load(query_start_loc + r)
     q_len = tl.load(query_start_loc + r + 1) - begin
-    count = tl.load(kept + r * stride_kr + (h // GROUP) * stride_kh)
-    if (i >= q_len) | (count <= 0):
+    if (i >= q_len) | (tl.load(kept + r * stride_kr + (h // GROUP) * stride_kh) <= 0):
         return
     token = (begin + i).to(tl.int64)
     part = (token * num_query_heads + h) * SPLITS
     result, total = combine_splits(part_acc + part * D, part_lse + part, D, 1, SPLITS, D, True)
-    d = tl.arange(0, D)
-    if MEAN:
-        slot = tl.load(slots + r)
-        unread = tl.load(seq_lens + r) - count
-        if (slot >= 0) & (unread > 0):
-            positions = tl.load(summed + slot * stride_uz + h // GROUP)
-            if positions > 0:
-                mean = sums + slot * stride_sz + (h // GROUP) * stride_sh
-                q = tl.load(query + token * stride_qt + h * stride_qh + d).to(tl.float32)
-                logit = tl.sum(q * tl.load(mean + d), 0) / positions * scale
-                result += mean_share(logit, unread, total) * (tl.load(mean + D + d) / positions - result)
-    tl.store(out + token * stride_ot + h * stride_oh + d, result.to(out.dtype.element_ty))
+    tl.store(out + token * stride_ot + h * stride_oh + tl.arange(0, D), result.to(out.dtype.element_ty))
     if HAS_LSE:
         tl.store(lse + token * stride_lt + h, total)
 
@@ -221,7 +168,7 @@ def _combine_kernel(
 def sparse_attention(
     query: torch.Tensor, kv_cache: torch.Tensor, page_table: torch.Tensor, kept: torch.Tensor,
     query_start_loc: torch.Tensor, scale: float, out: torch.Tensor, max_query_len: int,
-    lse: torch.Tensor | None = None, mean: Mean | None = None, config: LaunchConfig | None = None,
+    lse: torch.Tensor | None = None, config: LaunchConfig | None = None,
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text. The scratch
     for the parts comes from torch's allocator, which a CUDA graph capture serves from the graph's own pool."""
@@ -229,8 +176,6 @@ def sparse_attention(
     tokens, query_heads, size = query.shape
     contracts.head_size(size)
     rows, groups, width = page_table.shape
-    if mean is not None:
-        unread_contracts.mean(kv_cache, mean, rows)
     if rows == 0 or tokens == 0 or width == 0:
         return
     heads = kv_cache.shape[1]
@@ -243,31 +188,22 @@ def sparse_attention(
     block_m = max(config.block_m, min(triton.next_power_of_2(max_query_len * group), MAX_BLOCK_M))
     tiles = triton.cdiv(max_query_len * group, block_m)
     splits = num_splits(rows * heads * tiles, width, config.block_n, query.device, config.waves)
-    # Where no program is alone with its row, as the kernel calls it, the mean is mixed into parts, maybe a single one.
-    apart = mean is not None and splits * tiles > 1
-    parts = splits > 1 or apart
-    # Without parts the pointers are unused, but still have to be pointers; so with what is only there for the mean.
+    # Without parts the pointers are unused, but still have to be pointers.
     part_lse = part_acc = out
-    if parts:
+    if splits > 1:
         part_lse = torch.empty(tokens, query_heads, splits, dtype=torch.float32, device=query.device)
         part_acc = part_lse.new_empty(tokens, query_heads, splits, size)
     total, total_stride = (kept, 0) if lse is None else (lse, lse.stride(0))
-    block_table, lens, seq_lens, slots, sums, summed = mean or (kept,) * 6
-    sum_strides = (0, 0, 0) if mean is None else (*sums.stride()[:2], summed.stride(0))
-    _sparse_kernel[(heads * tiles, rows, splits + apart)](
+    _sparse_kernel[(heads * tiles, rows, splits)](
         query, kv_cache, page_table, kept, query_start_loc, out, total, part_acc, part_lse,
-        scale, *query.stride()[:2], page_table.stride(0), table_stride,
+        scale * 1.4426950408889634, *query.stride()[:2], page_table.stride(0), table_stride,
         kept.stride(0), kept_stride, *out.stride()[:2], total_stride, head_rows, query_heads,
-        block_table, lens, seq_lens, slots, sums, summed, *kv_cache.stride()[:3], block_table.stride(0), *sum_strides,
-        kv_cache.shape[2], GROUP=group, D=size, SPLITS=splits, TILES=tiles, BLOCK_M=block_m, BLOCK=config.block_n,
-        HAS_LSE=lse is not None, MEAN=mean is not None, FEW=FEW, LONGEST=LONGEST, num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        GROUP=group, D=size, SPLITS=splits, TILES=tiles, BLOCK_M=block_m, BLOCK=config.block_n,
+        HAS_LSE=lse is not None, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
-    if parts:
+    if splits > 1:
         _combine_kernel[(query_heads, rows, max_query_len)](
             part_acc, part_lse, kept, query_start_loc, out, total,
             kept.stride(0), kept_stride, *out.stride()[:2], total_stride, query_heads,
-            query, scale, seq_lens, slots, sums, summed, *query.stride()[:2], *sum_strides,
-            GROUP=group, D=size, SPLITS=splits, HAS_LSE=lse is not None, MEAN=mean is not None,
-            num_warps=1 if splits <= 8 else 4,
+            GROUP=group, D=size, SPLITS=splits, HAS_LSE=lse is not None, num_warps=1 if splits <= 8 else 4,
         )  # fmt: skip

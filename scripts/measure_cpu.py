@@ -22,7 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 MODES = {
-    "plain": None,  # stock vLLM, no speculation
+    "stock": None,  # vLLM as it comes, no speculation: on a CPU it picks runner V1
+    "plain": None,  # the same on runner V2, which is what the plugin needs
     "dense": {"method": "dense"},
     "specattn": {"method": "specattn"},
 }
@@ -104,15 +105,16 @@ def measure(mode: str, context: int, requests: int, tokens: int, draft_tokens: i
         generate(prompt, 2)
     prefill = time.perf_counter() - start
     clock = Clock()
-    if mode != "plain":
+    if MODES[mode] is not None:
         watch(clock)
-    before = llm.collective_rpc("specattn_stats")[0]
+    before = counters(llm)
     start = time.perf_counter()
     for prompt in prompts:
         generate(prompt, tokens)
     seconds = time.perf_counter() - start
-    after = llm.collective_rpc("specattn_stats")[0]
-    result = {"mode": mode, "tokens_per_second": round(requests * tokens / seconds, 2),
+    after = counters(llm)
+    runner = "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1"
+    result = {"mode": mode, "runner": runner, "tokens_per_second": round(requests * tokens / seconds, 2),
               "prefill_tokens_per_second": round(requests * context / prefill)}  # fmt: skip
     if after is not None:
         counts = {name: after[name] - before[name] for name in after}
@@ -125,8 +127,26 @@ def measure(mode: str, context: int, requests: int, tokens: int, draft_tokens: i
     return result
 
 
+def counters(llm) -> dict | None:
+    """The plugin's counters; None for vLLM without it."""
+    return llm.collective_rpc("specattn_stats")[0] if os.environ.get("VLLM_PLUGINS") != "" else None
+
+
+def environment(mode: str) -> dict[str, str]:
+    """Of stock vLLM without what `specattn cpu-env` sets, and without the plugin."""
+    found = dict(os.environ)
+    if mode == "stock":
+        from specattn_vllm import cpu_runner
+
+        found.pop("TRITON_INTERPRET", None)
+        paths = [path for path in found.pop("PYTHONPATH", "").split(os.pathsep) if path != str(cpu_runner.OVERLAY)]
+        found |= {"VLLM_PLUGINS": "", **({"PYTHONPATH": os.pathsep.join(paths)} if any(paths) else {})}
+    return found
+
+
 def run_apart(mode: str) -> dict:
-    run = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--mode", mode], capture_output=True, text=True)
+    command = [sys.executable, __file__, *sys.argv[1:], "--mode", mode]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment(mode))
     lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     if run.returncode or not lines:
         raise SystemExit(f"{mode} failed:\n{run.stderr[-3000:]}")
@@ -156,6 +176,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--draft-tokens", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=3, help="runs of each mode")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES), help="only these")
     parser.add_argument("--out", type=Path, help="JSON file; printed without it")
     parser.add_argument("--mode", choices=MODES, help="measure one mode in this process and print it (internal)")
     args = parser.parse_args()
@@ -163,9 +184,9 @@ def main() -> None:
     if args.mode:
         print("RESULT " + json.dumps(measure(args.mode, *settings)))
         return
-    runs = {mode: [] for mode in MODES}
+    runs = {mode: [] for mode in args.modes}
     for _ in range(args.repeats):
-        for mode in MODES:
+        for mode in args.modes:
             runs[mode].append(run_apart(mode))
             print(json.dumps(runs[mode][-1]), flush=True)
     results = []

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from specattn_vllm import compat
-from specattn_vllm.options import KEY, OptionsError, SpecAttnOptions
+from specattn_vllm.options import KEY, OptionsError, SpecAttnOptions, refuse_misplaced
 from specattn_vllm.selection.capture import MAX_FUSED_QUERY
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def check(vllm_config: VllmConfig) -> None:
                 f"{chosen.name if chosen else 'left to vLLM'}, so the options would do nothing: add "
                 f"--attention-backend specattn, or remove them"
             )
+        refuse_misplaced(vllm_config.additional_config, ours=False)
         return
     options = SpecAttnOptions.from_vllm(vllm_config)
     reasons = [*_engine(vllm_config), *_models(vllm_config), *_speculation(vllm_config, options)]
@@ -55,8 +56,8 @@ def check(vllm_config: VllmConfig) -> None:
 
 
 _FOR_TARGET = {
-    "layer_map", "layer_shares", "dense_layers", "check_weights", "combine", "bonus_row", "unread_mean",
-    "refresh_every", "audit_share", "audit_floor", "audit_dense_rounds",
+    "layer_map", "layer_shares", "dense_layers", "check_weights", "combine", "bonus_row", "refresh_every",
+    "audit_share", "audit_floor", "audit_dense_rounds",
 }  # fmt: skip
 """What only matters where a draft model chooses for the target."""
 
@@ -69,23 +70,15 @@ def _without_effect(options: SpecAttnOptions) -> set[str]:
     if options.drafts_for_itself:
         by_attention = {"top_p", "rule", *_FOR_VEGAS} if options.method == "streamingllm" else set()
         of_draft = {"sparse_draft", "draft_ratio", "refresh_draft_every"}
-        if options.drafts_by_sketch:
-            return _FOR_TARGET | _FOR_VEGAS | {"shared_budget"} | of_draft
         return _FOR_TARGET | _FOR_SKETCH | of_draft | by_attention
-    by_rule = options.drafts_sparsely and options.draft_ratio is None  # what the draft reads
     if options.uses_sketch:
-        watched = options.drafts_sparsely and not options.drafts_by_sketch
-        of_draft = set() if watched else {"combine", "bonus_row"}
-        return _FOR_TARGET | _FOR_VEGAS | {"induction"} | of_draft
+        return _FOR_TARGET | _FOR_VEGAS | {"induction"}
     if not options.is_lossless:
         return _FOR_VEGAS | _FOR_SKETCH
     if options.drafts_by_sketch:
         amount = {"rule", "top_p", "ratio", "max_fraction"} if options.draft_ratio is not None else set()
         of_attention = {"layer_shares", "induction", "shared_budget"}
         return _FOR_TARGET | _FOR_VEGAS | of_attention | amount
-    if options.drafts_sparsely:
-        amount = set() if by_rule else {"rule", "top_p", "ratio", "max_fraction"}
-        return _FOR_TARGET | _FOR_VEGAS | _FOR_SKETCH | amount
     # Where the draft reads everything too, nothing is chosen at all.
     return set(SpecAttnOptions.model_fields) - {"method", "executor", "stats_interval_s", "sparse_draft"}
 

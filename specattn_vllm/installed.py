@@ -1,7 +1,9 @@
-"""What is installed: versions, and the demo pair. Loads neither torch nor vLLM."""
+"""What is installed: versions, modules that a command needs, and the demo pair. Loads neither torch nor vLLM."""
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -13,6 +15,35 @@ DEMO_ROLES = ("target", "draft")
 
 class UserError(Exception):
     """Something the user can put right: printed without a traceback, exit code 2 (argparse's own)."""
+
+
+BENCH = ("rich", "jinja2", "matplotlib", "numpy")
+"""Modules that the extra 'bench' brings; all others that commands need come with vLLM."""
+GET_VLLM = (
+    "pip install 'specattn-vllm[gpu]'; without a GPU, `scripts/serve` in a clone installs a vLLM for CPUs (docs/cpu.md)"
+)
+
+
+def require(modules: Sequence[str]) -> None:
+    """UserError, with what to install, where one of these modules is missing."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    ours = [name for name in missing if name in BENCH]
+    theirs = [name for name in missing if name not in BENCH]
+    remedies = []
+    if "vllm" in theirs:
+        remedies.append(f"vLLM is not installed: {GET_VLLM}")
+    elif theirs:
+        remedies.append(f"{_listed(theirs)} not installed, which vLLM brings: {GET_VLLM}")
+    if ours:
+        remedies.append(f"{_listed(ours)} not installed: pip install 'specattn-vllm[bench]'")
+    if remedies:
+        raise UserError("; ".join(remedies))
+
+
+def _listed(names: list[str]) -> str:
+    if len(names) == 1:
+        return f"{names[0]} is"
+    return f"{', '.join(names[:-1])} and {names[-1]} are"
 
 
 def version_of(name: str) -> str | None:

@@ -41,26 +41,11 @@ def _a_draft_s_ratio_has_a_draft_that_reads_a_part(options: SpecAttnOptions) -> 
         )
 
 
-def _what_drafts_choose_by_is_at_hand(options: SpecAttnOptions) -> None:
-    if options.draft_by is None:
-        return
-    if not options.drafts_sparsely and options.method != "vegas":
-        raise ValueError(
-            f"draft_by {options.draft_by!r} without sparse_draft, where every draft step reads everything: set "
-            "sparse_draft=true, or leave draft_by out"
-        )
-    if options.draft_by == "sketch" and options.chooses_by_draft:
-        raise ValueError(
-            f"draft_by 'sketch' with method {options.method!r}, whose target reads what the draft's whole attention "
-            "chooses: set method to 'sketch' or 'dense', or draft_by to 'attention'"
-        )
-
-
 def _a_sketch_is_searched_in_every_round(options: SpecAttnOptions) -> None:
     if options.drafts_by_sketch and options.refresh_draft_every > 1:
         raise ValueError(
-            f"refresh_draft_every {options.refresh_draft_every} with drafting by a sketch, which chooses in every "
-            "round: leave it at 1, or set draft_by='attention'"
+            f"refresh_draft_every {options.refresh_draft_every} with method {options.method!r}, whose draft chooses by "
+            "a sketch in every round: leave it at 1"
         )
 
 
@@ -97,7 +82,6 @@ RULES = (
     _clamps_agree,
     _draft_refresh_has_something_to_refresh,
     _a_draft_s_ratio_has_a_draft_that_reads_a_part,
-    _what_drafts_choose_by_is_at_hand,
     _a_sketch_is_searched_in_every_round,
     _audits_have_what_they_need,
     _one_rule_is_meant,

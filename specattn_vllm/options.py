@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from specattn_vllm import option_rules, presets
+from specattn_vllm import misplaced, option_rules, presets
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -19,6 +19,8 @@ Method = Literal["sketch", "specattn", "sts", "vegas", "streamingllm", "dense"]
 Rule = Literal["top_p", "top_k"]
 Combine = Literal["sum", "union"]
 ExecutorName = Literal["auto", "torch", "triton", "fa3", "xformers"]
+SELF_DRAFTING = ("vegas", "streamingllm")
+"""Methods with which the target is its own draft model."""
 
 
 class OptionsError(ValueError):
@@ -102,11 +104,6 @@ class SpecAttnOptions(BaseModel):
         description="With combine 'sum', the last row of a verification, that of the bonus token, counts as well: the "
         "draft never gets there, so its last step's attention is taken, moved on by one token.",
     )
-    unread_mean: bool = Field(
-        True,
-        description="What a pruned verification does not read counts as so many tokens of the request's mean key and "
-        "value. With false, the tokens that are read get all of the weight.",
-    )
     induction: bool = Field(
         True,
         description="With rule 'top_k', in layers that the layer map names as copying, what follows an earlier "
@@ -154,15 +151,10 @@ class SpecAttnOptions(BaseModel):
     )
     sparse_draft: bool | None = Field(
         None,
-        description="Whether the steps of a draft model read a part of its context, chosen as 'draft_by' says. Never "
-        "changes the output distribution of 'dense'. Default: true for 'sketch', else false.",
-    )
-    draft_by: Literal["attention", "sketch"] | None = Field(
-        None,
-        description="What chooses what draft steps read. 'sketch': their own queries in the first step of a round, "
-        "over a small copy of the keys of the model that drafts. 'attention': with 'sparse_draft', that of the draft's "
-        "first step, which reads everything; with 'vegas', that of the last verification. Default: 'sketch' for "
-        "'sparse_draft' with methods 'sketch' and 'dense', unless with 'refresh_draft_every', else 'attention'.",
+        description="Whether the steps of a draft model read a part of its context. With 'sketch' and 'dense', what "
+        "its own queries choose in the first step of a round, over a small copy of its keys; else what its first step "
+        "attended to, which reads everything. Never changes the output distribution of 'dense'. Default: true for "
+        "'sketch', else false.",
     )
     draft_ratio: float | None = Field(
         None,
@@ -246,11 +238,6 @@ class SpecAttnOptions(BaseModel):
         return self.induction and self.fixed_budget and self.combine != "union"
 
     @property
-    def estimates_unread(self) -> bool:
-        """Whether the target's pruned attention is corrected for what it does not read."""
-        return self.unread_mean and self.chooses_by_draft
-
-    @property
     def per_head(self) -> bool:
         """Whether each KV head of the target reads a selection of its own in verification."""
         return self.method in ("sketch", "sts")
@@ -272,12 +259,8 @@ class SpecAttnOptions(BaseModel):
 
     @property
     def drafts_by_sketch(self) -> bool:
-        """Whether what drafts, a draft model or the target itself, chooses by a sketch of its keys."""
-        if self.method == "vegas":
-            return self.draft_by == "sketch"
-        # A first step that reads an older choice has attention, and no search.
-        by_sketch = self.draft_by == "sketch" or (self.draft_by is None and self.refresh_draft_every == 1)
-        return by_sketch and self.drafts_sparsely and self.method in ("sketch", "dense")
+        """Whether a draft model chooses what it reads by a sketch of its keys."""
+        return self.drafts_sparsely and self.method in ("sketch", "dense")
 
     @property
     def keeps_sketches(self) -> bool:
@@ -292,7 +275,7 @@ class SpecAttnOptions(BaseModel):
     @property
     def drafts_for_itself(self) -> bool:
         """Whether the target is its own draft model."""
-        return self.method in ("vegas", "streamingllm")
+        return self.method in SELF_DRAFTING
 
     @property
     def goes_with_any_drafter(self) -> bool:
@@ -320,9 +303,20 @@ class SpecAttnOptions(BaseModel):
 
     @classmethod
     def from_vllm(cls, vllm_config: VllmConfig) -> SpecAttnOptions:
-        """The options of an engine; the one place where they are read."""
-        config = vllm_config.additional_config
+        """The options of an engine that uses our backend."""
+        return cls.from_additional(vllm_config.additional_config)
+
+    @classmethod
+    def from_additional(cls, config: Any) -> SpecAttnOptions:
+        """The options in an `--additional-config`, for our backend; the one place where they are read."""
+        refuse_misplaced(config, ours=True)
         return cls.parse(config.get(KEY, {}) if isinstance(config, dict) else {})
+
+
+def refuse_misplaced(config: Any, *, ours: bool) -> None:
+    """Raise OptionsError for options that were meant for us and would not reach us."""
+    if found := misplaced.in_config(config, KEY, SpecAttnOptions.model_fields, ours=ours):
+        raise OptionsError("--additional-config:\n  " + "\n  ".join(found))
 
 
 def _explain(problem: dict) -> str:

@@ -17,7 +17,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "top_p": 0.97,
             "combine": "union",
             "bonus_row": False,
-            "unread_mean": False,
             "induction": False,
             "dense_layers": (0, 1),
             "min_tokens": 0,
@@ -33,7 +32,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "sink_tokens": 0,
             "recent_tokens": 0,
             "bonus_row": False,
-            "unread_mean": False,
             "induction": False,
         },
         # Vegas, arXiv 2602.07223: 7% of the context and 256 tokens at least, one set for all heads of a layer; the

@@ -1,4 +1,5 @@
-"""What the plugin counts, and the line a minute that says so."""
+"""What the plugin counts, and the line a minute that says so. Loads torch where something is counted: reports are read
+without it."""
 
 from __future__ import annotations
 
@@ -6,8 +7,10 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 # A child of vLLM's logger, so that its handler and its level apply.
 logger = logging.getLogger("vllm.specattn")
@@ -110,6 +113,8 @@ class Counters:
     """
 
     def __init__(self, device: torch.device) -> None:
+        import torch
+
         self._host = [0] * len(_NAMES)
         self._staged: list[dict[str, int | torch.Tensor]] = []
         self._vectors: list[tuple[int, torch.Tensor]] = []
@@ -117,6 +122,8 @@ class Counters:
 
     def add(self, **amounts: int | torch.Tensor) -> None:
         """Add to counters by name: host ints, or zero-dimensional device tensors."""
+        import torch
+
         for name, amount in amounts.items():
             index = _NAMES.index(name)
             if isinstance(amount, torch.Tensor):

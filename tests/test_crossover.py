@@ -38,11 +38,6 @@ def test_a_target_that_drafts_for_itself_starts_elsewhere(method, operations):
     assert crossover_tokens(SpecAttnOptions(method=method), operations("triton")) == 0
 
 
-def test_a_draft_that_alone_reads_a_part_always_does(operations):
-    options = SpecAttnOptions(method="dense", sparse_draft=True, draft_by="attention")
-    assert crossover_tokens(options, operations("fa3")) == 0
-
-
 def test_what_searches_starts_where_a_search_pays(operations):
     assert crossover_tokens(SpecAttnOptions(method="sketch"), operations("fa3")) == 8000
     assert crossover_tokens(SpecAttnOptions(method="dense", sparse_draft=True), operations("fa3")) == 500

@@ -38,7 +38,6 @@ def test_the_defaults_are_the_documented_ones():
         "recent_tokens": 64,
         "combine": "sum",
         "bonus_row": True,
-        "unread_mean": True,
         "induction": True,
         "dilation": None,
         "dense_layers": (),
@@ -48,7 +47,6 @@ def test_the_defaults_are_the_documented_ones():
         "audit_dense_rounds": 16,
         "check_weights": True,
         "sparse_draft": None,
-        "draft_by": None,
         "draft_ratio": None,
         "refresh_draft_every": 1,
         "crossover_tokens": None,
@@ -75,7 +73,6 @@ def test_every_option_can_be_given():
         "recent_tokens": 10,
         "combine": "union",
         "bonus_row": False,
-        "unread_mean": False,
         "induction": False,
         "dilation": 5,
         "dense_layers": [0, 3],
@@ -85,7 +82,6 @@ def test_every_option_can_be_given():
         "audit_dense_rounds": 4,
         "check_weights": False,
         "sparse_draft": True,
-        "draft_by": "attention",
         "draft_ratio": 0.5,
         "refresh_draft_every": 4,
         "crossover_tokens": 4096,
@@ -211,12 +207,8 @@ def test_refreshes_of_a_draft_that_reads_everything_are_refused():
 
 
 def test_a_share_for_a_draft_that_reads_everything_is_refused():
-    message = refusal({"method": "dense", "draft_by": "sketch"})
-    assert "draft_by 'sketch' without sparse_draft" in message
-    message = refusal({"draft_by": "sketch", "sparse_draft": True, "method": "sts"})
-    assert "set method to 'sketch' or 'dense', or draft_by to 'attention'" in message
-    message = refusal({"draft_by": "sketch", "sparse_draft": True, "method": "dense", "refresh_draft_every": 3})
-    assert "leave it at 1, or set draft_by='attention'" in message
+    message = refusal({"sparse_draft": True, "method": "dense", "refresh_draft_every": 3})
+    assert "whose draft chooses by a sketch in every round: leave it at 1" in message
     message = refusal({"method": "specattn", "draft_ratio": 0.25})
     assert "draft_ratio 0.25 without sparse_draft" in message
     assert "set sparse_draft=true, or leave draft_ratio out" in message
@@ -355,10 +347,9 @@ def test_a_preset_sets_what_is_not_given(method):
     changed = {key: value for key, value in preset.items() if value != plain[key]}
     assert changed == {"preset": "paper"} | {
         "specattn": {"rule": "top_p", "top_p": 0.97, "combine": "union", "dense_layers": (0, 1), "min_tokens": 0,
-                     "sink_tokens": 0, "recent_tokens": 0, "bonus_row": False, "unread_mean": False,
-                     "induction": False},
+                     "sink_tokens": 0, "recent_tokens": 0, "bonus_row": False, "induction": False},
         "sts": {"rule": "top_k", "ratio": 1.0, "max_tokens": 256, "min_tokens": 0, "sink_tokens": 0,
-                "recent_tokens": 0, "bonus_row": False, "unread_mean": False, "induction": False},
+                "recent_tokens": 0, "bonus_row": False, "induction": False},
         "vegas": {"rule": "top_k", "ratio": 0.07, "min_tokens": 256, "sink_tokens": 0, "recent_tokens": 0,
                   "dilation": 0},
     }[method]  # fmt: skip

@@ -24,6 +24,17 @@ def test_wrong_arguments_are_named_with_the_remedy(value):
     assert "the only value is 'exact'" in message and "leave it out" in message
 
 
+@pytest.mark.parametrize("name", ["spec_attn", "SpecAttn", "spec-attn", "specatn", "specattn_exact", "spec_attention"])
+def test_near_misses_of_our_key_are_named_with_the_remedy(name):
+    message = problem({"other": 1, name: "exact"})
+    assert message.startswith(repr(name)) and "give {'specattn': 'exact'}" in message
+
+
+@pytest.mark.parametrize("name", ["sparse_attn", "speculation", "spec", "method", "exact"])
+def test_arguments_of_others_are_their_own_business(name):
+    assert problem({name: "exact"}) is None
+
+
 def test_vllm_refuses_them_as_the_client_s_error():
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
@@ -33,6 +44,8 @@ def test_vllm_refuses_them_as_the_client_s_error():
     assert SamplingParams(extra_args={"specattn": "exact"}).extra_args == {"specattn": "exact"}
     with pytest.raises(VLLMValidationError, match="the only value is 'exact'"):
         SamplingParams(extra_args={"specattn": "approximate"})
+    with pytest.raises(VLLMValidationError, match=r"'spec_attn' .* is not a name that anything reads"):
+        SamplingParams(extra_args={"spec_attn": "exact"})
     with pytest.raises(VLLMValidationError, match="temperature"):
         SamplingParams(temperature=-1.0)
 

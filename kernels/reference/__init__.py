@@ -2,7 +2,7 @@
 
 Each function has the signature of its Triton twin; shapes, dtypes, padding rules and errors are stated there, once
 (``draft_attention.py``, ``accumulate_mass.py``, ``dilate_mass.py``, ``add_followers.py``, ``top_p.py``,
-``page_tables.py``, ``sparse_attention.py``, ``sum_context.py``, ``add_unread.py``).
+``page_tables.py``, ``sparse_attention.py``).
 Scores and softmax are computed in fp32. They loop over requests, because requests differ in length and a padded batch
 would spend most of its time on padding, and over nothing else.
 
@@ -20,12 +20,10 @@ from .selection import (
     select_top_p,
     unpack_bits,
 )
-from .unread import add_unread, sum_context
 
 __all__ = [
     "accumulate_mass",
     "add_followers",
-    "add_unread",
     "build_block_tables",
     "build_page_tables",
     "build_positions",
@@ -38,7 +36,6 @@ __all__ = [
     "mark_rows",
     "select_top_p",
     "sparse_attention",
-    "sum_context",
     "take_selections",
     "unpack_bits",
 ]

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .. import contracts, unread_contracts
-from .unread import add_unread
+from .. import contracts
 
 
 def _gather(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Tensor:
@@ -105,20 +104,8 @@ def accumulate_mass(scores, lse, lens, mass, weight, combine, positions=None, ke
         mass[r, :, where] = new
 
 
-def sparse_attention(
-    query, kv_cache, page_table, kept, query_start_loc, scale, out, max_query_len, lse=None, mean=None
-) -> None:
+def sparse_attention(query, kv_cache, page_table, kept, query_start_loc, scale, out, max_query_len, lse=None) -> None:
     """Attention over the entries of a page table. See ``sparse_attention.sparse_attention``."""
-    if mean is not None:
-        unread_contracts.mean(kv_cache, mean, kept.shape[0])
-        lse = query.new_full(query.shape[:2], -torch.inf, dtype=torch.float32) if lse is None else lse
-        rest = (query_start_loc, scale, out, max_query_len, lse)
-        sparse_attention(query, kv_cache, page_table, kept, *rest)
-        add_unread(
-            query, out, lse, kv_cache, kept=kept, query_start_loc=query_start_loc, scale=scale,
-            max_query_len=max_query_len, **mean._asdict(),
-        )  # fmt: skip
-        return
     head_rows = contracts.sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, max_query_len, lse)
     query_heads, size = query.shape[1:]
     heads = kv_cache.shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -12,13 +13,13 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionMetadataBuilder, CommonAttentionMetadata
 
 from specattn_vllm import compat, executors
-from specattn_vllm.backend.metadata import SpecAttnMetadata
+from specattn_vllm.backend.metadata import LayerHook, SpecAttnMetadata
 from specattn_vllm.options import SpecAttnOptions
 
 if TYPE_CHECKING:
-    from specattn_vllm.evaluation.peers import Peer, PeerStep
-    from specattn_vllm.selection.pruner import Pruner, SparsePlan
-    from specattn_vllm.selection.target_capture import TargetCapture, TargetStep
+    from specattn_vllm.selection.plan import SparsePlan
+    from specattn_vllm.selection.pruner import Pruner
+    from specattn_vllm.selection.target_capture import TargetCapture
     from specattn_vllm.sketch.attach import TargetSketch
     from specattn_vllm.sketch.step import SketchStep
 
@@ -30,8 +31,8 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
     # Our steps need nothing refreshed between them: every operation takes its lengths from vLLM's own buffers.
     supports_draft_decode_metadata_update: ClassVar[bool] = True
 
-    peer: Peer | None = None
-    """Set by evaluations alone: attends in the place of all else."""
+    substitute: Callable[[CommonAttentionMetadata], LayerHook | None] | None = None
+    """Set by evaluations alone: makes what attends in a step in the place of all else."""
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -74,7 +75,7 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
             block_table=common.block_table_tensor,
             sparse=self._prune(common),
             sketch=self._choose(common),
-            capture=self._capture(common),
+            hook=self._hook(common),
         )
 
     def _choose(self, common: CommonAttentionMetadata) -> SketchStep | None:
@@ -83,9 +84,9 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
             return None
         return self.target_sketch.begin(common)
 
-    def _capture(self, common: CommonAttentionMetadata) -> TargetStep | PeerStep | None:
-        if self.peer is not None:
-            return self.peer.begin(common)
+    def _hook(self, common: CommonAttentionMetadata) -> LayerHook | None:
+        if self.substitute is not None:
+            return self.substitute(common)
         # Profiling runs carry no slots, and what they attended to means nothing.
         if self.target_capture is None or common.req_idx is None:
             return None

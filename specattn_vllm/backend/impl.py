@@ -15,7 +15,6 @@ from specattn_vllm.options import SpecAttnOptions
 
 if TYPE_CHECKING:
     from specattn_vllm.selection.audit import LayerAudit
-    from specattn_vllm.selection.unread import LayerUnread
     from specattn_vllm.sketch.attach import TargetSketch
     from specattn_vllm.sketch.layer import LayerSketch
 
@@ -62,7 +61,6 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             options, torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
         )
         self.audit: LayerAudit | None = None
-        self.unread: LayerUnread | None = None
         self.sketch: LayerSketch | None = None
         self.target_sketch: TargetSketch | None = None
         """What a metadata builder of the layer announces its steps to."""
@@ -98,13 +96,11 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         md = attn_metadata
         out = output[: md.num_actual_tokens]
         query = query[: md.num_actual_tokens]
-        if md.capture is not None and md.capture.attend(layer.layer_name, query, kv_cache, md, self.scale, out):
+        if md.hook is not None and md.hook.attend(layer.layer_name, query, kv_cache, md, self.scale, out):
             return output
         if md.sketch is not None and self.sketch is not None:
             self._choose_and_attend(query, kv_cache, md, out)
             return output
-        if self.unread is not None:
-            self.unread.take_in(kv_cache, md)
         source = md.sparse.layer_sources.get(layer.layer_name) if md.sparse is not None else None
         if source is None:
             self._dense(query, kv_cache, md, out, first_row=0, first_token=0)
@@ -123,7 +119,6 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             out[: plan.num_tokens],
             plan.max_query_len,
             lse,
-            None if self.unread is None else self.unread.mean(md),
         )
         if self.audit is not None:
             self.audit.observe(query[: plan.num_tokens], kv_cache, md, self.scale, lse)

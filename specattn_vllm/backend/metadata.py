@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from vllm.v1.attention.backend import AttentionMetadata
 
 if TYPE_CHECKING:
-    from specattn_vllm.evaluation.peers import PeerStep
-    from specattn_vllm.selection.capture import DraftCapture
-    from specattn_vllm.selection.pruner import SparsePlan
-    from specattn_vllm.selection.target_capture import TargetStep
+    from specattn_vllm.selection.plan import SparsePlan
     from specattn_vllm.sketch.step import SketchStep
+
+
+class LayerHook(Protocol):
+    """What a step's layers are offered to before they attend: to capture their attention, or to attend instead."""
+
+    def attend(
+        self, layer_name: str, query: torch.Tensor, kv_cache: torch.Tensor, metadata: SpecAttnMetadata, scale: float,
+        out: torch.Tensor,
+    ) -> bool:  # fmt: skip
+        """query, out [T, Hq, D]; kv_cache [B, H, N, 2D]. Returns whether `out` is filled."""
+        ...
 
 
 @dataclass
@@ -34,6 +42,6 @@ class SpecAttnMetadata(AttentionMetadata):
     """Set for a target step with verification rows; the rows after them read everything."""
     sketch: SketchStep | None = None
     """Set for a step whose short rows choose for themselves, layer by layer; the rows after them read everything."""
-    capture: DraftCapture | TargetStep | PeerStep | None = None
+    hook: LayerHook | None = None
     """Set for a step whose attention is captured: of a draft model, or of a target that drafts for itself; or for
     one in which an evaluation attends."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from specattn_vllm.bench import grid, models
+from specattn_vllm.outputs import output_file
 
 DEFAULT_GRID = "16x32k,4x32k,1x32k,4x128k"
 DEFAULT_OUT = Path("specattn-bench.json")
@@ -53,15 +54,14 @@ def engines_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODE,...",
         help="of stock vLLM: plain, draft-v2, draft-v1, eagle (a head of EAGLE-3's shape); of this plugin: dense, "
         "sparse-draft, specattn, sketch (with a draft model), sketch-eagle, sketch-alone (no speculation), and where "
-        "the target drafts for itself: vegas, vegas-sketch, streamingllm [all but the last three, eagle, sketch-eagle, "
-        "sketch-alone]",
+        "the target drafts for itself: vegas, streamingllm [all but the last two, eagle, sketch-eagle, sketch-alone]",
     )
     what.add_argument(
         "--kept",
         type=checked(grid.parse_fractions),
         default="0.25,0.1,0.05",
         metavar="SHARE,...",
-        help="shares of the context that specattn, the sketch modes and the last three keep, an engine each "
+        help="shares of the context that specattn, the sketch modes and the last two keep, an engine each "
         "[%(default)s]",
     )
     what.add_argument(
@@ -130,12 +130,12 @@ def engines_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("running")
     run.add_argument(
         "--out",
-        type=Path,
+        type=output_file,
         default=DEFAULT_OUT,
         metavar="FILE.json",
         help="written after every engine; logs go into a folder beside it [%(default)s]",
     )
-    run.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it")
+    run.add_argument("--plot", type=output_file, metavar="FILE.png", help="also draw it")
     run.add_argument("--list", action="store_true", help="show what would run, with every argument, and stop")
     run.add_argument("--resume", action="store_true", help="go on with --out: engines measured there are not run again")
     run.add_argument("--rerun", action="store_true", help="the same, but engines named now run again if measured")
@@ -162,4 +162,4 @@ def engines_arguments(parser: argparse.ArgumentParser) -> None:
 def table_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE.json")
     parser.add_argument("--details", action="store_true", help="also a table of what the speeds are made of")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it")
+    parser.add_argument("--plot", type=output_file, metavar="FILE.png", help="also draw it")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specattn_vllm.bench import grid, models
 from specattn_vllm.bench.arguments import engines_arguments, table_arguments
-from specattn_vllm.installed import UserError
+from specattn_vllm.installed import UserError, require
+from specattn_vllm.interrupts import ended_as_interrupted, resumed, status_of
 
 if TYPE_CHECKING:
     from specattn_vllm.bench.jobs import Request
@@ -96,7 +94,7 @@ def engines(args: argparse.Namespace) -> int:
         for job in jobs:
             print(describe(job))
         return 0
-    require(("rich", *(("matplotlib",) if args.plot else ())))
+    require(("vllm", "rich", *(("matplotlib",) if args.plot else ())))
     from rich.console import Console
 
     from specattn_vllm.bench import runner, terminal
@@ -107,41 +105,34 @@ def engines(args: argparse.Namespace) -> int:
     earlier = earlier_engines(args, report)
     console = Console()
     folder = args.out.with_suffix(".logs")
-    with ended_as_interrupted(), terminal.board(jobs, console) as board:
-        runner.run_all(
-            jobs,
-            report,
-            args.out,
-            folder,
-            args.engine_timeout,
-            earlier,
-            keep_going=args.keep_going,
-            rerun=args.rerun,
-            gpus=args.gpus,
-            watch=board.watch,
-            done=board.done,
-        )
+    interrupt = None
+    try:
+        with ended_as_interrupted(), terminal.board(jobs, console) as board:
+            runner.run_all(
+                jobs,
+                report,
+                args.out,
+                folder,
+                args.engine_timeout,
+                earlier,
+                keep_going=args.keep_going,
+                rerun=args.rerun,
+                gpus=args.gpus,
+                watch=board.watch,
+                done=board.done,
+            )
+    except KeyboardInterrupt as found:
+        interrupt = found
     terminal.show(report, console)
     console.print(f"{args.out} (table for documents: specattn bench table {args.out}); logs in {folder}")
+    if interrupt is not None:
+        console.out(f"interrupted; this goes on with it: {resumed('--resume')}", highlight=False)
+        return status_of(interrupt)
     if args.plot:
         draw(report, args.plot)
     names = {job.name for job in jobs}
     ran = {engine.name for engine in report.engines if engine.status == "ok" and engine.name in names}
     return 0 if ran == names else 1
-
-
-@contextmanager
-def ended_as_interrupted() -> Iterator[None]:
-    """An end by SIGTERM, as `timeout` sends it, like one by Ctrl-C: engines end too, and the report is written."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def earlier_engines(args: argparse.Namespace, report: Report) -> dict[str, EngineResult]:
@@ -195,12 +186,6 @@ def draw(report: Report, path: Path) -> None:
     plot.save(report, path)
 
 
-def require(modules: tuple[str, ...]) -> None:
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UserError(f"{' and '.join(missing)} is not installed: pip install 'specattn-vllm[bench]'")
-
-
 def kernels_arguments(parser: argparse.ArgumentParser) -> None:
     from specattn_vllm.bench.kernels import add_arguments
 
@@ -219,10 +204,13 @@ class LazyParser(argparse.ArgumentParser):
     arguments: Callable[[argparse.ArgumentParser], None] | None = None
 
     def parse_known_args(self, args=None, namespace=None):
+        self.fill()
+        return super().parse_known_args(args, namespace)
+
+    def fill(self) -> None:
         if self.arguments is not None:
             add, self.arguments = self.arguments, None
             add(self)
-        return super().parse_known_args(args, namespace)
 
 
 # Name -> what runs it, its arguments, its help.
@@ -237,6 +225,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parts = parser.add_subparsers(dest="part", metavar="PART", required=True, parser_class=LazyParser)
     for name, (_, arguments, text) in PARTS.items():
         parts.add_parser(name, help=text, description=text).arguments = arguments
+    own_help = parser.format_help
+
+    def format_help() -> str:
+        """With the options of the part that runs where none is named, which are what is looked for here."""
+        engines = parts.choices["engines"]
+        engines.fill()
+        return f"{own_help()}\nWithout a PART, options are those of `engines`:\n\n{engines.format_help()}"
+
+    parser.format_help = format_help
 
 
 def run(args: argparse.Namespace) -> int | None:

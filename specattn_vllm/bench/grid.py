@@ -9,9 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 
 STOCK_MODES = ("plain", "draft-v2", "draft-v1", "eagle")
 """'eagle': a head of EAGLE-3's shape, for shapes that have one. Named to be measured."""
-SELF_MODES = ("vegas", "vegas-sketch", "streamingllm")
-"""The target drafts for itself; 'vegas-sketch': from what its own sketch chooses. Named to be
-measured: the acceptance of a draft model says nothing about theirs."""
+SELF_MODES = ("vegas", "streamingllm")
+"""The target drafts for itself. Named to be measured: the acceptance of a draft model says nothing about theirs."""
 SKETCH_MODES = ("sketch", "sketch-eagle", "sketch-alone")
 """The target chooses for itself: with a draft model, with EAGLE-3's head, without speculation."""
 ALONE_MODES = ("plain", "sketch-alone")

@@ -25,7 +25,7 @@ from specattn_vllm.bench.schema import Job, JobCell
 
 Device = Literal["cuda", "cpu"]
 SPARSE_DRAFT = 0.1
-"""Share of the context that the draft's later steps read in mode 'sparse-draft'."""
+"""Share of the context that draft steps read in mode 'sparse-draft'."""
 
 
 @dataclass(frozen=True)
@@ -200,11 +200,9 @@ def _options(mode: str, kept: float | None) -> dict[str, Any]:
     if mode == "dense":
         return {"method": "dense"}
     if mode == "sparse-draft":
-        return {"method": "dense", "sparse_draft": True, "top_p": 1.0, "max_fraction": SPARSE_DRAFT, "min_tokens": 0}
+        return {"method": "dense", "sparse_draft": True, "draft_ratio": SPARSE_DRAFT, "min_tokens": 0}
     if mode in SKETCH_MODES:
         return {"method": "sketch", "ratio": kept, "min_tokens": 0}
-    if mode == "vegas-sketch":
-        return {"method": "vegas", "draft_by": "sketch", "ratio": kept, "min_tokens": 0}
     if mode in SELF_MODES:
         return {"method": mode, "ratio": kept, "min_tokens": 0}
     # A fixed share, whatever the (random) attention looks like: top_p keeps everything, the cap cuts it.

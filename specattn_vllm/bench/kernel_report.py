@@ -93,7 +93,6 @@ def provenance(device, commit: str | None = None) -> dict[str, Any]:
 
 
 def write_json(path: Path, where: dict[str, Any], settings: dict[str, Any], rows: Sequence[Row], **more: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "schema": SCHEMA,
         "provenance": where,

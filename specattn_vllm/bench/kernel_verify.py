@@ -7,15 +7,11 @@ from functools import partial
 
 import torch
 
-from specattn_vllm import executors
 from specattn_vllm.bench import kernel_shapes as shapes
 from specattn_vllm.bench.kernel_bench import Bench, Calls, Skip, relative_error
 from specattn_vllm.bench.kernel_data import Requests, pack_bits, page_table, random_positions, requests
 from specattn_vllm.bench.kernel_report import Row, best
 from specattn_vllm.bench.kernel_shapes import BLOCK_SIZE, VERIFY_LEN, Batch, Heads, Pair
-from specattn_vllm.bench.kernel_timing import CALLS
-from specattn_vllm.bench.kernel_unread import mean_bytes, means
-from specattn_vllm.kernels.unread_contracts import Mean
 
 # Splits that vLLM allows FA3 in a CUDA graph (flash_attn_max_num_splits_for_cuda_graph).
 GRAPH_SPLITS = 32
@@ -87,24 +83,17 @@ def verify(bench: Bench, batch: Batch, pair: Pair, fractions: Sequence[float], f
         for groups in (heads.kv, 1):
             positions = random_positions(batch, groups, shapes.kept_tokens(batch.context, fraction), bench.device)
             wide = full and fraction == min(fractions, key=lambda f: abs(f - TARGET_KEPT))
-            # With the mean of what is not read, as by default. What puts its counts back is in the time of the first
-            # of some 20 calls.
-            for factor, mean in ((1.0, False), (2.5, False), (1.0, True)) if wide else ((1.0, False), (1.0, True)):
+            for factor in (1.0, 2.5) if wide else (1.0,):
                 for name in ("fa3", "triton"):
-                    _sparse(bench, name, batch, heads, req, layers, positions, fraction, factor, mean, dense)
+                    _sparse(bench, name, batch, heads, req, layers, positions, fraction, factor, dense)
         if full:
             _blocks(bench, batch, heads, req, layers, fraction, dense)
 
 
-def _sparse(bench, name, batch, heads, req, layers, positions, fraction, factor, with_mean, dense) -> Row:
+def _sparse(bench, name, batch, heads, req, layers, positions, fraction, factor, dense) -> Row:
     groups, kept = positions.shape[1:]
     scale = heads.size**-0.5
     calls: list[Callable[[], object]] = []
-    # Each layer as often as fits a measurement, so that a mean is used once.
-    operands = [layers[i % len(layers)] for i in range(max(CALLS // len(layers), 1) * len(layers))]
-    given, put_back = [None] * len(operands), None
-    if with_mean:
-        given, put_back = means(bench, batch, heads, req, len(operands))
 
     def tables() -> tuple[torch.Tensor, torch.Tensor]:
         from specattn_vllm.selection.pages import page_strides
@@ -115,47 +104,36 @@ def _sparse(bench, name, batch, heads, req, layers, positions, fraction, factor,
     def make() -> Calls:
         sparse = bench.operation("sparse_attention")
         if name == "fa3":
-            sparse = executors.with_mean(bench.executor(name).sparse_attention)
+            sparse = bench.executor(name).sparse_attention
         table, count = tables()
         calls.extend(
-            partial(
-                sparse, req.query, layer, table, count, req.query_start_loc, scale, req.out, VERIFY_LEN, None, mean
-            )
-            for layer, mean in zip(operands, given, strict=True)
-        )  # fmt: skip
-        if with_mean:
-            first = calls[0]
-            calls[0] = lambda: (put_back(), first())
+            partial(sparse, req.query, layer, table, count, req.query_start_loc, scale, req.out, VERIFY_LEN)
+            for layer in layers
+        )
         return calls
 
     def check() -> float:
         """The first request of the first layer against the reference."""
         from specattn_vllm.kernels import reference
 
-        mean = None
-        if with_mean:
-            put_back()
-            mean = Mean(*(tensor[:1].clone() for tensor in given[0]))
         req.out.fill_(torch.nan)
         calls[0]()
         table, count = tables()
         wanted = torch.empty_like(req.out[:VERIFY_LEN])
         reference.sparse_attention(
             req.query[:VERIFY_LEN], layers[0], table[:1], count[:1], req.query_start_loc[:2], scale, wanted, VERIFY_LEN,
-            None, mean,
         )  # fmt: skip
         return relative_error(req.out[:VERIFY_LEN], wanted)
 
-    exact = batch == TARGET_BATCH and fraction == TARGET_KEPT and factor == 1.0 and with_mean
+    exact = batch == TARGET_BATCH and fraction == TARGET_KEPT and factor == 1.0
     label = name if bench.cuda or name == "fa3" else "reference"
     return bench.measure(
         "verify",
         f"{label} {fraction:.0%}, {'per head' if groups > 1 else 'shared'}"
-        f"{', wide table' if factor > 1 else ''}{', with mean' if with_mean else ''}",
+        f"{', wide table' if factor > 1 else ''}",
         f"{batch} {heads} q{VERIFY_LEN}",
         make,
-        shapes.sparse_bytes(heads, batch, VERIFY_LEN, bench.element, kept, groups)
-        + (mean_bytes(batch, heads, bench.element) if with_mean else 0),
+        shapes.sparse_bytes(heads, batch, VERIFY_LEN, bench.element, kept, groups),
         dense,
         {"speedup": TARGET_SPEEDUP} if exact and name == "triton" else None,
         check,

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 
 from specattn_vllm.bench.kernel_shapes import PAIRS, TINY, Batch, parse_batch
+from specattn_vllm.outputs import output_file
 
 GROUPS = ("copy", "verify", "draft", "select", "prune", "sketch")
 # The first gets every case, the others those that depend on the shape most.
@@ -58,7 +58,7 @@ def _kept(text: str) -> list[float]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, help="write the results here too, as JSON")
+    parser.add_argument("--out", type=output_file, help="write the results here too, as JSON")
     parser.add_argument(
         "--only", type=_only, default=list(GROUPS), help=f"some of {','.join(GROUPS)} (all; copy is always measured)"
     )
@@ -76,11 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     started = time.monotonic()
+    from specattn_vllm.installed import UserError, require
+
+    require(("torch",))
     import torch
 
     from specattn_vllm.bench import kernel_report as report
     from specattn_vllm.bench.kernel_bench import Bench
-    from specattn_vllm.installed import UserError
 
     device = torch.device(args.device)
     if device.type == "cuda":

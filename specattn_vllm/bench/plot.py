@@ -69,7 +69,6 @@ def _draw_cells(axes, report: Report, rows: list, plain: int | None) -> None:
 
 
 def save(report: Report, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure = draw(report)
     figure.savefig(path, dpi=160, bbox_inches="tight")
     plt.close(figure)

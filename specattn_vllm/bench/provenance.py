@@ -26,6 +26,13 @@ def has_gpu() -> bool:
     return bool(_output("nvidia-smi", "-L"))
 
 
+def gpus() -> list[dict[str, str]]:
+    """Name, driver and memory of each GPU; none where there is none, or its driver is broken."""
+    listed = _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader") or ""
+    fields = ("name", "driver", "memory")
+    return [dict(zip(fields, map(str.strip, line.split(",")), strict=False)) for line in listed.splitlines() if line]
+
+
 def commit() -> str | None:
     """Of the checkout that this package is run from; '-modified' where its files differ. None for an installation."""
     root = Path(__file__).parents[2]
@@ -49,10 +56,10 @@ def provenance(named_commit: str | None = None) -> dict[str, Any]:
     }
     if name := named_commit or commit():
         found["commit"] = name
-    if gpus := _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"):
-        # The worker takes the first one that it may see.
-        name, driver, memory = (part.strip() for part in gpus.splitlines()[0].split(","))
-        found |= {"gpu": name, "driver": driver, "gpu_memory": memory, "gpus_visible": len(gpus.splitlines())}
+    if there := gpus():
+        first = there[0]  # the worker takes the first one that it may see
+        found |= {"gpu": first["name"], "driver": first["driver"], "gpu_memory": first["memory"]}
+        found["gpus_visible"] = len(there)
     else:
         found |= {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))}
     return found

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from specattn_vllm.bench.grid import STOCK_MODES, Cell, context_name
+from specattn_vllm.bench.grid import ALONE_MODES, EAGLE_MODES, STOCK_MODES, Cell, context_name
 from specattn_vllm.bench.schema import CellResult, EngineResult, Job, Report
 
 LOSING = 0.95
-"""Below this share of the best stock mode's speed a cell counts as lost: nobody should switch there."""
+"""Below this share of the speed of plain decoding, or of stock speculation with the same drafter, a cell counts as
+lost: nobody should switch there."""
 _TITLES = {
     "plain": "plain decoding",
     "draft-v2": "draft model, runner V2",
@@ -27,7 +28,7 @@ class Entry:
     over_plain: float | None = None
     """Speed-ups; None where one side is missing, or is itself what would be compared with."""
     over_draft: float | None = None
-    """Over the better stock mode with a draft model; our modes only."""
+    """Over the better stock mode with the same kind of drafter; our modes only."""
     losing: bool = False
 
     @property
@@ -35,8 +36,20 @@ class Entry:
         if self.speed is None:
             return "-"
         ratios = ", ".join(f"{ratio:.2f}x" for ratio in (self.over_plain, self.over_draft) if ratio is not None)
-        marks = "†" * self.losing + "‡" * (not self.result.steady)
-        return f"{self.speed:,.{0 if self.speed >= 100 else 1}f}" + (f" ({ratios})" if ratios else "") + marks
+        return self._number + (f" ({ratios})" if ratios else "") + self._marks
+
+    @property
+    def speed_text(self) -> str:
+        """The speed alone, with its marks."""
+        return "-" if self.speed is None else self._number + self._marks
+
+    @property
+    def _number(self) -> str:
+        return f"{self.speed:,.{0 if self.speed >= 100 else 1}f}"
+
+    @property
+    def _marks(self) -> str:
+        return "†" * self.losing + "‡" * (not self.result.steady)
 
 
 def title(engine: EngineResult) -> str:
@@ -61,10 +74,13 @@ def entries(report: Report) -> list[tuple[Cell, list[Entry]]]:
 
 
 def _stock_for(job: Job, stock: list[tuple[Job, float]]) -> dict[str, float]:
-    """Speeds that an engine is compared with, by mode: plain decoding, and of those with a draft model the ones of the
-    same acceptance, or all where there is none."""
+    """Speeds that an engine is compared with, by mode: plain decoding, and of those with the same kind of drafter the
+    ones of the same acceptance, or all where there is none."""
     plain = [(other, speed) for other, speed in stock if other.mode == "plain"]
-    drafts = [(other, speed) for other, speed in stock if other.mode != "plain"]
+    if job.mode in ALONE_MODES:
+        return {other.mode: speed for other, speed in plain}
+    heads = job.mode in EAGLE_MODES
+    drafts = [(o, speed) for o, speed in stock if o.mode != "plain" and (o.mode in EAGLE_MODES) == heads]
     same = [(other, speed) for other, speed in drafts if other.acceptance_length == job.acceptance_length]
     return {other.mode: speed for other, speed in (*plain, *(same or drafts))}
 
@@ -89,7 +105,7 @@ def remarks(report: Report) -> list[str]:
     found = []
     all_entries = [entry for _, row in entries(report) for entry in row]
     if any(entry.losing for entry in all_entries):
-        found.append(f"† slower than {LOSING:g} times the best stock mode.")
+        found.append(f"† slower than {LOSING:g} times the best of those.")
     if any(entry.result and entry.speed and not entry.result.steady for entry in all_entries):
         found.append("‡ not steady when it was measured (--max-warmups).")
     for engine in report.engines:
@@ -135,7 +151,7 @@ def _machines(report: Report) -> set[tuple]:
 def caption(report: Report) -> str:
     settings = report.settings
     text = "Decoded tokens per second of the whole batch (over plain decoding; ours: also over the better stock mode "
-    text += f"with a draft model). {settings['draft_tokens']} draft tokens"
+    text += f"with the same drafter). {settings['draft_tokens']} draft tokens"
     if lengths := [f"{length:g}" for length in _lengths(settings) if length]:
         several = f"{', '.join(lengths[:-1])} or {lengths[-1]}" if lengths[1:] else lengths[0]
         text += f", {several} tokens a round on average by vLLM's synthetic acceptance"

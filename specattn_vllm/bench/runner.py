@@ -6,6 +6,7 @@ until then.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import queue
@@ -23,7 +24,8 @@ from typing import Any
 
 from specattn_vllm import cpu_runner
 from specattn_vllm.bench.grid import MODES
-from specattn_vllm.bench.schema import EngineResult, Job, Report, Status
+from specattn_vllm.bench.schema import NO_ROOM, EngineResult, Job, Report, Status
+from specattn_vllm.causes import LONGEST, of_lines
 
 POLL_SECONDS = 0.5
 GRACE_SECONDS = 10.0
@@ -102,7 +104,7 @@ def run_job(
     ):
         while process.poll() is None:
             if stop is not None and stop.is_set():
-                status, reason = "interrupted", "interrupted"
+                status, reason = "interrupted", "ended before it was done"
                 break
             if time.monotonic() - start > timeout:
                 status, reason = "timeout", f"took longer than {timeout:g} s (--engine-timeout)"
@@ -124,7 +126,10 @@ def _result(
         result = EngineResult(name=job.name, status="failed", job=job, job_key=job.key)
     if status is not None:
         result.status, result.reason = status, reason
-    elif returncode and result.status != "ok":
+        return result
+    if result.reason == NO_ROOM:
+        return result  # nothing went wrong that the log would tell of
+    if returncode and result.status != "ok":
         # Killed from outside, e.g. for its memory: the worker itself could not say so.
         result.reason = f"ended with exit status {returncode}"
     if result.status == "failed":
@@ -139,8 +144,12 @@ def _cause(log: str) -> str | None:
     for index, line in enumerate(lines):
         if re.match(r"[\w.]*(?:Error|Exception): .", line):
             # pydantic's own first line says how many errors there are, the two after it which one and where.
-            parts = lines[index + 1 : index + 3] if "ValidationError: " in line else [line]
-            return " ".join(part.strip() for part in parts)[:300]
+            if "ValidationError: " in line:
+                return " ".join(part.strip() for part in lines[index + 1 : index + 3])[:300]
+            # A heading has its reasons in indented lines below it.
+            below = itertools.takewhile(lambda part: part.startswith("  "), lines[index + 1 :])
+            name, message = line.split(": ", 1)
+            return of_lines(name.rpartition(".")[2], [message, *(below if line.endswith(":") else ())])[:LONGEST]
     return None
 
 
@@ -183,6 +192,8 @@ def run_all(
     done: Callable[[EngineResult], None] = lambda result: None,
 ) -> None:
     """Runs what is not measured yet, and writes `report` to `path` after each engine.
+
+    After Ctrl-C it writes what there is, and passes it on.
 
     Engines of `earlier` that no job names stay in the report: a table may grow by a mode at a time. `rerun` measures
     anew what is there, after a change of the code, say. `gpus`: as many engines at a time, each on a GPU of its own.
@@ -235,6 +246,8 @@ def run_all(
             for future in futures:
                 if future not in kept:
                     keep(future)
+            report.write(path)
+            raise
     report.write(path)
 
 

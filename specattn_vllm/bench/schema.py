@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from specattn_vllm.bench.grid import OUR_MODES, Cell
 
 Status = Literal["ok", "failed", "timeout", "interrupted"]
+NO_ROOM = "no cell fits in the KV cache"
+"""Reason of an engine that ran and had nothing to measure; its cells say how much they need."""
 
 
 class _Model(BaseModel):
@@ -51,6 +53,10 @@ class Job(_Model):
     @property
     def ours(self) -> bool:
         return self.mode in OUR_MODES
+
+    @property
+    def on_cpu(self) -> bool:
+        return self.environment.get("TRITON_INTERPRET") == "1"
 
     @property
     def key(self) -> str:
@@ -135,6 +141,7 @@ class Report(_Model):
 
 def write_json(path: Path, value: Any) -> None:
     """At once, so that whoever reads at any time, or after a crash, finds a whole file."""
+    # It was there at the start (`outputs.py`); should it be gone by now, hours of figures are worth making it again.
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
     partial.write_text(json.dumps(value, indent=2) + "\n")

@@ -20,8 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from specattn_vllm.bench import models, timing
-from specattn_vllm.bench.schema import CellResult, EngineResult, Job, JobCell, Phase, Sample, write_json
+from specattn_vllm.bench.schema import NO_ROOM, CellResult, EngineResult, Job, JobCell, Phase, Sample, write_json
 from specattn_vllm.bench.summary import summarise
+from specattn_vllm.causes import told
+
+
+class NoRoom(Exception):
+    """No cell fits in the KV cache."""
 
 
 class Worker:
@@ -38,9 +43,11 @@ class Worker:
         try:
             self._run()
             self.result.status, self.result.reason = "ok", None
+        except NoRoom:
+            self.result.reason = NO_ROOM  # each cell says how much it needs
         except Exception as error:
             traceback.print_exc()  # into the log
-            self.result.reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            self.result.reason = told(error)
         self.result.seconds = round(time.perf_counter() - start, 2)
         self.write()
 
@@ -86,12 +93,20 @@ class Worker:
         for cell in self.job.cells:
             self.result.cells.append(self._measure_cell(cell))
             self.write()
+        if all(cell.skipped for cell in self.result.cells):
+            raise NoRoom
 
     def _measure_cell(self, cell: JobCell) -> CellResult:
         found = CellResult(name=cell.name, batch=cell.batch, prompt_tokens=cell.prompt_tokens)
         needed = cell.batch * (cell.prompt_tokens + self.job.generated_tokens)
-        if self.result.kv_cache_tokens and needed > self.result.kv_cache_tokens:
-            found.skipped = f"needs a KV cache of {needed:,} tokens, there is room for {self.result.kv_cache_tokens:,}"
+        room = self.result.kv_cache_tokens
+        if room and needed > room:
+            each = kv_bytes(self.llm.llm_engine.vllm_config)
+            more = "set VLLM_CPU_KVCACHE_SPACE (GB)" if self.job.on_cpu else "raise --gpu-memory-utilization"
+            found.skipped = (
+                f"needs a KV cache of {needed:,} tokens, about {gigabytes(needed * each)}, and there is room for "
+                f"{room:,}, about {gigabytes(room * each)}: take fewer requests or shorter prompts (--grid), or {more}"
+            )
             return found
         with self.phase("prefill", cell.name):
             self.generate(cell, 1, repeat=0)
@@ -154,6 +169,25 @@ class Worker:
         if not self.job.ours:
             return {}
         return self.llm.collective_rpc("specattn_stats")[0] or {}
+
+
+def kv_bytes(vllm_config: Any) -> int:
+    """Bytes of K and V of a token in the caches of the target and of a draft model; without our sketches, which take
+    a few per cent more."""
+    target, speculation = vllm_config.model_config, vllm_config.speculative_config
+    draft = None if speculation is None else speculation.draft_model_config
+    # A target that drafts for itself, or by n-grams, has one cache.
+    models = [target, *([draft] if draft is not None and draft.model != target.model else [])]
+    parallel = vllm_config.parallel_config
+    return sum(
+        2 * model.get_num_layers(parallel) * model.get_num_kv_heads(parallel) * model.get_head_size()
+        * model.dtype.itemsize
+        for model in models
+    )  # fmt: skip
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def fill_in(value: Any, folders: dict[str, str]) -> Any:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from specattn_vllm.installed import UserError
+from specattn_vllm.outputs import output_file
 
 DEMO = "demo"
 PATHS = ("monotone", "ends", "onto", "one-to-one", "free")
@@ -79,12 +80,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shares.add_argument("--rounds", type=int, default=20, metavar="N", help="verifications a window [%(default)s]")
     shares.add_argument("--draft-tokens", type=int, default=4, metavar="K", help="drafted a round [%(default)s]")
     run = parser.add_argument_group("running")
-    run.add_argument("--out", type=Path, required=True, metavar="FILE.json", help="the map")
-    run.add_argument("--picture", type=Path, metavar="FILE.png", help="also draw what was measured")
+    run.add_argument("--out", type=output_file, required=True, metavar="FILE.json", help="the map")
+    run.add_argument("--picture", type=output_file, metavar="FILE.png", help="also draw what was measured")
     run.add_argument("--overwrite", action="store_true", help="throw away what --out holds or an earlier run left")
     run.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     run.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="[float32 on a CPU, else bfloat16]")
     run.add_argument("--seed", type=int, default=0, help="which rows are compared [%(default)s]")
+
+
+def state_file(out: Path) -> Path:
+    """What a run that was cut off has left, beside the map that is to be written."""
+    return out.with_name(out.name + ".state")
 
 
 def kinds(args: argparse.Namespace) -> tuple[str, str | None]:
@@ -140,5 +146,6 @@ def check(args: argparse.Namespace) -> None:
         raise UserError("--dense-above is for --shares kl: nothing else measures what a layer costs the output")
     if args.text is None and (args.target, args.draft) != (DEMO, DEMO):
         raise UserError("--text: give files of text like what will be served; only the demo pair brings its own")
-    if args.out.exists() and not args.overwrite:
+    # Where both are there, the map is an earlier run's, and one that was to overwrite it was cut off: it goes on.
+    if args.out.exists() and not args.overwrite and not state_file(args.out).exists():
         raise UserError(f"--out {args.out} exists: give another, or --overwrite")

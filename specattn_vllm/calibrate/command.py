@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from specattn_vllm.bench.command import require
 from specattn_vllm.calibrate.arguments import add_arguments, check, fill_in
+from specattn_vllm.installed import require
+from specattn_vllm.interrupts import ended_as_interrupted, resumed, status_of
 
 __all__ = ["add_arguments", "run"]
 
@@ -21,12 +22,13 @@ def run(args: argparse.Namespace) -> int:
     from specattn_vllm.calibrate.runner import calibrate
 
     try:
-        found = calibrate(args)
-    except KeyboardInterrupt:
+        with ended_as_interrupted():
+            found = calibrate(args)
+    except KeyboardInterrupt as interrupt:
         from specattn_vllm.calibrate.state import state_file
 
-        print(f"\nspecattn: interrupted; the same command goes on from {state_file(args.out)}")
-        return 130
+        print(f"\ninterrupted; this goes on from {state_file(args.out)}: {resumed()}")
+        return status_of(interrupt)
     if args.picture:
         from specattn_vllm.calibrate import picture
 

@@ -35,8 +35,8 @@ class Pass:
     keep_prefix: int = 0
     """Tokens at the beginning whose keys and values are kept for later passes over the rest."""
     masks: dict[int, torch.Tensor] | None = None
-    """With it the pass goes over the rest: of a layer, [1 or KV heads, rows, tokens] bool, what each row attends to;
-    the mean of the context stands for the rest. Layers without one read everything."""
+    """With it the pass goes over the rest: of a layer, [1 or KV heads, rows, tokens] bool, what each row attends to.
+    Layers without one read everything."""
     causal: torch.Tensor | None = field(default=None, repr=False)
     """[1, rows, tokens] bool: everything, for the others."""
 
@@ -55,21 +55,6 @@ def rows_of(query: torch.Tensor, key: torch.Tensor, queries: torch.Tensor, scali
         scores = scores.unflatten(1, (-1, len(block))).masked_fill_(position > block[:, None], float("-inf"))
         blocks.append(scores.softmax(-1).mean(1))
     return torch.cat(blocks, 1)
-
-
-def with_mean(
-    key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, causal: torch.Tensor, context: tuple[torch.Tensor, ...]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One token more, the mean of the context, as heavy for each row as the tokens that it does not attend to
-    (`unread_mean`).
-
-    key and value [1, KV heads, tokens, size], mask and causal [1 or KV heads, rows, tokens] bool, context: keys and
-    values whose mean it is. Returns keys and values with a token more, and a mask that is added to the logits.
-    """
-    unread = (causal.sum(-1, keepdim=True) - mask.sum(-1, keepdim=True)).to(key.dtype)
-    seen = torch.zeros(mask.shape, dtype=key.dtype, device=key.device).masked_fill_(~mask, float("-inf"))
-    key, value = (torch.cat((x, of.mean(2, keepdim=True)), 2) for x, of in zip((key, value), context, strict=True))
-    return key, value, torch.cat((seen, unread.log()), -1)
 
 
 class Model:
@@ -152,8 +137,6 @@ class Model:
         if now.masks is not None:
             key, value = (torch.cat((old, new), 2) for old, new in zip(self._prefix[layer], (key, value), strict=True))
             mask = now.masks.get(layer, now.causal)
-            if layer in now.masks:
-                key, value, mask = with_mean(key, value, mask, now.causal, self._prefix[layer])
             if len(mask) > 1:
                 mask = mask.repeat_interleave(query.shape[1] // len(mask), 0)
             return F.scaled_dot_product_attention(

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import torch
 
+from specattn_vllm.calibrate.arguments import state_file
 from specattn_vllm.installed import UserError
+
+__all__ = ["State", "state_file", "write_whole"]
 
 SCHEMA = "specattn-calibration-state/3"
 
@@ -20,7 +23,6 @@ def write_whole(path: Path, data: str | bytes) -> None:
     """
     partial = path.with_name(path.name + ".part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
@@ -29,11 +31,6 @@ def write_whole(path: Path, data: str | bytes) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def state_file(out: Path) -> Path:
-    """Beside the map that is to be written."""
-    return out.with_name(out.name + ".state")
 
 
 class State:

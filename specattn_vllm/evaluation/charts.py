@@ -12,9 +12,13 @@ from typing import NamedTuple
 
 WIDTH, HEIGHT = 420, 300
 LEFT, RIGHT, TOP, BOTTOM = 58, 20, 14, 44
-COLOURS = 8
-"""How many the page's style sheet has."""
-MARKS = ("circle", "square", "triangle", "diamond")
+COLOURS = 10
+"""How many the page's style sheet has: one for each method."""
+MARKS = ("circle", "square", "triangle", "diamond", "ring", "box", "down", "cross")
+"""For the variants of one method, which share its colour."""
+
+
+DASHES = 4
 
 
 class Value(NamedTuple):
@@ -42,6 +46,8 @@ class Series(NamedTuple):
     name: str
     colour: int
     mark: str
+    dashes: int
+    """Which pattern the line has; 0 is none."""
     points: list[Point]
 
 
@@ -93,6 +99,19 @@ def family(name: str) -> str:
     return re.sub(r" (\d[\d.]*%|(?<=top-p )\d[\d.]*)(?= |,|$)", "", name)
 
 
+def looks_of(families: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Family -> its colour, which is its method's, and its number among those of that colour: colours alone would not
+    tell twenty families apart, and marks alone would not group them."""
+    methods = list(dict.fromkeys(name.split(",")[0] for name in families))
+    taken = dict.fromkeys(range(COLOURS), 0)
+    looks = {}
+    for name in families:
+        colour = methods.index(name.split(",")[0]) % COLOURS
+        looks[name] = colour, taken[colour]
+        taken[colour] += 1
+    return looks
+
+
 def chart(
     title: str, families: dict[str, list[Value]], label: Callable[[float], str], *, log: bool = False
 ) -> Chart:
@@ -101,8 +120,8 @@ def chart(
     values = [value for members in families.values() for value in members]
     x = Scale(0.0, 1.0, LEFT, WIDTH - RIGHT)
     y = Scale(*_range(values, log=log), HEIGHT - BOTTOM, TOP, log=log)
-    series = []
-    for index, (name, members) in enumerate(families.items()):
+    series, looks = [], looks_of(list(families))
+    for name, members in families.items():
         points = []
         for value in sorted(members, key=lambda value: value.x):
             low, high = (None, None) if value.interval is None else map(y, value.interval)
@@ -110,7 +129,8 @@ def chart(
             if value.entries is not None and f"{value.entries:.1%}" != f"{value.x:.1%}":
                 told += f", {value.entries:.1%} of the entries"
             points.append(Point(x(value.x), y(value.y), low, high, told))
-        series.append(Series(name, index % COLOURS, MARKS[index // COLOURS % len(MARKS)], points))
+        colour, variant = looks[name]
+        series.append(Series(name, colour, MARKS[variant % len(MARKS)], variant % DASHES, points))
     return Chart(title, x.ticks(lambda v: f"{v:.0%}"), y.ticks(label), series)
 
 

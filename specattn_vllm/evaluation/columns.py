@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from specattn_vllm.evaluation.figures import Difference
+from specattn_vllm.evaluation.figures import FEWEST, Difference
 from specattn_vllm.evaluation.methods_schema import Estimate, Figures, SettingResult
 
 Row = tuple[SettingResult, Figures]
@@ -80,14 +80,27 @@ def table(rows: list[Row]) -> tuple[list[Column], list[list[Cell]]]:
     return [COLUMNS[number] for number in shown], [[cells[number] or UNKNOWN for number in shown] for cells in found]
 
 
-def differences(found: list[Difference]) -> tuple[list[str], list[list[tuple[str, bool]]]]:
+def sureness(documents: int) -> str:
+    """What a reader has to know of the differences of so many documents."""
+    if documents >= FEWEST:
+        return "Bold: 0 is not in it."
+    few = f"{documents} document{'s' * (documents != 1)}"
+    return (
+        f"None is called sure of {few}: fewer than {FEWEST} may all lie on one side by chance, and their intervals are "
+        "too narrow."
+    )
+
+
+def differences(found: list[Difference], documents: int) -> tuple[list[str], list[list[tuple[str, bool]]]]:
     """Headings of those differences of which some are known, and of each row the texts under them, with whether they
-    are sure."""
+    are sure, which takes `FEWEST` documents."""
     shown = [column for column in DIFFERENCES if any(getattr(each, column[0]) is not None for each in found)]
+
+    def cell(estimate: Estimate | None, form: str) -> tuple[str, bool]:
+        if estimate is None:
+            return UNKNOWN.text, False
+        return estimate.text(form), estimate.is_sure and documents >= FEWEST
+
     return [heading for _, heading, _ in shown], [
-        [
-            (UNKNOWN.text, False) if estimate is None else (estimate.text(form), estimate.is_sure)
-            for estimate, form in ((getattr(each, field), form) for field, _, form in shown)
-        ]
-        for each in found
+        [cell(getattr(each, field), form) for field, _, form in shown] for each in found
     ]

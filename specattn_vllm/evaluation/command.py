@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from specattn_vllm.bench.command import require
 from specattn_vllm.evaluation import tasks_command
 from specattn_vllm.evaluation.shared import (
+    MEASURING,
     add_compared,
     add_engines,
     add_running,
@@ -17,10 +17,12 @@ from specattn_vllm.evaluation.shared import (
     engines_of,
     list_settings,
     measure,
+    positions_of,
     settings_of,
     tokenizer_of,
 )
-from specattn_vllm.installed import UserError
+from specattn_vllm.installed import UserError, require
+from specattn_vllm.outputs import output_file
 
 LED = ("draft_model", "eagle", "eagle3", "mtp")
 """vLLM's drafters whose every draft is sampled where `forcing.py` can take the text's token instead."""
@@ -65,6 +67,7 @@ def methods(args: argparse.Namespace) -> int:
         list_settings(settings)
         return 0
 
+    require(MEASURING)
     from specattn_vllm.evaluation.methods_schema import Report
     from specattn_vllm.evaluation.report import markdown
 
@@ -81,6 +84,7 @@ def plan(args: argparse.Namespace, settings: list) -> tuple[dict[str, Any], list
     refuse_what_cannot_be_led(common["engine_options"], args.draft_tokens)
     length = text_tokens(args.context, args.positions, args.draft_tokens)
     source = texts.files(args.text) if args.text else texts.held_out()
+    check_room(args, folders["target"], common)
     tokenizer = tokenizer_of(folders["target"])
     documents = texts.documents(source, lambda text: tokenizer(text, verbose=False).input_ids, length, args.documents)
     common |= {"context": args.context, "positions": args.positions, "free_tokens": args.free_tokens}
@@ -91,6 +95,25 @@ def plan(args: argparse.Namespace, settings: list) -> tuple[dict[str, Any], list
     ]
     named = [{"name": document.name, "sha256": document.digest} for document in documents]
     return common | {"documents": named}, jobs
+
+
+def check_room(args: argparse.Namespace, target: str, common: dict[str, Any]) -> None:
+    """Documents fit in the target's positions, as far as its configuration tells them: vLLM says it after minutes, and
+    in other words."""
+    from specattn_vllm.evaluation.methods_schema import positions_needed
+
+    there = positions_of(target)
+    if there is None or "max_model_len" in common["engine_options"]:
+        return
+    asked = {"positions": args.positions, "draft_tokens": args.draft_tokens, "free_tokens": args.free_tokens}
+    needed = positions_needed(args.context, **asked)
+    if needed > there:
+        most = there - (needed - args.context)
+        way_out = f"--context {most} is the most with these" if most > 0 else "ask for fewer --positions"
+        raise UserError(
+            f"--context {args.context} with --positions {args.positions} and --free-tokens {args.free_tokens} takes "
+            f"{needed:,} positions, and {common['models']['target']['name']} has {there:,}: {way_out}"
+        )
 
 
 def refuse_what_cannot_be_led(engine_options: dict[str, Any], draft_tokens: int) -> None:
@@ -122,11 +145,12 @@ def refuse_what_cannot_be_led(engine_options: dict[str, Any], draft_tokens: int)
 def table_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE.json")
     methods = parser.add_argument_group("of `specattn eval methods` alone")
-    methods.add_argument("--plot", type=Path, metavar="FILE.png", help="also draw it")
+    methods.add_argument("--plot", type=output_file, metavar="FILE.png", help="also draw it")
     methods.add_argument("--against", metavar="NAME", help="also the differences from this setting, paired by document")
 
 
 def table(args: argparse.Namespace) -> None:
+    require(("numpy", *(("matplotlib",) if args.plot else ())))
     from specattn_vllm.evaluation import report as of_methods
     from specattn_vllm.evaluation import tasks_report as of_tasks
     from specattn_vllm.evaluation.methods_schema import Report
@@ -139,7 +163,6 @@ def table(args: argparse.Namespace) -> None:
     if args.against:
         print("\n" + of_methods.differences(report, args.against), end="")
     if args.plot:
-        require(("matplotlib",))
         from specattn_vllm.evaluation import plot
 
         plot.save(report, args.plot)

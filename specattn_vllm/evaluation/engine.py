@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from specattn_vllm.evaluation import kept, peers
+from specattn_vllm.evaluation import kept
 from specattn_vllm.evaluation.acceptance import Acceptance
 from specattn_vllm.evaluation.forcing import Forcing, ForcingError
 from specattn_vllm.evaluation.methods_schema import DocumentResult, Job, SettingResult
+from specattn_vllm.evaluation.peers import attend
 from specattn_vllm.evaluation.requests import finished
 from specattn_vllm.evaluation.schema import EngineJob
 from specattn_vllm.evaluation.scores import Reference, Scores
@@ -79,7 +80,7 @@ def engine(job: EngineJob) -> Iterator[Any]:
     llm = LLM(**job.engine_arguments())
     try:
         if job.setting.peer is not None:
-            llm.collective_rpc(peers.install, args=(job.setting.peer,))
+            llm.collective_rpc(attend.install, args=(job.setting.peer,))
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()

@@ -22,6 +22,10 @@ RESAMPLES = 10_000
 SEED = 0
 ENDS = (0.025, 0.975)
 
+FEWEST = 6
+"""Documents from which on a difference may be called sure: if 0 were the truth, that many would all lie on one side of
+it less often than once in 20 times (2 x 0.5^6 = 3%; of five, 6%). Two tell nothing of what a third would do."""
+
 Figure = Callable[[np.ndarray], np.ndarray]
 """From how often each document counts, [N, documents], to the figure of each of those N draws, [N]."""
 
@@ -59,7 +63,7 @@ def figures(result: SettingResult, dense: SettingResult, floor: SettingResult | 
     return Figures(
         kv_read=forced.kv_fraction,
         bytes_read=byte_fraction(forced, result.scan_share),
-        draft_kv_read=None if _reads_part(result) and not forced.draft_kv_full else forced.draft_kv_fraction,
+        draft_kv_read=forced.draft_kv_fraction,
         kl=estimate(mean(_of(result, "kl")), documents),
         kl_above_rounding=None if floor is None else estimate(mean(_of(result, "kl") - _of(floor, "kl")), documents),
         agreement=estimate(mean(_of(result, "agreement")), documents),
@@ -103,13 +107,6 @@ def difference(result: SettingResult, other: SettingResult) -> Difference:
 
 def _of(result: SettingResult, name: str) -> np.ndarray:
     return np.array([getattr(document, name) for document in result.documents])
-
-
-def _reads_part(result: SettingResult) -> bool:
-    """Whether drafting reads a part of its cache."""
-    # As they stand there: a report may have options that this version has not.
-    options = result.options
-    return bool(options.get("sparse_draft")) or options.get("method") in ("vegas", "streamingllm")
 
 
 def _acceptance(result: SettingResult) -> Estimate:

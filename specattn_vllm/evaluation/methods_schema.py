@@ -28,8 +28,7 @@ class Job(EngineJob):
 
     @property
     def max_model_len(self) -> int:
-        generated = max(1 + self.verified, self.free_tokens + self.draft_tokens)
-        return self.context + generated + 2 * (self.draft_tokens + 1)
+        return positions_needed(self.context, self.positions, self.draft_tokens, self.free_tokens)
 
     def run(self, reference: Path, terminal: TextIO) -> SettingResult:
         from specattn_vllm.evaluation.engine import run
@@ -84,7 +83,7 @@ class Estimate(StrictModel):
 
     @property
     def is_sure(self) -> bool:
-        """Whether it is not 0, as far as the interval says."""
+        """Whether it is not 0, as far as the interval says: of few documents that is not far (`figures.FEWEST`)."""
         return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
 
 
@@ -95,7 +94,7 @@ class Figures(StrictModel):
     """Share of the context's KV entries that verification read in the forced run."""
     bytes_read: float | None = None
     """The same in bytes, with what was searched to find them; None where that is not known."""
-    draft_kv_read: float | None
+    draft_kv_read: float
     """The same of drafting; None in reports from before it was counted."""
     kl: Estimate
     kl_above_rounding: Estimate | None = None
@@ -158,6 +157,12 @@ class Report(AnyReport):
 def verified_tokens(positions: int, draft_tokens: int) -> int:
     """Positions rounded up to whole rounds of K + 1."""
     return -(-positions // (draft_tokens + 1)) * (draft_tokens + 1)
+
+
+def positions_needed(context: int, positions: int, draft_tokens: int, free_tokens: int) -> int:
+    """Positions that an engine needs: of both runs the longer, and room for drafting beyond it."""
+    generated = max(1 + verified_tokens(positions, draft_tokens), free_tokens + draft_tokens)
+    return context + generated + 2 * (draft_tokens + 1)
 
 
 def text_tokens(context: int, positions: int, draft_tokens: int) -> int:

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specattn_vllm.bench.command import require
-from specattn_vllm.installed import UserError
+from specattn_vllm.installed import UserError, require
+from specattn_vllm.outputs import output_file
 
 if TYPE_CHECKING:
     from specattn_vllm.evaluation.charts import Chart
@@ -18,18 +18,17 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json", help="reports of `specattn eval methods`")
     parser.add_argument(
-        "--out", type=Path, default=Path("specattn-report.html"), metavar="FILE.html", help="[%(default)s]"
+        "--out", type=output_file, default=Path("specattn-report.html"), metavar="FILE.html", help="[%(default)s]"
     )
 
 
 def run(args: argparse.Namespace) -> None:
-    require(("jinja2",))
+    require(("jinja2", "numpy"))
     from specattn_vllm.evaluation.methods_schema import Report
     from specattn_vllm.evaluation.schema import read
 
     text = render([(path.name, read(path, Report)) for path in args.files])
     try:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}") from None
@@ -64,6 +63,9 @@ def _section(name: str, report: Report) -> dict[str, Any]:
 
     found = rows_of(report)
     shown, cells = columns.table(found)
+    # Whether the output is the target's own is what a reader of a figure has to know first: beside the name.
+    order = sorted(range(len(shown)), key=lambda n: (n > 0, shown[n].heading != "lossless"))
+    shown, cells = [shown[n] for n in order], [[row[n] for n in order] for row in cells]
     return {
         "name": name,
         "caption": tables.caption(report),
@@ -71,6 +73,7 @@ def _section(name: str, report: Report) -> dict[str, Any]:
         "headings": [column.short for column in shown],
         "rows": [(_told(result), of) for (result, _), of in zip(found, cells, strict=True)],
         "differences": [(other.name, *_differences(report, other)) for other in report.results],
+        "sureness": columns.sureness(len(report.setup["documents"])),
         "kept": [_kept(result) for result in report.results if result.kept is not None],
         "provenance": _provenance(report),
         "documents": report.setup["documents"],
@@ -85,14 +88,18 @@ def _told(result: SettingResult) -> dict[str, Any]:
     return result.options if result.peer is None else result.peer.model_dump(exclude_none=True)
 
 
-def _differences(report: Report, other: SettingResult) -> tuple[list[str], list[tuple[str, list[tuple[str, bool]]]]]:
-    """Headings, and of each other setting its name and cells."""
+def _differences(
+    report: Report, other: SettingResult
+) -> tuple[list[str], list[tuple[str, str, list[tuple[str, bool]]]]]:
+    """Headings, and of each other setting its name, whether it is lossless, and its cells."""
     from specattn_vllm.evaluation import columns
     from specattn_vllm.evaluation.figures import difference
 
     results = [result for result in report.results if result is not other]
-    headings, cells = columns.differences([difference(result, other) for result in results])
-    return headings, [(result.name, of) for result, of in zip(results, cells, strict=True)]
+    documents = len(report.setup["documents"])
+    headings, cells = columns.differences([difference(result, other) for result in results], documents)
+    named = zip(results, cells, strict=True)
+    return headings, [(result.name, "yes" if result.lossless else "no", of) for result, of in named]
 
 
 def _charts(rows: list[tuple[SettingResult, Figures]]) -> list[Chart]:

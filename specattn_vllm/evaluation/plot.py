@@ -41,7 +41,6 @@ def draw(report: Report) -> Figure:
 
 
 def save(report: Report, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure = draw(report)
     figure.savefig(path, dpi=160)
     plt.close(figure)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from specattn_vllm.evaluation import columns
-from specattn_vllm.evaluation.figures import difference, rows_of
+from specattn_vllm.evaluation.figures import FEWEST, difference, rows_of
 from specattn_vllm.evaluation.methods_schema import Report
 from specattn_vllm.evaluation.schema import AnyReport
 from specattn_vllm.installed import UserError
@@ -25,9 +25,12 @@ def differences(report: Report, against: str) -> str:
         raise UserError(f"--against {against!r}: not in the report, which has {', '.join(map(repr, named))}")
     other = named[against]
     others = [result for result in report.results if result is not other]
-    headings, cells = columns.differences([difference(result, other) for result in others])
+    documents = len(report.setup["documents"])
+    headings, cells = columns.differences([difference(result, other) for result in others], documents)
     rows = [[result.name, *(text for text, _ in of)] for result, of in zip(others, cells, strict=True)]
     more = f"More than {against} has, paired by document; in brackets 95% intervals, by a bootstrap over documents."
+    if documents < FEWEST:
+        more += f" {columns.sureness(documents)}"
     return "\n".join(table(["method", *(f"{heading}, more" for heading in headings)], rows)) + f"\n\n{more}\n"
 
 

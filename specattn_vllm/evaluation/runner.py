@@ -11,10 +11,12 @@ import re
 import shutil
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,10 @@ from pydantic import ValidationError
 
 from specattn_vllm import cpu_runner
 from specattn_vllm.bench.schema import write_json
+from specattn_vllm.causes import told
 from specattn_vllm.evaluation.schema import AnyReport, EngineJob, Result
 from specattn_vllm.installed import UserError
+from specattn_vllm.remaining import Remaining
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -56,13 +60,21 @@ def run_all(
         missing.insert(0, dense)
     failed = []
     logs = out.with_suffix(".logs")
-    for job, outcome in outcomes(missing, dense, reference, logs, gpus):
+    remaining = Remaining("setting", len(missing))
+
+    def begin(job: EngineJob) -> None:
+        say(f"{remaining.begin()}: {job.setting.name}")
+
+    for job, outcome in outcomes(missing, dense, reference, logs, gpus, begin):
+        left = remaining.end()
         if isinstance(outcome, str):
             say(f"{job.setting.name}: failed: {outcome} (log: {log_of(job, logs)})")
+            if job is dense:
+                say("no other setting was measured: they are compared with this one")
             failed.append(job.setting.name)
             continue
         outcome.provenance = report.provenance
-        say(f"{job.setting.name}: {outcome.seconds:.0f} s")
+        say(f"{job.setting.name}: {outcome.seconds:.0f} s" + (f"; {left}" if left else ""))
         kept = [result for result in report.results if result.name != outcome.name]
         place = {name: index for index, name in enumerate(order)} | {dense.setting.name: -1}
         report.results = sorted([*kept, outcome], key=lambda result: place.get(result.name, len(place)))
@@ -74,7 +86,8 @@ def run_all(
 
 
 def outcomes(
-    jobs: list[EngineJob], dense: EngineJob, reference: Path, logs: Path, gpus: Sequence[str]
+    jobs: list[EngineJob], dense: EngineJob, reference: Path, logs: Path, gpus: Sequence[str],
+    begin: Callable[[EngineJob], None] = lambda job: None,
 ) -> Iterator[tuple[EngineJob, Result | str]]:
     """Each job with its result, or why there is none, as soon as it is done. Without the dense one's nothing follows,
     for want of what the others are compared with."""
@@ -84,6 +97,7 @@ def outcomes(
 
     def run(job: EngineJob) -> tuple[EngineJob, Result | str]:
         gpu = free.get()
+        begin(job)
         try:
             return job, in_own_process(job, reference, log_of(job, logs), gpu)
         finally:
@@ -95,11 +109,19 @@ def outcomes(
         if isinstance(first[1], str):
             return
     pool = ThreadPoolExecutor(len(gpus) or 1)
+    futures = [pool.submit(run, job) for job in jobs if job is not dense]
     try:
-        for done in as_completed([pool.submit(run, job) for job in jobs if job is not dense]):
+        for done in as_completed(futures):
             yield done.result()
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)  # an interrupt ends what runs, and nothing begins after it
+        while not all(future.done() for future in futures):  # one may be about to start
+            for process in RUNNING.copy():
+                end(process)
+            time.sleep(0.1)
+        raise
     finally:
-        pool.shutdown(cancel_futures=True)  # an interrupt ends what runs, and nothing begins after it
+        pool.shutdown()
 
 
 def log_of(job: EngineJob, logs: Path) -> Path:
@@ -129,10 +151,29 @@ def in_own_process(job: EngineJob, reference: Path, log: Path, gpu: str | None =
     """The result, or in words why there is none. A process of its own gives back all of a GPU's memory at its end."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
+        process = None
         try:
+            process = pool.submit(os.getpid).result()
+            RUNNING.add(process)
             return pool.submit(_measure, job, reference, log, gpu).result()
         except BrokenProcessPool:
             return "its process ended before it was done, as it does when memory runs out"
+        except KeyboardInterrupt:
+            # Ctrl-C reaches it too, SIGTERM does not; and the pool would wait for its end.
+            if process is not None:
+                end(process)
+            raise
+        finally:
+            RUNNING.discard(process)
+
+
+RUNNING: set[int] = set()
+"""Processes of engines."""
+
+
+def end(process: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)
 
 
 def _measure(job: EngineJob, reference: Path, log: Path, gpu: str | None = None) -> Result | str:
@@ -155,7 +196,7 @@ def _measure(job: EngineJob, reference: Path, log: Path, gpu: str | None = None)
         result = job.run(reference, terminal)
     except Exception as error:
         traceback.print_exc()
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return told(error)
     if leaves_reference:
         write_json(complete, {"job_key": job.key})
     return result

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from specattn_vllm.options import SpecAttnOptions
-
 if TYPE_CHECKING:
-    from specattn_vllm.evaluation.schema import Setting
     from specattn_vllm.stats import Counts
 
 ELEMENT_BYTES = 2
@@ -30,14 +27,6 @@ def of_channels(channels: int, head_size: int) -> float:
 def of_sketch(bits: int, head_size: int) -> float:
     """A code for each of a key's elements, and a scale in 16 bits."""
     return (bits * head_size / 8 + 2) / (2 * head_size * ELEMENT_BYTES)
-
-
-def scan_share(setting: Setting, head_size: int) -> float:
-    """Bytes that a setting reads of what it searches, for each byte of the entries; 0 where it searches nothing."""
-    if setting.peer is not None:
-        return setting.peer.scan_share(head_size)
-    options = SpecAttnOptions.parse(setting.options)
-    return of_sketch(options.sketch_bits, head_size) if options.uses_sketch else 0.0
 
 
 def byte_fraction(counts: Counts, share: float | None) -> float | None:

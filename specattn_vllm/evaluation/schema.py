@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal, Self, TextIO
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from specattn_vllm.evaluation.peer_options import PeerOptions
-from specattn_vllm.evaluation.scan import scan_share
+from specattn_vllm.evaluation.scan import of_sketch
 from specattn_vllm.installed import UserError
 from specattn_vllm.options import SpecAttnOptions
 
@@ -57,6 +57,13 @@ class Setting(StrictModel):
     def is_reference(self) -> bool:
         return is_reference(self)
 
+    def scan_share(self, head_size: int) -> float:
+        """Bytes read of what is searched, for each byte of the entries searched; 0 where nothing is."""
+        if self.peer is not None:
+            return self.peer.scan_share(head_size)
+        options = SpecAttnOptions.parse(self.options)
+        return of_sketch(options.sketch_bits, head_size) if options.uses_sketch else 0.0
+
     @property
     def selects(self) -> bool:
         """Whether the plugin prunes what the target reads."""
@@ -67,9 +74,10 @@ class Setting(StrictModel):
         return self.peer is None and SpecAttnOptions.parse(self.options).is_lossless
 
 
-def is_reference(of: Setting | Result) -> bool:
-    """Whether this is what the others are compared with: the target alone, with all of its KV."""
-    return of.options == DENSE_OPTIONS and of.peer is None and not of.other_batches
+def is_reference(setting: Setting | Result) -> bool:
+    """Whether this is what the others are compared with: the target alone, with all of its KV. Of results too, whose
+    options may be those of an older version."""
+    return setting.options == DENSE_OPTIONS and setting.peer is None and not setting.other_batches
 
 
 class EngineJob(StrictModel):
@@ -172,7 +180,7 @@ class Result(StrictModel):
             peer=setting.peer,
             other_batches=setting.other_batches,
             lossless=setting.lossless,
-            scan_share=scan_share(setting, head_size),
+            scan_share=setting.scan_share(head_size),
             job_key=job.key,
             seconds=round(time.perf_counter() - start, 1),
             **found,

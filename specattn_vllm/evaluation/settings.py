@@ -47,7 +47,7 @@ def default_settings(context: int) -> list[Setting]:
                 name=f"specattn 12.5%, {part} off",
                 options={"method": "specattn", "rule": "top_k", "ratio": 0.125, "min_tokens": 0, part: False},
             )
-            for part in ("unread_mean", "induction", "layer_shares", "bonus_row")
+            for part in ("induction", "layer_shares", "bonus_row")
         ),
         Setting(name="vegas, as published", options={"method": "vegas", "preset": "paper"}),
         Setting(name="vegas 10%", options={"method": "vegas", "ratio": 0.1, "min_tokens": 0}),
@@ -75,8 +75,7 @@ def _streaming(context: int, share: float) -> dict:
     """Verification that reads the first and the last tokens (Xiao et al., arXiv 2309.17453): attention chooses nothing,
     since what is kept anyway holds more than a millionth of it."""
     recent = max(1, round(context * share) - SINK)
-    kept = {"min_tokens": 0, "sink_tokens": SINK, "recent_tokens": recent}
-    return {"method": "specattn", "top_p": 1e-6, **kept, "unread_mean": False}
+    return {"method": "specattn", "top_p": 1e-6, "min_tokens": 0, "sink_tokens": SINK, "recent_tokens": recent}
 
 
 def read_settings(path: Path) -> list[Setting]:

@@ -10,12 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from specattn_vllm.bench.arguments import add_gpus, checked
 from specattn_vllm.bench.grid import parse_option
+from specattn_vllm.causes import told
 from specattn_vllm.installed import UserError, demo_folder
+from specattn_vllm.interrupts import ended_as_interrupted, resumed, status_of
+from specattn_vllm.outputs import output_file
 
 if TYPE_CHECKING:
     from specattn_vllm.evaluation.schema import AnyReport, EngineJob, Setting
 
 DEMO = "demo"
+MEASURING = ("torch", "transformers", "vllm", "numpy")
+"""Modules that measuring takes; tables and pages of what was measured take less."""
+UNSTRETCHED = ("llama3", "yarn", "longrope")
+"""Kinds of RoPE whose models' positions have their factor in them already."""
 
 
 def add_compared(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +59,7 @@ def add_engines(parser: argparse.ArgumentParser, batch_of: str) -> argparse._Arg
 def add_running(parser: argparse.ArgumentParser, out: str, listed: str) -> argparse._ArgumentGroup:
     run = parser.add_argument_group("running")
     run.add_argument(
-        "--out", type=Path, default=Path(out), metavar="FILE.json",
+        "--out", type=output_file, default=Path(out), metavar="FILE.json",
         help="written after each setting; what it holds already is not run again [%(default)s]",
     )  # fmt: skip
     run.add_argument("--overwrite", action="store_true", help="throw away what --out holds")
@@ -90,7 +97,12 @@ def measure(
     results = [] if args.overwrite else runner.earlier(args.out, setup, kind)
     report = kind(provenance=provenance(args.commit), setup=setup, results=results)
     running["gpus"] = args.gpus
-    failed = runner.run_all(jobs, report, args.out, [setting.name for setting in given], **running)
+    try:
+        with ended_as_interrupted():
+            failed = runner.run_all(jobs, report, args.out, [setting.name for setting in given], **running)
+    except KeyboardInterrupt as interrupt:
+        print(f"\ninterrupted; this goes on after the settings in {args.out}: {resumed()}")
+        return status_of(interrupt)
     if report.dense is not None:
         print("\n" + markdown(report))
     if failed:
@@ -117,7 +129,7 @@ def engines_of(args: argparse.Namespace, settings: list[Setting]) -> tuple[dict[
             "and runs in engines without graphs; leave the argument out, or the peers (--only)"
         )
     device = args.device if args.device != "auto" else ("cuda" if has_gpu() else "cpu")
-    folders = {role: str(demo_folder(role)) if name == DEMO else name for role, name in _models(args).items()}
+    folders = {role: model_folder(role, name) for role, name in _models(args).items()}
     return folders, {
         "models": {role: _identity(args, role, folder) for role, folder in folders.items()},
         "draft_tokens": args.draft_tokens,
@@ -129,6 +141,21 @@ def engines_of(args: argparse.Namespace, settings: list[Setting]) -> tuple[dict[
 
 def _models(args: argparse.Namespace) -> dict[str, str]:
     return {"target": args.target, "draft": args.draft}
+
+
+def model_folder(role: str, name: str) -> str:
+    """Where a model is: the demo pair's folder, a folder, or a name on the hub, which is looked up later."""
+    if name == DEMO:
+        return str(demo_folder(role))
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"--{role} {name}: no config.json in this folder, so it holds no model")
+        return str(folder)
+    # Names on the hub are OWNER/MODEL or MODEL.
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise UserError(f"--{role} {name}: there is no such folder; give one that holds a model, or a name on the hub")
+    return name
 
 
 def _identity(args: argparse.Namespace, role: str, folder: str) -> dict[str, Any]:
@@ -144,4 +171,25 @@ def tokenizer_of(model: str) -> Any:
     """Called with a text, it makes token ids as vLLM does: with those that the model wants at the beginning."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(model)
+    return _loaded(AutoTokenizer, model, "tokenizer")
+
+
+def positions_of(model: str) -> int | None:
+    """How many positions a model has, where its configuration says so and nothing stretches them."""
+    from transformers import AutoConfig
+
+    config = _loaded(AutoConfig, model, "configuration")
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if rope.get("factor") and rope.get("rope_type", rope.get("type")) not in UNSTRETCHED:
+        return None  # vLLM knows by how much
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _loaded(kind: Any, model: str, what: str) -> Any:
+    """transformers' reading of the target, whose reasons for failing are tracebacks of several libraries."""
+    try:
+        return kind.from_pretrained(model)
+    except Exception as error:
+        where = "this folder" if Path(model).is_dir() else "a name on the Hugging Face hub, nor a folder here"
+        remedy = "see that its files are whole" if Path(model).is_dir() else "give a folder that holds a model"
+        raise UserError(f"--target {model}: no {what} in {where} ({told(error)}): {remedy}") from None

@@ -8,6 +8,7 @@ from typing import Any
 
 from specattn_vllm.bench.arguments import checked
 from specattn_vllm.evaluation.shared import (
+    MEASURING,
     add_compared,
     add_engines,
     add_running,
@@ -15,10 +16,12 @@ from specattn_vllm.evaluation.shared import (
     engines_of,
     list_settings,
     measure,
+    positions_of,
     settings_of,
     tokenizer_of,
 )
-from specattn_vllm.installed import UserError
+from specattn_vllm.installed import UserError, require
+from specattn_vllm.outputs import output_file
 
 
 def _numbers(kind: type) -> Any:
@@ -60,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     add_engines(parser, "prompts")
     add_running(parser, "specattn-tasks.json", "tasks and settings").add_argument(
-        "--write", type=Path, metavar="TASKS.jsonl", help="write the prompts as lines for --file, and stop"
+        "--write", type=output_file, metavar="TASKS.jsonl", help="write the prompts as lines for --file, and stop"
     )
 
 
@@ -81,6 +84,7 @@ def tasks(args: argparse.Namespace) -> int:
         list_settings(settings)
         return 0
 
+    require(("transformers", "numpy") if args.write else MEASURING)
     from specattn_vllm.evaluation.tasks import write_file
     from specattn_vllm.evaluation.tasks_report import markdown
     from specattn_vllm.evaluation.tasks_schema import TaskReport
@@ -95,8 +99,6 @@ def tasks(args: argparse.Namespace) -> int:
 
 def plan(args: argparse.Namespace, settings: list) -> tuple[dict[str, Any], list]:
     """What all settings share, as the report tells it, and a job for each."""
-    from transformers import AutoConfig
-
     from specattn_vllm.evaluation import tasks as prompts
     from specattn_vllm.evaluation import texts
     from specattn_vllm.evaluation.tasks_generators import GENERATORS
@@ -110,7 +112,7 @@ def plan(args: argparse.Namespace, settings: list) -> tuple[dict[str, Any], list
         source = texts.files(args.text) if args.text else texts.held_out()
         names = args.task or list(GENERATORS)
         samples = prompts.generate(names, args.lengths, args.depths, args.samples, source, tokenizer, args.seed)
-    positions = getattr(AutoConfig.from_pretrained(folders["target"]), "max_position_embeddings", None)
-    prompts.check_lengths(samples, positions, common["models"]["target"]["name"], 2 * (args.draft_tokens + 1))
+    positions, name = positions_of(folders["target"]), common["models"]["target"]["name"]
+    prompts.check_lengths(samples, positions, name, 2 * (args.draft_tokens + 1))
     jobs = [TaskJob(setting=setting, samples=samples, batch=args.batch, **folders, **common) for setting in settings]
     return common | {"samples": [prompts.told(sample) for sample in samples]}, jobs

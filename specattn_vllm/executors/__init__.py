@@ -41,7 +41,6 @@ class Operations:
     build_positions: Callable[..., None]
     build_page_tables: Callable[..., None]
     sparse_attention: Callable[..., None]
-    sum_context: Callable[..., None]
     take_selections: Callable[..., None]
     count_reads: Callable[..., None]
     count_sampled: Callable[..., None]
@@ -65,7 +64,7 @@ class Operations:
 
 def of_engine(options: SpecAttnOptions, device: torch.device, dtype: torch.dtype) -> Operations:
     """The operations that an engine's options name, for models of a dtype."""
-    return resolve(options.executor, device, dtype, per_head=options.needs_token_pages, mean=options.estimates_unread)
+    return resolve(options.executor, device, dtype, per_head=options.needs_token_pages)
 
 
 def resolve(
@@ -74,10 +73,9 @@ def resolve(
     dtype: torch.dtype = torch.bfloat16,
     *,
     per_head: bool = False,
-    mean: bool = False,
 ) -> Operations:
     """The operations for an executor name (one of CHOICES) on a device, for models of a dtype; `per_head`: for
-    selections of which each KV head has its own; `mean`: for attention that counts what it does not read."""
+    selections of which each KV head has its own."""
     chooses = name == "auto"
     if chooses:
         name = _best(device, dtype, per_head)
@@ -93,7 +91,7 @@ def resolve(
     if name in ("fa3", "xformers"):
         if reason := _unavailable(name, device, dtype):
             raise ExecutorError(f"executor = {name!r}: {reason}; or use 'auto' or 'triton'")
-        return _borrowed_operations(name, device, own_sparse=chooses and name == "fa3" and (per_head or mean))
+        return _borrowed_operations(name, device, own_sparse=chooses and name == "fa3" and per_head)
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ExecutorError(
             f"executor = 'triton' on {device.type} needs Triton's interpreter (TRITON_INTERPRET=1): use 'auto' or "
@@ -138,7 +136,6 @@ def _torch_operations() -> Operations:
         build_positions=reference.build_positions,
         build_page_tables=reference.build_page_tables,
         sparse_attention=reference.sparse_attention,
-        sum_context=reference.sum_context,
         take_selections=reference.take_selections,
         count_reads=reference.count_reads,
         count_sampled=reference.count_sampled,
@@ -169,7 +166,6 @@ def _triton_operations(device: torch.device) -> Operations:
     from specattn_vllm.kernels.sketch.queries import prepare_queries
     from specattn_vllm.kernels.sketch.scores import score_tokens
     from specattn_vllm.kernels.sparse_attention import sparse_attention
-    from specattn_vllm.kernels.sum_context import sum_context
     from specattn_vllm.kernels.top_p import select_top_p
 
     dense, write = _dense_attention, write_kv
@@ -187,7 +183,6 @@ def _triton_operations(device: torch.device) -> Operations:
         build_positions=build_positions,
         build_page_tables=build_page_tables,
         sparse_attention=sparse_attention,
-        sum_context=sum_context,
         take_selections=bookkeeping.take_selections,
         count_reads=bookkeeping.count_reads,
         count_sampled=bookkeeping.count_sampled,
@@ -207,17 +202,15 @@ def _triton_operations(device: torch.device) -> Operations:
 
 def _borrowed_operations(name: str, device: torch.device, *, own_sparse: bool = False) -> Operations:
     """Another library's attention, and ours of the rest; `own_sparse`: ours of selections too, which 'auto' takes in
-    the place of FlashAttention 3's where there is a mean or a selection for each KV head. It mixes the mean of what is
-    not read in on its way, where FlashAttention 3 needs two kernels more, and takes 3 to 62% less time in all of 30
-    cells from 1x32k to 64x4k and 4x128k with 5 to 25% kept (9% for a tenth of 16x32k; H200, head size 128, 2026-11-26,
-    docs/results/h200-kernels.json). So it does without a mean where each KV head has a selection; with one for all
-    heads, of four requests of 32k or more, it takes 4 to 10% more. All of this with 24 query rows for each KV head: 48,
-    of 8 query heads and 5 drafts, were not measured."""
+    the place of FlashAttention 3's where each KV head has a selection. It takes 6 to 60% less time then, from 1x32k to
+    64x4k and 4x128k with 5 to 25% kept (H200, head size 128, 2026-11-26, docs/results/h200-kernels.json); with one
+    selection for all heads, of four requests of 32k or more, 4 to 10% more. All of this with 24 query rows for each KV
+    head: 48, of 8 query heads and 5 drafts, were not measured."""
     base = _triton_operations(device)
     if name == "fa3":
         from specattn_vllm.executors import fa3
 
-        sparse = base.sparse_attention if own_sparse else with_mean(fa3.sparse_attention)
+        sparse = base.sparse_attention if own_sparse else fa3.sparse_attention
         label = "fa3, and triton for selections" if own_sparse else ""
         return replace(
             base, name=name, label=label, sparse_attention=sparse, dense_attention=fa3.dense_attention, graphs=True
@@ -229,29 +222,9 @@ def _borrowed_operations(name: str, device: torch.device, *, own_sparse: bool = 
         base,
         name=name,
         build_page_tables=build_block_tables,
-        sparse_attention=with_mean(xformers.sparse_attention),
+        sparse_attention=xformers.sparse_attention,
         granularity="block",
     )
-
-
-def with_mean(attention: Callable[..., None]) -> Callable[..., None]:
-    """Another library's attention over a selection, corrected by our kernel for what the selection leaves out; takes
-    what `kernels/sparse_attention.py` does."""
-    from specattn_vllm.kernels.add_unread import add_unread
-
-    def sparse_attention(
-        query, kv_cache, page_table, kept, query_start_loc, scale, out, max_query_len, lse=None, mean=None
-    ) -> None:
-        if mean is not None and lse is None:
-            lse = query.new_empty(query.shape[:2], dtype=torch.float32)
-        attention(query, kv_cache, page_table, kept, query_start_loc, scale, out, max_query_len, lse)
-        if mean is not None:
-            add_unread(
-                query, out, lse, kv_cache, kept=kept, query_start_loc=query_start_loc, scale=scale,
-                max_query_len=max_query_len, **mean._asdict(),
-            )  # fmt: skip
-
-    return sparse_attention
 
 
 def _dense_attention(

@@ -79,11 +79,10 @@ def sparse_attention(
     max_query_len: int,
     lse: torch.Tensor | None = None,
 ) -> None:
-    """Attention over the pages of a table; contract of `kernels/sparse_attention.py`, but for four things.
+    """Attention over the pages of a table; contract of `kernels/sparse_attention.py`, but for three things.
 
-    A mean is not taken, but added by `executors.with_mean`. A (request, head) with kept = 0 gets zeros, where our
-    kernel leaves its rows alone; FA3 refuses fp32; and `query` holds no padding, unless every request of a graph's
-    batch has max_query_len tokens.
+    A (request, head) with kept = 0 gets zeros, where our kernel leaves its rows alone; FA3 refuses fp32;
+    and `query` holds no padding, unless every request of a graph's batch has max_query_len tokens.
     """
     contracts.sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, max_query_len, lse)
     tokens, query_heads, size = query.shape

@@ -90,7 +90,7 @@ def sparse_attention(
 ) -> None:
     """Causal attention over the blocks of a table; launches on the current stream and never waits for the device.
 
-    As `specattn_vllm.kernels.sparse_attention`, but for this: there is no mean, which `executors.with_mean` adds;
+    As `specattn_vllm.kernels.sparse_attention`, but for this:
     page_table [R, 1, width] names blocks of the cache, in ascending order of position, and kept [R, 1] counts tokens in
     them one after another, of which the last q_len are the new ones (`build_block_tables`). dtypes are float16 and
     bfloat16; the cache's block size is a multiple of 16 and its tokens lie evenly, block after block, as in the LBNHC

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 
 from specattn_vllm.executors import Operations
-from specattn_vllm.selection.pruner import SparsePlan
+from specattn_vllm.selection.plan import SparsePlan
 
 
 class DraftTables:

@@ -3,37 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from specattn_vllm.executors import Operations
 from specattn_vllm.kernels.bookkeeping_contracts import READ_COUNTS
 from specattn_vllm.selection.audit import Audit
+from specattn_vllm.selection.plan import SparsePlan
 from specattn_vllm.selection.store import SelectionStore
 from specattn_vllm.stats import Counters
-
-if TYPE_CHECKING:
-    from specattn_vllm.selection.unread import Unread
-
-
-@dataclass
-class SparsePlan:
-    """Page tables of a step's short rows, which are rows 0..num_rows-1 of the batch and hold all that verify.
-
-    page_table [T, R, G, width] int32, kept [T, R, G] int32: ids into the head-folded view of a layer's cache, those of
-    the first KV head where all heads share a selection (G = 1), else those of each (G = H). Both lie in buffers that
-    last, at the same addresses for every step, so a captured graph reads the tables of the step it is replayed in.
-    layer_sources: vLLM layer name -> T index, for the target layers that read a selection.
-    """
-
-    num_rows: int
-    num_tokens: int
-    max_query_len: int
-    page_table: torch.Tensor
-    kept: torch.Tensor
-    layer_sources: dict[str, int]
 
 
 class TableMaps(NamedTuple):
@@ -70,12 +49,11 @@ class Pruner:
         max_query_len: int,
         page_table: torch.Tensor,
         maps: TableMaps | None = None,
-        unread: Unread | None = None,
     ) -> None:
         """layer_sources: target layer name -> table; num_layers: target layers in all; max_query_len: tokens of the
         longest verification, K + 1. page_table [T or more, max_num_reqs, G, width] int32: where the tables are made;
         what else it serves between steps does not matter. Without maps there is a table for each source and group of
-        the store. unread: is told which rows verify."""
+        the store."""
         self.store = store
         self.operations = operations
         self.counters = counters
@@ -85,7 +63,6 @@ class Pruner:
         self.max_query_len = max_query_len
         self.maps = maps
         self.audit: Audit | None = None
-        self.unread = unread
         tables, groups = (store.bits.shape[0], store.bits.shape[2]) if maps is None else maps.groups.shape
         self.device = page_table.device
         self._page_table = page_table[:tables]
@@ -123,9 +100,6 @@ class Pruner:
         """
         prefix_lens, stored = self.store.take(self.operations, slots, query_start_loc, seq_lens, prefilling)
         rows = self._short_rows(query_start_loc_cpu)
-        if self.unread is not None:
-            prefills = bool(prefilling_cpu[rows:].any())
-            self.unread.begin(slots, prefilling, prefills, query_start_loc, seq_lens, rows)
         self.counters.stage(prefill_rows=int(prefilling_cpu.sum()))
         # Rows that all prefill are no reason to stop here: vLLM runs a prompt's last token through the same graph as
         # verifications, and that graph reads the tables whatever this returns.

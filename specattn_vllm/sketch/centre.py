@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from vllm.forward_context import set_forward_context
 
 if TYPE_CHECKING:
@@ -24,15 +23,6 @@ if TYPE_CHECKING:
 
 TOKENS = 1024
 SEED = 7
-
-
-def attend_densely(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, output: torch.Tensor
-) -> None:
-    """Causal attention of a sequence that is in no cache. query, output [T, Hq, D]; key, value [T, H, D]."""
-    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-    output.copy_(attended[0].transpose(0, 1))
 
 
 @torch.inference_mode()

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from specattn_vllm.kernels.sketch.contracts import sampled_tokens
 from specattn_vllm.stats import Counters
-
-if TYPE_CHECKING:
-    from specattn_vllm.sketch.step import Sketch
 
 REASONS = ("exact", "small_batch")
 
@@ -29,9 +25,11 @@ class _Pending:
 class StepCounts:
     """Counts the last step when the next one begins, so that nothing waits for the device."""
 
-    def __init__(self, sketch: Sketch, counters: Counters) -> None:
-        self.sketch = sketch
+    def __init__(self, counters: Counters, kept: torch.Tensor, dense: torch.Tensor, reads_all_up_to: int) -> None:
+        """kept [layers, R, H] int32, entries that each KV head read in the last step; dense [R] int32, rows that read
+        everything; contexts of up to so many tokens are read whole, without a search."""
         self.counters = counters
+        self._kept, self._dense, self._reads_all_up_to = kept, dense, reads_all_up_to
         self._pending: _Pending | None = None
 
     def begin(
@@ -50,7 +48,7 @@ class StepCounts:
         lens = seq_lens.clone()
         context = lens - (query_start_loc[1:] - query_start_loc[:-1])
         mask = torch.from_numpy(verifies.astype(np.int64))
-        mask = mask.pin_memory().to(self.sketch.device, non_blocking=True) if seq_lens.is_cuda else mask
+        mask = mask.pin_memory().to(seq_lens.device, non_blocking=True) if seq_lens.is_cuda else mask
         self._pending = _Pending(rows, chooses, mask, lens, context)
         self.counters.add(
             verify_rows=number,
@@ -63,15 +61,15 @@ class StepCounts:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        sketch, shape = self.sketch, self.sketch.shape
-        per_token = shape.layers * shape.num_kv_heads
+        layers, _, heads = self._kept.shape
+        per_token = layers * heads
         verifies = pending.verifies
         full = (pending.lens * verifies).sum() * per_token
         if not pending.chooses:
             self.counters.add(kv_full=full, kv_read=full)
             return
-        read = sketch.kept[:, : pending.rows].sum(dim=(0, 2), dtype=torch.int64)
-        scanned = (sketch.dense[: pending.rows] == 0) & (pending.context > sketch.budget.reads_all_up_to)
+        read = self._kept[:, : pending.rows].sum(dim=(0, 2), dtype=torch.int64)
+        scanned = (self._dense[: pending.rows] == 0) & (pending.context > self._reads_all_up_to)
         scans = verifies * scanned
         self.counters.add(
             kv_full=full,

@@ -5,13 +5,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 
 from specattn_vllm.kernels.sketch.layout import sketch_views
 from specattn_vllm.selection.pages import page_strides
-from specattn_vllm.sketch.centre import attend_densely
 
 if TYPE_CHECKING:
     from specattn_vllm.sketch.step import Sketch, SketchStep
+
+
+def attend_densely(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, output: torch.Tensor
+) -> None:
+    """Causal attention of a sequence that is in no cache. query, output [T, Hq, D]; key, value [T, H, D]."""
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    output.copy_(attended[0].transpose(0, 1))
 
 
 class LayerSketch:

@@ -100,7 +100,7 @@ class Sketch:
             torch.empty(0, **new) if device.type == "meta" else rotation(shape.head_size, shape.dtype, device)
         )
         self.layout = SketchLayout(heads, 16, shape.head_size, bits, shape.dtype.itemsize)
-        self.counts = StepCounts(self, counters)
+        self.counts = StepCounts(counters, self.kept, self.dense, budget.reads_all_up_to)
 
     def _most(self) -> int:
         """The widest page table of a head, where heads share nothing."""

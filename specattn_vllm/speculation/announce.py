@@ -13,7 +13,6 @@ from specattn_vllm.presets import PRESETS
 if TYPE_CHECKING:
     from specattn_vllm.options import SpecAttnOptions
     from specattn_vllm.speculation.rounds import RoundSpeculator
-    from specattn_vllm.speculation.speculator import SpecAttnSpeculator
 
 logger = init_logger("vllm.specattn")
 
@@ -43,7 +42,7 @@ def announce_buffers(speculator: RoundSpeculator, nbytes: dict[str, int]) -> Non
 
 
 def announce(
-    options: SpecAttnOptions, found: LayerMap | None, speculator: SpecAttnSpeculator, nbytes: dict[str, int]
+    options: SpecAttnOptions, found: LayerMap | None, speculator: RoundSpeculator, nbytes: dict[str, int]
 ) -> None:
     """All of it, for a draft model and a target that reads by a layer map, if it does."""
     announce_buffers(speculator, nbytes)
@@ -81,8 +80,6 @@ def announce(
     if options.uses_induction and any(found.induction or ()):
         copying = " ".join(str(j) for j, copies in enumerate(found.induction) if copies)
         kept += f", what follows the round's tokens in layers [{copying}] too"
-    if options.estimates_unread:
-        kept += ", the rest as its mean"
     logger.info(
         "specattn: %s, combine=%s, selections %s, draft layer per target layer [%s] ('-' reads everything)",
         kept,

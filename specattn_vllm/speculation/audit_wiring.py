@@ -11,12 +11,12 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from specattn_vllm.selection.audit import Audit, Floor
 
 if TYPE_CHECKING:
-    from specattn_vllm.speculation.speculator import SpecAttnSpeculator
+    from specattn_vllm.speculation.rounds import RoundSpeculator
 
 logger = init_logger("vllm.specattn")
 
 
-def prepare_audit(speculator: SpecAttnSpeculator) -> Audit | None:
+def prepare_audit(speculator: RoundSpeculator) -> Audit | None:
     """The audit of an engine whose selection is prepared, buffers included; None without a share or a selection."""
     options = speculator.options
     pruner = None if speculator.selection is None else speculator.selection.pruner

@@ -59,7 +59,7 @@ class RoundSpeculator(compat.stock_speculator()):
                 f"executor = 'xformers' verifies at most 15 draft tokens, not {self.num_speculative_steps}: lower "
                 "--num-speculative-tokens, or set executor='triton'"
             )
-        # Where the target chooses for itself, its steps step aside, and lists for the draft alone cost next to nothing.
+        # Of a target that chooses for itself, the steps stand aside; a draft that reads everything has nothing to.
         alone = self.options.uses_sketch and not self.options.drafts_by_sketch
         self.crossover_tokens = 0 if alone else crossover_tokens(self.options, self.operations)
         self.counters = Counters(device)

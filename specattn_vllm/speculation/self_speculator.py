@@ -12,9 +12,8 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from specattn_vllm.sketch.drafting import DraftSketch, prepare_drafting
 from specattn_vllm.speculation.rounds import RoundSpeculator, Way
-from specattn_vllm.speculation.self_wiring import SelfSelection, announce_self, prepare_self
+from specattn_vllm.speculation.self_wiring import SelfSelection, prepare_self
 
 
 class SelfSpeculator(RoundSpeculator):
@@ -29,20 +28,14 @@ class SelfSpeculator(RoundSpeculator):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        self.ones = torch.ones(self.max_num_reqs, dtype=torch.int32, device=device)
-        self.selection: SelfSelection | DraftSketch | None = None
+        self.selection: SelfSelection | None = None
 
     def load_draft_model(self, target_model: torch.nn.Module, target_attn_layer_names: set[str]) -> torch.nn.Module:
         return target_model
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
-        if not self.options.drafts_by_sketch:
-            self.selection = prepare_self(self)
-            return
-        layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
-        self.selection = prepare_drafting(self, layers, target_model, max_query_len=1)
-        announce_self(self, self.selection.nbytes, self.selection.sketch.budget.amount + ", by its sketch")
+        self.selection = prepare_self(self)
 
     def set_attn(self, model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups) -> None:
         # Metadata builders are made for the draft's layers. Only here are those the target's: vLLM takes what is named
@@ -57,8 +50,7 @@ class SelfSpeculator(RoundSpeculator):
                 f"specattn needs all layers in one KV-cache group, but vLLM made "
                 f"{len(kv_cache_config.kv_cache_groups)}: models with mixed attention types are not supported"
             )
-        if isinstance(self.selection, SelfSelection):
-            self.selection.attach(target_attn_groups)
+        self.selection.attach(target_attn_groups)
 
     def _round(self, batch: InputBatch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states,
                num_sampled: torch.Tensor, num_rejected: torch.Tensor, last_sampled: torch.Tensor, next_prefill_tokens,
@@ -71,7 +63,7 @@ class SelfSpeculator(RoundSpeculator):
         # What each step's token sees, itself included.
         steps = torch.arange(1, self.num_speculative_steps + 1, dtype=torch.int32, device=self.device)
         step_lens = (committed + steps[:, None]).clamp_(max=self.max_model_len)
-        if way.recording and isinstance(self.selection, SelfSelection):
+        if way.recording:
             self._select(num_sampled[:rows] > 0, committed, step_lens)
         self.input_buffers.query_start_loc[: rows + 1].copy_(self.arange_gpu[: rows + 1])
         across_dp = None if dp_sync_state is None else dp_sync_state.num_tokens_across_dp
@@ -92,8 +84,6 @@ class SelfSpeculator(RoundSpeculator):
                 self.seeds, self.current_draft_step, self.draft_logits,
             )  # fmt: skip
             self.draft_tokens[:rows, step] = tokens
-        if way.recording and isinstance(self.selection, DraftSketch):
-            self.selection.count(step_lens[-1], self.ones[:rows], self.num_speculative_steps)
         return self.draft_tokens[:rows]
 
     def _select(self, wanted: torch.Tensor, committed: torch.Tensor, step_lens: torch.Tensor) -> None:
@@ -124,13 +114,7 @@ class SelfSpeculator(RoundSpeculator):
             seq_lens_cpu_upper_bound=batch.seq_lens_cpu_upper_bound,
             step=step + 1,
         )
-        if recording and isinstance(self.selection, DraftSketch):
-            shared = next(iter(metadata.values()))
-            starts = torch.arange(rows + 1, dtype=torch.int32)
-            chosen = self.selection.begin(shared, starts) if step == 0 else self.selection.follow(shared)
-            for layer_metadata in metadata.values():
-                layer_metadata.sketch = chosen
-        elif recording:
+        if recording:
             plan = self.selection.tables.plan(step)
             for layer_metadata in metadata.values():
                 layer_metadata.sparse = plan

@@ -19,7 +19,7 @@ from specattn_vllm.speculation.announce import announce_buffers
 from specattn_vllm.speculation.wiring import cache_of, refuse_if_too_large, row_width, target_builder
 
 if TYPE_CHECKING:
-    from specattn_vllm.speculation.self_speculator import SelfSpeculator
+    from specattn_vllm.speculation.rounds import RoundSpeculator
 
 logger = init_logger("vllm.specattn")
 
@@ -47,7 +47,7 @@ class SelfSelection:
             builder.target_capture = self.source
 
 
-def prepare_self(speculator: SelfSpeculator) -> SelfSelection:
+def prepare_self(speculator: RoundSpeculator) -> SelfSelection:
     """Everything that drafting for itself needs, its buffers included; called as soon as the target is loaded, because
     vLLM measures what is left for the KV cache after that."""
     options = speculator.options
@@ -92,7 +92,7 @@ def prepare_self(speculator: SelfSpeculator) -> SelfSelection:
     return selection
 
 
-def announce_self(speculator: SelfSpeculator, nbytes: dict[str, int], budget: str) -> None:
+def announce_self(speculator: RoundSpeculator, nbytes: dict[str, int], budget: str) -> None:
     """Say what was allocated, and what drafting reads."""
     announce_buffers(speculator, nbytes)
     logger.info(

@@ -36,7 +36,7 @@ class SpecAttnSpeculator(RoundSpeculator):
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
-        if self.options.chooses_by_draft or self.options.drafts_sparsely:
+        if self.options.chooses_by_draft:
             self.selection = prepare(self)
             self.audit = prepare_audit(self)
 
@@ -68,8 +68,6 @@ class SpecAttnSpeculator(RoundSpeculator):
     def _enter(self, slot: int, request: Any) -> None:
         """A request, new or resumed, is given a slot."""
         self.selection.store.hold(slot, asks_for_exactness(request.sampling_params))
-        if self.selection.unread is not None:
-            self.selection.unread.forget(slot)
         if self.selection.capture.induction is not None:
             self.selection.capture.induction.enter(slot, request.prefill_token_ids)
         if self.selection.capture.lists is not None:
@@ -123,7 +121,7 @@ class SpecAttnSpeculator(RoundSpeculator):
         if self._recording and metadata is not None:
             self._begin_step(num_reqs, first=step == 0)
             for layer_metadata in metadata.values():
-                layer_metadata.capture = self.selection.capture
+                layer_metadata.hook = self.selection.capture
         return metadata
 
     def _begin_step(self, num_reqs: int, *, first: bool) -> None:

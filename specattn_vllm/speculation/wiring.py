@@ -16,12 +16,11 @@ from specattn_vllm.selection.draft_lists import DraftLists
 from specattn_vllm.selection.pages import page_strides
 from specattn_vllm.selection.pruner import Pruner, TableMaps
 from specattn_vllm.selection.store import SelectionStore
-from specattn_vllm.selection.unread import LayerUnread, Unread
 from specattn_vllm.speculation.announce import announce, sizes
 from specattn_vllm.speculation.maps import plan_of, resolve_layer_map
 
 if TYPE_CHECKING:
-    from specattn_vllm.speculation.speculator import SpecAttnSpeculator
+    from specattn_vllm.speculation.rounds import RoundSpeculator
 
 ROW_MULTIPLE = 128
 
@@ -61,10 +60,6 @@ class Selection:
     """[tables, requests, G, width] int32: page tables in the target's step, positions while drafting."""
 
     @property
-    def unread(self) -> Unread | None:
-        return None if self.pruner is None else self.pruner.unread
-
-    @property
     def nbytes(self) -> dict[str, int]:
         """Bytes by what they hold."""
         capture = self.capture
@@ -74,7 +69,6 @@ class Selection:
             "mass": capture.nbytes - capture.scores.nbytes - ids,
             "bitmasks": self.store.nbytes,
             "page tables": self.tables.nbytes + (0 if self.pruner is None else self.pruner.nbytes),
-            **({"means": self.unread.nbytes} if self.unread is not None else {}),
             **({"token ids": ids} if ids else {}),
         }
 
@@ -89,7 +83,7 @@ class Selection:
         builder.pruner = self.pruner
 
 
-def prepare(speculator: SpecAttnSpeculator) -> Selection:
+def prepare(speculator: RoundSpeculator) -> Selection:
     """Everything a selection needs, its buffers included.
 
     Called as soon as both models are loaded: vLLM measures what is left for the KV cache after that.
@@ -141,10 +135,6 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
         )
         if found is None:
             return Selection(capture, store, None, tables)
-        unread = None
-        if options.estimates_unread:
-            impl, number = layers[target[0]].impl, len(plan.layer_tables)
-            unread = Unread.of(impl, speculator.operations, layers=number, max_num_reqs=requests, device=device)
         pruner = Pruner(
             store,
             speculator.operations,
@@ -155,16 +145,12 @@ def prepare(speculator: SpecAttnSpeculator) -> Selection:
             max_query_len=speculator.num_speculative_steps + 1,
             page_table=tables,
             maps=None if made_from is None else TableMaps.of(made_from, device),
-            unread=unread,
         )
         return Selection(capture, store, pruner, tables)
 
     # Without memory first: an allocation that fails names no option.
     refuse_if_too_large(allocate(torch.device("meta")).nbytes, speculator)
     selection = allocate(speculator.device)
-    if selection.unread is not None:
-        for index, name in enumerate(plan.layer_tables):
-            layers[name].impl.unread = LayerUnread(selection.unread, index)
     announce(options, found, speculator, selection.nbytes)
     return selection
 

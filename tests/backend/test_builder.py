@@ -72,7 +72,7 @@ def test_steps_that_are_not_the_target_s_are_not_pruned(builder, missing):
     setattr(builder if missing == "pruner" else given, missing, None)
     metadata = builder.build(0, given)
     assert metadata.sparse is None
-    assert (metadata.num_reqs, metadata.num_actual_tokens, metadata.capture) == (2, 16, None)
+    assert (metadata.num_reqs, metadata.num_actual_tokens, metadata.hook) == (2, 16, None)
 
 
 class Capture:
@@ -90,7 +90,7 @@ def test_a_target_that_drafts_for_itself_is_captured_in_each_step(builder, padde
     metadata = builder.build(0, given)
     fill = padded_to - 2
     starts = [0, 4, 8] + [8] * fill
-    assert metadata.capture == [starts, [20, 21] + [0] * fill, starts]
+    assert metadata.hook == [starts, [20, 21] + [0] * fill, starts]
     assert metadata.sparse is None
 
 
@@ -99,7 +99,7 @@ def test_its_draft_steps_and_profiling_runs_are_not(builder):
     builder.pruner, builder.target_capture = None, Capture()
     given = common([3, 1], [1, 1], [False, False], 2)
     given.req_idx = None
-    assert builder.build(0, given).capture is None
+    assert builder.build(0, given).hook is None
 
 
 def config(device: str, executor: str = "auto", dtype: torch.dtype = torch.bfloat16) -> SimpleNamespace:
@@ -116,13 +116,13 @@ def config(device: str, executor: str = "auto", dtype: torch.dtype = torch.bfloa
 def test_graphs_are_offered_where_the_executor_can_be_captured(monkeypatch, graphs, support):
     asked = []
 
-    def resolve(*arguments, per_head, mean):
-        asked.append((*arguments, per_head, mean))
+    def resolve(*arguments, per_head):
+        asked.append((*arguments, per_head))
         return SimpleNamespace(graphs=graphs)
 
     monkeypatch.setattr(executors, "resolve", resolve)
     assert SpecAttnMetadataBuilder.get_cudagraph_support(config("cuda:0", "triton"), None) == support
-    assert asked == [("triton", torch.device("cuda:0"), torch.bfloat16, True, False)]
+    assert asked == [("triton", torch.device("cuda:0"), torch.bfloat16, True)]
 
 
 def test_a_cpu_has_no_graphs():

@@ -109,8 +109,6 @@ def test_a_job_per_mode_and_kept_fraction():
         "sketch-alone 5%",
         "vegas 25%",
         "vegas 5%",
-        "vegas-sketch 25%",
-        "vegas-sketch 5%",
         "streamingllm 25%",
         "streamingllm 5%",
     ]
@@ -179,8 +177,7 @@ def test_our_engines_differ_from_stock_in_the_backend_and_its_options_only():
         "sparse-draft": {
             "method": "dense",
             "sparse_draft": True,
-            "top_p": 1.0,
-            "max_fraction": 0.1,
+            "draft_ratio": 0.1,
             "min_tokens": 0,
             "combine": "union",
         },
@@ -208,8 +205,7 @@ def test_a_target_that_drafts_for_itself(mode):
     found = jobs_by_name()
     job, control = found[f"{mode} 5%"], found["dense"]
     arguments, expected = dict(job.engine_arguments), dict(control.engine_arguments)
-    method = {"method": "vegas", "draft_by": "sketch"} if mode == "vegas-sketch" else {"method": mode}
-    assert arguments.pop("additional_config") == {"specattn": {**method, "ratio": 0.05, "min_tokens": 0}}
+    assert arguments.pop("additional_config") == {"specattn": {"method": mode, "ratio": 0.05, "min_tokens": 0}}
     del expected["additional_config"]
     assert arguments.pop("speculative_config") == {**expected.pop("speculative_config"), "model": "{target}"}
     assert arguments == expected
@@ -231,7 +227,6 @@ def test_rounds_of_a_mode_or_of_one_of_its_engines():
         **dict.fromkeys(("sketch-alone 25%", "sketch-alone 5%"), (None, None)),
         "vegas 25%": (7, 6),
         "vegas 5%": (7, 4.5),
-        **dict.fromkeys(("vegas-sketch 25%", "vegas-sketch 5%"), (5, 3.5)),
         "streamingllm 25%": (2, None),
         "streamingllm 5%": (2, None),
     }

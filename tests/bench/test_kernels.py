@@ -51,7 +51,7 @@ def run(tmp_path):
     """run(*words): the JSON of a run on the CPU."""
 
     def go(*words: str) -> dict:
-        out = tmp_path / "new" / "kernels.json"
+        out = tmp_path / "kernels.json"
         # However busy the machine is: what would begin late is not to be skipped.
         kernels.run(arguments("--device", "cpu", "--quick", "--seconds", "600", "--out", str(out), *words))
         return json.loads(out.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
@@ -335,7 +335,7 @@ def test_a_run_on_the_cpu(run, capsys):
     for case in ("fa3 dense", "fa3 10%, per head", "xformers 10%, blocks"):
         assert "needs CUDA" in by_case[case]["skipped"]
     for case in ("reference 10%, shared", "draft_attention", "torch.sort", "build_page_tables", "build_positions",
-                 "selection + pruning of a round", "reference 10%, shared, with mean", "score_tokens",
+                 "selection + pruning of a round", "score_tokens",
                  "search and attention of a layer, 8%"):  # fmt: skip
         assert by_case[case]["ms"] > 0, by_case[case]
     # 2 requests of 100 tokens, 4 query and 2 KV heads of size 64, fp32; 10 tokens kept; 6 query rows.
@@ -345,10 +345,6 @@ def test_a_run_on_the_cpu(run, capsys):
     assert shared["against"] == "reference dense"
     assert shared["relative_error"] == 0
     assert all(row["target"] is None for row in rows), "targets are a GPU's"
-    # Six new tokens and twice the sums of 2 heads, 2 requests.
-    mean = by_case["reference 10%, shared, with mean"]
-    assert mean["bytes"] == shared["bytes"] + 2 * (6 * 256 * 4 + 2 * 256 * 4)
-    assert mean["relative_error"] == 0
     total = by_case["selection + pruning of a round"]
     assert total["ms"] == pytest.approx(sum(total["parameters"]["parts"].values()), abs=1e-4)
     printed = capsys.readouterr().out

@@ -46,7 +46,7 @@ def test_what_stands_below_the_table(results):
     assert "5 draft tokens, 3.5 tokens a round on average" in text
     assert "NVIDIA H200, vLLM 0.32.0, 2026-11-22." in text
     assert "draft-v1: timeout, took longer than 300 s (--engine-timeout)." in text
-    assert "† slower than 0.95 times the best stock mode." in text
+    assert "† slower than 0.95 times the best of those." in text
     assert "‡" not in text
 
 
@@ -83,6 +83,21 @@ def test_speeds_are_compared_with_those_of_the_same_acceptance(results):
     text = report.markdown(results)
     assert "5 draft tokens, 2 or 3.5 tokens a round on average" in text
     assert "draft tokens, " not in "".join(report.remarks(Report.model_validate(results)))
+
+
+def test_each_is_compared_with_stock_speculation_by_the_same_drafter(results):
+    speeds = {"eagle": 1400.0, "sketch 8%": 2700.0, "sketch-eagle 8%": 2500.0, "sketch-alone 8%": 1600.0}
+    template = next(e for e in results["engines"] if e["name"] == "specattn 10%")
+    for name, speed in speeds.items():
+        engine = copy.deepcopy(template)
+        engine["name"] = engine["job"]["name"] = name
+        engine["job"]["mode"] = name.split(" ")[0]
+        for cell in engine["cells"]:
+            cell["tokens_per_second"] = speed if cell["name"] == "16x32k" else 92.0
+        results["engines"].append(engine)
+    table = rows(report.markdown(results))
+    assert table[2][-4:] == ["1,400 (2.03x)", "2,700 (3.91x, 3.18x)", "2,500 (3.62x, 1.79x)", "1,600 (2.32x)"]
+    assert table[3][-1] == "92.0 (0.96x)"
 
 
 @pytest.mark.parametrize(("speed", "losing"), [(91.19, True), (91.21, False)])
@@ -165,6 +180,28 @@ def test_the_terminal_shows_the_same_figures(results):
     assert "timeout, took longer" in shown
 
 
+def test_a_table_that_is_too_wide_is_turned(results):
+    """Nothing is cut on 80 columns, whatever the number of engines."""
+    pytest.importorskip("rich")
+    from rich.console import Console
+
+    from specattn_vllm.bench import terminal
+
+    results["engines"] += [
+        engine | {"name": f"{engine['name']} {n}", "job": engine["job"] | {"name": f"{engine['name']} {n}"}}
+        for n in range(2)
+        for engine in copy.deepcopy(results["engines"])
+    ]
+    console = Console(width=80, record=True, file=io.StringIO())
+    terminal.show(Report.model_validate(results), console)
+    shown = console.export_text()
+    assert "…" not in shown and max(map(len, shown.splitlines())) <= 80
+    lines = [[part.strip() for part in line.strip("│").split("│")] for line in shown.splitlines() if "│" in line]
+    assert ["specattn 10%", "2,415", "3.50x", "2.84x"] in lines
+    assert ["specattn 10%", "90.5†", "0.94x", "1.51x"] in lines
+    assert ["draft model, runner V1 (timeout)", "-", "", ""] in lines
+
+
 def test_the_board_names_what_runs(results):
     pytest.importorskip("rich")
     from rich.console import Console
@@ -180,12 +217,14 @@ def test_the_board_names_what_runs(results):
             board.watch(jobs[0], events[:1])
             board.watch(jobs[0], events)
             if not is_terminal:
+                assert "engine 1 of 4" in console.export_text(clear=False)
                 assert console.export_text(clear=False).count("start") == 1
             board.done(engines[0])
             board.done(engines[2])
         shown = console.export_text()
         assert "16x32k 690, 1x32k 96 tokens/s" in shown
         assert "until then 16x32k 850 tokens/s" in shown
+        assert "1 of 4 done, about" in shown
 
 
 def test_the_picture(results, tmp_path):
@@ -199,7 +238,7 @@ def test_the_picture(results, tmp_path):
     assert [bar.get_hatch() for bar in axes.patches].count("///") == 1
     assert [text.get_text() for text in axes.get_xticklabels()] == ["16x32k", "1x32k"]
     assert len(axes.get_legend().get_texts()) == 4
-    path = tmp_path / "deep" / "bench.png"
+    path = tmp_path / "bench.png"
     assert cli.main(["bench", "table", str(FILE), "--plot", str(path)]) == 0
     assert path.read_bytes().startswith(b"\x89PNG")
 

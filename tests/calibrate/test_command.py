@@ -42,6 +42,7 @@ def test_the_map_names_the_layers_that_copy(tmp_path, monkeypatch, capsys, more,
 @pytest.mark.parametrize(("more", "path"), [((), "free"), (BY_KL, "monotone"), (("--path", "ends"), "ends")])
 def test_a_map_is_what_the_loader_takes_and_comes_out_the_same_again(pair, tmp_path, capsys, run, more, path):
     for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
         assert run(tmp_path / folder / "map.json", *more, "--picture", str(tmp_path / folder / "map.png")) == 0
     written = (tmp_path / "one" / "map.json").read_bytes()
     assert written == (tmp_path / "two" / "map.json").read_bytes()
@@ -135,6 +136,8 @@ def test_a_goal_of_what_is_retained_sets_the_budget(tmp_path, capsys, kind, run)
 )
 def test_an_interrupted_run_goes_on_and_gives_the_same_map(tmp_path, monkeypatch, capsys, run, part, at, more):
     whole, out = tmp_path / "whole" / "map.json", tmp_path / "cut" / "map.json"
+    for path in (whole, out):
+        path.parent.mkdir()
     assert run(whole, *more) == 0
     measured, real = [], getattr(measure, part)
 
@@ -147,7 +150,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_map(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         patch.setattr(runner, part, cut)
         assert run(out, *more) == 130
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "this goes on from" in capsys.readouterr().out
     assert not out.exists()
     assert state.state_file(out).exists() == (at > 0)
     again = []
@@ -174,6 +177,10 @@ def test_what_an_earlier_run_left_is_not_mixed_with_other_settings(tmp_path, mon
     assert run(out) == 2
     assert "cannot be gone on from" in capsys.readouterr().err
     assert run(out, "--overwrite") == 0 and not state.state_file(out).exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "cost_of_window", interrupted)
+        assert run(out, "--overwrite") == 130
+    assert run(out) == 0, "what was to be overwritten stood in the way of going on"
     assert run(out) == 2
     assert f"--out {out} exists" in capsys.readouterr().err
 

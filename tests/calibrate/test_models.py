@@ -35,10 +35,9 @@ def test_rows_come_out_the_same_in_blocks(monkeypatch):
 @pytest.mark.parametrize("architecture", models.ARCHITECTURES)
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_pruned_pass_is_the_model_with_one_layers_attention_masked(
-    architecture, groups, tmp_path, monkeypatch, make_model, load, eager
+    architecture, groups, tmp_path, make_model, load, eager
 ):
     """Against the whole window through eager attention, that layer's mask replaced."""
-    monkeypatch.setattr(models, "with_mean", lambda key, value, mask, *_: (key, value, mask))
     folder, rest = make_model(tmp_path / "model", 3, architecture), 12
     masks = torch.rand(groups, rest, 70, generator=torch.Generator().manual_seed(1)) < 0.3
     masks |= torch.eye(70, dtype=torch.bool)[-rest:]
@@ -77,35 +76,3 @@ def test_a_pass_that_begins_at_the_pruned_layer_is_the_whole_one_to_the_bit(arch
         with torch.inference_mode():
             whole = model.model(input_ids=IDS[None, -rest:], position_ids=rows[None], use_cache=False).logits[0]
         assert torch.equal(found, whole.log_softmax(-1)), masks
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_the_mean_is_as_heavy_as_what_a_row_does_not_attend_to(groups):
-    gen = torch.Generator().manual_seed(2)
-    query, key, value = (torch.randn(1, 2, n, 8, generator=gen) for n in (3, 10, 10))
-    causal = torch.arange(10) <= torch.arange(7, 10)[:, None]
-    mask = causal & (torch.rand(groups, 3, 10, generator=gen) < 0.5)
-    mask[..., 2, :] = causal[2]  # this row reads everything
-    context = key[:, :, :7], value[:, :, :7]
-    longer, values, added = models.with_mean(key, value, mask, causal[None], context)
-    out = torch.nn.functional.scaled_dot_product_attention(query, longer, values, attn_mask=added[None])
-    for h in range(2):
-        for row in range(3):
-            seen = mask[h % groups, row]
-            copies = int(causal[row].sum() - seen.sum())
-            keys = torch.cat((key[0, h, seen], key[0, h, :7].mean(0).expand(copies, -1)))
-            mixed = torch.cat((value[0, h, seen], value[0, h, :7].mean(0).expand(copies, -1)))
-            wanted = (query[0, h, row] @ keys.T * 8**-0.5).softmax(-1) @ mixed
-            torch.testing.assert_close(out[0, h, row], wanted)
-
-
-def test_a_pruned_pass_that_prunes_differs_by_its_mean(tmp_path, monkeypatch, make_model, load):
-    model, rest = load(make_model(tmp_path / "model", 3)), 12
-    dense = model.reference(IDS, rest, lambda layer, rows: None)
-    everything = (torch.arange(70) <= torch.arange(58, 70)[:, None])[None]
-    torch.testing.assert_close(model.pruned(IDS, rest, {1: everything}), dense, rtol=1e-4, atol=1e-4)
-    half = {1: everything & ((torch.arange(70) % 2 == 0) | (torch.arange(70) >= 58))}
-    with_mean = (model.pruned(IDS, rest, half) - dense).abs().mean()
-    monkeypatch.setattr(models, "with_mean", lambda key, value, mask, *_: (key, value, mask))
-    without = (model.pruned(IDS, rest, half) - dense).abs().mean()
-    assert with_mean != without

@@ -55,11 +55,14 @@ def models(tmp_path_factory):
 @pytest.fixture
 def configure(models):
     """configure(...): vLLM's finished configuration of an engine, as a user's command makes it. A method that is not
-    named is 'specattn', which asks most of a configuration."""
+    named is 'specattn', which asks most of a configuration; `bare`: nothing of ours but in `others`."""
     from vllm.engine.arg_utils import EngineArgs
 
-    def make(target="target", draft="draft", options=None, backend="specattn", spec=None, others=None, **arguments):
-        ours = options is not None or backend == "specattn"
+    def make(
+        target="target", draft="draft", options=None, backend="specattn", spec=None, others=None, bare=False,
+        **arguments,
+    ):  # fmt: skip
+        ours = not bare and (options is not None or backend == "specattn")
         given = {"specattn": {"method": "specattn"} | (options or {})} if ours else {}
         if draft is not None:
             spec = {"model": models[draft], "num_speculative_tokens": 2} | (spec or {})

@@ -218,8 +218,6 @@ class Audit:
     """(request, new tokens, tokens read) of short prefill chunks among verifications."""
     copied_rows: dict[str, int] = field(default_factory=dict)
     """request -> selections in which what follows the round's tokens counted more."""
-    summed_rows: dict[str, int] = field(default_factory=dict)
-    """request -> verifications whose mean was that of all of its context."""
     preemptions: int = 0
     violations: list[str] = field(default_factory=list)
 
@@ -231,16 +229,14 @@ def audit(monkeypatch) -> Audit:
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.worker.gpu.states import RequestState
 
-    from specattn_vllm.backend.impl import SpecAttnImpl
     from specattn_vllm.kernels.reference import unpack_bits
-    from specattn_vllm.kernels.unread_contracts import LONGEST
     from specattn_vllm.selection.induction import Induction
     from specattn_vllm.selection.pruner import Pruner
     from specattn_vllm.selection.store import AUDIT, REFRESH, SelectionStore
 
     seen = Audit()
     add_request, put, prune = RequestState.add_request, SelectionStore.put, Pruner.prune
-    preempt, add_followers, attend = Scheduler._preempt_request, Induction.add, SpecAttnImpl.forward
+    preempt, add_followers = Scheduler._preempt_request, Induction.add
     states = []
 
     def watch_add(self, req_id, *args, **kwargs):
@@ -309,29 +305,6 @@ def audit(monkeypatch) -> Audit:
                     seen.violations.append(f"{request}: ids are not those of its {length + 1} tokens")
         add_followers(self, mass, out, slots, lens, drafts)
 
-    def watch_attention(self, layer, query, key, value, kv_cache, md, *args, **kwargs):
-        if self.unread is None or md is None or md.sparse is None or self.unread._index:
-            return attend(self, layer, query, key, value, kv_cache, md, *args, **kwargs)
-        unread, block_size = self.unread._unread, kv_cache.shape[2]
-        before = unread.summed[0].clone()
-        output = attend(self, layer, query, key, value, kv_cache, md, *args, **kwargs)
-        for row, slot in enumerate(unread.slots[: md.sparse.num_rows].tolist()):
-            length = int(unread.lens[row])
-            if slot not in seen.owner or not length:
-                continue  # nobody's, or a made-up request's
-            request = seen.owner[slot]
-            # What no step with a prompt has summed, verifications make up for.
-            length = min(length, int(before[slot, 0]) + LONGEST)
-            place = torch.arange(length, device=kv_cache.device)
-            blocks = md.block_table[row, place // block_size].long()
-            wanted = kv_cache[blocks, :, place % block_size].float().sum(0)
-            if unread.summed[0, slot].tolist() != [length] * kv_cache.shape[1]:
-                seen.violations.append(f"{request}: {unread.summed[0, slot].tolist()} of {length} tokens are summed")
-            elif not torch.allclose(unread.sums[0, slot], wanted, rtol=1e-3, atol=1e-2):
-                seen.violations.append(f"{request}: the mean is not that of its {length} tokens")
-            seen.summed_rows[request] = seen.summed_rows.get(request, 0) + 1
-        return output
-
     def watch_preempt(self, *args, **kwargs):
         seen.preemptions += 1
         return preempt(self, *args, **kwargs)
@@ -340,7 +313,6 @@ def audit(monkeypatch) -> Audit:
     monkeypatch.setattr(SelectionStore, "put", watch_put)
     monkeypatch.setattr(Pruner, "prune", watch_prune)
     monkeypatch.setattr(Induction, "add", watch_followers)
-    monkeypatch.setattr(SpecAttnImpl, "forward", watch_attention)
     monkeypatch.setattr(Scheduler, "_preempt_request", watch_preempt)
     yield seen
     assert not seen.violations, seen.violations[:5]

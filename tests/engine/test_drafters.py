@@ -114,23 +114,21 @@ def test_what_is_read_is_chosen_by_the_target_alone(
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("options", "speculation"),
+    "options",
     [
-        pytest.param({"method": "dense", "sparse_draft": True}, {}, id="dense"),
-        pytest.param({"method": "sketch", "sparse_draft": True, "draft_ratio": 0.2}, {}, id="sketch"),
-        pytest.param({"method": "vegas", "draft_by": "sketch"}, {"num_speculative_tokens": 4}, id="vegas"),
+        pytest.param({"method": "dense", "sparse_draft": True}, id="dense"),
+        pytest.param({"method": "sketch", "sparse_draft": True, "draft_ratio": 0.2}, id="sketch"),
     ],
 )
 def test_drafts_are_chosen_by_the_drafting_model_s_own_queries(
-    options, speculation, engine, greedy, plain, prompts, sketch_audit, counts
+    options, engine, greedy, plain, prompts, sketch_audit, counts
 ):
     """Once a round, and read in all of it; what is verified by everything is plain decoding's."""
     given = prompts([30, 400, 700, 1000])
     if options["method"] != "sketch":
         options = {**options, "ratio": 0.2}
     options = {**options, "min_tokens": 40, "recent_tokens": 16}
-    own = {"speculative_config": speculation} if speculation else {}
-    llm = engine(options, max_num_batched_tokens=256, block_size=16, **own)
+    llm = engine(options, max_num_batched_tokens=256, block_size=16)
     tokens, seen = greedy(llm, given, NEW_TOKENS), counts(llm)
     if options["method"] != "sketch":
         assert tokens == plain(given, NEW_TOKENS)

@@ -51,19 +51,11 @@ def replayed(monkeypatch):
     "options",
     [
         pytest.param({"method": "dense"}, id="dense"),
-        pytest.param(
-            {"method": "dense", "sparse_draft": True, "draft_by": "attention", "top_p": 0.7}, id="dense-sparse_draft"
-        ),
         pytest.param({"method": "dense", "sparse_draft": True, "min_tokens": 32}, id="dense-drafts_by_sketch"),
-        pytest.param(
-            {"method": "dense", "sparse_draft": True, "top_p": 0.7, "refresh_draft_every": 4},
-            id="dense-refresh_draft_every",
-        ),
         pytest.param({"top_p": 1.0}, id="top_p=1"),
         pytest.param({"method": "sts", "ratio": 1.0}, id="sts-everything"),
         pytest.param({"method": "vegas", "min_tokens": 32, "crossover_tokens": 0}, id="vegas"),
-        pytest.param({"method": "vegas", "min_tokens": 32, "dilation": 5}, id="vegas-dilation"),
-        pytest.param({"method": "vegas", "min_tokens": 32, "draft_by": "sketch"}, id="vegas-drafts_by_sketch"),
+        pytest.param({"method": "vegas", "min_tokens": 32, "dilation": 0}, id="vegas-no-dilation"),
         pytest.param({"method": "streamingllm", "min_tokens": 32}, id="streamingllm"),
         pytest.param({"top_p": 0.5, "crossover_tokens": 10**6}, id="below-the-crossover"),
         pytest.param(
@@ -206,7 +198,6 @@ def test_xformers_reads_whole_blocks(engine, greedy, prompts, counts):
         ),
         pytest.param({"method": "sts", "ratio": 0.3}, id="sts"),
         pytest.param({"method": "vegas", "min_tokens": 32}, id="vegas"),
-        pytest.param({"method": "vegas", "min_tokens": 32, "draft_by": "sketch"}, id="vegas-drafts_by_sketch"),
         pytest.param({"method": "sketch", "sparse_draft": True, "min_tokens": 32}, id="sketch-drafts_by_sketch"),
     ],
 )

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from specattn_vllm import executors
 from specattn_vllm.evaluation.peer_options import Channels, MeanStd, Oracle, Quest
-from specattn_vllm.evaluation.peers import Peer
+from specattn_vllm.evaluation.peers.attend import Peer
 from specattn_vllm.evaluation.schema import Setting
 from specattn_vllm.stats import Counters
 

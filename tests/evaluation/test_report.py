@@ -70,7 +70,6 @@ def test_differences_are_paired_by_document(tmp_path, capsys, half, of_documents
         ({"method": "vegas"}, {"draft_kv_read": 10, "draft_kv_full": 40}, "25.0%"),
         ({"sparse_draft": True}, {"draft_kv_read": 10, "draft_kv_full": 40}, "25.0%"),
         ({}, {}, "100.0%"),
-        ({"sparse_draft": True}, {}, "not counted"),  # a report from before it was
     ],
 )
 def test_what_drafting_reads(options, counted, share, job, result_of):

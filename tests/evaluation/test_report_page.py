@@ -56,7 +56,7 @@ def written(tmp_path, *reports: dict) -> str:
     for number, report in enumerate(reports):
         files.append(tmp_path / f"report-{number}.json")
         files[-1].write_text(json.dumps(report))
-    out = tmp_path / "pages" / "report.html"
+    out = tmp_path / "page.html"
     assert cli.main(["report", *map(str, files), "--out", str(out)]) == 0
     return out.read_text()
 
@@ -96,6 +96,53 @@ def test_differences_that_zero_is_not_in_the_interval_of_stand_out(tmp_path):
     assert text.count('<td class="sure">+0.5000 (+0.5000 to +0.5000)</td>') == 1
     assert text.count('<td class="sure">-25.00% (-25.00% to -25.00%)</td>') == 1
     assert re.search(r"<td>\+0\.0000 \(-0\.\d+ to \+0\.\d+\)</td>", text)
+
+
+@pytest.mark.parametrize(("documents", "sure"), [(2, False), (5, False), (6, True)])
+def test_few_documents_make_no_difference_sure(tmp_path, documents, sure):
+    report = json.loads(MEASURED.read_text())
+    report["results"] = [report["results"][n] for n in (0, 2)]
+    report["setup"]["documents"] = report["setup"]["documents"][:documents]
+    for result in report["results"]:
+        result["documents"] = result["documents"][:documents]
+    for before, after in zip(*(result["documents"] for result in report["results"]), strict=True):
+        after["kl"] = before["kl"] + 0.5
+    text = written(tmp_path, report)
+    assert ('class="sure"' in text) is sure
+    assert (f"None is called sure of {documents} documents" in text) is not sure
+    assert ("None is called sure" in differences(Report.model_validate(report), "dense")) is not sure
+
+
+def test_every_table_says_beside_the_name_what_is_lossless(tmp_path):
+    report = json.loads(MEASURED.read_text())
+    text = written(tmp_path, report)
+    heads = re.findall(r"<tr><th>method</th><th>(.*?)</th>", text)
+    assert heads == ["lossless"] * (1 + len(report["results"]))
+    for result in report["results"]:
+        name, told = re.escape(result["name"].replace("&", "&amp;")), "yes" if result["lossless"] else "no"
+        rows = re.findall(rf"<td[^>]*>{name}</td><td[^>]*>(\w+)</td>", text)
+        assert rows == [told] * len(report["results"]), result["name"]
+
+
+def test_a_series_can_be_told_from_all_others(tmp_path):
+    """By colour, mark and dashes; and its name in the legend leaves it alone."""
+    report = json.loads(MEASURED.read_text())
+    page = Page(written(tmp_path, report))
+    buttons = [attributes for tag, attributes in page.seen if tag == "button"]
+    lines = [attributes["class"] for tag, attributes in page.seen if tag == "polyline"]
+    assert len(buttons) > 12 and len(lines) == 3 * len(buttons)
+    drawn = [attributes["data-series"] for tag, attributes in page.seen if tag == "g" and "data-series" in attributes]
+    assert drawn == [button["data-series"] for button in buttons] * 3
+    looks = charts.looks_of(["specattn", "specattn, induction off", "sts", "sts, as published", "quest"])
+    assert list(looks.values()) == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
+
+
+def test_pictures_have_no_white_on_a_dark_page(tmp_path):
+    text = written(tmp_path, json.loads(MEASURED.read_text()))
+    dark = text[text.index("@media (prefers-color-scheme: dark)") :].split("\n}")[0]
+    assert re.search(r"\.maps img \{ filter: invert\(1\)[^}]*mix-blend-mode: screen", dark)
+    colours = set(re.findall(r"var\((--c\d)\)", text))
+    assert len(colours) == charts.COLOURS and all(f"{colour}: #" in dark for colour in colours)
 
 
 def test_names_are_shown_as_they_are_and_run_nothing(tmp_path):

@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from specattn_vllm import cpu_runner
+from specattn_vllm import cli, cpu_runner
 from specattn_vllm.evaluation import figures as compute
 from specattn_vllm.evaluation import runner
 from specattn_vllm.evaluation.methods_schema import Kept, Report
 from specattn_vllm.evaluation.schema import Setting
 from specattn_vllm.installed import UserError
+from specattn_vllm.interrupts import Terminated
 
 ORDER = ["half", "dense", "quarter"]
 
@@ -172,11 +173,66 @@ def test_an_engine_ends_with_the_command_that_was_killed(tmp_path):
         time.sleep(0.1)
 
 
+def test_sigterm_ends_the_engines_too(tmp_path):
+    """At once, and not when the setting is through."""
+    script = tmp_path / "sleeper.py"
+    script.write_text(SLEEPER.replace(
+        "    runner.in_own_process(Job(), Path(sys.argv[1] + \".reference\"), Path(sys.argv[1] + \".log\"))",
+        """
+    from specattn_vllm.interrupts import ended_as_interrupted, status_of
+    runner.log_of = lambda job, logs: logs
+    job = Job()
+    dense = job if sys.argv[2] == "dense" else Job()
+    job.setting = dense.setting = SimpleNamespace(is_reference=False)
+    try:
+        with ended_as_interrupted():
+            list(runner.outcomes([job], dense, Path(sys.argv[1] + ".r"), Path(sys.argv[1] + ".log"), ()))
+    except KeyboardInterrupt as error:
+        sys.exit(status_of(error))
+""",
+    ))  # fmt: skip
+    for which in ("dense", "other"):
+        pid = tmp_path / which
+        command = subprocess.Popen([sys.executable, "-P", str(script), str(pid), which])
+        deadline = time.monotonic() + 60
+        while not pid.exists() or not pid.read_text():
+            assert command.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        command.terminate()
+        assert command.wait(timeout=20) == 143, which
+        assert not Path(f"/proc/{pid.read_text()}").exists()
+
+
+@pytest.mark.parametrize(("interrupt", "status"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_an_interrupted_evaluation_says_how_to_go_on(monkeypatch, capsys, tmp_path, interrupt, status):
+    def interrupted(*args, **more):
+        raise interrupt
+
+    monkeypatch.setattr(runner, "run_all", interrupted)
+    words = ["eval", "methods", "--documents", "1", "--context", "64", "--positions", "5", "--device", "cpu"]
+    words += ["--out", str(tmp_path / "a.json")]
+    monkeypatch.setattr(sys, "argv", ["specattn", *words, "--overwrite"])
+    assert cli.main([*words, "--overwrite"]) == status
+    shown = capsys.readouterr().out
+    assert shown.endswith(f"this goes on after the settings in {tmp_path / 'a.json'}: specattn {' '.join(words)}\n")
+
+
+def test_how_far_it_is_and_what_is_left_is_said(engines, tmp_path, jobs):
+    report, said = Report(provenance={}, setup={}, results=[]), []
+    runner.run_all(jobs, report, tmp_path / "report.json", ORDER, say=said.append)
+    assert [line for line in said if line.startswith("setting")] == [
+        "setting 1 of 3: dense", "setting 2 of 3: half", "setting 3 of 3: quarter",
+    ]  # fmt: skip
+    left = [line.partition("; ")[2] for line in said if " s" in line and "setting" not in line]
+    assert left == ["1 of 3 done, about 0 s left", "2 of 3 done, about 0 s left", ""]
+
+
 def test_without_the_dense_run_nothing_else_is_run(engines, tmp_path, jobs):
     engines.broken = {"dense"}
-    report = Report(provenance={}, setup={}, results=[])
-    assert runner.run_all(jobs, report, tmp_path / "report.json", ORDER, say=lambda text: None) == ["dense"]
+    report, said = Report(provenance={}, setup={}, results=[]), []
+    assert runner.run_all(jobs, report, tmp_path / "report.json", ORDER, say=said.append) == ["dense"]
     assert engines.ran == ["dense"]
+    assert said[-1] == "no other setting was measured: they are compared with this one"
 
 
 def test_a_report_about_something_else_is_not_gone_on_with(engines, tmp_path, evaluate):

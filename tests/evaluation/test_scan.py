@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from specattn_vllm.evaluation.scan import byte_fraction, scan_share
+from specattn_vllm.evaluation.scan import byte_fraction
 from specattn_vllm.evaluation.schema import Setting
 from specattn_vllm.kernels.sketch.layout import SketchLayout
 from specattn_vllm.stats import Counts
@@ -30,7 +30,7 @@ def peer(**options) -> Setting:
     ],
 )
 def test_what_is_searched_for_each_byte_of_the_cache(setting, size, searched, entries):
-    assert scan_share(setting, size) == pytest.approx(searched / entries)
+    assert setting.scan_share(size) == pytest.approx(searched / entries)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -38,7 +38,7 @@ def test_what_is_searched_for_each_byte_of_the_cache(setting, size, searched, en
 def test_a_sketch_is_as_large_as_it_lies_in_the_cache(bits, size):
     layout = SketchLayout(heads=3, block_size=16, head_size=size, bits=bits, element_size=2)
     setting = Setting(name="x", options={"method": "sketch", "sketch_bits": bits})
-    assert scan_share(setting, size) == layout.token_bytes / layout.kv_bytes
+    assert setting.scan_share(size) == layout.token_bytes / layout.kv_bytes
 
 
 def test_bytes_are_those_of_what_is_kept_and_of_what_is_searched():

@@ -10,7 +10,6 @@ import pytest
 
 from specattn_vllm import cli
 from specattn_vllm.evaluation import command, runner, settings
-from specattn_vllm.evaluation.scan import scan_share
 from specattn_vllm.evaluation.schema import Setting
 from specattn_vllm.installed import UserError
 from specattn_vllm.options import SpecAttnOptions
@@ -157,5 +156,5 @@ def test_the_settings_of_the_real_model_read_as_many_bytes_as_they_are_called_by
         ratio = setting.options.get("ratio") if setting.peer is None else setting.peer.ratio
         if share is not None and ratio is not None:
             # Less what a round reads of itself, and whole pages round up.
-            assert scan_share(setting, 64) + ratio == pytest.approx(float(share[1]) / 100, abs=1e-3), setting.name
+            assert setting.scan_share(64) + ratio == pytest.approx(float(share[1]) / 100, abs=1e-3), setting.name
     assert {setting.peer.name for setting in found if setting.peer} == {"quest", "mean_std", "channels", "oracle"}

@@ -13,7 +13,8 @@ import torch
 from specattn_vllm import executors
 from specattn_vllm.kernels import reference
 from specattn_vllm.selection.pages import page_strides
-from specattn_vllm.selection.pruner import Pruner, SparsePlan, TableMaps
+from specattn_vllm.selection.plan import SparsePlan
+from specattn_vllm.selection.pruner import Pruner, TableMaps
 from specattn_vllm.selection.store import NO_SELECTION, SelectionStore
 from specattn_vllm.stats import Counters, Counts
 

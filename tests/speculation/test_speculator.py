@@ -187,16 +187,6 @@ def test_rounds_below_the_crossover_choose_for_the_draft_alone(recalling):
     assert speculator.selection.store.prefix_lens[3] == -1
 
 
-def test_rounds_of_a_dense_target_below_the_crossover_are_plain(recalling):
-    speculator = recalling(3)
-    speculator.options = SpecAttnOptions(method="dense", sparse_draft=True, refresh_draft_every=3)
-    speculator.crossover_tokens = 50
-    for tokens in (60, 40, 60, 40, 60, 60):
-        propose(speculator, batch(tokens))
-    assert [way.recording for way in speculator.ways] == [True, False, True, False, True, True]
-    assert speculator.recalled == [False, False, True, False, True, False]
-
-
 RECORDING, RECALLING = Way(recording=True), Way(recording=True, recall=True)
 
 
@@ -302,7 +292,7 @@ def drafting(monkeypatch):
 
     monkeypatch.setattr(stock, "propose", upstream)
     monkeypatch.setattr(
-        stock, "_build_attn_metadata", lambda self, rows, step: {"layer": SimpleNamespace(capture=None)}
+        stock, "_build_attn_metadata", lambda self, rows, step: {"layer": SimpleNamespace(hook=None)}
     )
     monkeypatch.setattr(stock, "_run_model", lambda self: "hidden states")
     return made
@@ -327,7 +317,7 @@ def test_a_recorded_round_tells_the_capture_each_step_and_stores_its_selection(d
         ("step", 2, None, None),
         ("end", 2),
     ]
-    assert all(metadata["layer"].capture is capture for metadata in drafting.layers)
+    assert all(metadata["layer"].hook is capture for metadata in drafting.layers)
     assert drafting.selection.store.prefix_lens.tolist() == [-1, 9, -1, -1, -1]
     assert drafting.selection.store.bits[0, :, 0, 0].tolist() == [0, 5, 0, 5, 0]
     assert not drafting._recording
@@ -349,13 +339,11 @@ def test_what_a_round_begins_with_is_known_to_later_ones(drafting, recording):
 
 def test_a_request_brings_its_tokens(drafting):
     entered = []
-    forgotten = []
     drafting.selection.capture.lists = None
-    drafting.selection.unread = SimpleNamespace(forget=forgotten.append)
     drafting.selection.capture.induction = SimpleNamespace(enter=lambda *given: entered.append(given))
     drafting._enter(2, SimpleNamespace(sampling_params=None, prefill_token_ids=[4, 5, 6]))
-    assert entered == [(2, [4, 5, 6])] and forgotten == [2]
-    drafting.selection.capture.induction = drafting.selection.unread = None
+    assert entered == [(2, [4, 5, 6])]
+    drafting.selection.capture.induction = None
     drafting._enter(1, SimpleNamespace(sampling_params=None, prefill_token_ids=[7]))
     assert entered == [(2, [4, 5, 6])]
 
@@ -363,7 +351,7 @@ def test_a_request_brings_its_tokens(drafting):
 def test_a_round_that_is_not_recorded_leaves_the_capture_alone(drafting):
     assert one_round(drafting, False) == "drafts"
     assert drafting.selection.capture.told == []
-    assert all(metadata["layer"].capture is None for metadata in drafting.layers)
+    assert all(metadata["layer"].hook is None for metadata in drafting.layers)
     assert not drafting.selection.store.bits.any()
 
 

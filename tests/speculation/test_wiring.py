@@ -149,11 +149,6 @@ def prepared(monkeypatch, layers: tuple[int | None, ...] | None, device=CPU, siz
     )
 
 
-def impls_of() -> dict[str, SimpleNamespace]:
-    """The attention of each layer that the last `prepared` made."""
-    return {name: found.impl for name, found in wiring.get_layers_from_vllm_config(None, None).items()}
-
-
 def layer(i: int) -> str:
     return f"draft_model.model.layers.{i}"
 
@@ -240,11 +235,9 @@ def test_choices_are_kept_where_a_round_may_recall_them(monkeypatch, every, slot
     ("layers", "options"),
     [
         ((0, 2), {}),
-        ((0, 2), {"unread_mean": False}),
         ((0, 2), {"copies": (False, True), "shares": (0.5, 1.5)}),
         ((0, 2), {"sparse_draft": True}),
         (None, {"sparse_draft": True}),
-        (None, {"sparse_draft": True, "refresh_draft_every": 4}),
         ((0, 2, None), {"method": "sts", "kv_heads": (4, 2)}),
         ((0, 2), {"method": "sts", "sparse_draft": True}),
     ],
@@ -259,7 +252,7 @@ def test_the_size_that_is_checked_is_that_of_all_buffers(monkeypatch, layers, op
     storages = {}
     capture = made.capture
     parts = [made, capture, capture.ranking, capture.own_ranking, capture.lists, made.store, made.pruner]
-    parts += [made.unread, capture.induction, capture.shared_out]
+    parts += [capture.induction, capture.shared_out]
     for part in parts:
         for value in vars(part).values() if part is not None else ():
             if isinstance(value, torch.Tensor):
@@ -273,26 +266,6 @@ def test_a_selection_that_is_too_large_is_refused_before_it_is_made(monkeypatch)
     # No CUDA device here: had anything been allocated on it, that would be the error.
     with pytest.raises(ValueError, match="lower --max-num-seqs or --max-model-len"):
         prepared(monkeypatch, (0, 2), device=torch.device("cuda"))
-
-
-# What is not read
-
-
-def test_layers_that_are_pruned_count_what_they_do_not_read(monkeypatch):
-    made = prepared(monkeypatch, (3, None, 3, 1), kv_heads=(4, 2))
-    impls = impls_of()
-    assert made.unread.sums.shape == (3, REQUESTS + 1, 4, 128)
-    indices = {name: impls[name].unread._index for name in made.pruner.layer_sources}
-    assert indices == {f"model.layers.{j}": i for i, j in enumerate((0, 2, 3))}
-    assert all(getattr(impl, "unread", None) is None for name, impl in impls.items() if name not in indices)
-
-
-@pytest.mark.parametrize("options", [{"unread_mean": False}, {"preset": "paper"}])
-def test_no_means_where_none_are_wanted(options, monkeypatch):
-    made = prepared(monkeypatch, (3, None, 3, 1), **options)
-    impls = impls_of()
-    assert made.unread is None and "means" not in made.nbytes
-    assert not any(hasattr(impl, "unread") for impl in impls.values())
 
 
 # Shares

@@ -17,7 +17,3 @@ channels.py    tokens by a few channels of their keys
 oracle.py      tokens by the target's own attention
 attend.py      puts a peer into an engine, and attends to what it chose
 """
-
-from specattn_vllm.evaluation.peers.attend import Peer, PeerStep, install
-
-__all__ = ["Peer", "PeerStep", "install"]

@@ -31,7 +31,7 @@ def install(worker: Any, options: PeerOptions) -> None:
     names = {name for of in groups for group in of for name in group.layer_names}
     names = sorted(names - speculator.draft_attn_layer_names, key=extract_layer_index)
     builder = target_builder(groups, names)
-    builder.peer = Peer(options, speculator.operations, speculator.counters, names)
+    builder.substitute = Peer(options, speculator.operations, speculator.counters, names).begin
 
 
 class Peer:

@@ -96,7 +96,7 @@ class Step:
             query_start_loc=starts,
             seq_lens=seq_lens,
             block_table=self.block_table,
-            capture=step,
+            hook=step,
         )
         outputs = {}
         for name, cache in self.caches.items():

@@ -1,0 +1,49 @@
+"""Files that commands write: where they cannot be, nothing is measured and no folder is made."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from specattn_vllm import cli
+
+WRITERS = pytest.mark.parametrize(
+    "words",
+    [
+        ["bench", "--out"], ["bench", "--plot"], ["bench", "kernels", "--out"],
+        ["bench", "table", "report.json", "--plot"],
+        ["eval", "methods", "--out"], ["eval", "tasks", "--out"], ["eval", "tasks", "--write"],
+        ["eval", "table", "report.json", "--plot"], ["report", "report.json", "--out"],
+        ["calibrate", "--out"], ["calibrate", "--out", "map.json", "--picture"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+
+
+def refusal(words: list[str], capsys) -> str:
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@WRITERS
+def test_a_folder_that_is_not_there_is_not_made(words, tmp_path, capsys):
+    path = tmp_path / "no" / "such" / "file"
+    message = refusal([*words, str(path)], capsys)
+    assert f"argument {words[-1]}: {path}: {path.parent}: there is no such folder" in message
+    assert f"mkdir -p {path.parent}" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_no_file(tmp_path, capsys):
+    assert f"{tmp_path} is a folder" in refusal(["report", "x.json", "--out", str(tmp_path)], capsys)
+    (tmp_path / "file").touch()
+    message = refusal(["report", "x.json", "--out", str(tmp_path / "file" / "page.html")], capsys)
+    assert f"{tmp_path / 'file'}: is no folder" in message
+
+
+def test_a_folder_that_may_not_be_written_to(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert "may not be written to" in refusal(["report", "x.json", "--out", str(tmp_path / "page.html")], capsys)
