@@ -19,8 +19,6 @@ Method = Literal["sketch", "specattn", "sts", "vegas", "streamingllm", "dense"]
 Rule = Literal["top_p", "top_k"]
 Combine = Literal["sum", "union"]
 ExecutorName = Literal["auto", "torch", "triton", "fa3", "xformers"]
-SELF_DRAFTING = ("vegas", "streamingllm")
-"""Methods with which the target is its own draft model."""
 
 
 class OptionsError(ValueError):
@@ -278,7 +276,7 @@ class SpecAttnOptions(BaseModel):
     @property
     def drafts_for_itself(self) -> bool:
         """Whether the target is its own draft model."""
-        return self.method in SELF_DRAFTING
+        return self.method in ("vegas", "streamingllm")
 
     @property
     def goes_with_any_drafter(self) -> bool:
