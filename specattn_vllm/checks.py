@@ -50,37 +50,9 @@ def check(vllm_config: VllmConfig) -> None:
         options.chooses_by_draft or options.layer_map is not None or options.dense_layers
     ):
         resolve_layer_map(vllm_config, options)
-    if idle := sorted(options.model_fields_set & _without_effect(options)):
+    if idle := sorted(options.kind.idle(frozenset(options.model_fields_set), drafts_sparsely=options.drafts_sparsely)):
         # Not an error: a control run differs from the run it controls by its method alone.
         logger.warning("specattn: not used by method '%s', without effect: %s", options.method, ", ".join(idle))
-
-
-_FOR_TARGET = {
-    "layer_map", "layer_shares", "dense_layers", "check_weights", "combine", "bonus_row", "refresh_every",
-    "audit_share", "audit_floor", "audit_dense_rounds",
-}  # fmt: skip
-"""What only matters where a draft model chooses for the target."""
-
-_FOR_VEGAS = {"per_kv_head", "dilation"}
-_FOR_SKETCH = {"sketch_bits", "shared_budget"}
-
-
-def _without_effect(options: SpecAttnOptions) -> set[str]:
-    """Options that mean nothing under the method at hand."""
-    if options.drafts_for_itself:
-        by_attention = {"top_p", "rule", *_FOR_VEGAS} if options.method == "streamingllm" else set()
-        of_draft = {"sparse_draft", "draft_ratio", "refresh_draft_every"}
-        return _FOR_TARGET | _FOR_SKETCH | of_draft | by_attention
-    if options.uses_sketch:
-        return _FOR_TARGET | _FOR_VEGAS | {"induction"}
-    if not options.is_lossless:
-        return _FOR_VEGAS | _FOR_SKETCH
-    if options.drafts_by_sketch:
-        amount = {"rule", "top_p", "ratio", "max_fraction"} if options.draft_ratio is not None else set()
-        of_attention = {"layer_shares", "induction", "shared_budget"}
-        return _FOR_TARGET | _FOR_VEGAS | of_attention | amount
-    # Where the draft reads everything too, nothing is chosen at all.
-    return set(SpecAttnOptions.model_fields) - {"method", "executor", "stats_interval_s", "sparse_draft"}
 
 
 def _engine(config: VllmConfig) -> Iterator[str]:
@@ -147,7 +119,7 @@ def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
             )
         return
     if not spec.uses_draft_model() and not options.goes_with_any_drafter:
-        asks = "sparse_draft" if options.method in ("sketch", "dense") else f"method = {options.method!r}"
+        asks = "sparse_draft" if options.kind.drafter == "any" else f"method = {options.method!r}"
         yield (
             f"speculative method {spec.method!r}: a separate draft model is needed (--spec-method draft_model) for "
             f"{asks}; methods 'sketch' and 'dense' without sparse_draft go with any drafter; vLLM guesses the method "

@@ -72,8 +72,6 @@ if TYPE_CHECKING:
 BACKEND_NAME = "SPECATTN"
 # By name, as vLLM keeps classes itself: they import this module, and are not needed before an engine starts.
 BACKEND_PATH = "specattn_vllm.backend.backend.SpecAttnBackend"
-SPECULATOR_PATH = "specattn_vllm.speculation.speculator.SpecAttnSpeculator"
-SELF_SPECULATOR_PATH = "specattn_vllm.speculation.self_speculator.SelfSpeculator"
 SKETCH_SPECULATOR_PATH = "specattn_vllm.speculation.sketch_speculator.SketchSpeculator"
 ATTACH_PATH = "specattn_vllm.sketch.attach.attach"
 CHECK_PATH = "specattn_vllm.checks.check"
@@ -159,8 +157,8 @@ def choose_speculator() -> None:
         from specattn_vllm.options import SpecAttnOptions
 
         options = SpecAttnOptions.from_vllm(vllm_config)
-        path = SKETCH_SPECULATOR_PATH if options.drafts_by_sketch else SPECULATOR_PATH
-        return _resolve(SELF_SPECULATOR_PATH if options.drafts_for_itself else path)(vllm_config, device)
+        path = SKETCH_SPECULATOR_PATH if options.drafts_by_sketch else options.kind.speculator
+        return _resolve(path)(vllm_config, device)
 
     setattr(build, _MARK, True)
     build.stock = stock

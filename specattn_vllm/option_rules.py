@@ -5,16 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from specattn_vllm.options import SpecAttnOptions
+    from specattn_vllm.option_fields import OptionFields
 
 
-def check(options: SpecAttnOptions) -> None:
+def check(options: OptionFields) -> None:
     """Raise ValueError for the first combination that cannot be meant."""
     for rule in RULES:
         rule(options)
 
 
-def _clamps_agree(options: SpecAttnOptions) -> None:
+def _clamps_agree(options: OptionFields) -> None:
     if options.max_tokens is not None:
         if options.max_tokens < options.min_tokens:
             raise ValueError(f"max_tokens {options.max_tokens} is below min_tokens {options.min_tokens}: change one")
@@ -25,7 +25,7 @@ def _clamps_agree(options: SpecAttnOptions) -> None:
             )
 
 
-def _draft_refresh_has_something_to_refresh(options: SpecAttnOptions) -> None:
+def _draft_refresh_has_something_to_refresh(options: OptionFields) -> None:
     if options.refresh_draft_every > 1 and not options.drafts_sparsely:
         raise ValueError(
             f"refresh_draft_every {options.refresh_draft_every} without sparse_draft, where every draft step reads "
@@ -33,7 +33,7 @@ def _draft_refresh_has_something_to_refresh(options: SpecAttnOptions) -> None:
         )
 
 
-def _a_draft_s_ratio_has_a_draft_that_reads_a_part(options: SpecAttnOptions) -> None:
+def _a_draft_s_ratio_has_a_draft_that_reads_a_part(options: OptionFields) -> None:
     if options.draft_ratio is not None and not options.drafts_sparsely:
         raise ValueError(
             f"draft_ratio {options.draft_ratio:g} without sparse_draft, where every draft step reads everything: set "
@@ -41,7 +41,7 @@ def _a_draft_s_ratio_has_a_draft_that_reads_a_part(options: SpecAttnOptions) -> 
         )
 
 
-def _a_sketch_is_searched_in_every_round(options: SpecAttnOptions) -> None:
+def _a_sketch_is_searched_in_every_round(options: OptionFields) -> None:
     if options.drafts_by_sketch and options.refresh_draft_every > 1:
         raise ValueError(
             f"refresh_draft_every {options.refresh_draft_every} with method {options.method!r}, whose draft chooses by "
@@ -49,7 +49,7 @@ def _a_sketch_is_searched_in_every_round(options: SpecAttnOptions) -> None:
         )
 
 
-def _audits_have_what_they_need(options: SpecAttnOptions) -> None:
+def _audits_have_what_they_need(options: OptionFields) -> None:
     if options.audit_floor is not None and not options.audit_share:
         raise ValueError(
             f"audit_floor {options.audit_floor} without audit_share, so that nothing is measured: set audit_share, "
@@ -62,7 +62,7 @@ def _audits_have_what_they_need(options: SpecAttnOptions) -> None:
         )
 
 
-def _one_rule_is_meant(options: SpecAttnOptions) -> None:
+def _one_rule_is_meant(options: OptionFields) -> None:
     if options.rule is None and {"top_p", "ratio"} <= options.model_fields_set:
         raise ValueError(
             f"top_p {options.top_p} and ratio {options.ratio} are of two rules: give one of them, or say which holds "
@@ -70,7 +70,7 @@ def _one_rule_is_meant(options: SpecAttnOptions) -> None:
         )
 
 
-def _bonus_row_has_steps_to_join(options: SpecAttnOptions) -> None:
+def _bonus_row_has_steps_to_join(options: OptionFields) -> None:
     if "bonus_row" in options.model_fields_set and options.bonus_row and options.combine == "union":
         raise ValueError(
             "bonus_row true with combine 'union', which looks at one draft step at a time: set combine to 'sum', or "

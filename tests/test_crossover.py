@@ -7,8 +7,9 @@ import dataclasses
 import pytest
 import torch
 
-from specattn_vllm import crossover, executors
+from specattn_vllm import executors
 from specattn_vllm.crossover import crossover_tokens
+from specattn_vllm.methods import METHODS
 from specattn_vllm.options import SpecAttnOptions
 
 
@@ -21,10 +22,13 @@ def operations():
 
 @pytest.fixture(autouse=True)
 def measured(monkeypatch):
-    monkeypatch.setattr(crossover, "MEASURED", {"fa3": 9000, "triton": 20000})
-    monkeypatch.setattr(crossover, "OF_ITSELF", {"fa3": 700})
-    monkeypatch.setattr(crossover, "OF_SKETCH", {"fa3": 8000})
-    monkeypatch.setattr(crossover, "OF_SKETCHED_DRAFT", {"fa3": 500})
+    crossovers = {
+        "specattn": {"fa3": 9000, "triton": 20000}, "vegas": {"fa3": 700}, "streamingllm": {"fa3": 700},
+        "sketch": {"fa3": 8000},
+    }  # fmt: skip
+    for name, tokens in crossovers.items():
+        monkeypatch.setitem(METHODS, name, dataclasses.replace(METHODS[name], crossover=tokens))
+    monkeypatch.setitem(METHODS, "dense", dataclasses.replace(METHODS["dense"], draft_crossover={"fa3": 500}))
 
 
 def test_what_was_measured_for_the_executor_is_the_default(operations):
@@ -56,6 +60,5 @@ def test_the_option_has_the_last_word(operations, name, tokens):
 
 def test_only_executors_that_there_are_have_been_measured(monkeypatch):
     monkeypatch.undo()
-    for measured in (crossover.MEASURED, crossover.OF_ITSELF):
-        assert set(measured) <= set(executors.CHOICES) - {"auto"}
-        assert all(isinstance(tokens, int) and tokens >= 0 for tokens in measured.values())
+    for method in METHODS.values():
+        assert {*method.crossover, *method.draft_crossover} <= set(executors.CHOICES) - {"auto"}

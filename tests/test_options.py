@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import typing
 from types import SimpleNamespace
 
 import pytest
 from pydantic import ValidationError
 
 from specattn_vllm import presets
-from specattn_vllm.options import Method, OptionsError, SpecAttnOptions
+from specattn_vllm.methods import METHODS
+from specattn_vllm.options import OptionsError, SpecAttnOptions
 from specattn_vllm.selection.choose import Limits
 
 
@@ -39,7 +39,6 @@ def test_the_defaults_are_the_documented_ones():
         "combine": "sum",
         "bonus_row": True,
         "induction": True,
-        "per_kv_head": False,
         "dilation": None,
         "dense_layers": (),
         "refresh_every": None,
@@ -75,7 +74,6 @@ def test_every_option_can_be_given():
         "combine": "union",
         "bonus_row": False,
         "induction": False,
-        "per_kv_head": True,
         "dilation": 5,
         "dense_layers": [0, 3],
         "refresh_every": 8,
@@ -133,7 +131,7 @@ def test_an_unknown_option_is_named_with_the_known_ones():
         ("dense_layers", 3, "valid tuple"),
         ("dilation", -1, "greater than or equal to 0"),
         ("dilation", 65, "less than or equal to 64"),
-        ("method", "sparse", "'sts', 'vegas', 'streamingllm' or"),
+        ("method", "sparse", "choose from sketch, specattn, sts, vegas, streamingllm, dense"),
         ("combine", "mean", "'sum' or 'union'"),
         ("executor", "cuda", "'auto', 'torch', 'triton', 'fa3' or 'xformers'"),
         ("refresh_every", 1, "greater than or equal to 2"),
@@ -277,12 +275,13 @@ def test_where_the_target_reads_everything_it_is_lossless():
     [
         ("specattn", None, True),
         ("sts", None, True),
-        ("dense", None, False),
+        ("dense", None, True),
         ("specattn", "top_k", True),
         ("sts", "top_p", False),
         ("vegas", None, True),
         ("vegas", "top_p", False),
         ("streamingllm", None, True),
+        ("streamingllm", "top_p", True),
     ],
 )
 def test_the_rule_is_that_of_the_method_unless_given(method, rule, fixed):
@@ -316,12 +315,12 @@ def test_layers_that_copy_are_served_within_a_budget_that_one_choice_spends(raw,
 
 
 def test_which_targets_draft_for_themselves():
-    methods = [m for m in typing.get_args(Method) if SpecAttnOptions(method=m).drafts_for_itself]
+    methods = [m for m in METHODS if SpecAttnOptions(method=m).drafts_for_itself]
     assert methods == ["vegas", "streamingllm"]
 
 
 def test_which_methods_choose_per_head():
-    assert {m for m in typing.get_args(Method) if SpecAttnOptions(method=m).per_head} == {"sketch", "sts"}
+    assert {m for m in METHODS if SpecAttnOptions(method=m).per_head} == {"sketch", "sts"}
 
 
 @pytest.mark.parametrize(
@@ -394,4 +393,4 @@ def test_a_preset_without_a_choice_to_make_is_refused():
 
 def test_every_method_that_chooses_has_every_preset():
     for methods in presets.PRESETS.values():
-        assert {*methods} == {*typing.get_args(Method)} - {*presets.UNPUBLISHED}
+        assert {*methods} == {name for name, method in METHODS.items() if not isinstance(method.paper, str)}

@@ -11,7 +11,7 @@ from specattn_vllm.selection.plan import SparsePlan
 
 
 class DraftTables:
-    """One table per source, row and group for a whole round, and how much of it each draft step sees.
+    """One table per source and row for a whole round, and how much of it each draft step sees.
 
     The table is made once, for the context as it will be when the last token has been drafted. New tokens come last in
     it, so an earlier step reads the same table but for its end.
@@ -20,7 +20,7 @@ class DraftTables:
     def __init__(
         self, operations: Operations, layer_sources: dict[str, int], page_table: torch.Tensor, nbytes: int
     ) -> None:
-        """layer_sources: vLLM's name of each target layer -> its table; page_table [S, max_num_reqs, G, width] int32:
+        """layer_sources: vLLM's name of each target layer -> its table; page_table [S, max_num_reqs, 1, width] int32:
         where the tables are made, whatever it serves before; nbytes: what of it is to be counted as memory."""
         self.operations = operations
         self.layer_sources = layer_sources
@@ -39,9 +39,9 @@ class DraftTables:
     ) -> torch.Tensor:
         """Make the tables of a round.
 
-        bits [S, R, G, W] int32 with any strides; prefix_lens [R] int32: positions from there on are kept; step_lens
+        bits [S, R, 1, W] int32 with any strides; prefix_lens [R] int32: positions from there on are kept; step_lens
         [K, R] int32: tokens that each step sees, its own included, 0 for rows that read nothing; block_table
-        [R, blocks] int32. Returns kept [K, S, R, G] int32, entries that each step reads.
+        [R, blocks] int32. Returns kept [K, S, R, 1] int32, entries that each step reads.
         """
         rows = prefix_lens.shape[0]
         self.width = self._page_table.shape[3]

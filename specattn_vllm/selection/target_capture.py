@@ -23,8 +23,7 @@ class TargetCapture:
     Per step: `begin` outside of any graph, one `attend` of what it returned per layer, then `select`. Buffers last, so
     that verification and drafting can be captured in CUDA graphs, each by itself.
 
-    The mass of a layer is the softmax weight of the scored rows, averaged over both rows and over the query heads of a
-    group: all heads (G = 1) or those of a KV head (G = H).
+    The mass of a layer is the softmax weight of the scored rows, averaged over both rows and over all query heads.
     """
 
     def __init__(
@@ -34,7 +33,6 @@ class TargetCapture:
         *,
         layer_sources: dict[str, int],
         num_heads: int,
-        groups: int,
         max_query_len: int,
         max_num_reqs: int,
         max_model_len: int,
@@ -47,7 +45,7 @@ class TargetCapture:
         self.limits = limits
         self.layer_sources = layer_sources
         self.max_query_len = max_query_len
-        self.weight = groups / (SCORED * num_heads)
+        self.weight = 1 / (SCORED * num_heads)
         self.dilation = dilation
         layers, words = len(layer_sources), -(-max_model_len // 32)
         score_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -55,10 +53,10 @@ class TargetCapture:
         self.scores = torch.empty((max_num_reqs, rows, max_model_len), dtype=score_dtype, device=device)
         self.lse = torch.empty((max_num_reqs, rows), dtype=torch.float32, device=device)
         # By request first: the rows of any batch are then one block, in a graph that pads it and outside.
-        shape = (max_num_reqs, layers, groups)
+        shape = (max_num_reqs, layers, 1)
         self.mass = torch.empty((*shape, max_model_len), dtype=torch.float32, device=device)
         if dilation:
-            self._sharp = torch.empty((max_num_reqs, groups, max_model_len), dtype=torch.float32, device=device)
+            self._sharp = torch.empty((max_num_reqs, 1, max_model_len), dtype=torch.float32, device=device)
         self.bits = torch.empty((*shape, words), dtype=torch.int32, device=device)
         self.counts = torch.empty(shape, dtype=torch.int32, device=device)
         self.scored_rows = torch.full((max_num_reqs, SCORED), -1, dtype=torch.int64, device=device)
@@ -95,15 +93,13 @@ class TargetCapture:
         target = self._sharp[:rows] if self.dilation else mass
         self.operations.accumulate_mass(self.scores[:rows], self.lse[:rows], lens, target, self.weight, "store")
         if self.dilation:
-            weight = 1.0 / (self.dilation + 1)
-            for group in range(mass.shape[1]):
-                self.operations.dilate_mass(target[:, group], lens, mass[:, group], self.dilation, weight)
+            self.operations.dilate_mass(target[:, 0], lens, mass[:, 0], self.dilation, 1.0 / (self.dilation + 1))
 
     def select(self, wanted: torch.Tensor, committed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Selections of the step that has just been verified.
 
         wanted [R] bool: rows for which tokens are drafted next. committed [R] int32: tokens each row has now, accepted
-        ones included. Returns bits [R, S, G, W] and prefix_lens [R] int32; positions from there on are not ranked, and
+        ones included. Returns bits [R, S, 1, W] and prefix_lens [R] int32; positions from there on are not ranked, and
         to be kept.
         """
         rows = wanted.shape[0]

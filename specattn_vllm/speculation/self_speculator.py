@@ -93,12 +93,11 @@ class SelfSpeculator(RoundSpeculator):
         seen = torch.where(wanted, step_lens, 0)
         block_table = self.block_tables.input_block_tables[0][: wanted.shape[0]]
         kept = self.selection.tables.build(bits.transpose(0, 1), prefix_lens, seen, block_table)
-        # Of what each step sees, what it reads; a table may serve several layers, and a list several heads.
+        # Of what each step sees, what it reads; a table serves all heads, and may serve several layers.
         layers, heads = len(self.selection.tables.layer_sources), self.selection.num_kv_heads
-        _, tables, _, groups = kept.shape
         self.counters.on_device("draft_kv_full").add_(seen.sum(dtype=torch.int64), alpha=layers * heads)
         read = kept.sum(dtype=torch.int64)
-        self.counters.on_device("draft_kv_read").add_(read, alpha=layers // tables * (heads // groups))
+        self.counters.on_device("draft_kv_read").add_(read, alpha=layers // kept.shape[1] * heads)
 
     def _step_metadata(self, batch: InputBatch, step: int, recording: bool) -> tuple[dict[str, Any], dict[str, Any]]:
         rows = batch.num_reqs

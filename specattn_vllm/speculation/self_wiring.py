@@ -58,7 +58,7 @@ def prepare_self(speculator: RoundSpeculator) -> SelfSelection:
     requests, width = speculator.max_num_reqs, row_width(speculator.max_model_len)
 
     def allocate(device: torch.device) -> SelfSelection:
-        if options.method == "streamingllm":
+        if options.kind.window:
             window = Window(speculator.operations, Limits.of(options), requests, width, device)
             tables = torch.empty((1, requests, 1, width), dtype=torch.int32, device=device)
             return SelfSelection(window, _tables(dict.fromkeys(names, 0), tables, tables.nbytes), heads)
@@ -68,7 +68,6 @@ def prepare_self(speculator: RoundSpeculator) -> SelfSelection:
             Limits.of(options),
             layer_sources=sources,
             num_heads=first.impl.num_heads,
-            groups=heads if options.per_kv_head else 1,
             max_query_len=speculator.num_speculative_steps + 1,
             max_num_reqs=requests,
             max_model_len=width,
@@ -76,7 +75,7 @@ def prepare_self(speculator: RoundSpeculator) -> SelfSelection:
             device=device,
         )
         # The mass has been chosen from when the tables are made.
-        tables = capture.mass.view(torch.int32).view(len(names), requests, capture.mass.shape[2], width)
+        tables = capture.mass.view(torch.int32).view(len(names), requests, 1, width)
         return SelfSelection(capture, _tables(sources, tables, 0), heads)
 
     def _tables(sources: dict[str, int], page_table: torch.Tensor, nbytes: int) -> DraftTables:

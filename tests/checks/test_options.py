@@ -77,10 +77,10 @@ def test_options_without_effect_are_named(configure, warnings, options, idle):
             "audit_floor, audit_share, check_weights, combine, dense_layers, layer_map, refresh_every, sparse_draft",
         ),
         (
-            {"method": "streamingllm", "top_p": 0.5, "rule": "top_p", "per_kv_head": True, "dilation": 3, "ratio": 0.2},
-            "dilation, per_kv_head, rule, top_p",
+            {"method": "streamingllm", "top_p": 0.5, "rule": "top_p", "dilation": 3, "ratio": 0.2},
+            "dilation, rule, top_p",
         ),
-        ({"method": "specattn", "per_kv_head": True, "dilation": 3}, "dilation, per_kv_head"),
+        ({"method": "specattn", "dilation": 3}, "dilation"),
     ],
     ids=lambda value: value["method"] if isinstance(value, dict) else "idle",
 )
@@ -90,7 +90,7 @@ def test_options_of_other_methods_are_named(configure, warnings, options, idle):
     assert [message.split("without effect: ")[1] for message in warnings] == [idle]
 
 
-@pytest.mark.parametrize("options", [{"preset": "paper"}, {"per_kv_head": True, "dilation": 5, "crossover_tokens": 9}])
+@pytest.mark.parametrize("options", [{"preset": "paper"}, {"dilation": 5, "crossover_tokens": 9}])
 def test_options_of_vegas_have_an_effect_there(configure, warnings, options):
     configure(options={"method": "vegas", **options}, draft="target")
     assert not [message for message in warnings if "without effect" in message]

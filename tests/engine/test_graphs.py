@@ -55,7 +55,6 @@ def replayed(monkeypatch):
         pytest.param({"top_p": 1.0}, id="top_p=1"),
         pytest.param({"method": "sts", "ratio": 1.0}, id="sts-everything"),
         pytest.param({"method": "vegas", "min_tokens": 32, "crossover_tokens": 0}, id="vegas"),
-        pytest.param({"method": "vegas", "min_tokens": 32, "per_kv_head": True, "dilation": 5}, id="vegas-per_kv_head"),
         pytest.param({"method": "streamingllm", "min_tokens": 32}, id="streamingllm"),
         pytest.param({"top_p": 0.5, "crossover_tokens": 10**6}, id="below-the-crossover"),
         pytest.param(

@@ -20,7 +20,6 @@ LENGTHS = {
     "options",
     [
         pytest.param({}, id="vegas"),
-        pytest.param({"per_kv_head": True}, id="vegas-per_head"),
         pytest.param({"rule": "top_p", "top_p": 0.8, "dilation": 0}, id="vegas-top_p-no_dilation"),
         pytest.param({"method": "streamingllm"}, id="streamingllm"),
     ],

@@ -27,8 +27,8 @@ TORCH = executors.resolve("torch", CPU)
 BLOCKS_OF = dataclasses.replace(TORCH, build_page_tables=reference.build_block_tables, granularity="block")
 
 
-def make(operations=TORCH, groups: int = 1) -> DraftTables:
-    memory = torch.full((len(LAYERS), MAX_REQS, groups, WIDTH), POISON, dtype=torch.int32)
+def make(operations=TORCH) -> DraftTables:
+    memory = torch.full((len(LAYERS), MAX_REQS, 1, WIDTH), POISON, dtype=torch.int32)
     made = DraftTables(operations, LAYERS, memory, 0)
     made._kept.fill_(-7)
     made.attach(BLOCK, lambda: STRIDES)
@@ -36,16 +36,16 @@ def make(operations=TORCH, groups: int = 1) -> DraftTables:
 
 
 class Round:
-    """Chosen positions per (source, row, group), lengths that each step sees, and where the blocks lie."""
+    """Chosen positions per (source, row), lengths that each step sees, and where the blocks lie."""
 
-    def __init__(self, committed: list[int], prefix_lens: list[int], groups: int = 1, seed: int = 0) -> None:
+    def __init__(self, committed: list[int], prefix_lens: list[int], seed: int = 0) -> None:
         rng, rows = random.Random(seed), len(committed)
-        self.prefix_lens, self.groups = prefix_lens, groups
+        self.prefix_lens = prefix_lens
         # As the speculator gives them: nothing past the longest request, zero for a row for which nothing is drafted.
         self.steps = [[min(n + k, MAX_LEN) if n else 0 for n in committed] for k in range(1, STEPS + 1)]
         self.chosen = {
             key: {p for p in range(prefix_lens[key[1]]) if rng.random() < 0.4}
-            for key in itertools.product(range(len(LAYERS)), range(rows), range(groups))
+            for key in itertools.product(range(len(LAYERS)), range(rows))
         }
         free = rng.sample(range(100), rows * 8)
         # A block table is not cleared between requests.
@@ -57,12 +57,12 @@ class Round:
     def build(self, tables: DraftTables) -> torch.Tensor:
         rows = len(self.prefix_lens)
         # By request first, as they are made; bits past the prefix say nothing.
-        bits = torch.full((rows, len(LAYERS), self.groups, WORDS), -1, dtype=torch.int32)
-        for (s, r, g), positions in self.chosen.items():
+        bits = torch.full((rows, len(LAYERS), 1, WORDS), -1, dtype=torch.int32)
+        for (s, r), positions in self.chosen.items():
             for word in range(WORDS):
                 inside = range(word * 32, word * 32 + 32)
                 value = sum(1 << p % 32 for p in inside if p in positions or p >= self.prefix_lens[r])
-                bits[r, s, g, word] = value - 2**32 if value >= 2**31 else value
+                bits[r, s, 0, word] = value - 2**32 if value >= 2**31 else value
         return tables.build(
             bits.transpose(0, 1),
             torch.tensor(self.prefix_lens, dtype=torch.int32),
@@ -70,31 +70,28 @@ class Round:
             torch.tensor(self.blocks, dtype=torch.int32).view(rows, -1),
         )
 
-    def read(self, step: int, s: int, r: int, g: int) -> list[int]:
+    def read(self, step: int, s: int, r: int) -> list[int]:
         """Positions that a row reads: what was chosen, and all that is newer."""
-        return [p for p in range(self.steps[step][r]) if p >= self.prefix_lens[r] or p in self.chosen[s, r, g]]
+        return [p for p in range(self.steps[step][r]) if p >= self.prefix_lens[r] or p in self.chosen[s, r]]
 
 
 # Tokens that a row has, those that are ranked: some rejected, all accepted, a first token, nothing to draft, the end.
 COMMITTED, PREFIX = [17, 24, 1, 0, 29], [14, 24, 1, 0, 26]
 
 
-@pytest.mark.parametrize("groups", [1, HEADS])
-def test_each_step_reads_what_was_chosen_and_all_that_is_newer(groups):
-    given, tables = Round(COMMITTED, PREFIX, groups), make(groups=groups)
+def test_each_step_reads_what_was_chosen_and_all_that_is_newer():
+    given, tables = Round(COMMITTED, PREFIX), make()
     given.build(tables)
-    block, head, token = STRIDES
+    block, _, token = STRIDES
     for k in range(STEPS):
         plan = tables.plan(k)
         assert (plan.num_rows, plan.num_tokens, plan.max_query_len) == (5, 5, 1)
         assert plan.layer_sources == LAYERS
-        assert plan.kept.shape == (len(LAYERS), 5, groups)
-        for s, r, g in given.chosen:
-            pages = [
-                given.blocks[r][p // BLOCK] * block + g * head + p % BLOCK * token for p in given.read(k, s, r, g)
-            ]
-            assert int(plan.kept[s, r, g]) == len(pages)
-            assert plan.page_table[s, r, g, : len(pages)].tolist() == pages
+        assert plan.kept.shape == (len(LAYERS), 5, 1)
+        for s, r in given.chosen:
+            pages = [given.blocks[r][p // BLOCK] * block + p % BLOCK * token for p in given.read(k, s, r)]
+            assert int(plan.kept[s, r, 0]) == len(pages)
+            assert plan.page_table[s, r, 0, : len(pages)].tolist() == pages
 
 
 def test_a_row_for_which_nothing_is_drafted_reads_nothing():
@@ -121,13 +118,13 @@ def test_steps_of_blocks_end_where_their_tokens_do():
     for k in range(STEPS):
         plan = tables.plan(k)
         assert plan.page_table.shape[-1] == -(-WIDTH // BLOCK)
-        for s, r, g in given.chosen:
+        for s, r in given.chosen:
             # A block is read from the first step on in which some step reads of it; what a step sees of it is its part.
-            blocks = sorted({p // BLOCK for p in given.read(STEPS - 1, s, r, g)})
+            blocks = sorted({p // BLOCK for p in given.read(STEPS - 1, s, r)})
             seen = sum(min(given.steps[k][r] - b * BLOCK, BLOCK) for b in blocks if b * BLOCK < given.steps[k][r])
-            assert int(plan.kept[s, r, g]) == seen
+            assert int(plan.kept[s, r, 0]) == seen
             listed = -(-seen // BLOCK)
-            assert plan.page_table[s, r, g, :listed].tolist() == [given.blocks[r][b] for b in blocks[:listed]]
+            assert plan.page_table[s, r, 0, :listed].tolist() == [given.blocks[r][b] for b in blocks[:listed]]
 
 
 def test_rounds_of_different_sizes_do_not_see_each_other():
@@ -138,8 +135,8 @@ def test_rounds_of_different_sizes_do_not_see_each_other():
         given.build(tables)
         plan = tables.plan(1)
         assert plan.num_rows == len(committed)
-        for s, r, g in given.chosen:
-            assert int(plan.kept[s, r, g]) == len(given.read(1, s, r, g))
+        for s, r in given.chosen:
+            assert int(plan.kept[s, r, 0]) == len(given.read(1, s, r))
         assert (tables._page_table[:, len(committed) :] == POISON).all()
 
 

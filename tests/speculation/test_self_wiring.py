@@ -44,26 +44,25 @@ def owned(*holders) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("options", "groups", "dilation"),
+    ("options", "dilation"),
     [
-        ({}, 1, STEPS + 1),
-        ({"per_kv_head": True}, KV_HEADS, STEPS + 1),
-        ({"dilation": 0}, 1, 0),
-        ({"dilation": 4}, 1, 4),
-        ({"preset": "paper", "ratio": 0.2}, 1, 0),
+        ({}, STEPS + 1),
+        ({"dilation": 0}, 0),
+        ({"dilation": 4}, 4),
+        ({"preset": "paper", "ratio": 0.2}, 0),
     ],
 )
-def test_vegas_captures_every_layer_of_the_target(monkeypatch, options, groups, dilation):
+def test_vegas_captures_every_layer_of_the_target(monkeypatch, options, dilation):
     made = prepared(monkeypatch, **{"method": "vegas", "ratio": 0.2, **options})
     assert isinstance(made.source, TargetCapture)
     assert made.source.layer_sources == made.tables.layer_sources == {name: s for s, name in enumerate(NAMES)}
     assert made.source.max_query_len == STEPS + 1
     assert made.source.scores.shape == (REQUESTS, 2 * HEADS, ROW)
-    assert made.source.mass.shape == (REQUESTS, LAYERS, groups, ROW)
+    assert made.source.mass.shape == (REQUESTS, LAYERS, 1, ROW)
     assert made.source.dilation == dilation
-    # The share is a limit of the selection, the mean is over both rows and all heads of a group.
+    # The share is a limit of the selection, the mean is over both rows and all heads.
     assert made.source.limits.max_fraction == 0.2
-    assert made.source.weight == groups / (2 * HEADS)
+    assert made.source.weight == 1 / (2 * HEADS)
 
 
 @pytest.mark.parametrize(
@@ -89,11 +88,10 @@ def test_streamingllm_has_one_table_for_all_layers(monkeypatch):
     assert made.tables._page_table.shape == (1, REQUESTS, 1, ROW)
 
 
-@pytest.mark.parametrize("per_kv_head", [False, True])
-def test_tables_lie_in_the_mass_that_they_are_made_from(monkeypatch, per_kv_head):
-    made = prepared(monkeypatch, method="vegas", per_kv_head=per_kv_head)
+def test_tables_lie_in_the_mass_that_they_are_made_from(monkeypatch):
+    made = prepared(monkeypatch, method="vegas")
     mass, tables = made.source.mass, made.tables._page_table
-    assert tables.shape == (LAYERS, REQUESTS, mass.shape[2], ROW)
+    assert tables.shape == (LAYERS, REQUESTS, 1, ROW)
     assert tables.data_ptr() == mass.data_ptr() and tables.nbytes == mass.nbytes
     assert "page tables" in made.nbytes and made.nbytes["page tables"] == 0
 
@@ -102,7 +100,6 @@ def test_tables_lie_in_the_mass_that_they_are_made_from(monkeypatch, per_kv_head
     "options",
     [
         {"method": "vegas"},
-        {"method": "vegas", "per_kv_head": True},
         {"method": "vegas", "dilation": 0},
         {"method": "streamingllm"},
     ],

@@ -41,7 +41,6 @@ def make(opts: SpecAttnOptions, executor: str = "torch") -> TargetCapture:
         Limits.of(opts),
         layer_sources=LAYERS,
         num_heads=HEADS,
-        groups=KV_HEADS if opts.per_kv_head else 1,
         max_query_len=LONGEST,
         max_num_reqs=MAX_REQS,
         max_model_len=MAX_LEN,
@@ -130,23 +129,16 @@ class Step:
         computed, query = self.rows[r]
         return self.lens[r] if query > LONGEST else max(computed + 1, 0) if self.lens[r] else 0
 
-    def mass(self, name: str, r: int, heads: slice, dilation: int) -> list[float]:
-        """Per position, the mean over heads and the first and the last token (of a prompt, the last)."""
+    def mass(self, name: str, r: int, dilation: int) -> list[float]:
+        """Per position, the mean over all heads and the first and the last token (of a prompt, the last)."""
         length, query = self.ranked(r), self.rows[r][1]
         scored = (query - 1, query - 1) if query > LONGEST else (0, query - 1)
-        rows = [self.attention(name, r, i)[0][heads, :length].mean(0).tolist() for i in scored]
+        rows = [self.attention(name, r, i)[0][:, :length].mean(0).tolist() for i in scored]
         sharp = [(a + b) / 2 for a, b in zip(*rows, strict=True)]
         return [max(sharp[max(p - dilation, 0) : p + 1]) / (dilation + 1) for p in range(length)]
 
 
-def groups_of(opts: SpecAttnOptions) -> list[slice]:
-    each = HEADS // KV_HEADS
-    return [slice(g * each, (g + 1) * each) for g in range(KV_HEADS)] if opts.per_kv_head else [slice(None)]
-
-
-HOW = pytest.mark.parametrize(
-    "changes", [{}, {"per_kv_head": True}, {"dilation": 3}, {"per_kv_head": True, "dilation": 5}], ids=str
-)
+HOW = pytest.mark.parametrize("changes", [{}, {"dilation": 3}, {"dilation": 5}], ids=str)
 BATCHES = pytest.mark.parametrize(
     "rows",
     [
@@ -170,13 +162,12 @@ def test_mass_is_the_mean_over_heads_and_both_rows(rows, changes):
     assert not capture.lens[len(rows) :].any()
     for (name, layer), r in itertools.product(LAYERS.items(), range(len(rows))):
         length = step.ranked(r)
-        for g, heads in enumerate(groups_of(opts)):
-            got = capture.mass[r, layer, g]
-            if length:
-                wanted = torch.tensor(step.mass(name, r, heads, opts.dilation))
-                torch.testing.assert_close(got[:length], wanted, rtol=1e-4, atol=1e-6)
-            # What is not ranked is nobody's: of rejected tokens, of padding.
-            assert got[length:].isnan().all()
+        got = capture.mass[r, layer, 0]
+        if length:
+            wanted = torch.tensor(step.mass(name, r, opts.dilation))
+            torch.testing.assert_close(got[:length], wanted, rtol=1e-4, atol=1e-6)
+        # What is not ranked is nobody's: of rejected tokens, of padding.
+        assert got[length:].isnan().all()
 
 
 @HOW
@@ -187,23 +178,22 @@ def test_the_selection_is_what_plain_python_chooses(rows, changes, choose, token
     step.run(capture)
     lens = torch.tensor(step.lens, dtype=torch.int32)
     bits, prefix_lens = capture.select(lens > 0, lens)
-    assert bits.shape == (len(rows), 2, len(groups_of(opts)), 3)
+    assert bits.shape == (len(rows), 2, 1, 3)
     assert prefix_lens.tolist() == [step.ranked(r) for r in range(len(rows))]
     assert prefix_lens.dtype == torch.int32
     for (name, layer), r in itertools.product(LAYERS.items(), range(len(rows))):
-        for g, heads in enumerate(groups_of(opts)):
-            wanted = choose(step.mass(name, r, heads, opts.dilation), opts) if step.ranked(r) else set()
-            assert tokens(bits[r, layer, g]) == wanted, (name, r, g)
+        wanted = choose(step.mass(name, r, opts.dilation), opts) if step.ranked(r) else set()
+        assert tokens(bits[r, layer, 0]) == wanted, (name, r)
 
 
 def test_on_this_data_the_ways_of_choosing_differ(choose):
     # Otherwise the tests above could not tell them apart.
     step = Step(MIXED, seed=1)
     for r in (0, 2, 5):
-        ways = [step.mass("model.layers.0", r, heads, d) for heads in (slice(None), slice(0, 2)) for d in (0, 3)]
+        ways = [step.mass("model.layers.0", r, d) for d in (0, 3)]
         last = step.attention("model.layers.0", r, step.rows[r][1] - 1)[0].mean(0)[: step.ranked(r)].tolist()
         chosen = {frozenset(choose(mass, options())) for mass in ways}
-        assert len(chosen) == 4
+        assert len(chosen) == 2
         # A verification has a first row besides the last, a prompt has not.
         assert (choose(last, options()) == choose(ways[0], options())) == (r == 5)
 
@@ -216,7 +206,7 @@ def test_the_limits_are_those_of_every_method(changes, choose, tokens):
     lens = torch.tensor(step.lens, dtype=torch.int32)
     bits, _ = capture.select(lens > 0, lens)
     for (name, layer), r in itertools.product(LAYERS.items(), range(len(VERIFICATIONS))):
-        assert tokens(bits[r, layer, 0]) == choose(step.mass(name, r, slice(None), 0), opts)
+        assert tokens(bits[r, layer, 0]) == choose(step.mass(name, r, 0), opts)
 
 
 @BATCHES
@@ -253,7 +243,7 @@ def test_rows_that_are_not_wanted_get_nothing(choose, tokens):
     assert prefix_lens.tolist() == [41, 0, 34, 0, 0, 30, 0]
     assert not bits[~wanted].any()
     for r in (0, 2, 5):
-        assert tokens(bits[r, 1, 0]) == choose(step.mass("model.layers.2", r, slice(None), 0), opts)
+        assert tokens(bits[r, 1, 0]) == choose(step.mass("model.layers.2", r, 0), opts)
 
 
 @pytest.mark.parametrize(("committed", "ranked"), [(44, 41), (42, 41), (41, 41), (38, 38), (1, 1)])
@@ -265,7 +255,7 @@ def test_what_is_ranked_ends_where_the_row_does(committed, ranked, choose, token
     step.run(capture)
     bits, prefix_lens = capture.select(torch.tensor([True]), torch.tensor([committed], dtype=torch.int32))
     assert prefix_lens.tolist() == [ranked]
-    mass = step.mass("model.layers.0", 0, slice(None), 0)
+    mass = step.mass("model.layers.0", 0, 0)
     assert tokens(bits[0, 0, 0]) == choose(mass[:ranked], opts)
 
 
@@ -281,7 +271,7 @@ def test_steps_of_different_sizes_do_not_see_each_other(choose, tokens):
         bits, prefix_lens = capture.select(lens > 0, lens)
         assert prefix_lens.tolist() == [step.ranked(r) for r in range(len(rows))]
         for (name, layer), r in itertools.product(LAYERS.items(), range(len(rows))):
-            assert tokens(bits[r, layer, 0]) == choose(step.mass(name, r, slice(None), 2), opts)
+            assert tokens(bits[r, layer, 0]) == choose(step.mass(name, r, 2), opts)
 
 
 def test_what_a_graph_holds_stays_at_its_address():
@@ -298,7 +288,7 @@ def test_what_a_graph_holds_stays_at_its_address():
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set from the start")
-@pytest.mark.parametrize("changes", [{}, {"per_kv_head": True, "dilation": 3}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"dilation": 3}], ids=str)
 def test_the_kernels_select_the_same(changes, choose, tokens):
     rows = [(40, 4), (17, 1), PADDED]
     step, opts = Step(rows), options(**changes)
@@ -308,17 +298,15 @@ def test_the_kernels_select_the_same(changes, choose, tokens):
     bits, prefix_lens = capture.select(lens > 0, lens)
     assert prefix_lens.tolist() == [41, 18, 0]
     for (name, layer), r in itertools.product(LAYERS.items(), range(2)):
-        for g, heads in enumerate(groups_of(opts)):
-            assert tokens(bits[r, layer, g]) == choose(step.mass(name, r, heads, opts.dilation), opts)
+        assert tokens(bits[r, layer, 0]) == choose(step.mass(name, r, opts.dilation), opts)
     assert not bits[2].any()
 
 
-@pytest.mark.parametrize("changes", [{}, {"per_kv_head": True, "dilation": 3}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"dilation": 3}], ids=str)
 def test_its_size_is_that_of_its_buffers(changes):
     opts = options(**changes)
-    groups = len(groups_of(opts))
     made = make(opts).nbytes
     assert made["scores"] == 4 * MAX_REQS * 2 * HEADS * (MAX_LEN + 1)  # with their logsumexp
     # Two layers, and the row before it is spread.
-    assert made["mass"] == 4 * MAX_REQS * groups * MAX_LEN * (2 + bool(opts.dilation))
-    assert made["bitmasks"] == 4 * MAX_REQS * groups * 2 * (3 + 1)
+    assert made["mass"] == 4 * MAX_REQS * MAX_LEN * (2 + bool(opts.dilation))
+    assert made["bitmasks"] == 4 * MAX_REQS * 2 * (3 + 1)

@@ -1,0 +1,26 @@
+"""As `specattn`, for each KV head what the draft head it is mapped to attended to (Xu et al., arXiv 2605.15508)."""
+
+from specattn_vllm.methods.base import BUDGET, BY_DRAFT, Method
+from specattn_vllm.methods.specattn import CROSSOVER
+
+METHOD = Method(
+    name="sts",
+    summary="each KV head reads what the draft head it is mapped to attended to (approximate)",
+    drafter="draft model",
+    target_reads="draft's choice",
+    options=BUDGET | BY_DRAFT | {"sparse_draft"},
+    draft_options=frozenset({"draft_ratio", "refresh_draft_every"}),
+    per_head=True,
+    crossover=CROSSOVER,
+    # A fixed budget of tokens for each head, whatever the context.
+    paper={
+        "rule": "top_k",
+        "ratio": 1.0,
+        "min_tokens": 0,
+        "max_tokens": 256,
+        "sink_tokens": 0,
+        "recent_tokens": 0,
+        "bonus_row": False,
+        "induction": False,
+    },
+)

@@ -1,0 +1,83 @@
+"""Who imports whom: no circles, production knows nothing of the tools, and what is plain data loads nothing."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = {"specattn_vllm": ROOT / "specattn_vllm", "specattn_vllm.kernels": ROOT / "kernels"}
+TOOLS = ("bench", "calibrate", "evaluation", "demo", "cli", "info", "remaining", "interrupts", "outputs", "causes")
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for package, folder in FOLDERS.items():
+        for path in folder.rglob("*.py"):
+            parts = path.relative_to(folder).with_suffix("").parts
+            if "overlay" not in parts:
+                found[".".join((package, *(part for part in parts if part != "__init__")))] = path
+    return found
+
+
+def imported(name: str, path: Path) -> set[str]:
+    """Absolute names of everything that a module imports as it loads, or for its annotations; not inside functions,
+    which may load what imports them."""
+    package = name if path.name == "__init__.py" else name.rpartition(".")[0]
+    names = set()
+
+    def visit(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            if isinstance(child, ast.Import):
+                names.update(alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                base = child.module or ""
+                if child.level:
+                    above = package.split(".")[: len(package.split(".")) - child.level + 1]
+                    base = ".".join([*above, *([child.module] if child.module else [])])
+                names.update({base, *(f"{base}.{alias.name}" for alias in child.names)})
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return names
+
+
+@pytest.fixture(scope="module")
+def graph() -> dict[str, set[str]]:
+    found = modules()
+    assert len(found) > 150
+    return {name: (imported(name, path) & found.keys()) - {name} for name, path in found.items()}
+
+
+def test_there_are_no_circles(graph):
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(" -> ".join(reversed(error.args[1])))
+
+
+def test_the_test_above_sees_circles():
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
+
+
+def test_production_knows_nothing_of_the_tools(graph):
+    def is_tool(name: str) -> bool:
+        return name.split(".")[1:2] and name.split(".")[1] in TOOLS
+
+    wrong = {(name, other) for name, others in graph.items() if not is_tool(name) for other in others if is_tool(other)}
+    # The package's front door re-exports nothing, the plugin loads nothing of them.
+    assert not wrong
+
+
+def test_methods_are_data():
+    """They are read by the command line, which has neither torch nor vLLM at hand."""
+    for name, path in modules().items():
+        if name.startswith("specattn_vllm.methods"):
+            outside = {i.split(".")[0] for i in imported(name, path)} - {"__future__", "specattn_vllm"}
+            assert outside <= {"collections", "dataclasses", "typing"}, name
