@@ -12,7 +12,8 @@ import torch
 
 from specattn_vllm import executors
 from specattn_vllm.executors import ExecutorError, Operations, fa3, resolve, write_kv
-from specattn_vllm.options import ExecutorName, SpecAttnOptions
+from specattn_vllm.option_fields import ExecutorName
+from specattn_vllm.options import SpecAttnOptions
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 OPERATIONS = {field.name for field in dataclasses.fields(Operations)} - {"name", "granularity", "graphs", "label"}
