@@ -99,8 +99,9 @@ def _methods_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def methods(args: argparse.Namespace) -> None:
-    from specattn_vllm.methods import METHODS
+    from specattn_vllm.methods import METHODS, load_others
 
+    load_others()
     if args.json:
         told = {
             name: {"summary": method.summary, "lossless": method.lossless, "options": sorted(method.options)}

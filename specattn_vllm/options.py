@@ -31,6 +31,8 @@ class SpecAttnOptions(OptionFields):
     @classmethod
     def _known(cls, value: str) -> str:
         if value not in methods.METHODS:
+            methods.load_others()
+        if value not in methods.METHODS:
             raise ValueError(f"there is no such method: choose from {', '.join(methods.METHODS)}")
         return value
 

@@ -1,6 +1,7 @@
 """The methods, by name: one file each, and its line here. `base.py` says what a method is.
 
-Other packages add theirs by an entry point of the group `specattn_vllm.methods`, which names a `Method`.
+Other packages add theirs by an entry point of the group `specattn_vllm.methods`, by the method's name, which leads to a
+`Method`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from specattn_vllm.methods.base import Method
 
 METHODS: dict[str, Method] = {}
 DEFAULT = "sketch"
+GROUP = "specattn_vllm.methods"
 
 
 def register(method: Method) -> None:
@@ -22,5 +24,16 @@ def register(method: Method) -> None:
 
 for module in (sketch, specattn, sts, vegas, streamingllm, dense):
     register(module.METHOD)
-for entry in entry_points(group="specattn_vllm.methods"):
-    register(entry.load())
+
+def load_others() -> None:
+    """Register the methods of other packages. Not done before a name is unknown: they may import all of this package,
+    torch and vLLM."""
+    for entry in entry_points(group=GROUP):
+        if entry.name not in METHODS:
+            try:
+                register(entry.load())
+            except Exception as error:
+                raise RuntimeError(
+                    f"the method {entry.name!r} of another package ({entry.value}) cannot be loaded: {error}. Mend or "
+                    "uninstall that package"
+                ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -64,6 +65,40 @@ def test_a_name_is_given_once():
     with pytest.raises(ValueError, match="there is a method 'dense' already"):
         methods.register(again)
     methods.register(methods.METHODS["dense"])
+
+
+@pytest.fixture
+def another(monkeypatch):
+    """another(entry points): what other packages have."""
+    before = dict(methods.METHODS)
+
+    def put(*found):
+        monkeypatch.setattr(methods, "entry_points", lambda group: found if group == "specattn_vllm.methods" else ())
+
+    yield put
+    methods.METHODS.clear()
+    methods.METHODS.update(before)
+
+
+def test_methods_of_other_packages_are_loaded_when_one_is_named(another):
+    method = dataclasses.replace(methods.METHODS["sketch"], name="theirs")
+    loads = []
+    entry = SimpleNamespace(name="theirs", value="pkg:METHOD", load=lambda: loads.append(1) or method)
+    another(entry)
+    SpecAttnOptions(method="dense")
+    assert not loads
+    assert SpecAttnOptions(method="theirs").kind is method
+    SpecAttnOptions(method="theirs")
+    assert len(loads) == 1
+
+
+def test_a_package_whose_method_cannot_be_loaded_is_named(another):
+    def load():
+        raise ImportError("no module named 'xyz'")
+
+    another(SimpleNamespace(name="theirs", value="pkg:METHOD", load=load))
+    with pytest.raises(RuntimeError, match=r"'theirs' of another package \(pkg:METHOD\) cannot be loaded: no module"):
+        SpecAttnOptions(method="theirs")
 
 
 @pytest.mark.parametrize(
