@@ -56,7 +56,7 @@ COLUMNS = (
     _share("KV read by the draft", "by the draft", "draft_kv_read"),
     _estimate("KL to dense", "KL to dense", "kl", "z.4f", compared=True),
     _estimate("KL above rounding", "above rounding", "kl_above_rounding", "z.4f", compared=True),
-    _estimate("same favourite", "same favourite", "agreement", ".1%", compared=True),
+    _estimate("top-1 agreement", "top-1 agreement", "agreement", ".1%", compared=True),
     _estimate("perplexity change", "perplexity change", "perplexity_change", "+z.2%", compared=True),
     _estimate("acceptance along the text", "along the text", "text_tokens", ".2f"),
     _estimate("the same, greedy", "greedy", "text_greedy_tokens", ".2f"),
@@ -67,7 +67,7 @@ UNKNOWN = Cell("not counted", -1.0)
 
 # Fields of a `Difference`: what they are called and how they are written.
 DIFFERENCES = (
-    ("kl", "KL", "+z.4f"), ("agreement", "same favourite", "+z.2%"), ("nll", "loss (nats a token)", "+z.4f"),
+    ("kl", "KL", "+z.4f"), ("agreement", "top-1 agreement", "+z.2%"), ("nll", "loss (nats a token)", "+z.4f"),
     ("text_tokens", "acceptance along the text", "+z.2f"), ("text_greedy_tokens", "the same, greedy", "+z.2f"),
     ("acceptance_length", "acceptance, free run", "+z.2f"),
 )  # fmt: skip

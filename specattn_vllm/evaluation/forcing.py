@@ -4,7 +4,7 @@ The engine is a real one and takes its own path: the draft runs all its steps, i
 made, and the target verifies through them. Two decisions are taken away from it, both about which token comes next:
 
 sample_draft  (`DraftModelSpeculator`, vLLM's base of every speculator that runs a model). A draft step's token is the
-              text's, not the draft's favourite. So the draft attends from the true tokens, and what it selects is what
+              text's, not the draft's own. So the draft attends from the true tokens, and what it selects is what
               it would have selected with all of them accepted. The text is read from a table on the device by slot and
               position: this runs inside CUDA graphs, for rows of a graph that nobody uses too. Where the table holds
               no text for a row, the draft's own choice stands, so the same engine also runs free.

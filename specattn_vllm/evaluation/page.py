@@ -123,7 +123,7 @@ def _charts(rows: list[tuple[SettingResult, Figures]]) -> list[Chart]:
     return [
         chart("KL to dense (nats)", values("kl"), "{:.3g}".format, log=True),
         chart("perplexity change", values("perplexity_change"), "{:+.1%}".format),
-        chart("same favourite", values("agreement"), "{:.1%}".format),
+        chart("top-1 agreement", values("agreement"), "{:.1%}".format),
     ]
 
 

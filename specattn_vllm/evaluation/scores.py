@@ -1,4 +1,4 @@
-"""The target's logits to figures per position: loss, KL divergence from the dense run, agreement of favourites."""
+"""The target's logits to figures per position: loss, KL divergence from the dense run, top-1 agreement."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Reference:
 
     logprobs [documents, positions, vocabulary] float16, best [documents, positions] int32. Half precision moves a
     log-probability by 0.05% of itself; distributions are normalised again when they are read, which leaves some 1e-6 of
-    KL. Favourites are kept beside, because rounding makes ties.
+    KL. The most likely tokens are kept beside, because rounding makes ties.
     """
 
     def __init__(self, folder: Path, *, write: bool) -> None:
