@@ -8,8 +8,8 @@ the j-th,
     tokens of a round = 1 + a_1 + a_1 a_2 + ... + a_1 ... a_K
 
 and likewise for greedy decoding, where a_j is 1 if both find the same token most likely, else 0. The drafts before the
-j-th are the text's, not the draft's own. So the text is the same for all settings, which text that a model writes itself is
-not, and a target that repeats itself earns nothing.
+j-th are the text's, not the draft's own. So the text is the same for all settings, which text that a model writes
+itself is not, and a target that repeats itself earns nothing.
 """
 
 from __future__ import annotations
