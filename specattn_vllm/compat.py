@@ -47,6 +47,7 @@ SPECULATOR_HOOKS of upstream's speculator (`missing_hooks` looks for them at sta
 `last_token_indices`, `expanded_positions`, `expanded_input_ids`, `input_buffers`, `block_tables`, `draft_tokens`,
 `attn_cg_support`, `dp_size` and `draft_watermarker`;
 `speculation/graphs.py` builds on vLLM's `CudaGraphManager`, `InputBuffers` and `InputBatch.make_dummy`;
+`capture_twice` reads and sets the manager's `graphs`, `_capture_descs` and `_capture_mem_samples`;
 `speculation/wiring.py` reads the attention layers that vLLM has configured.
 
 `apply_all` applies them in every vLLM process, but `prepare_cpu_worker`, which a worker applies. Each has an effect
@@ -348,9 +349,10 @@ def capture_twice(model: Any, target: Any) -> None:
                 capture(self, model, *args, **kwargs)
         finally:
             self.graphs, self._capture_descs = graphs, wanted
-            if samples is not None:
-                # vLLM reckons with a graph for each batch size: its memory is that of both.
-                samples[:] = [sum(pair) for pair in zip(before, samples[len(before) :], strict=True)]
+        if samples is not None:
+            # vLLM reckons with a graph for each batch size, which takes a MiB at least: its memory is that of both.
+            pairs = zip(before, samples[len(before) :], strict=True)
+            samples[:] = [sum(pair) if n == 0 else sum(max(x, 1 << 20) for x in pair) for n, pair in enumerate(pairs)]
 
     @functools.wraps(run)
     def run_fullgraph(self, desc: Any) -> Any:

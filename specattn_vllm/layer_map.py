@@ -11,18 +11,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from specattn_vllm import methods
 from specattn_vllm.fingerprint import ModelFacts
 
 SCHEMA = "specattn-layer-map/1"
 UNIFORM = "uniform"
-FITS = {
-    "specattn": ("specattn",),
-    "sts": ("sts", "specattn"),
-    "dense": ("specattn", "sts"),
-}
-"""Methods whose maps serve each method, the best first. `dense` reads none, and is run in the place of any."""
-
-
 MAX_SHARE = 1024.0
 
 
@@ -226,7 +219,7 @@ def resolve(
 
     Raises LayerMapError if a map that was asked for was made for another method or other models.
     """
-    fits = FITS[method]
+    fits = methods.find(method).maps
     if name == UNIFORM:
         return uniform(target, draft)
     if name is None:

@@ -38,8 +38,7 @@ class OptionFields(BaseModel):
     rule: Rule | None = Field(
         None,
         description="'top_p': as many tokens as hold `top_p` of the attention mass. 'top_k': a fixed share of the "
-        "context, `ratio`. Default: that of the one of the two that is given, else that of the method ('top_p' for "
-        "'dense', else 'top_k').",
+        "context, `ratio`. Default: that of the one of the two that is given, else 'top_k'.",
     )
     top_p: float = Field(
         0.9, gt=0.0, le=1.0, description="Share of the attention mass on the context that the kept tokens hold."
@@ -57,8 +56,8 @@ class OptionFields(BaseModel):
     shared_budget: Literal["layers", "heads", "none"] = Field(
         "layers",
         description="With 'sketch' and rule 'top_k', who shares what is read, so that 'ratio' is the mean: the KV "
-        "heads of all 'layers', by a threshold that a request's last step would have needed; the 'heads' of each "
-        "layer; or 'none', each reads as much.",
+        "heads of all 'layers', by a threshold that a request's last choosing step would have needed; the 'heads' of "
+        "each layer; or 'none', each reads as much.",
     )
     layer_shares: bool = Field(
         True,
@@ -171,7 +170,7 @@ class OptionFields(BaseModel):
     @property
     def kind(self) -> Method:
         """The method, as it describes itself."""
-        return methods.METHODS[self.method]
+        return methods.find(self.method)
 
     @property
     def counts_bonus_row(self) -> bool:
@@ -214,7 +213,7 @@ class OptionFields(BaseModel):
     @property
     def needs_token_pages(self) -> bool:
         """Whether some selection is of single tokens and heads, which an executor of whole blocks cannot read."""
-        return self.per_head or self.drafts_by_sketch
+        return self.per_head or self.chooses_by_itself or self.drafts_by_sketch
 
     @property
     def chooses_by_itself(self) -> bool:

@@ -25,16 +25,12 @@ class SpecAttnOptions(OptionFields):
     @model_validator(mode="before")
     @classmethod
     def _fill_in_the_preset(cls, data: Any) -> Any:
-        return presets.apply(data, cls.model_fields["method"].default) if isinstance(data, dict) else data
+        return presets.apply(data) if isinstance(data, dict) else data
 
     @field_validator("method")
     @classmethod
     def _known(cls, value: str) -> str:
-        if value not in methods.METHODS:
-            methods.load_others()
-        if value not in methods.METHODS:
-            raise ValueError(f"there is no such method: choose from {', '.join(methods.METHODS)}")
-        return value
+        return methods.find(value).name
 
     @field_validator("dense_layers")
     @classmethod

@@ -90,8 +90,9 @@ class Counts:
             dense = self.verify_rows - self.sparse_rows
             # A row may be of a small batch and exact.
             short = max(dense - self.exact_rows - self.small_batch_rows, 0)
+            searched = f" and searched the sketch of {self.scanned_fraction:.1%}" if self.kv_scanned else ""
             return head + (
-                f"target read {self.kv_fraction:.1%} of KV and searched the sketch of {self.scanned_fraction:.1%}"
+                f"target read {self.kv_fraction:.1%} of KV{searched}"
                 f"{drafting}, dense rows {dense} (exact {self.exact_rows}, small batch {self.small_batch_rows}, short "
                 f"context {short}), prefill rows {self.prefill_rows}"
             )

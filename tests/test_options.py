@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 from pydantic import ValidationError
 
-from specattn_vllm import presets
 from specattn_vllm.methods import METHODS
 from specattn_vllm.options import OptionsError, SpecAttnOptions
 from specattn_vllm.selection.choose import Limits
@@ -389,8 +388,3 @@ def test_a_preset_without_a_choice_to_make_is_refused():
         message = refusal({"method": method, "preset": "paper"})
         assert f"preset = 'paper' sets how tokens are chosen, and method {method!r} has no such setting" in message
         assert "set method to one of specattn, sts, vegas" in message
-
-
-def test_every_method_that_chooses_has_every_preset():
-    for methods in presets.PRESETS.values():
-        assert {*methods} == {name for name, method in METHODS.items() if not isinstance(method.paper, str)}

@@ -41,6 +41,10 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
         self.target_capture: TargetCapture | None = None
         layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase, layer_names)
         impls = [layer.impl for layer in layers.values()]
+        for impl in impls:
+            if impl.choice is not None:
+                # Builders are made before each allocation of the cache, of which there are two.
+                impl.choice.forget_cache()
         self.target_choice: TargetChoice | None = next((i.target_choice for i in impls if i.target_choice), None)
 
     @classmethod

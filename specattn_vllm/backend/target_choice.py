@@ -80,7 +80,8 @@ class TargetChoice:
         dense = prefilling | exact | small
         self.chooses = not dense.all() if self.captured is None else self.captured
         if self.dummy:
-            self.chooser.counts.discard()
+            # The step before it counts; this one does not.
+            self.chooser.counts.fold()
         else:
             lengths = (starts[1 : short + 1] - starts[:short]).numpy()
             verifies = ~prefilling & (lengths > 0)

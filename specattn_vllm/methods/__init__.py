@@ -22,18 +22,30 @@ def register(method: Method) -> None:
         raise ValueError(f"there is a method {method.name!r} already: give another name")
 
 
-for module in (sketch, specattn, sts, vegas, streamingllm, dense):
-    register(module.METHOD)
+for _module in (sketch, specattn, sts, vegas, streamingllm, dense):
+    register(_module.METHOD)
 
-def load_others() -> None:
-    """Register the methods of other packages. Not done before a name is unknown: they may import all of this package,
-    torch and vLLM."""
+
+def load_others() -> list[str]:
+    """Register the methods of other packages, and return what could not be loaded, in words. Not done before a name is
+    unknown: they may import all of this package, torch and vLLM."""
+    failed = []
     for entry in entry_points(group=GROUP):
-        if entry.name not in METHODS:
-            try:
-                register(entry.load())
-            except Exception as error:
-                raise RuntimeError(
-                    f"the method {entry.name!r} of another package ({entry.value}) cannot be loaded: {error}. Mend or "
-                    "uninstall that package"
-                ) from error
+        if entry.name in METHODS:
+            continue
+        try:
+            method = entry.load()
+            if method.name != entry.name:
+                raise ValueError(f"the entry point is called {entry.name!r}, and the method {method.name!r}")
+            register(method)
+        except Exception as error:
+            failed.append(f"{entry.name!r} of another package ({entry.value}) cannot be loaded: {error}")
+    return failed
+
+
+def find(name: str) -> Method:
+    """The method of a name; ValueError where there is none."""
+    failed = [] if name in METHODS else load_others()
+    if name not in METHODS:
+        raise ValueError("; ".join([f"there is no such method: choose from {', '.join(METHODS)}", *failed]))
+    return METHODS[name]

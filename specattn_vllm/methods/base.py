@@ -53,8 +53,6 @@ class Method:
     """Share of the context that is kept where none is given."""
     sparse_draft: bool = False
     """Whether a draft model reads a part of its context where nothing is said."""
-    drafts_by_sketch: bool = False
-    """Whether a draft model that reads a part chooses it by a sketch of its own keys."""
     keeps_sketch: bool = False
     """Whether the target keeps a sketch of its keys in the cache."""
     fixed_rule: bool = False
@@ -65,8 +63,11 @@ class Method:
     """Executor -> context tokens of a batch below which reading everything is faster; 0 where it is not named."""
     draft_crossover: Mapping[str, int] = field(default_factory=dict)
     """The same of drafting, where it is the draft model alone that reads a part."""
-    paper: Mapping[str, Any] | str = ""
+    paper: Mapping[str, Any] | str = "nobody published one"
     """The published setting, as options; or why there is none."""
+    maps: tuple[str, ...] = ("specattn", "sts")
+    """Methods whose layer maps serve this one, the best first. Lossless methods read none, and run in the place of
+    any."""
     speculator: str = "specattn_vllm.speculation.speculator.SpecAttnSpeculator"
     """Path of the class that drafts in the place of vLLM's draft-model speculator."""
     attach: str | None = None
@@ -77,6 +78,12 @@ class Method:
     def lossless(self) -> bool:
         """Whether the output is the target's own: its verification reads everything."""
         return self.target_reads == "everything"
+
+    @property
+    def drafts_by_sketch(self) -> bool:
+        """Whether a draft model that reads a part chooses it by a sketch of its own keys, because its attention is not
+        captured."""
+        return self.target_reads != "draft's choice" and self.drafter != "target"
 
     def idle(self, given: frozenset[str], *, drafts_sparsely: bool) -> frozenset[str]:
         """Of the options that were given, those that change nothing."""

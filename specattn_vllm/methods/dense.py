@@ -9,7 +9,6 @@ METHOD = Method(
     target_reads="everything",
     options=frozenset({"sparse_draft"}),
     draft_options=BUDGET | {"draft_ratio", "sketch_bits"},
-    drafts_by_sketch=True,
     # By the times of its kernels: a 1B model's round of six steps and one search (docs/sketch.md).
     draft_crossover={"fa3": 16384},
     paper="it reads everything",

@@ -13,7 +13,6 @@ METHOD = Method(
     ratio=0.125,
     sparse_draft=True,
     keeps_sketch=True,
-    drafts_by_sketch=True,
     # H200, Llama-8B shape, bf16, 2026-11-28 (docs/results/h200-sketch-engine.json): 16 requests of 4k, 65,536 tokens,
     # take 6.58 ms instead of 7.00 without speculation; shorter batches were not measured with a search.
     crossover={"fa3": 65536},

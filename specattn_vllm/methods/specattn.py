@@ -16,6 +16,7 @@ METHOD = Method(
     options=BUDGET | BY_DRAFT | {"sparse_draft"},
     draft_options=frozenset({"draft_ratio", "refresh_draft_every"}),
     ratio=0.25,
+    maps=("specattn",),
     crossover=CROSSOVER,
     # Top-p of each draft step, united; the first two layers dense; no token always kept.
     paper={

@@ -11,6 +11,7 @@ METHOD = Method(
     options=BUDGET | BY_DRAFT | {"sparse_draft"},
     draft_options=frozenset({"draft_ratio", "refresh_draft_every"}),
     per_head=True,
+    maps=("sts", "specattn"),
     crossover=CROSSOVER,
     # A fixed budget of tokens for each head, whatever the context.
     paper={

@@ -10,8 +10,6 @@ import torch
 from specattn_vllm.kernels.sketch.contracts import sampled_tokens
 from specattn_vllm.stats import Counters
 
-REASONS = ("exact", "small_batch")
-
 
 @dataclass(frozen=True)
 class _Pending:
@@ -25,11 +23,14 @@ class _Pending:
 class StepCounts:
     """Counts the last step when the next one begins, so that nothing waits for the device."""
 
-    def __init__(self, counters: Counters, kept: torch.Tensor, dense: torch.Tensor, reads_all_up_to: int) -> None:
+    def __init__(
+        self, counters: Counters, kept: torch.Tensor, dense: torch.Tensor, reads_all_up_to: int, searches: bool
+    ) -> None:
         """kept [layers, R, H] int32, entries that each KV head read in the last step; dense [R] int32, rows that read
-        everything; contexts of up to so many tokens are read whole, without a search."""
+        everything; contexts of up to reads_all_up_to tokens are read whole; searches: whether a sketch of the others
+        is read."""
         self.counters = counters
-        self._kept, self._dense, self._reads_all_up_to = kept, dense, reads_all_up_to
+        self._kept, self._dense, self._reads_all_up_to, self._searches = kept, dense, reads_all_up_to, searches
         self._pending: _Pending | None = None
 
     def begin(
@@ -69,15 +70,18 @@ class StepCounts:
             self.counters.add(kv_full=full, kv_read=full)
             return
         read = self._kept[:, : pending.rows].sum(dim=(0, 2), dtype=torch.int64)
-        scanned = (self._dense[: pending.rows] == 0) & (pending.context > self._reads_all_up_to)
-        scans = verifies * scanned
+        chosen = (self._dense[: pending.rows] == 0) & (pending.context > self._reads_all_up_to)
+        chose = verifies * chosen
         self.counters.add(
             kv_full=full,
             kv_read=(read * verifies).sum(),
-            kv_scanned=(pending.context * scans).sum() * per_token,
-            kv_sampled=(sampled_tokens(pending.context) * scans).sum() * per_token,
-            sparse_rows=scans.sum(),
+            sparse_rows=chose.sum(),
         )
+        if self._searches:
+            self.counters.add(
+                kv_scanned=(pending.context * chose).sum() * per_token,
+                kv_sampled=(sampled_tokens(pending.context) * chose).sum() * per_token,
+            )
 
     def discard(self) -> None:
         """The last step was none that anybody asked for."""

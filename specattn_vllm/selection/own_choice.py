@@ -39,6 +39,9 @@ class Chooser:
     slots  [R] int32: vLLM's slots of their requests, -1 for rows that are nobody's
     """
 
+    searches = False
+    """Whether a sketch of the context is read before anything is chosen (`kernels/sketch/`), which is counted apart."""
+
     def __init__(
         self, counters: Counters, *, layers: int, num_kv_heads: int, max_query_len: int, max_num_reqs: int,
         reads_all_up_to: int, device: torch.device,
@@ -52,7 +55,7 @@ class Chooser:
         self.kept = torch.zeros((layers, max_num_reqs, num_kv_heads), **new)
         self.dense = torch.ones(max_num_reqs, **new)
         self.slots = torch.full((max_num_reqs,), -1, **new)
-        self.counts = StepCounts(counters, self.kept, self.dense, reads_all_up_to)
+        self.counts = StepCounts(counters, self.kept, self.dense, reads_all_up_to, self.searches)
 
     def forget(self, slot: int) -> None:
         """Another request enters a slot. Does not wait for the device."""
@@ -99,6 +102,9 @@ class LayerChoice:
         """Keep what choosing needs of new keys. key, value [T, H, D]; kv_cache [B, H, N, 2D]; slot_mapping [S] int64.
         Returns whether keys and values are in the cache now; if not, they are written by the caller."""
         return False
+
+    def forget_cache(self) -> None:
+        """vLLM is about to allocate the cache anew: no view of the one before may be left."""
 
     def select(
         self, step: ChoiceStep, query: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor,

@@ -14,7 +14,7 @@ def budget_of(options: SpecAttnOptions) -> Budget:
     return Budget(
         ratio=min(options.ratio_or_default, options.max_fraction) if fixed else options.max_fraction,
         top_p=None if fixed else options.top_p,
-        shared=options.shared_budget,
+        shared=options.shared_budget if fixed else "none",
         min_tokens=options.min_tokens,
         max_tokens=-1 if options.max_tokens is None else options.max_tokens,
         sink=options.sink_tokens,

@@ -62,6 +62,9 @@ class LayerSketch(LayerChoice):
             self._cache = key
         return self.codes, self.scales
 
+    def forget_cache(self) -> None:
+        self._cache = self.codes = self.scales = None
+
     def write(
         self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> bool:

@@ -42,6 +42,8 @@ class Sketch(Chooser):
     the other. By request slot, the last of which is nobody's: totals and thresholds, of what layers share.
     """
 
+    searches = True
+
     def __init__(
         self,
         operations: Operations,

@@ -8,7 +8,6 @@ from vllm.logger import init_logger
 
 from specattn_vllm import layer_map
 from specattn_vllm.layer_map import LayerMap
-from specattn_vllm.presets import PRESETS
 
 if TYPE_CHECKING:
     from specattn_vllm.options import SpecAttnOptions
@@ -42,7 +41,7 @@ def announce_buffers(speculator: RoundSpeculator, nbytes: dict[str, int]) -> Non
 
 
 def announce(
-    options: SpecAttnOptions, found: LayerMap | None, speculator: RoundSpeculator, nbytes: dict[str, int]
+    options: SpecAttnOptions, found: LayerMap, speculator: RoundSpeculator, nbytes: dict[str, int]
 ) -> None:
     """All of it, for a draft model and a target that reads by a layer map, if it does."""
     announce_buffers(speculator, nbytes)
@@ -50,7 +49,7 @@ def announce(
         logger.info(
             "specattn: in batches of fewer than %d context tokens %s reads everything",
             speculator.crossover_tokens,
-            "verification" if options.drafts_sparsely and options.chooses_by_draft else "a round",
+            "verification" if options.drafts_sparsely else "a round",
         )
     if options.drafts_sparsely:
         much = "" if options.draft_ratio is None else f", {options.draft_ratio:g} of the context"
@@ -59,8 +58,6 @@ def announce(
         logger.info(
             "specattn: refresh_draft_every: the draft reads everything in one round of %d", options.refresh_draft_every
         )
-    if found is None:
-        return
     pairs = " ".join("-" if i is None else str(i) for i in found.layers)
     logger.warning(
         "specattn: method '%s' is APPROXIMATE: verification reads a selection of the KV cache, so the output is not "
@@ -68,7 +65,7 @@ def announce(
         options.method,
     )
     if options.preset is not None:
-        values = {name: getattr(options, name) for name in PRESETS[options.preset][options.method]}
+        values = {name: getattr(options, name) for name in options.kind.paper}
         text = ", ".join(f"{name}={value}" for name, value in values.items())
         logger.info("specattn: preset '%s', with what was given beside it: %s", options.preset, text)
     kept = f"top_p={options.top_p} of the draft's attention"

@@ -17,10 +17,10 @@ logger = init_logger("vllm.specattn")
 
 
 def prepare_audit(speculator: RoundSpeculator) -> Audit | None:
-    """The audit of an engine whose selection is prepared, buffers included; None without a share or a selection."""
+    """The audit of an engine whose selection is prepared, buffers included; None without a share."""
     options = speculator.options
-    pruner = None if speculator.selection is None else speculator.selection.pruner
-    if not options.audit_share or pruner is None:
+    pruner = speculator.selection.pruner
+    if not options.audit_share:
         return None
     layers = get_layers_from_vllm_config(speculator.vllm_config, AttentionLayerBase)
     names = list(pruner.layer_sources)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from vllm.config import ModelConfig, VllmConfig
@@ -49,11 +49,11 @@ def resolve_layer_map(vllm_config: VllmConfig, options: SpecAttnOptions) -> Laye
 class Plan:
     """What is chosen from, what is chosen, and which target layer reads what."""
 
-    sources: tuple[int, ...] = ()
+    sources: tuple[int, ...]
     """Draft layers that are captured."""
-    selections: tuple[Choice, ...] = ()
+    selections: tuple[Choice, ...]
     """What each selection is made from, and how much of the context its layers read, where that is a layer's own."""
-    layer_tables: dict[str, int] = field(default_factory=dict)
+    layer_tables: dict[str, int]
     """vLLM's name of each target layer that reads a selection -> its table."""
     made_from: tuple[tuple[int, tuple[int, ...]], ...] | None = None
     """Of each table, where every KV head reads a selection of its own: the index of its selection, and the group of
@@ -65,12 +65,10 @@ class Plan:
 
 
 def plan_of(
-    found: LayerMap | None, target: dict[int, str], local_kv_heads: int, options: SpecAttnOptions
+    found: LayerMap, target: dict[int, str], local_kv_heads: int, options: SpecAttnOptions
 ) -> Plan:
     """The plan of a layer map. Target layers of the same source and fraction, that copy or do not, read the same
     selection, and, mapped alike by heads, the same table."""
-    if found is None:
-        return Plan()
     shared = options.uses_layer_shares and found.shares is not None
     copies = found.induction if options.uses_induction and found.induction else (False,) * len(found.layers)
     # Beside a layer that copies each has its fraction, if only that of all.

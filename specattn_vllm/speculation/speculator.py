@@ -104,7 +104,7 @@ class SpecAttnSpeculator(RoundSpeculator):
             )
         finally:
             self._recording, self._sampled = False, None
-        if way.recording and way.for_target and self.selection.pruner is not None:
+        if way.recording and way.for_target:
             self.selection.store.put(slots, *self.selection.capture.select(drafts))
         return drafts
 

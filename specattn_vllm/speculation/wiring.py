@@ -51,11 +51,11 @@ def cache_of(builder: Any, layer_name: str) -> Callable[[], torch.Tensor]:
 
 @dataclass(frozen=True)
 class Selection:
-    """The parts that one engine's selections pass through; no pruner and no store where the target reads everything."""
+    """The parts that one engine's selections pass through."""
 
     capture: DraftCapture
     store: SelectionStore
-    pruner: Pruner | None
+    pruner: Pruner
     tables: torch.Tensor
     """[tables, requests, G, width] int32: page tables in the target's step, positions while drafting."""
 
@@ -68,14 +68,12 @@ class Selection:
             "scores": capture.scores.nbytes,
             "mass": capture.nbytes - capture.scores.nbytes - ids,
             "bitmasks": self.store.nbytes,
-            "page tables": self.tables.nbytes + (0 if self.pruner is None else self.pruner.nbytes),
+            "page tables": self.tables.nbytes + self.pruner.nbytes,
             **({"token ids": ids} if ids else {}),
         }
 
     def attach(self, target_attn_groups: list) -> None:
         """Hand the pruner to the target's metadata builders. vLLM makes new ones after it has profiled CUDA graphs."""
-        if self.pruner is None:
-            return
         names = self.pruner.layer_sources
         builder = target_builder(target_attn_groups, names)
         cache = cache_of(builder, next(iter(names)))
@@ -92,7 +90,7 @@ def prepare(speculator: RoundSpeculator) -> Selection:
     layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
     draft = {extract_layer_index(n): n for n in layers if n in speculator.draft_attn_layer_names}
     target = {extract_layer_index(n): n for n in layers if n not in speculator.draft_attn_layer_names}
-    found = resolve_layer_map(vllm_config, options) if options.chooses_by_draft else None
+    found = resolve_layer_map(vllm_config, options)
     plan = plan_of(found, target, layers[target[0]].impl.num_kv_heads, options)
     # Layers that choose for the target come first, so that theirs are the first selections.
     captured = [*plan.sources, *(i for i in sorted(draft) if options.drafts_sparsely and i not in plan.sources)]
@@ -133,8 +131,6 @@ def prepare(speculator: RoundSpeculator) -> Selection:
             lists=lists,
             choices=plan.selections if plan.has_shares else (),
         )
-        if found is None:
-            return Selection(capture, store, None, tables)
         pruner = Pruner(
             store,
             speculator.operations,

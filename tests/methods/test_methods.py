@@ -11,7 +11,7 @@ import pytest
 
 from specattn_vllm import methods
 from specattn_vllm.methods.base import COMMON
-from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.options import OptionsError, SpecAttnOptions
 
 PACKAGE = Path(__file__).parents[2] / "specattn_vllm"
 TOOLS = ("bench", "calibrate", "evaluation", "demo")
@@ -92,13 +92,38 @@ def test_methods_of_other_packages_are_loaded_when_one_is_named(another):
     assert len(loads) == 1
 
 
-def test_a_package_whose_method_cannot_be_loaded_is_named(another):
+def test_a_package_whose_method_cannot_be_loaded_is_named_and_keeps_no_other_from_being_found(another):
     def load():
         raise ImportError("no module named 'xyz'")
 
-    another(SimpleNamespace(name="theirs", value="pkg:METHOD", load=load))
-    with pytest.raises(RuntimeError, match=r"'theirs' of another package \(pkg:METHOD\) cannot be loaded: no module"):
-        SpecAttnOptions(method="theirs")
+    method = dataclasses.replace(methods.METHODS["sketch"], name="others")
+    wrong = SimpleNamespace(name="called", value="pkg:OTHER", load=lambda: method)
+    broken = SimpleNamespace(name="theirs", value="pkg:METHOD", load=load)
+    another(broken, wrong, SimpleNamespace(name="others", value="pkg:METHOD", load=lambda: method))
+    assert SpecAttnOptions(method="others").kind is method
+    with pytest.raises(OptionsError) as caught:
+        SpecAttnOptions.parse({"method": "theirs"})
+    told = str(caught.value)
+    assert "no such method: choose from sketch, " in told
+    assert "'theirs' of another package (pkg:METHOD) cannot be loaded: no module named 'xyz'" in told
+    assert "the entry point is called 'called', and the method 'others'" in told
+
+
+def test_a_method_of_another_package_has_a_preset_and_maps_as_ours_have(another):
+    from specattn_vllm import layer_map
+
+    paper = {"ratio": 0.3, "min_tokens": 5}
+    method = dataclasses.replace(methods.METHODS["specattn"], name="theirs", paper=paper)
+    another(SimpleNamespace(name="theirs", value="pkg:METHOD", load=lambda: method))
+    for _ in range(2):
+        options = SpecAttnOptions(method="theirs", preset="paper")
+        assert (options.ratio, options.min_tokens) == (0.3, 5)
+    with pytest.raises(layer_map.LayerMapError, match="cannot be read"):
+        layer_map.resolve("no-such-map", None, None, method="theirs")
+    another_one = dataclasses.replace(method, name="unpublished", paper="nobody published one")
+    methods.register(another_one)
+    with pytest.raises(OptionsError, match="has no such setting \\(nobody published one\\)"):
+        SpecAttnOptions.parse({"method": "unpublished", "preset": "paper"})
 
 
 @pytest.mark.parametrize(

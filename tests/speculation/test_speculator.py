@@ -355,12 +355,10 @@ def test_a_round_that_is_not_recorded_leaves_the_capture_alone(drafting):
     assert not drafting.selection.store.bits.any()
 
 
-@pytest.mark.parametrize("pruner", [None, object()], ids=["dense", "below the crossover"])
-def test_a_round_for_the_draft_alone_stores_nothing(drafting, pruner):
-    drafting.selection.pruner = pruner
-    one_round(drafting, True, for_target=pruner is None)
+def test_a_round_for_the_draft_alone_stores_nothing(drafting):
+    one_round(drafting, True, for_target=False)
     assert len(drafting.selection.capture.told) == 7
-    assert drafting.selection.capture.told[0][-1] == (pruner is None)
+    assert not drafting.selection.capture.told[0][-1]
     assert drafting.selection.store.prefix_lens.tolist() == [-1] * 5
 
 

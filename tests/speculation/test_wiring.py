@@ -96,11 +96,6 @@ def test_the_pruner_goes_to_the_builder_of_the_layers_it_prunes(monkeypatch):
     assert strides() == (8, 4, 1)
 
 
-def test_a_target_that_reads_everything_is_left_alone():
-    """Whatever groups its layers are in."""
-    Selection(capture=None, store=None, pruner=None, tables=None).attach([[SimpleNamespace(layer_names=["a"])]])
-
-
 # Making the parts
 
 
@@ -111,32 +106,30 @@ def facts(layers: int, kv_heads: int) -> ModelFacts:
     )  # fmt: skip
 
 
-def prepared(monkeypatch, layers: tuple[int | None, ...] | None, device=CPU, size=None, heads=None, shares=None,
+def prepared(monkeypatch, layers: tuple[int | None, ...], device=CPU, size=None, heads=None, shares=None,
              kv_heads=(KV_HEADS, KV_HEADS), ranks=1, copies=None, **options) -> Selection:  # fmt: skip
-    """The selection of a target with a layer map (none: method 'dense') and a draft of five layers, or of a size
+    """The selection of a target with a layer map and a draft of five layers, or of a size
     (requests, longest, draft layers, draft heads); kv_heads: those of target and draft on this rank, heads: a head
     map; copies: layers that do."""
     requests, longest, draft_layers, draft_heads = size or (REQUESTS, LONGEST, 5, DRAFT_HEADS)
-    target = {f"model.layers.{i}": kv_heads[0] for i in range(len(layers or (0, 0)))}
+    target = {f"model.layers.{i}": kv_heads[0] for i in range(len(layers))}
     draft = {f"draft_model.model.layers.{i}": kv_heads[1] for i in range(draft_layers)}
     # vLLM lists layers in the order in which they were made; names of two digits would sort wrongly.
     made = {
         name: SimpleNamespace(impl=SimpleNamespace(num_heads=draft_heads, num_kv_heads=count, head_size=64))
         for name, count in reversed({**target, **draft}.items())
     }
-    found = None
-    if layers is not None:
-        found = LayerMap(
-            schema_=SCHEMA, method="specattn" if heads is None else "sts", calibrated=True,
-            target=facts(len(layers), kv_heads[0] * ranks), draft=facts(draft_layers, kv_heads[1] * ranks),
-            layers=layers, heads=heads, shares=shares, induction=copies,
-        )  # fmt: skip
+    found = LayerMap(
+        schema_=SCHEMA, method="specattn" if heads is None else "sts", calibrated=True,
+        target=facts(len(layers), kv_heads[0] * ranks), draft=facts(draft_layers, kv_heads[1] * ranks),
+        layers=layers, heads=heads, shares=shares, induction=copies,
+    )  # fmt: skip
     monkeypatch.setattr(wiring, "get_layers_from_vllm_config", lambda config, base: made)
     monkeypatch.setattr(wiring, "resolve_layer_map", lambda config, options: found)
     return wiring.prepare(
         SimpleNamespace(
             vllm_config=None,
-            options=SpecAttnOptions(**{"method": "specattn" if found else "dense", **options}),
+            options=SpecAttnOptions(**{"method": "specattn", **options}),
             draft_attn_layer_names=set(draft),
             max_num_reqs=requests,
             max_model_len=longest,
@@ -203,14 +196,6 @@ def test_a_sparse_draft_captures_its_other_layers_behind_those(monkeypatch):
     assert made.tables.shape == (5, REQUESTS, 1, ROW)
 
 
-def test_a_sparse_draft_under_a_dense_target(monkeypatch):
-    made = prepared(monkeypatch, None, sparse_draft=True)
-    assert made.pruner is None
-    assert made.capture.layer_sources == {layer(i): i for i in range(5)}
-    assert made.capture.num_sources == 0
-    assert made.store.bits.shape[0] == 0
-
-
 @pytest.mark.parametrize("sparse", [False, True])
 def test_what_the_draft_reads_lies_where_the_target_s_tables_do(monkeypatch, sparse):
     made = prepared(monkeypatch, (0, 2), sparse_draft=sparse)
@@ -237,7 +222,6 @@ def test_choices_are_kept_where_a_round_may_recall_them(monkeypatch, every, slot
         ((0, 2), {}),
         ((0, 2), {"copies": (False, True), "shares": (0.5, 1.5)}),
         ((0, 2), {"sparse_draft": True}),
-        (None, {"sparse_draft": True}),
         ((0, 2, None), {"method": "sts", "kv_heads": (4, 2)}),
         ((0, 2), {"method": "sts", "sparse_draft": True}),
     ],
