@@ -42,6 +42,9 @@ def check(vllm_config: VllmConfig) -> None:
     reasons = [*_engine(vllm_config), *_models(vllm_config), *_speculation(vllm_config, options)]
     if reasons:
         raise UnsupportedError("--attention-backend specattn cannot serve this:\n  " + "\n  ".join(reasons))
+    if idle := sorted(options.kind.idle(frozenset(options.model_fields_set), drafts_sparsely=options.drafts_sparsely)):
+        # Not an error: a control run differs from the run it controls by its method alone.
+        logger.warning("specattn: not used by method '%s', without effect: %s", options.method, ", ".join(idle))
     if vllm_config.speculative_config is None:
         return
     from specattn_vllm.speculation.maps import resolve_layer_map
@@ -50,9 +53,6 @@ def check(vllm_config: VllmConfig) -> None:
         options.chooses_by_draft or options.layer_map is not None or options.dense_layers
     ):
         resolve_layer_map(vllm_config, options)
-    if idle := sorted(options.kind.idle(frozenset(options.model_fields_set), drafts_sparsely=options.drafts_sparsely)):
-        # Not an error: a control run differs from the run it controls by its method alone.
-        logger.warning("specattn: not used by method '%s', without effect: %s", options.method, ", ".join(idle))
 
 
 def _engine(config: VllmConfig) -> Iterator[str]:

@@ -101,7 +101,8 @@ def _methods_arguments(parser: argparse.ArgumentParser) -> None:
 def methods(args: argparse.Namespace) -> None:
     from specattn_vllm.methods import METHODS, load_others
 
-    failed = load_others()
+    for line in load_others():
+        print(line, file=sys.stderr)
     if args.json:
         told = {
             name: {"summary": method.summary, "lossless": method.lossless, "options": sorted(method.options)}
@@ -112,8 +113,6 @@ def methods(args: argparse.Namespace) -> None:
     width = max(map(len, METHODS))
     for name, method in METHODS.items():
         print(f"{name:{width}}  {method.summary}")
-    for line in failed:
-        print(line, file=sys.stderr)
 
 
 class Command(NamedTuple):
