@@ -39,24 +39,31 @@ def test_the_quality_on_the_demo_pair_is_what_was_measured(capsys):
     assert f"The published setting reads 54% and is at {published}," in words
 
 
-def test_the_quality_on_a_real_model_is_what_was_measured():
+def rows_of(file: str) -> dict[str, list[str]]:
+    """Each setting of a report with the cells of its row."""
     from specattn_vllm.evaluation.methods_schema import Report
     from specattn_vllm.evaluation.report import markdown
     from specattn_vllm.evaluation.schema import read
 
-    lines = markdown(read(ROOT / "docs/results/h200-real-sketch.json", Report)).splitlines()
-    rows = {cells[0]: cells for cells in (line.strip("| ").split(" | ") for line in lines) if len(cells) > 5}
+    lines = markdown(read(ROOT / f"docs/results/{file}.json", Report)).splitlines()
+    return {cells[0]: cells for cells in (line.strip("| ").split(" | ") for line in lines) if len(cells) > 5}
+
+
+def test_the_quality_on_a_real_model_is_what_was_measured():
     words, page = " ".join(README.split()), (ROOT / "docs/sketch.md").read_text()
-    eighth, twelfth = rows["sketch 12.5%"], rows["sketch 8%"]
-    read_, kl, same, perplexity = (eighth[i].split()[0] for i in (1, 4, 5, 6))
-    assert f"at {read_} of the KV entries KL {kl} to dense, {same} of top-1 tokens the same," in words
+    rows, longer = rows_of("h200-real-methods"), rows_of("h200-real-8k")
+    fifth, less, floor = (rows[name] for name in ("sketch 20%", "sketch 15%", "dense, another batch shape"))
+    bytes_, kl, same, perplexity = (fifth[i].split()[0] for i in (2, 4, 6, 7))
+    rounding = floor[4].split()[0]
+    assert f"with {bytes_} of the KV cache's bytes KL {kl} to dense, of which {rounding} is rounding, {same} of" in words
     assert f"top-1 tokens the same, perplexity {perplexity};" in words
-    read_, kl, same, perplexity = (twelfth[i].split()[0] for i in (1, 4, 5, 6))
-    assert f"at {read_} it is {kl}, {same} and {perplexity}." in words
-    for ratio, row in (("0.125", eighth), ("0.08", twelfth)):
-        more = f"{float(row[2].rstrip('%')) + 0.9:.1f}%"
-        cells = (f"`sketch`, `ratio` {ratio}", row[1], more, row[4], row[5].split()[0], row[6].split()[0])
-        assert f"| {' | '.join(cells)} |" in page
+    bytes_, kl, same, perplexity = (less[i].split()[0] for i in (2, 4, 6, 7))
+    assert f"with {bytes_} it is {kl}, {same} and {perplexity}." in words
+    for context, found in (("4,096", rows), ("7,000", longer)):
+        for ratio, name in (("0.127", "sketch 20%"), ("0.077", "sketch 15%")):
+            row = found[name]
+            cells = (context, ratio, row[1], row[2], row[4], *(row[i].split()[0] for i in (5, 6, 7)))
+            assert f"| {' | '.join(cells)} |" in page
 
 
 @pytest.mark.parametrize(
@@ -64,7 +71,7 @@ def test_the_quality_on_a_real_model_is_what_was_measured():
     [
         ("h200-methods", "eval methods --settings docs/settings/every-method.json"),
         ("h200-methods-8k", "eval methods --context 6400"),
-        ("h200-real-sketch", f"{REAL} --settings docs/settings/real-sketch.json"),
+        ("h200-real-methods", f"{REAL} --settings docs/settings/real-methods.json"),
         ("h200-real-4k", f"{REAL} --settings docs/settings/real-4k.json"),
         ("h200-real-8k", f"{REAL} --settings docs/settings/real-8k.json"),
     ],
@@ -108,6 +115,8 @@ def test_how_much_further_off_other_choices_are_is_what_was_measured():
         return [f"{above[f'{name} {share}'] / above[f'sketch {share}']:.0f}" for name in names]
 
     words = " ".join((ROOT / "docs/evaluation.md").read_text().split())
+    by_draft = {name: rows_of("h200-real-methods")[name][5].split()[0] for name in ("sketch 20%", "sketch 15%")}
+    assert "is {} above the floor with a fifth of the bytes and {} with".format(*by_draft.values()) in words
     most = "pages {} times, channels {}, `specattn` {}, Quest {} at a fifth. At 15% it is {}, {}, {} and {} times."
     assert most.format(*times("20%"), *times("15%")) in words
 
@@ -167,6 +176,7 @@ def command_runs(begins: str, document: str, measured, capsys) -> None:
     now = {setting.name: (setting.options, setting.peer) for setting in settings}
     added = {GONE, "layer_map"} if "--layer-map" in command else {GONE}
     then = {r.name: ({k: v for k, v in r.options.items() if k not in added}, r.peer) for r in results.values()}
+    now = {name: ({k: v for k, v in options.items() if k not in added}, peer) for name, (options, peer) in now.items()}
     assert then == {name: now[name] for name in results}
 
 
@@ -211,3 +221,11 @@ def test_lm_eval_s_results_are_what_it_gave_and_what_our_command_gives():
         cells = f"| {server['exact_match']:.4f} ± {server['exact_match_stderr']:.4f} | {sum(right)} of {len(right)} |"
         assert cells in document
     assert f"reading {Counts(**ours.results[1].counts).kv_fraction:.1%} of the KV" in document
+
+
+def test_what_the_script_s_draft_agrees_on_is_what_was_measured():
+    measured = json.loads((ROOT / "docs/results/h200-distil.json").read_text())
+    words, found = " ".join((ROOT / "docs/real-model.md").read_text().split()), measured["evaluation"]
+    told = [f"{found[kind]['agreement']:.0%} of {kind}" for kind in ("prose", "code", "chat")]
+    assert f"{measured['training']['steps']:,} steps, and then agrees with the target on {', '.join(told[:2])} and" in words
+    assert told[2] in words
