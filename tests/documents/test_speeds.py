@@ -17,7 +17,7 @@ TABLES = [
     ("h200-sketch-engine", README, r"^specattn (bench engines .*?)\nspec"),
     ("h200-sketch-alone", BENCHMARKS, r"^    specattn (bench engines --grid \S* --modes plain,sketch-alone .*?)\n\n"),
     ("h200-sketch-qwen3", BENCHMARKS, r"^    specattn (bench engines --shape qwen3.*?)\n\n"),
-    ("h200-sketch-engine-128k", BENCHMARKS, r"^    specattn (bench engines --grid \S* \\\n\s+--modes plain,sketch,draft.*?)\n\n"),
+    ("h200-sketch-engine-128k", BENCHMARKS, r"^    specattn (bench engines --grid \S* \S*\s+--modes plain,sk.*?)\n\n"),
     ("h200-engine", BENCHMARKS, r"^    specattn (bench --grid 16x4k,4x4k,1x4k,16x32k.*?)\n    specattn bench table"),
 ]
 
@@ -179,7 +179,8 @@ def test_the_engine_s_speeds_with_a_sketch_are_those_measured():
     speed = speeds_of("h200-sketch-engine", "16x32k")
     drafted, head, plain = (speed[name] for name in ("sketch 8%", "sketch-eagle 8%, 2.5 a round", "plain"))
     assert f"at {drafted:,.0f} tokens per second with a 1B draft model" in page
-    assert f"at {head:,.0f} with a head of EAGLE-3's shape (2.5 tokens a round), and plain decoding at {plain:,.0f}" in page
+    assert f"at {head:,.0f} with a head of EAGLE-3's shape (2.5 tokens a round)" in page
+    assert f", and plain decoding at {plain:,.0f} (" in page
     alone, longest = (speeds_of("h200-sketch-alone", cell) for cell in ("16x32k", "4x128k"))
     assert f"they decode at {alone['sketch-alone 8%']:,.0f}, and plainly at {alone['plain']:,.0f}" in page
     for cell, found in (("16 x 32k at", alone), ("4 x 128k at", longest)):
