@@ -60,8 +60,6 @@ def _engine(config: VllmConfig) -> Iterator[str]:
     if not config.use_v2_model_runner:
         remedy = 'on CPU, run  eval "$(specattn cpu-env)"  first' if _on_cpu() else "unset VLLM_USE_V2_MODEL_RUNNER"
         yield f"model runner V1: only V2 is supported; {remedy}, or turn off what made vLLM choose V1 (see its log)"
-    if missing := compat.missing_hooks():
-        yield f"this vLLM's speculator lacks {', '.join(missing)}: use vLLM 0.32.0, which this version was run on"
     if parallel.pipeline_parallel_size > 1:
         yield f"pipeline_parallel_size = {parallel.pipeline_parallel_size}: the draft runs on the last rank only; use 1"
     if parallel.decode_context_parallel_size > 1:

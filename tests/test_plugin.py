@@ -98,7 +98,8 @@ def test_registering_imports_neither_kernels_nor_cuda(tmp_path):
         "print(json.dumps({'cuda': torch.cuda.is_initialized(), 'modules': sorted(ours)}))\n",
         tmp_path,
     )
-    names = ("compat", "misplaced", "plugin", "request", "versions")
+    parts = ("", ".graphs", ".leaned_on", ".names", ".start", ".worker")
+    names = (*(f"compat{part}" for part in parts), "misplaced", "plugin", "request", "versions")
     modules = ["specattn_vllm", *(f"specattn_vllm.{name}" for name in names)]
     assert report == {"cuda": False, "modules": modules}
 
@@ -305,7 +306,6 @@ def test_only_our_backend_gets_our_speculator(stand_ins, backend, options, wante
 def test_vllm_builds_the_speculator_through_the_name_that_is_replaced(
     stand_ins, tmp_path, monkeypatch, backend, wanted
 ):
-    monkeypatch.setattr(compat, "missing_hooks", list)  # the stand-ins have none
     llama = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         hidden_size=128,
@@ -415,31 +415,6 @@ def test_a_worker_without_our_backend_reports_nothing():
     assert without.specattn_stats() is None
     assert without.specattn_audit() is None
     assert worker(audit=None).specattn_audit() is None
-
-
-def test_hooks_that_vllm_has_moved_are_named(monkeypatch):
-    assert compat.missing_hooks() == []
-
-    class Moved:
-        def load_model(self, model): ...
-
-        def set_attn(self, target_attn_groups): ...
-
-        def init_cudagraph_manager(self, mode): ...
-
-        def propose(self, dummy_run=False): ...
-
-        def _build_attn_metadata(self, step): ...
-
-    monkeypatch.setattr(compat, "stock_speculator", lambda: Moved)
-    assert compat.missing_hooks() == [
-        "load_model(target_model)",
-        "init_cudagraph_manager(cudagraph_mode)",
-        "capture",
-        "_build_attn_metadata(query_start_loc_np)",
-        "_multi_step_decode",
-        "_run_model",
-    ]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,66 @@
+"""Two full CUDA graphs of the target for each batch size: one with a search, and one without."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from specattn_vllm.compat.names import MARK
+
+
+def capture_twice(model: Any, target: Any) -> None:
+    """Have vLLM's full graphs of `model` captured once with target.captured true and once with it false, and replayed
+    as target.chooses says. vLLM makes a manager of graphs after the model is loaded, and one to profile before that."""
+    model.specattn_target = target
+    from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
+
+    capture, run = ModelCudaGraphManager.capture, ModelCudaGraphManager.run_fullgraph
+    if getattr(capture, MARK, False):
+        return
+
+    @functools.wraps(capture)
+    def capture_both(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        self.specattn_target = target = getattr(model, "specattn_target", None)
+        if target is None:
+            return capture(self, model, *args, **kwargs)
+        with _captured(target, True):
+            capture(self, model, *args, **kwargs)
+        samples = self._capture_mem_samples
+        before = list(samples or ())
+        graphs, wanted = self.graphs, self._capture_descs
+        self.graphs = self.specattn_dense_graphs = {}
+        self._capture_descs = {mode: descs for mode, descs in wanted.items() if mode.name == "FULL"}
+        try:
+            with _captured(target, False):
+                capture(self, model, *args, **kwargs)
+        finally:
+            self.graphs, self._capture_descs = graphs, wanted
+        if samples is not None:
+            # vLLM reckons with a graph for each batch size, which takes a MiB at least: its memory is that of both.
+            pairs = zip(before, samples[len(before) :], strict=True)
+            samples[:] = [sum(pair) if n == 0 else sum(max(x, 1 << 20) for x in pair) for n, pair in enumerate(pairs)]
+
+    @functools.wraps(run)
+    def run_fullgraph(self, desc: Any) -> Any:
+        target = getattr(self, "specattn_target", None)
+        if target is None or target.chooses:
+            return run(self, desc)
+        graphs, self.graphs = self.graphs, self.specattn_dense_graphs
+        try:
+            return run(self, desc)
+        finally:
+            self.graphs = graphs
+
+    setattr(capture_both, MARK, True)
+    ModelCudaGraphManager.capture, ModelCudaGraphManager.run_fullgraph = capture_both, run_fullgraph
+
+
+@contextmanager
+def _captured(target: Any, chooses: bool) -> Iterator[None]:
+    target.captured = chooses
+    try:
+        yield
+    finally:
+        target.captured = None

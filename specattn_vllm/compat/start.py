@@ -1,0 +1,140 @@
+"""Patches of every vLLM process: the backend's name, the command line, and checks of options and requests."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import TYPE_CHECKING, Any
+
+from specattn_vllm.compat.names import BACKEND_NAME, BACKEND_PATH, CHECK_PATH, MARK, resolve
+from specattn_vllm.request import problem
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_ALIASES = {"--spec-model": "--speculative-model", "--spec-tokens": "--num-speculative-tokens"}
+DEFAULT_DRAFT_LENGTH = 4
+SELF_DRAFT_LENGTH = 6
+"""Drafts that cost as much as the target's own steps are accepted nearly always: more of them than of a small model's.
+Vegas drafts 5 to 9 (arXiv 2602.07223)."""
+
+logger = logging.getLogger("vllm.specattn")
+
+
+def load_backend_member(name: str):
+    """Unpickles our enum member in a process whose plugins have not loaded yet."""
+    register_backend()
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    return AttentionBackendEnum[name]
+
+
+def register_backend() -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if BACKEND_NAME in AttentionBackendEnum.__members__:
+        return
+    member = AttentionBackendEnum.register(BACKEND_NAME, BACKEND_PATH)
+    member.__reduce_ex__ = lambda protocol: (load_backend_member, (BACKEND_NAME,))
+
+
+def allow_on_cpu() -> None:
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    if not current_platform.is_cpu() or getattr(platform.get_attn_backend_cls, MARK, False):
+        return
+    original = platform.get_attn_backend_cls.__func__
+
+    @functools.wraps(original)
+    def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
+        if selected_backend is None or selected_backend.name != BACKEND_NAME:
+            return original(cls, selected_backend, attn_selector_config, num_heads)
+        # The check that CudaPlatform makes for every backend; CPU has no device capability to check.
+        backend = selected_backend.get_class()
+        reasons = backend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
+        if reasons:
+            raise ValueError(f"--attention-backend specattn cannot serve this model: {', '.join(reasons)}")
+        return selected_backend.get_path()
+
+    setattr(get_attn_backend_cls, MARK, True)
+    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+
+
+def add_cli_aliases() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.add_cli_args
+    if getattr(original, MARK, False):
+        return
+
+    @functools.wraps(original)
+    def add_cli_args(parser):
+        parser = original(parser)
+        for action in list(parser._actions):
+            for flag in [f for f in action.option_strings if f in _ALIASES]:
+                alias = _ALIASES[flag]
+                if alias not in parser._option_string_actions:
+                    action.option_strings.append(alias)
+                    parser._option_string_actions[alias] = action
+        return parser
+
+    setattr(add_cli_args, MARK, True)
+    EngineArgs.add_cli_args = staticmethod(add_cli_args)
+
+
+def check_engine_config() -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = EngineArgs.create_engine_config
+    if getattr(original, MARK, False):
+        return
+
+    @functools.wraps(original)
+    def create_engine_config(self, *args: Any, **kwargs: Any) -> VllmConfig:
+        complete_speculation(self)
+        vllm_config = original(self, *args, **kwargs)
+        resolve(CHECK_PATH)(vllm_config)
+        return vllm_config
+
+    setattr(create_engine_config, MARK, True)
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def complete_speculation(engine_args: Any) -> None:
+    """Fill in what our backend needs not be told: that a target that drafts for itself is its own draft model, and how
+    many tokens are drafted."""
+    backend = engine_args.attention_backend or getattr(engine_args.attention_config, "backend", None)
+    if str(getattr(backend, "name", backend)).upper() != BACKEND_NAME:
+        return
+    from specattn_vllm.options import SpecAttnOptions
+
+    options = SpecAttnOptions.from_additional(engine_args.additional_config)
+    given = {key.replace("-", "_") for key in engine_args.speculative_config or {}}
+    has_model = engine_args.spec_model is not None or "model" in given
+    if options.drafts_for_itself and not has_model:
+        engine_args.spec_model, has_model = engine_args.model, True
+        if engine_args.spec_method is None and "method" not in given:
+            # vLLM would guess from the model's name.
+            engine_args.spec_method = "draft_model"
+    if has_model and engine_args.spec_tokens is None and "num_speculative_tokens" not in given:
+        engine_args.spec_tokens = SELF_DRAFT_LENGTH if options.drafts_for_itself else DEFAULT_DRAFT_LENGTH
+        logger.info("specattn: drafting %d tokens a round (--num-speculative-tokens)", engine_args.spec_tokens)
+
+
+def check_request() -> None:
+    from vllm.exceptions import VLLMValidationError
+    from vllm.sampling_params import SamplingParams
+
+    original = SamplingParams._verify_args
+    if getattr(original, MARK, False):
+        return
+
+    @functools.wraps(original)
+    def verify_args(self) -> None:
+        original(self)
+        if reason := problem(self.extra_args):
+            raise VLLMValidationError(reason, parameter="extra_args")
+
+    setattr(verify_args, MARK, True)
+    SamplingParams._verify_args = verify_args

@@ -1,0 +1,153 @@
+"""Patches of a process that runs the model: its drafter, its steps, its requests, and what it answers."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from specattn_vllm.compat.names import ATTACH_PATH, MARK, SKETCH_SPECULATOR_PATH, is_ours, resolve
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+
+
+def choose_speculator() -> None:
+    from vllm.v1.worker.gpu.spec_decode.standalone_ar import speculator as upstream
+
+    stock = upstream.StandaloneARSpeculator
+    if getattr(stock, MARK, False):
+        return
+
+    def build(vllm_config: VllmConfig, device: torch.device):
+        if not is_ours(vllm_config):
+            return stock(vllm_config, device)
+        from specattn_vllm.options import SpecAttnOptions
+
+        options = SpecAttnOptions.from_vllm(vllm_config)
+        path = SKETCH_SPECULATOR_PATH if options.drafts_by_sketch else options.kind.speculator
+        return resolve(path)(vllm_config, device)
+
+    setattr(build, MARK, True)
+    build.stock = stock
+    upstream.StandaloneARSpeculator = build
+
+
+def stock_speculator() -> type:
+    """Upstream's class, whether or not its name has been taken over in this process."""
+    from vllm.v1.worker.gpu.spec_decode.standalone_ar import speculator as upstream
+
+    return getattr(upstream.StandaloneARSpeculator, "stock", upstream.StandaloneARSpeculator)
+
+
+def prepare_cpu_worker() -> None:
+    """Called by the metadata builder: in a worker that uses the backend, before it samples."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.sample.ops import topk_topp_sampler
+
+        from specattn_vllm.cpu_runner.interpreter import accept_integer_masks, compute_log1p, leave_out_needless_work
+
+        topk_topp_sampler.HAS_TRITON = False
+        accept_integer_masks()
+        compute_log1p()
+        leave_out_needless_work()
+
+
+def attach_to_runner() -> None:
+    try:
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    except ImportError:
+        return  # runner V2 cannot be imported where Triton does not work, and is refused there by name
+
+    original = GPUModelRunner.load_model
+    if getattr(original, MARK, False):
+        return
+
+    @functools.wraps(original)
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if is_ours(self.vllm_config):
+            resolve(ATTACH_PATH)(self)
+
+    setattr(load_model, MARK, True)
+    GPUModelRunner.load_model = load_model
+
+
+def count_rounds(runner: Any, seen: Callable[[Any, Any], None]) -> None:
+    """Call seen(input batch, sampled tokens by row) for each round of a drafter, if there is one; not for dummies."""
+    drafter = runner.speculator
+    if drafter is None or not hasattr(drafter, "propose"):
+        return
+    original = drafter.propose
+    parameters = list(inspect.signature(original).parameters)
+
+    @functools.wraps(original)
+    def propose(*args: Any, **kwargs: Any):
+        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+        if not given.get("dummy_run", False):
+            seen(given["input_batch"], given["num_sampled"])
+        return original(*args, **kwargs)
+
+    drafter.propose = propose
+
+
+def mark_dummy_runs(runner: Any, target: Any) -> None:
+    """Keep target.dummy true while vLLM runs a step for warming up."""
+    original = runner._dummy_run
+
+    @functools.wraps(original)
+    def dummy_run(*args: Any, **kwargs: Any):
+        target.dummy = True
+        try:
+            return original(*args, **kwargs)
+        finally:
+            target.dummy = False
+
+    runner._dummy_run = dummy_run
+
+
+def is_warm_up(request: Any) -> bool:
+    """Whether a request is one of those by which vLLM warms its kernels up."""
+    return request.req_id.startswith(("_warmup_", "_v2_mixed_warmup"))
+
+
+def watch_new_requests(model_state: Any, seen: Callable[[int, Any], None]) -> None:
+    """Call seen(slot, request data) for each request that the worker takes up, a resumed one included."""
+    original = getattr(model_state.add_request, "original", model_state.add_request)
+
+    @functools.wraps(original)
+    def add_request(req_index, new_req_data):
+        seen(req_index, new_req_data)
+        return original(req_index, new_req_data)
+
+    add_request.original = original
+    model_state.add_request = add_request
+
+
+def add_worker_method() -> None:
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    if hasattr(WorkerBase, "specattn_stats"):
+        return
+
+    def specattn_stats(self) -> dict[str, int] | None:
+        """Counts of this worker since start-up; None without our backend. For `collective_rpc`."""
+        counters = getattr(self.model_runner, "specattn_counters", None)
+        counters = getattr(getattr(self.model_runner, "speculator", None), "counters", counters)
+        chooser = getattr(self.model_runner, "specattn_chooser", None)
+        if chooser is not None:
+            chooser.counts.fold()
+            counters = chooser.counts.counters
+        return vars(counters.read()) if counters is not None else None
+
+    def specattn_audit(self) -> dict[str, dict[str, float]] | None:
+        """What this worker's audits found since start-up, by layer; None without an audit. For `collective_rpc`."""
+        audit = getattr(getattr(self.model_runner, "speculator", None), "audit", None)
+        return audit.read().by_layer() if audit is not None else None
+
+    WorkerBase.specattn_stats = specattn_stats
+    WorkerBase.specattn_audit = specattn_audit
