@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from specattn_vllm.bench import grid, models
 from specattn_vllm.bench.arguments import engines_arguments, table_arguments
 from specattn_vllm.installed import UserError, require
-from specattn_vllm.interrupts import ended_as_interrupted, resumed, status_of
+from specattn_vllm.tools.interrupts import ended_as_interrupted, resumed, status_of
 
 if TYPE_CHECKING:
     from specattn_vllm.bench.jobs import Request
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def request_of(args: argparse.Namespace) -> Request:
     from specattn_vllm.bench.jobs import Request
-    from specattn_vllm.bench.provenance import has_gpu
+    from specattn_vllm.tools.provenance import has_gpu
 
     device = args.device
     if device == "auto":
@@ -98,8 +98,8 @@ def engines(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from specattn_vllm.bench import runner, terminal
-    from specattn_vllm.bench.provenance import provenance
     from specattn_vllm.bench.schema import Report
+    from specattn_vllm.tools.provenance import provenance
 
     report = Report(provenance=provenance(args.commit), settings=request.settings(), engines=[])
     earlier = earlier_engines(args, report)

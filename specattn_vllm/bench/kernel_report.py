@@ -72,8 +72,8 @@ def provenance(device, commit: str | None = None) -> dict[str, Any]:
     """Where and with what the numbers were measured; device: torch.device; commit: for a copy that is no repository."""
     import torch
 
-    from specattn_vllm.bench.provenance import provenance as machine
     from specattn_vllm.installed import version_of
+    from specattn_vllm.tools.provenance import provenance as machine
 
     facts: dict[str, Any] = {"commit": None, "gpu": None} | machine(commit)
     facts["versions"] |= {name: found for name in ("xformers", "flashinfer-python") if (found := version_of(name))}

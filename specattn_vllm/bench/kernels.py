@@ -14,7 +14,7 @@ import argparse
 import time
 
 from specattn_vllm.bench.kernel_shapes import PAIRS, TINY, Batch, parse_batch
-from specattn_vllm.outputs import output_file
+from specattn_vllm.tools.outputs import output_file
 
 GROUPS = ("copy", "verify", "draft", "select", "prune", "sketch")
 # The first gets every case, the others those that depend on the shape most.

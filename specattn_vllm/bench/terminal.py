@@ -14,7 +14,7 @@ from rich.table import Table
 
 from specattn_vllm.bench.report import Entry, caption, entries, remarks, title
 from specattn_vllm.bench.schema import EngineResult, Job, Report
-from specattn_vllm.remaining import Remaining
+from specattn_vllm.tools.remaining import Remaining
 
 PHASES_PER_CELL = 3  # prefill, warm-up, measure
 UNBOUNDED = 10_000

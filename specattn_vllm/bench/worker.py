@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from specattn_vllm.bench import models, timing
-from specattn_vllm.bench.schema import NO_ROOM, CellResult, EngineResult, Job, JobCell, Phase, Sample, write_json
+from specattn_vllm.bench.schema import NO_ROOM, CellResult, EngineResult, Job, JobCell, Phase, Sample
 from specattn_vllm.bench.summary import summarise
 from specattn_vllm.causes import told
+from specattn_vllm.tools.outputs import write_json
 
 
 class NoRoom(Exception):

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from specattn_vllm.installed import UserError
-from specattn_vllm.outputs import output_file
+from specattn_vllm.tools.outputs import output_file
 
 DEMO = "demo"
 PATHS = ("monotone", "ends", "onto", "one-to-one", "free")

@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-from specattn_vllm.calibrate.state import write_whole
+from specattn_vllm.tools.outputs import write_whole
 
 SIMILARITIES = {
     "retained": "target's attention on what the draft layer chooses",

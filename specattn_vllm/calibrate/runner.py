@@ -32,11 +32,12 @@ from specattn_vllm.calibrate.measure import (
 from specattn_vllm.calibrate.result import allocation, as_json, copying, layer_and_head_map
 from specattn_vllm.calibrate.rounds import Rounds
 from specattn_vllm.calibrate.similarity import EPSILON
-from specattn_vllm.calibrate.state import State, state_file, write_whole
+from specattn_vllm.calibrate.state import State, state_file
 from specattn_vllm.fingerprint import fingerprint
 from specattn_vllm.installed import UserError
 from specattn_vllm.layer_map import SCHEMA, LayerMap
 from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.tools.outputs import write_whole
 
 
 def calibrate(args: argparse.Namespace) -> dict[str, Any]:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specattn_vllm.installed import UserError, require
-from specattn_vllm.outputs import output_file
+from specattn_vllm.tools.outputs import output_file
 
 if TYPE_CHECKING:
     from specattn_vllm.evaluation.charts import Chart
-    from specattn_vllm.evaluation.methods_schema import Estimate, Figures, Report, SettingResult
+    from specattn_vllm.evaluation.results import Estimate, Figures, Report, SettingResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,10 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     require(("jinja2", "numpy"))
-    from specattn_vllm.evaluation.methods_schema import Report
-    from specattn_vllm.evaluation.schema import read
+    from specattn_vllm.evaluation.results import read
 
-    text = render([(path.name, read(path, Report)) for path in args.files])
+    text = render([(path.name, read(path)) for path in args.files])
     try:
         args.out.write_text(text, encoding="utf-8")
     except OSError as error:

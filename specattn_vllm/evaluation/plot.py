@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 
 from specattn_vllm.evaluation.charts import family
 from specattn_vllm.evaluation.figures import rows_of
-from specattn_vllm.evaluation.methods_schema import Report
+from specattn_vllm.evaluation.results import Report
 
 MARKS = "osD^vPX*"
 

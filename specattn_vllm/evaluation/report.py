@@ -6,8 +6,7 @@ from typing import Any
 
 from specattn_vllm.evaluation import columns
 from specattn_vllm.evaluation.figures import FEWEST, difference, rows_of
-from specattn_vllm.evaluation.methods_schema import Report
-from specattn_vllm.evaluation.schema import AnyReport
+from specattn_vllm.evaluation.results import Report
 from specattn_vllm.installed import UserError
 
 
@@ -44,7 +43,7 @@ def caption(report: Report) -> str:
     )
 
 
-def source(report: AnyReport) -> str:
+def source(report: Report) -> str:
     """Models, machine, versions and date."""
     setup, provenance = report.setup, report.provenance
     versions = provenance.get("versions", {})

@@ -18,7 +18,8 @@ from specattn_vllm.bench.schema import NO_ROOM, Report
 WORKER = """
 import json, os, subprocess, sys, time
 from pathlib import Path
-from specattn_vllm.bench.schema import NO_ROOM, CellResult, EngineResult, Job, Sample, write_json
+from specattn_vllm.bench.schema import NO_ROOM, CellResult, EngineResult, Job, Sample
+from specattn_vllm.tools.outputs import write_json
 from specattn_vllm.bench.summary import summarise
 
 job_path, result_path, events_path = map(Path, sys.argv[1:])

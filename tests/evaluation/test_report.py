@@ -9,7 +9,7 @@ from specattn_vllm import cli
 from specattn_vllm.evaluation import columns, settings
 from specattn_vllm.evaluation import figures as compute
 from specattn_vllm.evaluation import report as reports
-from specattn_vllm.evaluation.methods_schema import Report
+from specattn_vllm.evaluation.results import Report
 from specattn_vllm.evaluation.schema import Setting
 
 
@@ -147,5 +147,5 @@ def test_the_table_command(tmp_path, capsys):
     assert "no dense run in it" in capsys.readouterr().err
     path.write_text("[]")
     assert cli.main(["eval", "table", str(path)]) == 2
-    told = "is no report of `specattn eval methods` or `specattn eval tasks`: its kind is not"
+    told = "is no report of `specattn eval methods`: its kind is not"
     assert told in capsys.readouterr().err

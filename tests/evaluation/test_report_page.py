@@ -15,8 +15,8 @@ import pytest
 
 from specattn_vllm import cli
 from specattn_vllm.evaluation import charts
-from specattn_vllm.evaluation.methods_schema import Report
 from specattn_vllm.evaluation.report import differences, markdown
+from specattn_vllm.evaluation.results import Report
 
 pytest.importorskip("jinja2")
 
