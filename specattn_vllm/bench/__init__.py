@@ -9,5 +9,5 @@ schema.py     jobs, results and the report, as JSON
 runner.py     starts workers one after the other, watches them, and writes the report
 report.py     the report as Markdown and on a terminal; plot.py as a picture
 command.py    the command line, with arguments.py
-kernels.py, kernel_*.py   single kernels (`specattn bench kernels`)
+kernels/      single kernels (`specattn bench kernels`)
 """

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -272,14 +271,3 @@ def test_an_end_by_signal_ends_the_engine_and_leaves_a_report(bench, monkeypatch
     assert "interrupted: ended before it was done (log:" in " ".join(shown.split())
     assert "this goes on with it: specattn bench --grid 1x1k --resume" in shown
     assert "interrupted: interrupted" not in shown
-
-
-def test_kernels_are_loaded_only_if_they_are_asked_for():
-    program = (
-        "import sys; from specattn_vllm import cli\n"
-        "parser = cli.build_parser()\n"
-        "assert 'specattn_vllm.bench.kernels' not in sys.modules\n"
-        "args = parser.parse_args(['bench', 'kernels'])\n"
-        "assert 'specattn_vllm.bench.kernels' in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-P", "-c", program], check=True)
