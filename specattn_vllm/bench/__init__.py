@@ -1,7 +1,6 @@
 """`specattn bench`: decoding speed of several engines side by side (docs/benchmarks.md), and of single kernels.
 
 grid.py       what is asked for: cells, modes, options, and their parsers (standard library only)
-models.py     model shapes, and the folders an engine loads
 jobs.py       from what is asked for to one job per engine: exact vLLM arguments and environment
 worker.py     one engine, in a process of its own
 timing.py     from the times of single steps to a decoding speed

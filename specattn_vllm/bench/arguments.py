@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from specattn_vllm.bench import grid, models
+from specattn_vllm.bench import grid
+from specattn_vllm.tools import models
 from specattn_vllm.tools.arguments import add_commit, add_engine_argument, add_gpus, checked, parse_option
 from specattn_vllm.tools.outputs import output_file
 

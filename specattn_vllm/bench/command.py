@@ -7,10 +7,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specattn_vllm.bench import grid, models
+from specattn_vllm.bench import grid
 from specattn_vllm.bench.arguments import engines_arguments, table_arguments
 from specattn_vllm.bench.kernels import command as kernels
 from specattn_vllm.installed import UserError, require
+from specattn_vllm.tools import models
 from specattn_vllm.tools.interrupts import ended_as_interrupted, resumed, status_of
 
 if TYPE_CHECKING:

@@ -9,6 +9,7 @@ from specattn_vllm.installed import UserError
 from specattn_vllm.tools.outputs import output_file
 
 DEMO = "demo"
+PATHS = ("monotone", "free")
 RETAINED = "retained"
 QUERIES = 64
 
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "retains at the budget, or how alike both attend (kl: heads by jaccard) [%(default)s]",
     )  # fmt: skip
     layers.add_argument(
-        "--path", choices=("monotone", "free"),
+        "--path", choices=PATHS,
         help="which layer maps are allowed: never back in depth, or any [free with --similarity retained, else "
         "monotone]",
     )  # fmt: skip

@@ -6,13 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
-PATHS = ("monotone", "free")
-"""`monotone` never steps back in depth (Shah, arXiv 2510.27641, section 3); `free` takes the most alike, whatever its
-depth."""
-
 
 def layer_path(similarity: Sequence[Sequence[float]] | torch.Tensor, rule: str = "monotone") -> list[int]:
-    """The map from target to draft layers with the greatest total similarity among those that the rule allows.
+    """The map from target to draft layers with the greatest total similarity: `monotone`, of those that never step back
+    in depth (Shah, arXiv 2510.27641, section 3), or `free`, of all.
 
     similarity: [m target layers][n draft layers]. A dynamic programme over target layers: the best total that ends in
     each draft layer, O(m n^2). Among equals the smaller index wins, from the last target layer back.

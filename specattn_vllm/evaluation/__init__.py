@@ -10,7 +10,7 @@ peers/        other work's selections in the place of ours, a file each; peer_op
 runner.py     an engine for each setting, one after the other, each in a process of its own
 scan.py       what is searched before anything is chosen, in bytes
 kept.py       what a setting keeps of a document, recorded over its forced run
-report.py     the table, of columns.py; plot.py the picture
-page.py       `specattn report`: all of it as an HTML page; charts.py where its marks stand
+report.py     the table, of columns.py; pictures.py the charts
+page.py       `specattn report`: all of it as an HTML page
 command.py    the command line, arguments.py what it takes; models.py where the two models are
 """

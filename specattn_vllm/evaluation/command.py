@@ -162,9 +162,9 @@ def table(args: argparse.Namespace) -> None:
     if args.against:
         print("\n" + tables.differences(report, args.against), end="")
     if args.plot:
-        from specattn_vllm.evaluation import plot
+        from specattn_vllm.evaluation import pictures
 
-        plot.save(report, args.plot)
+        pictures.save(report, args.plot)
 
 
 # Name -> what runs it, its arguments, its help.

@@ -7,8 +7,9 @@ import sys
 import pytest
 
 from specattn_vllm import cli, cpu_runner
-from specattn_vllm.bench import grid, jobs, models
+from specattn_vllm.bench import grid, jobs
 from specattn_vllm.bench.grid import Cell
+from specattn_vllm.tools import models
 from specattn_vllm.tools.arguments import parse_option
 
 

@@ -10,8 +10,9 @@ import time
 import pytest
 
 from specattn_vllm import cli
-from specattn_vllm.bench import command, grid, jobs, models, runner
+from specattn_vllm.bench import command, grid, jobs, runner
 from specattn_vllm.bench.schema import NO_ROOM, Report
+from specattn_vllm.tools import models
 
 # What a worker does, by the mode of its job.
 WORKER = """

@@ -283,7 +283,7 @@ def test_models_that_cannot_be_calibrated(pair, tmp_path, capsys, make_model, ru
 
 def test_the_command_line_and_the_package_know_the_same_words():
     parser = cli.build_parser()
-    for path in paths.PATHS:
+    for path in arguments.PATHS:
         assert parser.parse_args(["calibrate", "--out", "x", "--path", path]).path == path
     for kind in ("retained", *similarity.SIMILARITIES):
         assert parser.parse_args(["calibrate", "--out", "x", "--similarity", kind]).similarity == kind

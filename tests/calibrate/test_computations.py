@@ -7,7 +7,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from specattn_vllm.calibrate.paths import PATHS, head_map, layer_path  # noqa: E402
+from specattn_vllm.calibrate.arguments import PATHS  # noqa: E402
+from specattn_vllm.calibrate.paths import head_map, layer_path  # noqa: E402
 from specattn_vllm.calibrate.rounds import Rounds  # noqa: E402
 from specattn_vllm.calibrate.shares import cost_at, divide, hull, least_budget, relative  # noqa: E402
 from specattn_vllm.calibrate.similarity import EPSILON, jaccard, negative_kl  # noqa: E402

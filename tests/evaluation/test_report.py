@@ -119,9 +119,7 @@ def cells_of(results: list) -> dict[str, dict[str, str]]:
 
 def test_the_picture_joins_budgets_of_one_kind_and_leaves_out_what_is_lossless(half, job, result_of):
     pytest.importorskip("matplotlib")
-    from matplotlib import pyplot
-
-    from specattn_vllm.evaluation import plot
+    from specattn_vllm.evaluation import pictures
 
     budgets = [Setting(name=f"kept {share}%", options={"rule": "top_k", "ratio": share / 100}) for share in (5, 25)]
     results = [result_of(job()), result_of(job(half), kept=0.5)]
@@ -132,11 +130,10 @@ def test_the_picture_joins_budgets_of_one_kind_and_leaves_out_what_is_lossless(h
     unknown = Setting(name="unknown", options={"rule": "top_k", "ratio": 0.5})
     results.append(result_of(job(unknown)))
     results[-1].forced |= {"kv_scanned": 1000}
-    figure = plot.draw(Report(provenance={}, setup={}, results=results))
+    figure = pictures.draw(compute.rows_of(Report(provenance={}, setup={}, results=results)), "kl")
     (axes,) = figure.axes
     drawn = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
     assert drawn == {"half": [0.625], "kept": [0.05, 0.25]}
-    pyplot.close(figure)
 
 
 def test_the_table_command(tmp_path, capsys):

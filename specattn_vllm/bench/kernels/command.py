@@ -11,8 +11,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from specattn_vllm.bench import grid, models
+from specattn_vllm.bench import grid
 from specattn_vllm.installed import UserError, require
+from specattn_vllm.tools import models
 from specattn_vllm.tools.arguments import add_commit, checked
 from specattn_vllm.tools.outputs import output_file, write_json
 

@@ -9,8 +9,8 @@ import torch
 
 from specattn_vllm import executors
 from specattn_vllm.bench.grid import Cell
-from specattn_vllm.bench.models import Shape
 from specattn_vllm.selection.pages import page_strides
+from specattn_vllm.tools.models import Shape
 
 BLOCK_SIZE = 16  # tokens of a block of vLLM's cache
 VERIFY_LEN = 6  # rows of a verification of 5 drafts

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specattn_vllm.bench import grid, models
+from specattn_vllm.bench import grid
 from specattn_vllm.bench.kernels.inputs import Setup
+from specattn_vllm.tools import models
 
 
 @pytest.fixture

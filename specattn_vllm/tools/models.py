@@ -35,7 +35,7 @@ class Shape:
 
 
 def shape_names() -> list[str]:
-    files = (resources.files("specattn_vllm.bench") / "shapes").iterdir()
+    files = (resources.files("specattn_vllm.tools") / "shapes").iterdir()
     return [DEMO, *sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))]
 
 
@@ -47,7 +47,7 @@ def load_shape(name: str) -> Shape:
         return Shape(name, "The demo pair, with its own weights", configs)
     if name not in shape_names():
         raise ValueError(f"no shape '{name}': choose from {', '.join(shape_names())}")
-    found = json.loads((resources.files("specattn_vllm.bench") / "shapes" / f"{name}.json").read_text())
+    found = json.loads((resources.files("specattn_vllm.tools") / "shapes" / f"{name}.json").read_text())
     return Shape(name, found["description"], {role: found[role] for role in (*ROLES, EAGLE) if role in found})
 
 
