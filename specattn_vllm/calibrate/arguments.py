@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 
 from specattn_vllm.installed import UserError
+from specattn_vllm.tools.arguments import add_pair
+from specattn_vllm.tools.models import DEMO
 from specattn_vllm.tools.outputs import output_file
 
-DEMO = "demo"
 PATHS = ("monotone", "free")
 RETAINED = "retained"
 QUERIES = 64
@@ -16,8 +17,7 @@ QUERIES = 64
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("the pair and the text")
-    what.add_argument("--target", default=DEMO, metavar="MODEL", help="a folder or a name on the hub [%(default)s]")
-    what.add_argument("--draft", default=DEMO, metavar="MODEL", help="likewise [%(default)s]")
+    add_pair(what)
     what.add_argument(
         "--text", type=Path, nargs="+", metavar="FILE",
         help="UTF-8, like what will be served, read in this order; the demo pair brings its own",

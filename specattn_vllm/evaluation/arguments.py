@@ -6,19 +6,15 @@ import argparse
 from pathlib import Path
 
 from specattn_vllm.installed import UserError
-from specattn_vllm.tools.arguments import add_commit, add_engine_argument, add_gpus
+from specattn_vllm.tools.arguments import add_commit, add_engine_argument, add_gpus, add_pair
 from specattn_vllm.tools.outputs import output_file
 
-DEMO = "demo"
 LEAST = {"documents": 1, "context": 1, "positions": 1, "draft_tokens": 1, "free_tokens": 2, "batch": 1}
 
 
 def methods_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is compared")
-    what.add_argument(
-        "--target", default=DEMO, metavar="MODEL", help="a folder or a name that vLLM can load [%(default)s]"
-    )
-    what.add_argument("--draft", default=DEMO, metavar="MODEL", help="likewise [%(default)s]")
+    add_pair(what)
     what.add_argument(
         "--settings", type=Path, metavar="FILE.json", help='[{"name": ..., "options": {...}}, ...] in the place of ours'
     )

@@ -68,13 +68,14 @@ def plan(args: argparse.Namespace, settings: list[Setting]) -> tuple[dict[str, A
     """What all settings share, as the report tells it, and a job for each."""
     from specattn_vllm.evaluation import models, texts
     from specattn_vllm.evaluation.job import Job, text_tokens
+    from specattn_vllm.tools.models import model_folder
     from specattn_vllm.tools.provenance import has_gpu
 
     engine_options = dict(args.engine_argument)
     refuse_graphs_with_peers(engine_options, settings)
     device = args.device if args.device != "auto" else ("cuda" if has_gpu() else "cpu")
     names = {"target": args.target, "draft": args.draft}
-    folders = {role: models.model_folder(role, name) for role, name in names.items()}
+    folders = {role: model_folder(role, name) for role, name in names.items()}
     common = {
         "models": {role: models.identity(role, names[role], folder) for role, folder in folders.items()},
         "draft_tokens": args.draft_tokens,

@@ -1,4 +1,4 @@
-"""The pair of models that an evaluation is of: where they are, what they are called, and what the target takes."""
+"""The pair of models that an evaluation is of: what they are called, and what the target takes."""
 
 from __future__ import annotations
 
@@ -6,27 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from specattn_vllm.causes import told
-from specattn_vllm.evaluation.arguments import DEMO
 from specattn_vllm.fingerprint import weights_digest
-from specattn_vllm.installed import UserError, demo_folder
+from specattn_vllm.installed import UserError
+from specattn_vllm.tools.models import DEMO
 
 UNSTRETCHED = ("llama3", "yarn", "longrope")
 """Kinds of RoPE whose models' positions have their factor in them already."""
-
-
-def model_folder(role: str, name: str) -> str:
-    """Where a model is: the demo pair's folder, a folder, or a name on the hub, which is looked up later."""
-    if name == DEMO:
-        return str(demo_folder(role))
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"--{role} {name}: no config.json in this folder, so it holds no model")
-        return str(folder)
-    # Names on the hub are OWNER/MODEL or MODEL.
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise UserError(f"--{role} {name}: there is no such folder; give one that holds a model, or a name on the hub")
-    return name
 
 
 def identity(role: str, name: str, folder: str) -> dict[str, Any]:

@@ -7,6 +7,8 @@ import json
 from collections.abc import Callable
 from typing import Any
 
+from specattn_vllm.tools.models import DEMO
+
 
 def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     """For argparse's `type`: its error line shows our message only from its own kind of exception."""
@@ -29,6 +31,11 @@ def parse_option(text: str) -> tuple[str, Any]:
         return key.strip(), json.loads(value)
     except json.JSONDecodeError:
         return key.strip(), value
+
+
+def add_pair(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--target", default=DEMO, metavar="MODEL", help="a folder or a name on the hub [%(default)s]")
+    group.add_argument("--draft", default=DEMO, metavar="MODEL", help="likewise [%(default)s]")
 
 
 def add_engine_argument(group: argparse._ArgumentGroup, of: str) -> None:
