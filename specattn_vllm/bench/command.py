@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specattn_vllm.bench import grid, models
+from specattn_vllm.bench import grid
 from specattn_vllm.bench.arguments import engines_arguments, table_arguments
+from specattn_vllm.bench.kernels import command as kernels
 from specattn_vllm.installed import UserError, require
-from specattn_vllm.interrupts import ended_as_interrupted, resumed, status_of
+from specattn_vllm.tools import models
+from specattn_vllm.tools.interrupts import ended_as_interrupted, resumed, status_of
 
 if TYPE_CHECKING:
     from specattn_vllm.bench.jobs import Request
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 def request_of(args: argparse.Namespace) -> Request:
     from specattn_vllm.bench.jobs import Request
-    from specattn_vllm.bench.provenance import has_gpu
+    from specattn_vllm.tools.provenance import has_gpu
 
     device = args.device
     if device == "auto":
@@ -98,8 +99,8 @@ def engines(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from specattn_vllm.bench import runner, terminal
-    from specattn_vllm.bench.provenance import provenance
     from specattn_vllm.bench.schema import Report
+    from specattn_vllm.tools.provenance import provenance
 
     report = Report(provenance=provenance(args.commit), settings=request.settings(), engines=[])
     earlier = earlier_engines(args, report)
@@ -186,52 +187,24 @@ def draw(report: Report, path: Path) -> None:
     plot.save(report, path)
 
 
-def kernels_arguments(parser: argparse.ArgumentParser) -> None:
-    from specattn_vllm.bench.kernels import add_arguments
-
-    add_arguments(parser)
-
-
-def kernels(args: argparse.Namespace) -> int | None:
-    from specattn_vllm.bench.kernels import run
-
-    return run(args)
-
-
-class LazyParser(argparse.ArgumentParser):
-    """Gets its arguments when it is the one that parses: those of `kernels` may load torch."""
-
-    arguments: Callable[[argparse.ArgumentParser], None] | None = None
-
-    def parse_known_args(self, args=None, namespace=None):
-        self.fill()
-        return super().parse_known_args(args, namespace)
-
-    def fill(self) -> None:
-        if self.arguments is not None:
-            add, self.arguments = self.arguments, None
-            add(self)
-
-
 # Name -> what runs it, its arguments, its help.
 PARTS = {
     "engines": (engines, engines_arguments, "decoding speed of whole engines, side by side (the default)"),
-    "kernels": (kernels, kernels_arguments, "single kernels"),
+    "kernels": (kernels.run, kernels.add_arguments, "single kernels, next to what else would do their work"),
     "table": (table, table_arguments, "the table of a report, as Markdown"),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parts = parser.add_subparsers(dest="part", metavar="PART", required=True, parser_class=LazyParser)
+    parts = parser.add_subparsers(dest="part", metavar="PART", required=True)
     for name, (_, arguments, text) in PARTS.items():
-        parts.add_parser(name, help=text, description=text).arguments = arguments
+        arguments(parts.add_parser(name, help=text, description=text))
     own_help = parser.format_help
 
     def format_help() -> str:
         """With the options of the part that runs where none is named, which are what is looked for here."""
-        engines = parts.choices["engines"]
-        engines.fill()
-        return f"{own_help()}\nWithout a PART, options are those of `engines`:\n\n{engines.format_help()}"
+        engines = parts.choices["engines"].format_help()
+        return f"{own_help()}\nWithout a PART, options are those of `engines`:\n\n{engines}"
 
     parser.format_help = format_help
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 STOCK_MODES = ("plain", "draft-v2", "draft-v1", "eagle")
 """'eagle': a head of EAGLE-3's shape, for shapes that have one. Named to be measured."""
@@ -91,17 +90,6 @@ def parse_sizes(text: str) -> list[int]:
     if sizes[0] < 1:
         raise ValueError(f"'{text}' is not a list of sizes of 1 and more")
     return sizes
-
-
-def parse_option(text: str) -> tuple[str, Any]:
-    """'sparse_draft=true' -> ('sparse_draft', True). The value is JSON; what is not JSON is taken as text."""
-    key, sign, value = text.partition("=")
-    if not (sign and key.strip()):
-        raise ValueError(f"'{text}' is not an option: write KEY=VALUE, e.g. sparse_draft=true")
-    try:
-        return key.strip(), json.loads(value)
-    except json.JSONDecodeError:
-        return key.strip(), value
 
 
 T = TypeVar("T", int, float)

@@ -20,8 +20,8 @@ from specattn_vllm.bench.grid import (
     prompt_tokens,
     slack_tokens,
 )
-from specattn_vllm.bench.models import Shape
 from specattn_vllm.bench.schema import Job, JobCell
+from specattn_vllm.tools.models import Shape
 
 Device = Literal["cuda", "cpu"]
 SPARSE_DRAFT = 0.1

@@ -5,10 +5,6 @@ from __future__ import annotations
 from itertools import cycle
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")  # a file, whatever the machine shows
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from specattn_vllm.bench.report import entries, title
@@ -30,7 +26,8 @@ def draw(report: Report) -> Figure:
     parts = [rows[start : start + per_row] for start in range(0, len(rows), per_row)] or [[]]
     bars = min(len(rows), per_row) * len(report.engines)
     size = (max(6.0, 0.3 * bars + 1.5), 3.2 * len(parts) + 1.0)
-    figure, columns = plt.subplots(len(parts), figsize=size, sharey=True, squeeze=False)
+    figure = Figure(figsize=size)
+    columns = figure.subplots(len(parts), sharey=True, squeeze=False)
     for axes, part in zip(columns[:, 0], parts, strict=True):
         _draw_cells(axes, report, part, plain if relative else None)
     axes.set_xlabel("requests x context")
@@ -69,6 +66,4 @@ def _draw_cells(axes, report: Report, rows: list, plain: int | None) -> None:
 
 
 def save(report: Report, path: Path) -> None:
-    figure = draw(report)
-    figure.savefig(path, dpi=160, bbox_inches="tight")
-    plt.close(figure)
+    draw(report).savefig(path, dpi=160, bbox_inches="tight")

@@ -7,6 +7,7 @@ from typing import Any
 
 from specattn_vllm.bench.grid import ALONE_MODES, EAGLE_MODES, STOCK_MODES, Cell, context_name
 from specattn_vllm.bench.schema import CellResult, EngineResult, Job, Report
+from specattn_vllm.tools.markdown import table
 
 LOSING = 0.95
 """Below this share of the speed of plain decoding, or of stock speculation with the same drafter, a cell counts as
@@ -165,18 +166,16 @@ def caption(report: Report) -> str:
 def markdown(results: dict[str, Any]) -> str:
     """The table of a report's JSON, as documents hold it: table, caption, remarks."""
     report = Report.model_validate(results)
-    lines = [_line(["requests x context", *(title(engine) for engine in report.engines)])]
-    lines.append(_line(["---"] * (1 + len(report.engines))))
-    for cell, row in entries(report):
-        lines.append(_line([f"{cell.batch} x {context_name(cell.context)}", *(entry.text for entry in row)]))
+    headings = ["requests x context", *(title(engine) for engine in report.engines)]
+    named = [(f"{cell.batch} x {context_name(cell.context)}", row) for cell, row in entries(report)]
+    lines = table(headings, [[name, *(entry.text for entry in row)] for name, row in named])
     return "\n".join([*lines, "", caption(report), *(f"\n{remark}" for remark in remarks(report))]) + "\n"
 
 
 def details(results: dict[str, Any]) -> str:
     """Per engine and cell, as Markdown: what the speeds are made of."""
     report = Report.model_validate(results)
-    lines = [_line(["engine", "cell", "tokens/s", "ms per round", "tokens per round", "KV read", "s in all"])]
-    lines.append(_line(["---"] * 7))
+    rows = []
     for engine in report.engines:
         for cell in engine.cells:
             if cell.tokens_per_second is None:
@@ -189,13 +188,10 @@ def details(results: dict[str, Any]) -> str:
                 "" if cell.kv_read is None else f"{cell.kv_read:.1%}",
                 f"{seconds:.0f}",
             ]
-            lines.append(_line([engine.name, cell.name, *figures]))
-    return "\n".join(lines) + "\n"
+            rows.append([engine.name, cell.name, *figures])
+    headings = ["engine", "cell", "tokens/s", "ms per round", "tokens per round", "KV read", "s in all"]
+    return "\n".join(table(headings, rows)) + "\n"
 
 
 def _span(extremes: tuple[float, float], digits: int = 1) -> str:
     return " to ".join(f"{value:,.{digits}f}" for value in extremes)
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from specattn_vllm.bench.grid import OUR_MODES, Cell
+from specattn_vllm.tools.outputs import write_json
 
 Status = Literal["ok", "failed", "timeout", "interrupted"]
 NO_ROOM = "no cell fits in the KV cache"
@@ -137,12 +138,3 @@ class Report(_Model):
 
     def write(self, path: Path) -> None:
         write_json(path, self.model_dump(mode="json", exclude_none=True))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """At once, so that whoever reads at any time, or after a crash, finds a whole file."""
-    # It was there at the start (`outputs.py`); should it be gone by now, hours of figures are worth making it again.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(value, indent=2) + "\n")
-    partial.replace(path)

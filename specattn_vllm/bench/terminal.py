@@ -1,4 +1,4 @@
-"""The benchmark on a terminal: what runs just now, and the table at the end, which is turned where it is too wide."""
+"""The benchmark on a terminal: what runs just now, and the tables at the end."""
 
 from __future__ import annotations
 
@@ -12,12 +12,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from specattn_vllm.bench.report import Entry, caption, entries, remarks, title
+from specattn_vllm.bench.report import caption, entries, remarks, title
 from specattn_vllm.bench.schema import EngineResult, Job, Report
-from specattn_vllm.remaining import Remaining
+from specattn_vllm.tools.remaining import Remaining
 
 PHASES_PER_CELL = 3  # prefill, warm-up, measure
-UNBOUNDED = 10_000
 
 
 class Board:
@@ -112,44 +111,17 @@ def board(jobs: list[Job], console: Console) -> Iterator[Board | Lines]:
         yield Board(jobs, progress)
 
 
-def table(report: Report) -> Table:
-    found = Table(title=f"{report.settings['shape']}: tokens per second")
-    found.add_column("requests x context", no_wrap=True)
-    for engine in report.engines:
-        found.add_column(title(engine), justify="right")
-    for cell, row in entries(report):
-        texts = [f"[red]{escape(entry.text)}[/]" if entry.losing else escape(entry.text) for entry in row]
-        found.add_row(str(cell), *texts)
-    return found
-
-
-def turned(report: Report) -> list[Table]:
-    """The same as a table for each cell with a row per engine, for terminals where the columns have no room."""
-    found = []
-    for cell, row in entries(report):
-        part = Table(title=f"{report.settings['shape']}, {cell}")
-        part.add_column("", no_wrap=True)
-        for heading in ("tokens per second", "over plain", "over a draft model"):
-            part.add_column(heading, justify="right")
-        for engine, entry in zip(report.engines, row, strict=True):
-            part.add_row(escape(title(engine)), *_figures(entry), style="red" if entry.losing else "")
-        found.append(part)
-    return found
-
-
-def _figures(entry: Entry) -> tuple[str, str, str]:
-    ratios = (f"{ratio:.2f}x" if ratio is not None else "" for ratio in (entry.over_plain, entry.over_draft))
-    return entry.speed_text, *ratios
-
-
 def show(report: Report, console: Console) -> None:
-    whole = table(report)
-    wanted = console.measure(whole, options=console.options.update(width=UNBOUNDED)).maximum
-    if wanted <= console.width:
-        console.print(whole)
-    else:
-        for part in turned(report):
-            console.print(part)
+    """A table for each cell with a row per engine: many engines side by side have no room."""
+    for cell, row in entries(report):
+        table = Table(title=f"{report.settings['shape']}, {cell}")
+        table.add_column("", no_wrap=True)
+        for heading in ("tokens per second", "over plain", "over a draft model"):
+            table.add_column(heading, justify="right")
+        for engine, entry in zip(report.engines, row, strict=True):
+            ratios = (f"{r:.2f}x" if r is not None else "" for r in (entry.over_plain, entry.over_draft))
+            table.add_row(escape(title(engine)), entry.speed_text, *ratios, style="red" if entry.losing else "")
+        console.print(table)
     console.print(escape(caption(report)), highlight=False)
     for remark in remarks(report):
         console.print(escape(remark))

@@ -19,10 +19,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from specattn_vllm.bench import models, timing
-from specattn_vllm.bench.schema import NO_ROOM, CellResult, EngineResult, Job, JobCell, Phase, Sample, write_json
+from specattn_vllm.bench import timing
+from specattn_vllm.bench.schema import NO_ROOM, CellResult, EngineResult, Job, JobCell, Phase, Sample
 from specattn_vllm.bench.summary import summarise
 from specattn_vllm.causes import told
+from specattn_vllm.tools import models
+from specattn_vllm.tools.outputs import write_json
 
 
 class NoRoom(Exception):

@@ -6,18 +6,18 @@ import argparse
 from pathlib import Path
 
 from specattn_vllm.installed import UserError
-from specattn_vllm.outputs import output_file
+from specattn_vllm.tools.arguments import add_pair
+from specattn_vllm.tools.models import DEMO
+from specattn_vllm.tools.outputs import output_file
 
-DEMO = "demo"
-PATHS = ("monotone", "ends", "onto", "one-to-one", "free")
+PATHS = ("monotone", "free")
 RETAINED = "retained"
 QUERIES = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("the pair and the text")
-    what.add_argument("--target", default=DEMO, metavar="MODEL", help="a folder or a name on the hub [%(default)s]")
-    what.add_argument("--draft", default=DEMO, metavar="MODEL", help="likewise [%(default)s]")
+    add_pair(what)
     what.add_argument(
         "--text", type=Path, nargs="+", metavar="FILE",
         help="UTF-8, like what will be served, read in this order; the demo pair brings its own",
@@ -29,22 +29,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method", choices=("specattn", "sts"), default="specattn", help="what the map is for; sts: with a head map"
     )
     layers.add_argument(
-        "--similarity", choices=(RETAINED, "kl", "overlap", "jaccard"), default=RETAINED,
-        help="what a draft layer is chosen by: the target's attention that its choice retains at the budget, or how "
-        "alike both attend [%(default)s]",
+        "--similarity", choices=(RETAINED, "kl", "jaccard"), default=RETAINED,
+        help="what a draft layer, and with sts a draft head, is chosen by: the target's attention that its choice "
+        "retains at the budget, or how alike both attend (kl: heads by jaccard) [%(default)s]",
     )  # fmt: skip
     layers.add_argument(
         "--path", choices=PATHS,
-        help="which layer maps are allowed: never back in depth, also first to first and last to last, each draft "
-        "layer used, none twice, or any [free with --similarity retained, else monotone]",
+        help="which layer maps are allowed: never back in depth, or any [free with --similarity retained, else "
+        "monotone]",
     )  # fmt: skip
     layers.add_argument(
         "--dense-layers", type=int, default=0, metavar="N",
         help="first target layers that read everything [%(default)s]",
-    )  # fmt: skip
-    layers.add_argument(
-        "--head-similarity", choices=(RETAINED, "overlap", "jaccard"),
-        help="what a draft head is chosen by (sts) [retained with --similarity retained, else overlap]",
     )  # fmt: skip
     layers.add_argument(
         "--ranks", type=int, metavar="N", help="map heads within each of N tensor-parallel ranks (sts) [1]"
@@ -93,13 +89,6 @@ def state_file(out: Path) -> Path:
     return out.with_name(out.name + ".state")
 
 
-def kinds(args: argparse.Namespace) -> tuple[str, str | None]:
-    """What layers are chosen by, and heads; None where heads are not mapped."""
-    if args.method != "sts":
-        return args.similarity, None
-    return args.similarity, args.head_similarity or (RETAINED if args.similarity == RETAINED else "overlap")
-
-
 def fill_in(args: argparse.Namespace) -> None:
     """Defaults that follow from other arguments, so that the map's provenance has them."""
     from specattn_vllm.options import SpecAttnOptions
@@ -108,13 +97,8 @@ def fill_in(args: argparse.Namespace) -> None:
         args.path = "free" if args.similarity == RETAINED else "monotone"
     if args.budget is None:
         args.budget = SpecAttnOptions(method=args.method).ratio_or_default
-    if args.queries is None and compares_rows(args):
+    if args.queries is None and args.similarity != RETAINED:
         args.queries = QUERIES
-
-
-def compares_rows(args: argparse.Namespace) -> bool:
-    """Whether sampled rows are compared, for layers or for heads."""
-    return not {*kinds(args)} <= {RETAINED, None}
 
 
 def check(args: argparse.Namespace) -> None:
@@ -123,11 +107,11 @@ def check(args: argparse.Namespace) -> None:
     for name, value in least.items():
         if getattr(args, name) is not None and getattr(args, name) < value:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {value}")
-    if args.method != "sts" and (args.head_similarity or args.ranks):
-        raise UserError("--head-similarity and --ranks are for --method sts")
+    if args.method != "sts" and args.ranks:
+        raise UserError("--ranks is for --method sts")
     if args.ranks is not None and args.ranks < 1:
         raise UserError(f"--ranks {args.ranks}: at least 1")
-    if args.queries is not None and not compares_rows(args):
+    if args.queries is not None and args.similarity == RETAINED:
         raise UserError("--queries is for other similarities than retained, which takes the rows of --rounds")
     if args.queries is not None and args.queries > args.window - args.window // 16:
         raise UserError(f"--queries {args.queries}: a window of {args.window} has {args.window - args.window // 16}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from specattn_vllm.calibrate.arguments import add_arguments, check, fill_in
 from specattn_vllm.installed import require
-from specattn_vllm.interrupts import ended_as_interrupted, resumed, status_of
+from specattn_vllm.tools.interrupts import ended_as_interrupted, resumed, status_of
 
 __all__ = ["add_arguments", "run"]
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from specattn_vllm.calibrate.arguments import RETAINED
 from specattn_vllm.calibrate.models import Model
-from specattn_vllm.calibrate.retained import retained_of_window
 from specattn_vllm.calibrate.rounds import Rounds
 from specattn_vllm.calibrate.shares import GRID
-from specattn_vllm.calibrate.similarity import SIMILARITIES
+from specattn_vllm.calibrate.similarity import SIMILARITIES, jaccard
 from specattn_vllm.calibrate.state import State
 
 
@@ -26,42 +24,25 @@ def sampled_queries(window: int, count: int, seed: int, index: int) -> torch.Ten
 
 
 def similarity_of_window(
-    target: Model, draft: Model, ids: torch.Tensor, queries: torch.Tensor, kind: str | None, head_kind: str | None
+    target: Model, draft: Model, ids: torch.Tensor, queries: torch.Tensor, kind: str, names: Collection[str]
 ) -> dict[str, torch.Tensor]:
-    """Means over the queries: with a `kind`, `layers` [target layers, draft layers] and, with a `head_kind`, `heads`
-    [target layers, draft layers, target KV heads, draft KV heads]. The target's rows are compared as they come, so
-    those of one of its layers are in memory at a time, and the draft's."""
+    """Means over the queries, of the `names` that are asked for: `layers` [target layers, draft layers] by that kind,
+    and `heads` [target layers, draft layers, target KV heads, draft KV heads] by Jaccard's index. The target's rows are
+    compared as they come, so those of one of its layers are in memory at a time, and the draft's."""
     theirs: dict[int, torch.Tensor] = {}
     draft.look(ids, queries, theirs.__setitem__)
     by_layer = [theirs[i] for i in range(draft.layers)]
     averaged = torch.stack([rows.mean(0) for rows in by_layer])
     lengths = queries.to(target.device) + 1
-    layers: dict[int, torch.Tensor] = {}
-    heads: dict[int, torch.Tensor] = {}
+    found: dict[str, dict[int, torch.Tensor]] = {name: {} for name in names}
 
     def compare(layer: int, rows: torch.Tensor) -> None:
-        if kind is not None:
-            layers[layer] = SIMILARITIES[kind](rows.mean(0, keepdim=True), averaged, lengths)[0].cpu()
-        if head_kind is not None:
-            heads[layer] = torch.stack([SIMILARITIES[head_kind](rows, one, lengths) for one in by_layer]).cpu()
+        found["layers"][layer] = SIMILARITIES[kind](rows.mean(0, keepdim=True), averaged, lengths)[0].cpu()
+        if "heads" in names:
+            found["heads"][layer] = torch.stack([jaccard(rows, one, lengths) for one in by_layer]).cpu()
 
     target.look(ids, queries, compare)
-    measured = {name: of for name, of in (("layers", layers), ("heads", heads)) if of}
-    return {name: torch.stack([of[j] for j in range(target.layers)]) / len(queries) for name, of in measured.items()}
-
-
-def alike_in_window(
-    target: Model, draft: Model, ids: torch.Tensor, rounds: Rounds, share: float, queries: torch.Tensor | None,
-    kind: str, head_kind: str | None,
-) -> dict[str, torch.Tensor]:  # fmt: skip
-    """What layers and heads are chosen by, as `similarity_of_window` has it, each by its own kind."""
-    given = {"layers": kind, "heads": head_kind}
-    served = [name for name, each in given.items() if each == RETAINED]
-    found = retained_of_window(target, draft, ids, rounds, share, served) if served else {}
-    if queries is not None:
-        rest = (None if each == RETAINED else each for each in given.values())
-        found |= similarity_of_window(target, draft, ids, queries, *rest)
-    return found
+    return {name: torch.stack([of[j] for j in range(target.layers)]) / len(queries) for name, of in found.items()}
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from specattn_vllm.installed import UserError, demo_folder
+from specattn_vllm.installed import UserError
+from specattn_vllm.tools.models import model_folder
 
-DEMO = "demo"
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 NAME = "specattn_calibrate"
 BLOCK = 64
@@ -156,11 +156,7 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
 
 def find(role: str, name: str) -> Path:
     """The folder of a model: the demo pair's, a folder, or one that the Hugging Face hub has."""
-    if name == DEMO:
-        return demo_folder(role)
-    if (folder := Path(name)).is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"--{role} {name}: no config.json in this folder, so it holds no model")
+    if (folder := Path(model_folder(role, name))).is_dir():
         return folder
     from huggingface_hub import snapshot_download
 

@@ -2,49 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-# Rule -> whether draft layer `i` may follow draft layer `before`, one target layer earlier.
-STEPS: dict[str, Callable[[int, int], bool]] = {
-    "monotone": lambda before, i: i >= before,
-    "ends": lambda before, i: i >= before,
-    "onto": lambda before, i: before <= i <= before + 1,
-    "one-to-one": lambda before, i: i > before,
-    "free": lambda before, i: True,
-}
-"""`monotone` never steps back in depth (Shah, arXiv 2510.27641, section 3); `ends` also maps first to first and last to
-last; `onto` uses every draft layer; `one-to-one` uses none twice; `free` takes the most alike, whatever its depth."""
-
 
 def layer_path(similarity: Sequence[Sequence[float]] | torch.Tensor, rule: str = "monotone") -> list[int]:
-    """The map from target to draft layers with the greatest total similarity among those that the rule allows.
+    """The map from target to draft layers with the greatest total similarity: `monotone`, of those that never step back
+    in depth (Shah, arXiv 2510.27641, section 3), or `free`, of all.
 
     similarity: [m target layers][n draft layers]. A dynamic programme over target layers: the best total that ends in
     each draft layer, O(m n^2). Among equals the smaller index wins, from the last target layer back.
-    Raises ValueError for NaN, no layers, or a rule that no map of these sizes fulfils.
+    Raises ValueError for NaN or no layers.
     """
-    rows = [[float(value) for value in row] for row in similarity]
-    if not rows or not rows[0] or any(len(row) != len(rows[0]) for row in rows):
-        raise ValueError("the similarity has to be a matrix with at least one target and one draft layer")
-    if any(value != value for row in rows for value in row):
-        raise ValueError("the similarity contains NaN")
-    m, n = len(rows), len(rows[0])
-    tied = rule in ("ends", "onto")
-    barred = float("-inf")
-    best = [value if i == 0 or not tied else barred for i, value in enumerate(rows[0])]
+    matrix = torch.as_tensor(similarity, dtype=torch.float64)
+    if matrix.dim() != 2 or not matrix.numel() or matrix.isnan().any():
+        raise ValueError("the similarity has to be a matrix with target and draft layers, and without NaN")
+    if rule == "free":
+        return matrix.argmax(1).tolist()
+    best, *rows = matrix.tolist()
     came_from: list[list[int]] = []
-    for row in rows[1:]:
-        before = [
-            max((b for b in range(n) if STEPS[rule](b, i)), key=best.__getitem__, default=None) for i in range(n)
-        ]
-        came_from.append([0 if b is None else b for b in before])
-        best = [barred if b is None else value + best[b] for b, value in zip(before, row, strict=True)]
-    last = n - 1 if tied else max(range(n), key=best.__getitem__)
-    if best[last] == barred:
-        raise ValueError(f"no map of {m} target layers to {n} draft layers is {rule!r}")
-    path = [last]
+    for row in rows:
+        came_from.append([max(range(i + 1), key=best.__getitem__) for i in range(len(row))])
+        best = [value + best[before] for before, value in zip(came_from[-1], row, strict=True)]
+    path = [max(range(len(best)), key=best.__getitem__)]
     for step in reversed(came_from):
         path.append(step[path[-1]])
     return path[::-1]

@@ -6,15 +6,12 @@ import io
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # a file, whatever the machine shows
-from matplotlib import pyplot as plt
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator, PercentFormatter
 
-from specattn_vllm.calibrate.state import write_whole
+from specattn_vllm.tools.outputs import write_whole
 
 SIMILARITIES = {
     "retained": "target's attention on what the draft layer chooses",
@@ -28,7 +25,8 @@ def draw(found: dict[str, Any]) -> Figure:
     told = found["provenance"]
     curves = told.get("curves", {})
     names = [name for name in COSTS if name in curves]
-    figure, axes = plt.subplots(1, 1 + len(names), figsize=(5 + 4.5 * len(names), 4.5), squeeze=False)
+    figure = Figure(figsize=(5 + 4.5 * len(names), 4.5))
+    axes = figure.subplots(1, 1 + len(names), squeeze=False)
     _similarity(axes[0, 0], told["similarity"], found["layers"], told["settings"]["similarity"])
     for place, name in zip(axes[0, 1:], names, strict=True):
         _curves(place, curves, name)
@@ -50,7 +48,7 @@ def _similarity(axes: Axes, values: list[list[float]], layers: list[int | None],
 
 def _curves(axes: Axes, curves: dict[str, Any], name: str) -> None:
     rows = [(j, x, y) for j, (x, y) in enumerate(zip(curves["read"], curves[name], strict=True)) if y is not None]
-    colours = plt.get_cmap("plasma")
+    colours = colormaps["plasma"]
     for j, x, y in rows:
         # Seven names are as many as can be told apart; the colours go from the first layer to the last.
         label = f"layer {j}" if j % max(1, len(curves[name]) // 7) == 0 else None
@@ -70,8 +68,6 @@ def _curves(axes: Axes, curves: dict[str, Any], name: str) -> None:
 
 def save(found: dict[str, Any], path: Path) -> None:
     """As PNG; raises UserError if it cannot be written."""
-    figure = draw(found)
     content = io.BytesIO()
-    figure.savefig(content, dpi=160, format="png")
-    plt.close(figure)
+    draw(found).savefig(content, dpi=160, format="png")
     write_whole(path, content.getvalue())

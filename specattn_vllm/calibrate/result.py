@@ -22,7 +22,7 @@ Heads = list[list[int] | None] | None
 def layer_and_head_map(
     alike: dict[str, torch.Tensor], path: str, dense_layers: int, ranks: int
 ) -> tuple[Layers, Heads]:
-    """alike: means of `similarity_of_window`. Heads are None where they were not compared."""
+    """alike: means of `similarity_of_window` or `retained_of_window`. Heads are None where they were not compared."""
     layers: Layers = [None] * dense_layers + layer_path(alike["layers"][dense_layers:], path)
     if "heads" not in alike:
         return layers, None

@@ -1,6 +1,6 @@
 """How much of the target's attention a draft layer, or one of its heads, retains by what it would choose.
 
-Divergence and overlap ask how alike two layers attend. A server takes of the draft's attention an order of tokens and
+Divergence asks how alike two layers attend. A server takes of the draft's attention an order of tokens and
 reads the first of them, and a layer may be far from the target's in nats and name the right ones: KL(ours || theirs)
 punishes a key that theirs leaves out so hard that the flattest layer wins, whatever it ranks first.
 

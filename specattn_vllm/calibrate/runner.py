@@ -20,23 +20,25 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import specattn_vllm
 from specattn_vllm.calibrate import models, text
-from specattn_vllm.calibrate.arguments import kinds
+from specattn_vllm.calibrate.arguments import RETAINED
 from specattn_vllm.calibrate.measure import (
     Chosen,
-    alike_in_window,
     cost_of_window,
     induction_of_window,
     over_windows,
     sampled_queries,
+    similarity_of_window,
 )
 from specattn_vllm.calibrate.result import allocation, as_json, copying, layer_and_head_map
+from specattn_vllm.calibrate.retained import retained_of_window
 from specattn_vllm.calibrate.rounds import Rounds
 from specattn_vllm.calibrate.similarity import EPSILON
-from specattn_vllm.calibrate.state import State, state_file, write_whole
+from specattn_vllm.calibrate.state import State, state_file
 from specattn_vllm.fingerprint import fingerprint
 from specattn_vllm.installed import UserError
 from specattn_vllm.layer_map import SCHEMA, LayerMap
 from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.tools.outputs import write_whole
 
 
 def calibrate(args: argparse.Namespace) -> dict[str, Any]:
@@ -59,9 +61,12 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
     rounds, cost, mass = _rounds(args), None, None
 
     def alike_in(window: int) -> dict[str, torch.Tensor]:
-        queries = args.queries and sampled_queries(args.window, args.queries, args.seed, window)
-        served = replace(rounds, min_tokens=SpecAttnOptions().min_tokens)
-        return alike_in_window(target, draft, windows.ids[window], served, args.budget, queries, *kinds(args))
+        ids, names = windows.ids[window], ("layers", "heads") if args.method == "sts" else ("layers",)
+        if args.similarity == RETAINED:
+            served = replace(rounds, min_tokens=SpecAttnOptions().min_tokens)
+            return retained_of_window(target, draft, ids, served, args.budget, names)
+        queries = sampled_queries(args.window, args.queries, args.seed, window)
+        return similarity_of_window(target, draft, ids, queries, args.similarity, names)
 
     with _progress() as begin:
         alike = over_windows(
@@ -112,14 +117,8 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _check_fit(args: argparse.Namespace, configs: dict[str, dict[str, Any]]) -> None:
-    mapped = configs["target"]["num_hidden_layers"] - args.dense_layers
-    draft_layers = configs["draft"]["num_hidden_layers"]
-    if mapped < 1:
-        raise UserError(f"--dense-layers {args.dense_layers}: the target has {mapped + args.dense_layers} layers")
-    if (args.path == "one-to-one" and mapped > draft_layers) or (args.path == "onto" and mapped < draft_layers):
-        raise UserError(f"--path {args.path}: no such map of {mapped} target layers to {draft_layers} of the draft")
-    if args.path == "ends" and mapped == 1 < draft_layers:
-        raise UserError("--path ends: one target layer cannot be mapped to the draft's first and last")
+    if args.dense_layers >= (layers := configs["target"]["num_hidden_layers"]):
+        raise UserError(f"--dense-layers {args.dense_layers}: the target has {layers} layers")
     for role, config in configs.items():
         heads = config.get("num_key_value_heads") or config["num_attention_heads"]
         if heads % (args.ranks or 1):
@@ -147,7 +146,7 @@ def _windows(args: argparse.Namespace, tokenizer: Any) -> text.Windows:
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     """What the measurements depend on, beside models and text."""
     names = (
-        "method", "window", "windows", "similarity", "path", "dense_layers", "head_similarity", "ranks", "queries",
+        "method", "window", "windows", "similarity", "path", "dense_layers", "ranks", "queries",
         "shares", "induction", "budget", "retain", "dense_above", "rounds", "draft_tokens", "seed",
     )  # fmt: skip
     return {name: getattr(args, name) for name in names}

@@ -2,8 +2,7 @@
 
 Layers (Shah, arXiv 2510.27641, section 3): each is one distribution over the key positions, its heads averaged; they
 are compared by KL divergence. Heads (Xu et al., arXiv 2605.15508): each KV head is one distribution, the query heads
-that share it averaged. The paper compares sets of the most attended positions by their Jaccard index; the overlap of
-the distributions needs no size of such a set.
+that share it averaged; they are compared by the Jaccard index of the sets of their most attended positions.
 
 Every function takes ours [A, queries, keys] and theirs [B, queries, keys], distributions of the same queries over their
 visible keys, 0 elsewhere, and lengths [queries], the number of keys that each query sees (its position + 1). It returns
@@ -46,12 +45,6 @@ def negative_kl(
     return cross - negative_entropy[:, None]
 
 
-def overlap(ours: torch.Tensor, theirs: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """Mass that both put on the same keys, the sum of minima: a query's is 1 where they are equal. `lengths` is not
-    needed here."""
-    return torch.stack([torch.minimum(one, theirs).sum((1, 2), dtype=torch.float64) for one in ours])
-
-
 def jaccard(
     ours: torch.Tensor, theirs: torch.Tensor, lengths: torch.Tensor, top: int = JACCARD_TOP
 ) -> torch.Tensor:
@@ -67,4 +60,4 @@ def jaccard(
     return torch.stack(shared).sum(-1)
 
 
-SIMILARITIES = {"kl": negative_kl, "overlap": overlap, "jaccard": jaccard}
+SIMILARITIES = {"kl": negative_kl, "jaccard": jaccard}

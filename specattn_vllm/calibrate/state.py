@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
 
 from specattn_vllm.calibrate.arguments import state_file
 from specattn_vllm.installed import UserError
+from specattn_vllm.tools.outputs import write_whole
 
-__all__ = ["State", "state_file", "write_whole"]
+__all__ = ["State", "state_file"]
 
 SCHEMA = "specattn-calibration-state/3"
-
-
-def write_whole(path: Path, data: str | bytes) -> None:
-    """Write a file at once: whoever reads, at any time or after a crash, finds the old one or the whole new one.
-
-    Raises UserError if it cannot be written; nothing is left behind then.
-    """
-    partial = path.with_name(path.name + ".part")
-    try:
-        with partial.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
 
 class State:

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from specattn_vllm import layer_map
-from specattn_vllm.bench.models import ROLES, load_shape
 from specattn_vllm.calibrate.result import as_json
 from specattn_vllm.fingerprint import facts_from_config
+from specattn_vllm.tools.models import ROLES, load_shape
 
 
 class Pair(NamedTuple):

@@ -79,10 +79,11 @@ LEANED_ON = (
     f"{STANDALONE}.set_attn(model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups)",
     f"{STANDALONE}.init_cudagraph_manager(cudagraph_mode)",
     f"{STANDALONE}.capture",
-    f"{STANDALONE}.propose(input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, "
-    "num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, dummy_run)",
+    f"{STANDALONE}.propose(input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, "
+    "num_sampled, num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, dummy_run)",
     f"{STANDALONE}._build_attn_metadata(num_reqs, query_start_loc_np, step)",
-    f"{STANDALONE}._build_uniform_attn_metadata(batch_desc, num_reqs, num_query_per_req, seq_lens_cpu_upper_bound, step)",
+    f"{STANDALONE}._build_uniform_attn_metadata(batch_desc, num_reqs, num_query_per_req, seq_lens_cpu_upper_bound, "
+    "step)",
     f"{STANDALONE}._copy_request_inputs(num_reqs, idx_mapping, temperature, seeds, dummy_run)",
     f"{STANDALONE}._multi_step_decode(input_batch, num_rejected, num_reqs)",
     f"{STANDALONE}._run_model",
@@ -109,14 +110,14 @@ def remedy(vllm: Path, version: str) -> str | None:
     if not (lost := missing(vllm)):
         return None
     return (
-        f"specattn-vllm leans on what vLLM {version} does not have: {'; '.join(lost)}. Install a vLLM that this version "
-        "of the plugin was run on, or a newer specattn-vllm; or remove specattn-vllm (or leave 'specattn' out of "
+        f"specattn-vllm leans on what vLLM {version} does not have: {'; '.join(lost)}. Install a vLLM that this "
+        "version of the plugin was run on, or a newer specattn-vllm; or remove specattn-vllm (or leave 'specattn' out of "
         "VLLM_PLUGINS)"
     )
 
 
 def signature(vllm: Path, lean: str) -> str | None:
-    """The arguments of what an entry names, as 'a, b'; '' of what is no function, and None where there is no such name."""
+    """The arguments of what an entry names, as 'a, b'; '' of what is no function, None where the name is not there."""
     module, symbol, _ = _parts(lean)
     found = _find(vllm, module, symbol)
     if not isinstance(found, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import torch
 
-from specattn_vllm.evaluation.methods_schema import DraftResult
+from specattn_vllm.evaluation.results import DraftResult
 
 
 class Acceptance:

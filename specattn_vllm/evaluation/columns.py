@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from specattn_vllm.evaluation.figures import FEWEST, Difference
-from specattn_vllm.evaluation.methods_schema import Estimate, Figures, SettingResult
+from specattn_vllm.evaluation.results import Estimate, Figures, SettingResult
 
 Row = tuple[SettingResult, Figures]
 

@@ -4,103 +4,114 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from specattn_vllm.evaluation import tasks_command
-from specattn_vllm.evaluation.shared import (
-    MEASURING,
-    add_compared,
-    add_engines,
-    add_running,
-    check_least,
-    engines_of,
-    list_settings,
-    measure,
-    positions_of,
-    settings_of,
-    tokenizer_of,
-)
+from specattn_vllm.evaluation.arguments import check, methods_arguments, table_arguments
 from specattn_vllm.installed import UserError, require
-from specattn_vllm.outputs import output_file
+from specattn_vllm.tools.interrupts import ended_as_interrupted, resumed, status_of
 
+if TYPE_CHECKING:
+    from specattn_vllm.evaluation.job import Job
+    from specattn_vllm.evaluation.schema import Setting
+
+MEASURING = ("torch", "transformers", "vllm", "numpy")
+"""Modules that measuring takes; tables and pages of what was measured take less."""
 LED = ("draft_model", "eagle", "eagle3", "mtp")
 """vLLM's drafters whose every draft is sampled where `forcing.py` can take the text's token instead."""
 
 
-def methods_arguments(parser: argparse.ArgumentParser) -> None:
-    add_compared(parser)
-    text = parser.add_argument_group("the text")
-    source = text.add_mutually_exclusive_group()
-    source.add_argument(
-        "--text", type=Path, nargs="+", metavar="FILE", help="documents; short ones are strung together"
-    )
-    source.add_argument(
-        "--held-out",
-        action="store_true",
-        help="Python's standard library, which the demo pair was not trained on (the default)",
-    )
-    text.add_argument("--documents", type=int, default=8, metavar="N", help="how many [%(default)s]")
-    text.add_argument(
-        "--context", type=int, default=4096, metavar="N", help="tokens before the first scored one [%(default)s]"
-    )
-    text.add_argument("--positions", type=int, default=512, metavar="N", help="scored in each document [%(default)s]")
-    how = add_engines(parser, "documents")
-    how.add_argument(
-        "--free-tokens", type=int, default=128, metavar="N",
-        help="generated freely after each prompt, for the acceptance length [%(default)s]",
-    )  # fmt: skip
-    how.add_argument(
-        "--record-kept", action="store_true",
-        help="record what is kept of the first document, for the heat maps of `specattn report`",
-    )  # fmt: skip
-    add_running(parser, "specattn-eval.json", "the settings").add_argument(
-        "--keep-reference", action="store_true",
-        help="keep the dense run's distributions, in a folder beside --out, for settings that are added later",
-    )  # fmt: skip
-
-
 def methods(args: argparse.Namespace) -> int:
-    check_least(args, documents=1, context=1, positions=1, draft_tokens=1, free_tokens=2, batch=1)
-    given, settings = settings_of(args, args.context)
+    check(args)
+    given, settings = settings_of(args)
     if args.list:
-        list_settings(settings)
+        for setting in settings:
+            more = setting.model_dump(exclude={"name"}, exclude_defaults=True)
+            print(f"{setting.name}\n  {json.dumps(setting.options if more.keys() == {'options'} else more)}")
         return 0
 
     require(MEASURING)
-    from specattn_vllm.evaluation.methods_schema import Report
+    from specattn_vllm.evaluation import runner
     from specattn_vllm.evaluation.report import markdown
+    from specattn_vllm.evaluation.results import Report
+    from specattn_vllm.tools.provenance import provenance
 
     setup, jobs = plan(args, settings)
-    return measure(args, Report, setup, jobs, given, markdown, keep_reference=args.keep_reference)
+    results = [] if args.overwrite else runner.earlier(args.out, setup)
+    report = Report(provenance=provenance(args.commit), setup=setup, results=results)
+    order = [setting.name for setting in given]
+    try:
+        with ended_as_interrupted():
+            failed = runner.run_all(
+                jobs, report, args.out, order, keep_reference=args.keep_reference, gpus=args.gpus
+            )  # fmt: skip
+    except KeyboardInterrupt as interrupt:
+        print(f"\ninterrupted; this goes on after the settings in {args.out}: {resumed()}")
+        return status_of(interrupt)
+    if report.dense is not None:
+        print("\n" + markdown(report))
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
 
 
-def plan(args: argparse.Namespace, settings: list) -> tuple[dict[str, Any], list]:
+def settings_of(args: argparse.Namespace) -> tuple[list[Setting], list[Setting]]:
+    """All settings of the file or of the default list, in their order, and those to be run."""
+    from specattn_vllm.evaluation.settings import chosen, default_settings, read_settings, with_layer_map
+
+    given = read_settings(args.settings) if args.settings else default_settings(args.context)
+    if args.layer_map is not None:
+        given = with_layer_map(given, args.layer_map)
+    return given, chosen(given, args.only)
+
+
+def plan(args: argparse.Namespace, settings: list[Setting]) -> tuple[dict[str, Any], list[Job]]:
     """What all settings share, as the report tells it, and a job for each."""
-    from specattn_vllm.evaluation import texts
-    from specattn_vllm.evaluation.methods_schema import Job, text_tokens
+    from specattn_vllm.evaluation import models, texts
+    from specattn_vllm.evaluation.job import Job, text_tokens
+    from specattn_vllm.tools.models import model_folder
+    from specattn_vllm.tools.provenance import has_gpu
 
-    folders, common = engines_of(args, settings)
-    refuse_what_cannot_be_led(common["engine_options"], args.draft_tokens)
+    engine_options = dict(args.engine_argument)
+    refuse_graphs_with_peers(engine_options, settings)
+    device = args.device if args.device != "auto" else ("cuda" if has_gpu() else "cpu")
+    names = {"target": args.target, "draft": args.draft}
+    folders = {role: model_folder(role, name) for role, name in names.items()}
+    common = {
+        "models": {role: models.identity(role, names[role], folder) for role, folder in folders.items()},
+        "draft_tokens": args.draft_tokens,
+        "device": device,
+        "dtype": args.dtype or ("float32" if device == "cpu" else "bfloat16"),
+        "engine_options": engine_options,
+    }
+    refuse_what_cannot_be_led(engine_options, args.draft_tokens)
     length = text_tokens(args.context, args.positions, args.draft_tokens)
     source = texts.files(args.text) if args.text else texts.held_out()
     check_room(args, folders["target"], common)
-    tokenizer = tokenizer_of(folders["target"])
+    tokenizer = models.tokenizer_of(folders["target"])
     documents = texts.documents(source, lambda text: tokenizer(text, verbose=False).input_ids, length, args.documents)
     common |= {"context": args.context, "positions": args.positions, "free_tokens": args.free_tokens}
     apart = {"batch": args.batch, "record_kept": args.record_kept}
     jobs = [
-        Job(setting=setting, documents=[d.ids for d in documents], **folders, **common, **apart)
-        for setting in settings
+        Job(setting=setting, documents=[d.ids for d in documents], **folders, **common, **apart) for setting in settings
     ]
     named = [{"name": document.name, "sha256": document.digest} for document in documents]
     return common | {"documents": named}, jobs
 
 
+def refuse_graphs_with_peers(engine_options: dict[str, Any], settings: list[Setting]) -> None:
+    peers = [setting.name for setting in settings if setting.peer is not None]
+    if peers and engine_options.get("enforce_eager") is False:
+        raise UserError(
+            f"--engine-argument enforce_eager=false: {peers[0]!r} is a peer, which waits for the device in each layer "
+            "and runs in engines without graphs; leave the argument out, or the peers (--only)"
+        )
+
+
 def check_room(args: argparse.Namespace, target: str, common: dict[str, Any]) -> None:
     """Documents fit in the target's positions, as far as its configuration tells them: vLLM says it after minutes, and
     in other words."""
-    from specattn_vllm.evaluation.methods_schema import positions_needed
+    from specattn_vllm.evaluation.job import positions_needed
+    from specattn_vllm.evaluation.models import positions_of
 
     there = positions_of(target)
     if there is None or "max_model_len" in common["engine_options"]:
@@ -125,7 +136,7 @@ def refuse_what_cannot_be_led(engine_options: dict[str, Any], draft_tokens: int)
     if not isinstance(given, dict):
         raise UserError(
             f"--engine-argument speculative_config={json.dumps(given)}: engines are led round by round, and without a "
-            "drafter there are no rounds; leave it out (--draft drafts), or run `specattn eval tasks`, which leads none"
+            "drafter there are no rounds; leave it out (--draft drafts), or ask a server (docs/evaluation.md, Tasks)"
         )
     # Without a method vLLM tells it from the model.
     method = given.get("method") or "draft_model"
@@ -133,7 +144,7 @@ def refuse_what_cannot_be_led(engine_options: dict[str, Any], draft_tokens: int)
         raise UserError(
             f"--engine-argument speculative_config with method {method!r}: its drafts are not sampled token by token "
             f"from a model, so they cannot be the text's; take one of {', '.join(map(repr, LED))}, leave it out "
-            "(--draft drafts), or run `specattn eval tasks`, which leads none"
+            "(--draft drafts), or ask a server (docs/evaluation.md, Tasks)"
         )
     if given.get("num_speculative_tokens", draft_tokens) != draft_tokens:
         raise UserError(
@@ -142,30 +153,19 @@ def refuse_what_cannot_be_led(engine_options: dict[str, Any], draft_tokens: int)
         )
 
 
-def table_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE.json")
-    methods = parser.add_argument_group("of `specattn eval methods` alone")
-    methods.add_argument("--plot", type=output_file, metavar="FILE.png", help="also draw it")
-    methods.add_argument("--against", metavar="NAME", help="also the differences from this setting, paired by document")
-
-
 def table(args: argparse.Namespace) -> None:
     require(("numpy", *(("matplotlib",) if args.plot else ())))
-    from specattn_vllm.evaluation import report as of_methods
-    from specattn_vllm.evaluation import tasks_report as of_tasks
-    from specattn_vllm.evaluation.methods_schema import Report
-    from specattn_vllm.evaluation.schema import read
-    from specattn_vllm.evaluation.tasks_schema import TaskReport
+    from specattn_vllm.evaluation import report as tables
+    from specattn_vllm.evaluation.results import read
 
-    kinds = (Report,) if args.against or args.plot else (Report, TaskReport)
-    report = read(args.file, *kinds)
-    print((of_methods if isinstance(report, Report) else of_tasks).markdown(report), end="")
+    report = read(args.file)
+    print(tables.markdown(report), end="")
     if args.against:
-        print("\n" + of_methods.differences(report, args.against), end="")
+        print("\n" + tables.differences(report, args.against), end="")
     if args.plot:
-        from specattn_vllm.evaluation import plot
+        from specattn_vllm.evaluation import pictures
 
-        plot.save(report, args.plot)
+        pictures.save(report, args.plot)
 
 
 # Name -> what runs it, its arguments, its help.
@@ -175,12 +175,7 @@ PARTS = {
         methods_arguments,
         "settings of the plugin side by side, on the same positions of the same text",
     ),
-    "tasks": (
-        tasks_command.tasks,
-        tasks_command.add_arguments,
-        "settings of the plugin side by side, by how many prompts with known answers they answer as expected",
-    ),
-    "table": (table, table_arguments, "the table of a report of one of them, as Markdown"),
+    "table": (table, table_arguments, "the table of a report, as Markdown"),
 }
 
 

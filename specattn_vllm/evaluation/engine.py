@@ -17,10 +17,10 @@ from tqdm import tqdm
 from specattn_vllm.evaluation import kept
 from specattn_vllm.evaluation.acceptance import Acceptance
 from specattn_vllm.evaluation.forcing import Forcing, ForcingError
-from specattn_vllm.evaluation.methods_schema import DocumentResult, Job, SettingResult
+from specattn_vllm.evaluation.job import Job
 from specattn_vllm.evaluation.peers import attend
 from specattn_vllm.evaluation.requests import finished
-from specattn_vllm.evaluation.schema import EngineJob
+from specattn_vllm.evaluation.results import DocumentResult, SettingResult
 from specattn_vllm.evaluation.scores import Reference, Scores
 from specattn_vllm.stats import Counts
 
@@ -52,10 +52,16 @@ def run(job: Job, reference: Path, terminal: TextIO | None = None) -> Run:
         free, rounds, tokens = free_run(llm, job, forcing)
         head_size = llm.model_config.get_head_size()
     scores.reference.close()
-    result = SettingResult.of(
-        job,
-        start,
-        head_size,
+    setting = job.setting
+    result = SettingResult(
+        name=setting.name,
+        options=setting.options,
+        peer=setting.peer,
+        other_batches=setting.other_batches,
+        lossless=setting.lossless,
+        scan_share=setting.scan_share(head_size),
+        job_key=job.key,
+        seconds=round(time.perf_counter() - start, 1),
         forced=vars(forced),
         free=vars(free),
         documents=[
@@ -70,7 +76,7 @@ def run(job: Job, reference: Path, terminal: TextIO | None = None) -> Run:
 
 
 @contextmanager
-def engine(job: EngineJob) -> Iterator[Any]:
+def engine(job: Job) -> Iterator[Any]:
     """The vLLM engine of a job's setting, peers included, and an end to all it holds."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specattn_vllm.evaluation.methods_schema import Estimate, Figures, Report, SettingResult
+from specattn_vllm.evaluation.results import Estimate, Figures, Report, SettingResult
 from specattn_vllm.evaluation.scan import byte_fraction
 from specattn_vllm.stats import Counts
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from specattn_vllm.evaluation.methods_schema import Kept
+from specattn_vllm.evaluation.results import Kept
 from specattn_vllm.kernels.reference import unpack_bits
 
 if TYPE_CHECKING:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specattn_vllm.installed import UserError, require
-from specattn_vllm.outputs import output_file
+from specattn_vllm.tools.outputs import output_file
 
 if TYPE_CHECKING:
-    from specattn_vllm.evaluation.charts import Chart
-    from specattn_vllm.evaluation.methods_schema import Estimate, Figures, Report, SettingResult
+    from specattn_vllm.evaluation.results import Report, SettingResult
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,11 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    require(("jinja2", "numpy"))
-    from specattn_vllm.evaluation.methods_schema import Report
-    from specattn_vllm.evaluation.schema import read
+    require(("jinja2", "numpy", "matplotlib"))
+    from specattn_vllm.evaluation.results import read
 
-    text = render([(path.name, read(path, Report)) for path in args.files])
+    text = render([(path.name, read(path)) for path in args.files])
     try:
         args.out.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -39,8 +38,6 @@ def render(reports: list[tuple[str, Report]]) -> str:
     """The page of reports by name, a section each: what they measured need not be comparable."""
     import jinja2
 
-    from specattn_vllm.evaluation import charts
-
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("specattn_vllm.evaluation"),
         autoescape=True,
@@ -48,16 +45,12 @@ def render(reports: list[tuple[str, Report]]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.globals |= {
-        "frame": {name: getattr(charts, name) for name in ("WIDTH", "HEIGHT", "LEFT", "RIGHT", "TOP", "BOTTOM")},
-        "colours": charts.COLOURS,
-    }
     sections = [_section(name, report) for name, report in reports]
     return environment.get_template("report.html.jinja").render(sections=sections)
 
 
 def _section(name: str, report: Report) -> dict[str, Any]:
-    from specattn_vllm.evaluation import columns
+    from specattn_vllm.evaluation import columns, pictures
     from specattn_vllm.evaluation import report as tables
     from specattn_vllm.evaluation.figures import rows_of
 
@@ -69,7 +62,7 @@ def _section(name: str, report: Report) -> dict[str, Any]:
     return {
         "name": name,
         "caption": tables.caption(report),
-        "charts": _charts(found),
+        "charts": pictures.charts(found),
         "headings": [column.short for column in shown],
         "rows": [(_told(result), of) for (result, _), of in zip(found, cells, strict=True)],
         "differences": [(other.name, *_differences(report, other)) for other in report.results],
@@ -102,33 +95,8 @@ def _differences(
     return headings, [(result.name, "yes" if result.lossless else "no", of) for result, of in named]
 
 
-def _charts(rows: list[tuple[SettingResult, Figures]]) -> list[Chart]:
-    """Bytes read against each figure, of the settings that change the target's output and whose bytes are known."""
-    from specattn_vllm.evaluation.charts import Value, chart, family
-
-    families: dict[str, list[tuple[str, Figures]]] = {}
-    for result, found in rows:
-        if not result.lossless and found.bytes_read is not None:
-            families.setdefault(family(result.name), []).append((result.name, found))
-    if not families:
-        return []
-
-    def values(figure: str) -> dict[str, list[Value]]:
-        def placed(setting: str, found: Figures) -> Value:
-            estimate: Estimate = getattr(found, figure)
-            return Value(setting, found.bytes_read, estimate.value, estimate.interval, found.kv_read)
-
-        return {name: [placed(*member) for member in members] for name, members in families.items()}
-
-    return [
-        chart("KL to dense (nats)", values("kl"), "{:.3g}".format, log=True),
-        chart("perplexity change", values("perplexity_change"), "{:+.1%}".format),
-        chart("top-1 agreement", values("agreement"), "{:.1%}".format),
-    ]
-
-
 def _kept(result: SettingResult) -> dict[str, Any]:
-    from specattn_vllm.evaluation.charts import heat_map
+    from specattn_vllm.evaluation.pictures import heat_map
 
     kept = result.kept
     number = {name: re.sub(r".*\blayers\.(\d+)\b.*", r"\1", name) for name in kept.layers}
@@ -142,12 +110,8 @@ def _kept(result: SettingResult) -> dict[str, Any]:
 
 def _provenance(report: Report) -> list[tuple[dict[str, Any], list[str]]]:
     """Each run of the command with the settings that it measured; a report may be gone on with."""
-    runs: list[tuple[dict[str, Any], list[str]]] = []
+    runs: dict[str, tuple[dict[str, Any], list[str]]] = {}
     for result in report.results:
         source = result.provenance or report.provenance
-        names = next((names for known, names in runs if known == source), None)
-        if names is None:
-            runs.append((source, [result.name]))
-        else:
-            names.append(result.name)
-    return runs
+        runs.setdefault(json.dumps(source, sort_keys=True), (source, []))[1].append(result.name)
+    return list(runs.values())

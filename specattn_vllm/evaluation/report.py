@@ -6,9 +6,9 @@ from typing import Any
 
 from specattn_vllm.evaluation import columns
 from specattn_vllm.evaluation.figures import FEWEST, difference, rows_of
-from specattn_vllm.evaluation.methods_schema import Report
-from specattn_vllm.evaluation.schema import AnyReport
+from specattn_vllm.evaluation.results import Report
 from specattn_vllm.installed import UserError
+from specattn_vllm.tools.markdown import table
 
 
 def markdown(report: Report) -> str:
@@ -44,7 +44,7 @@ def caption(report: Report) -> str:
     )
 
 
-def source(report: AnyReport) -> str:
+def source(report: Report) -> str:
     """Models, machine, versions and date."""
     setup, provenance = report.setup, report.provenance
     versions = provenance.get("versions", {})
@@ -60,12 +60,3 @@ def source(report: AnyReport) -> str:
 
 def _machine(provenance: dict[str, Any]) -> str | None:
     return provenance.get("gpu") or provenance.get("cpu")
-
-
-def table(headings, rows) -> list[str]:
-    """Lines of Markdown."""
-    return [_line(headings), _line(["---"] * len(headings)), *(_line(cells) for cells in rows)]
-
-
-def _line(cells) -> str:
-    return "| " + " | ".join(cells) + " |"

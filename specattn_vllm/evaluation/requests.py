@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from specattn_vllm.evaluation.schema import EngineJob
+from specattn_vllm.evaluation.job import Job
 
 
 class CacheTooSmallError(RuntimeError):
     """The KV cache does not hold one request."""
 
 
-def finished(llm: Any, job: EngineJob, requests: Iterable[tuple[str, list[int], int]]) -> Iterator[Any]:
+def finished(llm: Any, job: Job, requests: Iterable[tuple[str, list[int], int]]) -> Iterator[Any]:
     """vLLM's output of each request as soon as it is done. Of requests, (name, prompt, greedy tokens)."""
     from vllm import SamplingParams
 
@@ -29,7 +29,7 @@ def finished(llm: Any, job: EngineJob, requests: Iterable[tuple[str, list[int], 
                 yield output
 
 
-def at_a_time(llm: Any, job: EngineJob) -> int:
+def at_a_time(llm: Any, job: Job) -> int:
     """How many the cache holds. With more, vLLM takes a request's place away and lets it come back with all its tokens
     as its prompt: the token after it is not verified, and what pruned passes had left in the cache is replaced by what
     a dense one leaves."""

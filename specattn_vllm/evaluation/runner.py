@@ -23,18 +23,20 @@ from typing import Any
 from pydantic import ValidationError
 
 from specattn_vllm import cpu_runner
-from specattn_vllm.bench.schema import write_json
 from specattn_vllm.causes import told
-from specattn_vllm.evaluation.schema import AnyReport, EngineJob, Result
+from specattn_vllm.evaluation.figures import rows_of
+from specattn_vllm.evaluation.job import Job
+from specattn_vllm.evaluation.results import COMMAND, Report, SettingResult
 from specattn_vllm.installed import UserError
-from specattn_vllm.remaining import Remaining
+from specattn_vllm.tools.outputs import write_json
+from specattn_vllm.tools.remaining import Remaining
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run_all(
-    jobs: list[EngineJob],
-    report: AnyReport,
+    jobs: list[Job],
+    report: Report,
     out: Path,
     order: list[str],
     *,
@@ -50,19 +52,19 @@ def run_all(
     prepare_environment(jobs[0].device)
     reference = out.with_suffix(".reference")
     have = {result.job_key: result for result in report.results}
-    missing = [job for job in jobs if job.key not in have or not job.has_all(have[job.key])]
+    missing = [job for job in jobs if job.key not in have or not has_all(job, have[job.key])]
     if not missing:
         say(f"all {len(jobs)} settings are measured already in {out}")
         return []
     dense = jobs[0]
-    if dense.has_reference and not is_for(reference, dense) and dense not in missing:
+    if not is_for(reference, dense) and dense not in missing:
         say(f"{dense.setting.name}: measured already, but what the others are compared with is gone")
         missing.insert(0, dense)
     failed = []
     logs = out.with_suffix(".logs")
     remaining = Remaining("setting", len(missing))
 
-    def begin(job: EngineJob) -> None:
+    def begin(job: Job) -> None:
         say(f"{remaining.begin()}: {job.setting.name}")
 
     for job, outcome in outcomes(missing, dense, reference, logs, gpus, begin):
@@ -78,24 +80,34 @@ def run_all(
         kept = [result for result in report.results if result.name != outcome.name]
         place = {name: index for index, name in enumerate(order)} | {dense.setting.name: -1}
         report.results = sorted([*kept, outcome], key=lambda result: place.get(result.name, len(place)))
-        report.complete()
+        for result, found in rows_of(report):
+            result.figures = found
         write_json(out, report.model_dump(mode="json"))
-    if dense.has_reference and not failed and not keep_reference:
+    if not failed and not keep_reference:
         shutil.rmtree(reference)
     return failed
 
 
+def has_all(job: Job, result: SettingResult) -> bool:
+    """Whether an earlier result of this job, by its key, has all that is asked for now."""
+    return not job.record_kept or not job.setting.selects or result.kept is not None
+
+
 def outcomes(
-    jobs: list[EngineJob], dense: EngineJob, reference: Path, logs: Path, gpus: Sequence[str],
-    begin: Callable[[EngineJob], None] = lambda job: None,
-) -> Iterator[tuple[EngineJob, Result | str]]:
+    jobs: list[Job],
+    dense: Job,
+    reference: Path,
+    logs: Path,
+    gpus: Sequence[str],
+    begin: Callable[[Job], None] = lambda job: None,
+) -> Iterator[tuple[Job, SettingResult | str]]:
     """Each job with its result, or why there is none, as soon as it is done. Without the dense one's nothing follows,
     for want of what the others are compared with."""
     free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
     for gpu in gpus or (None,):
         free.put(gpu)
 
-    def run(job: EngineJob) -> tuple[EngineJob, Result | str]:
+    def run(job: Job) -> tuple[Job, SettingResult | str]:
         gpu = free.get()
         begin(job)
         try:
@@ -124,7 +136,7 @@ def outcomes(
         pool.shutdown()
 
 
-def log_of(job: EngineJob, logs: Path) -> Path:
+def log_of(job: Job, logs: Path) -> Path:
     return logs / f"{re.sub(r'[^a-z0-9.]+', '-', job.setting.name.lower()).strip('-')}.log"
 
 
@@ -139,7 +151,7 @@ def prepare_environment(device: str) -> None:
             sys.path.insert(0, str(cpu_runner.OVERLAY))  # which spawned processes take over
 
 
-def is_for(reference: Path, dense: EngineJob) -> bool:
+def is_for(reference: Path, dense: Job) -> bool:
     """Whether the folder holds the distributions of this dense run, all of them."""
     try:
         return json.loads((reference / "complete.json").read_text())["job_key"] == dense.key
@@ -147,7 +159,7 @@ def is_for(reference: Path, dense: EngineJob) -> bool:
         return False
 
 
-def in_own_process(job: EngineJob, reference: Path, log: Path, gpu: str | None = None) -> Result | str:
+def in_own_process(job: Job, reference: Path, log: Path, gpu: str | None = None) -> SettingResult | str:
     """The result, or in words why there is none. A process of its own gives back all of a GPU's memory at its end."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=1, mp_context=context) as pool:
@@ -176,7 +188,7 @@ def end(process: int) -> None:
         os.kill(process, signal.SIGKILL)
 
 
-def _measure(job: EngineJob, reference: Path, log: Path, gpu: str | None = None) -> Result | str:
+def _measure(job: Job, reference: Path, log: Path, gpu: str | None = None) -> SettingResult | str:
     """In the new process: what vLLM and its libraries print goes to the log, progress to the terminal."""
     # Linux ends this process with the one that waits for it: an engine that nobody waits for would hold its GPU.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -188,12 +200,14 @@ def _measure(job: EngineJob, reference: Path, log: Path, gpu: str | None = None)
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     complete = reference / "complete.json"
-    leaves_reference = job.has_reference and job.setting.is_reference
+    leaves_reference = job.setting.is_reference
     if leaves_reference:
         reference.mkdir(parents=True, exist_ok=True)
         complete.unlink(missing_ok=True)
     try:
-        result = job.run(reference, terminal)
+        from specattn_vllm.evaluation.engine import run
+
+        result = run(job, reference, terminal).result
     except Exception as error:
         traceback.print_exc()
         return told(error)
@@ -202,14 +216,14 @@ def _measure(job: EngineJob, reference: Path, log: Path, gpu: str | None = None)
     return result
 
 
-def earlier(out: Path, setup: dict[str, Any], kind: type[AnyReport]) -> list[Any]:
-    """The results of a report of that kind that is to be gone on with; refused if it is about something else."""
+def earlier(out: Path, setup: dict[str, Any]) -> list[SettingResult]:
+    """The results of a report that is to be gone on with; refused if it is about something else."""
     if not out.exists():
         return []
     try:
-        report = kind.model_validate_json(out.read_bytes())
+        report = Report.model_validate_json(out.read_bytes())
     except ValidationError:
-        raise UserError(f"{out} is no report of `{kind.command}`: give another --out, or --overwrite") from None
+        raise UserError(f"{out} is no report of `{COMMAND}`: give another --out, or --overwrite") from None
     differing = [key for key in setup if report.setup.get(key) != setup[key]]
     if differing:
         raise UserError(

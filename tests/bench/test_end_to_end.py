@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from specattn_vllm.bench import grid, jobs, models, report, runner
+from specattn_vllm.bench import grid, jobs, report, runner
 from specattn_vllm.bench.schema import Report
+from specattn_vllm.tools import models
 
 pytestmark = pytest.mark.engine
 

@@ -7,8 +7,10 @@ import sys
 import pytest
 
 from specattn_vllm import cli, cpu_runner
-from specattn_vllm.bench import grid, jobs, models
+from specattn_vllm.bench import grid, jobs
 from specattn_vllm.bench.grid import Cell
+from specattn_vllm.tools import models
+from specattn_vllm.tools.arguments import parse_option
 
 
 def request(**changed) -> jobs.Request:
@@ -64,14 +66,14 @@ def test_the_order_keeps_the_prefix_cache_warm():
     ],
 )
 def test_options(text, option):
-    assert grid.parse_option(text) == option
+    assert parse_option(text) == option
 
 
 @pytest.mark.parametrize(
     ("parse", "text"),
     [
-        (grid.parse_option, "sparse_draft"),
-        (grid.parse_option, "=1"),
+        (parse_option, "sparse_draft"),
+        (parse_option, "=1"),
         (grid.parse_modes, "plain,fast"),
         (grid.parse_modes, "plain,plain"),
         (grid.parse_fractions, "0.1,1.5"),

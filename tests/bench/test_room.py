@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-from specattn_vllm.bench import grid, jobs, models, worker
+from specattn_vllm.bench import grid, jobs, worker
+from specattn_vllm.tools import models
 
 
 def test_a_cell_that_needs_too_much_is_told_in_tokens_and_bytes(tmp_path):

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -11,14 +10,16 @@ import time
 import pytest
 
 from specattn_vllm import cli
-from specattn_vllm.bench import command, grid, jobs, models, runner
+from specattn_vllm.bench import command, grid, jobs, runner
 from specattn_vllm.bench.schema import NO_ROOM, Report
+from specattn_vllm.tools import models
 
 # What a worker does, by the mode of its job.
 WORKER = """
 import json, os, subprocess, sys, time
 from pathlib import Path
-from specattn_vllm.bench.schema import NO_ROOM, CellResult, EngineResult, Job, Sample, write_json
+from specattn_vllm.bench.schema import NO_ROOM, CellResult, EngineResult, Job, Sample
+from specattn_vllm.tools.outputs import write_json
 from specattn_vllm.bench.summary import summarise
 
 job_path, result_path, events_path = map(Path, sys.argv[1:])
@@ -271,14 +272,3 @@ def test_an_end_by_signal_ends_the_engine_and_leaves_a_report(bench, monkeypatch
     assert "interrupted: ended before it was done (log:" in " ".join(shown.split())
     assert "this goes on with it: specattn bench --grid 1x1k --resume" in shown
     assert "interrupted: interrupted" not in shown
-
-
-def test_kernels_are_loaded_only_if_they_are_asked_for():
-    program = (
-        "import sys; from specattn_vllm import cli\n"
-        "parser = cli.build_parser()\n"
-        "assert 'specattn_vllm.bench.kernels' not in sys.modules\n"
-        "args = parser.parse_args(['bench', 'kernels'])\n"
-        "assert 'specattn_vllm.bench.kernels' in sys.modules\n"
-    )
-    subprocess.run([sys.executable, "-P", "-c", program], check=True)

@@ -7,10 +7,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from specattn_vllm.calibrate.paths import STEPS, head_map, layer_path  # noqa: E402
+from specattn_vllm.calibrate.arguments import PATHS  # noqa: E402
+from specattn_vllm.calibrate.paths import head_map, layer_path  # noqa: E402
 from specattn_vllm.calibrate.rounds import Rounds  # noqa: E402
 from specattn_vllm.calibrate.shares import cost_at, divide, hull, least_budget, relative  # noqa: E402
-from specattn_vllm.calibrate.similarity import EPSILON, jaccard, negative_kl, overlap  # noqa: E402
+from specattn_vllm.calibrate.similarity import EPSILON, jaccard, negative_kl  # noqa: E402
 
 
 def distributions(layers, lengths, keys, seed):
@@ -48,31 +49,19 @@ def test_unlike_shapes_are_refused():
         negative_kl(torch.ones(1, 2, 3), torch.ones(1, 2, 4), torch.tensor([3, 3]))
 
 
-def allowed(rule, layers, n):
+def allowed(rule, layers):
     """Whether a rule allows a map, told anew."""
-    steps = [b - a for a, b in itertools.pairwise(layers)]
-    tied = layers[0] == 0 and layers[-1] == n - 1
-    return {
-        "monotone": all(step >= 0 for step in steps),
-        "ends": tied and all(step >= 0 for step in steps),
-        "onto": all(step >= 0 for step in steps) and set(layers) == set(range(n)),
-        "one-to-one": all(step > 0 for step in steps),
-        "free": True,
-    }[rule]
+    return rule == "free" or all(a <= b for a, b in itertools.pairwise(layers))
 
 
 @pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("rule", STEPS)
+@pytest.mark.parametrize("rule", PATHS)
 def test_path_against_all_maps(rule, ties):
     rng = np.random.default_rng(0)
     for m, n in itertools.product(range(1, 6), range(1, 5)):
-        every = [layers for layers in itertools.product(range(n), repeat=m) if allowed(rule, layers, n)]
+        every = [layers for layers in itertools.product(range(n), repeat=m) if allowed(rule, layers)]
         for _ in range(5):
             s = rng.integers(-2, 1, (m, n)).astype(float) if ties else -rng.exponential(size=(m, n))
-            if not every:
-                with pytest.raises(ValueError, match=f"no map of {m} target layers to {n} draft layers is '{rule}'"):
-                    layer_path(s.tolist(), rule)
-                continue
             totals = {layers: sum(s[j, i] for j, i in enumerate(layers)) for layers in every}
             found = tuple(layer_path(s.tolist(), rule))
             assert found in totals, "the rule does not allow it"
@@ -88,14 +77,6 @@ def test_path_of_a_tensor_and_of_nonsense():
     for bad in ([], [[]], [[1.0], [1.0, 2.0]], [[float("nan")]]):
         with pytest.raises(ValueError):
             layer_path(bad)
-
-
-def test_overlap_is_what_two_heads_agree_on():
-    lengths = torch.tensor([1, 5, 12])
-    a, b = distributions(3, lengths, 12, 0), distributions(2, lengths, 12, 1)
-    want = [[np.minimum(p.numpy(), q.numpy()).sum(dtype=float) for q in b] for p in a]
-    np.testing.assert_allclose(overlap(a, b, lengths).numpy(), want, rtol=1e-6)
-    assert torch.allclose(overlap(a, a, lengths).diagonal(), torch.full((3,), 3.0, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("top", [1, 4, 12, 50])

@@ -80,7 +80,7 @@ def test_similarity_of_a_window_is_that_of_its_rows(pair, load):
     assert queries.min() >= 16 and len(queries.unique()) == 16 and (queries.diff() > 0).all()
     assert not torch.equal(queries, measure.sampled_queries(256, 16, 0, 6))
     pair_of = {name: load(pair / name) for name in ("target", "draft")}
-    found = measure.similarity_of_window(*pair_of.values(), ids, queries, "kl", "overlap")
+    found = measure.similarity_of_window(*pair_of.values(), ids, queries, "kl", ("layers", "heads"))
     rows = {name: {} for name in pair_of}
     for name, model in pair_of.items():
         model.look(ids, queries, rows[name].__setitem__)
@@ -88,4 +88,4 @@ def test_similarity_of_a_window_is_that_of_its_rows(pair, load):
     want = similarity.negative_kl(ours.mean(1), theirs.mean(1), queries + 1) / 16
     torch.testing.assert_close(found["layers"], want)
     assert found["heads"].shape == (3, 2, 2, 2)
-    torch.testing.assert_close(found["heads"][2, 1], similarity.overlap(ours[2], theirs[1], queries + 1) / 16)
+    torch.testing.assert_close(found["heads"][2, 1], similarity.jaccard(ours[2], theirs[1], queries + 1) / 16)

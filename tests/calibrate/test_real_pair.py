@@ -44,7 +44,7 @@ def test_what_heads_retain():
         sum(FIGURES["head_maps"][name]["retained"]) / 30
         for name in ("--method sts --similarity kl", "--method sts --budget 0.25")
     )
-    assert f"{by_overlap:.1%} by `kl` and `overlap`, and {by_mass:.1%} by `retained`." in " ".join(DOCUMENT.split())
+    assert f"{by_overlap:.1%} by `kl` and overlap, and {by_mass:.1%} by `retained`." in " ".join(DOCUMENT.split())
 
 
 @pytest.mark.parametrize("name", FIGURES["kl_to_dense"]["by_share_read"])

@@ -7,7 +7,6 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from specattn_vllm.calibrate import measure  # noqa: E402
 from specattn_vllm.calibrate.paths import head_map, layer_path  # noqa: E402
 from specattn_vllm.calibrate.retained import choices, retained, retained_of_window  # noqa: E402
 from specattn_vllm.calibrate.rounds import Rounds  # noqa: E402
@@ -99,28 +98,3 @@ def test_what_is_retained_of_a_window_is_that_of_eager_attention(pair, load, eag
         layer = retained(rounds, ours.mean(0)[None], choices(rounds, theirs.mean(0)[None], share))
         torch.testing.assert_close(found["layers"][j, i], layer[0, 0], rtol=1e-4, atol=1e-5)
     assert found["layers"].std() > 0.001, "layers that all retain as much would make any map pass"
-
-
-@pytest.mark.parametrize(
-    ("kind", "head_kind", "names"),
-    [
-        ("retained", None, {"layers"}),
-        ("retained", "retained", {"layers", "heads"}),
-        ("retained", "overlap", {"layers", "heads"}),
-        ("kl", "retained", {"layers", "heads"}),
-        ("kl", "overlap", {"layers", "heads"}),
-    ],
-)
-def test_layers_and_heads_are_each_measured_by_their_own_kind(pair, load, kind, head_kind, names):
-    rounds, queries = Rounds(256, 3, 4, 4, 8), measure.sampled_queries(256, 16, 0, 0)
-    ids = torch.randint(2, 258, (256,), generator=torch.Generator().manual_seed(5))
-    models = [load(pair / name) for name in ("target", "draft")]
-    rows = queries if {"kl", "overlap"} & {kind, head_kind} else None
-    found = measure.alike_in_window(*models, ids, rounds, 0.2, rows, kind, head_kind)
-    assert {*found} == names
-    compared = measure.similarity_of_window(*models, ids, queries, "kl", "overlap")
-    served = retained_of_window(*models, ids, rounds, 0.2, ("layers", "heads"))
-    if "layers" in found:
-        torch.testing.assert_close(found["layers"], (served if kind == "retained" else compared)["layers"])
-    if "heads" in found:
-        torch.testing.assert_close(found["heads"], (served if head_kind == "retained" else compared)["heads"])

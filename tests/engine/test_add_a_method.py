@@ -50,7 +50,7 @@ def test_it_is_served(random_tokens, speculates, engine, greedy, prompts, plain,
 def test_it_is_evaluated(random_tokens, demo_pair, prompts, tmp_path):
     """In this process: those of `specattn eval` find a method by its entry point."""
     from specattn_vllm.evaluation import engine as evaluation
-    from specattn_vllm.evaluation.methods_schema import Job
+    from specattn_vllm.evaluation.job import Job
     from specattn_vllm.evaluation.settings import Setting
 
     documents = [prompt["prompt_token_ids"] for prompt in prompts([320, 320])]

@@ -179,7 +179,7 @@ def favourites(folder: str, ids: list[int]) -> list[int]:
 
 def test_figures_are_those_of_plain_pytorch(demo_pair, prompts, tmp_path):
     from specattn_vllm.evaluation.engine import run
-    from specattn_vllm.evaluation.methods_schema import Job, text_tokens
+    from specattn_vllm.evaluation.job import Job, text_tokens
     from specattn_vllm.evaluation.schema import Setting
 
     length = text_tokens(CONTEXT, POSITIONS, STEPS)

@@ -16,7 +16,7 @@ CONTEXT, POSITIONS, STEPS = 200, 60, 4
 
 @pytest.fixture
 def job(demo_pair, prompts):
-    from specattn_vllm.evaluation.methods_schema import Job, text_tokens
+    from specattn_vllm.evaluation.job import Job, text_tokens
     from specattn_vllm.evaluation.schema import Setting
 
     def make(options: dict, **engine_options) -> Job:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from specattn_vllm.evaluation import settings
-from specattn_vllm.evaluation.methods_schema import DocumentResult, Job, SettingResult
+from specattn_vllm.evaluation.job import Job
+from specattn_vllm.evaluation.results import DocumentResult, SettingResult
 from specattn_vllm.evaluation.schema import Setting
 
 

@@ -14,7 +14,7 @@ from specattn_vllm.evaluation import settings
 from specattn_vllm.evaluation.acceptance import Acceptance
 from specattn_vllm.evaluation.drafted import Drafted, DraftedElsewhereError
 from specattn_vllm.evaluation.forcing import Forcing
-from specattn_vllm.evaluation.methods_schema import DraftResult
+from specattn_vllm.evaluation.results import DraftResult
 
 
 def logits(*rows: tuple[float, ...]) -> torch.Tensor:

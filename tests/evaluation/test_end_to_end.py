@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from specattn_vllm.evaluation.methods_schema import Report
+from specattn_vllm.evaluation.results import Report
 
 pytestmark = pytest.mark.engine
 

@@ -10,7 +10,7 @@ import pytest
 
 from specattn_vllm.evaluation import columns, settings
 from specattn_vllm.evaluation import figures as compute
-from specattn_vllm.evaluation.methods_schema import Estimate, Report
+from specattn_vllm.evaluation.results import Estimate, Report
 
 
 @pytest.fixture

@@ -30,27 +30,21 @@ def refusal(capsys, tmp_path, monkeypatch):
     return run
 
 
-PARTS = pytest.mark.parametrize("part", ["methods", "tasks"])
-
-
-@PARTS
 @pytest.mark.parametrize("role", ["target", "draft"])
-def test_a_folder_that_is_not_there(refusal, part, role):
-    message = refusal(part, f"--{role}", "./nowhere")
+def test_a_folder_that_is_not_there(refusal, role):
+    message = refusal("methods", f"--{role}", "./nowhere")
     assert message.startswith(f"specattn: error: --{role} ./nowhere: there is no such folder")
 
 
-@PARTS
-def test_a_folder_without_a_model(refusal, part, tmp_path):
-    assert f"--target {tmp_path}: no config.json in this folder" in refusal(part, "--target", str(tmp_path))
+def test_a_folder_without_a_model(refusal, tmp_path):
+    assert f"--target {tmp_path}: no config.json in this folder" in refusal("methods", "--target", str(tmp_path))
 
 
-@PARTS
-def test_a_folder_without_a_tokenizer(refusal, part, tmp_path):
+def test_a_folder_without_a_tokenizer(refusal, tmp_path):
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "config.json").write_text((demo_folder("target") / "config.json").read_text())
-    message = refusal(part, "--target", str(folder))
+    message = refusal("methods", "--target", str(folder))
     assert f"--target {folder}: no tokenizer in this folder" in message and "see that its files are whole" in message
 
 
@@ -62,7 +56,7 @@ def test_a_context_beyond_the_model_names_the_longest(refusal):
     assert "the demo target has" in refusal(
         "methods", "--context", str(most + 1), "--positions", "10", "--free-tokens", "2"
     )
-    from specattn_vllm.evaluation.methods_schema import positions_needed
+    from specattn_vllm.evaluation.job import positions_needed
 
     assert positions_needed(most, 10, 4, 2) == there
 
@@ -74,7 +68,6 @@ def test_a_bare_install_is_told_what_brings_what_is_missing(monkeypatch, capsys)
         (["eval", "table", "report.json"], "bench"),
         (["report", "report.json"], "bench"),
         (["eval", "methods"], "gpu"),
-        (["eval", "tasks"], "gpu"),
         (["bench", "engines", "--shape", "demo"], "gpu"),
         (["bench", "kernels"], "gpu"),
         (["calibrate", "--out", "map.json"], "gpu"),

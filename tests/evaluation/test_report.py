@@ -9,7 +9,7 @@ from specattn_vllm import cli
 from specattn_vllm.evaluation import columns, settings
 from specattn_vllm.evaluation import figures as compute
 from specattn_vllm.evaluation import report as reports
-from specattn_vllm.evaluation.methods_schema import Report
+from specattn_vllm.evaluation.results import Report
 from specattn_vllm.evaluation.schema import Setting
 
 
@@ -119,9 +119,7 @@ def cells_of(results: list) -> dict[str, dict[str, str]]:
 
 def test_the_picture_joins_budgets_of_one_kind_and_leaves_out_what_is_lossless(half, job, result_of):
     pytest.importorskip("matplotlib")
-    from matplotlib import pyplot
-
-    from specattn_vllm.evaluation import plot
+    from specattn_vllm.evaluation import pictures
 
     budgets = [Setting(name=f"kept {share}%", options={"rule": "top_k", "ratio": share / 100}) for share in (5, 25)]
     results = [result_of(job()), result_of(job(half), kept=0.5)]
@@ -132,11 +130,10 @@ def test_the_picture_joins_budgets_of_one_kind_and_leaves_out_what_is_lossless(h
     unknown = Setting(name="unknown", options={"rule": "top_k", "ratio": 0.5})
     results.append(result_of(job(unknown)))
     results[-1].forced |= {"kv_scanned": 1000}
-    figure = plot.draw(Report(provenance={}, setup={}, results=results))
+    figure = pictures.draw(compute.rows_of(Report(provenance={}, setup={}, results=results)), "kl")
     (axes,) = figure.axes
     drawn = {line.get_label(): list(line.get_xdata()) for line in axes.lines}
     assert drawn == {"half": [0.625], "kept": [0.05, 0.25]}
-    pyplot.close(figure)
 
 
 def test_the_table_command(tmp_path, capsys):
@@ -147,5 +144,5 @@ def test_the_table_command(tmp_path, capsys):
     assert "no dense run in it" in capsys.readouterr().err
     path.write_text("[]")
     assert cli.main(["eval", "table", str(path)]) == 2
-    told = "is no report of `specattn eval methods` or `specattn eval tasks`: its kind is not"
+    told = "is no report of `specattn eval methods`: its kind is not"
     assert told in capsys.readouterr().err

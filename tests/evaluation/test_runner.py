@@ -15,10 +15,10 @@ import pytest
 from specattn_vllm import cli, cpu_runner
 from specattn_vllm.evaluation import figures as compute
 from specattn_vllm.evaluation import runner
-from specattn_vllm.evaluation.methods_schema import Kept, Report
+from specattn_vllm.evaluation.results import Kept, Report
 from specattn_vllm.evaluation.schema import Setting
 from specattn_vllm.installed import UserError
-from specattn_vllm.interrupts import Terminated
+from specattn_vllm.tools.interrupts import Terminated
 
 ORDER = ["half", "dense", "quarter"]
 
@@ -60,7 +60,7 @@ def evaluate(jobs):
     """evaluate(path, jobs): the settings that failed, and the report afterwards."""
 
     def run(path, jobs=jobs, **more) -> tuple[list[str], Report]:
-        earlier = runner.earlier(path, {"context": 100}, Report)
+        earlier = runner.earlier(path, {"context": 100})
         found = Report(provenance={"date": "2026"}, setup={"context": 100}, results=earlier)
         failed = runner.run_all(jobs, found, path, ORDER, say=lambda text: None, **more)
         return failed, Report.model_validate_json(path.read_bytes())
@@ -72,13 +72,16 @@ SLEEPER = """
 import os, sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from specattn_vllm.evaluation import runner
+from specattn_vllm.evaluation import engine, runner
 
 class Job:
-    has_reference = False
-    def run(self, reference, terminal):
-        Path(sys.argv[1]).write_text(str(os.getpid()))
-        time.sleep(60)
+    setting = SimpleNamespace(is_reference=False)
+
+def sleep(job, reference, terminal):
+    Path(sys.argv[1]).write_text(str(os.getpid()))
+    time.sleep(60)
+
+engine.run = sleep  # in each process: they load this file
 
 if __name__ == "__main__":
     runner.in_own_process(Job(), Path(sys.argv[1] + ".reference"), Path(sys.argv[1] + ".log"))
@@ -179,11 +182,10 @@ def test_sigterm_ends_the_engines_too(tmp_path):
     script.write_text(SLEEPER.replace(
         "    runner.in_own_process(Job(), Path(sys.argv[1] + \".reference\"), Path(sys.argv[1] + \".log\"))",
         """
-    from specattn_vllm.interrupts import ended_as_interrupted, status_of
+    from specattn_vllm.tools.interrupts import ended_as_interrupted, status_of
     runner.log_of = lambda job, logs: logs
     job = Job()
     dense = job if sys.argv[2] == "dense" else Job()
-    job.setting = dense.setting = SimpleNamespace(is_reference=False)
     try:
         with ended_as_interrupted():
             list(runner.outcomes([job], dense, Path(sys.argv[1] + ".r"), Path(sys.argv[1] + ".log"), ()))
@@ -239,10 +241,10 @@ def test_a_report_about_something_else_is_not_gone_on_with(engines, tmp_path, ev
     path = tmp_path / "report.json"
     evaluate(path)
     with pytest.raises(UserError, match="measured with another context"):
-        runner.earlier(path, {"context": 200}, Report)
+        runner.earlier(path, {"context": 200})
     path.write_text("{}")
     with pytest.raises(UserError, match="is no report"):
-        runner.earlier(path, {"context": 100}, Report)
+        runner.earlier(path, {"context": 100})
 
 
 def test_engines_on_a_cpu_find_the_overlay_without_cpu_env(monkeypatch):

@@ -72,8 +72,8 @@ def test_settings_that_cannot_stand_together_are_refused(given, only, message):
 @pytest.mark.parametrize(
     ("speculation", "message"),
     [
-        ("null", r"speculative_config=null: .* leave it out .*`specattn eval tasks`"),
-        ('{"method": "ngram", "num_speculative_tokens": 4}', "method 'ngram': .*'eagle'.*`specattn eval tasks`"),
+        ("null", r"speculative_config=null: .* leave it out .*docs/evaluation.md, Tasks"),
+        ('{"method": "ngram", "num_speculative_tokens": 4}', "method 'ngram': .*'eagle'.*docs/evaluation.md, Tasks"),
         ('{"method": "dspark", "model": "d", "num_speculative_tokens": 4}', "method 'dspark'"),
         ('{"method": "eagle", "model": "d", "num_speculative_tokens": 3}', "--draft-tokens 4: .* give the same"),
     ],

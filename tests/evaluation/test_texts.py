@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from specattn_vllm.evaluation import texts
-from specattn_vllm.evaluation.methods_schema import text_tokens
+from specattn_vllm.evaluation.job import text_tokens
 from specattn_vllm.installed import UserError
 
 

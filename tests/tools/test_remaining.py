@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from specattn_vllm import remaining
-from specattn_vllm.interrupts import resumed
+from specattn_vllm.tools import remaining
+from specattn_vllm.tools.interrupts import resumed
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
 
 from specattn_vllm import cli
+from specattn_vllm.installed import UserError
+from specattn_vllm.tools.outputs import write_json
 
 WRITERS = pytest.mark.parametrize(
     "words",
     [
         ["bench", "--out"], ["bench", "--plot"], ["bench", "kernels", "--out"],
         ["bench", "table", "report.json", "--plot"],
-        ["eval", "methods", "--out"], ["eval", "tasks", "--out"], ["eval", "tasks", "--write"],
-        ["eval", "table", "report.json", "--plot"], ["report", "report.json", "--out"],
+        ["eval", "methods", "--out"], ["eval", "table", "report.json", "--plot"], ["report", "report.json", "--out"],
         ["calibrate", "--out"], ["calibrate", "--out", "map.json", "--picture"],
     ],
     ids=" ".join,
@@ -47,3 +49,17 @@ def test_a_folder_is_no_file(tmp_path, capsys):
 def test_a_folder_that_may_not_be_written_to(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
     assert "may not be written to" in refusal(["report", "x.json", "--out", str(tmp_path / "page.html")], capsys)
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "gone" / "report.json"
+    write_json(path, {"a": 1})
+    before = path.read_text()
+
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="cannot be written: No space left"):
+        write_json(path, {"a": 2})
+    assert path.read_text() == before and list(path.parent.iterdir()) == [path]

@@ -1,42 +1,19 @@
-"""What `specattn eval methods` measures along a text, and the report, as JSON. Loads no torch."""
+"""What was found of settings, and the report, as JSON. Loads no torch."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import ClassVar, Literal, TextIO
+from typing import Any, Literal
 
-from specattn_vllm.evaluation.schema import AnyReport, EngineJob, Result, StrictModel
+from pydantic import Field
 
+from specattn_vllm.evaluation.peer_options import PeerOptions
+from specattn_vllm.evaluation.schema import DENSE_OPTIONS, StrictModel
+from specattn_vllm.installed import UserError
 
-class Job(EngineJob):
-    """Leads a setting's engine through documents, then generates freely from their beginnings."""
-
-    has_reference: ClassVar[bool] = True
-
-    documents: list[list[int]]
-    """Token ids, `text_tokens` of each."""
-    context: int
-    positions: int
-    free_tokens: int
-    record_kept: bool = False
-    """Whether the result says what was kept of the first document; no figure depends on it."""
-
-    @property
-    def verified(self) -> int:
-        """Tokens after the first that are verified: whole rounds."""
-        return verified_tokens(self.positions, self.draft_tokens)
-
-    @property
-    def max_model_len(self) -> int:
-        return positions_needed(self.context, self.positions, self.draft_tokens, self.free_tokens)
-
-    def run(self, reference: Path, terminal: TextIO) -> SettingResult:
-        from specattn_vllm.evaluation.engine import run
-
-        return run(self, reference, terminal).result
-
-    def has_all(self, result: SettingResult) -> bool:
-        return not self.record_kept or not self.setting.selects or result.kept is not None
+COMMAND = "specattn eval methods"
+KIND = "specattn-eval-methods"
 
 
 class DraftResult(StrictModel):
@@ -129,7 +106,19 @@ class Kept(StrictModel):
         return [row + [0] * (max(map(len, rows)) - len(row)) for row in rows]
 
 
-class SettingResult(Result):
+class SettingResult(StrictModel):
+    name: str
+    options: dict[str, Any]
+    """As they were when it was measured: a report may have options that this version has not."""
+    peer: PeerOptions | None = None
+    other_batches: bool = False
+    lossless: bool
+    scan_share: float | None = None
+    """Bytes read of what is searched, for each byte of the entries searched (`scan.py`); None in reports from before
+    it was kept apart."""
+    job_key: str
+    seconds: float
+    provenance: dict[str, Any] = Field(default_factory=dict)
     forced: dict[str, int]
     """What the plugin's counters counted in the forced run, ..."""
     free: dict[str, int]
@@ -140,31 +129,42 @@ class SettingResult(Result):
     figures: Figures | None = None
     """What the table shows, for those who read the file. The table itself makes them anew of the above."""
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether the others are compared with it (`Setting.is_reference`)."""
+        return self.options == DENSE_OPTIONS and self.peer is None and not self.other_batches
 
-class Report(AnyReport):
-    command: ClassVar[str] = "specattn eval methods"
+
+class Report(StrictModel):
+    """Settings side by side."""
 
     kind: Literal["specattn-eval-methods"] = "specattn-eval-methods"
+    version: int = 1
+    provenance: dict[str, Any]
+    setup: dict[str, Any]
+    """What all settings of the report share."""
     results: list[SettingResult]
 
-    def complete(self) -> None:
-        from specattn_vllm.evaluation.figures import rows_of
+    @property
+    def dense(self) -> SettingResult | None:
+        """The result that the others are compared with; None where it is missing."""
+        return next((result for result in self.results if result.is_reference), None)
 
-        for result, found in rows_of(self):
-            result.figures = found
-
-
-def verified_tokens(positions: int, draft_tokens: int) -> int:
-    """Positions rounded up to whole rounds of K + 1."""
-    return -(-positions // (draft_tokens + 1)) * (draft_tokens + 1)
-
-
-def positions_needed(context: int, positions: int, draft_tokens: int, free_tokens: int) -> int:
-    """Positions that an engine needs: of both runs the longer, and room for drafting beyond it."""
-    generated = max(1 + verified_tokens(positions, draft_tokens), free_tokens + draft_tokens)
-    return context + generated + 2 * (draft_tokens + 1)
+    @property
+    def floor(self) -> SettingResult | None:
+        """The result whose KL is that of rounding; None where it is missing."""
+        return next((result for result in self.results if result.other_batches), None)
 
 
-def text_tokens(context: int, positions: int, draft_tokens: int) -> int:
-    """Tokens a document needs: the prompt, the next one, whole rounds, and the drafts made in the last of them."""
-    return context + 1 + verified_tokens(positions, draft_tokens) + draft_tokens
+def read(path: Path) -> Report:
+    """The report in a file, refused where it is none or has nothing that others are compared with."""
+    try:
+        given = json.loads(path.read_bytes())
+        if not isinstance(given, dict) or given.get("kind") != KIND:
+            raise ValueError(f"its kind is not {KIND!r}")
+        report = Report.model_validate(given)
+        if report.dense is None:
+            raise ValueError("no dense run in it")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no report of `{COMMAND}`: {str(error).splitlines()[0]}") from None
+    return report

@@ -1,0 +1,50 @@
+"""Files that commands write: refused before anything is measured where they could not be. Standard library only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from specattn_vllm.installed import UserError
+
+
+def output_file(text: str) -> Path:
+    """For argparse's `type`. Folders are not made: a slip in a path would leave them anywhere, and the figures with
+    them."""
+    path = Path(text).expanduser()
+    folder = path.parent
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: give a file in it, e.g. {path / 'results.json'}")
+    if not folder.is_dir():
+        what = "is no folder" if folder.exists() else "there is no such folder"
+        remedy = "give another" if folder.exists() else f"make it (mkdir -p {folder}), or give another"
+        raise argparse.ArgumentTypeError(f"{text}: {folder}: {what}: {remedy}")
+    if not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text}: {folder} may not be written to: give another")
+    return path
+
+
+def write_whole(path: Path, data: str | bytes) -> None:
+    """Write a file at once: whoever reads, at any time or after a crash, finds the old one or the whole new one.
+
+    Raises UserError if it cannot be written; nothing is left behind then.
+    """
+    partial = path.with_name(path.name + ".part")
+    try:
+        # It was there at the start (`output_file`); should it be gone, hours of figures are worth making it again.
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with partial.open("wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_whole(path, json.dumps(value, indent=2) + "\n")
