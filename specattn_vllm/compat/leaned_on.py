@@ -111,8 +111,8 @@ def remedy(vllm: Path, version: str) -> str | None:
         return None
     return (
         f"specattn-vllm leans on what vLLM {version} does not have: {'; '.join(lost)}. Install a vLLM that this "
-        "version of the plugin was run on, or a newer specattn-vllm; or remove specattn-vllm (or leave 'specattn' out of "
-        "VLLM_PLUGINS)"
+        "version of the plugin was run on, or a newer specattn-vllm; or remove specattn-vllm (or leave 'specattn' out "
+        "of VLLM_PLUGINS)"
     )
 
 
