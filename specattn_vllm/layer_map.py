@@ -59,7 +59,7 @@ class LayerMap(BaseModel):
         for j, i in enumerate(self.layers):
             if i is not None and not 0 <= i < self.draft.num_hidden_layers:
                 raise ValueError(f"layers[{j}] = {i}, but the draft has layers 0 to {self.draft.num_hidden_layers - 1}")
-        if (self.method == "sts") != (self.heads is not None):
+        if methods.find(self.method).per_head != (self.heads is not None):
             raise ValueError(f"method {self.method!r} {'needs' if self.heads is None else 'has no'} heads")
         if self.heads is not None:
             self._head_shapes_agree(self.heads)

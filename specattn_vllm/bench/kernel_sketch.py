@@ -61,7 +61,8 @@ class Search:
             dtype=bench.dtype, max_query_len=VERIFY_LEN, max_num_reqs=batch.rows,
             max_model_len=-(-batch.context // 64) * 64,
         )  # fmt: skip
-        self.sketch = Sketch(self.operations, budget_of(self.options), BITS, shape, Counters(device), device)
+        budget = budget_of(self.options, self.options.shared_budget)
+        self.sketch = Sketch(self.operations, budget, BITS, shape, Counters(device), device)
         self.sketch.dense.zero_()
         self.sketch.slots.copy_(torch.arange(batch.rows))
         self.step = ChoiceStep(batch.rows, batch.rows * VERIFY_LEN, VERIFY_LEN)

@@ -95,7 +95,9 @@ def state_file(out: Path) -> Path:
 
 def kinds(args: argparse.Namespace) -> tuple[str, str | None]:
     """What layers are chosen by, and heads; None where heads are not mapped."""
-    if args.method != "sts":
+    from specattn_vllm import methods
+
+    if not methods.find(args.method).per_head:
         return args.similarity, None
     return args.similarity, args.head_similarity or (RETAINED if args.similarity == RETAINED else "overlap")
 
@@ -107,7 +109,7 @@ def fill_in(args: argparse.Namespace) -> None:
     if args.path is None:
         args.path = "free" if args.similarity == RETAINED else "monotone"
     if args.budget is None:
-        args.budget = SpecAttnOptions(method=args.method).ratio_or_default
+        args.budget = SpecAttnOptions.parse({"method": args.method}).ratio
     if args.queries is None and compares_rows(args):
         args.queries = QUERIES
 
@@ -123,7 +125,7 @@ def check(args: argparse.Namespace) -> None:
     for name, value in least.items():
         if getattr(args, name) is not None and getattr(args, name) < value:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {value}")
-    if args.method != "sts" and (args.head_similarity or args.ranks):
+    if kinds(args)[1] is None and (args.head_similarity or args.ranks):
         raise UserError("--head-similarity and --ranks are for --method sts")
     if args.ranks is not None and args.ranks < 1:
         raise UserError(f"--ranks {args.ranks}: at least 1")

@@ -60,7 +60,7 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
 
     def alike_in(window: int) -> dict[str, torch.Tensor]:
         queries = args.queries and sampled_queries(args.window, args.queries, args.seed, window)
-        served = replace(rounds, min_tokens=SpecAttnOptions().min_tokens)
+        served = replace(rounds, min_tokens=SpecAttnOptions.parse({"method": args.method}).min_tokens)
         return alike_in_window(target, draft, windows.ids[window], served, args.budget, queries, *kinds(args))
 
     with _progress() as begin:
@@ -154,7 +154,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _rounds(args: argparse.Namespace) -> Rounds:
-    options = SpecAttnOptions()  # always kept tokens are those of a server that is started without options
+    options = SpecAttnOptions.parse({"method": args.method})  # always kept tokens are a server's
     return Rounds(args.window, args.rounds, args.draft_tokens, options.sink_tokens, options.recent_tokens)
 
 
