@@ -26,7 +26,7 @@ SHARE = COMMON | {
 BUDGET = SHARE | {"rule": None, "top_p": 0.9}
 SPARSE_DRAFT = BUDGET | {"sparse_draft": False, "draft_ratio": None}
 BY_DRAFT = SPARSE_DRAFT | {
-    "layer_map": None, "check_weights": True, "layer_shares": True, "dense_layers": (), "combine": "sum",
+    "layer_map": None, "layer_shares": True, "dense_layers": (), "combine": "sum",
     "bonus_row": True, "induction": True, "refresh_every": None, "audit_share": 0.0, "audit_floor": None,
     "audit_dense_rounds": 16, "refresh_draft_every": 1,
 }  # fmt: skip
@@ -73,7 +73,6 @@ EVERY = {
     "audit_share": 0.05,
     "audit_floor": 0.8,
     "audit_dense_rounds": 4,
-    "check_weights": False,
     "sparse_draft": True,
     "draft_ratio": 0.5,
     "refresh_draft_every": 4,
@@ -142,7 +141,6 @@ def test_an_unknown_option_is_named_with_the_known_ones():
         ("audit_floor", 1.5, "less than or equal to 1"),
         ("audit_dense_rounds", 0, "greater than or equal to 1"),
         ("audit_dense_rounds", 2**31, "less than or equal to 2147483647"),
-        ("check_weights", "perhaps", "valid boolean"),
         ("sparse_draft", "perhaps", "valid boolean"),
         ("refresh_draft_every", 0, "greater than or equal to 1"),
         ("refresh_draft_every", 2**31, "less than or equal to 2147483647"),

@@ -18,9 +18,6 @@ class ByDraftOptions(SparseDraftOptions):
         description="Name of a shipped layer map, path of a JSON file, or 'uniform' (layers paired by depth, not "
         "calibrated). Default: the shipped map for this pair of models if there is one, else 'uniform'.",
     )
-    check_weights: bool = for_researchers(
-        True, description="Refuse a layer map calibrated on other weights of the same architecture."
-    )
     layer_shares: bool = for_researchers(
         True,
         description="With a fixed share, target layers get shares of their own out of `ratio`, which stays the mean: "

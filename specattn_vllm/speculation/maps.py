@@ -30,9 +30,7 @@ def resolve_layer_map(vllm_config: VllmConfig, options: ByDraftOptions) -> Layer
     """The layer map for an engine's pair of models, with the options' dense layers."""
     target = model_facts(vllm_config.model_config)
     draft = model_facts(vllm_config.speculative_config.draft_model_config)
-    found = layer_map.resolve(
-        options.layer_map, target, draft, method=options.method, check_weights=options.check_weights
-    ).with_dense(options.dense_layers)
+    found = layer_map.resolve(options.layer_map, target, draft, method=options.method).with_dense(options.dense_layers)
     if not found.sources:
         raise LayerMapError(
             "every target layer is dense (layer map and dense_layers together), so nothing would be pruned: "
