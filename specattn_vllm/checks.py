@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -12,8 +11,6 @@ from specattn_vllm.selection.capture import MAX_FUSED_QUERY
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-logger = logging.getLogger("vllm.specattn")
 
 
 class UnsupportedError(ValueError):
@@ -42,16 +39,9 @@ def check(vllm_config: VllmConfig) -> None:
     reasons = [*_engine(vllm_config), *_models(vllm_config), *_speculation(vllm_config, options)]
     if reasons:
         raise UnsupportedError("--attention-backend specattn cannot serve this:\n  " + "\n  ".join(reasons))
-    if idle := sorted(options.kind.idle(frozenset(options.model_fields_set), drafts_sparsely=options.drafts_sparsely)):
-        # Not an error: a control run differs from the run it controls by its method alone.
-        logger.warning("specattn: not used by method '%s', without effect: %s", options.method, ", ".join(idle))
-    if vllm_config.speculative_config is None:
-        return
-    from specattn_vllm.speculation.maps import resolve_layer_map
+    if options.chooses_by_draft:
+        from specattn_vllm.speculation.maps import resolve_layer_map
 
-    if not options.drafts_for_itself and not options.chooses_by_itself and (
-        options.chooses_by_draft or options.layer_map is not None or options.dense_layers
-    ):
         resolve_layer_map(vllm_config, options)
 
 
@@ -132,7 +122,7 @@ def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
     if options.drafts_for_itself and config.parallel_config.enable_eplb:
         yield f"method = {options.method!r} with enable_eplb: one model would be registered twice; turn EPLB off"
     longest = MAX_FUSED_QUERY - 2  # step 0 attends the verified tokens, the target's own and one more
-    if options.refresh_draft_every > 1 and spec.num_speculative_tokens > longest:
+    if options.recalls and spec.num_speculative_tokens > longest:
         yield (
             f"refresh_draft_every = {options.refresh_draft_every} with num_speculative_tokens = "
             f"{spec.num_speculative_tokens}: a first draft step that reads a list has room for {longest}; lower "

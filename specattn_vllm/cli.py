@@ -105,7 +105,11 @@ def methods(args: argparse.Namespace) -> None:
         print(line, file=sys.stderr)
     if args.json:
         told = {
-            name: {"summary": method.summary, "lossless": method.lossless, "options": sorted(method.options)}
+            name: {
+                "summary": method.summary,
+                "lossless": method.lossless,
+                "options": method.options(method=name).model_dump(mode="json", exclude={"method"}),
+            }
             for name, method in METHODS.items()
         }
         print(json.dumps(told, indent=2))

@@ -27,12 +27,12 @@ class ModelFacts(BaseModel):
     vocab_size: int
     weights: str | None = None
 
-    def differences(self, other: ModelFacts, *, weights: bool) -> list[str]:
+    def differences(self, other: ModelFacts) -> list[str]:
         """Fields in which two models differ, as 'name: ours != theirs'; an unknown digest differs from nothing."""
         found = []
         for name in type(self).model_fields:
             ours, theirs = getattr(self, name), getattr(other, name)
-            if name == "weights" and (not weights or ours is None or theirs is None):
+            if name == "weights" and (ours is None or theirs is None):
                 continue
             if ours != theirs:
                 found.append(f"{name}: {ours} != {theirs}")

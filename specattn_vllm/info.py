@@ -25,7 +25,7 @@ PROBE = """
 import torch
 from specattn_vllm import executors
 from specattn_vllm.options import SpecAttnOptions
-found = executors.of_engine(SpecAttnOptions(), torch.device("cuda", 0), torch.bfloat16)
+found = executors.of_engine(SpecAttnOptions.parse({}), torch.device("cuda", 0), torch.bfloat16)
 print(found.label or found.name)
 """
 

@@ -59,7 +59,7 @@ class LayerMap(BaseModel):
         for j, i in enumerate(self.layers):
             if i is not None and not 0 <= i < self.draft.num_hidden_layers:
                 raise ValueError(f"layers[{j}] = {i}, but the draft has layers 0 to {self.draft.num_hidden_layers - 1}")
-        if (self.method == "sts") != (self.heads is not None):
+        if methods.find(self.method).per_head != (self.heads is not None):
             raise ValueError(f"method {self.method!r} {'needs' if self.heads is None else 'has no'} heads")
         if self.heads is not None:
             self._head_shapes_agree(self.heads)
@@ -208,11 +208,11 @@ def _is_taken_for(found: LayerMap, target: ModelFacts, draft: ModelFacts) -> boo
     very weights that it was calibrated on, one of shapes alone for all weights of these shapes."""
     if found.calibrated:
         return (found.target, found.draft) == (target, draft)
-    return not found.target.differences(target, weights=True) and not found.draft.differences(draft, weights=True)
+    return not found.target.differences(target) and not found.draft.differences(draft)
 
 
 def resolve(
-    name: str | None, target: ModelFacts, draft: ModelFacts, *, method: str = "specattn", check_weights: bool = True
+    name: str | None, target: ModelFacts, draft: ModelFacts, *, method: str = "specattn"
 ) -> LayerMap:
     """The map an engine uses for a method: a named one must fit method and models; the default is the best that is
     shipped for them, a calibrated one before any other, and else `uniform`.
@@ -236,11 +236,11 @@ def resolve(
     problems = [
         f"{side} {difference}"
         for side, ours, theirs in (("target", found.target, target), ("draft", found.draft, draft))
-        for difference in ours.differences(theirs, weights=check_weights)
+        for difference in ours.differences(theirs)
     ]
     if problems:
         raise LayerMapError(
             f"layer_map = {name!r} was made for other models (map != served): {'; '.join(problems)}. Use a map "
-            "made for this pair, layer_map='uniform', or, if only the weights differ, check_weights=false"
+            "made for this pair, layer_map='uniform', or, if only the weights differ, a copy of it with weights null"
         )
     return found

@@ -1,62 +1,73 @@
-"""The plugin's options: one frozen model, read from vLLM's own `--additional-config '{"specattn": {...}}'`."""
+"""The plugin's options, read from vLLM's own `--additional-config '{"specattn": {...}}'`.
+
+Each method has a model of its own (`Method.options`), made of what stands here and of the parts that it shares with
+others (`methods/budget.py`, `methods/by_draft.py`).
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from specattn_vllm import methods, misplaced, option_rules, presets
-from specattn_vllm.option_fields import OptionFields
+from specattn_vllm import misplaced
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
+    from specattn_vllm.methods.base import Method
+
 KEY = "specattn"
+
+ExecutorName = Literal["auto", "torch", "triton", "fa3", "xformers"]
+
+
+def for_researchers(default: Any, **field: Any) -> Any:
+    """A field that is there to take a method apart, and not to serve with."""
+    return Field(default, json_schema_extra={"for": "researchers"}, **field)
 
 
 class OptionsError(ValueError):
     """An option that cannot be used; the message names key, value, what is allowed and the remedy."""
 
 
-class SpecAttnOptions(OptionFields):
-    """How the KV entries that verification reads are chosen, checked. Counts are in tokens."""
+class SpecAttnOptions(BaseModel):
+    """What every method has, and what may be asked of the options of any."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _fill_in_the_preset(cls, data: Any) -> Any:
-        return presets.apply(data) if isinstance(data, dict) else data
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    @field_validator("method")
-    @classmethod
-    def _known(cls, value: str) -> str:
-        return methods.find(value).name
-
-    @field_validator("dense_layers")
-    @classmethod
-    def _no_negative_layers(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if any(layer < 0 for layer in value):
-            raise ValueError("layers are counted from 0")
-        return value
-
-    @model_validator(mode="after")
-    def _fit_together(self) -> SpecAttnOptions:
-        option_rules.check(self)
-        return self
+    method: str = Field(description="Who chooses what is read: a name that `specattn methods` lists.")
+    preset: Literal["paper"] | None = for_researchers(
+        None,
+        description="'paper': the published setting of the method, for all options that are not given themselves.",
+    )
+    executor: ExecutorName = Field(
+        "auto",
+        description="'fa3' (FlashAttention 3, Hopper), 'xformers' (other CUDA GPUs, whole blocks), 'triton' (CUDA; on "
+        "CPU through the interpreter), 'torch' (CPU), or the first of these that runs.",
+    )
+    stats_interval_s: float = Field(60.0, gt=0.0, description="Seconds between the statistics lines in the log.")
 
     @classmethod
     def parse(cls, raw: Any) -> SpecAttnOptions:
-        """Validate the value of the `specattn` key; raises OptionsError with one line per problem."""
+        """The options of the method that `raw` names, from the value of the `specattn` key; raises OptionsError with
+        one line per problem."""
         if not isinstance(raw, dict):
             raise OptionsError(
                 f"additional_config['{KEY}'] is {raw!r}; it must be an object such as "
                 f'{{"top_p": 0.9}} (--additional-config \'{{"{KEY}": {{"top_p": 0.9}}}}\')'
             )
+        from specattn_vllm import methods
+
         try:
-            return cls.model_validate(raw)
+            method = methods.find(raw.get("method", methods.DEFAULT))
+            paper = methods.published(method) if raw.get("preset") == "paper" else {}
+            return method.options.model_validate({"method": method.name, **paper, **raw})
         except ValidationError as error:
-            lines = [_explain(problem) for problem in error.errors()]
-            raise OptionsError("specattn options (--additional-config):\n  " + "\n  ".join(lines)) from None
+            lines = [_explain(problem, method) for problem in error.errors()]
+        except ValueError as error:
+            lines = [str(error)]
+        raise OptionsError("specattn options (--additional-config):\n  " + "\n  ".join(lines))
 
     @classmethod
     def from_vllm(cls, vllm_config: VllmConfig) -> SpecAttnOptions:
@@ -69,21 +80,100 @@ class SpecAttnOptions(OptionFields):
         refuse_misplaced(config, ours=True)
         return cls.parse(config.get(KEY, {}) if isinstance(config, dict) else {})
 
+    @property
+    def kind(self) -> Method:
+        """The method, as it describes itself."""
+        from specattn_vllm import methods
+
+        return methods.find(self.method)
+
+    @property
+    def usable(self) -> frozenset[str]:
+        """Options that change something beside these."""
+        return frozenset(type(self).model_fields)
+
+    @property
+    def needs_token_pages(self) -> bool:
+        """Whether some selection is of single tokens and heads, which an executor of whole blocks cannot read."""
+        return self.kind.per_head or self.chooses_by_itself or self.drafts_by_sketch
+
+    @property
+    def chooses_by_itself(self) -> bool:
+        """Whether the target's own queries choose, layer by layer."""
+        return self.kind.target_reads == "own choice"
+
+    @property
+    def chooses_by_draft(self) -> bool:
+        """Whether a draft model's attention decides what the target's verification reads."""
+        return self.kind.target_reads == "draft's choice"
+
+    @property
+    def drafts_for_itself(self) -> bool:
+        """Whether the target is its own draft model."""
+        return self.kind.drafter == "target"
+
+    @property
+    def drafts_sparsely(self) -> bool:
+        """Whether the steps of a draft model, if there is one, read a part of its context."""
+        return False
+
+    @property
+    def drafts_by_sketch(self) -> bool:
+        """Whether a draft model chooses what it reads by a sketch of its keys."""
+        return self.drafts_sparsely and self.kind.drafts_by_sketch
+
+    @property
+    def recalls(self) -> bool:
+        """Whether a round of drafting may read what an earlier one chose."""
+        return False
+
+    @property
+    def bits_in_cache(self) -> int | None:
+        """Bits of each element of the sketches in the cache; None where there is no room for any."""
+        return None
+
+    @property
+    def goes_with_any_drafter(self) -> bool:
+        """Whether vLLM's own drafters will do, because nothing is asked of a draft model's attention."""
+        return self.kind.drafter == "any"
+
+    def crossover(self, executor: str) -> int:
+        """Context tokens of a batch below which the target reads everything, or a lossless method drafts with
+        everything: what the method measured for the executor, else 0."""
+        alone = self.kind.lossless and self.drafts_by_sketch
+        return (self.kind.draft_crossover if alone else self.kind.crossover).get(executor, 0)
+
 
 def refuse_misplaced(config: Any, *, ours: bool) -> None:
     """Raise OptionsError for options that were meant for us and would not reach us."""
-    if found := misplaced.in_config(config, KEY, SpecAttnOptions.model_fields, ours=ours):
+    if found := misplaced.in_config(config, KEY, owners(), ours=ours):
         raise OptionsError("--additional-config:\n  " + "\n  ".join(found))
 
 
-def _explain(problem: dict) -> str:
+def owners() -> dict[str, list[str]]:
+    """Every option -> the methods that have it."""
+    from specattn_vllm import methods
+
+    found: dict[str, list[str]] = {}
+    for method in methods.METHODS.values():
+        for name in method.options.model_fields:
+            found.setdefault(name, []).append(method.name)
+    return found
+
+
+def _explain(problem: dict, method: Method) -> str:
     """One pydantic error as: key, value, what is allowed, remedy."""
     key = ".".join(str(part) for part in problem["loc"])
+    fields = method.options.model_fields
     if problem["type"] == "extra_forbidden":
-        known = ", ".join(SpecAttnOptions.model_fields)
-        return f"{key}: unknown option; known: {known}. Remove it or correct its name."
+        if others := owners().get(key):
+            return (
+                f"{key} = {problem['input']!r}: method {method.name!r} has no such option. Remove it, or set method to "
+                f"one that has it: {', '.join(others)}"
+            )
+        return f"{key}: unknown option; known: {', '.join(fields)}. Remove it or correct its name."
     message = problem["msg"].removeprefix("Value error, ")
     if not key:
         return message
     name = str(problem["loc"][0])
-    return f"{key} = {problem['input']!r}: {message}. {name}: {SpecAttnOptions.model_fields[name].description}"
+    return f"{key} = {problem['input']!r}: {message}. {name}: {fields[name].description}"

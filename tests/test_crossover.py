@@ -5,19 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
 
 from specattn_vllm import executors
-from specattn_vllm.crossover import crossover_tokens
 from specattn_vllm.methods import METHODS
 from specattn_vllm.options import SpecAttnOptions
-
-
-@pytest.fixture
-def operations():
-    """operations(name): those of an executor; only its name is asked for."""
-    torch_s = executors.resolve("torch", torch.device("cpu"))
-    return lambda name: dataclasses.replace(torch_s, name=name)
 
 
 @pytest.fixture(autouse=True)
@@ -31,31 +22,31 @@ def measured(monkeypatch):
     monkeypatch.setitem(METHODS, "dense", dataclasses.replace(METHODS["dense"], draft_crossover={"fa3": 500}))
 
 
-def test_what_was_measured_for_the_executor_is_the_default(operations):
-    assert crossover_tokens(SpecAttnOptions(method="specattn"), operations("fa3")) == 9000
-    assert crossover_tokens(SpecAttnOptions(method="specattn"), operations("triton")) == 20000
+def test_what_was_measured_for_the_executor_is_the_default():
+    assert SpecAttnOptions.parse({"method": "specattn"}).crossover("fa3") == 9000
+    assert SpecAttnOptions.parse({"method": "specattn"}).crossover("triton") == 20000
 
 
 @pytest.mark.parametrize("method", ["vegas", "streamingllm"])
-def test_a_target_that_drafts_for_itself_starts_elsewhere(method, operations):
-    assert crossover_tokens(SpecAttnOptions(method=method), operations("fa3")) == 700
-    assert crossover_tokens(SpecAttnOptions(method=method), operations("triton")) == 0
+def test_a_target_that_drafts_for_itself_starts_elsewhere(method):
+    assert SpecAttnOptions.parse({"method": method}).crossover("fa3") == 700
+    assert SpecAttnOptions.parse({"method": method}).crossover("triton") == 0
 
 
-def test_what_searches_starts_where_a_search_pays(operations):
-    assert crossover_tokens(SpecAttnOptions(method="sketch"), operations("fa3")) == 8000
-    assert crossover_tokens(SpecAttnOptions(method="dense", sparse_draft=True), operations("fa3")) == 500
+def test_what_searches_starts_where_a_search_pays():
+    assert SpecAttnOptions.parse({"method": "sketch"}).crossover("fa3") == 8000
+    assert SpecAttnOptions.parse({"method": "dense", "sparse_draft": True}).crossover("fa3") == 500
 
 
-def test_what_was_not_measured_is_always_pruned(operations):
-    assert crossover_tokens(SpecAttnOptions(method="specattn"), operations("torch")) == 0
+def test_what_was_not_measured_is_always_pruned():
+    assert SpecAttnOptions.parse({"method": "specattn"}).crossover("torch") == 0
 
 
 @pytest.mark.parametrize("name", ["fa3", "torch"])
 @pytest.mark.parametrize("tokens", [0, 1, 123456])
-def test_the_option_has_the_last_word(operations, name, tokens):
+def test_the_option_has_the_last_word(name, tokens):
     # 0 is an answer too: prune always.
-    assert crossover_tokens(SpecAttnOptions(method="specattn", crossover_tokens=tokens), operations(name)) == tokens
+    assert SpecAttnOptions.parse({"method": "specattn", "crossover_tokens": tokens}).crossover(name) == tokens
 
 
 def test_only_executors_that_there_are_have_been_measured(monkeypatch):

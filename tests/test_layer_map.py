@@ -201,13 +201,15 @@ def test_every_difference_is_named(write):
 
 
 @pytest.mark.parametrize("side", ["target", "draft"])
-def test_other_weights_are_refused_unless_allowed(write, side):
+def test_other_weights_are_refused_unless_the_map_names_none(write, side):
     served = {"target": TARGET, "draft": DRAFT}
     served[side] = served[side].model_copy(update={"weights": "another fine-tune"})
     path = str(write(content()))
-    with pytest.raises(LayerMapError, match=f"{side} weights: .* != another fine-tune.*check_weights=false"):
+    with pytest.raises(LayerMapError, match=f"{side} weights: .* != another fine-tune.*a copy of it with weights null"):
         resolve(path, served["target"], served["draft"])
-    assert resolve(path, served["target"], served["draft"], check_weights=False).layers == (None, 0, 1, 1)
+    known = {"target": TARGET, "draft": DRAFT}
+    unbound = write(content(**{side: known[side].model_copy(update={"weights": None}).model_dump()}), "unbound.json")
+    assert resolve(str(unbound), served["target"], served["draft"]).layers == (None, 0, 1, 1)
 
 
 def test_a_map_for_another_method_is_refused(write):

@@ -18,82 +18,82 @@ def refusal(raw) -> str:
     return str(caught.value)
 
 
-def test_the_defaults_are_the_documented_ones():
-    # Written out: changing one changes what every user of the plugin gets.
-    assert SpecAttnOptions.parse({}).model_dump() == {
-        "method": "sketch",
-        "preset": None,
-        "layer_map": None,
-        "rule": None,
-        "top_p": 0.9,
-        "ratio": None,
-        "sketch_bits": 2,
-        "shared_budget": "layers",
-        "layer_shares": True,
-        "min_tokens": 128,
-        "max_tokens": None,
-        "max_fraction": 1.0,
-        "sink_tokens": 4,
-        "recent_tokens": 64,
-        "combine": "sum",
-        "bonus_row": True,
-        "induction": True,
-        "dilation": None,
-        "dense_layers": (),
-        "refresh_every": None,
-        "audit_share": 0.0,
-        "audit_floor": None,
-        "audit_dense_rounds": 16,
-        "check_weights": True,
-        "sparse_draft": None,
-        "draft_ratio": None,
-        "refresh_draft_every": 1,
-        "crossover_tokens": None,
-        "executor": "auto",
-        "stats_interval_s": 60.0,
-    }
+COMMON = {"preset": None, "executor": "auto", "stats_interval_s": 60.0}
+SHARE = COMMON | {
+    "ratio": 0.1, "min_tokens": 128, "max_tokens": None, "max_fraction": 1.0, "sink_tokens": 4, "recent_tokens": 64,
+    "crossover_tokens": None,
+}  # fmt: skip
+BUDGET = SHARE | {"rule": None, "top_p": 0.9}
+SPARSE_DRAFT = BUDGET | {"sparse_draft": False, "draft_ratio": None}
+BY_DRAFT = SPARSE_DRAFT | {
+    "layer_map": None, "layer_shares": True, "dense_layers": (), "combine": "sum",
+    "bonus_row": True, "induction": True, "refresh_every": None, "audit_share": 0.0, "audit_floor": None,
+    "audit_dense_rounds": 16, "refresh_draft_every": 1,
+}  # fmt: skip
+DEFAULTS = {
+    "sketch": SPARSE_DRAFT | {"ratio": 0.125, "sparse_draft": True, "sketch_bits": 2, "shared_budget": "layers"},
+    "specattn": BY_DRAFT | {"ratio": 0.25},
+    "sts": BY_DRAFT,
+    "vegas": BUDGET | {"dilation": None},
+    "streamingllm": SHARE,
+    "dense": SPARSE_DRAFT | {"sketch_bits": 2},
+}
+"""Written out: changing one changes what every user of the method gets."""
 
 
-def test_every_option_can_be_given():
-    raw = {
-        "method": "sts",
-        "preset": "paper",
-        "layer_map": "uniform",
-        "rule": "top_k",
-        "top_p": 1.0,
-        "ratio": 0.05,
-        "sketch_bits": 4,
-        "shared_budget": "none",
-        "layer_shares": False,
-        "min_tokens": 0,
-        "max_tokens": 10,
-        "max_fraction": 0.25,
-        "sink_tokens": 0,
-        "recent_tokens": 10,
-        "combine": "union",
-        "bonus_row": False,
-        "induction": False,
-        "dilation": 5,
-        "dense_layers": [0, 3],
-        "refresh_every": 8,
-        "audit_share": 0.05,
-        "audit_floor": 0.8,
-        "audit_dense_rounds": 4,
-        "check_weights": False,
-        "sparse_draft": True,
-        "draft_ratio": 0.5,
-        "refresh_draft_every": 4,
-        "crossover_tokens": 4096,
-        "executor": "torch",
-        "stats_interval_s": 0.5,
-    }
-    assert set(raw) == set(SpecAttnOptions.model_fields), "an option was added: cover it here"
+@pytest.mark.parametrize("method", METHODS)
+def test_the_defaults_are_the_documented_ones(method):
+    assert SpecAttnOptions.parse({"method": method}).model_dump() == {"method": method} | DEFAULTS[method]
+
+
+def test_the_default_method_is_sketch():
+    assert SpecAttnOptions.parse({}) == SpecAttnOptions.parse({"method": "sketch"})
+
+
+EVERY = {
+    "preset": None,
+    "layer_map": "uniform",
+    "rule": "top_k",
+    "top_p": 0.8,
+    "ratio": 0.25,
+    "sketch_bits": 4,
+    "shared_budget": "none",
+    "layer_shares": False,
+    "min_tokens": 0,
+    "max_tokens": 10,
+    "max_fraction": 0.25,
+    "sink_tokens": 0,
+    "recent_tokens": 10,
+    "combine": "union",
+    "bonus_row": False,
+    "induction": False,
+    "dilation": 5,
+    "dense_layers": (0, 3),
+    "refresh_every": 8,
+    "audit_share": 0.05,
+    "audit_floor": 0.8,
+    "audit_dense_rounds": 4,
+    "sparse_draft": True,
+    "draft_ratio": 0.5,
+    "refresh_draft_every": 4,
+    "crossover_tokens": 4096,
+    "executor": "torch",
+    "stats_interval_s": 0.5,
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_option_can_be_set(method):
+    assert set(EVERY) == {name for defaults in DEFAULTS.values() for name in defaults}, "an option was added: cover it"
+    raw = {"method": method} | {name: EVERY[name] for name in DEFAULTS[method]}
+    if method == "dense":  # draft_ratio stands in for them
+        raw = {name: value for name, value in raw.items() if name not in ("rule", "top_p", "ratio", "max_fraction")}
     options = SpecAttnOptions.parse(raw)
-    assert options.model_dump() == raw | {"dense_layers": (0, 3)}
+    assert {name: value for name, value in options.model_dump().items() if name in raw} == raw
 
 
 def test_options_cannot_be_changed_after_they_were_checked():
-    options = SpecAttnOptions()
+    options = SpecAttnOptions.parse({})
     with pytest.raises(ValidationError, match="frozen"):
         options.top_p = 5.0
     assert options.top_p == 0.9
@@ -103,7 +103,7 @@ def test_an_unknown_option_is_named_with_the_known_ones():
     message = refusal({"top_q": 0.5})
     assert "top_q: unknown option" in message
     known = message.split("known: ")[1].split(". Remove")[0].split(", ")
-    assert known == list(SpecAttnOptions.model_fields)
+    assert known == list(METHODS["sketch"].options.model_fields)
     assert message.endswith("Remove it or correct its name.")
 
 
@@ -126,11 +126,9 @@ def test_an_unknown_option_is_named_with_the_known_ones():
         ("sink_tokens", -1, "greater than or equal to 0"),
         ("recent_tokens", -1, "greater than or equal to 0"),
         ("stats_interval_s", 0.0, "greater than 0"),
-        ("dense_layers", [2, -1], "counted from 0"),
         ("dense_layers", 3, "valid tuple"),
         ("dilation", -1, "greater than or equal to 0"),
         ("dilation", 65, "less than or equal to 64"),
-        ("method", "sparse", "choose from sketch, specattn, sts, vegas, streamingllm, dense"),
         ("combine", "mean", "'sum' or 'union'"),
         ("executor", "cuda", "'auto', 'torch', 'triton', 'fa3' or 'xformers'"),
         ("refresh_every", 1, "greater than or equal to 2"),
@@ -143,7 +141,6 @@ def test_an_unknown_option_is_named_with_the_known_ones():
         ("audit_floor", 1.5, "less than or equal to 1"),
         ("audit_dense_rounds", 0, "greater than or equal to 1"),
         ("audit_dense_rounds", 2**31, "less than or equal to 2147483647"),
-        ("check_weights", "perhaps", "valid boolean"),
         ("sparse_draft", "perhaps", "valid boolean"),
         ("refresh_draft_every", 0, "greater than or equal to 1"),
         ("refresh_draft_every", 2**31, "less than or equal to 2147483647"),
@@ -156,22 +153,32 @@ def test_an_unknown_option_is_named_with_the_known_ones():
     ],
 )
 def test_a_bad_value_is_refused_with_key_value_and_what_is_allowed(key, value, allowed):
-    message = refusal({key: value})
+    method = next(name for name in ("sketch", "specattn", "vegas") if key in METHODS[name].options.model_fields)
+    message = refusal({"method": method, key: value})
     assert "--additional-config" in message
     assert f"{key} = {value!r}: " in message
     assert allowed in message
     # What the option means is the remedy.
-    assert SpecAttnOptions.model_fields[key].description in message
+    assert METHODS[method].options.model_fields[key].description in message
+
+
+@pytest.mark.parametrize("name", ["sparse", 3, ["sketch"], None])
+def test_an_unknown_method_is_refused_with_those_there_are(name):
+    message = refusal({"method": name, "top_p": 2})
+    assert f"method = {name!r}: there is no such method: choose from sketch, specattn, sts, vegas," in message
 
 
 def test_a_bad_element_is_named_by_its_place():
-    assert "dense_layers.1 = 'last': " in refusal({"dense_layers": [0, "last"]})
+    assert "dense_layers.1 = -1: Input should be greater than or equal to 0" in refusal(
+        {"method": "sts", "dense_layers": [2, -1]}
+    )
+    assert "dense_layers.1 = 'last': " in refusal({"method": "sts", "dense_layers": [0, "last"]})
 
 
 def test_all_problems_are_listed_at_once():
-    message = refusal({"top_p": 2, "method": "sparse", "top_q": 1})
+    message = refusal({"top_p": 2, "layer_map": "uniform", "top_q": 1})
     assert len(message.splitlines()) == 1 + 3
-    for part in ("top_p = 2", "method = 'sparse'", "top_q: unknown"):
+    for part in ("top_p = 2", "layer_map = 'uniform': method 'sketch' has no such option", "top_q: unknown"):
         assert part in message
 
 
@@ -202,26 +209,33 @@ def test_refreshes_of_a_draft_that_reads_everything_are_refused():
     message = refusal({"method": "specattn", "refresh_draft_every": 4})
     assert "refresh_draft_every 4 without sparse_draft" in message
     assert "set sparse_draft=true, or leave it at 1" in message
-    assert SpecAttnOptions.parse({"refresh_draft_every": 1}).refresh_draft_every == 1
+    assert SpecAttnOptions.parse({"method": "sts", "refresh_draft_every": 1}).refresh_draft_every == 1
 
 
 def test_a_share_for_a_draft_that_reads_everything_is_refused():
-    message = refusal({"sparse_draft": True, "method": "dense", "refresh_draft_every": 3})
-    assert "whose draft chooses by a sketch in every round: leave it at 1" in message
     message = refusal({"method": "specattn", "draft_ratio": 0.25})
     assert "draft_ratio 0.25 without sparse_draft" in message
     assert "set sparse_draft=true, or leave draft_ratio out" in message
 
 
+def test_what_full_attention_has_no_use_for_is_refused():
+    message = refusal({"method": "dense", "ratio": 0.5, "min_tokens": 3, "executor": "torch"})
+    assert "min_tokens, ratio without sparse_draft, where everything is read: set sparse_draft=true, or" in message
+    message = refusal({"method": "dense", "sparse_draft": True, "ratio": 0.5, "min_tokens": 3, "draft_ratio": 0.2})
+    assert "ratio beside draft_ratio, which stands in for it: leave one of them out" in message
+    options = SpecAttnOptions.parse({"method": "dense", "sparse_draft": False, "executor": "torch"})
+    assert not {"ratio", "crossover_tokens", "draft_ratio"} & options.usable
+
+
 def test_a_floor_without_audits_is_refused():
-    message = refusal({"audit_floor": 0.8})
+    message = refusal({"method": "sts", "audit_floor": 0.8})
     assert "audit_floor 0.8 without audit_share" in message
     assert "set audit_share, such as to 0.05, or leave audit_floor out" in message
-    assert "audit_floor 0.8 without" in refusal({"audit_floor": 0.8, "audit_share": 0.0})
+    assert "audit_floor 0.8 without" in refusal({"method": "sts", "audit_floor": 0.8, "audit_share": 0.0})
 
 
 def test_dense_rounds_without_a_floor_are_refused():
-    message = refusal({"audit_share": 0.1, "audit_dense_rounds": 16})  # the default, but given
+    message = refusal({"method": "sts", "audit_share": 0.1, "audit_dense_rounds": 16})  # the default, but given
     assert "audit_dense_rounds 16 without audit_floor" in message
     assert "set audit_floor, or leave it out" in message
 
@@ -233,13 +247,13 @@ def test_a_cap_equal_to_the_floors_is_accepted():
 
 def test_an_engine_s_options_come_from_its_additional_config():
     config = SimpleNamespace(additional_config={"specattn": {"top_p": 0.5}, "other_plugin": {"x": 1}})
-    assert SpecAttnOptions.from_vllm(config) == SpecAttnOptions(top_p=0.5)
+    assert SpecAttnOptions.from_vllm(config) == SpecAttnOptions.parse({"top_p": 0.5})
 
 
 @pytest.mark.parametrize("additional_config", [{}, {"other_plugin": 1}, object()])
 def test_an_engine_without_the_key_gets_the_defaults(additional_config):
     # vLLM also takes any hashable object there.
-    assert SpecAttnOptions.from_vllm(SimpleNamespace(additional_config=additional_config)) == SpecAttnOptions()
+    assert SpecAttnOptions.from_vllm(SimpleNamespace(additional_config=additional_config)) == SpecAttnOptions.parse({})
 
 
 def test_an_engine_s_bad_options_are_refused():
@@ -259,14 +273,14 @@ def test_a_crossover_may_be_left_open_or_be_nothing(tokens):
 
 def test_where_the_target_reads_everything_it_is_lossless():
     for method in ("dense", "vegas", "streamingllm"):
-        assert SpecAttnOptions(method=method).is_lossless
-    assert not SpecAttnOptions(method="specattn").is_lossless
+        assert SpecAttnOptions.parse({"method": method}).kind.lossless
+    assert not SpecAttnOptions.parse({"method": "specattn"}).kind.lossless
     # What the draft reads changes which tokens it proposes, not which are accepted.
-    assert SpecAttnOptions(method="dense", sparse_draft=True).is_lossless
-    assert not SpecAttnOptions(method="specattn", sparse_draft=True).is_lossless
-    assert not SpecAttnOptions(method="sts", ratio=1.0).is_lossless
+    assert SpecAttnOptions.parse({"method": "dense", "sparse_draft": True}).kind.lossless
+    assert not SpecAttnOptions.parse({"method": "specattn", "sparse_draft": True}).kind.lossless
+    assert not SpecAttnOptions.parse({"method": "sts", "ratio": 1.0}).kind.lossless
     # The method decides, not what one setting of it happens to keep.
-    assert not SpecAttnOptions(method="specattn", top_p=1.0).is_lossless
+    assert not SpecAttnOptions.parse({"method": "specattn", "top_p": 1.0}).kind.lossless
 
 
 @pytest.mark.parametrize(
@@ -274,33 +288,26 @@ def test_where_the_target_reads_everything_it_is_lossless():
     [
         ("specattn", None, True),
         ("sts", None, True),
-        ("dense", None, True),
         ("specattn", "top_k", True),
         ("sts", "top_p", False),
         ("vegas", None, True),
         ("vegas", "top_p", False),
-        ("streamingllm", None, True),
-        ("streamingllm", "top_p", True),
     ],
 )
 def test_the_rule_is_that_of_the_method_unless_given(method, rule, fixed):
-    assert SpecAttnOptions(method=method, rule=rule).fixed_budget == fixed
+    given = {"method": method} | ({} if rule is None else {"rule": rule})
+    assert SpecAttnOptions.parse(given).fixed_budget == fixed
+    assert SpecAttnOptions.parse({"method": "streamingllm"}).fixed_budget
 
 
 def test_the_rule_is_that_of_the_value_that_is_given():
-    for method in ("specattn", "sts", "vegas", "dense"):
-        assert not SpecAttnOptions(method=method, top_p=0.9).fixed_budget
-        assert SpecAttnOptions(method=method, ratio=0.2).fixed_budget
-    assert SpecAttnOptions(top_p=0.9, ratio=0.2, rule="top_k").fixed_budget
+    for method in ("specattn", "sts", "vegas", "sketch"):
+        assert not SpecAttnOptions.parse({"method": method, "top_p": 0.9}).fixed_budget
+        assert SpecAttnOptions.parse({"method": method, "ratio": 0.2}).fixed_budget
+    assert SpecAttnOptions.parse({"top_p": 0.9, "ratio": 0.2, "rule": "top_k"}).fixed_budget
     message = refusal({"top_p": 0.9, "ratio": 0.2})
     assert "top_p 0.9 and ratio 0.2 are of two rules" in message
     assert "rule='top_p' or rule='top_k'" in message
-
-
-def test_the_default_ratio_is_that_of_the_method():
-    found = {method: SpecAttnOptions(method=method).ratio_or_default for method in ("specattn", "sts", "vegas")}
-    assert found == {"specattn": 0.25, "sts": 0.1, "vegas": 0.1}
-    assert SpecAttnOptions(ratio=0.5).ratio_or_default == 0.5
 
 
 @pytest.mark.parametrize(
@@ -314,12 +321,12 @@ def test_layers_that_copy_are_served_within_a_budget_that_one_choice_spends(raw,
 
 
 def test_which_targets_draft_for_themselves():
-    methods = [m for m in METHODS if SpecAttnOptions(method=m).drafts_for_itself]
+    methods = [m for m in METHODS if SpecAttnOptions.parse({"method": m}).drafts_for_itself]
     assert methods == ["vegas", "streamingllm"]
 
 
 def test_which_methods_choose_per_head():
-    assert {m for m in METHODS if SpecAttnOptions(method=m).per_head} == {"sketch", "sts"}
+    assert {m for m in METHODS if SpecAttnOptions.parse({"method": m}).kind.per_head} == {"sketch", "sts"}
 
 
 @pytest.mark.parametrize(
@@ -334,7 +341,7 @@ def test_which_methods_choose_per_head():
     ids=str,
 )
 def test_attention_is_spread_over_a_round_unless_told_otherwise(options, found):
-    assert [SpecAttnOptions(**options).dilation_or_default(k) for k in (1, 4, 63, 100)] == found
+    assert [SpecAttnOptions.parse(options).dilation_of(k) for k in (1, 4, 63, 100)] == found
 
 
 # Presets
@@ -367,13 +374,13 @@ def test_what_is_given_wins_over_a_preset():
 
 
 def test_a_preset_s_budget_is_a_number_of_tokens():
-    limits = Limits.of(SpecAttnOptions(method="sts", preset="paper"))
+    limits = Limits.of(SpecAttnOptions.parse({"method": "sts", "preset": "paper"}))
     assert (limits.top_p, limits.max_fraction, limits.max_tokens, limits.min_tokens) == (1.0, 1.0, 256, 0)
 
 
 def test_a_preset_s_budget_may_have_a_floor():
     """Vegas keeps 7% of the context and 256 tokens at least (arXiv 2602.07223)."""
-    limits = Limits.of(SpecAttnOptions(method="vegas", preset="paper"))
+    limits = Limits.of(SpecAttnOptions.parse({"method": "vegas", "preset": "paper"}))
     assert (limits.top_p, limits.max_fraction, limits.max_tokens, limits.min_tokens) == (1.0, 0.07, -1, 256)
 
 

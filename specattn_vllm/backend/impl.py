@@ -64,7 +64,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         self.choice: LayerChoice | None = None
         self.target_choice: TargetChoice | None = None
         """What a metadata builder of the layer announces its steps to."""
-        SpecAttnBackend.sketch_bits = options.sketch_bits if options.keeps_sketches else None
+        SpecAttnBackend.sketch_bits = options.bits_in_cache
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         if self.choice is None or not self.choice.write(key, value, kv_cache, slot_mapping):

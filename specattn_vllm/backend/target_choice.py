@@ -11,7 +11,6 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from specattn_vllm import compat
-from specattn_vllm.crossover import crossover_tokens
 from specattn_vllm.executors import Operations
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.request import asks_for_exactness
@@ -118,7 +117,7 @@ def join(
     """Give the target's layers, by vLLM's names, their choices, and have each step announced to the chooser.
 
     Called by what `Method.attach` names, once vLLM's model runner has loaded its models."""
-    target = TargetChoice(chooser, crossover_tokens(options, operations), runner.max_num_reqs)
+    target = TargetChoice(chooser, options.crossover(operations.name), runner.max_num_reqs)
     layers = target_layers(runner)
     for name, choice in choices.items():
         layers[name].impl.choice = choice

@@ -65,8 +65,8 @@ def engines_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="an option of the plugin for its modes, e.g. combine=union, or for one, e.g. specattn:sparse_draft=true; "
-        "may be repeated",
+        help="an option of the plugin for its modes that can use it, e.g. min_tokens=64, or for one, e.g. "
+        "specattn:sparse_draft=true; may be repeated",
     )
     what.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="[%(default)s]")
 

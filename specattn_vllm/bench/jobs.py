@@ -21,6 +21,7 @@ from specattn_vllm.bench.grid import (
     slack_tokens,
 )
 from specattn_vllm.bench.schema import Job, JobCell
+from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.tools.models import Shape
 
 Device = Literal["cuda", "cpu"]
@@ -83,6 +84,9 @@ def make_jobs(request: Request) -> list[Job]:
                 lengths = (0,)
             for length in lengths:
                 jobs.append(_job(request, mode, kept, length, length_name(length) if len(lengths) > 1 else ""))
+    used = {name for job in jobs for key in job.options for name in (key, f"{job.mode}:{key}")}
+    if unused := [key for key in request.options if key not in used]:
+        raise ValueError(f"--option {unused[0]}: no mode of this run has a use for it (--modes; docs/options.md)")
     return jobs
 
 
@@ -116,7 +120,7 @@ def _job(request: Request, mode: str, kept: float | None, acceptance_length: flo
         arguments["speculative_config"] = _speculation(mode, draft_tokens, acceptance_length)
     if mode in OUR_MODES:
         arguments["attention_backend"] = "specattn"
-        arguments["additional_config"] = {"specattn": _options(mode, kept) | options_of(mode, request.options)}
+        arguments["additional_config"] = {"specattn": options_of(mode, kept, request.options)}
     return Job(
         name=name + suffix,
         mode=mode,
@@ -211,11 +215,15 @@ def _options(mode: str, kept: float | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def options_of(mode: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options given for a mode: 'KEY' is for all of ours, 'MODE:KEY' for one, and goes before the other."""
-    for_all = {key: value for key, value in options.items() if ":" not in key}
-    own = {key.removeprefix(f"{mode}:"): value for key, value in options.items() if key.startswith(f"{mode}:")}
-    return for_all | own
+def options_of(mode: str, kept: float | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a mode with those given: 'KEY' is for all modes that can use it, 'MODE:KEY' for one, and goes
+    before the other."""
+    options = _options(mode, kept)
+    own = {key.removeprefix(f"{mode}:"): value for key, value in given.items() if key.startswith(f"{mode}:")}
+    usable = SpecAttnOptions.parse(options | own).usable
+    options |= {key: value for key, value in given.items() if key in usable} | own
+    SpecAttnOptions.parse(options)  # an engine would refuse them too, but after minutes
+    return options
 
 
 def capture_sizes(mode: str, batches: Sequence[int], draft_tokens: int) -> list[int]:

@@ -56,6 +56,11 @@ class Job(_Model):
         return self.mode in OUR_MODES
 
     @property
+    def options(self) -> dict[str, Any]:
+        """Of the plugin; none for stock vLLM."""
+        return self.engine_arguments.get("additional_config", {}).get("specattn", {})
+
+    @property
     def on_cpu(self) -> bool:
         return self.environment.get("TRITON_INTERPRET") == "1"
 

@@ -89,6 +89,13 @@ def state_file(out: Path) -> Path:
     return out.with_name(out.name + ".state")
 
 
+def maps_heads(args: argparse.Namespace) -> bool:
+    """Whether heads are mapped too."""
+    from specattn_vllm import methods
+
+    return methods.find(args.method).per_head
+
+
 def fill_in(args: argparse.Namespace) -> None:
     """Defaults that follow from other arguments, so that the map's provenance has them."""
     from specattn_vllm.options import SpecAttnOptions
@@ -96,7 +103,7 @@ def fill_in(args: argparse.Namespace) -> None:
     if args.path is None:
         args.path = "free" if args.similarity == RETAINED else "monotone"
     if args.budget is None:
-        args.budget = SpecAttnOptions(method=args.method).ratio_or_default
+        args.budget = SpecAttnOptions.parse({"method": args.method}).ratio
     if args.queries is None and args.similarity != RETAINED:
         args.queries = QUERIES
 
@@ -107,7 +114,7 @@ def check(args: argparse.Namespace) -> None:
     for name, value in least.items():
         if getattr(args, name) is not None and getattr(args, name) < value:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {value}")
-    if args.method != "sts" and args.ranks:
+    if args.ranks and not maps_heads(args):
         raise UserError("--ranks is for --method sts")
     if args.ranks is not None and args.ranks < 1:
         raise UserError(f"--ranks {args.ranks}: at least 1")

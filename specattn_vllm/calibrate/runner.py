@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import specattn_vllm
 from specattn_vllm.calibrate import models, text
-from specattn_vllm.calibrate.arguments import RETAINED
+from specattn_vllm.calibrate.arguments import RETAINED, maps_heads
 from specattn_vllm.calibrate.measure import (
     Chosen,
     cost_of_window,
@@ -61,9 +61,9 @@ def calibrate(args: argparse.Namespace) -> dict[str, Any]:
     rounds, cost, mass = _rounds(args), None, None
 
     def alike_in(window: int) -> dict[str, torch.Tensor]:
-        ids, names = windows.ids[window], ("layers", "heads") if args.method == "sts" else ("layers",)
+        ids, names = windows.ids[window], ("layers", "heads") if maps_heads(args) else ("layers",)
         if args.similarity == RETAINED:
-            served = replace(rounds, min_tokens=SpecAttnOptions().min_tokens)
+            served = replace(rounds, min_tokens=SpecAttnOptions.parse({"method": args.method}).min_tokens)
             return retained_of_window(target, draft, ids, served, args.budget, names)
         queries = sampled_queries(args.window, args.queries, args.seed, window)
         return similarity_of_window(target, draft, ids, queries, args.similarity, names)
@@ -153,7 +153,7 @@ def _settings(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _rounds(args: argparse.Namespace) -> Rounds:
-    options = SpecAttnOptions()  # always kept tokens are those of a server that is started without options
+    options = SpecAttnOptions.parse({"method": args.method})  # always kept tokens are a server's
     return Rounds(args.window, args.rounds, args.draft_tokens, options.sink_tokens, options.recent_tokens)
 
 

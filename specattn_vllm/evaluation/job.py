@@ -58,12 +58,14 @@ class Job(StrictModel):
 
     def engine_arguments(self) -> dict[str, Any]:
         """Of vllm.LLM."""
-        draft = self.target if SpecAttnOptions.parse(self.setting.options).drafts_for_itself else self.draft
+        options = SpecAttnOptions.parse(self.setting.options)
+        # A batch below the crossover is not pruned; how good pruning is has to be measured below it too.
+        always = {"crossover_tokens": 0} if "crossover_tokens" in options.usable else {}
+        draft = self.target if options.drafts_for_itself else self.draft
         arguments: dict[str, Any] = {
             "model": self.target,
             "attention_backend": "specattn",
-            # A batch below the crossover is not pruned; how good pruning is has to be measured below it too.
-            "additional_config": {"specattn": {"crossover_tokens": 0} | self.setting.options},
+            "additional_config": {"specattn": always | self.setting.options},
             "speculative_config": {
                 "model": draft,
                 "method": "draft_model",

@@ -66,4 +66,4 @@ class Setting(StrictModel):
 
     @property
     def lossless(self) -> bool:
-        return self.peer is None and SpecAttnOptions.parse(self.options).is_lossless
+        return self.peer is None and SpecAttnOptions.parse(self.options).kind.lossless

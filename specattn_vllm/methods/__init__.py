@@ -1,4 +1,5 @@
-"""The methods, by name: one file each, and its line here. `base.py` says what a method is.
+"""The methods, by name: one file each, and its line here. `base.py` says what a method is; options that several share
+are in `budget.py` and `by_draft.py`.
 
 Other packages add theirs by an entry point of the group `specattn_vllm.methods`, by the method's name, which leads to a
 `Method`.
@@ -6,7 +7,9 @@ Other packages add theirs by an entry point of the group `specattn_vllm.methods`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import entry_points
+from typing import Any
 
 from specattn_vllm.methods import dense, sketch, specattn, streamingllm, sts, vegas
 from specattn_vllm.methods.base import Method
@@ -43,9 +46,22 @@ def load_others() -> list[str]:
     return failed
 
 
-def find(name: str) -> Method:
-    """The method of a name; ValueError where there is none."""
-    failed = [] if name in METHODS else load_others()
-    if name not in METHODS:
-        raise ValueError("; ".join([f"there is no such method: choose from {', '.join(METHODS)}", *failed]))
+def find(name: Any) -> Method:
+    """The method of a name; ValueError where there is none, and for what is no name."""
+    failed = [] if name in [*METHODS] else load_others()
+    if name not in [*METHODS]:
+        told = f"method = {name!r}: there is no such method: choose from {', '.join(METHODS)}"
+        raise ValueError("; ".join([told, *failed]))
     return METHODS[name]
+
+
+def published(method: Method) -> Mapping[str, Any]:
+    """The published setting of a method, as options: only what the paper states, or what third parties report of it;
+    what it leaves open keeps the defaults. ValueError where there is none."""
+    if isinstance(method.paper, str):
+        others = [other.name for other in METHODS.values() if not isinstance(other.paper, str)]
+        raise ValueError(
+            f"preset = 'paper' sets how tokens are chosen, and method {method.name!r} has no such setting "
+            f"({method.paper}): remove preset, or set method to one of {', '.join(others)}"
+        )
+    return method.paper

@@ -1,8 +1,8 @@
 """What a method is: a way to choose which entries of the KV cache are read, described once.
 
-A method is a file of this folder with one `Method`, and a line in the registry (`__init__.py`). Everything outside
-that has to know something of a method asks its `Method`, and compares no names. docs/add-a-method.md shows how to
-write one.
+A method is a file of this folder with one `Method` and the model of its options, and a line in the registry
+(`__init__.py`). Everything outside that has to know something of a method asks its `Method`, or its options, and
+compares no names. docs/add-a-method.md shows how to write one.
 """
 
 from __future__ import annotations
@@ -11,20 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-BUDGET = frozenset({
-    "rule", "top_p", "ratio", "min_tokens", "max_tokens", "max_fraction", "sink_tokens", "recent_tokens",
-    "crossover_tokens",
-})  # fmt: skip
-"""Options that say how much is read."""
-AMOUNT = frozenset({"rule", "top_p", "ratio", "max_fraction"})
-"""Of these, those that `draft_ratio` stands in for where a draft model reads a part."""
-BY_DRAFT = frozenset({
-    "layer_map", "layer_shares", "dense_layers", "check_weights", "combine", "bonus_row", "induction", "refresh_every",
-    "audit_share", "audit_floor", "audit_dense_rounds",
-})  # fmt: skip
-"""Options of methods whose target reads what a draft model attended to."""
-COMMON = frozenset({"method", "preset", "executor", "stats_interval_s"})
-"""Options of every method."""
+from pydantic import BaseModel
 
 Drafter = Literal["any", "draft model", "target"]
 Reads = Literal["everything", "draft's choice", "own choice"]
@@ -43,20 +30,13 @@ class Method:
     target_reads: Reads
     """What a verification reads. 'draft's choice': what the draft model attended to, by a layer map; 'own choice': what
     the step's own queries choose, layer by layer, through `attach`."""
-    options: frozenset[str]
-    """Options that mean something here, besides `COMMON` and `draft_options`."""
-    draft_options: frozenset[str] = frozenset()
-    """Options that mean something where the steps of a draft model read a part of its context."""
+    options: type[BaseModel]
+    """Its options, with their defaults: a `SpecAttnOptions` of its own, or one that it shares (`budget.py`). With
+    'draft's choice', it is a `ByDraftOptions` (`by_draft.py`)."""
     per_head: bool = False
     """Whether each KV head of the target reads a selection of its own."""
-    ratio: float = 0.1
-    """Share of the context that is kept where none is given."""
-    sparse_draft: bool = False
-    """Whether a draft model reads a part of its context where nothing is said."""
     keeps_sketch: bool = False
     """Whether the target keeps a sketch of its keys in the cache."""
-    fixed_rule: bool = False
-    """Whether a fixed share is all that it can keep, whatever rule is asked for."""
     window: bool = False
     """Whether a target that drafts for itself reads the first and the last tokens, whatever it attended to."""
     crossover: Mapping[str, int] = field(default_factory=dict)
@@ -66,8 +46,7 @@ class Method:
     paper: Mapping[str, Any] | str = "nobody published one"
     """The published setting, as options; or why there is none."""
     maps: tuple[str, ...] = ("specattn", "sts")
-    """Methods whose layer maps serve this one, the best first. Lossless methods read none, and run in the place of
-    any."""
+    """Methods whose layer maps serve this one, the best first."""
     speculator: str = "specattn_vllm.speculation.speculator.SpecAttnSpeculator"
     """Path of the class that drafts in the place of vLLM's draft-model speculator."""
     attach: str | None = None
@@ -84,10 +63,3 @@ class Method:
         """Whether a draft model that reads a part chooses it by a sketch of its own keys, because its attention is not
         captured."""
         return self.target_reads != "draft's choice" and self.drafter != "target"
-
-    def idle(self, given: frozenset[str], *, drafts_sparsely: bool) -> frozenset[str]:
-        """Of the options that were given, those that change nothing."""
-        used = COMMON | self.options | (self.draft_options if drafts_sparsely else frozenset())
-        if self.lossless and "draft_ratio" in given and "draft_ratio" in used:
-            used -= AMOUNT
-        return given - used

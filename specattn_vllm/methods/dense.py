@@ -1,14 +1,43 @@
 """Full attention: the control, and speculation with a cheaper draft model (`sparse_draft`)."""
 
-from specattn_vllm.methods.base import BUDGET, Method
+from typing import Self
+
+from pydantic import model_validator
+
+from specattn_vllm.methods.base import Method
+from specattn_vllm.methods.budget import SketchedDraftOptions
+from specattn_vllm.options import SpecAttnOptions
+
+AMOUNT = frozenset({"rule", "top_p", "ratio", "max_fraction"})
+"""What `draft_ratio` stands in for."""
+
+
+class DenseOptions(SketchedDraftOptions):
+    """What a draft model reads, if it reads a part."""
+
+    @property
+    def usable(self) -> frozenset[str]:
+        if not self.sparse_draft:
+            return frozenset(SpecAttnOptions.model_fields) | {"sparse_draft"}
+        return super().usable - (AMOUNT if self.draft_ratio is not None else frozenset())
+
+    @model_validator(mode="after")
+    def _something_reads_a_part(self) -> Self:
+        if useless := ", ".join(sorted(self.model_fields_set - self.usable)):
+            raise ValueError(
+                f"{useless} beside draft_ratio, which stands in for it: leave one of them out"
+                if self.sparse_draft
+                else f"{useless} without sparse_draft, where everything is read: set sparse_draft=true, or leave it out"
+            )
+        return self
+
 
 METHOD = Method(
     name="dense",
     summary="the target reads everything (lossless; the control)",
     drafter="any",
     target_reads="everything",
-    options=frozenset({"sparse_draft"}),
-    draft_options=BUDGET | {"draft_ratio", "sketch_bits"},
+    options=DenseOptions,
     # By the times of its kernels: a 1B model's round of six steps and one search (docs/sketch.md).
     draft_crossover={"fa3": 16384},
     paper="it reads everything",

@@ -1,6 +1,7 @@
 """As `specattn`, for each KV head what the draft head it is mapped to attended to (Xu et al., arXiv 2605.15508)."""
 
-from specattn_vllm.methods.base import BUDGET, BY_DRAFT, Method
+from specattn_vllm.methods.base import Method
+from specattn_vllm.methods.by_draft import ByDraftOptions
 from specattn_vllm.methods.specattn import CROSSOVER
 
 METHOD = Method(
@@ -8,8 +9,7 @@ METHOD = Method(
     summary="each KV head reads what the draft head it is mapped to attended to (approximate)",
     drafter="draft model",
     target_reads="draft's choice",
-    options=BUDGET | BY_DRAFT | {"sparse_draft"},
-    draft_options=frozenset({"draft_ratio", "refresh_draft_every"}),
+    options=ByDraftOptions,
     per_head=True,
     maps=("sts", "specattn"),
     crossover=CROSSOVER,

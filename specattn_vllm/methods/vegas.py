@@ -1,17 +1,36 @@
 """The target drafts for itself, reading what its own last verification attended to (Yue et al., arXiv 2602.07223)."""
 
-from specattn_vllm.methods.base import BUDGET, Method
+from specattn_vllm.methods.base import Method
+from specattn_vllm.methods.budget import BudgetOptions
+from specattn_vllm.options import for_researchers
 
 SPECULATOR = "specattn_vllm.speculation.self_speculator.SelfSpeculator"
 # Not measured: below it, drafts that read nothing at all would save a thirtieth of what a step of an 8B model reads.
 CROSSOVER = {"fa3": 4096}
+
+MAX_DILATION = 64  # as far as the kernel spreads
+
+
+class VegasOptions(BudgetOptions):
+    """What drafting reads."""
+
+    dilation: int | None = for_researchers(
+        None, ge=0, le=MAX_DILATION,
+        description="Positions by which attention is spread forward before tokens are chosen: heads that copy move on "
+        "by a token a step. Default: K + 1, which covers a round of K draft tokens.",
+    )  # fmt: skip
+
+    def dilation_of(self, draft_tokens: int) -> int:
+        """Positions by which attention is spread forward, in rounds of so many draft tokens."""
+        return min(draft_tokens + 1, MAX_DILATION) if self.dilation is None else self.dilation
+
 
 METHOD = Method(
     name="vegas",
     summary="the target drafts for itself, reading what its last verification attended to (lossless)",
     drafter="target",
     target_reads="everything",
-    options=BUDGET | {"dilation"},
+    options=VegasOptions,
     crossover=CROSSOVER,
     # 7% of the context and 256 tokens at least, one set for all heads of a layer; the class's own default is 5%.
     paper={

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from specattn_vllm.executors import Operations
-from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.methods.by_draft import ByDraftOptions
 from specattn_vllm.selection.choose import Limits
 from specattn_vllm.selection.draft_lists import DraftLists
 from specattn_vllm.selection.induction import Induction
@@ -50,7 +50,7 @@ class DraftCapture:
 
     def __init__(
         self,
-        options: SpecAttnOptions,
+        options: ByDraftOptions,
         operations: Operations,
         *,
         layer_sources: dict[str, int],

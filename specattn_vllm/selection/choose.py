@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from specattn_vllm.executors import Operations
-from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.methods.budget import ShareOptions, SparseDraftOptions
 
 
 @dataclass(frozen=True)
@@ -27,26 +27,26 @@ class Limits:
     recent: int
 
     @classmethod
-    def of(cls, options: SpecAttnOptions) -> Limits:
+    def of(cls, options: ShareOptions) -> Limits:
         fixed = options.fixed_budget
         return cls(
             top_p=1.0 if fixed else options.top_p,
             min_tokens=options.min_tokens,
             max_tokens=-1 if options.max_tokens is None else options.max_tokens,
-            max_fraction=min(options.ratio_or_default, options.max_fraction) if fixed else options.max_fraction,
+            max_fraction=min(options.ratio, options.max_fraction) if fixed else options.max_fraction,
             sink=options.sink_tokens,
             recent=options.recent_tokens,
         )
 
     @classmethod
-    def of_draft(cls, options: SpecAttnOptions) -> Limits:
+    def of_draft(cls, options: SparseDraftOptions) -> Limits:
         """For what the draft itself reads."""
         if options.draft_ratio is None:
             return cls.of(options)
         return replace(cls.of(options), top_p=1.0, max_fraction=options.draft_ratio)
 
     @classmethod
-    def of_budgets(cls, options: SpecAttnOptions) -> Limits:
+    def of_budgets(cls, options: ShareOptions) -> Limits:
         """For rows that come with a number of tokens each, between the floor and the caps."""
         return replace(cls.of(options), top_p=1.0, max_fraction=options.max_fraction)
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 
 from specattn_vllm.executors import Operations
-from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.methods.budget import ShareOptions
 from specattn_vllm.selection.choose import Limits, choose
 
 FULL = 1 << 16  # the kernels count shares of a context in 65,536ths
@@ -37,7 +37,7 @@ class SharedOut:
 
     def __init__(
         self,
-        options: SpecAttnOptions,
+        options: ShareOptions,
         selections: tuple[tuple[int, float], ...],
         *,
         groups: int,

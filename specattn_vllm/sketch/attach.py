@@ -9,7 +9,7 @@ from vllm.logger import init_logger
 
 from specattn_vllm import executors
 from specattn_vllm.backend.target_choice import counters_of, join, target_layers
-from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.methods.sketch import SketchOptions
 from specattn_vllm.sketch.budget import budget_of
 from specattn_vllm.sketch.centre import measure_centres
 from specattn_vllm.sketch.layer import LayerSketch
@@ -22,7 +22,7 @@ logger = init_logger("vllm.specattn")
 SHARED = {"layers": ", shared out over all layers' heads", "heads": ", shared out over a layer's heads", "none": ""}
 
 
-def attach(runner: Any, options: SpecAttnOptions) -> None:
+def attach(runner: Any, options: SketchOptions) -> None:
     """Called with vLLM's model runner once its model and its drafter are loaded."""
     vllm_config = runner.vllm_config
     layers = target_layers(runner)
@@ -39,7 +39,7 @@ def attach(runner: Any, options: SpecAttnOptions) -> None:
         max_num_reqs=runner.max_num_reqs,
         max_model_len=row_width(runner.max_model_len),
     )
-    budget = budget_of(options)
+    budget = budget_of(options, options.shared_budget)
     make = lambda device: Sketch(operations, budget, options.sketch_bits, shape, counters, device)  # noqa: E731
     nbytes = make(torch.device("meta")).nbytes
     refuse_if_too_large(nbytes, runner)
@@ -53,7 +53,7 @@ def attach(runner: Any, options: SpecAttnOptions) -> None:
 
 
 def _announce(
-    options: SpecAttnOptions, sketch: Sketch, crossover: int, nbytes: dict[str, int], vllm_config: Any
+    options: SketchOptions, sketch: Sketch, crossover: int, nbytes: dict[str, int], vllm_config: Any
 ) -> None:
     budget = sketch.budget
     layout = sketch.layout

@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from specattn_vllm.kernels.sketch.contracts import Budget
-from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.methods.budget import BudgetOptions, SketchedDraftOptions
 
 
-def budget_of(options: SpecAttnOptions) -> Budget:
-    """The budget of method 'sketch'."""
+def budget_of(options: BudgetOptions, shared: str) -> Budget:
+    """What is read, and who shares it (`SketchOptions.shared_budget`)."""
     fixed = options.fixed_budget
     return Budget(
-        ratio=min(options.ratio_or_default, options.max_fraction) if fixed else options.max_fraction,
+        ratio=min(options.ratio, options.max_fraction) if fixed else options.max_fraction,
         top_p=None if fixed else options.top_p,
-        shared=options.shared_budget if fixed else "none",
+        shared=shared if fixed else "none",
         min_tokens=options.min_tokens,
         max_tokens=-1 if options.max_tokens is None else options.max_tokens,
         sink=options.sink_tokens,
@@ -22,9 +22,9 @@ def budget_of(options: SpecAttnOptions) -> Budget:
     )
 
 
-def draft_budget_of(options: SpecAttnOptions) -> Budget:
+def draft_budget_of(options: SketchedDraftOptions) -> Budget:
     """What drafting by a sketch reads. Heads share nothing: page tables that stay for a round are then narrow."""
-    budget = replace(budget_of(options), shared="none")
+    budget = budget_of(options, "none")
     if options.draft_ratio is None:
         return budget
     return replace(budget, ratio=options.draft_ratio, top_p=None)

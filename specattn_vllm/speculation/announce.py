@@ -10,7 +10,7 @@ from specattn_vllm import layer_map
 from specattn_vllm.layer_map import LayerMap
 
 if TYPE_CHECKING:
-    from specattn_vllm.options import SpecAttnOptions
+    from specattn_vllm.methods.by_draft import ByDraftOptions
     from specattn_vllm.speculation.rounds import RoundSpeculator
 
 logger = init_logger("vllm.specattn")
@@ -41,7 +41,7 @@ def announce_buffers(speculator: RoundSpeculator, nbytes: dict[str, int]) -> Non
 
 
 def announce(
-    options: SpecAttnOptions, found: LayerMap, speculator: RoundSpeculator, nbytes: dict[str, int]
+    options: ByDraftOptions, found: LayerMap, speculator: RoundSpeculator, nbytes: dict[str, int]
 ) -> None:
     """All of it, for a draft model and a target that reads by a layer map, if it does."""
     announce_buffers(speculator, nbytes)
@@ -54,7 +54,7 @@ def announce(
     if options.drafts_sparsely:
         much = "" if options.draft_ratio is None else f", {options.draft_ratio:g} of the context"
         logger.info("specattn: sparse_draft: draft steps after the first read what it attended to%s", much)
-    if options.refresh_draft_every > 1:
+    if options.recalls:
         logger.info(
             "specattn: refresh_draft_every: the draft reads everything in one round of %d", options.refresh_draft_every
         )
@@ -70,7 +70,7 @@ def announce(
         logger.info("specattn: preset '%s', with what was given beside it: %s", options.preset, text)
     kept = f"top_p={options.top_p} of the draft's attention"
     if options.fixed_budget:
-        kept = f"ratio={options.ratio_or_default} of the context"
+        kept = f"ratio={options.ratio} of the context"
     if options.uses_layer_shares and found.shares is not None:
         shares = " ".join("-" if share is None else f"{share:g}" for share in found.shares)
         kept += f", shared out by layer [{shares}]"
@@ -81,7 +81,7 @@ def announce(
         "specattn: %s, combine=%s, selections %s, draft layer per target layer [%s] ('-' reads everything)",
         kept,
         options.combine,
-        "per KV head" if options.per_head else "shared by all heads",
+        "per KV head" if options.kind.per_head else "shared by all heads",
         pairs,
     )
     if (every := options.refresh_every) is not None:
@@ -94,9 +94,9 @@ def announce(
             options.layer_map or layer_map.shipped_file(found) or layer_map.UNIFORM,
             speculator.vllm_config.model_config.model,
             speculator.vllm_config.speculative_config.draft_model_config.model,
-            "--method sts " if options.per_head else "",
+            "--method sts " if options.kind.per_head else "",
         )
-    if options.per_head and found.heads is None:
+    if options.kind.per_head and found.heads is None:
         logger.warning(
             "specattn: the layer map has no heads, so the KV heads of target and draft are paired by proportion, which "
             "is not calibrated: expect worse quality at the same KV read. Set layer_map to a map for method '%s' to "

@@ -11,7 +11,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from specattn_vllm import layer_map
 from specattn_vllm.fingerprint import ModelFacts, facts_from_config
 from specattn_vllm.layer_map import LayerMap, LayerMapError
-from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.methods.by_draft import ByDraftOptions
 from specattn_vllm.selection.shares import Choice
 
 
@@ -26,19 +26,17 @@ def model_facts(model_config: ModelConfig) -> ModelFacts:
         ) from error
 
 
-def resolve_layer_map(vllm_config: VllmConfig, options: SpecAttnOptions) -> LayerMap:
+def resolve_layer_map(vllm_config: VllmConfig, options: ByDraftOptions) -> LayerMap:
     """The layer map for an engine's pair of models, with the options' dense layers."""
     target = model_facts(vllm_config.model_config)
     draft = model_facts(vllm_config.speculative_config.draft_model_config)
-    found = layer_map.resolve(
-        options.layer_map, target, draft, method=options.method, check_weights=options.check_weights
-    ).with_dense(options.dense_layers)
-    if not found.sources and not options.is_lossless:
+    found = layer_map.resolve(options.layer_map, target, draft, method=options.method).with_dense(options.dense_layers)
+    if not found.sources:
         raise LayerMapError(
             "every target layer is dense (layer map and dense_layers together), so nothing would be pruned: "
             "use method='dense', or leave some layers out of dense_layers"
         )
-    if options.per_head:
+    if options.kind.per_head:
         ranks = vllm_config.parallel_config.tensor_parallel_size
         for rank in range(ranks):
             found.local_heads(rank, ranks)  # or a refusal
@@ -65,15 +63,15 @@ class Plan:
 
 
 def plan_of(
-    found: LayerMap, target: dict[int, str], local_kv_heads: int, options: SpecAttnOptions
+    found: LayerMap, target: dict[int, str], local_kv_heads: int, options: ByDraftOptions
 ) -> Plan:
     """The plan of a layer map. Target layers of the same source and fraction, that copy or do not, read the same
     selection, and, mapped alike by heads, the same table."""
     shared = options.uses_layer_shares and found.shares is not None
     copies = found.induction if options.uses_induction and found.induction else (False,) * len(found.layers)
     # Beside a layer that copies each has its fraction, if only that of all.
-    equal = options.ratio_or_default if any(copies) else None
-    fractions = found.fractions(options.ratio_or_default) if shared else (equal,) * len(found.layers)
+    equal = options.ratio if any(copies) else None
+    fractions = found.fractions(options.ratio) if shared else (equal,) * len(found.layers)
     wanted = {
         j: Choice(found.sources.index(i), fractions[j], copies[j])
         for j, i in enumerate(found.layers)
@@ -81,7 +79,7 @@ def plan_of(
     }
     selections = tuple(sorted(set(wanted.values())))  # without shares: one of each source
     chosen = {j: selections.index(of) for j, of in wanted.items()}
-    if not options.per_head:
+    if not options.kind.per_head:
         return Plan(found.sources, selections, {target[j]: selection for j, selection in chosen.items()})
     ranks = found.target.num_key_value_heads // local_kv_heads
     heads = found.local_heads(get_tensor_model_parallel_rank() if ranks > 1 else 0, ranks)

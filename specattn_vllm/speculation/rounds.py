@@ -12,7 +12,6 @@ from vllm.v1.attention.backend import AttentionCGSupport
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from specattn_vllm import compat, executors
-from specattn_vllm.crossover import crossover_tokens
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.speculation.counting import count_round
 from specattn_vllm.speculation.graphs import RoundGraphs, RoundInputs
@@ -61,7 +60,7 @@ class RoundSpeculator(compat.stock_speculator()):
             )
         # Of a target that chooses for itself, the steps stand aside; a draft that reads everything has nothing to.
         alone = self.options.chooses_by_itself and not self.options.drafts_by_sketch
-        self.crossover_tokens = 0 if alone else crossover_tokens(self.options, self.operations)
+        self.crossover_tokens = 0 if alone else self.options.crossover(self.operations.name)
         self.counters = Counters(device)
         self.reporter = Reporter(self.counters, self.options.stats_interval_s)
         self.selection: Any = None
@@ -87,9 +86,7 @@ class RoundSpeculator(compat.stock_speculator()):
         """The ways in which this engine's rounds run."""
         if self.selection is None:
             return [PLAIN]
-        options = self.options
-        recalls = (False, True) if options.refresh_draft_every > 1 and not options.drafts_for_itself else (False,)
-        ways = [Way(recording=True, recall=recall) for recall in recalls]
+        ways = [Way(recording=True, recall=recall) for recall in ((False, True) if self.options.recalls else (False,))]
         if self.crossover_tokens:
             ways += [way._replace(for_target=False) for way in ways] if self._drafts_sparsely else [PLAIN]
         return ways

@@ -54,7 +54,6 @@ def prepare_self(speculator: RoundSpeculator) -> SelfSelection:
     layers = get_layers_from_vllm_config(speculator.vllm_config, AttentionLayerBase)
     names, first = list(layers), next(iter(layers.values()))
     heads = first.impl.num_kv_heads
-    dilation = options.dilation_or_default(speculator.num_speculative_steps)
     requests, width = speculator.max_num_reqs, row_width(speculator.max_model_len)
 
     def allocate(device: torch.device) -> SelfSelection:
@@ -71,7 +70,7 @@ def prepare_self(speculator: RoundSpeculator) -> SelfSelection:
             max_query_len=speculator.num_speculative_steps + 1,
             max_num_reqs=requests,
             max_model_len=width,
-            dilation=dilation,
+            dilation=options.dilation_of(speculator.num_speculative_steps),
             device=device,
         )
         # The mass has been chosen from when the tables are made.
@@ -83,11 +82,11 @@ def prepare_self(speculator: RoundSpeculator) -> SelfSelection:
 
     refuse_if_too_large(allocate(torch.device("meta")).nbytes, speculator)
     selection = allocate(speculator.device)
-    budget = f"{options.ratio_or_default:.1%} of the context"
+    budget = f"{options.ratio:.1%} of the context"
     if not options.fixed_budget:
         budget = f"top_p={options.top_p} of its attention"
     if isinstance(selection.source, TargetCapture):
-        budget += f", dilation {dilation}"
+        budget += f", dilation {selection.source.dilation}"
     announce_self(speculator, selection.nbytes, budget)
     return selection
 

@@ -32,11 +32,11 @@ class SpecAttnSpeculator(RoundSpeculator):
         self._recording = False
         self._sampled: tuple[torch.Tensor, torch.Tensor] | None = None
         """Slots of a round's requests, and which of them sampled, until its first step is announced."""
-        self._since_dense = self.options.refresh_draft_every - 1
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
         if self.options.chooses_by_draft:
+            self._since_dense = self.options.refresh_draft_every - 1
             self.selection = prepare(self)
             self.audit = prepare_audit(self)
 
@@ -77,6 +77,8 @@ class SpecAttnSpeculator(RoundSpeculator):
         self.selection.store.clear(batch.idx_mapping)
 
     def _recalls(self, batch: InputBatch) -> bool:
+        if not self.options.recalls:
+            return False
         # In step 0 each request has a token more than was verified; prompts are attended to by another kernel, which
         # reads no lists, so a batch with one is as good a time as any to read everything.
         long = int(batch.num_scheduled_tokens.max()) + 1 > MAX_FUSED_QUERY

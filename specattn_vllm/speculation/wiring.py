@@ -95,7 +95,7 @@ def prepare(speculator: RoundSpeculator) -> Selection:
     # Layers that choose for the target come first, so that theirs are the first selections.
     captured = [*plan.sources, *(i for i in sorted(draft) if options.drafts_sparsely and i not in plan.sources)]
     # The bits of a source are those of the draft's KV heads, a table has those of the target's.
-    groups = layers[draft[0]].impl.num_kv_heads if options.per_head else 1
+    groups = layers[draft[0]].impl.num_kv_heads if options.kind.per_head else 1
     selections, made_from = len(plan.selections), plan.made_from
     num_tables, heads = (selections, 1) if made_from is None else (len(made_from), len(made_from[0][1]))
     requests = speculator.max_num_reqs
@@ -115,7 +115,7 @@ def prepare(speculator: RoundSpeculator) -> Selection:
                 tables[: len(captured), :, 0],
                 max_model_len=longest,
                 num_kv_heads=layers[draft[0]].impl.num_kv_heads,
-                recalls=options.refresh_draft_every > 1,
+                recalls=options.recalls,
             )
         capture = DraftCapture(
             options,
@@ -160,7 +160,7 @@ def refuse_if_too_large(nbytes: dict[str, int], runner: Any) -> None:
     total = sum(nbytes.values())
     if total > free // 2:
         options = getattr(runner, "options", None)
-        shares = options is not None and options.per_head and options.chooses_by_draft
+        shares = options is not None and options.kind.per_head and options.chooses_by_draft
         remedy = ", or set method='specattn', whose heads share page tables" if shares else ""
         raise ValueError(
             f"specattn needs {total / 2**30:.1f} GiB ({sizes(nbytes)}) for max_num_seqs = {runner.max_num_reqs} "

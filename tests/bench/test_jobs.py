@@ -172,16 +172,16 @@ def test_stock_engines_are_stock():
 
 
 def test_our_engines_differ_from_stock_in_the_backend_and_its_options_only():
-    found = jobs_by_name(options={"combine": "union", "specattn:sparse_draft": True, "dense:combine": "sum"})
+    found = jobs_by_name(options={"combine": "union", "specattn:sparse_draft": True, "sparse-draft:sketch_bits": 4})
     stock = found["draft-v2"].engine_arguments
     expected = {
-        "dense": {"method": "dense", "combine": "sum"},
+        "dense": {"method": "dense"},
         "sparse-draft": {
             "method": "dense",
             "sparse_draft": True,
             "draft_ratio": 0.1,
             "min_tokens": 0,
-            "combine": "union",
+            "sketch_bits": 4,
         },
         "specattn 5%": {
             "method": "specattn",
@@ -281,7 +281,7 @@ def test_an_engine_for_each_acceptance_length():
 
 
 def test_the_user_has_the_last_word():
-    found = jobs_by_name(capture_sizes=[8], engine_options={"dtype": "float16"}, options={"top_p": 0.5})
+    found = jobs_by_name(capture_sizes=[8], engine_options={"dtype": "float16"}, options={"specattn:top_p": 0.5})
     assert found["plain"].engine_arguments["compilation_config"] == {"cudagraph_capture_sizes": [8]}
     assert {job.engine_arguments["dtype"] for job in found.values()} == {"float16"}
     assert found["specattn 5%"].engine_arguments["additional_config"]["specattn"]["top_p"] == 0.5
@@ -353,7 +353,10 @@ def test_engines_is_what_bench_does_if_nothing_else_is_named(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--option", "no_such=1"], "no_such"),
+        (["--option", "no_such=1"], "--option no_such: no mode of this run has a use for it"),
+        (["--option", "combine=sum", "--modes", "dense,sketch"], "--option combine: no mode of this run"),
+        (["--option", "sketch:sketch_bits=4", "--modes", "dense"], "--option sketch:sketch_bits: no mode of this run"),
+        (["--option", "dense:combine=sum"], "combine = 'sum': method 'dense' has no such option"),
         (["--option", "combine=least"], "combine"),
         (["--acceptance-length", "7"], "--draft-tokens + 1 = 6"),
         (["--acceptance-length", "5", "--draft-tokens", "dense:3"], "5 for dense: between 1 and --draft-tokens"),

@@ -74,7 +74,7 @@ def test_what_layers_are_chosen_by_is_what_they_then_retain(tmp_path, run):
 def test_the_budget_is_by_default_that_of_a_server_of_the_method(method, budget):
     args = cli.build_parser().parse_args(["calibrate", "--out", "x", "--method", method])
     arguments.fill_in(args)
-    assert args.budget == SpecAttnOptions(method=method).ratio_or_default == budget
+    assert args.budget == SpecAttnOptions.parse({"method": method}).ratio == budget
 
 
 @pytest.mark.parametrize("layers", ["retained", "kl", "jaccard"])

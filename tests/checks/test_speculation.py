@@ -67,7 +67,7 @@ def test_drafters_of_runner_v1_are_refused(reasons, method):
 @ANY
 def test_drafters_that_always_draft_at_once_are_accepted(method):
     config = speculation(method="dflash", uses_draft_model=lambda: False, parallel_drafting=True)
-    assert list(checks._speculation(config, SpecAttnOptions(method=method))) == []
+    assert list(checks._speculation(config, SpecAttnOptions.parse({"method": method}))) == []
 
 
 @SELF
@@ -82,11 +82,11 @@ def test_a_draft_model_beside_a_target_that_drafts_for_itself_is_refused(reasons
 def test_experts_that_move_are_refused_for_a_target_that_drafts_for_itself(method):
     config = speculation(draft_model_config=SimpleNamespace(model="target"))
     config.model_config = SimpleNamespace(model="target")
-    assert list(checks._speculation(config, SpecAttnOptions(method=method))) == []
+    assert list(checks._speculation(config, SpecAttnOptions.parse({"method": method}))) == []
     config.parallel_config.enable_eplb = True
-    (reason,) = checks._speculation(config, SpecAttnOptions(method=method))
+    (reason,) = checks._speculation(config, SpecAttnOptions.parse({"method": method}))
     assert reason == f"method = {method!r} with enable_eplb: one model would be registered twice; turn EPLB off"
-    assert list(checks._speculation(config, SpecAttnOptions(method="dense"))) == []
+    assert list(checks._speculation(config, SpecAttnOptions.parse({"method": "dense"}))) == []
 
 
 @cpu_only
@@ -116,7 +116,8 @@ def speculation(**changes):
 
 @pytest.mark.parametrize("dtype", [None, "auto", "bfloat16"])
 def test_speculation_in_order_has_no_reasons(dtype):
-    assert list(checks._speculation(speculation(kv_cache_dtype=dtype), SpecAttnOptions(method="specattn"))) == []
+    options = SpecAttnOptions.parse({"method": "specattn"})
+    assert list(checks._speculation(speculation(kv_cache_dtype=dtype), options)) == []
 
 
 @pytest.mark.parametrize(
@@ -133,7 +134,7 @@ def test_speculation_in_order_has_no_reasons(dtype):
 )
 @pytest.mark.parametrize("method", ["specattn", "dense"])
 def test_each_setting_of_speculation_is_named(changes, reason, method):
-    assert list(checks._speculation(speculation(**changes), SpecAttnOptions(method=method))) == [reason]
+    assert list(checks._speculation(speculation(**changes), SpecAttnOptions.parse({"method": method}))) == [reason]
 
 
 def test_several_reasons_are_all_given(reasons):
@@ -150,4 +151,4 @@ def test_several_reasons_are_all_given(reasons):
 @pytest.mark.parametrize("method", ["specattn", "sketch", "dense"])
 def test_drafts_may_be_drawn_from_the_draft_s_distribution(method):
     given = speculation(draft_sample_method="probabilistic")
-    assert list(checks._speculation(given, SpecAttnOptions(method=method))) == []
+    assert list(checks._speculation(given, SpecAttnOptions.parse({"method": method}))) == []

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from specattn_vllm.methods import METHODS
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "kernels" / "README.md"]
@@ -31,26 +33,56 @@ def test_the_tree_names_what_is_there():
         else:
             assert (ROOT / name).is_dir(), name
     there = {p.name for p in folder.iterdir() if not p.name.startswith("__")}
-    unlisted = {"fingerprint.py", "option_fields.py", "option_rules.py", "versions.py"}
+    unlisted = {"fingerprint.py", "versions.py"}
     assert there - listed == unlisted, "named in a line of another, or too small to name"
 
 
-def test_the_options_are_documented_with_their_defaults():
-    from specattn_vllm.options import SpecAttnOptions
+def methods_of(text: str) -> set[str]:
+    """'all', 'all but `x`' or '`x`, `y`'."""
+    named = set(re.findall(r"`(\w+)`", text))
+    return METHODS.keys() - named if text.startswith(("all", "All")) else named
 
-    rows = re.findall(r"^\| `(\w+)` \| (\S+)", (ROOT / "docs/options.md").read_text(), re.M)
-    documented = {name: default.strip("`") for name, default in rows}
-    expected = {}
-    for name, field in SpecAttnOptions.model_fields.items():
-        default = field.default
-        plain = {None: "none", (): "none", True: "true", False: "false"}
-        if default is None or default == () or isinstance(default, bool):
-            expected[name] = plain[default]
-        elif isinstance(default, float) and default.is_integer() and name == "stats_interval_s":
-            expected[name] = str(int(default))
-        else:
-            expected[name] = str(default)
-    assert documented == expected
+
+def as_documented(default: object) -> str:
+    if default is None or default == ():
+        return "none"
+    return str(default).lower().removesuffix(".0") if default == 60 or isinstance(default, bool) else str(default)
+
+
+def default_of(text: str, method: str) -> str:
+    """'0.125 `sketch`, else 0.1', or one for all."""
+    own = {name: value for value, name in re.findall(r"(\S+) `(\w+)`", text)}
+    return own.get(method, text.split()[-1].strip("`"))
+
+
+OPTIONS = (ROOT / "docs/options.md").read_text()
+USERS, RESEARCHERS = OPTIONS.split("## For users")[1].split("## How they go together")[0].split("## For researchers")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_options_are_documented_with_their_defaults(method):
+    documented = {}
+    for key, of, default in re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|", USERS, re.M):
+        if method in methods_of(of):
+            documented[key] = "users", default_of(default, method)
+    for section in RESEARCHERS.split("### ")[1:]:
+        if method in methods_of(section.splitlines()[0]):
+            rows = re.findall(r"^\| `(\w+)` \| (\S+)", section, re.M)
+            documented |= {key: ("researchers", default.strip("`")) for key, default in rows}
+    fields = METHODS[method].options.model_fields
+    expected = {key: ((field.json_schema_extra or {"for": "users"})["for"], as_documented(field.default))
+                for key, field in fields.items()}  # fmt: skip
+    assert documented == expected | {"method": ("users", "sketch")}
+
+
+def test_few_options_are_for_users():
+    assert len(re.findall(r"^\| `\w+` \|", USERS, re.M)) <= 15
+
+
+def test_the_options_of_the_readme_are_for_users():
+    rows = re.findall(r"^\| `(\w+)` \| (.+?) \|", README.split("## Options")[1].split("## How")[0], re.M)
+    documented = {key: default for key, _, default in re.findall(r"^\| `(\w+)` \| (.+?) \| (.+?) \|", USERS, re.M)}
+    assert rows and dict(rows).items() <= documented.items()
 
 
 @pytest.mark.engine

@@ -261,9 +261,9 @@ def test_other_methods_are_served_alike(method, tmp_path, demo_pair, prompts, pl
     """The same command with another method; a target that drafts for itself is its own draft model."""
     import openai
 
-    options = SpecAttnOptions(method=method)
+    options = SpecAttnOptions.parse({"method": method})
     given = prompts([1500, 900])
-    expected = plain(given, NEW_TOKENS) if options.is_lossless else None
+    expected = plain(given, NEW_TOKENS) if options.kind.lossless else None
     models = ["--speculative-model", demo_pair[0]] if options.drafts_for_itself else []
     # As exact as plain decoding is: on a GPU, bfloat16 rounds other batches otherwise.
     other = Server(
@@ -271,7 +271,7 @@ def test_other_methods_are_served_alike(method, tmp_path, demo_pair, prompts, pl
     )
     try:
         other.wait_until_ready(300)
-        assert ("is APPROXIMATE" in other.text()) == (not options.is_lossless)
+        assert ("is APPROXIMATE" in other.text()) == (not options.kind.lossless)
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{other.port}/v1", api_key="none", timeout=600)
 
         def ask(n: int) -> list[list[int]]:
@@ -295,7 +295,7 @@ def test_other_methods_are_served_alike(method, tmp_path, demo_pair, prompts, pl
         ask(2)
         lines = [line for line in other.text().splitlines() if " rounds in " in line]
         assert lines
-        if options.is_lossless:
+        if options.kind.lossless:
             assert all("verification read all of KV" in line for line in lines)
         else:
             assert min(float(share) for _, _, share, _ in LINE.findall("\n".join(lines))) < 50

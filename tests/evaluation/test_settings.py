@@ -30,7 +30,7 @@ def test_without_choice_as_many_tokens_are_kept_as_with_it():
     found = {setting.name: setting.options for setting in settings.default_settings(4096)}
     plain = found["sink and recent 25%"]
     assert plain["sink_tokens"] + plain["recent_tokens"] == 4096 // 4
-    assert SpecAttnOptions(**found["specattn"]).ratio_or_default == found["sts 25%"]["ratio"] == 0.25
+    assert SpecAttnOptions.parse(found["specattn"]).ratio == found["sts 25%"]["ratio"] == 0.25
 
 
 def test_a_budget_without_choice_keeps_nothing_but_the_first_and_the_last():

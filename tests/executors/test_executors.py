@@ -12,8 +12,7 @@ import torch
 
 from specattn_vllm import executors
 from specattn_vllm.executors import ExecutorError, Operations, fa3, resolve, write_kv
-from specattn_vllm.option_fields import ExecutorName
-from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.options import ExecutorName, SpecAttnOptions
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 OPERATIONS = {field.name for field in dataclasses.fields(Operations)} - {"name", "granularity", "graphs", "label"}
@@ -160,7 +159,7 @@ def test_our_kernel_reads_selections_where_it_is_faster_and_nobody_asked_for_ano
     monkeypatch.setattr(executors, "_unavailable", lambda name, device, dtype: None)
     monkeypatch.setattr(executors, "_triton_operations", lambda device: resolve("torch", CPU))
     monkeypatch.setattr(fa3, "sparse_attention", lambda *given: attended.append(given))
-    options = SpecAttnOptions(executor=name, **{"method": "specattn"} | options)
+    options = SpecAttnOptions.parse({"executor": name, **({"method": "specattn"} | options)})
     operations = executors.of_engine(options, CUDA, torch.bfloat16)
     assert operations.name == "fa3" and operations.dense_attention is fa3.dense_attention
     assert operations.label == ("fa3, and triton for selections" if own else "")

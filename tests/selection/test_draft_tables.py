@@ -154,7 +154,7 @@ def test_the_cache_is_looked_at_in_each_round():
 
 
 def window(**options) -> Window:
-    limits = Limits.of(SpecAttnOptions(method="streamingllm", **options))
+    limits = Limits.of(SpecAttnOptions.parse({"method": "streamingllm", **options}))
     made = Window(TORCH, limits, MAX_REQS, MAX_LEN, CPU)
     made.bits.fill_(-1)
     made.counts.fill_(7)

@@ -21,7 +21,7 @@ LONGEST, REQUESTS = 100, 4
 def shared_out(selections, groups=1, **options) -> SharedOut:
     base = {"method": "specattn", "rule": "top_k", "ratio": 0.2, "min_tokens": 0, "sink_tokens": 1, "recent_tokens": 2}
     shape = {"groups": groups, "max_num_reqs": REQUESTS, "max_model_len": LONGEST}
-    return SharedOut(SpecAttnOptions(**{**base, **options}), selections, **shape, device=CPU)
+    return SharedOut(SpecAttnOptions.parse({**base, **options}), selections, **shape, device=CPU)
 
 
 def mass_of(sources: int, requests: int, groups: int) -> torch.Tensor:
@@ -54,7 +54,7 @@ def test_the_fraction_of_the_ratio_is_the_rule_itself(limits):
     made, mass, lens = shared_out(((0, 0.2), (1, 0.2)), **limits), mass_of(2, 4, 1), torch.tensor([100, 64, 7, 1]).int()
     made.choose(OPERATIONS, mass, lens, union=False)
     base = {"min_tokens": 0, "sink_tokens": 1, "recent_tokens": 2}
-    options = SpecAttnOptions(method="specattn", rule="top_k", ratio=0.2, **{**base, **limits})
+    options = SpecAttnOptions.parse({"method": "specattn", "rule": "top_k", "ratio": 0.2, **{**base, **limits}})
     bits = torch.zeros_like(made.bits(4))
     choose(OPERATIONS, Limits.of(options), mass, lens.view(1, -1, 1), bits, torch.zeros(bits.shape[:3]).int())
     assert torch.equal(made.bits(4), bits)

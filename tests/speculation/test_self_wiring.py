@@ -29,7 +29,7 @@ def prepared(
     return self_wiring.prepare_self(
         SimpleNamespace(
             vllm_config=None,
-            options=SpecAttnOptions(**options),
+            options=SpecAttnOptions.parse(options),
             max_num_reqs=requests,
             max_model_len=longest,
             num_speculative_steps=STEPS,

@@ -43,7 +43,7 @@ def speculator(monkeypatch):
     store = SelectionStore(1, REQUESTS, 1, 64, CPU)
     store.prefix_lens[:REQUESTS] = 7
     made.selection = SimpleNamespace(store=store, capture=None, pruner=object())
-    made.options, made._since_dense = SpecAttnOptions(method="specattn"), 0
+    made.options, made._since_dense = SpecAttnOptions.parse({"method": "specattn"}), 0
     made.crossover_tokens = 0
     made.audit = None
     made._recording, made._sampled = False, None
@@ -118,7 +118,8 @@ def test_a_dummy_batch_leaves_no_trace(speculator):
     [(0, False, "recording"), (1000, False, "plain"), (0, True, "recording"), (1000, True, "recording_for_draft")],
 )
 def test_a_round_with_a_graph_is_replayed(speculator, crossover, sparse, which):
-    speculator.options, speculator.crossover_tokens = SpecAttnOptions(method="specattn", sparse_draft=sparse), crossover
+    speculator.options = SpecAttnOptions.parse({"method": "specattn", "sparse_draft": sparse})
+    speculator.crossover_tokens = crossover
     graphs = {name: Graphs() for name in ("recording", "plain", "recording_for_draft")}
     for name, made in graphs.items():
         setattr(speculator, f"{name}_graphs", made)
@@ -151,7 +152,9 @@ def recalling(speculator):
     """recalling(every): the speculator, whose draft reads everything in one round of so many."""
 
     def make(every: int):
-        speculator.options = SpecAttnOptions(method="specattn", sparse_draft=True, refresh_draft_every=every)
+        speculator.options = SpecAttnOptions.parse(
+            {"method": "specattn", "sparse_draft": True, "refresh_draft_every": every}
+        )
         speculator._since_dense = every - 1
         return speculator
 
@@ -205,7 +208,7 @@ RECORDING, RECALLING = Way(recording=True), Way(recording=True, recall=True)
     ],
 )  # fmt: skip
 def test_an_engine_has_graphs_for_the_ways_of_its_rounds(speculator, options, crossover, ways):
-    speculator.options, speculator.crossover_tokens = SpecAttnOptions(**{"method": "specattn"} | options), crossover
+    speculator.options, speculator.crossover_tokens = SpecAttnOptions.parse({"method": "specattn"} | options), crossover
     assert speculator._ways() == ways
     assert len({way.graphs for way in ways}) == len({str(way) for way in ways}) == len(ways)
     # A round that ran in no way that was captured would find no graph.

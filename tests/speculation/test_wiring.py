@@ -26,7 +26,7 @@ ROW = 128  # LONGEST, rounded up to whole vectors
 def on_a_gpu(monkeypatch):
     """A speculator on a GPU on which the weights have left 40 GiB."""
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (40 * GIB, 141 * GIB))
-    options = SpecAttnOptions(method="specattn")
+    options = SpecAttnOptions.parse({"method": "specattn"})
     return SimpleNamespace(device=torch.device("cuda"), max_num_reqs=1024, max_model_len=131072, options=options)
 
 
@@ -41,7 +41,7 @@ def test_buffers_that_would_crowd_out_the_cache_are_refused(on_a_gpu):
 
 
 def test_tables_per_head_have_one_remedy_more(on_a_gpu):
-    on_a_gpu.options = SpecAttnOptions(method="sts")
+    on_a_gpu.options = SpecAttnOptions.parse({"method": "sts"})
     with pytest.raises(ValueError, match="lower --max-num-seqs or --max-model-len, or set method='specattn', whose"):
         wiring.refuse_if_too_large({"page tables": 28 * GIB}, on_a_gpu)
 
@@ -129,7 +129,7 @@ def prepared(monkeypatch, layers: tuple[int | None, ...], device=CPU, size=None,
     return wiring.prepare(
         SimpleNamespace(
             vllm_config=None,
-            options=SpecAttnOptions(**{"method": "specattn", **options}),
+            options=SpecAttnOptions.parse({"method": "specattn", **options}),
             draft_attn_layer_names=set(draft),
             max_num_reqs=requests,
             max_model_len=longest,
@@ -412,7 +412,8 @@ def test_a_map_that_is_not_calibrated_is_warned_of_with_the_command_that_makes_a
     config = SimpleNamespace(model_config=model, speculative_config=SimpleNamespace(draft_model_config=draft))
     speculator = SimpleNamespace(vllm_config=config, crossover_tokens=0)
     monkeypatch.setattr(announcing, "announce_buffers", lambda speculator, nbytes: None)
-    options, shipped = SpecAttnOptions(**{"method": "specattn"} | options), layer_map.shipped()["qwen3-8b-qwen3-0.6b"]
+    options = SpecAttnOptions.parse({"method": "specattn"} | options)
+    shipped = layer_map.shipped()["qwen3-8b-qwen3-0.6b"]
     found = layer_map.read(shipped)
     found = layer_map.resolve(options.layer_map and "uniform", found.target, found.draft).with_dense((3,))
     announcing.announce(options, found, speculator, {"mass": 1})

@@ -49,7 +49,8 @@ class Search:
             dtype=setup.dtype, max_query_len=VERIFY_LEN, max_num_reqs=rows,
             max_model_len=-(-setup.context // 64) * 64,
         )  # fmt: skip
-        budget = budget_of(SpecAttnOptions.parse(options))
+        parsed = SpecAttnOptions.parse(options)
+        budget = budget_of(parsed, parsed.shared_budget)
         self.sketch = Sketch(self.operations, budget, BITS, shape, Counters(device), device)
         self.sketch.dense.zero_()
         self.sketch.slots.copy_(torch.arange(rows))

@@ -32,7 +32,7 @@ def _options(combine: str = "sum", **changes) -> SpecAttnOptions:
     base = {"method": "specattn", "min_tokens": 0, "sink_tokens": 1, "recent_tokens": 2}
     if "ratio" not in changes:
         base["top_p"] = 0.7
-    return SpecAttnOptions(combine=combine, **(base | changes))
+    return SpecAttnOptions.parse({"combine": combine, **(base | changes)})
 
 
 def _make(
@@ -62,7 +62,7 @@ def _make(
         max_num_reqs=MAX_REQS,
         max_model_len=MAX_LEN,
         device=CPU,
-        groups=KV_HEADS if opts.per_head else 1,
+        groups=KV_HEADS if opts.kind.per_head else 1,
         lists=lists,
         choices=choices,
     )
@@ -233,7 +233,7 @@ def top_p(mass: list[float], opts: SpecAttnOptions) -> set[int]:
     """The forced tokens, then by mass until the share is reached, between floor and cap; a fixed budget is a cap."""
     share, fraction = opts.top_p, opts.max_fraction
     if opts.fixed_budget:
-        share, fraction = 1, min(opts.ratio_or_default, fraction)
+        share, fraction = 1, min(opts.ratio, fraction)
     n = len(mass)
     forced = {p for p in range(n) if p < opts.sink_tokens or p >= n - opts.recent_tokens}
     order = sorted(forced) + sorted(set(range(n)) - forced, key=lambda p: (-mass[p], -p))

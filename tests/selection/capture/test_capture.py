@@ -269,7 +269,7 @@ def test_its_size_is_that_of_its_buffers(options, make):
 @COMBINE
 def test_a_round_without_a_draft_step_selects_nothing(make, combine):
     """Also after a round that did, of another size: nothing of it may be stored again."""
-    capture = make(SpecAttnOptions(method="specattn", combine=combine))
+    capture = make(SpecAttnOptions.parse({"method": "specattn", "combine": combine}))
     for rows in (3, 1, 2):
         capture.begin_round(rows, torch.ones(rows, dtype=torch.bool), torch.arange(rows))
         capture.ranking._bits.fill_(-1)

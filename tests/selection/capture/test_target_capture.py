@@ -32,7 +32,7 @@ EMPTY, PADDED = (0, 0), (-LONGEST, LONGEST)  # rows of a graph that no request h
 
 def options(**changes) -> SpecAttnOptions:
     base = {"method": "vegas", "ratio": 0.25, "min_tokens": 0, "sink_tokens": 1, "recent_tokens": 2, "dilation": 0}
-    return SpecAttnOptions(**base | changes)
+    return SpecAttnOptions.parse(base | changes)
 
 
 def make(opts: SpecAttnOptions, executor: str = "torch") -> TargetCapture:

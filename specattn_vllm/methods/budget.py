@@ -1,0 +1,136 @@
+"""Options that say how much is read, by the target or by its draft; methods add their own to them."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from specattn_vllm.options import SpecAttnOptions, for_researchers
+
+INT32 = 2**31 - 1  # the kernels count tokens in 32 bits
+
+
+def ratio_field(default: float) -> Any:
+    return Field(default, gt=0.0, le=1.0, description="Share of the context that is kept.")
+
+
+def sparse_draft_field(default: bool, how: str) -> Any:
+    return Field(default, description=f"Whether the steps of a draft model read a part of its context: {how}.")
+
+
+BY_OWN_QUERIES = "what its own queries choose in the first step of a round, over a small copy of its keys"
+
+
+class ShareOptions(SpecAttnOptions):
+    """A fixed share of the context, between a floor and a cap. Counts are in tokens."""
+
+    ratio: float = ratio_field(0.1)
+    min_tokens: int = Field(
+        128, ge=0, le=INT32,
+        description="Floor on kept tokens, sink and recent ones included; `ratio` and `max_fraction` yield to it.",
+    )  # fmt: skip
+    max_tokens: int | None = Field(None, ge=1, le=INT32, description="Cap on kept tokens; none by default.")
+    max_fraction: float = for_researchers(
+        1.0, gt=0.0, le=1.0, description="Cap on kept tokens as a share of the request's context."
+    )
+    sink_tokens: int = for_researchers(
+        4, ge=0, le=INT32, description="First tokens of the context that are always kept."
+    )
+    recent_tokens: int = for_researchers(
+        64, ge=0, le=INT32, description="Last tokens of the context that are always kept."
+    )
+    crossover_tokens: int | None = Field(
+        None, ge=0, le=INT32,
+        description="Context tokens of a batch, summed over its requests, below which everything is read, because "
+        "choosing would cost more than it saves. Default: what was measured for the executor, 0 where nothing was.",
+    )  # fmt: skip
+
+    @property
+    def fixed_budget(self) -> bool:
+        """Whether a fixed share of the context is kept, instead of a share of the attention mass."""
+        return True
+
+    def crossover(self, executor: str) -> int:
+        return super().crossover(executor) if self.crossover_tokens is None else self.crossover_tokens
+
+    @model_validator(mode="after")
+    def _clamps_agree(self) -> Self:
+        if self.max_tokens is None:
+            return self
+        if self.max_tokens < self.min_tokens:
+            raise ValueError(f"max_tokens {self.max_tokens} is below min_tokens {self.min_tokens}: change one")
+        if self.max_tokens < self.sink_tokens + self.recent_tokens:
+            raise ValueError(
+                f"max_tokens {self.max_tokens} is below sink_tokens + recent_tokens "
+                f"({self.sink_tokens} + {self.recent_tokens}), which are always kept: raise it or lower those"
+            )
+        return self
+
+
+class BudgetOptions(ShareOptions):
+    """A fixed share of the context, or as much as holds a share of the attention mass."""
+
+    rule: Literal["top_p", "top_k"] | None = Field(
+        None,
+        description="'top_p': as many tokens as hold `top_p` of the attention mass. 'top_k': a fixed share of the "
+        "context, `ratio`. Default: that of the one of the two that is given, else 'top_k'.",
+    )
+    top_p: float = Field(
+        0.9, gt=0.0, le=1.0, description="Share of the attention mass on the context that the kept tokens hold."
+    )
+
+    @property
+    def fixed_budget(self) -> bool:
+        return "top_p" not in self.model_fields_set if self.rule is None else self.rule == "top_k"
+
+    @model_validator(mode="after")
+    def _one_rule_is_meant(self) -> Self:
+        if self.rule is None and {"top_p", "ratio"} <= self.model_fields_set:
+            raise ValueError(
+                f"top_p {self.top_p} and ratio {self.ratio} are of two rules: give one of them, or say which holds "
+                "(rule='top_p' or rule='top_k')"
+            )
+        return self
+
+
+class SparseDraftOptions(BudgetOptions):
+    """A budget that a draft model may be held to as well."""
+
+    sparse_draft: bool = sparse_draft_field(False, "what its first step attended to, which reads everything")
+    draft_ratio: float | None = Field(
+        None, gt=0.0, le=1.0,
+        description="With `sparse_draft`, share of the context that the draft's own steps keep. Default: as much as "
+        "the other options say.",
+    )  # fmt: skip
+
+    @property
+    def drafts_sparsely(self) -> bool:
+        return self.sparse_draft
+
+    @property
+    def goes_with_any_drafter(self) -> bool:
+        # A default is for drafts that can: one that is asked for needs a draft model.
+        return super().goes_with_any_drafter and not (self.sparse_draft and "sparse_draft" in self.model_fields_set)
+
+    @model_validator(mode="after")
+    def _a_draft_s_ratio_has_a_draft_that_reads_a_part(self) -> Self:
+        if self.draft_ratio is not None and not self.sparse_draft:
+            raise ValueError(
+                f"draft_ratio {self.draft_ratio:g} without sparse_draft, where every draft step reads everything: set "
+                "sparse_draft=true, or leave draft_ratio out"
+            )
+        return self
+
+
+class SketchedDraftOptions(SparseDraftOptions):
+    """Of methods that keep a sketch of keys in the cache, the target's or its draft model's."""
+
+    sparse_draft: bool = sparse_draft_field(False, BY_OWN_QUERIES)
+    sketch_bits: Literal[1, 2, 4] = for_researchers(
+        2, description="Bits of each element of the copy of the keys that is searched."
+    )
+
+    @property
+    def bits_in_cache(self) -> int | None:
+        return self.sketch_bits if self.kind.keeps_sketch or self.drafts_by_sketch else None
