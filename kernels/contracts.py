@@ -1,6 +1,6 @@
-"""Argument checks shared by the Triton launchers and the PyTorch references.
+"""What argument checks (`contracts.py` of each room) are made of, for Triton launchers and PyTorch references alike.
 
-Every operation has one function of its name here, so that both versions refuse the same arguments with the same words:
+Every operation has one function of its name there, so that both versions refuse the same arguments with the same words:
 a wrong shape that reaches a kernel reads or writes someone else's memory. Nothing here looks at the *contents* of a
 tensor, which on a GPU would wait for the device. All errors are ``ValueError("<name>: got ..., wanted ...")``.
 """
@@ -11,10 +11,6 @@ import torch
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_SIZES = (64, 128)  # what the Triton kernels are tuned and tested for; the references take any
-SCORED_ROWS = (1, 2)  # per request
-MAX_DILATION = 64
-MAX_TOKENS = 64
-COMBINE = ("store", "add")
 
 
 def expect(ok: bool, name: str, got: object, wanted: str) -> None:
@@ -43,42 +39,7 @@ def head_size(size: int) -> None:
     expect(size in HEAD_SIZES, "query", f"head size {size}", f"one of {HEAD_SIZES} (Triton kernels)")
 
 
-def draft_attention(
-    query, kv_cache, block_table, seq_lens, query_start_loc, out, scored_rows, scores, lse, max_query_len,
-    positions, kept, prefix_lens, requests,
-) -> None:  # fmt: skip
-    tensor("query", query, (None, None, None), FLOATS)
-    tokens, query_heads, size = query.shape
-    dev = query.device
-    tensor("kv_cache", kv_cache, (None, None, None, 2 * size), query.dtype, dev)
-    group_size(query_heads, kv_cache.shape[1], "kv_cache")
-    tensor("block_table", block_table, (None, None), torch.int32, dev)
-    rows = block_table.shape[0]
-    tensor("seq_lens", seq_lens, (rows,), torch.int32, dev)
-    tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, dev)
-    some = any(result is not None for result in (out, scores, lse))
-    expect(some, "out", "None without scores and lse", "at least one of the three")
-    if out is not None:
-        tensor("out", out, (tokens, query_heads, size), query.dtype, dev)
-    scored = query_heads
-    if scored_rows is not None:
-        tensor("scored_rows", scored_rows, (rows, None), torch.int64, dev)
-        per_request = scored_rows.shape[1]
-        expect(per_request in SCORED_ROWS, "scored_rows", f"{per_request} rows per request", "1 or 2")
-        scored = per_request * query_heads
-    if scores is not None:
-        tensor("scores", scores, (rows, scored, None), (torch.float32, torch.bfloat16), dev)
-        expect(lse is not None, "lse", None, "a tensor, because scores are asked for")
-    if lse is not None:
-        tensor("lse", lse, (rows, scored), torch.float32, dev)
-        expect(scored_rows is not None, "scored_rows", None, "a tensor, because lse is asked for")
-    expect(max_query_len >= 1, "max_query_len", max_query_len, "at least 1")
-    _index(positions, kept, rows, dev, prefix_lens=prefix_lens)
-    if requests is not None:
-        tensor("requests", requests, (None,), torch.int64, dev)
-
-
-def _index(positions, kept, rows: int, device, **lengths) -> None:
+def listed(positions, kept, rows: int, device, **lengths) -> None:
     """A list of positions per row and what goes with it: all of it or nothing."""
     for name, value in (("kept", kept), *lengths.items()):
         if positions is None:
@@ -87,161 +48,3 @@ def _index(positions, kept, rows: int, device, **lengths) -> None:
             tensor(name, value, (rows,), torch.int32, device)
     if positions is not None:
         tensor("positions", positions, (rows, None), torch.int32, device)
-
-
-def accumulate_mass(scores, lse, lens, mass, combine, positions=None, kept=None, shift=0) -> None:
-    tensor("scores", scores, (None, None, None), (torch.float32, torch.bfloat16))
-    rows, query_heads, width = scores.shape
-    dev = scores.device
-    tensor("lse", lse, (rows, query_heads), torch.float32, dev)
-    tensor("lens", lens, (rows,), torch.int32, dev)
-    tensor("mass", mass, (rows, None, width), torch.float32, dev)
-    group_size(query_heads, mass.shape[1], "mass")
-    expect(combine in COMBINE, "combine", repr(combine), " or ".join(COMBINE))
-    _index(positions, kept, rows, dev)
-    # What a list leaves out would keep what it held before, which is no mass of this step.
-    expect(positions is None or combine != "store", "combine", repr(combine), "add, because positions are given")
-    expect(0 <= shift <= MAX_DILATION, "shift", shift, f"0 to {MAX_DILATION}")
-    expect(not shift or combine != "store", "combine", repr(combine), "add, because of the shift")
-
-
-def select_top_p(
-    mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, budgets, mass_rows
-) -> None:
-    tensor("mass", mass, (None, None), torch.float32)
-    rows, width = mass.shape
-    if mass_rows is not None:
-        tensor("mass_rows", mass_rows, (None,), torch.int64, mass.device)
-        rows = mass_rows.shape[0]
-    tensor("lens", lens, (rows,), torch.int32, mass.device)
-    tensor("bits", bits, (rows, -(-width // 32)), torch.int32, mass.device)
-    tensor("counts", counts, (rows,), torch.int32, mass.device)
-    expect(top_p >= 0, "top_p", top_p, "at least 0")
-    expect(0 <= max_fraction <= 1, "max_fraction", max_fraction, "0 to 1")
-    expect(max_tokens >= -1, "max_tokens", max_tokens, "at least 0, or -1 for no limit")
-    for name, value in (("min_tokens", min_tokens), ("sink", sink), ("recent", recent)):
-        expect(0 <= value < 2**31, name, value, "0 or more, below 2^31")
-    if budgets is not None:
-        tensor("budgets", budgets, (rows,), torch.int32, mass.device)
-        expect(top_p >= 1, "top_p", top_p, "1 or more, because the budgets say how many tokens are wanted")
-
-
-def dilate_mass(mass, lens, out, steps, weight) -> None:
-    tensor("mass", mass, (None, None), torch.float32)
-    tensor("lens", lens, (mass.shape[0],), torch.int32, mass.device)
-    tensor("out", out, tuple(mass.shape), torch.float32, mass.device)
-    expect(not _overlap(mass, out), "out", "memory of mass", "memory of its own")
-    expect(0 <= steps <= MAX_DILATION, "steps", steps, f"0 to {MAX_DILATION}")
-    expect(weight > 0, "weight", weight, "more than 0")
-
-
-def add_followers(mass, lens, out, sources, ids, slots, tokens) -> None:
-    tensor("mass", mass, (None, None, None, None), torch.float32)
-    _, rows, groups, width = mass.shape
-    dev = mass.device
-    tensor("lens", lens, (rows,), torch.int32, dev)
-    tensor("out", out, (None, rows, groups, width), torch.float32, dev)
-    tensor("sources", sources, (out.shape[0],), torch.int64, dev)
-    tensor("ids", ids, (None, width), torch.int32, dev)
-    tensor("slots", slots, (rows,), torch.int64, dev)
-    tensor("tokens", tokens, (rows, None), torch.int64, dev)
-    expect(tokens.shape[1] <= MAX_TOKENS, "tokens", f"{tokens.shape[1]} for a row", f"at most {MAX_TOKENS}")
-    expect(not _overlap(mass, out), "out", "memory of mass", "memory of its own")
-
-
-def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the stretches of memory between the first and the last element of two tensors meet."""
-    if not a.numel() or not b.numel():
-        return False
-    spans = ((t.data_ptr(), sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1) for t in (a, b))
-    (first, n), (second, m) = spans
-    return first < second + m * b.element_size() and second < first + n * a.element_size()
-
-
-def build_page_tables(
-    bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept, sources, groups
-) -> None:
-    tensor("bits", bits, (None, None, None, None), torch.int32)
-    tables, _, heads, _ = bits.shape
-    dev = bits.device
-    expect((sources is None) == (groups is None), "groups", type(groups).__name__, "given with sources, or neither")
-    if sources is not None:
-        expect(min(bits.shape[0], heads) > 0, "bits", f"shape {tuple(bits.shape)}", "a source and a group to map to")
-        tensor("sources", sources, (None,), torch.int32, dev)
-        tensor("groups", groups, (sources.shape[0], None), torch.int32, dev)
-        tables, heads = groups.shape
-    tensor("slots", slots, (None,), torch.int64, dev)
-    rows = slots.shape[0]
-    tensor("prefix_lens", prefix_lens, (rows,), torch.int32, dev)
-    tensor("seq_lens", seq_lens, (rows,), torch.int32, dev)
-    tensor("block_table", block_table, (rows, None), torch.int32, dev)
-    tensor("page_table", page_table, (tables, rows, heads, None), torch.int32, dev)
-    tensor("kept", kept, (tables, rows, heads), torch.int32, dev)
-    expect(block_size > 0, "block_size", block_size, "at least 1")
-    expect(len(page_strides) == 3, "page_strides", page_strides, "(block, head, token)")
-
-
-def build_positions(bits, slots, prefix_lens, lens, positions, kept) -> None:
-    tensor("bits", bits, (None, None, 1, None), torch.int32)
-    sources = bits.shape[0]
-    tensor("slots", slots, (None,), torch.int64, bits.device)
-    rows = slots.shape[0]
-    tensor("prefix_lens", prefix_lens, (rows,), torch.int32, bits.device)
-    tensor("lens", lens, (rows,), torch.int32, bits.device)
-    tensor("positions", positions, (sources, rows, None), torch.int32, bits.device)
-    tensor("kept", kept, (sources, rows), torch.int32, bits.device)
-
-
-def build_block_tables(
-    bits, slots, prefix_lens, seq_lens, block_table, block_size, page_table, kept, sources, groups
-) -> None:
-    for name, value in (("sources", sources), ("groups", groups)):
-        expect(value is None, name, "a map", "None, because a block holds all heads")
-    tensor("bits", bits, (None, None, None, None), torch.int32)
-    tables, _, shared, _ = bits.shape
-    dev = bits.device
-    expect(shared == 1, "bits", f"{shared} score groups", "1, because a block holds all heads")
-    tensor("slots", slots, (None,), torch.int64, dev)
-    rows = slots.shape[0]
-    tensor("prefix_lens", prefix_lens, (rows,), torch.int32, dev)
-    tensor("seq_lens", seq_lens, (rows,), torch.int32, dev)
-    tensor("block_table", block_table, (rows, None), torch.int32, dev)
-    tensor("page_table", page_table, (tables, rows, 1, None), torch.int32, dev)
-    tensor("kept", kept, (tables, rows, 1), torch.int32, dev)
-    expect(block_size > 0, "block_size", block_size, "at least 1")
-
-
-def sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, max_query_len, lse) -> int:
-    """Also returns the rows (key and value of one token and head) between neighbouring heads of the cache."""
-    tensor("query", query, (None, None, None), FLOATS)
-    tokens, query_heads, size = query.shape
-    dev = query.device
-    tensor("kv_cache", kv_cache, (None, None, None, 2 * size), query.dtype, dev)
-    # A dimension of size 1 may have any stride; it is never stepped over.
-    dims = zip(kv_cache.shape[:3], kv_cache.stride()[:3], strict=True)
-    strides = [0 if count == 1 else stride for count, stride in dims]
-    in_rows = all(stride % (2 * size) == 0 for stride in strides)
-    expect(in_rows, "kv_cache", f"strides {kv_cache.stride()}", f"multiples of a row of {2 * size}")
-    heads = kv_cache.shape[1]
-    group_size(query_heads, heads, "kv_cache")
-    tensor("page_table", page_table, (None, None, None), torch.int32, dev)
-    rows, groups, _ = page_table.shape
-    expect(groups in (1, heads), "page_table", f"{groups} groups", f"1 or the {heads} heads of kv_cache")
-    tensor("kept", kept, (rows, groups), torch.int32, dev)
-    tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, dev)
-    tensor("out", out, (tokens, query_heads, size), query.dtype, dev)
-    expect(max_query_len >= 1, "max_query_len", max_query_len, "at least 1")
-    if lse is not None:
-        tensor("lse", lse, (tokens, query_heads), torch.float32, dev)
-    return strides[1] // (2 * size)
-
-
-def mark_rows(query_start_loc, seq_lens, max_query_len, scored_rows, lens) -> None:
-    tensor("seq_lens", seq_lens, (None,), torch.int32)
-    rows, dev = seq_lens.shape[0], seq_lens.device
-    tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, dev)
-    tensor("lens", lens, (None,), torch.int32, dev)
-    expect(lens.shape[0] >= rows, "lens", f"{lens.shape[0]} elements", f"the {rows} rows or more")
-    tensor("scored_rows", scored_rows, (lens.shape[0], 2), torch.int64, dev)
-    expect(scored_rows.is_contiguous(), "scored_rows", f"strides {scored_rows.stride()}", "contiguous rows")
-    expect(max_query_len >= 1, "max_query_len", max_query_len, "at least 1")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from specattn_vllm import stats
-from specattn_vllm.kernels.bookkeeping_contracts import READ_COUNTS
+from specattn_vllm.kernels.bookkeeping.contracts import READ_COUNTS
 from specattn_vllm.stats import Counters, Counts, Reporter
 
 NAMES = [field.name for field in fields(Counts)]

@@ -78,7 +78,7 @@ def resolve(
     selections of which each KV head has its own."""
     chooses = name == "auto"
     if chooses:
-        name = _best(device, dtype, per_head)
+        name = _best(device, dtype)
     if name in BLOCKS and per_head:
         raise ExecutorError(
             f"executor = {name!r} reads whole blocks, which hold all KV heads, and methods 'sketch' and 'sts' "
@@ -100,13 +100,12 @@ def resolve(
     return _triton_operations(device)
 
 
-def _best(device: torch.device, dtype: torch.dtype, per_head: bool) -> str:
+def _best(device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cuda":
         return "torch"
-    # What GPUs without FlashAttention 3 are fastest with has not been measured. On an H200, ours of a tenth of 16x32k
-    # takes a quarter of the time of xformers', which reads whole blocks (docs/results/h200-kernels.json).
-    usable = [name for name in ("fa3", "xformers") if not (per_head and name in BLOCKS)]
-    return next((name for name in usable if _unavailable(name, device, dtype) is None), "triton")
+    # Without FlashAttention 3, our kernels: xformers reads whole blocks, and took four times as long for a tenth of
+    # 16x32k on an H200 (docs/results/h200-kernels.json). Other GPUs were not measured.
+    return "triton" if _unavailable("fa3", device, dtype) else "fa3"
 
 
 def _unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -153,20 +152,20 @@ def _torch_operations() -> Operations:
 
 
 def _triton_operations(device: torch.device) -> Operations:
-    from specattn_vllm.kernels import bookkeeping
-    from specattn_vllm.kernels.accumulate_mass import accumulate_mass
-    from specattn_vllm.kernels.add_followers import add_followers
-    from specattn_vllm.kernels.dilate_mass import dilate_mass
-    from specattn_vllm.kernels.draft_attention import draft_attention
-    from specattn_vllm.kernels.mark_rows import mark_rows
-    from specattn_vllm.kernels.page_tables import build_page_tables, build_positions
+    from specattn_vllm.kernels.attention.draft_attention import draft_attention
+    from specattn_vllm.kernels.attention.sparse_attention import sparse_attention
+    from specattn_vllm.kernels.bookkeeping import kernels as bookkeeping
+    from specattn_vllm.kernels.selection.accumulate_mass import accumulate_mass
+    from specattn_vllm.kernels.selection.add_followers import add_followers
+    from specattn_vllm.kernels.selection.dilate_mass import dilate_mass
+    from specattn_vllm.kernels.selection.mark_rows import mark_rows
+    from specattn_vllm.kernels.selection.page_tables import build_page_tables, build_positions
+    from specattn_vllm.kernels.selection.top_p import select_top_p
     from specattn_vllm.kernels.sketch.cuts import carry_thresholds, cut_scores
     from specattn_vllm.kernels.sketch.encode import encode_keys
     from specattn_vllm.kernels.sketch.pages import list_pages
     from specattn_vllm.kernels.sketch.queries import prepare_queries
     from specattn_vllm.kernels.sketch.scores import score_tokens
-    from specattn_vllm.kernels.sparse_attention import sparse_attention
-    from specattn_vllm.kernels.top_p import select_top_p
 
     dense, write = _dense_attention, write_kv
     if device.type == "cuda":
@@ -216,7 +215,7 @@ def _borrowed_operations(name: str, device: torch.device, *, own_sparse: bool = 
             base, name=name, label=label, sparse_attention=sparse, dense_attention=fa3.dense_attention, graphs=True
         )
     from specattn_vllm.executors import xformers
-    from specattn_vllm.kernels.block_tables import build_block_tables
+    from specattn_vllm.kernels.selection.block_tables import build_block_tables
 
     return replace(
         base,

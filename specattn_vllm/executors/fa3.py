@@ -15,7 +15,7 @@ import functools
 
 import torch
 
-from specattn_vllm.kernels import contracts
+from specattn_vllm.kernels.attention import contracts
 from specattn_vllm.selection.pages import page_strides, token_pages
 
 

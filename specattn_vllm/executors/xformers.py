@@ -1,7 +1,7 @@
 """Sparse attention through xformers, for NVIDIA GPUs without FlashAttention 3.
 
 xformers' Triton split-K forward reads vLLM's cache through a block table (`PagedBlockDiagonalCausalWithOffset...`), so
-what is chosen are whole blocks: `specattn_vllm.kernels.block_tables` makes the tables. Three things in xformers shape
+what is chosen are whole blocks: `kernels/selection/block_tables.py` makes the tables. Three things in xformers shape
 this module:
 
 - Causal masks take the same number of query tokens of every request, at most 16. Ragged rows are packed to the longest
@@ -24,7 +24,8 @@ from types import SimpleNamespace
 
 import torch
 
-from specattn_vllm.kernels import contracts
+from specattn_vllm.kernels.attention import contracts
+from specattn_vllm.kernels.contracts import expect
 
 OLDEST = (0, 0, 35)
 MAX_QUERY_LEN = 16
@@ -90,7 +91,7 @@ def sparse_attention(
 ) -> None:
     """Causal attention over the blocks of a table; launches on the current stream and never waits for the device.
 
-    As `specattn_vllm.kernels.sparse_attention`, but for this:
+    As `specattn_vllm.kernels.attention.sparse_attention`, but for this:
     page_table [R, 1, width] names blocks of the cache, in ascending order of position, and kept [R, 1] counts tokens in
     them one after another, of which the last q_len are the new ones (`build_block_tables`). dtypes are float16 and
     bfloat16; the cache's block size is a multiple of 16 and its tokens lie evenly, block after block, as in the LBNHC
@@ -98,11 +99,11 @@ def sparse_attention(
     longest sequence has blocks is right but slow.
     """
     contracts.sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, max_query_len, lse)
-    contracts.expect(
+    expect(
         page_table.shape[1] == 1, "page_table", f"{page_table.shape[1]} groups", "1: blocks hold all heads"
     )
-    contracts.expect(query.dtype != torch.float32, "query", query.dtype, "torch.float16 or torch.bfloat16")
-    contracts.expect(max_query_len <= MAX_QUERY_LEN, "max_query_len", max_query_len, f"at most {MAX_QUERY_LEN}")
+    expect(query.dtype != torch.float32, "query", query.dtype, "torch.float16 or torch.bfloat16")
+    expect(max_query_len <= MAX_QUERY_LEN, "max_query_len", max_query_len, f"at most {MAX_QUERY_LEN}")
     rows, _, width = page_table.shape
     if rows == 0 or width == 0 or query.shape[0] == 0:
         return
@@ -121,7 +122,7 @@ def sparse_attention(
     )
     op = _operator(rows * heads, max_query_len * group, width * block_size, block_size)
 
-    from specattn_vllm.kernels.block_tables import pack_queries, unpack_outputs
+    from specattn_vllm.kernels.selection.block_tables import pack_queries, unpack_outputs
 
     pack_queries(query, query_start_loc, packed)
     result, context = op.apply(inputs, needs_gradient=lse is not None)
@@ -139,7 +140,7 @@ def _as_sequence(kv_cache: torch.Tensor, group: int) -> tuple[torch.Tensor, torc
     """Keys and values as xformers takes them, [1, B * N, H, Hq / H, D] each: views, the query heads by stride 0."""
     blocks, heads, block_size, row = kv_cache.shape
     per_block, per_head, per_token = kv_cache.stride()[:3]
-    contracts.expect(block_size % 16 == 0, "kv_cache", f"block size {block_size}", "a multiple of 16 (--block-size)")
+    expect(block_size % 16 == 0, "kv_cache", f"block size {block_size}", "a multiple of 16 (--block-size)")
     if blocks > 1 and per_block != block_size * per_token:
         raise ValueError(
             f"kv_cache: got strides {kv_cache.stride()} for shape {tuple(kv_cache.shape)}, wanted tokens at even "

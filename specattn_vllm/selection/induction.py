@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from specattn_vllm.executors import Operations
-from specattn_vllm.kernels.contracts import MAX_TOKENS
+from specattn_vllm.kernels.selection.contracts import MAX_TOKENS
 
 
 class Induction:

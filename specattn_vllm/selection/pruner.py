@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from specattn_vllm.executors import Operations
-from specattn_vllm.kernels.bookkeeping_contracts import READ_COUNTS
+from specattn_vllm.kernels.bookkeeping.contracts import READ_COUNTS
 from specattn_vllm.selection.audit import Audit
 from specattn_vllm.selection.plan import SparsePlan
 from specattn_vllm.selection.store import SelectionStore

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from specattn_vllm.executors import Operations
-from specattn_vllm.kernels.bookkeeping_contracts import AUDIT, NO_SELECTION, REFRESH
+from specattn_vllm.kernels.bookkeeping.contracts import AUDIT, NO_SELECTION, REFRESH
 
 
 class SelectionStore:

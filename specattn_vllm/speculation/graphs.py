@@ -22,7 +22,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor, CudaGra
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 
 from specattn_vllm import executors
-from specattn_vllm.kernels.bookkeeping_contracts import Round
+from specattn_vllm.kernels.bookkeeping.contracts import Round
 
 
 class RoundInputs:

@@ -64,8 +64,8 @@ def test_torch_runs_the_reference_for_every_operation():
     for name in OPERATIONS - {"write_kv", "dense_attention"}:
         function = getattr(operations, name)
         assert function.__name__ == name
-        where = ("specattn_vllm.kernels.reference.", "specattn_vllm.kernels.sketch.reference")
-        assert function.__module__.startswith(where)
+        package, _, module = function.__module__.rpartition(".")
+        assert package.startswith("specattn_vllm.kernels.") and module == "reference"
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set from the start")
@@ -114,7 +114,7 @@ def test_a_library_that_is_missing_is_named(name):
     [
         ({"fa3", "xformers"}, torch.bfloat16, "fa3"),
         ({"fa3"}, torch.float16, "fa3"),
-        ({"xformers"}, torch.bfloat16, "xformers"),
+        ({"xformers"}, torch.bfloat16, "triton"),  # four times as slow on an H200: runs if it is asked for
         (set(), torch.bfloat16, "triton"),
         ({"fa3", "xformers"}, torch.float32, "triton"),  # not asked: neither takes it
     ],
@@ -178,15 +178,10 @@ def test_xformers_reads_whole_blocks():
     assert (theirs.name, theirs.granularity) == ("xformers", "block")
 
 
-def test_blocks_hold_no_selections_per_head(monkeypatch):
+def test_blocks_hold_no_selections_per_head():
     message = r"'xformers' reads whole blocks.* methods 'sketch' and 'sts' choose.*'triton'"
     with pytest.raises(ExecutorError, match=message):
         resolve("xformers", CUDA, per_head=True)
-    monkeypatch.setattr(executors, "_unavailable", lambda name, device, dtype: "no" if name == "fa3" else None)
-    monkeypatch.setattr(executors, "_triton_operations", lambda device: "triton")
-    monkeypatch.setattr(executors, "_borrowed_operations", lambda name, device, own_sparse: name)
-    assert resolve("auto", CUDA) == "xformers"
-    assert resolve("auto", CUDA, per_head=True) == "triton"
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set from the start")

@@ -12,7 +12,8 @@ PROGRAM = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from specattn_vllm.kernels import add_followers, sparse_attention
+from specattn_vllm.kernels.selection import add_followers
+from specattn_vllm.kernels.attention import sparse_attention
 
 POINTERS = {
     "kv_cache": "D", "slots": "i64", "lens": "i32", "query": "D", "out": "D", "lse": "fp32", "kept": "i32",

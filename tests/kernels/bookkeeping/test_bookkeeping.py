@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 
-from specattn_vllm.kernels import bookkeeping, reference
-from specattn_vllm.kernels.bookkeeping_contracts import AUDIT, NO_SELECTION, READ_COUNTS, REFRESH, Round
+from specattn_vllm.kernels import reference
+from specattn_vllm.kernels.bookkeeping import kernels as bookkeeping
+from specattn_vllm.kernels.bookkeeping.contracts import AUDIT, NO_SELECTION, READ_COUNTS, REFRESH, Round
 
 OPS = pytest.mark.parametrize("ops", [bookkeeping, reference], ids=["kernel", "reference"])
 POISON = -858993460

@@ -7,8 +7,9 @@ import random
 import pytest
 import torch
 
-from specattn_vllm.kernels import reference, top_p
-from specattn_vllm.kernels.top_p import select_top_p
+from specattn_vllm.kernels import reference
+from specattn_vllm.kernels.selection import top_p
+from specattn_vllm.kernels.selection.top_p import select_top_p
 
 DEFAULTS = dict(top_p=0.6, min_tokens=0, max_tokens=-1, max_fraction=1.0, sink=0, recent=0)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from .. import contracts
+from ..contracts import FLOATS, group_size, tensor
+from . import contracts
 
 
 def _gather(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Tensor:
@@ -85,25 +86,6 @@ def draft_attention(
             out[begin:end].view(n, heads, group, size).copy_(result.view(heads, n, group, size).transpose(0, 1))
 
 
-def accumulate_mass(scores, lse, lens, mass, weight, combine, positions=None, kept=None, shift=0) -> None:
-    """Attention mass per position and score group. See ``accumulate_mass.accumulate_mass``."""
-    contracts.accumulate_mass(scores, lse, lens, mass, combine, positions, kept, shift)
-    groups = mass.shape[1]
-    listed = [-1] * lens.shape[0] if positions is None else kept.tolist()
-    for r, length in enumerate(lens.tolist()):
-        if length == 0:
-            continue
-        where = torch.arange(length, device=mass.device) if listed[r] < 0 else positions[r, : listed[r]].long()
-        where = where + shift
-        where = where[where < length]  # ascending, so the columns that are left come first
-        columns = slice(where.shape[0])
-        probs = torch.exp(scores[r, :, columns].float() - lse[r, :, None])
-        new = probs.unflatten(0, (groups, -1)).sum(1).mul_(weight)
-        if combine == "add":
-            new += mass[r, :, where]
-        mass[r, :, where] = new
-
-
 def sparse_attention(query, kv_cache, page_table, kept, query_start_loc, scale, out, max_query_len, lse=None) -> None:
     """Attention over the entries of a page table. See ``sparse_attention.sparse_attention``."""
     head_rows = contracts.sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, max_query_len, lse)
@@ -158,14 +140,14 @@ def dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, sca
     included; query_start_loc [R + 1] int32. Query token i of the q_len tokens of request r attends positions
     0..seq_len - q_len + i. The ``out`` rows of a request with no query token or with seq_len 0 stay untouched.
     """
-    contracts.tensor("query", query, (None, None, None), contracts.FLOATS)
+    tensor("query", query, (None, None, None), FLOATS)
     tokens, query_heads, size = query.shape
-    contracts.tensor("kv_cache", kv_cache, (None, None, None, 2 * size), query.dtype, query.device)
-    contracts.group_size(query_heads, kv_cache.shape[1], "kv_cache")
-    contracts.tensor("block_table", block_table, (None, None), torch.int32, query.device)
-    contracts.tensor("seq_lens", seq_lens, (block_table.shape[0],), torch.int32, query.device)
-    contracts.tensor("query_start_loc", query_start_loc, (block_table.shape[0] + 1,), torch.int32, query.device)
-    contracts.tensor("out", out, (tokens, query_heads, size), query.dtype, query.device)
+    tensor("kv_cache", kv_cache, (None, None, None, 2 * size), query.dtype, query.device)
+    group_size(query_heads, kv_cache.shape[1], "kv_cache")
+    tensor("block_table", block_table, (None, None), torch.int32, query.device)
+    tensor("seq_lens", seq_lens, (block_table.shape[0],), torch.int32, query.device)
+    tensor("query_start_loc", query_start_loc, (block_table.shape[0] + 1,), torch.int32, query.device)
+    tensor("out", out, (tokens, query_heads, size), query.dtype, query.device)
     block_size = kv_cache.shape[2]
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     for r in range(len(lengths)):

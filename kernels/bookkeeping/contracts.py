@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from . import contracts
-from .contracts import expect
+from .. import contracts
+from ..contracts import expect
 
 INTEGERS = (torch.int32, torch.int64)
 # Where a slot's length would stand, why it has no selection.

@@ -48,8 +48,8 @@ import torch
 import triton
 import triton.language as tl
 
-from . import bookkeeping_contracts as contracts
-from .bookkeeping_contracts import AUDIT, NO_SELECTION, REFRESH, Round
+from . import contracts
+from .contracts import AUDIT, NO_SELECTION, REFRESH, Round
 
 BLOCK = 256
 # Rows and (source, group) pairs that the one counting program takes at a time, at most; 8 of a tile a thread. One

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specattn_vllm.kernels import dilate_mass as module
 from specattn_vllm.kernels import reference
-from specattn_vllm.kernels.dilate_mass import BLOCK, dilate_mass
+from specattn_vllm.kernels.selection import dilate_mass as module
+from specattn_vllm.kernels.selection.dilate_mass import BLOCK, dilate_mass
 
 OPS = pytest.mark.parametrize("op", [dilate_mass, reference.dilate_mass], ids=["kernel", "reference"])
 

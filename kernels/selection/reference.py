@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import contracts
+from . import contracts
 
 
 def unpack_bits(bits: torch.Tensor, length: int) -> torch.Tensor:
@@ -19,6 +19,25 @@ def _pack_bits(flags: torch.Tensor) -> torch.Tensor:
     weights = torch.ones((), dtype=torch.int64, device=flags.device) << torch.arange(32, device=flags.device)
     # 2^31 does not fit int32: sum in int64 and let the cast wrap.
     return (flags.unflatten(-1, (-1, 32)) * weights).sum(-1).to(torch.int32)
+
+
+def accumulate_mass(scores, lse, lens, mass, weight, combine, positions=None, kept=None, shift=0) -> None:
+    """Attention mass per position and score group. See ``accumulate_mass.accumulate_mass``."""
+    contracts.accumulate_mass(scores, lse, lens, mass, combine, positions, kept, shift)
+    groups = mass.shape[1]
+    listed = [-1] * lens.shape[0] if positions is None else kept.tolist()
+    for r, length in enumerate(lens.tolist()):
+        if length == 0:
+            continue
+        where = torch.arange(length, device=mass.device) if listed[r] < 0 else positions[r, : listed[r]].long()
+        where = where + shift
+        where = where[where < length]  # ascending, so the columns that are left come first
+        columns = slice(where.shape[0])
+        probs = torch.exp(scores[r, :, columns].float() - lse[r, :, None])
+        new = probs.unflatten(0, (groups, -1)).sum(1).mul_(weight)
+        if combine == "add":
+            new += mass[r, :, where]
+        mass[r, :, where] = new
 
 
 def dilate_mass(mass, lens, out, steps, weight) -> None:
@@ -180,3 +199,16 @@ def build_block_tables(
         for s, picked in enumerate(whole):
             ids = block_table[r, :blocks][picked]
             page_table[s, r, 0, : ids.shape[0]] = ids
+
+
+def mark_rows(query_start_loc, seq_lens, max_query_len, scored_rows, lens) -> None:
+    """Which rows leave their scores. See ``mark_rows.mark_rows``."""
+    contracts.mark_rows(query_start_loc, seq_lens, max_query_len, scored_rows, lens)
+    rows = seq_lens.shape[0]
+    begin, end = query_start_loc[:-1], query_start_loc[1:]
+    live = (end > begin) & (seq_lens > 0)
+    first = torch.where(end - begin > max_query_len, end - 1, begin)
+    scored_rows.fill_(-1)
+    scored_rows[:rows] = torch.where(live[:, None], torch.stack((first, end - 1), dim=1), -1)
+    lens.zero_()
+    lens[:rows] = torch.where(live, seq_lens - (end - 1 - first), 0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specattn_vllm.kernels import page_tables, reference
-from specattn_vllm.kernels.page_tables import build_page_tables
+from specattn_vllm.kernels import reference
+from specattn_vllm.kernels.selection import page_tables
+from specattn_vllm.kernels.selection.page_tables import build_page_tables
 
 OPS = pytest.mark.parametrize("op", [build_page_tables, reference.build_page_tables], ids=["kernel", "reference"])
 

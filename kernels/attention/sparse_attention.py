@@ -33,6 +33,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..contracts import head_size
 from . import contracts
 from .split_kv import combine_splits, log_norm, num_splits, split_range
 
@@ -174,7 +175,7 @@ def sparse_attention(
     for the parts comes from torch's allocator, which a CUDA graph capture serves from the graph's own pool."""
     head_rows = contracts.sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, max_query_len, lse)
     tokens, query_heads, size = query.shape
-    contracts.head_size(size)
+    head_size(size)
     rows, groups, width = page_table.shape
     if rows == 0 or tokens == 0 or width == 0:
         return

@@ -1,22 +1,22 @@
 """PyTorch versions of the kernels: the oracle of their tests, and the code that runs where there is no GPU.
 
-Each function has the signature of its Triton twin; shapes, dtypes, padding rules and errors are stated there, once
-(``draft_attention.py``, ``accumulate_mass.py``, ``dilate_mass.py``, ``add_followers.py``, ``top_p.py``,
-``page_tables.py``, ``sparse_attention.py``).
+Each lies beside its Triton twin, has its signature, and keeps its contract, which is stated there, once.
 Scores and softmax are computed in fp32. They loop over requests, because requests differ in length and a padded batch
 would spend most of its time on padding, and over nothing else.
 
 They read lengths with ``.tolist()``, so they would wait for the device on a GPU; there they are for tests only.
 """
 
-from .attention import accumulate_mass, dense_attention, draft_attention, sparse_attention
-from .bookkeeping import count_reads, count_sampled, load_round, mark_rows, take_selections
-from .selection import (
+from .attention.reference import dense_attention, draft_attention, sparse_attention
+from .bookkeeping.reference import count_reads, count_sampled, load_round, take_selections
+from .selection.reference import (
+    accumulate_mass,
     add_followers,
     build_block_tables,
     build_page_tables,
     build_positions,
     dilate_mass,
+    mark_rows,
     select_top_p,
     unpack_bits,
 )

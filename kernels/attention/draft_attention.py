@@ -52,6 +52,7 @@ from __future__ import annotations
 import torch
 import triton
 
+from ..contracts import head_size
 from . import contracts
 from .draft_combine import combine_tokens
 from .draft_config import FP32_CONFIG, LaunchConfig, launch_config
@@ -78,7 +79,7 @@ def draft_attention(
         positions, kept, prefix_lens, requests,
     )  # fmt: skip
     tokens, query_heads, size = query.shape
-    contracts.head_size(size)
+    head_size(size)
     rows = (seq_lens if requests is None else requests).shape[0]
     if rows == 0 or tokens == 0:
         return

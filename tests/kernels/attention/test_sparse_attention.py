@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from specattn_vllm.kernels import reference
-from specattn_vllm.kernels.sparse_attention import LaunchConfig, sparse_attention
+from specattn_vllm.kernels.attention.sparse_attention import LaunchConfig, sparse_attention
 
 STALE_PAGE = 2_000_000_000
 

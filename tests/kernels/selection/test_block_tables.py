@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specattn_vllm.kernels import block_tables, reference
-from specattn_vllm.kernels.block_tables import build_block_tables, pack_queries, unpack_outputs
+from specattn_vllm.kernels import reference
+from specattn_vllm.kernels.selection import block_tables
+from specattn_vllm.kernels.selection.block_tables import build_block_tables, pack_queries, unpack_outputs
 
 OPS = pytest.mark.parametrize("op", [build_block_tables, reference.build_block_tables], ids=["kernel", "reference"])
 UNTOUCHED = -858993460

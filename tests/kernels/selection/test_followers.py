@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from specattn_vllm.kernels import reference
-from specattn_vllm.kernels.add_followers import BLOCK, add_followers
+from specattn_vllm.kernels.selection.add_followers import BLOCK, add_followers
 
 OP = pytest.mark.parametrize("op", [add_followers, reference.add_followers], ids=["kernel", "reference"])
 FAR = 10**9  # a row that following would fault on, or read nonsense from

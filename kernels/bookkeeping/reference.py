@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from .. import bookkeeping_contracts as contracts
-from .. import contracts as shared_contracts
-from ..bookkeeping_contracts import AUDIT, NO_SELECTION, REFRESH, Round
+from . import contracts
+from .contracts import AUDIT, NO_SELECTION, REFRESH, Round
 
 
 def take_selections(slots, query_start_loc, seq_lens, prefilling, prefix_lens, usable, stored) -> None:
@@ -60,16 +59,3 @@ def load_round(given: Round, held: Round, reqs: int, rows: int, query_len: int) 
         per_row = query_len if name in ("input_ids", "positions") else 1
         target[: reqs * per_row].copy_(source[: reqs * per_row])
         target[reqs * per_row : rows * per_row].fill_(-1 if name == "idx_mapping" else 0)
-
-
-def mark_rows(query_start_loc, seq_lens, max_query_len, scored_rows, lens) -> None:
-    """Which rows leave their scores. See ``mark_rows.mark_rows``."""
-    shared_contracts.mark_rows(query_start_loc, seq_lens, max_query_len, scored_rows, lens)
-    rows = seq_lens.shape[0]
-    begin, end = query_start_loc[:-1], query_start_loc[1:]
-    live = (end > begin) & (seq_lens > 0)
-    first = torch.where(end - begin > max_query_len, end - 1, begin)
-    scored_rows.fill_(-1)
-    scored_rows[:rows] = torch.where(live[:, None], torch.stack((first, end - 1), dim=1), -1)
-    lens.zero_()
-    lens[:rows] = torch.where(live, seq_lens - (end - 1 - first), 0)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from specattn_vllm.kernels import page_tables, reference
-from specattn_vllm.kernels.page_tables import build_positions
+from specattn_vllm.kernels import reference
+from specattn_vllm.kernels.selection import page_tables
+from specattn_vllm.kernels.selection.page_tables import build_positions
 
 OPS = pytest.mark.parametrize("op", [build_positions, reference.build_positions], ids=["kernel", "reference"])
 POISON = -858993460

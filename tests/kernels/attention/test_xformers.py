@@ -111,7 +111,7 @@ def test_rows_of_other_executors_stay_untouched(dtype, paged, poisoned, close):
 @pytest.mark.parametrize("params", CASES)
 def test_full_tables_match_dense_attention(params, paged, poisoned, close):
     """An oracle that knows no tables of ours: torch's own attention over the whole context."""
-    from specattn_vllm.kernels.block_tables import build_block_tables
+    from specattn_vllm.kernels.selection.block_tables import build_block_tables
 
     data, query, starts, *_ = build(paged, params, torch.float16)
     rows, width = data.block_table.shape
@@ -133,7 +133,7 @@ def test_full_tables_match_dense_attention(params, paged, poisoned, close):
 @on_gpu
 @pytest.mark.parametrize("params", CASES)
 def test_matches_our_kernel(params, paged, poisoned, close):
-    from specattn_vllm.kernels.sparse_attention import sparse_attention
+    from specattn_vllm.kernels.attention.sparse_attention import sparse_attention
 
     data, query, starts, table, pages, kept = build(paged, params, torch.float16)
     scale = query.shape[2] ** -0.5

@@ -39,6 +39,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..contracts import FLOATS, expect, tensor
 from . import contracts
 
 # Blocks that one program compacts; each counts the kept blocks before its own, COUNT_BLOCKS a step. Bits are few (4 KiB
@@ -178,10 +179,10 @@ def build_block_tables(
 def pack_queries(query: torch.Tensor, query_start_loc: torch.Tensor, packed: torch.Tensor) -> None:
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
     rows, rows_each, heads, size = packed.shape
-    contracts.tensor("query", query, (None, heads, size), contracts.FLOATS)
-    contracts.tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, query.device)
-    contracts.tensor("packed", packed, (None, None, None, None), query.dtype, query.device)
-    contracts.expect(packed.is_contiguous(), "packed", f"strides {packed.stride()}", "a contiguous tensor")
+    tensor("query", query, (None, heads, size), FLOATS)
+    tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, query.device)
+    tensor("packed", packed, (None, None, None, None), query.dtype, query.device)
+    expect(packed.is_contiguous(), "packed", f"strides {packed.stride()}", "a contiguous tensor")
     if packed.numel() == 0:
         return
     _pack_kernel[(rows * rows_each, triton.cdiv(heads * size, PACK_BLOCK))](
@@ -196,14 +197,14 @@ def unpack_outputs(
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
     rows, rows_each, heads, size = packed.shape
-    contracts.tensor("packed", packed, (None, None, None, None), contracts.FLOATS)
-    contracts.tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, packed.device)
-    contracts.expect(kept.shape == (rows,), "kept", f"shape {tuple(kept.shape)}", f"shape {(rows,)}")
-    contracts.tensor("out", out, (None, heads, size), contracts.FLOATS, packed.device)
+    tensor("packed", packed, (None, None, None, None), FLOATS)
+    tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, packed.device)
+    expect(kept.shape == (rows,), "kept", f"shape {tuple(kept.shape)}", f"shape {(rows,)}")
+    tensor("out", out, (None, heads, size), FLOATS, packed.device)
     if lse is not None:
         fits = packed_lse.shape == (heads, rows * rows_each)
-        contracts.expect(fits, "packed_lse", f"shape {tuple(packed_lse.shape)}", f"shape {(heads, rows * rows_each)}")
-        contracts.tensor("lse", lse, (out.shape[0], heads), torch.float32, packed.device)
+        expect(fits, "packed_lse", f"shape {tuple(packed_lse.shape)}", f"shape {(heads, rows * rows_each)}")
+        tensor("lse", lse, (out.shape[0], heads), torch.float32, packed.device)
     if packed.numel() == 0:
         return
     has_lse = lse is not None

@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from specattn_vllm.kernels import draft_attention as module
 from specattn_vllm.kernels import reference
-from specattn_vllm.kernels.draft_attention import draft_attention
+from specattn_vllm.kernels.attention import draft_attention as module
+from specattn_vllm.kernels.attention.draft_attention import draft_attention
 
 OPS = pytest.mark.parametrize("op", [draft_attention, reference.draft_attention], ids=["kernel", "reference"])
 

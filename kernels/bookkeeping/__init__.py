@@ -1,0 +1,1 @@
+"""What is done around a step: taking selections, counting, loading a round's inputs."""
