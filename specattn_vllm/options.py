@@ -43,8 +43,8 @@ class SpecAttnOptions(BaseModel):
     )
     executor: ExecutorName = Field(
         "auto",
-        description="'fa3' (FlashAttention 3, Hopper), 'triton' (CUDA; on CPU through the interpreter), 'torch' (CPU), or "
-        "'auto', the first of these that runs; 'xformers' (CUDA, whole blocks) has to be named.",
+        description="'fa3' (FlashAttention 3, Hopper), 'triton' (CUDA; on CPU through the interpreter), 'torch' (CPU), "
+        "or 'auto', the first of these that runs; 'xformers' (CUDA, whole blocks) has to be named.",
     )
     stats_interval_s: float = Field(60.0, gt=0.0, description="Seconds between the statistics lines in the log.")
 

@@ -34,7 +34,7 @@ total            [1]            int64
 
 ``load_round``: copies what a round reads to where a graph of ``rows`` rows of ``query_len`` tokens reads it. Rows from
 ``reqs`` on have idx_mapping -1 and zeros in everything else by row or token. Tensors are longer than that as they like;
-what is behind stays. Dtypes are those of ``bookkeeping_contracts.GIVEN`` and ``HELD``; 64-bit token ids and counts are
+what is behind stays. Dtypes are those of ``contracts.GIVEN`` and ``HELD``; 64-bit token ids and counts are
 held in 32.
 
 input_ids, positions                              [rows * query_len]; of the given, the first reqs * query_len are read
