@@ -123,11 +123,6 @@ class SpecAttnOptions(BaseModel):
         return self.drafts_sparsely and self.kind.drafts_by_sketch
 
     @property
-    def recalls(self) -> bool:
-        """Whether a round of drafting may read what an earlier one chose."""
-        return False
-
-    @property
     def bits_in_cache(self) -> int | None:
         """Bits of each element of the sketches in the cache; None where there is no room for any."""
         return None

@@ -20,11 +20,10 @@ from specattn_vllm.stats import Counters, Reporter
 
 class Way(NamedTuple):
     """How a round runs: as upstream would, or `recording`, in which attention is captured, chosen from or read
-    through. A recording round may `recall` what an earlier one chose. What it chooses is not `for_target` below the
-    crossover, where a target that reads selections reads everything, and the draft alone a part."""
+    through. What it chooses is not `for_target` below the crossover, where a target that reads selections reads
+    everything, and the draft alone a part."""
 
     recording: bool = False
-    recall: bool = False
     for_target: bool = True
 
     @property
@@ -32,11 +31,12 @@ class Way(NamedTuple):
         """The speculator's attribute that holds the graphs of such rounds."""
         if not self.recording:
             return "plain_graphs"
-        return f"{'recalling' if self.recall else 'recording'}{'' if self.for_target else '_for_draft'}_graphs"
+        return f"recording{'' if self.for_target else '_for_draft'}_graphs"
 
     def __str__(self) -> str:
-        what = " that recall a selection" if self.recall else " with selection" if self.recording else ""
-        return f"draft rounds{what}{'' if self.for_target else ' for the draft alone'}"
+        if not self.recording:
+            return "draft rounds"
+        return f"draft rounds with selection{'' if self.for_target else ' for the draft alone'}"
 
 
 PLAIN = Way()
@@ -78,17 +78,13 @@ class RoundSpeculator(compat.stock_speculator()):
     def _step_aside(self, batch: InputBatch) -> None:
         """Called before a round of a batch that is small: the target is to read everything."""
 
-    def _recalls(self, batch: InputBatch) -> bool:
-        """Called before a recording round: whether it recalls."""
-        return False
-
     def _ways(self) -> list[Way]:
         """The ways in which this engine's rounds run."""
         if self.selection is None:
             return [PLAIN]
-        ways = [Way(recording=True, recall=recall) for recall in ((False, True) if self.options.recalls else (False,))]
+        ways = [Way(recording=True)]
         if self.crossover_tokens:
-            ways += [way._replace(for_target=False) for way in ways] if self._drafts_sparsely else [PLAIN]
+            ways.append(Way(recording=True, for_target=False) if self._drafts_sparsely else PLAIN)
         return ways
 
     @property
@@ -105,7 +101,7 @@ class RoundSpeculator(compat.stock_speculator()):
             self._step_aside(batch)
             if not self._drafts_sparsely:
                 return PLAIN
-        return Way(recording=True, recall=self._recalls(batch), for_target=not small)
+        return Way(recording=True, for_target=not small)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         super().init_cudagraph_manager(cudagraph_mode)

@@ -11,7 +11,6 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from specattn_vllm import compat
 from specattn_vllm.request import asks_for_exactness
 from specattn_vllm.selection.audit import Audit
-from specattn_vllm.selection.capture import MAX_FUSED_QUERY
 from specattn_vllm.speculation.audit_wiring import prepare_audit
 from specattn_vllm.speculation.rounds import RoundSpeculator, Way
 from specattn_vllm.speculation.wiring import Selection, prepare
@@ -36,7 +35,6 @@ class SpecAttnSpeculator(RoundSpeculator):
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
         if self.options.chooses_by_draft:
-            self._since_dense = self.options.refresh_draft_every - 1
             self.selection = prepare(self)
             self.audit = prepare_audit(self)
 
@@ -70,21 +68,9 @@ class SpecAttnSpeculator(RoundSpeculator):
         self.selection.store.hold(slot, asks_for_exactness(request.sampling_params))
         if self.selection.capture.induction is not None:
             self.selection.capture.induction.enter(slot, request.prefill_token_ids)
-        if self.selection.capture.lists is not None:
-            self.selection.capture.lists.forget(slot)
 
     def _step_aside(self, batch: InputBatch) -> None:
         self.selection.store.clear(batch.idx_mapping)
-
-    def _recalls(self, batch: InputBatch) -> bool:
-        if not self.options.recalls:
-            return False
-        # In step 0 each request has a token more than was verified; prompts are attended to by another kernel, which
-        # reads no lists, so a batch with one is as good a time as any to read everything.
-        long = int(batch.num_scheduled_tokens.max()) + 1 > MAX_FUSED_QUERY
-        due = self._since_dense + 1 >= self.options.refresh_draft_every
-        self._since_dense = 0 if long or due else self._since_dense + 1
-        return self._since_dense > 0
 
     def _round(self, batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args,
                way: Way, **kwargs) -> torch.Tensor:  # fmt: skip
@@ -99,7 +85,7 @@ class SpecAttnSpeculator(RoundSpeculator):
             # Nor is anything to be selected for requests that asked for exactness.
             slots = batch.idx_mapping[:num_reqs]
             wanted = (num_sampled[:num_reqs] > 0) & ~self.selection.store.exact[slots]
-            self.selection.capture.begin_round(num_reqs, wanted, slots, way.recall, way.for_target)
+            self.selection.capture.begin_round(num_reqs, wanted, slots, for_target=way.for_target)
         try:
             drafts = self._upstream_round(
                 batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args, **kwargs

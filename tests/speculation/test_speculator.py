@@ -43,7 +43,7 @@ def speculator(monkeypatch):
     store = SelectionStore(1, REQUESTS, 1, 64, CPU)
     store.prefix_lens[:REQUESTS] = 7
     made.selection = SimpleNamespace(store=store, capture=None, pruner=object())
-    made.options, made._since_dense = SpecAttnOptions.parse({"method": "specattn"}), 0
+    made.options = SpecAttnOptions.parse({"method": "specattn"})
     made.crossover_tokens = 0
     made.audit = None
     made._recording, made._sampled = False, None
@@ -55,11 +55,10 @@ def speculator(monkeypatch):
     made.draft_tokens = torch.arange(REQUESTS * STEPS).view(REQUESTS, STEPS)
     made.rounds = []
 
-    made.recalled, made.ways = [], []
+    made.ways = []
 
     def round_(batch, *args, way, **kwargs):
         made.rounds.append(way.recording)
-        made.recalled.append(way.recall)
         made.ways.append(way)
         return "drafts"
 
@@ -147,50 +146,19 @@ def test_a_round_without_a_graph_runs_as_it_is(speculator):
     assert speculator.recording_graphs.replayed == []
 
 
-@pytest.fixture
-def recalling(speculator):
-    """recalling(every): the speculator, whose draft reads everything in one round of so many."""
-
-    def make(every: int):
-        speculator.options = SpecAttnOptions.parse(
-            {"method": "specattn", "sparse_draft": True, "refresh_draft_every": every}
-        )
-        speculator._since_dense = every - 1
-        return speculator
-
-    return make
-
-
-@pytest.mark.parametrize(("every", "pattern"), [(1, "DDDDDD"), (2, "DRDRDR"), (4, "DRRRDR")])
-def test_one_round_of_so_many_reads_everything_and_the_others_recall(recalling, every, pattern):
-    speculator = recalling(every)
-    for _ in pattern:
-        propose(speculator, batch(60))
-    assert "".join("DR"[recall] for recall in speculator.recalled) == pattern
-
-
-def test_a_batch_with_a_long_prompt_reads_everything_and_starts_the_count_again(recalling):
-    speculator = recalling(3)
-    for tokens in (3, 3, 16, 15, 3, 3):  # a token more in step 0
-        given = batch(60, 40)
-        given.num_scheduled_tokens[1] = tokens
-        propose(speculator, given)
-    assert speculator.recalled == [False, True, False, True, True, False]
-
-
-def test_rounds_below_the_crossover_choose_for_the_draft_alone(recalling):
-    """They count, as the lists of the draft are the same; the target reads everything."""
-    speculator = recalling(3)
+def test_rounds_below_the_crossover_choose_for_the_draft_alone(speculator):
+    """The target reads everything."""
+    speculator.options = SpecAttnOptions.parse({"method": "specattn", "sparse_draft": True})
     speculator.crossover_tokens = 50
-    for tokens in (60, 40, 60, 40, 60, 60):
+    for tokens in (60, 40, 60):
         propose(speculator, batch(tokens))
-    assert speculator.rounds == [True] * 6
-    assert speculator.recalled == [False, True, True, False, True, True]
-    assert [way.for_target for way in speculator.ways] == [True, False, True, False, True, True]
-    assert speculator.selection.store.prefix_lens[3] == -1
+        assert speculator.selection.store.prefix_lens[3] == (-1 if tokens == 40 else 7)
+        speculator.selection.store.prefix_lens[:REQUESTS] = 7
+    assert speculator.rounds == [True] * 3
+    assert [way.for_target for way in speculator.ways] == [True, False, True]
 
 
-RECORDING, RECALLING = Way(recording=True), Way(recording=True, recall=True)
+RECORDING = Way(recording=True)
 
 
 @pytest.mark.parametrize(
@@ -201,12 +169,9 @@ RECORDING, RECALLING = Way(recording=True), Way(recording=True, recall=True)
         ({"sparse_draft": True}, 0, [RECORDING]),
         ({"sparse_draft": True}, 9, [RECORDING, RECORDING._replace(for_target=False)]),
         ({"sparse_draft": True, "method": "dense"}, 9, [RECORDING, PLAIN]),
-        ({"sparse_draft": True, "refresh_draft_every": 2}, 0, [RECORDING, RECALLING]),
-        ({"sparse_draft": True, "refresh_draft_every": 2}, 9,
-         [RECORDING, RECALLING, RECORDING._replace(for_target=False), RECALLING._replace(for_target=False)]),
         ({"method": "vegas"}, 9, [RECORDING, PLAIN]),
     ],
-)  # fmt: skip
+)
 def test_an_engine_has_graphs_for_the_ways_of_its_rounds(speculator, options, crossover, ways):
     speculator.options, speculator.crossover_tokens = SpecAttnOptions.parse({"method": "specattn"} | options), crossover
     assert speculator._ways() == ways
@@ -217,15 +182,6 @@ def test_an_engine_has_graphs_for_the_ways_of_its_rounds(speculator, options, cr
     assert {*speculator.ways} <= {*ways}
     speculator.selection = None
     assert speculator._ways() == [PLAIN]
-
-
-def test_a_round_that_recalls_has_graphs_of_its_own(recalling):
-    speculator = recalling(2)
-    speculator.recording_graphs, speculator.recalling_graphs = Graphs(), Graphs()
-    for _ in range(3):
-        propose(speculator, batch(60))
-    assert speculator.recording_graphs.replayed == [2, 2]
-    assert speculator.recalling_graphs.replayed == [2]
 
 
 @pytest.mark.parametrize("graph", [False, True])
@@ -255,8 +211,8 @@ class Capture:
         self.told, self.step, self.induction = [], -1, None
         self.prefix_lens = torch.tensor(prefix_lens, dtype=torch.int32)
 
-    def begin_round(self, rows, wanted, slots, recall, for_target):
-        self.told.append(("round", rows, wanted.tolist(), slots.tolist(), recall, for_target))
+    def begin_round(self, rows, wanted, slots, *, for_target):
+        self.told.append(("round", rows, wanted.tolist(), slots.tolist(), for_target))
 
     def begin_step(self, step, rows, lens):
         self.step = step
@@ -312,7 +268,7 @@ def test_a_recorded_round_tells_the_capture_each_step_and_stores_its_selection(d
     assert one_round(drafting, True) == "drafts"
     capture = drafting.selection.capture
     assert capture.told == [
-        ("round", 2, [False, True], [3, 1], False, True),
+        ("round", 2, [False, True], [3, 1], True),
         ("step", 0, [2, 5], [13, 10]),
         ("end", 0),
         ("step", 1, None, None),
@@ -342,7 +298,6 @@ def test_what_a_round_begins_with_is_known_to_later_ones(drafting, recording):
 
 def test_a_request_brings_its_tokens(drafting):
     entered = []
-    drafting.selection.capture.lists = None
     drafting.selection.capture.induction = SimpleNamespace(enter=lambda *given: entered.append(given))
     drafting._enter(2, SimpleNamespace(sampling_params=None, prefill_token_ids=[4, 5, 6]))
     assert entered == [(2, [4, 5, 6])]
