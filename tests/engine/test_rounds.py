@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from specattn_vllm.speculation.graphs import RoundInputs
-from specattn_vllm.speculation.rounds import Way
+from specattn_vllm.speculation.rounds import RoundMode
 from specattn_vllm.speculation.speculator import SpecAttnSpeculator
 
 pytestmark = pytest.mark.engine
@@ -16,12 +16,12 @@ pytestmark = pytest.mark.engine
 class Replays:
     """Stands in for `RoundGraphs`: 'replaying' runs the round that would have been captured."""
 
-    def __init__(self, speculator: SpecAttnSpeculator, sizes: tuple[int, ...], way: Way) -> None:
+    def __init__(self, speculator: SpecAttnSpeculator, sizes: tuple[int, ...], mode: RoundMode) -> None:
         self.inputs = RoundInputs(speculator.max_num_reqs, speculator.num_speculative_steps + 1, speculator.device)
         # Made beforehand, as at capture: from then on only `load` puts anything into the buffers.
         self.batches = {rows: self.inputs.batch(rows) for rows in sizes}
         self.inputs.clear()
-        self.run = speculator._captured(self.inputs, way)
+        self.run = speculator._captured(self.inputs, mode)
         self.padding: list[int] = []
 
     def find(self, batch):
@@ -45,9 +45,9 @@ def replays(monkeypatch):
     def use(*sizes: int) -> list[Replays]:
         def with_replays(self, *args, **kwargs):
             set_attn(self, *args, **kwargs)
-            for way in self._ways():
-                made.append(Replays(self, sizes, way))
-                setattr(self, way.graphs, made[-1])
+            for mode in self._modes():
+                made.append(Replays(self, sizes, mode))
+                setattr(self, mode.graphs, made[-1])
 
         monkeypatch.setattr(SpecAttnSpeculator, "set_attn", with_replays)
         return made

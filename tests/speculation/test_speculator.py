@@ -12,12 +12,13 @@ pytest.importorskip("vllm")
 from specattn_vllm import compat, executors
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.selection.store import SelectionStore
-from specattn_vllm.speculation.rounds import PLAIN, Way
+from specattn_vllm.speculation.rounds import RoundMode
 from specattn_vllm.speculation.speculator import SpecAttnSpeculator
 from specattn_vllm.stats import Counters, Counts
 
 CPU = torch.device("cpu")
 REQUESTS, STEPS = 4, 2
+PLAIN, RECORDING, FOR_DRAFT = RoundMode.PLAIN, RoundMode.RECORDING, RoundMode.RECORDING_FOR_DRAFT
 
 
 class Graphs:
@@ -55,11 +56,11 @@ def speculator(monkeypatch):
     made.draft_tokens = torch.arange(REQUESTS * STEPS).view(REQUESTS, STEPS)
     made.rounds = []
 
-    made.ways = []
+    made.modes = []
 
-    def round_(batch, *args, way, **kwargs):
-        made.rounds.append(way.recording)
-        made.ways.append(way)
+    def round_(batch, *args, mode, **kwargs):
+        made.rounds.append(mode.recording)
+        made.modes.append(mode)
         return "drafts"
 
     monkeypatch.setattr(made, "_round", round_, raising=False)
@@ -154,34 +155,30 @@ def test_rounds_below_the_crossover_choose_for_the_draft_alone(speculator):
         propose(speculator, batch(tokens))
         assert speculator.selection.store.prefix_lens[3] == (-1 if tokens == 40 else 7)
         speculator.selection.store.prefix_lens[:REQUESTS] = 7
-    assert speculator.rounds == [True] * 3
-    assert [way.for_target for way in speculator.ways] == [True, False, True]
-
-
-RECORDING = Way(recording=True)
+    assert speculator.modes == [RECORDING, FOR_DRAFT, RECORDING]
 
 
 @pytest.mark.parametrize(
-    ("options", "crossover", "ways"),
+    ("options", "crossover", "modes"),
     [
         ({}, 0, [RECORDING]),
         ({}, 9, [RECORDING, PLAIN]),
         ({"sparse_draft": True}, 0, [RECORDING]),
-        ({"sparse_draft": True}, 9, [RECORDING, RECORDING._replace(for_target=False)]),
+        ({"sparse_draft": True}, 9, [RECORDING, FOR_DRAFT]),
         ({"sparse_draft": True, "method": "dense"}, 9, [RECORDING, PLAIN]),
         ({"method": "vegas"}, 9, [RECORDING, PLAIN]),
     ],
 )
-def test_an_engine_has_graphs_for_the_ways_of_its_rounds(speculator, options, crossover, ways):
+def test_an_engine_has_graphs_for_the_modes_of_its_rounds(speculator, options, crossover, modes):
     speculator.options, speculator.crossover_tokens = SpecAttnOptions.parse({"method": "specattn"} | options), crossover
-    assert speculator._ways() == ways
-    assert len({way.graphs for way in ways}) == len({str(way) for way in ways}) == len(ways)
-    # A round that ran in no way that was captured would find no graph.
+    assert speculator._modes() == modes
+    assert len({mode.graphs for mode in modes}) == len(modes)
+    # A round in a mode that was not captured would find no graph.
     for tokens in (8, 9, 8, 9):
         propose(speculator, batch(tokens))
-    assert {*speculator.ways} <= {*ways}
+    assert {*speculator.modes} <= {*modes}
     speculator.selection = None
-    assert speculator._ways() == [PLAIN]
+    assert speculator._modes() == [PLAIN]
 
 
 @pytest.mark.parametrize("graph", [False, True])
@@ -257,15 +254,15 @@ def drafting(monkeypatch):
     return made
 
 
-def one_round(speculator, recording: bool, *, for_target: bool = True, **more):
+def one_round(speculator, mode: RoundMode, **more):
     sampled = torch.tensor([0, 2, 9], dtype=torch.int32)
     given = SimpleNamespace(num_reqs=2, idx_mapping=torch.tensor([3, 1, -1]))
     return speculator._round(given, {}, {}, None, None, sampled, "rejected", "last", None, 0, 0,
-                            way=Way(recording, for_target=for_target), **more)  # fmt: skip
+                            mode=mode, **more)  # fmt: skip
 
 
 def test_a_recorded_round_tells_the_capture_each_step_and_stores_its_selection(drafting):
-    assert one_round(drafting, True) == "drafts"
+    assert one_round(drafting, RECORDING) == "drafts"
     capture = drafting.selection.capture
     assert capture.told == [
         ("round", 2, [False, True], [3, 1], True),
@@ -282,17 +279,17 @@ def test_a_recorded_round_tells_the_capture_each_step_and_stores_its_selection(d
     assert not drafting._recording
 
 
-@pytest.mark.parametrize("recording", [True, False])
-def test_what_a_round_begins_with_is_known_to_later_ones(drafting, recording):
+@pytest.mark.parametrize("mode", [RECORDING, PLAIN])
+def test_what_a_round_begins_with_is_known_to_later_ones(drafting, mode):
     """Whether it chooses or not; its drafts go to the choice."""
     told = []
     drafting.selection.capture.induction = SimpleNamespace(extend=lambda *given: told.append(given))
-    one_round(drafting, recording)
+    one_round(drafting, mode)
     [(slots, wanted, rows, starts, ids, positions)] = told
     assert (slots.tolist(), wanted.tolist(), rows.tolist(), starts.tolist()) == ([3, 1], [False, True], [2, 5], [0, 3])
     assert ids is drafting.expanded_input_ids and positions is drafting.expanded_positions
-    assert not recording or drafting.selection.capture.drafts == "drafts"
-    one_round(drafting, False, dummy_run=True)  # whose slots are those of real requests
+    assert mode is PLAIN or drafting.selection.capture.drafts == "drafts"
+    one_round(drafting, PLAIN, dummy_run=True)  # whose slots are those of real requests
     assert len(told) == 1
 
 
@@ -307,14 +304,14 @@ def test_a_request_brings_its_tokens(drafting):
 
 
 def test_a_round_that_is_not_recorded_leaves_the_capture_alone(drafting):
-    assert one_round(drafting, False) == "drafts"
+    assert one_round(drafting, PLAIN) == "drafts"
     assert drafting.selection.capture.told == []
     assert all(metadata["layer"].hook is None for metadata in drafting.layers)
     assert not drafting.selection.store.bits.any()
 
 
 def test_a_round_for_the_draft_alone_stores_nothing(drafting):
-    one_round(drafting, True, for_target=False)
+    one_round(drafting, FOR_DRAFT)
     assert len(drafting.selection.capture.told) == 7
     assert not drafting.selection.capture.told[0][-1]
     assert drafting.selection.store.prefix_lens.tolist() == [-1] * 5
@@ -325,6 +322,6 @@ def test_a_round_that_fails_is_over(drafting, step):
     """Nothing of it is stored, and what vLLM runs next is not taken for a part of it."""
     drafting.fail = step
     with pytest.raises(RuntimeError):
-        one_round(drafting, True)
+        one_round(drafting, RECORDING)
     assert not drafting._recording
     assert drafting.selection.store.prefix_lens.tolist() == [-1] * 5
