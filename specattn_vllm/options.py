@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from specattn_vllm import misplaced
 
 if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
     from vllm.config import VllmConfig
 
     from specattn_vllm.methods.base import Method
@@ -156,7 +157,7 @@ def owners() -> dict[str, list[str]]:
     return found
 
 
-def _explain(problem: dict, method: Method) -> str:
+def _explain(problem: ErrorDetails, method: Method) -> str:
     """One pydantic error as: key, value, what is allowed, remedy."""
     key = ".".join(str(part) for part in problem["loc"])
     fields = method.options.model_fields

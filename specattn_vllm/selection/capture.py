@@ -95,9 +95,13 @@ class DraftCapture:
         self.shared_out = self.induction = None
         if choices:
             # Rows of mass with followers stand behind those of the layers.
-            made_from = ((self.ranked + copied.index(c.source) if c.induction else c.source, c) for c in choices)
-            fractions = tuple((row, choice.fraction) for row, choice in made_from)
-            self.shared_out = SharedOut(options, fractions, groups=groups, **size)
+            fractions = []
+            for choice in choices:
+                if choice.fraction is None:
+                    raise ValueError(f"{choice} without a fraction, beside choices that have one")
+                row = self.ranked + copied.index(choice.source) if choice.induction else choice.source
+                fractions.append((row, choice.fraction))
+            self.shared_out = SharedOut(options, tuple(fractions), groups=groups, **size)
         if copied:
             self.induction = Induction(operations, copied, num_steps=num_steps, **size)
         self._rows = torch.arange(max_num_reqs, device=device)
@@ -107,7 +111,7 @@ class DraftCapture:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, those of the lists included."""
-        parts = {self.ranking, self.own_ranking}  # one, or two
+        parts: set[Ranking | DraftLists | SharedOut | Induction] = {self.ranking, self.own_ranking}  # one, or two
         parts.update(part for part in (self.lists, self.shared_out, self.induction) if part is not None)
         return sum(part.nbytes for part in (self.scores, self.lse, self._rows, self._starts, *parts))
 
