@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from specattn_vllm import compat
 from specattn_vllm.options import KEY, OptionsError, SpecAttnOptions, refuse_misplaced
-from specattn_vllm.selection.capture import MAX_FUSED_QUERY
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -121,13 +120,6 @@ def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
         )
     if options.drafts_for_itself and config.parallel_config.enable_eplb:
         yield f"method = {options.method!r} with enable_eplb: one model would be registered twice; turn EPLB off"
-    longest = MAX_FUSED_QUERY - 2  # step 0 attends the verified tokens, the target's own and one more
-    if options.recalls and spec.num_speculative_tokens > longest:
-        yield (
-            f"refresh_draft_every = {options.refresh_draft_every} with num_speculative_tokens = "
-            f"{spec.num_speculative_tokens}: a first draft step that reads a list has room for {longest}; lower "
-            "--num-speculative-tokens, or leave refresh_draft_every at 1"
-        )
     if spec.parallel_drafting and spec.uses_draft_model():  # DFlash and DSpark always draft so
         yield "parallel_drafting: selections need one draft step per token; turn it off"
     if spec.enable_adaptive_verification:

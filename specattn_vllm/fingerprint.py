@@ -41,16 +41,20 @@ class ModelFacts(BaseModel):
 
 def facts_from_config(config: Any, folder: Path | None = None) -> ModelFacts:
     """Facts from a Hugging Face text config (object or dict); `folder` adds the digest of its weight files."""
-    get = config.get if isinstance(config, dict) else lambda name, default=None: getattr(config, name, default)
-    heads = get("num_attention_heads")
+
+
+    def get(name: str) -> Any:
+        return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
+
+    heads, hidden_size = get("num_attention_heads"), get("hidden_size")
     architectures = get("architectures") or ["unknown"]
     return ModelFacts(
         architecture=architectures[0],
         num_hidden_layers=get("num_hidden_layers"),
         num_attention_heads=heads,
         num_key_value_heads=get("num_key_value_heads") or heads,
-        head_dim=get("head_dim") or get("hidden_size") // heads,
-        hidden_size=get("hidden_size"),
+        head_dim=get("head_dim") or (hidden_size // heads if hidden_size and heads else None),
+        hidden_size=hidden_size,
         vocab_size=get("vocab_size"),
         weights=weights_digest(folder) if folder is not None else None,
     )

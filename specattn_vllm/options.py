@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from specattn_vllm import misplaced
 
 if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
     from vllm.config import VllmConfig
 
     from specattn_vllm.methods.base import Method
@@ -123,11 +124,6 @@ class SpecAttnOptions(BaseModel):
         return self.drafts_sparsely and self.kind.drafts_by_sketch
 
     @property
-    def recalls(self) -> bool:
-        """Whether a round of drafting may read what an earlier one chose."""
-        return False
-
-    @property
     def bits_in_cache(self) -> int | None:
         """Bits of each element of the sketches in the cache; None where there is no room for any."""
         return None
@@ -161,7 +157,7 @@ def owners() -> dict[str, list[str]]:
     return found
 
 
-def _explain(problem: dict, method: Method) -> str:
+def _explain(problem: ErrorDetails, method: Method) -> str:
     """One pydantic error as: key, value, what is allowed, remedy."""
     key = ".".join(str(part) for part in problem["loc"])
     fields = method.options.model_fields

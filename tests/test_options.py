@@ -28,7 +28,7 @@ SPARSE_DRAFT = BUDGET | {"sparse_draft": False, "draft_ratio": None}
 BY_DRAFT = SPARSE_DRAFT | {
     "layer_map": None, "layer_shares": True, "dense_layers": (), "combine": "sum",
     "bonus_row": True, "induction": True, "refresh_every": None, "audit_share": 0.0, "audit_floor": None,
-    "audit_dense_rounds": 16, "refresh_draft_every": 1,
+    "audit_dense_rounds": 16,
 }  # fmt: skip
 DEFAULTS = {
     "sketch": SPARSE_DRAFT | {"ratio": 0.125, "sparse_draft": True, "sketch_bits": 2, "shared_budget": "layers"},
@@ -75,7 +75,6 @@ EVERY = {
     "audit_dense_rounds": 4,
     "sparse_draft": True,
     "draft_ratio": 0.5,
-    "refresh_draft_every": 4,
     "crossover_tokens": 4096,
     "executor": "torch",
     "stats_interval_s": 0.5,
@@ -142,8 +141,6 @@ def test_an_unknown_option_is_named_with_the_known_ones():
         ("audit_dense_rounds", 0, "greater than or equal to 1"),
         ("audit_dense_rounds", 2**31, "less than or equal to 2147483647"),
         ("sparse_draft", "perhaps", "valid boolean"),
-        ("refresh_draft_every", 0, "greater than or equal to 1"),
-        ("refresh_draft_every", 2**31, "less than or equal to 2147483647"),
         ("crossover_tokens", -1, "greater than or equal to 0"),
         ("crossover_tokens", 2**31, "less than or equal to 2147483647"),
         ("crossover_tokens", 1.5, "valid integer"),
@@ -203,13 +200,6 @@ def test_a_cap_below_what_is_always_kept_is_refused():
     message = refusal({"max_tokens": 20, "min_tokens": 0, "sink_tokens": 5, "recent_tokens": 16})
     assert "max_tokens 20 is below sink_tokens + recent_tokens (5 + 16)" in message
     assert "raise it or lower those" in message
-
-
-def test_refreshes_of_a_draft_that_reads_everything_are_refused():
-    message = refusal({"method": "specattn", "refresh_draft_every": 4})
-    assert "refresh_draft_every 4 without sparse_draft" in message
-    assert "set sparse_draft=true, or leave it at 1" in message
-    assert SpecAttnOptions.parse({"method": "sts", "refresh_draft_every": 1}).refresh_draft_every == 1
 
 
 def test_a_share_for_a_draft_that_reads_everything_is_refused():

@@ -96,6 +96,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     assert sorted(names) == sorted(expected)
 
 
+def test_the_wheel_says_that_it_has_types(wheel):
+    assert "specattn_vllm/py.typed" in zipfile.ZipFile(wheel).namelist()
+
+
 @pytest.mark.parametrize("role", ["target", "draft"])
 def test_the_wheel_holds_the_demo_pair(wheel, role):
     names = zipfile.ZipFile(wheel).namelist()

@@ -60,11 +60,6 @@ class ByDraftOptions(SparseDraftOptions):
         16, ge=1, le=INT32,
         description="Verifications in which a request reads everything once it fell below `audit_floor`.",
     )  # fmt: skip
-    refresh_draft_every: int = for_researchers(
-        1, ge=1, le=INT32,
-        description="With `sparse_draft`, the first draft step of a round reads everything in every so many rounds, "
-        "and in the others what it attended to the last time, and everything since. 1: in every round.",
-    )  # fmt: skip
 
     @property
     def counts_bonus_row(self) -> bool:
@@ -81,17 +76,8 @@ class ByDraftOptions(SparseDraftOptions):
         """Whether the layer map may name layers that copy. A union is chosen before the drafts are all known."""
         return self.induction and self.fixed_budget and self.combine != "union"
 
-    @property
-    def recalls(self) -> bool:
-        return self.refresh_draft_every > 1
-
     @model_validator(mode="after")
     def _what_is_given_has_what_it_needs(self) -> Self:
-        if self.recalls and not self.sparse_draft:
-            raise ValueError(
-                f"refresh_draft_every {self.refresh_draft_every} without sparse_draft, where every draft step reads "
-                "everything: set sparse_draft=true, or leave it at 1"
-            )
         if self.audit_floor is not None and not self.audit_share:
             raise ValueError(
                 f"audit_floor {self.audit_floor} without audit_share, so that nothing is measured: set audit_share, "

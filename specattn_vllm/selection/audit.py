@@ -215,6 +215,7 @@ class LayerAudit:
         self, query: torch.Tensor, kv_cache: torch.Tensor, md: SpecAttnMetadata, scale: float, lse: torch.Tensor
     ) -> None:
         """Measure the pairs that were chosen; query [T, Hq, D] and lse [T, Hq] are those of the plan's rows."""
+        assert md.sparse is not None, "an audit is of a step that reads a selection"
         audit, i, rows = self._audit, self._index, md.sparse.num_rows
         audit.operations.draft_attention(
             query,

@@ -45,7 +45,7 @@ class DraftCapture:
     the last step, moved on by one position: heads that copy, whose choice is the hardest to foresee, move on so.
 
     With `sparse_draft`, every draft layer is captured at step 0, and later steps read what was chosen from that step's
-    mass, averaged over all heads; in a round that recalls, step 0 reads what was chosen in an earlier one.
+    mass, averaged over all heads.
     """
 
     def __init__(
@@ -95,9 +95,13 @@ class DraftCapture:
         self.shared_out = self.induction = None
         if choices:
             # Rows of mass with followers stand behind those of the layers.
-            made_from = ((self.ranked + copied.index(c.source) if c.induction else c.source, c) for c in choices)
-            fractions = tuple((row, choice.fraction) for row, choice in made_from)
-            self.shared_out = SharedOut(options, fractions, groups=groups, **size)
+            fractions = []
+            for choice in choices:
+                if choice.fraction is None:
+                    raise ValueError(f"{choice} without a fraction, beside choices that have one")
+                row = self.ranked + copied.index(choice.source) if choice.induction else choice.source
+                fractions.append((row, choice.fraction))
+            self.shared_out = SharedOut(options, tuple(fractions), groups=groups, **size)
         if copied:
             self.induction = Induction(operations, copied, num_steps=num_steps, **size)
         self._rows = torch.arange(max_num_reqs, device=device)
@@ -107,23 +111,16 @@ class DraftCapture:
     @property
     def nbytes(self) -> int:
         """Bytes of the buffers, those of the lists included."""
-        parts = {self.ranking, self.own_ranking}  # one, or two
+        parts: set[Ranking | DraftLists | SharedOut | Induction] = {self.ranking, self.own_ranking}  # one, or two
         parts.update(part for part in (self.lists, self.shared_out, self.induction) if part is not None)
         return sum(part.nbytes for part in (self.scores, self.lse, self._rows, self._starts, *parts))
 
-    def begin_round(
-        self,
-        num_reqs: int,
-        wanted: torch.Tensor,
-        slots: torch.Tensor,
-        recall: bool = False,
-        for_target: bool = True,
-    ) -> None:
+    def begin_round(self, num_reqs: int, wanted: torch.Tensor, slots: torch.Tensor, *, for_target: bool = True) -> None:
         """Start a round of `num_reqs` rows in slots [R] int64, -1 for nobody's; wanted [R] bool marks the rows whose
-        next step is a verification. With `recall`, step 0 reads lists too, and no row has more than `MAX_FUSED_QUERY`
-        query tokens. What is not `for_target` serves the draft's own lists alone, and ends without a `select`."""
+        next step is a verification. What is not `for_target` serves the draft's own lists alone, and ends without a
+        `select`."""
         self.num_reqs = num_reqs
-        self.wanted, self.slots, self.recall, self.for_target = wanted, slots, recall, for_target
+        self.wanted, self.slots, self.for_target = wanted, slots, for_target
         self.step = -1
         self.ranking.begin(num_reqs)
         self.own_ranking.begin(num_reqs)
@@ -142,7 +139,7 @@ class DraftCapture:
             self.row_lens = torch.where(self.wanted, row_lens, 0).to(torch.int32)
             self.prefix_lens = (self.row_lens - 1).clamp_(min=0)
             if self.lists is not None:
-                self.lists.begin(self.slots, self.row_lens, recall=self.recall)
+                self.lists.begin(self.row_lens)
 
     def attend(
         self,
@@ -159,8 +156,7 @@ class DraftCapture:
             return False
         later = self.for_target and layer < self.num_sources
         scoring = self.step == 0 or later
-        pruned = self.lists is not None and (self.step > 0 or self.recall)
-        reads = self.lists.of(layer) if pruned else {}
+        reads = self.lists.of(layer) if self.lists is not None and self.step > 0 else {}
         fused = batch.max_query_len <= MAX_FUSED_QUERY
         scores, lse = self.scores[: self.num_reqs], self.lse[: self.num_reqs]
         captured = {"scored_rows": self.scored_rows, "scores": scores, "lse": lse} if scoring else {}
@@ -176,7 +172,7 @@ class DraftCapture:
                 **captured,
                 max_query_len=batch.max_query_len,
                 **reads,
-                **({"prefix_lens": self.prefix_lens} if pruned else {}),
+                **({"prefix_lens": self.prefix_lens} if reads else {}),
             )
         else:
             captured["scored_rows"] = torch.where(self.wanted, self._rows[: self.num_reqs], -1)[:, None]
@@ -191,28 +187,30 @@ class DraftCapture:
                 **captured,
             )
         if scoring:
-            self._accumulate(layer, pruned, reads)
+            self._accumulate(layer, reads)
         return fused
 
-    def _accumulate(self, layer: int, pruned: bool, reads: dict[str, torch.Tensor]) -> None:
+    def _accumulate(self, layer: int, reads: dict[str, torch.Tensor]) -> None:
         """Mass of a layer from the scores that it just left."""
         if self.step == 0 and self.own_ranking is not self.ranking:
             weight = self.weight / self.ranking.groups
-            self._add_mass(self.own_ranking.mass[layer], weight, "store", pruned, reads)
+            self._add_mass(self.own_ranking.mass[layer], weight, "store", reads)
         if layer >= self.ranked or not (self.for_target or self.own_ranking is self.ranking):
             return
         rule = "store" if self.step == 0 or self.options.combine == "union" else "add"
-        self._add_mass(self.ranking.mass[layer], self.weight, rule, pruned, reads)
+        self._add_mass(self.ranking.mass[layer], self.weight, rule, reads)
         if self.options.counts_bonus_row and self.step == self.num_steps - 1 and layer < self.num_sources:
-            self._add_mass(self.ranking.mass[layer], self.weight, "add", pruned, {**reads, "shift": 1})
+            self._add_mass(self.ranking.mass[layer], self.weight, "add", reads, shift=1)
 
-    def _add_mass(self, mass: torch.Tensor, weight: float, rule: str, pruned: bool, reads: dict) -> None:
-        if pruned and rule == "store":
-            # What a pruned step does not read has no mass in it.
+    def _add_mass(
+        self, mass: torch.Tensor, weight: float, rule: str, reads: dict[str, torch.Tensor], *, shift: int = 0
+    ) -> None:
+        if reads and rule == "store":
+            # What a step by lists does not read has no mass in it.
             mass.zero_()
             rule = "add"
         scores, lse = self.scores[: self.num_reqs], self.lse[: self.num_reqs]
-        self.operations.accumulate_mass(scores, lse, self.prefix_lens, mass, weight, rule, **reads)
+        self.operations.accumulate_mass(scores, lse, self.prefix_lens, mass, weight, rule, **reads, shift=shift)
 
     def end_step(self) -> None:
         """Close a draft step: the union rule selects after each, and `sparse_draft` after the first."""

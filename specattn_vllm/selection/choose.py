@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from specattn_vllm.executors import Operations
-from specattn_vllm.methods.budget import ShareOptions, SparseDraftOptions
+from specattn_vllm.methods.budget import BudgetOptions, ShareOptions, SparseDraftOptions
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Limits:
     def of(cls, options: ShareOptions) -> Limits:
         fixed = options.fixed_budget
         return cls(
-            top_p=1.0 if fixed else options.top_p,
+            top_p=options.top_p if isinstance(options, BudgetOptions) and not fixed else 1.0,
             min_tokens=options.min_tokens,
             max_tokens=-1 if options.max_tokens is None else options.max_tokens,
             max_fraction=min(options.ratio, options.max_fraction) if fixed else options.max_fraction,

@@ -148,7 +148,16 @@ class Pruner:
         long = (query_start_loc_cpu[1:] - query_start_loc_cpu[:-1] > self.max_query_len).nonzero()
         return int(long[0, 0]) if long.numel() else query_start_loc_cpu.shape[0] - 1
 
-    def _count(self, verifying: int, slots, seq_lens, prefilling, prefix_lens, stored, kept) -> None:
+    def _count(
+        self,
+        verifying: int,
+        slots: torch.Tensor,
+        seq_lens: torch.Tensor,
+        prefilling: torch.Tensor,
+        prefix_lens: torch.Tensor,
+        stored: torch.Tensor,
+        kept: torch.Tensor,
+    ) -> None:
         counted = torch.empty(len(READ_COUNTS), dtype=torch.int64, device=self.device)
         self.operations.count_reads(
             slots,

@@ -8,11 +8,15 @@ Selections are made and read within one step, so they stay in the order of the b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from specattn_vllm.executors import Operations
 from specattn_vllm.selection.choose import Limits, choose
+
+if TYPE_CHECKING:
+    from specattn_vllm.backend.metadata import SpecAttnMetadata
 
 SCORED = 2  # query rows per request
 
@@ -118,7 +122,15 @@ class TargetStep:
     num_tokens: int
     max_query_len: int
 
-    def attend(self, layer_name: str, query, kv_cache, batch, scale: float, out) -> bool:
+    def attend(
+        self,
+        layer_name: str,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        batch: SpecAttnMetadata,
+        scale: float,
+        out: torch.Tensor,
+    ) -> bool:
         """Attention of one layer, scores left behind; False for a layer that is not captured. `batch` is the step's
         metadata; query and out [T, Hq, D] without padding."""
         capture, md = self.capture, batch
@@ -133,7 +145,15 @@ class TargetStep:
         capture.record(layer, md.num_reqs)
         return True
 
-    def _attend_short(self, query, kv_cache, md, scale: float, out, short: slice) -> None:
+    def _attend_short(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        md: SpecAttnMetadata,
+        scale: float,
+        out: torch.Tensor,
+        short: slice,
+    ) -> None:
         capture = self.capture
         capture.operations.draft_attention(
             query[: self.num_tokens],
@@ -149,7 +169,15 @@ class TargetStep:
             max_query_len=self.max_query_len,
         )
 
-    def _attend_prompts(self, query, kv_cache, md, scale: float, out, long: slice) -> None:
+    def _attend_prompts(
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        md: SpecAttnMetadata,
+        scale: float,
+        out: torch.Tensor,
+        long: slice,
+    ) -> None:
         capture, rows = self.capture, long.stop - long.start
         starts = md.query_start_loc[long.start : long.stop + 1]
         capture.operations.dense_attention(

@@ -40,7 +40,10 @@ def attach(runner: Any, options: SketchOptions) -> None:
         max_model_len=row_width(runner.max_model_len),
     )
     budget = budget_of(options, options.shared_budget)
-    make = lambda device: Sketch(operations, budget, options.sketch_bits, shape, counters, device)  # noqa: E731
+
+    def make(device: torch.device) -> Sketch:
+        return Sketch(operations, budget, options.sketch_bits, shape, counters, device)
+
     nbytes = make(torch.device("meta")).nbytes
     refuse_if_too_large(nbytes, runner)
     sketch = make(runner.device)

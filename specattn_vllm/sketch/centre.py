@@ -25,7 +25,6 @@ TOKENS = 1024
 SEED = 7
 
 
-@torch.inference_mode()
 def measure_centres(
     model: Callable[..., object],
     layers: Iterable[LayerSketch],
@@ -41,7 +40,8 @@ def measure_centres(
     for layer in layers:
         layer.probing = True
     try:
-        with set_forward_context(None, vllm_config, num_tokens=tokens, slot_mapping={}, skip_compiled=True):
+        context = set_forward_context(None, vllm_config, num_tokens=tokens, slot_mapping={}, skip_compiled=True)
+        with torch.inference_mode(), context:
             positions = torch.arange(tokens, dtype=torch.int64, device=device)
             model(input_ids=ids.to(device), positions=positions)
     finally:

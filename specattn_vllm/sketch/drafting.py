@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from specattn_vllm.kernels.sketch.contracts import sampled_tokens
+from specattn_vllm.methods.budget import SketchedDraftOptions
 from specattn_vllm.selection.own_choice import ChoiceStep
 from specattn_vllm.sketch.budget import draft_budget_of
 from specattn_vllm.sketch.centre import measure_centres
@@ -98,6 +99,11 @@ def prepare_drafting(
     """Give the layers that draft, by vLLM's names, their sketch. Called once `model`, whose layers they are, is loaded:
     vLLM measures what is left for the KV cache after that. max_query_len: tokens of a row in a round's first step."""
     options, names = speculator.options, list(layers)
+    if not isinstance(options, SketchedDraftOptions):
+        raise TypeError(
+            f"method {options.method!r} drafts by a sketch, and its options say nothing of one: make them a "
+            "SketchedDraftOptions"
+        )
     impl = layers[names[0]].impl
     shape = Shape(
         layers=len(names),

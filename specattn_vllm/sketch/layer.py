@@ -45,7 +45,9 @@ class LayerSketch(LayerChoice):
         turned = mean_key @ self.sketch.rotation.float() * self.sketch.head_size**-0.5
         self.centre.copy_(turned)
 
-    def probe(self, query, key, value, scale: float, output) -> None:
+    def probe(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, output: torch.Tensor
+    ) -> None:
         """Attend without a cache, and take the keys' mean as the centre. query, output [T, Hq, D] or flat; key, value
         [T, H, D] or flat."""
         size = self.sketch.head_size

@@ -54,10 +54,6 @@ def announce(
     if options.drafts_sparsely:
         much = "" if options.draft_ratio is None else f", {options.draft_ratio:g} of the context"
         logger.info("specattn: sparse_draft: draft steps after the first read what it attended to%s", much)
-    if options.recalls:
-        logger.info(
-            "specattn: refresh_draft_every: the draft reads everything in one round of %d", options.refresh_draft_every
-        )
     pairs = " ".join("-" if i is None else str(i) for i in found.layers)
     logger.warning(
         "specattn: method '%s' is APPROXIMATE: verification reads a selection of the KV cache, so the output is not "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from enum import Enum
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -18,35 +19,31 @@ from specattn_vllm.speculation.graphs import RoundGraphs, RoundInputs
 from specattn_vllm.stats import Counters, Reporter
 
 
-class Way(NamedTuple):
-    """How a round runs: as upstream would, or `recording`, in which attention is captured, chosen from or read
-    through. A recording round may `recall` what an earlier one chose. What it chooses is not `for_target` below the
-    crossover, where a target that reads selections reads everything, and the draft alone a part."""
+class RoundMode(Enum):
+    """How a round runs. The value is what the log calls such rounds when their graphs are captured."""
 
-    recording: bool = False
-    recall: bool = False
-    for_target: bool = True
+    PLAIN = "draft rounds"
+    """As upstream drafts."""
+    RECORDING = "draft rounds with selection"
+    """Attention is captured and a selection made of it, or drafting reads through one."""
+    RECORDING_FOR_DRAFT = "draft rounds with selection for the draft alone"
+    """Below the crossover: the target will read everything, and the draft reads a part."""
+
+    @property
+    def recording(self) -> bool:
+        return self is not RoundMode.PLAIN
 
     @property
     def graphs(self) -> str:
         """The speculator's attribute that holds the graphs of such rounds."""
-        if not self.recording:
-            return "plain_graphs"
-        return f"{'recalling' if self.recall else 'recording'}{'' if self.for_target else '_for_draft'}_graphs"
-
-    def __str__(self) -> str:
-        what = " that recall a selection" if self.recall else " with selection" if self.recording else ""
-        return f"draft rounds{what}{'' if self.for_target else ' for the draft alone'}"
-
-
-PLAIN = Way()
+        return f"{self.name.lower()}_graphs"
 
 
 class RoundSpeculator(compat.stock_speculator()):
     """vLLM's standalone speculator with its rounds in CUDA graphs, of which upstream has none for it.
 
-    A subclass says what a round is (`_round`). With a `selection`, a round runs in one of several ways (`Way`), each of
-    which has graphs of its own.
+    A subclass says what a round is (`_round`). With a `selection`, a round runs in one of the modes (`RoundMode`) of
+    this engine, each of which has graphs of its own.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -66,7 +63,7 @@ class RoundSpeculator(compat.stock_speculator()):
         self.selection: Any = None
 
     def _round(self, batch: InputBatch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states,
-               num_sampled: torch.Tensor, *args, way: Way, **kwargs) -> torch.Tensor:  # fmt: skip
+               num_sampled: torch.Tensor, *args, mode: RoundMode, **kwargs) -> torch.Tensor:  # fmt: skip
         """Draft for a batch, arguments as upstream's `propose`. Runs as it is or under CUDA graph capture: then every
         argument lies in `RoundInputs`."""
         raise NotImplementedError
@@ -78,34 +75,26 @@ class RoundSpeculator(compat.stock_speculator()):
     def _step_aside(self, batch: InputBatch) -> None:
         """Called before a round of a batch that is small: the target is to read everything."""
 
-    def _recalls(self, batch: InputBatch) -> bool:
-        """Called before a recording round: whether it recalls."""
-        return False
-
-    def _ways(self) -> list[Way]:
-        """The ways in which this engine's rounds run."""
+    def _modes(self) -> list[RoundMode]:
+        """The modes in which this engine's rounds run."""
         if self.selection is None:
-            return [PLAIN]
-        ways = [Way(recording=True, recall=recall) for recall in ((False, True) if self.options.recalls else (False,))]
-        if self.crossover_tokens:
-            ways += [way._replace(for_target=False) for way in ways] if self._drafts_sparsely else [PLAIN]
-        return ways
+            return [RoundMode.PLAIN]
+        return [RoundMode.RECORDING, self._mode_of_small] if self.crossover_tokens else [RoundMode.RECORDING]
 
     @property
-    def _drafts_sparsely(self) -> bool:
-        """Whether the draft reads a part of the context where the target, in a batch too small, reads everything."""
-        return self.options.drafts_sparsely and self.options.chooses_by_draft
+    def _mode_of_small(self) -> RoundMode:
+        """That of batches below the crossover, in which the target reads everything: the draft may read a part."""
+        sparse = self.options.drafts_sparsely and self.options.chooses_by_draft
+        return RoundMode.RECORDING_FOR_DRAFT if sparse else RoundMode.PLAIN
 
-    def _way(self, batch: InputBatch) -> Way:
+    def _mode(self, batch: InputBatch) -> RoundMode:
         """How the round of a batch, which is none of vLLM's dummies, runs."""
         if self.selection is None:
-            return PLAIN
-        small = self._too_small(batch)
-        if small:
-            self._step_aside(batch)
-            if not self._drafts_sparsely:
-                return PLAIN
-        return Way(recording=True, recall=self._recalls(batch), for_target=not small)
+            return RoundMode.PLAIN
+        if not self._too_small(batch):
+            return RoundMode.RECORDING
+        self._step_aside(batch)
+        return self._mode_of_small
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         super().init_cudagraph_manager(cudagraph_mode)
@@ -116,37 +105,37 @@ class RoundSpeculator(compat.stock_speculator()):
             return
         query_len = self.num_speculative_steps + 1
         inputs = RoundInputs(self.max_num_reqs, query_len, self.device)
-        for way in self._ways():
+        for mode in self._modes():
             # Direct attributes: vLLM finds graph managers here when it discards those it made to measure their memory.
-            setattr(self, way.graphs, RoundGraphs(self.vllm_config, self.device, query_len, inputs))
+            setattr(self, mode.graphs, RoundGraphs(self.vllm_config, self.device, query_len, inputs))
 
     @torch.inference_mode()
     def capture(self) -> None:
         super().capture()
-        for way in self._ways():
-            graphs = self._graphs(way)
+        for mode in self._modes():
+            graphs = self._graphs(mode)
             if graphs is not None and graphs.needs_capture():
-                graphs.capture_rounds(self._captured(graphs.inputs, way), self.block_tables, f"Capturing {way}")
+                graphs.capture_rounds(self._captured(graphs.inputs, mode), self.block_tables, f"Capturing {mode.value}")
         # Capturing the target's graphs ran steps that nobody asked for.
         self.counters.reset()
 
-    def _graphs(self, way: Way) -> RoundGraphs | None:
+    def _graphs(self, mode: RoundMode) -> RoundGraphs | None:
         """None where there are none: without CUDA graphs."""
-        return getattr(self, way.graphs, None)
+        return getattr(self, mode.graphs, None)
 
-    def _captured(self, given: RoundInputs, way: Way) -> Callable[[InputBatch], Any]:
+    def _captured(self, given: RoundInputs, mode: RoundMode) -> Callable[[InputBatch], Any]:
         """A round on inputs that last."""
         return lambda batch: self._round(
             batch, {}, {}, None, None, given.num_sampled[: batch.num_reqs], given.num_rejected[: batch.num_reqs],
-            given.last_sampled, None, given.temperature, given.seeds, way=way,
+            given.last_sampled, None, given.temperature, given.seeds, mode=mode,
         )  # fmt: skip
 
     def propose(self, input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
                 num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, *args, dummy_run: bool = False,
                 **kwargs) -> torch.Tensor:  # fmt: skip
         # A dummy batch names slots of real requests: nothing of it may be stored or counted.
-        way = PLAIN if dummy_run else self._way(input_batch)
-        graphs = None if dummy_run else self._graphs(way)
+        mode = RoundMode.PLAIN if dummy_run else self._mode(input_batch)
+        graphs = None if dummy_run else self._graphs(mode)
         desc = None if graphs is None else graphs.find(input_batch)
         if desc is not None:
             graphs.inputs.load(input_batch, desc.num_reqs, num_sampled, num_rejected, last_sampled, temperature, seeds)
@@ -156,7 +145,7 @@ class RoundSpeculator(compat.stock_speculator()):
             drafts = self._round(
                 input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
                 num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, *args, dummy_run=dummy_run,
-                way=way, **kwargs,
+                mode=mode, **kwargs,
             )  # fmt: skip
         if dummy_run:
             self.counters.discard()

@@ -11,9 +11,8 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from specattn_vllm import compat
 from specattn_vllm.request import asks_for_exactness
 from specattn_vllm.selection.audit import Audit
-from specattn_vllm.selection.capture import MAX_FUSED_QUERY
 from specattn_vllm.speculation.audit_wiring import prepare_audit
-from specattn_vllm.speculation.rounds import RoundSpeculator, Way
+from specattn_vllm.speculation.rounds import RoundMode, RoundSpeculator
 from specattn_vllm.speculation.wiring import Selection, prepare
 
 
@@ -36,7 +35,6 @@ class SpecAttnSpeculator(RoundSpeculator):
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
         if self.options.chooses_by_draft:
-            self._since_dense = self.options.refresh_draft_every - 1
             self.selection = prepare(self)
             self.audit = prepare_audit(self)
 
@@ -70,43 +68,31 @@ class SpecAttnSpeculator(RoundSpeculator):
         self.selection.store.hold(slot, asks_for_exactness(request.sampling_params))
         if self.selection.capture.induction is not None:
             self.selection.capture.induction.enter(slot, request.prefill_token_ids)
-        if self.selection.capture.lists is not None:
-            self.selection.capture.lists.forget(slot)
 
     def _step_aside(self, batch: InputBatch) -> None:
         self.selection.store.clear(batch.idx_mapping)
 
-    def _recalls(self, batch: InputBatch) -> bool:
-        if not self.options.recalls:
-            return False
-        # In step 0 each request has a token more than was verified; prompts are attended to by another kernel, which
-        # reads no lists, so a batch with one is as good a time as any to read everything.
-        long = int(batch.num_scheduled_tokens.max()) + 1 > MAX_FUSED_QUERY
-        due = self._since_dense + 1 >= self.options.refresh_draft_every
-        self._since_dense = 0 if long or due else self._since_dense + 1
-        return self._since_dense > 0
-
     def _round(self, batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args,
-               way: Way, **kwargs) -> torch.Tensor:  # fmt: skip
+               mode: RoundMode, **kwargs) -> torch.Tensor:  # fmt: skip
         """Upstream's `propose`, with its attention captured and, if it is for the target, a selection stored."""
-        self._recording = way.recording
+        self._recording = mode.recording
         num_reqs = batch.num_reqs
         # A round that chooses nothing gives tokens too; only a dummy's requests are none.
         if self.selection is not None and not kwargs.get("dummy_run"):
             self._sampled = batch.idx_mapping[:num_reqs], num_sampled[:num_reqs] > 0
-        if way.recording:
+        if mode.recording:
             # A row that sampled nothing is inside its prompt, or fills a graph's batch: it will not be verified next.
             # Nor is anything to be selected for requests that asked for exactness.
             slots = batch.idx_mapping[:num_reqs]
             wanted = (num_sampled[:num_reqs] > 0) & ~self.selection.store.exact[slots]
-            self.selection.capture.begin_round(num_reqs, wanted, slots, way.recall, way.for_target)
+            self.selection.capture.begin_round(num_reqs, wanted, slots, for_target=mode is RoundMode.RECORDING)
         try:
             drafts = self._upstream_round(
                 batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args, **kwargs
             )
         finally:
             self._recording, self._sampled = False, None
-        if way.recording and way.for_target:
+        if mode is RoundMode.RECORDING:
             self.selection.store.put(slots, *self.selection.capture.select(drafts))
         return drafts
 

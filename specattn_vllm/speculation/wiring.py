@@ -113,9 +113,7 @@ def prepare(speculator: RoundSpeculator) -> Selection:
                 speculator.counters,
                 # Drafting and verification take turns, so what the draft reads may lie where the target's tables do.
                 tables[: len(captured), :, 0],
-                max_model_len=longest,
                 num_kv_heads=layers[draft[0]].impl.num_kv_heads,
-                recalls=options.recalls,
             )
         capture = DraftCapture(
             options,

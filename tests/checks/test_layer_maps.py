@@ -10,7 +10,6 @@ pytest.importorskip("vllm")
 from vllm.platforms import current_platform
 
 from specattn_vllm import layer_map
-from specattn_vllm.checks import UnsupportedError
 from specattn_vllm.fingerprint import fingerprint
 from specattn_vllm.layer_map import LayerMapError
 from specattn_vllm.options import SpecAttnOptions
@@ -81,17 +80,3 @@ def test_an_engine_sees_the_facts_that_a_fingerprint_wrote(configure, models, na
     assert model_facts(config.model_config).model_dump() == facts
     assert model_facts(config.speculative_config.draft_model_config).model_dump() == facts
     assert (facts["weights"] is not None) == (name == "bare")
-
-
-@pytest.mark.parametrize(("tokens", "fits"), [(14, True), (15, False)])
-def test_a_first_draft_step_that_reads_a_list_has_room_for_so_many_tokens(configure, tokens, fits):
-    def make():
-        configure(options={"sparse_draft": True, "refresh_draft_every": 4}, spec={"num_speculative_tokens": tokens})
-
-    if fits:
-        make()
-        return
-    message = r"refresh_draft_every = 4 with num_speculative_tokens = 15: .*room for 14"
-    with pytest.raises(UnsupportedError, match=message):
-        make()
-    configure(options={"sparse_draft": True}, spec={"num_speculative_tokens": tokens})

@@ -44,7 +44,6 @@ def test_the_tables_are_what_was_measured(file, document, command, capsys):
             "at {:,.0f} tokens per second, {:.2f} times plain decoding ({:,.0f} in the same run)",
         ),
         ("h200-self-speculation-128k", "vegas 10%", "and 4 of 128k at {:,.0f}, {:.2f} times, losslessly"),
-        ("h200-refresh-draft", "specattn 10%", "{:,.0f} tokens per second, {:.2f} times plain decoding"),
         ("h200-engine-10", "specattn 10%", "({:,.0f} tokens per second, {:.2f} times plain decoding on the machine"),
     ],
 )  # fmt: skip

@@ -60,8 +60,7 @@ def replayed(monkeypatch):
         pytest.param({"method": "streamingllm", "min_tokens": 32}, id="streamingllm"),
         pytest.param({"top_p": 0.5, "crossover_tokens": 10**6}, id="below-the-crossover"),
         pytest.param(
-            {"top_p": 0.5, "crossover_tokens": 10**6, "sparse_draft": True, "refresh_draft_every": 3},
-            id="below-the-crossover-sparse_draft",
+            {"top_p": 0.5, "crossover_tokens": 10**6, "sparse_draft": True}, id="below-the-crossover-sparse_draft"
         ),
     ],
 )
@@ -80,7 +79,6 @@ def test_exact_modes_equal_plain_decoding(options, engine, greedy, prompts, coun
         pytest.param({"top_p": 0.8}, id="specattn"),
         pytest.param({"ratio": 0.2, "min_tokens": 32}, id="ratio"),
         pytest.param({"top_p": 0.8, "sparse_draft": True}, id="sparse_draft"),
-        pytest.param({"top_p": 0.8, "sparse_draft": True, "refresh_draft_every": 3}, id="refresh_draft_every"),
         pytest.param({"top_p": 0.8, "sparse_draft": True, "draft_ratio": 0.3}, id="draft_ratio"),
         pytest.param({"top_p": 0.8, "refresh_every": 3}, id="refresh_every"),
         pytest.param({"method": "sts", "ratio": 0.3}, id="sts"),
@@ -190,7 +188,7 @@ def test_xformers_reads_whole_blocks(engine, greedy, prompts, counts):
     "options",
     [
         pytest.param({"method": "dense"}, id="dense"),
-        pytest.param({"top_p": 0.8, "sparse_draft": True, "refresh_draft_every": 3}, id="specattn"),
+        pytest.param({"top_p": 0.8, "sparse_draft": True}, id="specattn"),
         pytest.param({"ratio": 0.2, "min_tokens": 32, "refresh_every": 3}, id="ratio"),
         pytest.param({"top_p": 0.8, "audit_share": 0.5, "audit_floor": 0.5}, id="audit"),
         pytest.param({"top_p": 0.8, "crossover_tokens": 10**6}, id="below-the-crossover"),

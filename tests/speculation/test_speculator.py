@@ -12,12 +12,13 @@ pytest.importorskip("vllm")
 from specattn_vllm import compat, executors
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.selection.store import SelectionStore
-from specattn_vllm.speculation.rounds import PLAIN, Way
+from specattn_vllm.speculation.rounds import RoundMode
 from specattn_vllm.speculation.speculator import SpecAttnSpeculator
 from specattn_vllm.stats import Counters, Counts
 
 CPU = torch.device("cpu")
 REQUESTS, STEPS = 4, 2
+PLAIN, RECORDING, FOR_DRAFT = RoundMode.PLAIN, RoundMode.RECORDING, RoundMode.RECORDING_FOR_DRAFT
 
 
 class Graphs:
@@ -43,7 +44,7 @@ def speculator(monkeypatch):
     store = SelectionStore(1, REQUESTS, 1, 64, CPU)
     store.prefix_lens[:REQUESTS] = 7
     made.selection = SimpleNamespace(store=store, capture=None, pruner=object())
-    made.options, made._since_dense = SpecAttnOptions.parse({"method": "specattn"}), 0
+    made.options = SpecAttnOptions.parse({"method": "specattn"})
     made.crossover_tokens = 0
     made.audit = None
     made._recording, made._sampled = False, None
@@ -55,12 +56,11 @@ def speculator(monkeypatch):
     made.draft_tokens = torch.arange(REQUESTS * STEPS).view(REQUESTS, STEPS)
     made.rounds = []
 
-    made.recalled, made.ways = [], []
+    made.modes = []
 
-    def round_(batch, *args, way, **kwargs):
-        made.rounds.append(way.recording)
-        made.recalled.append(way.recall)
-        made.ways.append(way)
+    def round_(batch, *args, mode, **kwargs):
+        made.rounds.append(mode.recording)
+        made.modes.append(mode)
         return "drafts"
 
     monkeypatch.setattr(made, "_round", round_, raising=False)
@@ -147,85 +147,38 @@ def test_a_round_without_a_graph_runs_as_it_is(speculator):
     assert speculator.recording_graphs.replayed == []
 
 
-@pytest.fixture
-def recalling(speculator):
-    """recalling(every): the speculator, whose draft reads everything in one round of so many."""
-
-    def make(every: int):
-        speculator.options = SpecAttnOptions.parse(
-            {"method": "specattn", "sparse_draft": True, "refresh_draft_every": every}
-        )
-        speculator._since_dense = every - 1
-        return speculator
-
-    return make
-
-
-@pytest.mark.parametrize(("every", "pattern"), [(1, "DDDDDD"), (2, "DRDRDR"), (4, "DRRRDR")])
-def test_one_round_of_so_many_reads_everything_and_the_others_recall(recalling, every, pattern):
-    speculator = recalling(every)
-    for _ in pattern:
-        propose(speculator, batch(60))
-    assert "".join("DR"[recall] for recall in speculator.recalled) == pattern
-
-
-def test_a_batch_with_a_long_prompt_reads_everything_and_starts_the_count_again(recalling):
-    speculator = recalling(3)
-    for tokens in (3, 3, 16, 15, 3, 3):  # a token more in step 0
-        given = batch(60, 40)
-        given.num_scheduled_tokens[1] = tokens
-        propose(speculator, given)
-    assert speculator.recalled == [False, True, False, True, True, False]
-
-
-def test_rounds_below_the_crossover_choose_for_the_draft_alone(recalling):
-    """They count, as the lists of the draft are the same; the target reads everything."""
-    speculator = recalling(3)
+def test_rounds_below_the_crossover_choose_for_the_draft_alone(speculator):
+    """The target reads everything."""
+    speculator.options = SpecAttnOptions.parse({"method": "specattn", "sparse_draft": True})
     speculator.crossover_tokens = 50
-    for tokens in (60, 40, 60, 40, 60, 60):
+    for tokens in (60, 40, 60):
         propose(speculator, batch(tokens))
-    assert speculator.rounds == [True] * 6
-    assert speculator.recalled == [False, True, True, False, True, True]
-    assert [way.for_target for way in speculator.ways] == [True, False, True, False, True, True]
-    assert speculator.selection.store.prefix_lens[3] == -1
-
-
-RECORDING, RECALLING = Way(recording=True), Way(recording=True, recall=True)
+        assert speculator.selection.store.prefix_lens[3] == (-1 if tokens == 40 else 7)
+        speculator.selection.store.prefix_lens[:REQUESTS] = 7
+    assert speculator.modes == [RECORDING, FOR_DRAFT, RECORDING]
 
 
 @pytest.mark.parametrize(
-    ("options", "crossover", "ways"),
+    ("options", "crossover", "modes"),
     [
         ({}, 0, [RECORDING]),
         ({}, 9, [RECORDING, PLAIN]),
         ({"sparse_draft": True}, 0, [RECORDING]),
-        ({"sparse_draft": True}, 9, [RECORDING, RECORDING._replace(for_target=False)]),
+        ({"sparse_draft": True}, 9, [RECORDING, FOR_DRAFT]),
         ({"sparse_draft": True, "method": "dense"}, 9, [RECORDING, PLAIN]),
-        ({"sparse_draft": True, "refresh_draft_every": 2}, 0, [RECORDING, RECALLING]),
-        ({"sparse_draft": True, "refresh_draft_every": 2}, 9,
-         [RECORDING, RECALLING, RECORDING._replace(for_target=False), RECALLING._replace(for_target=False)]),
         ({"method": "vegas"}, 9, [RECORDING, PLAIN]),
     ],
-)  # fmt: skip
-def test_an_engine_has_graphs_for_the_ways_of_its_rounds(speculator, options, crossover, ways):
+)
+def test_an_engine_has_graphs_for_the_modes_of_its_rounds(speculator, options, crossover, modes):
     speculator.options, speculator.crossover_tokens = SpecAttnOptions.parse({"method": "specattn"} | options), crossover
-    assert speculator._ways() == ways
-    assert len({way.graphs for way in ways}) == len({str(way) for way in ways}) == len(ways)
-    # A round that ran in no way that was captured would find no graph.
+    assert speculator._modes() == modes
+    assert len({mode.graphs for mode in modes}) == len(modes)
+    # A round in a mode that was not captured would find no graph.
     for tokens in (8, 9, 8, 9):
         propose(speculator, batch(tokens))
-    assert {*speculator.ways} <= {*ways}
+    assert {*speculator.modes} <= {*modes}
     speculator.selection = None
-    assert speculator._ways() == [PLAIN]
-
-
-def test_a_round_that_recalls_has_graphs_of_its_own(recalling):
-    speculator = recalling(2)
-    speculator.recording_graphs, speculator.recalling_graphs = Graphs(), Graphs()
-    for _ in range(3):
-        propose(speculator, batch(60))
-    assert speculator.recording_graphs.replayed == [2, 2]
-    assert speculator.recalling_graphs.replayed == [2]
+    assert speculator._modes() == [PLAIN]
 
 
 @pytest.mark.parametrize("graph", [False, True])
@@ -255,8 +208,8 @@ class Capture:
         self.told, self.step, self.induction = [], -1, None
         self.prefix_lens = torch.tensor(prefix_lens, dtype=torch.int32)
 
-    def begin_round(self, rows, wanted, slots, recall, for_target):
-        self.told.append(("round", rows, wanted.tolist(), slots.tolist(), recall, for_target))
+    def begin_round(self, rows, wanted, slots, *, for_target):
+        self.told.append(("round", rows, wanted.tolist(), slots.tolist(), for_target))
 
     def begin_step(self, step, rows, lens):
         self.step = step
@@ -301,18 +254,18 @@ def drafting(monkeypatch):
     return made
 
 
-def one_round(speculator, recording: bool, *, for_target: bool = True, **more):
+def one_round(speculator, mode: RoundMode, **more):
     sampled = torch.tensor([0, 2, 9], dtype=torch.int32)
     given = SimpleNamespace(num_reqs=2, idx_mapping=torch.tensor([3, 1, -1]))
     return speculator._round(given, {}, {}, None, None, sampled, "rejected", "last", None, 0, 0,
-                            way=Way(recording, for_target=for_target), **more)  # fmt: skip
+                            mode=mode, **more)  # fmt: skip
 
 
 def test_a_recorded_round_tells_the_capture_each_step_and_stores_its_selection(drafting):
-    assert one_round(drafting, True) == "drafts"
+    assert one_round(drafting, RECORDING) == "drafts"
     capture = drafting.selection.capture
     assert capture.told == [
-        ("round", 2, [False, True], [3, 1], False, True),
+        ("round", 2, [False, True], [3, 1], True),
         ("step", 0, [2, 5], [13, 10]),
         ("end", 0),
         ("step", 1, None, None),
@@ -326,23 +279,22 @@ def test_a_recorded_round_tells_the_capture_each_step_and_stores_its_selection(d
     assert not drafting._recording
 
 
-@pytest.mark.parametrize("recording", [True, False])
-def test_what_a_round_begins_with_is_known_to_later_ones(drafting, recording):
+@pytest.mark.parametrize("mode", [RECORDING, PLAIN])
+def test_what_a_round_begins_with_is_known_to_later_ones(drafting, mode):
     """Whether it chooses or not; its drafts go to the choice."""
     told = []
     drafting.selection.capture.induction = SimpleNamespace(extend=lambda *given: told.append(given))
-    one_round(drafting, recording)
+    one_round(drafting, mode)
     [(slots, wanted, rows, starts, ids, positions)] = told
     assert (slots.tolist(), wanted.tolist(), rows.tolist(), starts.tolist()) == ([3, 1], [False, True], [2, 5], [0, 3])
     assert ids is drafting.expanded_input_ids and positions is drafting.expanded_positions
-    assert not recording or drafting.selection.capture.drafts == "drafts"
-    one_round(drafting, False, dummy_run=True)  # whose slots are those of real requests
+    assert mode is PLAIN or drafting.selection.capture.drafts == "drafts"
+    one_round(drafting, PLAIN, dummy_run=True)  # whose slots are those of real requests
     assert len(told) == 1
 
 
 def test_a_request_brings_its_tokens(drafting):
     entered = []
-    drafting.selection.capture.lists = None
     drafting.selection.capture.induction = SimpleNamespace(enter=lambda *given: entered.append(given))
     drafting._enter(2, SimpleNamespace(sampling_params=None, prefill_token_ids=[4, 5, 6]))
     assert entered == [(2, [4, 5, 6])]
@@ -352,14 +304,14 @@ def test_a_request_brings_its_tokens(drafting):
 
 
 def test_a_round_that_is_not_recorded_leaves_the_capture_alone(drafting):
-    assert one_round(drafting, False) == "drafts"
+    assert one_round(drafting, PLAIN) == "drafts"
     assert drafting.selection.capture.told == []
     assert all(metadata["layer"].hook is None for metadata in drafting.layers)
     assert not drafting.selection.store.bits.any()
 
 
 def test_a_round_for_the_draft_alone_stores_nothing(drafting):
-    one_round(drafting, True, for_target=False)
+    one_round(drafting, FOR_DRAFT)
     assert len(drafting.selection.capture.told) == 7
     assert not drafting.selection.capture.told[0][-1]
     assert drafting.selection.store.prefix_lens.tolist() == [-1] * 5
@@ -370,6 +322,6 @@ def test_a_round_that_fails_is_over(drafting, step):
     """Nothing of it is stored, and what vLLM runs next is not taken for a part of it."""
     drafting.fail = step
     with pytest.raises(RuntimeError):
-        one_round(drafting, True)
+        one_round(drafting, RECORDING)
     assert not drafting._recording
     assert drafting.selection.store.prefix_lens.tolist() == [-1] * 5

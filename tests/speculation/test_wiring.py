@@ -209,13 +209,6 @@ def test_what_the_draft_reads_lies_where_the_target_s_tables_do(monkeypatch, spa
     assert made.capture.lists._positions.shape == (5, REQUESTS, ROW)
 
 
-@pytest.mark.parametrize(("every", "slots"), [(1, 0), (2, REQUESTS + 1)])
-def test_choices_are_kept_where_a_round_may_recall_them(monkeypatch, every, slots):
-    lists = prepared(monkeypatch, (0, 2), sparse_draft=True, refresh_draft_every=every).capture.lists
-    assert lists.recalls == (every > 1)
-    assert lists.bits.shape == (5, slots, 1, ROW // 32)
-
-
 @pytest.mark.parametrize(
     ("layers", "options"),
     [

@@ -48,9 +48,7 @@ def _make(
             operations,
             Counters(CPU),
             tables[: len(names), :, 0],
-            max_model_len=MAX_LEN,
             num_kv_heads=KV_HEADS,
-            recalls=opts.refresh_draft_every > 1,
         )
     return DraftCapture(
         opts,
@@ -126,12 +124,11 @@ class Draft:
         after_layer=None,
         after_step=None,
         slots: list[int] | None = None,
-        recall: bool = False,
         for_target: bool = True,
     ) -> list[dict]:
         """One round; returns per step {layer: (whether attention was done, its output)}."""
         slots = torch.tensor(slots or range(self.rows))
-        capture.begin_round(self.rows, torch.tensor(wanted), slots, recall, for_target)
+        capture.begin_round(self.rows, torch.tensor(wanted), slots, for_target=for_target)
         steps = []
         for k in range(STEPS):
             if k == 0:
