@@ -62,6 +62,7 @@ LEANED_ON = (
     "v1.attention.backend:AttentionCGSupport.UNIFORM_BATCH",
     f"{GPU}.input_batch:InputBatch.make_dummy(num_reqs, num_tokens, input_buffers, max_query_len)",
     f"{GPU}.input_batch:InputBatch.idx_mapping",
+    f"{GPU}.input_batch:InputBatch.idx_mapping_np",
     f"{GPU}.input_batch:InputBatch.is_prefilling_np",
     f"{GPU}.input_batch:InputBatch.num_draft_tokens_per_req",
     f"{GPU}.input_batch:InputBatch.num_scheduled_tokens",

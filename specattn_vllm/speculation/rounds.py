@@ -14,9 +14,10 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 from specattn_vllm import compat, executors
 from specattn_vllm.crossover import crossover_tokens
 from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.reporter import Reporter
 from specattn_vllm.speculation.counting import count_round
 from specattn_vllm.speculation.graphs import RoundGraphs, RoundInputs
-from specattn_vllm.stats import Counters, Reporter
+from specattn_vllm.stats import Counters
 
 
 class Way(NamedTuple):
@@ -63,7 +64,8 @@ class RoundSpeculator(compat.stock_speculator()):
         alone = self.options.chooses_by_itself and not self.options.drafts_by_sketch
         self.crossover_tokens = 0 if alone else crossover_tokens(self.options, self.operations)
         self.counters = Counters(device)
-        self.reporter = Reporter(self.counters, self.options.stats_interval_s)
+        first = vllm_config.parallel_config.rank == 0
+        self.reporter = Reporter(self.counters, self.options.stats_interval_s, logs=first)
         self.selection: Any = None
 
     def _round(self, batch: InputBatch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states,
@@ -78,6 +80,9 @@ class RoundSpeculator(compat.stock_speculator()):
 
     def _step_aside(self, batch: InputBatch) -> None:
         """Called before a round of a batch that is small: the target is to read everything."""
+
+    def _step_in(self, batch: InputBatch) -> None:
+        """Called before any other round that is recorded."""
 
     def _recalls(self, batch: InputBatch) -> bool:
         """Called before a recording round: whether it recalls."""
@@ -108,6 +113,8 @@ class RoundSpeculator(compat.stock_speculator()):
             self._step_aside(batch)
             if not self._drafts_sparsely:
                 return PLAIN
+        else:
+            self._step_in(batch)
         return Way(recording=True, recall=self._recalls(batch), for_target=not small)
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
@@ -174,5 +181,4 @@ class RoundSpeculator(compat.stock_speculator()):
     def _count(self, input_batch, num_sampled: torch.Tensor) -> None:
         self.counters.commit()
         count_round(self.counters, self.operations, input_batch, num_sampled)
-        if self.vllm_config.parallel_config.rank == 0:
-            self.reporter.tick()
+        self.reporter.tick()

@@ -75,6 +75,10 @@ class SpecAttnSpeculator(RoundSpeculator):
 
     def _step_aside(self, batch: InputBatch) -> None:
         self.selection.store.clear(batch.idx_mapping)
+        self.selection.store.step_aside(batch.idx_mapping_np, True)
+
+    def _step_in(self, batch: InputBatch) -> None:
+        self.selection.store.step_aside(batch.idx_mapping_np, False)
 
     def _recalls(self, batch: InputBatch) -> bool:
         # In step 0 each request has a token more than was verified; prompts are attended to by another kernel, which
