@@ -42,9 +42,10 @@ mark_dummy_runs       vLLM's steps for warming up look like real ones to a metad
 add_worker_method     `collective_rpc("specattn_stats")` and `("specattn_audit")` need methods on the worker. Goes if
                       backends get a stats hook.
 
-serve_metrics         `/metrics` serves one registry, the process's own or, with several API servers, one that is made
-                      for it and that nobody can add to. Wraps `get_prometheus_registry`. Goes with a hook for
-                      metrics of plugins, or when both are one registry that can be had.
+serve_metrics         `/metrics` serves the process's registry or, with several API servers, one that is made for each
+                      request and that nobody can add to. Wraps `get_prometheus_registry`, by which a server begins, and
+                      in such a server `collect` of prometheus_client's `MultiProcessCollector`
+                      (`metrics/collect.py`). Goes with a hook for metrics of plugins.
 watch_steps           The totals of a worker's last steps are to be seen once it is idle, and nothing of the plugin runs
                       then. Wraps `finish_requests` of one runner, which vLLM calls in each step, a last one without
                       tokens included. Goes if backends get a stats hook.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from prometheus_client import multiprocess
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -52,8 +55,31 @@ def _add(metric: Metric, family: Family, found: Snapshot) -> None:
 
 
 def add_to(registry) -> None:
-    """Have a registry of prometheus_client serve our metrics too, where workers publish any; once for each."""
+    """Have a registry of prometheus_client, which `/metrics` of this process serves, serve our metrics too, where
+    workers publish any; once for each.
+
+    With several servers, or one told to do as if, the registry is none that lasts: one is made for each request, with a
+    `MultiProcessCollector` of the numbers of all servers. Ours are collected with those."""
     folder = snapshot.folder()
-    if folder is not None and not getattr(registry, "specattn_collector", None):
+    if folder is None:
+        return
+    if os.getenv("PROMETHEUS_MULTIPROC_DIR") is not None:
+        _extend(multiprocess.MultiProcessCollector)
+    elif not getattr(registry, "specattn_collector", None):
         registry.specattn_collector = SnapshotCollector(folder)
         registry.register(registry.specattn_collector)
+
+
+def _extend(collector: type) -> None:
+    original = collector.collect
+    if getattr(original, "specattn", False):
+        return
+
+    @functools.wraps(original)
+    def collect(self) -> Iterator[Metric]:
+        yield from original(self)
+        if (folder := snapshot.folder()) is not None:
+            yield from SnapshotCollector(folder).collect()
+
+    collect.specattn = True
+    collector.collect = collect
