@@ -94,6 +94,11 @@ class SpecAttnOptions(BaseModel):
         return frozenset(type(self).model_fields)
 
     @property
+    def amount(self) -> str:
+        """How much is read, for a label of the metrics."""
+        return "of the method"
+
+    @property
     def needs_token_pages(self) -> bool:
         """Whether some selection is of single tokens and heads, which an executor of whole blocks cannot read."""
         return self.kind.per_head or self.chooses_by_itself or self.drafts_by_sketch

@@ -1,19 +1,13 @@
-"""What the plugin counts, and the line a minute that says so. Loads torch where something is counted: reports are read
-without it."""
+"""What the plugin counts. Loads torch where something is counted: reports are read without it."""
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
-
-# A child of vLLM's logger, so that its handler and its level apply.
-logger = logging.getLogger("vllm.specattn")
 
 
 @dataclass
@@ -29,7 +23,7 @@ class Counts:
     """Rows past their prompt, with drafts or without, of which these read a selection, ..."""
     sparse_rows: int = 0
     no_selection_rows: int = 0
-    """... these had none, ..."""
+    """... these had none, where a draft model chooses: `exact_rows` and `small_batch_rows` are among them, ..."""
     stale_rows: int = 0
     """... these had one made for another length, ..."""
     refresh_rows: int = 0
@@ -51,7 +45,7 @@ class Counts:
     exact_rows: int = 0
     """Rows past their prompt whose request asked to read everything, ..."""
     small_batch_rows: int = 0
-    """... and those of batches in which choosing does not pay."""
+    """... and others, of batches in which choosing does not pay."""
     kv_sampled: int = 0
     """Entries whose sketch was read once more before that, for the size of each query row's scores: a sample."""
     draft_kv_sampled: int = 0
@@ -80,16 +74,25 @@ class Counts:
         """Share of the KV entries that drafting read, where it reads a part."""
         return self.draft_kv_read / self.draft_kv_full if self.draft_kv_full else 1.0
 
+    @property
+    def by_own_choice(self) -> bool:
+        """Whether rows were dense for the reasons of a target that chooses for itself, which none lacks a selection."""
+        return not self.no_selection_rows and bool(self.kv_scanned or self.exact_rows or self.small_batch_rows)
+
+    @property
+    def unselected_rows(self) -> int:
+        """Rows without a selection that were to have one."""
+        return max(self.no_selection_rows - self.exact_rows - self.small_batch_rows, 0)
+
     def line(self, seconds: float) -> str:
         """The log line for these counts over a stretch of time."""
         head = f"specattn: {self.rounds} rounds in {seconds:.0f} s, acceptance length {self.acceptance_length:.2f}, "
         drafting = f", drafting read {self.draft_kv_fraction:.1%} of KV" if self.draft_kv_full else ""
         if not self.verify_rows:
             return f"{head}verification read all of KV (no row was pruned){drafting}"
-        if self.kv_scanned or self.exact_rows or self.small_batch_rows:
+        if self.by_own_choice:
             dense = self.verify_rows - self.sparse_rows
-            # A row may be of a small batch and exact.
-            short = max(dense - self.exact_rows - self.small_batch_rows, 0)
+            short = dense - self.exact_rows - self.small_batch_rows
             searched = f" and searched the sketch of {self.scanned_fraction:.1%}" if self.kv_scanned else ""
             return head + (
                 f"target read {self.kv_fraction:.1%} of KV{searched}"
@@ -98,16 +101,49 @@ class Counts:
             )
         return head + (
             f"verification read {self.kv_fraction:.1%} of KV{drafting}, dense verification rows "
-            f"{self.verify_rows - self.sparse_rows} (no selection {self.no_selection_rows}, stale {self.stale_rows}, "
-            f"refresh {self.refresh_rows}, audit {self.audit_rows}), prefill rows {self.prefill_rows}"
+            f"{self.verify_rows - self.sparse_rows} (exact {self.exact_rows}, small batch {self.small_batch_rows}, no "
+            f"selection {self.unselected_rows}, stale {self.stale_rows}, refresh {self.refresh_rows}, audit "
+            f"{self.audit_rows}), prefill rows {self.prefill_rows}"
         )
 
 
 _NAMES = tuple(f.name for f in fields(Counts))
 
 
+class Reading:
+    """Totals on their way to the host, and other tensors with them. Nobody waits for them: ask whether they are there.
+    All of it is as it was when the reading began."""
+
+    def __init__(self, host: Sequence[int], device: torch.Tensor, beside: Sequence[torch.Tensor] = ()) -> None:
+        import torch
+
+        self._host = tuple(host)
+        # A copy of a GPU's tensor that does not wait goes to pinned memory.
+        self._copies = [t.to("cpu", non_blocking=True, copy=True) for t in (device, *beside)]
+        self._event = None
+        if device.is_cuda:
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def ready(self) -> bool:
+        """Whether all of it is there; does not wait."""
+        return self._event is None or self._event.query()
+
+    def counts(self) -> Counts:
+        """The totals; only once they are there."""
+        return _sums(self._host, self._copies[0])
+
+    def beside(self) -> list[torch.Tensor]:
+        """The other tensors, on the host; only once they are there."""
+        return self._copies[1:]
+
+
+def _sums(host: Sequence[int], device: torch.Tensor) -> Counts:
+    return Counts(*(on_host + there for on_host, there in zip(host, device.tolist(), strict=True)))
+
+
 class Counters:
-    """Counts kept partly on the device, so that counting never waits for it; reading does.
+    """Counts kept partly on the device, so that counting never waits for it; `read` does, and `begin_read` does not.
 
     What a step counts on the device costs a launch for each amount, so kernels count into vectors (`stage_vector`) or
     into the totals themselves (`on_device`).
@@ -170,30 +206,9 @@ class Counters:
 
     def read(self) -> Counts:
         """Totals up to now; waits for the device."""
-        return Counts(*(host + device for host, device in zip(self._host, self._device.tolist(), strict=True)))
+        return _sums(self._host, self._device)
 
+    def begin_read(self, beside: Sequence[torch.Tensor] = ()) -> Reading:
+        """Send the totals up to now to the host, and other tensors of the device with them; does not wait."""
+        return Reading(self._host, self._device, beside)
 
-class Reporter:
-    """Logs one line per interval in which anything was verified."""
-
-    def __init__(self, counters: Counters, interval_s: float) -> None:
-        self.counters = counters
-        self.interval_s = interval_s
-        self.more: list[Callable[[], str | None]] = []
-        """Asked for a further line whenever one is due."""
-        self._since = time.monotonic()
-        self._last = Counts()
-
-    def tick(self) -> None:
-        """Called once a step; reads the counters only when a line is due."""
-        now = time.monotonic()
-        if now - self._since < self.interval_s:
-            return
-        counts = self.counters.read()
-        new = counts - self._last
-        if new.rounds or new.verify_rows:
-            logger.info(new.line(now - self._since))
-        for further in self.more:
-            if line := further():
-                logger.info(line)
-        self._since, self._last = now, counts

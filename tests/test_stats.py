@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from dataclasses import fields
 
 import pytest
 import torch
 
-from specattn_vllm import stats
 from specattn_vllm.kernels.bookkeeping.contracts import READ_COUNTS
-from specattn_vllm.stats import Counters, Counts, Reporter
+from specattn_vllm.stats import Counters, Counts
 
 NAMES = [field.name for field in fields(Counts)]
 
@@ -55,8 +53,16 @@ def test_the_line_says_it_all():
     # 16 rows could have been sparse and 10 were not.
     assert counts.line(59.6) == (
         "specattn: 8 rounds in 60 s, acceptance length 2.50, verification read 12.5% of KV, "
-        "dense verification rows 10 (no selection 3, stale 1, refresh 2, audit 4), prefill rows 5"
+        "dense verification rows 10 (exact 0, small batch 0, no selection 3, stale 1, refresh 2, audit 4), prefill "
+        "rows 5"
     )
+
+
+def test_the_line_tells_rows_that_are_dense_on_purpose_from_those_without_a_selection():
+    chosen_by_draft = Counts(verify_rows=9, sparse_rows=2, no_selection_rows=7, exact_rows=1, small_batch_rows=4)
+    assert "dense verification rows 7 (exact 1, small batch 4, no selection 2, stale 0" in chosen_by_draft.line(1)
+    by_itself = Counts(verify_rows=9, sparse_rows=2, kv_scanned=1, kv_full=2, exact_rows=1, small_batch_rows=4)
+    assert "dense rows 7 (exact 1, small batch 4, short context 2)" in by_itself.line(1)
 
 
 def test_the_line_says_what_the_draft_read_where_it_read_less():
@@ -81,6 +87,17 @@ def test_reading_takes_nothing_away():
     assert counters.read() == counters.read() == Counts(rounds=1, kv_full=9)
 
 
+def test_a_reading_is_of_the_moment_at_which_it_began():
+    counters, beside = Counters(torch.device("cpu")), torch.tensor([1, 2])
+    counters.add(rounds=1, kv_full=torch.tensor(9))
+    reading = counters.begin_read([beside])
+    counters.add(rounds=1, kv_full=torch.tensor(9))
+    beside += 1
+    assert reading.ready()
+    assert reading.counts() == Counts(rounds=1, kv_full=9)
+    assert [t.tolist() for t in reading.beside()] == [[1, 2]]
+
+
 def test_every_count_has_its_own_counter():
     counters = Counters(torch.device("cpu"))
     for i, name in enumerate(NAMES, start=1):
@@ -101,98 +118,6 @@ def test_counts_do_not_overflow_32_bits():
 def test_an_unknown_name_is_an_error(amount):
     with pytest.raises(ValueError, match="not in"):
         Counters(torch.device("cpu")).add(rouns=amount)
-
-
-# Reporter
-
-
-@pytest.fixture
-def lines(caplog):
-    """The lines logged so far. vLLM's logger may not propagate, so the handler goes to ours."""
-    logger = logging.getLogger("vllm.specattn")
-    caplog.set_level(logging.INFO, logger=logger.name)
-    logger.addHandler(caplog.handler)
-    # Where it does propagate, pytest's handler is on the root as well.
-    was, logger.propagate = logger.propagate, False
-    yield lambda: [record.getMessage() for record in caplog.records]
-    logger.propagate = was
-    logger.removeHandler(caplog.handler)
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """clock.now is the time."""
-
-    class Clock:
-        now = 1000.0
-
-        def monotonic(self):
-            return self.now
-
-    clock = Clock()
-    monkeypatch.setattr(stats, "time", clock)
-    return clock
-
-
-def test_one_line_per_interval(lines, clock):
-    counters = Counters(torch.device("cpu"))
-    reporter = Reporter(counters, interval_s=10)
-    for _ in range(100):  # 25 s of steps, one verified row each
-        clock.now += 0.25
-        counters.add(rounds=1, sampled_tokens=2)
-        reporter.tick()
-    assert len(lines()) == 2
-    for line in lines():
-        assert line.startswith("specattn: 40 rounds in 10 s, acceptance length 2.00")
-
-
-def test_each_line_is_about_its_own_interval(lines, clock):
-    counters = Counters(torch.device("cpu"))
-    reporter = Reporter(counters, interval_s=10)
-    for seconds, rounds in ((10, 5), (30, 7)):
-        clock.now += seconds
-        counters.add(rounds=torch.tensor(rounds))
-        reporter.tick()
-    assert [line.split(",")[0] for line in lines()] == ["specattn: 5 rounds in 10 s", "specattn: 7 rounds in 30 s"]
-
-
-def test_further_lines_follow_when_one_is_due_and_have_something_to_say(lines, clock):
-    reporter, asked = Reporter(Counters(torch.device("cpu")), interval_s=10), iter(["audit of 3", None])
-    reporter.more.append(lambda: next(asked))
-    for seconds in (5, 5, 5, 5):
-        clock.now += seconds
-        reporter.tick()
-    assert lines() == ["audit of 3"]
-    assert next(asked, "asked twice") == "asked twice"
-
-
-def test_an_idle_interval_is_silent_and_not_added_to_the_next(lines, clock):
-    counters = Counters(torch.device("cpu"))
-    reporter = Reporter(counters, interval_s=10)
-    counters.add(prefill_rows=3)
-    clock.now += 100
-    reporter.tick()
-    assert lines() == []
-    clock.now += 10
-    counters.add(rounds=1)
-    reporter.tick()
-    (line,) = lines()
-    assert line.startswith("specattn: 1 rounds in 10 s")
-    assert "prefill" not in line
-
-
-def test_the_device_is_only_waited_for_when_a_line_is_due(clock):
-    class Unread:
-        def read(self):
-            raise AssertionError("read before the interval was over")
-
-    reporter = Reporter(Unread(), interval_s=10)
-    for _ in range(9):
-        clock.now += 1
-        reporter.tick()
-    clock.now += 1
-    with pytest.raises(AssertionError):
-        reporter.tick()
 
 
 def test_staged_amounts_count_only_once_committed():

@@ -6,14 +6,17 @@ from typing import Any
 
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from specattn_vllm.metrics import publish
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.speculation.counting import watch_drafter
 
 
 def attach(runner: Any) -> None:
-    """Join the engine's method to its target, or count the rounds of a drafter that is vLLM's own."""
+    """Join the engine's method to its target, or count the rounds of a drafter that is vLLM's own; publish what is
+    counted."""
     options = SpecAttnOptions.from_vllm(runner.vllm_config)
     if options.kind.attach is None:
         watch_drafter(runner, options)
     else:
         resolve_obj_by_qualname(options.kind.attach)(runner, options)
+    publish.start(runner, options)

@@ -110,6 +110,7 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
         prefilling[:real] = common.is_prefilling[:real]
         return self.pruner.prune(
             slots=async_tensor_h2d(slots, device=self.device, dtype=torch.int64),
+            slots_cpu=slots,
             prefilling=async_tensor_h2d(prefilling, device=self.device),
             prefilling_cpu=prefilling,
             query_start_loc=common.query_start_loc[: rows + 1],

@@ -13,10 +13,11 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from specattn_vllm import compat
 from specattn_vllm.executors import Operations
 from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.reporter import Reporter
 from specattn_vllm.request import asks_for_exactness
 from specattn_vllm.selection.own_choice import ChoiceStep, Chooser, LayerChoice
 from specattn_vllm.speculation.counting import count_round
-from specattn_vllm.stats import Counters, Reporter
+from specattn_vllm.stats import Counters
 
 logger = init_logger("vllm.specattn")
 
@@ -124,7 +125,9 @@ def join(
         layers[name].impl.target_choice = target
     counters = chooser.counts.counters
     if getattr(runner.speculator, "reporter", None) is None:
-        target.reporter = Reporter(counters, options.stats_interval_s)
+        first = runner.vllm_config.parallel_config.rank == 0
+        target.reporter = Reporter(counters, options.stats_interval_s, logs=first)
+        runner.specattn_reporter = target.reporter
         compat.count_rounds(runner, lambda batch, sampled: count_round(counters, operations, batch, sampled))
     compat.watch_new_requests(runner.model_state, target.enter)
     compat.mark_dummy_runs(runner, target)

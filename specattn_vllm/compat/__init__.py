@@ -42,6 +42,14 @@ mark_dummy_runs       vLLM's steps for warming up look like real ones to a metad
 add_worker_method     `collective_rpc("specattn_stats")` and `("specattn_audit")` need methods on the worker. Goes if
                       backends get a stats hook.
 
+serve_metrics         `/metrics` serves the process's registry or, with several API servers, one that is made for each
+                      request and that nobody can add to. Wraps `get_prometheus_registry`, by which a server begins, and
+                      in such a server `collect` of prometheus_client's `MultiProcessCollector`
+                      (`metrics/collect.py`). Goes with a hook for metrics of plugins.
+watch_steps           The totals of a worker's last steps are to be seen once it is idle, and nothing of the plugin runs
+                      then. Wraps `finish_requests` of one runner, which vLLM calls in each step, a last one without
+                      tokens included. Goes if backends get a stats hook.
+
 What is patched, and what is leaned on without a patch, stands in `leaned_on.py`, and is looked for before anything is
 patched.
 
@@ -61,6 +69,7 @@ from specattn_vllm.compat.start import (
     complete_speculation,
     load_backend_member,
     register_backend,
+    serve_metrics,
 )
 from specattn_vllm.compat.worker import (
     add_worker_method,
@@ -72,13 +81,15 @@ from specattn_vllm.compat.worker import (
     prepare_cpu_worker,
     stock_speculator,
     watch_new_requests,
+    watch_steps,
 )
 
 __all__ = [
     "DEFAULT_DRAFT_LENGTH", "SELF_DRAFT_LENGTH", "add_cli_aliases", "add_worker_method", "allow_on_cpu", "apply_all",
     "attach_to_runner", "capture_twice", "check_engine_config", "check_request", "choose_speculator",
     "complete_speculation", "count_rounds", "is_ours", "is_ours_in_part", "is_warm_up", "load_backend_member",
-    "mark_dummy_runs", "prepare_cpu_worker", "register_backend", "stock_speculator", "watch_new_requests",
+    "mark_dummy_runs", "prepare_cpu_worker", "register_backend", "serve_metrics", "stock_speculator",
+    "watch_new_requests", "watch_steps",
 ]  # fmt: skip
 
 
@@ -92,3 +103,4 @@ def apply_all() -> None:
     check_request()
     attach_to_runner()
     add_worker_method()
+    serve_metrics()

@@ -13,6 +13,8 @@ BACKEND_PATH = "specattn_vllm.backend.backend.SpecAttnBackend"
 SKETCH_SPECULATOR_PATH = "specattn_vllm.speculation.sketch_speculator.SketchSpeculator"
 ATTACH_PATH = "specattn_vllm.backend.attach.attach"
 CHECK_PATH = "specattn_vllm.checks.check"
+METRICS_FOLDER_PATH = "specattn_vllm.metrics.snapshot.make_folder"
+METRICS_PATH = "specattn_vllm.metrics.collect.add_to"
 MARK = "_specattn_patched"
 
 

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from typing import TYPE_CHECKING, Any
 
-from specattn_vllm.compat.names import BACKEND_NAME, BACKEND_PATH, CHECK_PATH, MARK, resolve
+from specattn_vllm.compat.names import (
+    BACKEND_NAME,
+    BACKEND_PATH,
+    CHECK_PATH,
+    MARK,
+    METRICS_FOLDER_PATH,
+    METRICS_PATH,
+    is_ours,
+    resolve,
+)
 from specattn_vllm.request import problem
 
 if TYPE_CHECKING:
@@ -95,6 +105,9 @@ def check_engine_config() -> None:
         complete_speculation(self)
         vllm_config = original(self, *args, **kwargs)
         resolve(CHECK_PATH)(vllm_config)
+        if is_ours(vllm_config) and not self.disable_log_stats:
+            # Before any other process of the engine is started.
+            resolve(METRICS_FOLDER_PATH)()
         return vllm_config
 
     setattr(create_engine_config, MARK, True)
@@ -138,3 +151,23 @@ def check_request() -> None:
 
     setattr(verify_args, MARK, True)
     SamplingParams._verify_args = verify_args
+
+
+def serve_metrics() -> None:
+    from vllm.v1.metrics import prometheus
+
+    original = prometheus.get_prometheus_registry
+    if getattr(original, MARK, False):
+        return
+
+    @functools.wraps(original)
+    def get_prometheus_registry():
+        registry = original()
+        resolve(METRICS_PATH)(registry)
+        return registry
+
+    setattr(get_prometheus_registry, MARK, True)
+    prometheus.get_prometheus_registry = get_prometheus_registry
+    # Has the function by name, where it is imported already.
+    if (server := sys.modules.get("vllm.entrypoints.serve.instrumentator.metrics")) is not None:
+        server.get_prometheus_registry = get_prometheus_registry

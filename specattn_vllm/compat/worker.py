@@ -128,6 +128,19 @@ def watch_new_requests(model_state: Any, seen: Callable[[int, Any], None]) -> No
     model_state.add_request = add_request
 
 
+def watch_steps(runner: Any, seen: Callable[[Any], None]) -> None:
+    """Call seen(scheduler output) for each step of a runner as it begins, those without a token included; not for
+    dummies. vLLM runs one without a token once the last request has ended."""
+    original = runner.finish_requests
+
+    @functools.wraps(original)
+    def finish_requests(scheduler_output: Any) -> None:
+        seen(scheduler_output)
+        original(scheduler_output)
+
+    runner.finish_requests = finish_requests
+
+
 def add_worker_method() -> None:
     from vllm.v1.worker.worker_base import WorkerBase
 

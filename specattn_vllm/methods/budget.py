@@ -51,6 +51,10 @@ class ShareOptions(SpecAttnOptions):
         """Whether a fixed share of the context is kept, instead of a share of the attention mass."""
         return True
 
+    @property
+    def amount(self) -> str:
+        return f"ratio={self.ratio:g}"
+
     def crossover(self, executor: str) -> int:
         return super().crossover(executor) if self.crossover_tokens is None else self.crossover_tokens
 
@@ -84,6 +88,10 @@ class BudgetOptions(ShareOptions):
     def fixed_budget(self) -> bool:
         return "top_p" not in self.model_fields_set if self.rule is None else self.rule == "top_k"
 
+    @property
+    def amount(self) -> str:
+        return super().amount if self.fixed_budget else f"top_p={self.top_p:g}"
+
     @model_validator(mode="after")
     def _one_rule_is_meant(self) -> Self:
         if self.rule is None and {"top_p", "ratio"} <= self.model_fields_set:
@@ -107,6 +115,11 @@ class SparseDraftOptions(BudgetOptions):
     @property
     def drafts_sparsely(self) -> bool:
         return self.sparse_draft
+
+    @property
+    def amount(self) -> str:
+        alone = self.kind.lossless and self.draft_ratio is not None
+        return f"ratio={self.draft_ratio:g}" if alone else super().amount
 
     @property
     def goes_with_any_drafter(self) -> bool:

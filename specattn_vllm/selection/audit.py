@@ -179,6 +179,11 @@ class Audit:
         tensors = (self._histogram, self._pairs, self._retained, self._bound, self._largest_bound)
         return AuditTotals(tuple(self.layers), self.num_heads, *(t.to("cpu", copy=True) for t in tensors))
 
+    def totals(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of all layers, on the device: samples by retained mass [BINS] int64, and the sum of their mass. Does not
+        wait."""
+        return self._histogram.sum(0), self._retained.sum()
+
     def line(self) -> str | None:
         """The log line for what was audited since it was last asked for; None if nothing was. Waits for the device."""
         totals = self.read()

@@ -18,6 +18,7 @@ class _Pending:
     verifies: torch.Tensor  # [R] int64 on the device, 1 or 0
     lens: torch.Tensor  # [R] int32, a copy
     context: torch.Tensor  # [R] int32: tokens that were scanned if the row chose
+    on_host: dict[str, int]
 
 
 class StepCounts:
@@ -50,18 +51,21 @@ class StepCounts:
         context = lens - (query_start_loc[1:] - query_start_loc[:-1])
         mask = torch.from_numpy(verifies.astype(np.int64))
         mask = mask.pin_memory().to(seq_lens.device, non_blocking=True) if seq_lens.is_cuda else mask
-        self._pending = _Pending(rows, chooses, mask, lens, context)
-        self.counters.add(
-            verify_rows=number,
-            exact_rows=int((exact & verifies).sum()),
-            small_batch_rows=number if small_batch else 0,
-        )
+        exact_rows = int((exact & verifies).sum())
+        # Counted with the rows that chose: what neither is must never become less.
+        on_host = {
+            "verify_rows": number,
+            "exact_rows": exact_rows,
+            "small_batch_rows": number - exact_rows if small_batch else 0,
+        }
+        self._pending = _Pending(rows, chooses, mask, lens, context, on_host)
 
     def fold(self) -> None:
         """Count the step that is over."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
+        self.counters.add(**pending.on_host)
         layers, _, heads = self._kept.shape
         per_token = layers * heads
         verifies = pending.verifies

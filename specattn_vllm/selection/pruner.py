@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from specattn_vllm.executors import Operations
@@ -85,6 +86,7 @@ class Pruner:
         self,
         *,
         slots: torch.Tensor,
+        slots_cpu: np.ndarray,
         prefilling: torch.Tensor,
         prefilling_cpu: torch.Tensor,
         query_start_loc: torch.Tensor,
@@ -95,8 +97,8 @@ class Pruner:
         """The plan of a step with R rows, None if the first is longer than any verification.
 
         On the device: slots [R] int64, -1 for rows that only fill a graph's batch; prefilling [R] bool, query_start_loc
-        [R+1] int32, seq_lens [R] int32, block_table [R, blocks] int32. On the host: prefilling_cpu [R] bool,
-        query_start_loc_cpu [R+1].
+        [R+1] int32, seq_lens [R] int32, block_table [R, blocks] int32. On the host: slots_cpu [R], the same,
+        prefilling_cpu [R] bool, query_start_loc_cpu [R+1].
         """
         prefix_lens, stored = self.store.take(self.operations, slots, query_start_loc, seq_lens, prefilling)
         rows = self._short_rows(query_start_loc_cpu)
@@ -129,6 +131,8 @@ class Pruner:
         verifies = ~prefilling_cpu[:rows] & (query_start_loc_cpu[1 : rows + 1] > query_start_loc_cpu[:rows])
         if verifying := int(verifies.sum()):
             self._count(verifying, slots, seq_lens, prefilling, prefix_lens, stored, kept)
+            exact, small = self.store.dense_on_purpose(slots_cpu[:rows][verifies.numpy()])
+            self.counters.stage(exact_rows=exact, small_batch_rows=small)
         starts = query_start_loc_cpu[: rows + 1]
         return SparsePlan(
             num_rows=rows,

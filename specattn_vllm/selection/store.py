@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from specattn_vllm.executors import Operations
@@ -45,7 +46,8 @@ class SelectionStore:
         self.prefix_lens = torch.full((slots + 1,), NO_SELECTION, dtype=torch.int32, device=device)
         self.rounds = torch.zeros(slots + 1, dtype=torch.int32, device=device)
         self.exact = torch.zeros(slots + 1, dtype=torch.bool, device=device)
-        self._exact_on_host = [False] * slots
+        self._exact_on_host = np.zeros(slots, dtype=bool)
+        self._aside_on_host = np.zeros(slots, dtype=bool)
 
     @property
     def nbytes(self) -> int:
@@ -59,6 +61,17 @@ class SelectionStore:
         if self.audited:
             # What an audit found was the slot's last request, or this one before it was preempted.
             self.rounds[slot].fill_(0)
+
+    def step_aside(self, slots: np.ndarray, aside: bool) -> None:
+        """A round stores nothing for requests in slots [R], because their batch is small, or stores something again. On
+        the host alone, to say why a row is dense."""
+        self._aside_on_host[slots] = aside
+
+    def dense_on_purpose(self, slots: np.ndarray) -> tuple[int, int]:
+        """How many of the requests in slots [R] have no selection because they asked for exactness, and how many others
+        because their batch was small. On the host alone."""
+        exact = self._exact_on_host[slots]
+        return int(exact.sum()), int((self._aside_on_host[slots] & ~exact).sum())
 
     def read_everything(self, slots: torch.Tensor, which: torch.Tensor, verifications: int) -> None:
         """Requests in slots [R] int64 for which `which` [R] bool find no selection in so many verifications, counted

@@ -10,7 +10,8 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from specattn_vllm import compat, executors
 from specattn_vllm.executors import Operations
 from specattn_vllm.options import SpecAttnOptions
-from specattn_vllm.stats import Counters, Reporter
+from specattn_vllm.reporter import Reporter
+from specattn_vllm.stats import Counters
 
 
 def count_round(counters: Counters, operations: Operations, batch: Any, num_sampled: torch.Tensor) -> None:
@@ -36,13 +37,12 @@ def watch_drafter(runner: Any, options: SpecAttnOptions) -> None:
     config = runner.vllm_config
     operations = executors.of_engine(options, runner.device, config.model_config.dtype)
     counters = Counters(runner.device)
-    reporter = Reporter(counters, options.stats_interval_s)
+    reporter = Reporter(counters, options.stats_interval_s, logs=config.parallel_config.rank == 0)
     served = False
 
     def count(batch: Any, sampled: torch.Tensor) -> None:
         count_round(counters, operations, batch, sampled)
-        if config.parallel_config.rank == 0:
-            reporter.tick()
+        reporter.tick()
 
     def enter(slot: int, request: Any) -> None:
         nonlocal served
@@ -53,4 +53,4 @@ def watch_drafter(runner: Any, options: SpecAttnOptions) -> None:
 
     compat.count_rounds(runner, count)
     compat.watch_new_requests(runner.model_state, enter)
-    runner.specattn_counters = counters
+    runner.specattn_counters, runner.specattn_reporter = counters, reporter

@@ -14,9 +14,10 @@ from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from specattn_vllm import compat, executors
 from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.reporter import Reporter
 from specattn_vllm.speculation.counting import count_round
 from specattn_vllm.speculation.graphs import RoundGraphs, RoundInputs
-from specattn_vllm.stats import Counters, Reporter
+from specattn_vllm.stats import Counters
 
 
 class RoundMode(Enum):
@@ -59,7 +60,8 @@ class RoundSpeculator(compat.stock_speculator()):
         alone = self.options.chooses_by_itself and not self.options.drafts_by_sketch
         self.crossover_tokens = 0 if alone else self.options.crossover(self.operations.name)
         self.counters = Counters(device)
-        self.reporter = Reporter(self.counters, self.options.stats_interval_s)
+        first = vllm_config.parallel_config.rank == 0
+        self.reporter = Reporter(self.counters, self.options.stats_interval_s, logs=first)
         self.selection: Any = None
 
     def _round(self, batch: InputBatch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states,
@@ -74,6 +76,9 @@ class RoundSpeculator(compat.stock_speculator()):
 
     def _step_aside(self, batch: InputBatch) -> None:
         """Called before a round of a batch that is small: the target is to read everything."""
+
+    def _step_in(self, batch: InputBatch) -> None:
+        """Called before any other round that is recorded."""
 
     def _modes(self) -> list[RoundMode]:
         """The modes in which this engine's rounds run."""
@@ -92,6 +97,7 @@ class RoundSpeculator(compat.stock_speculator()):
         if self.selection is None:
             return RoundMode.PLAIN
         if not self._too_small(batch):
+            self._step_in(batch)
             return RoundMode.RECORDING
         self._step_aside(batch)
         return self._mode_of_small
@@ -160,5 +166,4 @@ class RoundSpeculator(compat.stock_speculator()):
     def _count(self, input_batch, num_sampled: torch.Tensor) -> None:
         self.counters.commit()
         count_round(self.counters, self.operations, input_batch, num_sampled)
-        if self.vllm_config.parallel_config.rank == 0:
-            self.reporter.tick()
+        self.reporter.tick()

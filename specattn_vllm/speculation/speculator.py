@@ -71,6 +71,10 @@ class SpecAttnSpeculator(RoundSpeculator):
 
     def _step_aside(self, batch: InputBatch) -> None:
         self.selection.store.clear(batch.idx_mapping)
+        self.selection.store.step_aside(batch.idx_mapping_np, True)
+
+    def _step_in(self, batch: InputBatch) -> None:
+        self.selection.store.step_aside(batch.idx_mapping_np, False)
 
     def _round(self, batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args,
                mode: RoundMode, **kwargs) -> torch.Tensor:  # fmt: skip

@@ -44,6 +44,10 @@ def test_exact_ones_equal_plain_decoding_and_the_others_are_pruned(more, plain, 
     seen = counts(llm)
     assert 0 < seen.sparse_rows < seen.verify_rows
     assert seen.stale_rows == 0
+    # Told apart from rows without a selection that were to have one.
+    dense = {name: rows for name, rows in audit.dense_rows.items() if name.split("-")[0] in "025"}
+    assert seen.exact_rows == sum(dense.values()) > 0
+    assert seen.no_selection_rows == sum(audit.dense_rows.values())
 
 
 def test_an_exact_request_that_is_preempted_stays_exact(plain, small_pool, engine, prompts, audit):

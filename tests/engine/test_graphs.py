@@ -206,11 +206,15 @@ def test_no_step_waits_for_the_device(options, engine, greedy, prompts, monkeypa
     import specattn_vllm
     from specattn_vllm import kernels
     from specattn_vllm.backend.builder import SpecAttnMetadataBuilder
+    from specattn_vllm.metrics import snapshot
     from specattn_vllm.speculation.rounds import RoundSpeculator
     from specattn_vllm.speculation.speculator import SpecAttnSpeculator
 
     folders = [folder for package in (specattn_vllm, kernels) for folder in package.__path__]
-    llm = engine(options, **GRAPHS)
+    # Totals are read and published in each step, not once a second.
+    monkeypatch.setattr("specattn_vllm.reporter.PUBLISH_S", 0.0)
+    monkeypatch.delenv(snapshot.FOLDER, raising=False)
+    llm = engine({**options, "stats_interval_s": 0.001}, disable_log_stats=False, **GRAPHS)
     lengths = [*LENGTHS, 333, 90, 1700]
     greedy(llm, prompts(lengths), NEW_TOKENS)  # what is compiled and allocated once
     calls = {"propose": 0, "build": 0}
@@ -243,6 +247,8 @@ def test_no_step_waits_for_the_device(options, engine, greedy, prompts, monkeypa
         torch.cuda.set_sync_debug_mode("default")
         assert any("synchroniz" in str(w.message) for w in seen), "what this test looks for would not be seen"
     assert min(calls.values()) > 10
+    [published] = snapshot.read_all(snapshot.folder())
+    assert published.counts.rounds > 0
     assert not ours, sorted({*ours})
 
 

@@ -135,11 +135,14 @@ def test_replayed_rounds_select_nothing_for_exact_requests(engine, prompts, audi
 def test_below_the_crossover_everything_is_read(engine, greedy, prompts, counts, audit):
     llm = engine({"top_p": 0.8, "crossover_tokens": 2000})
     greedy(llm, prompts([900]), 12)
-    assert counts(llm).sparse_rows == 0
+    alone = counts(llm)
+    assert alone.sparse_rows == 0
     assert audit.sparse_rows == {}
+    assert alone.small_batch_rows == alone.no_selection_rows == alone.verify_rows > 0
     greedy(llm, prompts([900, 800, 700, 600]), 12)
     seen = counts(llm)
     assert 0 < seen.sparse_rows < seen.verify_rows
+    assert seen.unselected_rows == 0
 
 
 def test_tokens_of_rounds_that_choose_nothing_are_known_later(engine, prompts, audit):

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
@@ -87,6 +88,7 @@ class Setup:
         prefilling = torch.tensor([row.prefilling for row in rows])
         plan = self.pruner.prune(
             slots=torch.tensor([row.slot for row in rows]),
+            slots_cpu=np.array([row.slot for row in rows]),
             prefilling=prefilling.clone(),
             prefilling_cpu=prefilling,
             query_start_loc=starts,
@@ -283,6 +285,21 @@ def test_the_counters_equal_numbers_worked_out_by_hand(setup):
     )
     assert setup.counters.read().kv_read == 240
     assert setup.counters.read().kv_full == 280
+
+
+def test_rows_that_are_dense_on_purpose_are_counted_apart(setup):
+    """On the host: nothing was selected for them, whatever their slots held."""
+    setup.store.hold(0, exact=True)
+    setup.store.step_aside(np.array([0, 1, 3]), True)
+    setup.select(2, 9, {0}, {1})
+    setup.prune(Row(0, 9), Row(1, 8, query=2), Row(2, 9, query=1), Row(3, 9, prefilling=True), Row(FILL, 0, query=0))
+    counts = setup.counters.read()
+    assert (counts.verify_rows, counts.sparse_rows, counts.no_selection_rows) == (3, 1, 2)
+    assert (counts.exact_rows, counts.small_batch_rows, counts.unselected_rows) == (1, 1, 0)
+    setup.store.step_aside(np.array([1]), False)
+    setup.prune(Row(1, 8, query=2))
+    counts = setup.counters.read()
+    assert (counts.exact_rows, counts.small_batch_rows, counts.unselected_rows) == (1, 1, 1)
 
 
 def test_the_counters_add_up_over_steps(setup):

@@ -102,6 +102,8 @@ def test_a_step_in_which_no_row_chooses_is_searched_by_none(announce, target):
     assert announce([500, 205], [5, 5], [False, False]) == [None] * 3
     announce([500, 205], [5, 5], [True, False])
     assert not target.chooses, "a prompt beside an exact request"
+    before = target.chooser.counts.counters.read()
+    assert before.verify_rows - before.sparse_rows == before.small_batch_rows + before.exact_rows, "half of a step"
     target.chooser.counts.fold()
     seen, heads = target.chooser.counts.counters.read(), SHAPE.layers * SHAPE.num_kv_heads
     assert (seen.small_batch_rows, seen.exact_rows) == (2, 3)

@@ -74,6 +74,7 @@ def batch(*lens: int, drafts: list[int] | None = None, prefilling: list[bool] | 
         # Bounds, and longer than the batch where a graph pads it.
         seq_lens_cpu_upper_bound=torch.tensor([*lens, 10**6], dtype=torch.int32),
         idx_mapping=torch.arange(3, 3 - len(lens), -1),
+        idx_mapping_np=np.arange(3, 3 - len(lens), -1),
         num_draft_tokens_per_req=None if drafts is None else np.array(drafts, dtype=np.int32),
         is_prefilling_np=np.array(prefilling or [False] * len(lens)),
     )
@@ -92,6 +93,10 @@ def test_a_batch_below_the_crossover_leaves_nothing_behind(speculator, tokens, r
     assert speculator.rounds == [recorded]
     # What it had is forgotten: the next verification reads everything. Others keep theirs.
     assert speculator.selection.store.prefix_lens[:REQUESTS].tolist() == [7, 7, *([7, 7] if recorded else [-1, -1])]
+    assert speculator.selection.store.dense_on_purpose(np.arange(REQUESTS)) == (0, 0 if recorded else 2)
+    speculator.crossover_tokens = 0
+    propose(speculator, batch(60, 40))
+    assert speculator.selection.store.dense_on_purpose(np.arange(REQUESTS)) == (0, 0)
 
 
 def test_without_a_selection_nothing_is_recorded(speculator):

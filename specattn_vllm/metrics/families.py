@@ -1,0 +1,128 @@
+"""The metrics, one by one: name, kind, what it says, and how it is made of a snapshot.
+
+What an engine does not count has no series: a zero would say that it was counted. docs/metrics.md has the same table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from specattn_vllm.metrics.snapshot import Snapshot
+
+Values = Mapping[tuple[str, ...], float]
+INFO = ("method", "lossless", "budget", "executor", "version", "vllm", "model_name")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One metric. `labels` stand behind `engine`, and behind `rank` where there is one."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    text: str
+    labels: tuple[str, ...]
+    values: Callable[[Snapshot], Values]
+    """Label values -> value. Of a histogram: upper bounds -> how many up to them, as text."""
+    every_rank: bool = False
+    """Whether ranks differ, because each holds KV heads of its own. Else the first one's is the engine's."""
+
+    @property
+    def all_labels(self) -> tuple[str, ...]:
+        return ("engine", *(("rank",) if self.every_rank else ()), *self.labels)
+
+
+def _rounds(found: Snapshot, value: int) -> Values:
+    return {(): value} if found.drafts else {}
+
+
+def _rows(found: Snapshot) -> Values:
+    counts = found.counts
+    if found.rows == "everything":
+        return {}
+    kinds = {
+        "sparse": counts.sparse_rows,
+        "dense": counts.verify_rows - counts.sparse_rows,
+        "prefill": counts.prefill_rows,
+    }
+    return {(kind,): value for kind, value in kinds.items()}
+
+
+def _dense_rows(found: Snapshot) -> Values:
+    counts = found.counts
+    if found.rows == "everything":
+        return {}
+    reasons = {"exact": counts.exact_rows, "small batch": counts.small_batch_rows}
+    if found.rows == "own choice":
+        reasons["short context"] = counts.verify_rows - counts.sparse_rows - sum(reasons.values())
+    else:
+        reasons |= {
+            "no selection": counts.unselected_rows,
+            "stale": counts.stale_rows,
+            "refresh": counts.refresh_rows,
+            "audit": counts.audit_rows,
+        }
+    return {(reason,): value for reason, value in reasons.items()}
+
+
+def _entries(found: Snapshot, what: str) -> dict[str, int]:
+    prefixes = {"verification": "", "drafting": "draft_"}
+    return {by: getattr(found.counts, f"{prefixes[by]}kv_{what}") for by in found.caches}
+
+
+def _by(values: Mapping[str, float]) -> Values:
+    return {(by,): value for by, value in values.items()}
+
+
+def _searched(found: Snapshot) -> Values:
+    return _by({by: n for by, n in _entries(found, "scanned").items() if found.caches[by].code})
+
+
+def _bytes_read(found: Snapshot) -> Values:
+    read, scanned, sampled = (_entries(found, what) for what in ("read", "scanned", "sampled"))
+    return _by({
+        by: read[by] * cache.entry + (scanned[by] + sampled[by]) * cache.code for by, cache in found.caches.items()
+    })  # fmt: skip
+
+
+def _bytes_present(found: Snapshot) -> Values:
+    return _by({by: n * found.caches[by].entry for by, n in _entries(found, "full").items()})
+
+
+def _audited(found: Snapshot) -> Values:
+    return {} if found.audited is None else {(f"{edge:g}",): n for edge, n in found.audited.buckets}
+
+
+FAMILIES = (
+    Family("specattn:info", "gauge", "What serves: always 1, the labels say it.", INFO,
+           lambda found: {tuple(found.info[label] for label in INFO): 1}),
+    Family("specattn:rounds_total", "counter", "Verifications of drafts: one request in one step.", (),
+           lambda found: _rounds(found, found.counts.rounds)),
+    Family("specattn:sampled_tokens_total", "counter",
+           "Tokens that verifications gave; over rounds, the acceptance length.", (),
+           lambda found: _rounds(found, found.counts.sampled_tokens)),
+    Family("specattn:rows_total", "counter",
+           "Requests in steps of the target: past their prompt, and read a part (sparse) or all (dense) of their KV "
+           "cache, or inside their prompt (prefill).", ("kind",), _rows),
+    Family("specattn:dense_rows_total", "counter", "Rows of kind dense by why they read all of their KV cache.",
+           ("reason",), _dense_rows),
+    Family("specattn:kv_entries_read_total", "counter",
+           "Entries of the KV cache, one for each token, KV head and layer, that were read.", ("by",),
+           lambda found: _by(_entries(found, "read")), every_rank=True),
+    Family("specattn:kv_entries_present_total", "counter",
+           "Entries of the KV cache that would have been read without a selection.", ("by",),
+           lambda found: _by(_entries(found, "full")), every_rank=True),
+    Family("specattn:kv_entries_searched_total", "counter",
+           "Entries of the KV cache whose sketch was searched to choose what is read.", ("by",), _searched,
+           every_rank=True),
+    Family("specattn:kv_bytes_read_total", "counter",
+           "Bytes of the KV cache that were read, with the sketches that were searched and sampled.", ("by",),
+           _bytes_read, every_rank=True),
+    Family("specattn:kv_bytes_present_total", "counter",
+           "Bytes of the KV cache that would have been read without a selection.", ("by",), _bytes_present,
+           every_rank=True),
+    Family("specattn:audit_retained_mass", "histogram",
+           "Share of a query head's attention that the selection held, in the pairs of layer and request that were "
+           "audited.", (), _audited, every_rank=True),
+)  # fmt: skip

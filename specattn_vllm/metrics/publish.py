@@ -1,0 +1,138 @@
+"""In a worker: writes what it counted where servers look for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllm.config import get_layers_from_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+import specattn_vllm
+from specattn_vllm import compat, executors
+from specattn_vllm.metrics import snapshot
+from specattn_vllm.metrics.snapshot import Audited, Cache, Snapshot
+from specattn_vllm.selection.audit_report import lower_edge
+
+if TYPE_CHECKING:
+    import torch
+
+    from specattn_vllm.options import SpecAttnOptions
+    from specattn_vllm.reporter import Reporter
+    from specattn_vllm.stats import Counts
+
+logger = init_logger("vllm.specattn")
+
+EDGES = (16, 32, 40, 48, 52, 56, 58, 60, 61, 62, 63, 64)
+"""Bins of an audit up to which the histogram of the metrics counts."""
+
+
+class Publisher:
+    """One worker's file. It never stops the engine: what cannot be written is said once."""
+
+    def __init__(self, folder: Path, blank: Snapshot) -> None:
+        self.folder = folder
+        self.blank = blank
+        self._failed = False
+
+    def write(self, counts: Counts, beside: Sequence[torch.Tensor]) -> None:
+        """`Reporter.publish`."""
+        self._put(replace(self.blank, counts=counts, audited=audited(*beside) if beside else None))
+
+    def write_blank(self) -> None:
+        """What serves, before anything was counted."""
+        self._put(self.blank)
+
+    def _put(self, found: Snapshot) -> None:
+        try:
+            found.write(self.folder)
+        except OSError as error:
+            if not self._failed:
+                logger.warning("specattn: metrics cannot be published in %s: %s", self.folder, error)
+            self._failed = True
+
+
+def audited(histogram: torch.Tensor, total: torch.Tensor) -> Audited:
+    """From the totals of an audit on the host (`Audit.totals`): histogram [BINS], and the sum of its samples."""
+    up_to = histogram.cumsum(0).tolist()
+    return Audited([(round(lower_edge(edge), 4), up_to[edge - 1]) for edge in EDGES], float(total))
+
+
+def start(runner: Any, options: SpecAttnOptions) -> None:
+    """Publish what vLLM's model runner counts, once its models are loaded and our parts are made. What steps of vLLM's
+    own count is not published: it begins with the first request."""
+    folder = snapshot.folder()
+    if folder is None:
+        return
+    publisher = Publisher(folder, blank(runner, options))
+    publisher.write_blank()
+    reporter: Reporter | None = getattr(runner.speculator, "reporter", None)
+    reporter = reporter or getattr(runner, "specattn_reporter", None)
+    if reporter is None:
+        return
+    audit, chooser = getattr(runner.speculator, "audit", None), getattr(runner, "specattn_chooser", None)
+    if audit is not None:
+        reporter.beside = audit.totals
+    if chooser is not None:
+        reporter.fold = chooser.counts.fold
+
+    def step(scheduled: Any) -> None:
+        if reporter.publish is None:
+            if any(not compat.is_warm_up(request) for request in scheduled.scheduled_new_reqs):
+                reporter.publish = publisher.write
+        elif not scheduled.total_num_scheduled_tokens:
+            reporter.idle()
+
+    compat.watch_steps(runner, step)
+
+
+def blank(runner: Any, options: SpecAttnOptions) -> Snapshot:
+    """What a worker is, with nothing counted."""
+    import vllm
+
+    config = runner.vllm_config
+    caches = _caches(runner, options)
+    operations = executors.of_engine(options, runner.device, config.model_config.dtype)
+    served = config.model_config.served_model_name
+    return Snapshot(
+        engine=config.parallel_config.data_parallel_index,
+        rank=config.parallel_config.rank,
+        pid=os.getpid(),
+        info={
+            "method": options.method,
+            "lossless": str(options.kind.lossless).lower(),
+            "budget": options.amount if caches else "everything",
+            "executor": operations.label or operations.name,
+            "version": specattn_vllm.__version__,
+            "vllm": vllm.__version__,
+            "model_name": served if isinstance(served, str) else served[0],
+        },
+        rows=options.kind.target_reads,
+        drafts=runner.speculator is not None,
+        caches=caches,
+    )
+
+
+def _caches(runner: Any, options: SpecAttnOptions) -> dict[str, Cache]:
+    """Where a part is read, what an entry is worth. A cache in another type than the model's is refused at start-up."""
+    layers = get_layers_from_vllm_config(runner.vllm_config, AttentionLayerBase)
+    drafters = getattr(runner.speculator, "draft_attn_layer_names", None) or set()
+    target = next(layer for name, layer in layers.items() if name not in drafters)
+    draft = next((layer for name, layer in layers.items() if name in drafters), target)
+    element = runner.vllm_config.model_config.dtype.itemsize
+
+    def cache(layer: Any, sketch: Any) -> Cache:
+        layout = getattr(sketch, "layout", None)
+        return Cache(2 * layer.impl.head_size * element, layout.token_bytes if layout is not None else 0)
+
+    found = {}
+    if not options.kind.lossless:
+        found["verification"] = cache(target, getattr(runner, "specattn_chooser", None))
+    selection = getattr(runner.speculator, "selection", None)
+    if selection is not None and (options.drafts_for_itself or options.drafts_sparsely):
+        found["drafting"] = cache(draft, getattr(selection, "sketch", None))
+    return found

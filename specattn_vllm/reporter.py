@@ -1,0 +1,109 @@
+"""The line a minute in the log, and when totals are handed on to be published. Nothing here waits for the device."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from specattn_vllm.stats import Counters, Counts, Reading
+
+if TYPE_CHECKING:
+    import torch
+
+# A child of vLLM's logger, so that its handler and its level apply.
+logger = logging.getLogger("vllm.specattn")
+
+PUBLISH_S = 1.0
+"""Seconds between two publications, at least."""
+RETRY_S = 0.1
+
+
+class Reporter:
+    """Logs one line per interval in which anything was verified, and publishes totals while requests run.
+
+    Called once a step, and when no request is left. A step begins a reading of the totals, and one of those that follow
+    finds it there. Where none follows, because the engine is idle, a timer looks for it.
+    """
+
+    def __init__(self, counters: Counters, interval_s: float, logs: bool = True) -> None:
+        self.counters = counters
+        self.interval_s = interval_s
+        self.logs = logs
+        self.more: list[Callable[[], str | None]] = []
+        """Asked for a further line whenever one is due."""
+        self.publish: Callable[[Counts, list[torch.Tensor]], None] | None = None
+        """Given the totals, and what is read beside them. Set once there are requests."""
+        self.beside: Callable[[], Sequence[torch.Tensor]] = tuple
+        """Tensors on the device to read with the totals."""
+        self.fold: Callable[[], None] = lambda: None
+        """Counts the last step, where that is only done when another begins."""
+        self._since = self._published = time.monotonic()
+        self._last = Counts()
+        self._reading: Reading | None = None
+        self._begun = self._since
+        self._trailing: Reading | None = None
+        self._timer: threading.Timer | None = None
+        self._lock = threading.Lock()
+
+    def tick(self) -> None:
+        """Called once a step."""
+        now = time.monotonic()
+        with self._lock:
+            self._trailing = None
+            if self._reading is None:
+                line = self.logs and now - self._since >= self.interval_s
+                if not line and (self.publish is None or now - self._published < PUBLISH_S):
+                    return
+                self._reading, self._begun = self._read(), now
+            if not self._reading.ready():
+                return
+            reading, self._reading = self._reading, None
+            counts = reading.counts()
+            if self.publish is not None:
+                self._hand_on(reading, counts)
+        if self.logs and self._begun - self._since >= self.interval_s:
+            self._log(counts, self._begun)
+
+    def idle(self) -> None:
+        """Called when no request is left: what was counted since the last publication follows in time."""
+        if self.publish is None:
+            return
+        self.fold()
+        with self._lock:
+            self._reading, self._trailing = None, self._read()
+            if self._timer is None:
+                self._start_timer(self._published + PUBLISH_S - time.monotonic())
+
+    def _read(self) -> Reading:
+        return self.counters.begin_read(() if self.publish is None else self.beside())
+
+    def _hand_on(self, reading: Reading, counts: Counts) -> None:
+        self.publish(counts, reading.beside())
+        self._published = time.monotonic()
+
+    def _start_timer(self, seconds: float) -> None:
+        self._timer = threading.Timer(max(seconds, 0.0), self._flush)
+        self._timer.daemon = True
+        self._timer.start()
+
+    def _flush(self) -> None:
+        with self._lock:
+            self._timer, reading = None, self._trailing
+            if reading is None:
+                return  # steps go on, and publish themselves
+            if not reading.ready():
+                return self._start_timer(RETRY_S)
+            self._trailing = None
+            self._hand_on(reading, reading.counts())
+
+    def _log(self, counts: Counts, now: float) -> None:
+        new = counts - self._last
+        if new.rounds or new.verify_rows:
+            logger.info(new.line(now - self._since))
+        for further in self.more:
+            if line := further():
+                logger.info(line)
+        self._since, self._last = now, counts

@@ -1,0 +1,306 @@
+"""What a worker publishes, and what a server makes of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from types import SimpleNamespace
+
+import pytest
+import torch
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.parser import text_string_to_metric_families
+from vllm.v1.metrics import prometheus
+
+from specattn_vllm import compat
+from specattn_vllm.evaluation import scan
+from specattn_vllm.kernels.sketch.layout import SketchLayout
+from specattn_vllm.metrics import collect, publish, snapshot
+from specattn_vllm.metrics.families import FAMILIES, INFO
+from specattn_vllm.metrics.snapshot import Audited, Cache, Snapshot
+from specattn_vllm.reporter import Reporter
+from specattn_vllm.selection.audit_report import BINS, lower_edge
+from specattn_vllm.stats import Counters, Counts
+
+COUNTS = Counts(*(1000 * (i + 1) for i in range(len(fields(Counts)))))
+CACHES = {"verification": Cache(512, 34), "drafting": Cache(256)}
+
+
+def made(**given) -> Snapshot:
+    info = {label: f"a {label}" for label in INFO}
+    return Snapshot(**{
+        "engine": 0, "rank": 0, "pid": os.getpid(), "info": info, "rows": "own choice", "drafts": True,
+        "caches": CACHES, "counts": COUNTS, **given,
+    })  # fmt: skip
+
+
+@pytest.fixture
+def served(tmp_path):
+    """served(*snapshots) -> {(name, labels without engine): value} of what is scraped."""
+
+    def scrape(*found: Snapshot) -> dict:
+        for one in found:
+            one.write(tmp_path)
+        registry = CollectorRegistry()
+        registry.register(collect.SnapshotCollector(tmp_path))
+        text = generate_latest(registry).decode()
+        return {
+            (sample.name, *sorted((k, v) for k, v in sample.labels.items() if k != "engine")): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+    return scrape
+
+
+def test_a_snapshot_is_written_whole_and_read_as_it_was(tmp_path):
+    found = made(audited=Audited([(0.75, 3), (1.0, 9)], 7.5))
+    found.write(tmp_path)
+    found.write(tmp_path)
+    assert [p.suffix for p in tmp_path.iterdir()] == [".json"]
+    assert snapshot.read_all(tmp_path) == [found]
+
+
+def test_files_of_others_and_of_workers_that_are_gone_are_passed_over(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    made(pid=gone.pid).write(tmp_path)
+    (tmp_path / "half.json").write_text('{"engine": 0')
+    (tmp_path / "other.json").write_text('{"engine": 0}')
+    (tmp_path / "list.json").write_text("[]")
+    assert snapshot.read_all(tmp_path) == []
+    assert snapshot.read_all(tmp_path / "nowhere") == []
+
+
+def test_a_folder_is_made_once_and_goes_with_the_process_that_made_it(tmp_path):
+    program = (
+        "import os\n"
+        "from specattn_vllm.metrics import snapshot\n"
+        "assert snapshot.folder() is None\n"
+        "snapshot.make_folder(); first = snapshot.folder(); snapshot.make_folder()\n"
+        "assert first == snapshot.folder() and first.is_dir()\n"
+        "if (child := os.fork()) == 0: raise SystemExit\n"
+        "os.waitpid(child, 0)\n"
+        "assert first.is_dir(), 'a child took it away'\n"
+        "print(first)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != snapshot.FOLDER} | {"TMPDIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(str(tmp_path)) and not list(tmp_path.iterdir())
+
+
+def test_each_count_has_its_series(served):
+    seen = served(made())
+    c = COUNTS
+    assert seen["specattn:rounds_total",] == c.rounds
+    assert seen["specattn:sampled_tokens_total",] == c.sampled_tokens
+    kinds = {"sparse": c.sparse_rows, "dense": c.verify_rows - c.sparse_rows, "prefill": c.prefill_rows}
+    assert {kind: seen["specattn:rows_total", ("kind", kind)] for kind in kinds} == kinds
+    verification, drafting = (("by", by) for by in CACHES)
+    rank = ("rank", "0")
+    assert seen["specattn:kv_entries_read_total", verification, rank] == c.kv_read
+    assert seen["specattn:kv_entries_read_total", drafting, rank] == c.draft_kv_read
+    assert seen["specattn:kv_entries_present_total", verification, rank] == c.kv_full
+    assert seen["specattn:kv_entries_present_total", drafting, rank] == c.draft_kv_full
+    assert seen["specattn:kv_entries_searched_total", verification, rank] == c.kv_scanned
+    assert ("specattn:kv_entries_searched_total", drafting, rank) not in seen, "nothing is searched there"
+    searched = 34 * (c.kv_scanned + c.kv_sampled)
+    assert seen["specattn:kv_bytes_read_total", verification, rank] == 512 * c.kv_read + searched
+    assert seen["specattn:kv_bytes_read_total", drafting, rank] == 256 * c.draft_kv_read
+    assert seen["specattn:kv_bytes_present_total", verification, rank] == 512 * c.kv_full
+    assert seen["specattn:info", *sorted((label, f"a {label}") for label in INFO)] == 1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_bytes_are_those_of_evaluations(served, bits):
+    """In 16 bits; docs/evaluation.md has the formula."""
+    layout = SketchLayout(heads=2, block_size=16, head_size=64, bits=bits, element_size=2)
+    seen = served(made(caches={"verification": Cache(layout.kv_bytes, layout.token_bytes)}))
+    read, there = (seen[f"specattn:kv_bytes_{what}_total", ("by", "verification"), ("rank", "0")]
+                   for what in ("read", "present"))  # fmt: skip
+    assert read / there == pytest.approx(scan.byte_fraction(COUNTS, scan.of_sketch(bits, 64)))
+
+
+def reasons(seen: dict) -> dict[str, float]:
+    return {key[1][1]: value for key, value in seen.items() if key[0] == "specattn:dense_rows_total"}
+
+
+def test_reasons_of_dense_rows_add_up_to_them(served):
+    own = Counts(verify_rows=20, sparse_rows=11, exact_rows=2, small_batch_rows=3)
+    seen = served(made(counts=own))
+    assert reasons(seen) == {"exact": 2, "small batch": 3, "short context": 4}
+    by_draft = Counts(
+        verify_rows=20, sparse_rows=4, no_selection_rows=9, exact_rows=2, small_batch_rows=3, stale_rows=1,
+        refresh_rows=5, audit_rows=1,
+    )  # fmt: skip
+    seen = served(made(rows="draft's choice", counts=by_draft))
+    assert reasons(seen) == {
+        "exact": 2, "small batch": 3, "no selection": 4, "stale": 1, "refresh": 5, "audit": 1,
+    }  # fmt: skip
+    assert sum(reasons(seen).values()) == seen["specattn:rows_total", ("kind", "dense")]
+
+
+def test_what_is_not_counted_has_no_series(served):
+    seen = served(made(rows="everything", drafts=False, caches={}))
+    assert {key[0] for key in seen} == {"specattn:info"}
+
+
+def test_ranks_share_rounds_and_rows_and_have_entries_of_their_own(served):
+    halves = [Counts(rounds=7, kv_read=10 * (rank + 1), kv_full=100) for rank in range(2)]
+    seen = served(*(made(rank=rank, counts=counts) for rank, counts in enumerate(halves)))
+    assert seen["specattn:rounds_total",] == 7
+    by = ("by", "verification")
+    assert [seen["specattn:kv_entries_read_total", by, ("rank", r)] for r in "01"] == [10, 20]
+    assert sum(key[0] == "specattn:rows_total" for key in seen) == 3
+
+
+def test_data_parallel_engines_are_told_apart(tmp_path):
+    for engine in range(2):
+        made(engine=engine, counts=Counts(rounds=engine + 1)).write(tmp_path)
+    [family] = [m for m in collect.SnapshotCollector(tmp_path).collect() if m.name == "specattn:rounds"]
+    assert {sample.labels["engine"]: sample.value for sample in family.samples} == {"0": 1, "1": 2}
+
+
+def test_retained_mass_is_a_histogram(served):
+    histogram = torch.zeros(BINS, dtype=torch.int64)
+    histogram[[10, 50, 63]] = torch.tensor([1, 2, 5])
+    audited = publish.audited(histogram, torch.tensor(6.5, dtype=torch.float64))
+    assert audited.buckets[-1] == (1.0, 8)
+    seen = served(made(audited=audited))
+    name, rank = "specattn:audit_retained_mass", ("rank", "0")
+    assert (seen[name + "_count", rank], seen[name + "_sum", rank]) == (8, 6.5)
+    below = {float(dict(key[1:])["le"]): n for key, n in seen.items() if key[0] == name + "_bucket"}
+    assert below[round(lower_edge(48), 4)] == 1
+    assert below[round(lower_edge(52), 4)] == 3
+    assert list(below.values()) == sorted(below.values())
+
+
+def test_names_and_texts_are_those_of_prometheus():
+    for family in FAMILIES:
+        assert family.name.startswith("specattn:")
+        assert family.name.endswith("_total") == (family.kind == "counter")
+        assert family.text.endswith(".") and len(family.text) < 150
+
+
+# The registries of vLLM
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv(snapshot.FOLDER, str(tmp_path))
+    return tmp_path
+
+
+def scraped(registry) -> str:
+    return generate_latest(registry).decode()
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one server", "several servers"])
+def test_the_registry_behind_metrics_has_ours_once(several, folder, monkeypatch, tmp_path_factory):
+    compat.serve_metrics()
+    compat.serve_metrics()
+    monkeypatch.setattr(prometheus, "REGISTRY", CollectorRegistry())
+    monkeypatch.setattr(MultiProcessCollector, "collect", MultiProcessCollector.collect)  # as it was, afterwards
+    if several:
+        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path_factory.mktemp("theirs")))
+    else:
+        monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    registry = prometheus.get_prometheus_registry()
+    if not several:
+        assert prometheus.get_prometheus_registry() is registry
+    assert scraped(registry) == ""
+    made().write(folder)
+    if several:
+        # What answers makes a registry of its own.
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)
+        prometheus.get_prometheus_registry()
+    assert scraped(registry).count("# HELP specattn:rounds_total") == 1
+
+
+def test_without_our_backend_the_registry_is_as_it_was(monkeypatch):
+    monkeypatch.delenv(snapshot.FOLDER, raising=False)
+    registry = CollectorRegistry()
+    monkeypatch.setattr(prometheus, "REGISTRY", registry)
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    compat.serve_metrics()
+    assert prometheus.get_prometheus_registry() is registry
+    assert not list(registry.collect())
+
+
+def test_a_server_that_has_the_function_by_name_gets_ours():
+    from vllm.entrypoints.serve.instrumentator import metrics as server
+
+    compat.serve_metrics()
+    assert server.get_prometheus_registry is prometheus.get_prometheus_registry
+
+
+# A worker
+
+
+def step(tokens: int, *requests: str) -> SimpleNamespace:
+    new = [SimpleNamespace(req_id=name) for name in requests]
+    return SimpleNamespace(scheduled_new_reqs=new, total_num_scheduled_tokens=tokens)
+
+
+@pytest.fixture
+def worker(folder, monkeypatch):
+    """A model runner as `publish.start` leaves it, and its reporter."""
+    monkeypatch.setattr(publish, "blank", lambda runner, options: made(counts=Counts()))
+    counters = Counters(torch.device("cpu"))
+    runner = SimpleNamespace(
+        speculator=SimpleNamespace(reporter=Reporter(counters, 60)), steps=[], finish_requests=lambda step: None
+    )
+    runner.reporter, runner.counters = runner.speculator.reporter, counters
+    publish.start(runner, None)
+    return runner
+
+
+def test_a_worker_is_seen_before_it_counts_and_counts_from_the_first_request_on(worker, folder, monkeypatch):
+    monkeypatch.setattr("specattn_vllm.reporter.PUBLISH_S", 0.0)
+    assert [one.counts for one in snapshot.read_all(folder)] == [Counts()]
+    worker.finish_requests(step(5, "_warmup_0_"))
+    worker.counters.add(rounds=9)
+    worker.reporter.tick()
+    worker.finish_requests(step(0))
+    assert [one.counts for one in snapshot.read_all(folder)] == [Counts()]
+    worker.finish_requests(step(5, "cmpl-1"))
+    worker.reporter.tick()
+    assert [one.counts for one in snapshot.read_all(folder)] == [Counts(rounds=9)]
+
+
+def test_a_step_without_tokens_is_an_idle_engine(worker, monkeypatch):
+    idle = []
+    monkeypatch.setattr(worker.reporter, "idle", lambda: idle.append(1))
+    worker.finish_requests(step(5, "cmpl-1"))
+    worker.finish_requests(step(5))
+    assert not idle
+    worker.finish_requests(step(0))
+    assert idle
+
+
+def test_what_cannot_be_written_is_said_once_and_stops_nothing(tmp_path, caplog):
+    publisher = publish.Publisher(tmp_path / "gone", made())
+    was, publish.logger.propagate = publish.logger.propagate, False
+    publish.logger.addHandler(caplog.handler)
+    caplog.set_level(logging.WARNING, logger=publish.logger.name)
+    try:
+        for _ in range(3):
+            publisher.write(COUNTS, [])
+    finally:
+        publish.logger.propagate = was
+        publish.logger.removeHandler(caplog.handler)
+    [record] = caplog.records
+    assert "metrics cannot be published" in record.getMessage()
+
+
+def test_snapshots_are_small(tmp_path):
+    made(audited=Audited([(e / 64, 10**9) for e in publish.EDGES], 1e9)).write(tmp_path)
+    [path] = tmp_path.iterdir()
+    assert path.stat().st_size < 4096 and json.loads(path.read_text())["rank"] == 0

@@ -1,0 +1,223 @@
+"""A server's `/metrics`, as an operator reads them: the numbers of the workers, under the names of the dashboard."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from specattn_vllm.installed import demo_folder
+from specattn_vllm.metrics.families import FAMILIES
+from specattn_vllm.stats import Counts
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+
+ROOT = Path(__file__).parents[2]
+LENGTHS = (900, 700)
+
+
+class Server:
+    def __init__(self, folder: Path, *arguments: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log, self.temporary = folder / "log", folder / "tmp"
+        self.temporary.mkdir()
+        command = [
+            sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", str(demo_folder("target")),
+            "--attention-backend", "specattn", "--served-model-name", "demo", "--max-model-len", "2048", "--dtype",
+            "float32", "--enforce-eager", "--max-num-seqs", "4", "--max-num-batched-tokens", "2048", "--host",
+            "127.0.0.1", "--port", str(self.port), "--gpu-memory-utilization", "0.3", *arguments,
+        ]  # fmt: skip
+        # The development mode has the calls of workers by which the numbers are checked.
+        environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "TMPDIR": str(self.temporary)}
+        environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+        environment.pop("SPECATTN_METRICS_DIR", None)
+        self.process = subprocess.Popen(
+            command, stdout=self.log.open("w"), stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        )
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + 400
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                self.ask("/health")
+                return
+            except OSError:
+                time.sleep(1)
+        pytest.fail(f"no server ({self.process.poll()}):\n{self.log.read_text(errors='replace')[-3000:]}")
+
+    def ask(self, path: str, **given) -> str:
+        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}")
+        if given:
+            request.data = json.dumps(given).encode()
+            request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request, timeout=300) as answer:
+            return answer.read().decode()
+
+    def complete(self, length: int, **extra) -> None:
+        self.ask(
+            "/v1/completions", model="demo", prompt=list(range(5, 5 + length)), max_tokens=24, temperature=0,
+            ignore_eos=True, **extra,
+        )  # fmt: skip
+
+    def counts(self) -> list[Counts]:
+        """By rank, as the workers say."""
+        return [Counts(**one) for one in json.loads(self.ask("/collective_rpc", method="specattn_stats"))["results"]]
+
+    def metrics(self) -> dict[tuple, float]:
+        """(name, values of the labels but `engine`, in the order of their names) -> value."""
+        return {
+            (sample.name, *(value for label, value in sorted(sample.labels.items()) if label != "engine")): sample.value
+            for family in text_string_to_metric_families(self.ask("/metrics"))
+            for sample in family.samples
+        }
+
+    def metrics_once(self, expected: dict[tuple, float]) -> dict[tuple, float]:
+        """The metrics, as soon as they have what is expected; they may be seconds late."""
+        deadline = time.monotonic() + 15
+        while True:
+            seen = self.metrics()
+            different = {key: (seen.get(key), value) for key, value in expected.items() if seen.get(key) != value}
+            if not different:
+                return seen
+            assert time.monotonic() < deadline, different
+            time.sleep(0.2)
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+
+@pytest.fixture
+def server(tmp_path):
+    """server(*arguments) -> a server that answers."""
+    started = []
+
+    def start(*arguments: str) -> Server:
+        started.append(Server(tmp_path, *arguments))
+        started[-1].wait_until_ready()
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.stop()
+
+
+def options(**given) -> tuple[str, str]:
+    return "--additional-config", json.dumps({"specattn": given})
+
+
+def drafting() -> tuple[str, ...]:
+    return "--speculative-model", str(demo_folder("draft")), "--num-speculative-tokens", "4"
+
+
+def of(counts: list[Counts]) -> dict[tuple, float]:
+    """What the metrics are to say of the workers' counts, by rank."""
+    first = counts[0]
+    expected = {
+        ("specattn:rounds_total",): first.rounds,
+        ("specattn:sampled_tokens_total",): first.sampled_tokens,
+        ("specattn:rows_total", "sparse"): first.sparse_rows,
+        ("specattn:rows_total", "dense"): first.verify_rows - first.sparse_rows,
+        ("specattn:rows_total", "prefill"): first.prefill_rows,
+        ("specattn:dense_rows_total", "exact"): first.exact_rows,
+        ("specattn:dense_rows_total", "small batch"): first.small_batch_rows,
+    }
+    for rank, one in enumerate(counts):
+        expected |= {
+            ("specattn:kv_entries_read_total", "verification", str(rank)): one.kv_read,
+            ("specattn:kv_entries_present_total", "verification", str(rank)): one.kv_full,
+        }
+    return expected
+
+
+def named_in_queries() -> set[str]:
+    """Names of series in the queries of the page and of the dashboard, vLLM's own too."""
+    dashboard = json.loads((ROOT / "docker/grafana/dashboards/specattn.json").read_text())
+    text = " ".join(target["expr"] for panel in dashboard["panels"] for target in panel["targets"])
+    text += " ".join(re.findall(r"```promql\n(.*?)```", (ROOT / "docs/metrics.md").read_text(), re.S))
+    return set(re.findall(r"(?:specattn|vllm):\w+", text))
+
+
+def test_metrics_say_what_workers_count(server):
+    """With a sketch: all but audits."""
+    one = server(*drafting(), *options(method="sketch", ratio=0.2, min_tokens=32, crossover_tokens=800))
+    blank = one.metrics()
+    assert blank["specattn:rounds_total",] == 0
+    [info] = [key for key in blank if key[0] == "specattn:info"]
+    budget, _executor, *rest = info[1:6]
+    assert (budget, *rest) == ("ratio=0.2", "false", "sketch", "demo")
+    one.complete(900)
+    one.complete(900, vllm_xargs={"specattn": "exact"})
+    one.complete(300)
+    counts = one.counts()
+    assert counts[0].exact_rows and counts[0].small_batch_rows and counts[0].sparse_rows
+    seen = one.metrics_once(of(counts))
+    first = counts[0]
+    assert seen["specattn:dense_rows_total", "short context"] == 0
+    for by, prefix in (("verification", ""), ("drafting", "draft_")):
+        kv = {what: getattr(first, f"{prefix}kv_{what}") for what in ("read", "full", "scanned", "sampled")}
+        assert kv["read"] and seen["specattn:kv_entries_read_total", by, "0"] == kv["read"]
+        assert seen["specattn:kv_entries_searched_total", by, "0"] == kv["scanned"]
+        # Heads of 64 in float32, with 2 bits.
+        assert seen["specattn:kv_bytes_present_total", by, "0"] == kv["full"] * 512
+        assert seen["specattn:kv_bytes_read_total", by, "0"] == kv["read"] * 512 + (kv["scanned"] + kv["sampled"]) * 18
+    names = {key[0] for key in seen}
+    missing = {name for name in named_in_queries() - names if "audit" not in name}
+    assert not missing
+    assert "vllm:generation_tokens_total" in names
+    # Later requests follow, and the folder goes with the server.
+    one.complete(900)
+    one.metrics_once(of(one.counts()))
+    assert [p for p in one.temporary.glob("specattn-metrics-*") if p.is_dir()]
+    one.stop()
+    assert not list(one.temporary.glob("specattn-metrics-*"))
+
+
+def test_each_of_several_servers_has_the_same_metrics(server):
+    """A choosing draft with audits, so all that the other has not."""
+    one = server(
+        *drafting(), *options(method="specattn", ratio=0.2, min_tokens=32, audit_share=1.0), "--api-server-count", "2"
+    )
+    for length in (900, 300):
+        one.complete(length)
+    one.complete(900, vllm_xargs={"specattn": "exact"})
+    [counts] = json.loads(one.ask("/collective_rpc", method="specattn_stats"))["results"]
+    counts = Counts(**counts)
+    expected = of([counts]) | {
+        ("specattn:dense_rows_total", "no selection"): counts.unselected_rows,
+        ("specattn:dense_rows_total", "stale"): counts.stale_rows,
+    }
+    assert counts.exact_rows and counts.audited_pairs
+    # Whichever of the two answers.
+    for _ in range(8):
+        seen = one.metrics_once(expected)
+        assert seen["vllm:generation_tokens_total", "demo"] == 3 * 24
+    audited = [seen[f"specattn:audit_retained_mass_{what}", "0"] for what in ("count", "sum")]
+    assert audited[0] % counts.audited_pairs == 0 and 0 < audited[1] < audited[0]
+    unsought = {"specattn:kv_entries_searched_total"}
+    assert named_in_queries() - {key[0] for key in seen} <= unsought
+    assert {family.name for family in FAMILIES if family.kind == "counter"} - {key[0] for key in seen} == unsought
+
+
+def test_without_vllm_s_metrics_there_are_none_of_ours(server):
+    one = server(*options(method="dense"), "--disable-log-stats")
+    one.complete(100)
+    assert not [key for key in one.metrics() if key[0].startswith("specattn:")]
+    assert not list(one.temporary.glob("specattn-metrics-*"))
