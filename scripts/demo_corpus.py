@@ -79,8 +79,11 @@ def collect_corpus(roots, seed=0, max_mb=600):
     with ThreadPoolExecutor(16) as pool:
 
         def texts(files):
-            return [(rel, t) for (_, rel), t in zip(files, pool.map(read_source, (p for p, _ in files)), strict=True)
-                    if t is not None]
+            return [
+                (rel, t)
+                for (_, rel), t in zip(files, pool.map(read_source, (p for p, _ in files)), strict=True)
+                if t is not None
+            ]
 
         library_texts = texts(library)
         barred = {digest(t) for _, t in library_texts}
@@ -114,9 +117,15 @@ def collect_corpus(roots, seed=0, max_mb=600):
     for rel, text in library_texts:
         if not TEST_DIRS & set(rel.parts):
             held.setdefault(rel.parent, []).append(f"# file: {rel.as_posix()}\n{text.rstrip()}\n\n")
-    facts = {"packages": len(used), "package_names": sorted(used), "held_out_packages": sorted(held_packages),
-             "files": sum(map(len, training)), "characters": size, "dropped_files": dropped,
-             "held_out_files": sum(map(len, held.values()))}
+    facts = {
+        "packages": len(used),
+        "package_names": sorted(used),
+        "held_out_packages": sorted(held_packages),
+        "files": sum(map(len, training)),
+        "characters": size,
+        "dropped_files": dropped,
+        "held_out_files": sum(map(len, held.values())),
+    }
     return training, list(held.values()), facts
 
 
@@ -135,13 +144,20 @@ def train_tokenizer(documents, vocab, context, seed, sample_mb=60):
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tok.decoder = decoders.ByteLevel()
-    tok.train_from_iterator(sample, trainers.BpeTrainer(
-        vocab_size=vocab, special_tokens=[BOS, EOS], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tok.train_from_iterator(
+        sample,
+        trainers.BpeTrainer(
+            vocab_size=vocab,
+            special_tokens=[BOS, EOS],
+            show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     if tok.get_vocab_size() != vocab:
         raise SystemExit(f"the text gives {tok.get_vocab_size()} tokens, not {vocab}: more text or a smaller --vocab")
     tok.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tok.token_to_id(BOS))])
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tok.token_to_id(BOS))]
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=tok, bos_token=BOS, eos_token=EOS, model_max_length=context)
     # Not a chat model; the template only lets a chat endpoint answer with a continuation.
     fast.chat_template = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{% endfor %}"

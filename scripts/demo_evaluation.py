@@ -38,13 +38,15 @@ def evaluate(target, draft, stream, args, device, text="Python standard library,
         result[f"{name}_loss"] = round(nll.mean().item(), 4)
         result[f"{name}_accuracy"] = round((best[name] == y).float().mean().item(), 4)
         result[f"{name}_loss_by_position"] = {
-            f"{a}-{b}": round(nll[:, a:b].mean().item(), 4) for a, b in pairwise(edges)}
+            f"{a}-{b}": round(nll[:, a:b].mean().item(), 4) for a, b in pairwise(edges)
+        }
     if draft is not None:
         agree = (best["target"] == best["draft"]).float()
         runs = agree.unfold(1, LOOKAHEAD, 1).cumprod(-1).sum(-1)  # leading agreements from each start position
         result["agreement"] = round(agree.mean().item(), 4)
         result["agreement_by_position"] = {
-            f"{a}-{b}": round(agree[:, a:b].mean().item(), 4) for a, b in pairwise(edges)}
+            f"{a}-{b}": round(agree[:, a:b].mean().item(), 4) for a, b in pairwise(edges)
+        }
         # One more than the accepted draft tokens: the target's own token comes with every step.
         result[f"expected_tokens_per_step_k{LOOKAHEAD}"] = round(1 + runs.mean().item(), 3)
     return result
@@ -73,15 +75,31 @@ The pair shows and tests `specattn-vllm`; it is far too small to be useful as a 
 
 def write_card(folder, kind, record):
     config, run, ev = LlamaConfig.from_pretrained(folder), record["training"], record.get("evaluation")
-    role = ("The target model of the demo pair." if kind == "target"
-            else "The draft model of the demo pair; it shares the target's tokenizer, KV heads and head size.")
+    role = (
+        "The target model of the demo pair."
+        if kind == "target"
+        else "The draft model of the demo pair; it shares the target's tokenizer, KV heads and head size."
+    )
     text = CARD.format(
-        kind=kind, role=role, layers=config.num_hidden_layers, hidden=config.hidden_size, vocab=config.vocab_size,
-        heads=config.num_attention_heads, kv=config.num_key_value_heads, head_dim=config.head_dim,
-        context=run["context"], parameters=run["parameters"], packages=record["data"]["packages"],
-        stream=record["data"]["training_tokens"] / 1e6, steps=run["steps"], batch=run["batch"],
-        seen=run["tokens"] / 1e6, seconds=run["seconds"], device=record["device"],
-        distilled=", half cross entropy and half KL from the target" if run["distilled"] else "")
+        kind=kind,
+        role=role,
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        vocab=config.vocab_size,
+        heads=config.num_attention_heads,
+        kv=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        context=run["context"],
+        parameters=run["parameters"],
+        packages=record["data"]["packages"],
+        stream=record["data"]["training_tokens"] / 1e6,
+        steps=run["steps"],
+        batch=run["batch"],
+        seen=run["tokens"] / 1e6,
+        seconds=run["seconds"],
+        device=record["device"],
+        distilled=", half cross entropy and half KL from the target" if run["distilled"] else "",
+    )
     if ev:
         names = [n for n in ("target", "draft") if f"{n}_loss" in ev]
         text += f"\n## Held-out loss\n\nNats a token, {ev['positions']:,} positions of {ev['text']}.\n\n"
@@ -90,8 +108,10 @@ def write_card(folder, kind, record):
             text += f"| {bucket} | {' | '.join(str(ev[f'{n}_loss_by_position'][bucket]) for n in names)} |\n"
         text += f"| all | {' | '.join(str(ev[f'{n}_loss']) for n in names)} |\n"
         if "agreement" in ev:
-            text += (f"\nThe draft's most likely token is the target's at {ev['agreement']:.1%} of the positions. With "
-                     f"{LOOKAHEAD} greedy draft tokens that gives {ev[f'expected_tokens_per_step_k{LOOKAHEAD}']} "
-                     "tokens a step (an estimate, on the given text rather than on the target's own).\n")
+            text += (
+                f"\nThe draft's most likely token is the target's at {ev['agreement']:.1%} of the positions. With "
+                f"{LOOKAHEAD} greedy draft tokens that gives {ev[f'expected_tokens_per_step_k{LOOKAHEAD}']} "
+                "tokens a step (an estimate, on the given text rather than on the target's own).\n"
+            )
     (folder / "README.md").write_text(text)
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")

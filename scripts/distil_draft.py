@@ -65,13 +65,30 @@ def write_card(folder: Path, config: LlamaConfig, record: dict):
     run, data = record["training"], record["data"]
     rows = "\n".join(
         f"| {kind} | {e['target_loss']} | {e['draft_loss']} | {e['agreement']:.1%} | {e[A_STEP]} |"
-        for kind, e in record["evaluation"].items())
-    (folder / "README.md").write_text(CARD.format(
-        target=record["target"], layers=config.num_hidden_layers, hidden=config.hidden_size, lookahead=LOOKAHEAD,
-        heads=config.num_attention_heads, head_dim=config.head_dim, parameters=run["parameters"], rows=rows,
-        packages=len(data["packages"]), stream=data["training_tokens"] / 1e6, chat_share=record["chat_share"],
-        steps=run["steps"], batch=run["batch"], context=run["context"], seen=run["tokens"] / 1e6,
-        lr=run["learning_rate"], seconds=run["seconds"], device=record["device"]))
+        for kind, e in record["evaluation"].items()
+    )
+    (folder / "README.md").write_text(
+        CARD.format(
+            target=record["target"],
+            layers=config.num_hidden_layers,
+            hidden=config.hidden_size,
+            lookahead=LOOKAHEAD,
+            heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            parameters=run["parameters"],
+            rows=rows,
+            packages=len(data["packages"]),
+            stream=data["training_tokens"] / 1e6,
+            chat_share=record["chat_share"],
+            steps=run["steps"],
+            batch=run["batch"],
+            context=run["context"],
+            seen=run["tokens"] / 1e6,
+            lr=run["learning_rate"],
+            seconds=run["seconds"],
+            device=record["device"],
+        )
+    )
     (folder / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 
 

@@ -98,7 +98,8 @@ def weights_of(tensors, config: LlamaConfig) -> dict[str, torch.Tensor]:
         name = our_name(tensor.name)
         if ".q_proj." in name or ".k_proj." in name:
             weight = rotary_halves(
-                weight, config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads)
+                weight, config.num_attention_heads if ".q_proj." in name else config.num_key_value_heads
+            )
         found[name] = weight.to(torch.bfloat16).contiguous()
     config.tie_word_embeddings = "lm_head.weight" not in found
     return found
@@ -109,18 +110,25 @@ def tokenizer_of(fields: dict, positions: int) -> PreTrainedTokenizerFast:
     if (model, cut) != ("gpt2", "smollm"):
         raise SystemExit(f"tokenizers of kind gpt2, cut as smollm, are converted here; this one is {model}, {cut}")
     tokens = fields["tokenizer.ggml.tokens"]
-    tokenizer = Tokenizer(models.BPE(
-        {token: i for i, token in enumerate(tokens)}, [tuple(m.split(" ")) for m in fields["tokenizer.ggml.merges"]]))
+    tokenizer = Tokenizer(
+        models.BPE(
+            {token: i for i, token in enumerate(tokens)}, [tuple(m.split(" ")) for m in fields["tokenizer.ggml.merges"]]
+        )
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     kinds = fields["tokenizer.ggml.token_type"]
     special = [t for t, kind in zip(tokens, kinds, strict=True) if kind == CONTROL_TOKEN]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     named = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, model_max_length=positions, clean_up_tokenization_spaces=False,
-        **{f"{ours}_token": tokens[fields[f"tokenizer.ggml.{theirs}_token_id"]] for ours, theirs in named.items()})
+        tokenizer_object=tokenizer,
+        model_max_length=positions,
+        clean_up_tokenization_spaces=False,
+        **{f"{ours}_token": tokens[fields[f"tokenizer.ggml.{theirs}_token_id"]] for ours, theirs in named.items()},
+    )
     fast.chat_template = fields["tokenizer.chat_template"]
     return fast
 

@@ -31,10 +31,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from demo_corpus import collect_corpus, encode, site_dirs, train_tokenizer, write_tokenizer
 from demo_evaluation import evaluate, write_card
 
-TINY = dict(vocab=512, context=128, batch=4, steps_target=60, steps_draft=30, target_layers=2, target_hidden=64,
-            target_intermediate=128, draft_layers=1, draft_hidden=32, draft_intermediate=64, warmup=5,
-            eval_windows=8, site_packages=False, tokenize_seconds=1, seconds_target=60, seconds_draft=60,
-            report_every=1.0)
+TINY = dict(
+    vocab=512,
+    context=128,
+    batch=4,
+    steps_target=60,
+    steps_draft=30,
+    target_layers=2,
+    target_hidden=64,
+    target_intermediate=128,
+    draft_layers=1,
+    draft_hidden=32,
+    draft_intermediate=64,
+    warmup=5,
+    eval_windows=8,
+    site_packages=False,
+    tokenize_seconds=1,
+    seconds_target=60,
+    seconds_draft=60,
+    report_every=1.0,
+)
 
 
 # ---- models and training --------------------------------------------------------------------------------------
@@ -42,12 +58,22 @@ TINY = dict(vocab=512, context=128, batch=4, steps_target=60, steps_draft=30, ta
 
 def make_config(args, kind, tokenizer):
     return LlamaConfig(
-        vocab_size=args.vocab, hidden_size=getattr(args, f"{kind}_hidden"),
-        intermediate_size=getattr(args, f"{kind}_intermediate"), num_hidden_layers=getattr(args, f"{kind}_layers"),
-        num_attention_heads=args.heads, num_key_value_heads=args.kv_heads, head_dim=args.head_dim,
-        max_position_embeddings=args.context, rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        rms_norm_eps=1e-5, tie_word_embeddings=True, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, architectures=["LlamaForCausalLM"], dtype="bfloat16")
+        vocab_size=args.vocab,
+        hidden_size=getattr(args, f"{kind}_hidden"),
+        intermediate_size=getattr(args, f"{kind}_intermediate"),
+        num_hidden_layers=getattr(args, f"{kind}_layers"),
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.kv_heads,
+        head_dim=args.head_dim,
+        max_position_embeddings=args.context,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
 
 
 def megabytes(config):
@@ -90,7 +116,10 @@ def train(kind, model, stream, args, seconds, steps, lr, teacher=None):
     rest = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-        lr=lr, betas=(0.9, 0.95), fused=device.type == "cuda")
+        lr=lr,
+        betas=(0.9, 0.95),
+        fused=device.type == "cuda",
+    )
     data = batches(stream, args.batch, args.context, model.config.bos_token_id, args.seed + (teacher is not None))
     loss_of = losses
 
@@ -148,9 +177,18 @@ def train(kind, model, stream, args, seconds, steps, lr, teacher=None):
             window, reported, tokens_then = [], now, step * tokens
     if window:
         curve.append({"step": step, "loss": round(torch.stack(window).mean().item(), 4)})
-    return {"steps": step, "tokens": step * tokens, "seconds": round(time.monotonic() - start, 1), "peak_lr": lr,
-            "batch": args.batch, "context": args.context, "compiled": compiled, "distilled": teacher is not None,
-            "parameters": sum(p.numel() for p in model.parameters()), "curve": curve}
+    return {
+        "steps": step,
+        "tokens": step * tokens,
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_lr": lr,
+        "batch": args.batch,
+        "context": args.context,
+        "compiled": compiled,
+        "distilled": teacher is not None,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "curve": curve,
+    }
 
 
 def save_model(model, folder):
@@ -183,9 +221,25 @@ def parse_args(argv):
     add("--compile", choices=("auto", "on", "off"), default="auto", help="auto: on for CUDA")
     add("--tiny", action="store_true", help="sizes for a test on a CPU, with --corpus alone")
     add("--report-every", type=float, default=20.0, help="seconds between progress lines")
-    sizes = dict(batch=8, context=8192, vocab=4096, target_layers=6, target_hidden=320, target_intermediate=576,
-                 draft_layers=3, draft_hidden=144, draft_intermediate=320, heads=4, kv_heads=2, head_dim=64, warmup=100,
-                 eval_windows=40, corpus_mb=600, tokenize_seconds=75, seed=0)
+    sizes = dict(
+        batch=8,
+        context=8192,
+        vocab=4096,
+        target_layers=6,
+        target_hidden=320,
+        target_intermediate=576,
+        draft_layers=3,
+        draft_hidden=144,
+        draft_intermediate=320,
+        heads=4,
+        kv_heads=2,
+        head_dim=64,
+        warmup=100,
+        eval_windows=40,
+        corpus_mb=600,
+        tokenize_seconds=75,
+        seed=0,
+    )
     for name, value in sizes.items():
         add("--" + name.replace("_", "-"), type=int, default=value)
     add("--max-mb", type=float, default=15.5, help="refuse a pair whose bf16 weights take more (10^6 bytes)")
@@ -209,8 +263,11 @@ def main(argv=None):
 
     roots = [*args.corpus, *(site_dirs() if args.site_packages else [])]
     training, held, facts = collect_corpus(roots, args.seed, args.corpus_mb)
-    print(f"corpus: {facts['files']} files of {facts['packages']} packages, {facts['characters'] / 1e6:.0f} MB, "
-          f"dropped {facts['dropped_files']}, {time.monotonic() - began:.0f} s", flush=True)
+    print(
+        f"corpus: {facts['files']} files of {facts['packages']} packages, {facts['characters'] / 1e6:.0f} MB, "
+        f"dropped {facts['dropped_files']}, {time.monotonic() - began:.0f} s",
+        flush=True,
+    )
     if not training:
         raise SystemExit("no training text found: give --corpus DIR, or run where packages are installed")
     if args.target:
@@ -242,27 +299,47 @@ def main(argv=None):
         if scale <= 0:
             raise SystemExit("no time left to train within --seconds-total")
         budget = {kind: s * scale for kind, s in budget.items()}
-        print(f"training times {({k: round(s) for k, s in budget.items()})} s", flush=True)
+        print(f"training times { ({k: round(s) for k, s in budget.items()}) } s", flush=True)
     common = {
-        "data": {**facts, "training_tokens": len(tokens), "held_out_tokens": len(held_stream)}, "argv": argv,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "seed": args.seed,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-                     "transformers": transformers.__version__, "tokenizers": tokenizers.__version__}}
+        "data": {**facts, "training_tokens": len(tokens), "held_out_tokens": len(held_stream)},
+        "argv": argv,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "seed": args.seed,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "transformers": transformers.__version__,
+            "tokenizers": tokenizers.__version__,
+        },
+    }
     records = {}
     for kind in [k for k in folders if budget[k] > 0]:
         teacher = None
         if kind == "draft":  # the published bf16 target teaches, not the fp32 one: it is what the draft will meet
             teacher = AutoModelForCausalLM.from_pretrained(folders["target"], dtype=torch.bfloat16).to(device).eval()
         model = LlamaForCausalLM(configs[kind]).float()
-        run = train(kind, model, stream, args, budget[kind], getattr(args, f"steps_{kind}"),
-                    getattr(args, f"lr_{kind}"), teacher)
+        run = train(
+            kind,
+            model,
+            stream,
+            args,
+            budget[kind],
+            getattr(args, f"steps_{kind}"),
+            getattr(args, f"lr_{kind}"),
+            teacher,
+        )
         save_model(model, folders[kind])
         records[kind] = {**common, "kind": kind, "megabytes": round(mb[kind], 2), "training": run}
         write_card(folders[kind], kind, records[kind])
         print(f"{kind}: saved after {run['steps']} steps, {time.monotonic() - began:.0f} s in all", flush=True)
         del model, teacher
-    pair = [AutoModelForCausalLM.from_pretrained(folders[k], dtype=torch.bfloat16)
-            if k == "target" or budget["draft"] > 0 else None for k in folders]
+    pair = [
+        AutoModelForCausalLM.from_pretrained(folders[k], dtype=torch.bfloat16)
+        if k == "target" or budget["draft"] > 0
+        else None
+        for k in folders
+    ]
     evaluation = evaluate(*pair, held_stream, args, device)
     if "target" not in records and (folders["target"] / "training.json").exists():
         records["target"] = json.loads((folders["target"] / "training.json").read_text())

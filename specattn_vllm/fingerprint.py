@@ -42,7 +42,6 @@ class ModelFacts(BaseModel):
 def facts_from_config(config: Any, folder: Path | None = None) -> ModelFacts:
     """Facts from a Hugging Face text config (object or dict); `folder` adds the digest of its weight files."""
 
-
     def get(name: str) -> Any:
         return config.get(name) if isinstance(config, dict) else getattr(config, name, None)
 

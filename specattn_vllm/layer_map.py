@@ -211,9 +211,7 @@ def _is_taken_for(found: LayerMap, target: ModelFacts, draft: ModelFacts) -> boo
     return not found.target.differences(target) and not found.draft.differences(draft)
 
 
-def resolve(
-    name: str | None, target: ModelFacts, draft: ModelFacts, *, method: str = "specattn"
-) -> LayerMap:
+def resolve(name: str | None, target: ModelFacts, draft: ModelFacts, *, method: str = "specattn") -> LayerMap:
     """The map an engine uses for a method: a named one must fit method and models; the default is the best that is
     shipped for them, a calibrated one before any other, and else `uniform`.
 

@@ -211,4 +211,3 @@ class Counters:
     def begin_read(self, beside: Sequence[torch.Tensor] = ()) -> Reading:
         """Send the totals up to now to the host, and other tensors of the device with them; does not wait."""
         return Reading(self._host, self._device, beside)
-

@@ -14,8 +14,15 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-OUTPUT = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-          "README.md", "training.json"}
+OUTPUT = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "README.md",
+    "training.json",
+}
 
 
 def load(name):
@@ -39,8 +46,9 @@ def demo_corpus():
 
 def source(seed, count=60):
     """Python text that no two seeds share and that no filter drops."""
-    return "".join(f"def function_{seed}_{i}(value_{seed}):\n    return value_{seed} + {seed * 31 + i}\n\n"
-                   for i in range(count))
+    return "".join(
+        f"def function_{seed}_{i}(value_{seed}):\n    return value_{seed} + {seed * 31 + i}\n\n" for i in range(count)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +104,16 @@ def test_batches_shift_by_one_and_cover_an_epoch(script):
 
 def test_agreement_and_acceptance_are_one_and_five_for_a_pair_of_equals(script):
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, head_dim=32,
-        num_key_value_heads=1, bos_token_id=0, eos_token_id=1)
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        head_dim=32,
+        num_key_value_heads=1,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
     model = transformers.LlamaForCausalLM(config)
     args = script.parse_args(["--out", "x", "--tiny", "--context", "32", "--eval-windows", "3"])
     stream = torch.randint(2, 64, (200,), generator=torch.Generator().manual_seed(0)).to(torch.uint8).numpy()
@@ -115,9 +131,13 @@ def test_a_pair_over_the_size_limit_is_refused(script, corpus, tmp_path):
 def run(*args):
     # One thread: on a busy machine of few cores, threads that wait for each other take many times as long.
     # -P: the script must find the files beside it without Python's help.
-    done = subprocess.run([sys.executable, "-P", str(SCRIPTS / "train_demo_pair.py"), "--tiny", "--vocab", "300",
-                           *map(str, args)],
-                          capture_output=True, text=True, timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [sys.executable, "-P", str(SCRIPTS / "train_demo_pair.py"), "--tiny", "--vocab", "300", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

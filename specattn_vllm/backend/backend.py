@@ -63,9 +63,7 @@ class SpecAttnBackend(AttentionBackend):
         finds its sketch."""
         if cls.sketch_bits is None:
             return spec
-        layout = SketchLayout(
-            spec.num_kv_heads, spec.block_size, spec.head_size, cls.sketch_bits, spec.dtype.itemsize
-        )
+        layout = SketchLayout(spec.num_kv_heads, spec.block_size, spec.head_size, cls.sketch_bits, spec.dtype.itemsize)
         return replace(spec, page_size_padded=spec.unpadded_page_size_bytes + layout.tail_bytes)
 
     @classmethod

@@ -84,9 +84,7 @@ class Model:
         self.model.base_model(input_ids=ids[None].to(self.device), use_cache=False)
 
     @torch.inference_mode()
-    def reference(
-        self, ids: torch.Tensor, rest: int, see: Callable[[int, torch.Tensor], None]
-    ) -> torch.Tensor:
+    def reference(self, ids: torch.Tensor, rest: int, see: Callable[[int, torch.Tensor], None]) -> torch.Tensor:
         """Log-probabilities of the last `rest` rows of a window, [rest, vocabulary] float32; their attention is seen,
         and what comes before is kept for `pruned`."""
         tokens = len(ids)

@@ -45,9 +45,7 @@ def negative_kl(
     return cross - negative_entropy[:, None]
 
 
-def jaccard(
-    ours: torch.Tensor, theirs: torch.Tensor, lengths: torch.Tensor, top: int = JACCARD_TOP
-) -> torch.Tensor:
+def jaccard(ours: torch.Tensor, theirs: torch.Tensor, lengths: torch.Tensor, top: int = JACCARD_TOP) -> torch.Tensor:
     """Jaccard index of the `top` most attended keys of each; a query that sees no more has all of them in both sets."""
     visible = torch.arange(ours.shape[-1], device=ours.device) < lengths[:, None]
 

@@ -99,9 +99,7 @@ def sparse_attention(
     longest sequence has blocks is right but slow.
     """
     contracts.sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, max_query_len, lse)
-    expect(
-        page_table.shape[1] == 1, "page_table", f"{page_table.shape[1]} groups", "1: blocks hold all heads"
-    )
+    expect(page_table.shape[1] == 1, "page_table", f"{page_table.shape[1]} groups", "1: blocks hold all heads")
     expect(query.dtype != torch.float32, "query", query.dtype, "torch.float16 or torch.bfloat16")
     expect(max_query_len <= MAX_QUERY_LEN, "max_query_len", max_query_len, f"at most {MAX_QUERY_LEN}")
     rows, _, width = page_table.shape

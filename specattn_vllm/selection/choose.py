@@ -87,4 +87,3 @@ def choose(
         None if budgets is None else budgets.view(rows),
         None if mass_rows is None else mass_rows.view(rows),
     )
-

@@ -100,9 +100,7 @@ class LayerChoice:
         """Attend without a cache, and measure. query, output [T, Hq, D] or flat; key, value [T, H, D] or flat."""
         raise NotImplementedError
 
-    def write(
-        self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> bool:
+    def write(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> bool:
         """Keep what choosing needs of new keys. key, value [T, H, D]; kv_cache [B, H, N, 2D]; slot_mapping [S] int64.
         Returns whether keys and values are in the cache now; if not, they are written by the caller."""
         return False

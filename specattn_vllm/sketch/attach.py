@@ -55,9 +55,7 @@ def attach(runner: Any, options: SketchOptions) -> None:
     _announce(options, sketch, target.crossover, nbytes, vllm_config)
 
 
-def _announce(
-    options: SketchOptions, sketch: Sketch, crossover: int, nbytes: dict[str, int], vllm_config: Any
-) -> None:
+def _announce(options: SketchOptions, sketch: Sketch, crossover: int, nbytes: dict[str, int], vllm_config: Any) -> None:
     budget = sketch.budget
     layout = sketch.layout
     logger.info(

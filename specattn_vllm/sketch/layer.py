@@ -67,9 +67,7 @@ class LayerSketch(LayerChoice):
     def forget_cache(self) -> None:
         self._cache = self.codes = self.scales = None
 
-    def write(
-        self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
-    ) -> bool:
+    def write(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> bool:
         """Write new keys and values into the cache, and the keys' codes beside them."""
         sketch = self.sketch
         sketch.operations.encode_keys(

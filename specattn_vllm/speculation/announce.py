@@ -40,9 +40,7 @@ def announce_buffers(speculator: RoundSpeculator, nbytes: dict[str, int]) -> Non
         )
 
 
-def announce(
-    options: ByDraftOptions, found: LayerMap, speculator: RoundSpeculator, nbytes: dict[str, int]
-) -> None:
+def announce(options: ByDraftOptions, found: LayerMap, speculator: RoundSpeculator, nbytes: dict[str, int]) -> None:
     """All of it, for a draft model and a target that reads by a layer map, if it does."""
     announce_buffers(speculator, nbytes)
     if speculator.crossover_tokens:

@@ -62,9 +62,7 @@ class Plan:
         return any(choice.fraction is not None for choice in self.selections)
 
 
-def plan_of(
-    found: LayerMap, target: dict[int, str], local_kv_heads: int, options: ByDraftOptions
-) -> Plan:
+def plan_of(found: LayerMap, target: dict[int, str], local_kv_heads: int, options: ByDraftOptions) -> Plan:
     """The plan of a layer map. Target layers of the same source and fraction, that copy or do not, read the same
     selection, and, mapped alike by heads, the same table."""
     shared = options.uses_layer_shares and found.shares is not None
@@ -73,9 +71,7 @@ def plan_of(
     equal = options.ratio if any(copies) else None
     fractions = found.fractions(options.ratio) if shared else (equal,) * len(found.layers)
     wanted = {
-        j: Choice(found.sources.index(i), fractions[j], copies[j])
-        for j, i in enumerate(found.layers)
-        if i is not None
+        j: Choice(found.sources.index(i), fractions[j], copies[j]) for j, i in enumerate(found.layers) if i is not None
     }
     selections = tuple(sorted(set(wanted.values())))  # without shares: one of each source
     chosen = {j: selections.index(of) for j, of in wanted.items()}

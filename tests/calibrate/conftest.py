@@ -13,8 +13,18 @@ from specattn_vllm.calibrate import models  # noqa: E402
 
 CONFIGS = {"LlamaForCausalLM": "LlamaConfig", "MistralForCausalLM": "MistralConfig", "Qwen2ForCausalLM": "Qwen2Config",
            "Qwen3ForCausalLM": "Qwen3Config"}  # fmt: skip
-SIZES = dict(vocab_size=258, hidden_size=32, intermediate_size=32, num_attention_heads=4, num_key_value_heads=2,
-             head_dim=16, bos_token_id=0, eos_token_id=1, initializer_range=0.3, max_position_embeddings=512)
+SIZES = dict(
+    vocab_size=258,
+    hidden_size=32,
+    intermediate_size=32,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    bos_token_id=0,
+    eos_token_id=1,
+    initializer_range=0.3,
+    max_position_embeddings=512,
+)
 
 
 def _model(folder: Path, layers: int, architecture: str = "LlamaForCausalLM", **changed) -> Path:

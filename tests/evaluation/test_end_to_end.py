@@ -17,7 +17,11 @@ SETTINGS = [
     {
         "name": "ends",
         "options": {
-            "method": "specattn", "top_p": 1e-6, "min_tokens": 0, "sink_tokens": 4, "recent_tokens": 50,
+            "method": "specattn",
+            "top_p": 1e-6,
+            "min_tokens": 0,
+            "sink_tokens": 4,
+            "recent_tokens": 50,
             "layer_map": "uniform",
         },
     },

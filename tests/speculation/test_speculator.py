@@ -252,9 +252,7 @@ def drafting(monkeypatch):
         return "drafts"
 
     monkeypatch.setattr(stock, "propose", upstream)
-    monkeypatch.setattr(
-        stock, "_build_attn_metadata", lambda self, rows, step: {"layer": SimpleNamespace(hook=None)}
-    )
+    monkeypatch.setattr(stock, "_build_attn_metadata", lambda self, rows, step: {"layer": SimpleNamespace(hook=None)})
     monkeypatch.setattr(stock, "_run_model", lambda self: "hidden states")
     return made
 

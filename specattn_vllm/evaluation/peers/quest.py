@@ -1,6 +1,6 @@
 """Quest (Tang et al., ICML 2024, arXiv 2406.10774): pages by an upper bound of their scores.
 
-    score(q, page) = scale * sum_d max(q_d least_d, q_d largest_d)
+score(q, page) = scale * sum_d max(q_d least_d, q_d largest_d)
 """
 
 from __future__ import annotations

@@ -179,8 +179,17 @@ def test_reference_is_softmax(close):
         ({"shift": 1}, "combine: got 'store', wanted add, because of the shift"),
         ({"shift": -1, "combine": "add"}, "shift: got -1, wanted 0 to 64"),
     ],
-    ids=["combine", "groups", "width", "dtype", "positions alone", "kept alone", "store with a list", "store shifted",
-         "shifted back"],
+    ids=[
+        "combine",
+        "groups",
+        "width",
+        "dtype",
+        "positions alone",
+        "kept alone",
+        "store with a list",
+        "store shifted",
+        "shifted back",
+    ],
 )
 def test_refuses(op, change, message):
     good = {

@@ -245,8 +245,16 @@ def maps(sources, groups):
         ),
     ],
     ids=[
-        "groups", "slot dtype", "kept shape", "block size", "no groups", "no sources", "heads of the map",
-        "tables of the map", "maps of two sizes", "nothing to map to",
+        "groups",
+        "slot dtype",
+        "kept shape",
+        "block size",
+        "no groups",
+        "no sources",
+        "heads of the map",
+        "tables of the map",
+        "maps of two sizes",
+        "nothing to map to",
     ],
 )
 def test_refuses(op, change, message):

@@ -132,9 +132,7 @@ def scored():
         histogram = torch.zeros((*outer, contracts.BINS), dtype=torch.int32, device=device)
         number = -(-batch.width // contracts.CHUNK)
         chunks = torch.full((*outer, number, contracts.BINS), -5, dtype=torch.int16, device=device)
-        op(
-            packed, factors, *batch.step, batch.codes, batch.scales, sink, recent, read_whole, scores, histogram, chunks
-        )
+        op(packed, factors, *batch.step, batch.codes, batch.scales, sink, recent, read_whole, scores, histogram, chunks)
         return scores, histogram, chunks
 
     return run

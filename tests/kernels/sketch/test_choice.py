@@ -52,12 +52,11 @@ def test_kernels_do_what_the_references_do(place, sketched, prepared, scored, se
     assert (apart > 0).float().mean() < 1e-3  # a score on the border between two bins
     assert int((got[1] - want[1]).abs().sum()) <= 2 * int((apart > 0).sum())
     for budget in BUDGETS:
-        scores, histogram, chunks = scored(
-            reference.score_tokens, data, packed, factors, budget.sink, budget.recent
-        )
+        scores, histogram, chunks = scored(reference.score_tokens, data, packed, factors, budget.sink, budget.recent)
         arguments = (data, scores, histogram, chunks, budget)
-        ours, theirs = selected(cut_scores, list_pages, *arguments), selected(
-            reference.cut_scores, reference.list_pages, *arguments
+        ours, theirs = (
+            selected(cut_scores, list_pages, *arguments),
+            selected(reference.cut_scores, reference.list_pages, *arguments),
         )
         if budget.top_p is not None:
             # Sums of weights in another order: a token more or less.
@@ -92,18 +91,14 @@ def test_the_most_attended_tokens_are_read(sketched, prepared, scored, selected)
     packed, factors, _ = prepared(reference.prepare_queries, data)
     scores, histogram, chunks = scored(reference.score_tokens, data, packed, factors)
     budget = Budget(0.1)
-    _, _, table, kept = selected(
-        reference.cut_scores, reference.list_pages, data, scores, histogram, chunks, budget
-    )
+    _, _, table, kept = selected(reference.cut_scores, reference.list_pages, data, scores, histogram, chunks, budget)
     # The mean of both heads is the budget, and the step's own tokens come on top.
     assert kept.sum(1).tolist() == [2 * (128 + 2)] * 2
     block, head, token = data.page_strides
     for r in range(2):
         for h in range(2):
             pages = table[r, h, : kept[r, h]].tolist()
-            where = {
-                int(data.block_table[r, p // 16]) * block + p % 16 * token + h * head: p for p in range(1100)
-            }
+            where = {int(data.block_table[r, p // 16]) * block + p % 16 * token + h * head: p for p in range(1100)}
             read = [where[page] for page in pages]
             assert read == sorted(read)
             assert {0, 1, 2, 3, *range(1098 - 64, 1100)} <= set(read)

@@ -48,9 +48,7 @@ def test_codes_stand_for_the_rotated_key_less_its_centre(bits, error):
     size, heads = 64, 2
     key, centre = torch.randn(100, heads, size), 0.5 * torch.randn(heads, size)
     turn = rotation(size, torch.float32, torch.device("cpu"))
-    codes, scales = _written(
-        reference.encode_keys, key, torch.arange(100), turn, centre, (7, heads, 16, size), bits
-    )
+    codes, scales = _written(reference.encode_keys, key, torch.arange(100), turn, centre, (7, heads, 16, size), bits)
     want = key @ turn / 8 - centre
     for t, h in ((0, 0), (17, 1), (99, 0)):
         block, offset = divmod(t, 16)
