@@ -65,7 +65,7 @@ class Budget:
         """Contexts of so many tokens and fewer are read whole, and need no scan."""
         if self.ratio >= 1 and self.top_p is None and self.max_tokens < 0:
             return 2**31 - 1
-        return max(self.min_tokens, self.sink + self.recent)
+        return min(max(self.min_tokens, self.sink + self.recent), 2**31 - 1)
 
 
 def views(kv_cache_device, codes, scales) -> tuple[int, int, int, int]:

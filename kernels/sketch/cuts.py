@@ -49,7 +49,7 @@ NUM_WARPS = 4
 @triton.jit
 def _limits(context, fixed_ratio, min_tokens, max_tokens, sink, recent):
     """(most, floor, forced) tokens of a head."""
-    forced = tl.minimum(context, sink + recent)
+    forced = tl.minimum(context, tl.minimum(sink, context) + tl.minimum(recent, context))  # may be 2^31 - 1 each
     most = tl.maximum(((context.to(tl.int64) * fixed_ratio + 65535) >> 16).to(tl.int32), min_tokens)
     if max_tokens >= 0:
         most = tl.minimum(most, max_tokens)
@@ -97,7 +97,7 @@ def _number_that_holds(counts, from_bin, forced_weight, top_p, lowest, per_nat, 
 def _forced_weight(scores, context, sink, recent, lowest, per_nat, BLOCK: tl.constexpr):
     """Weight of the tokens that are read anyway, from their bins."""
     total = tl.zeros([BLOCK], tl.float32)
-    forced = tl.minimum(context, sink + recent)
+    forced = tl.minimum(context, tl.minimum(sink, context) + tl.minimum(recent, context))
     for start in range(0, forced, BLOCK):
         j = start + tl.arange(0, BLOCK)
         p = tl.where(j < sink, j, context - forced + j)

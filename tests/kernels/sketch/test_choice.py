@@ -31,6 +31,7 @@ BUDGETS = [
     Budget(0.5, max_tokens=90, min_tokens=80),
     Budget(0.1, sink=0, recent=0, min_tokens=0),
     Budget(1.0),
+    Budget(0.1, sink=2**31 - 1, recent=2**31 - 1),
 ]
 
 
