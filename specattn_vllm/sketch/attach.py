@@ -75,4 +75,7 @@ def _announce(options: SketchOptions, sketch: Sketch, crossover: int, nbytes: di
             crossover,
         )
     spec = vllm_config.speculative_config
-    logger.info("specattn: drafting: %s", "none" if spec is None else f"vLLM's {spec.method}, unchanged")
+    drafter = "none" if spec is None else f"vLLM's {spec.method}, unchanged"
+    if spec is not None and spec.uses_draft_model():
+        drafter = f"a draft model, which reads {'a part' if options.drafts_by_sketch else 'everything'}"
+    logger.info("specattn: drafting: %s", drafter)

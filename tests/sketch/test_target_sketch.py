@@ -13,6 +13,8 @@ from specattn_vllm import executors
 from specattn_vllm.backend.builder import SpecAttnMetadataBuilder
 from specattn_vllm.backend.target_choice import TargetChoice
 from specattn_vllm.kernels.sketch.contracts import Budget
+from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.sketch import attach
 from specattn_vllm.sketch.step import Shape, Sketch
 from specattn_vllm.stats import Counters
 
@@ -176,3 +178,23 @@ def test_the_log_line_is_due_once_a_step(announce, target):
     announce([300], [5], [False])
     announce([301], [1], [False])
     assert len(ticks) == 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "options", "said"),
+    [
+        (None, {}, "none"),
+        (SimpleNamespace(method="eagle", uses_draft_model=lambda: False), {}, "vLLM's eagle, unchanged"),
+        (SimpleNamespace(uses_draft_model=lambda: True, method="draft_model"), {}, "a draft model, which reads a part"),
+        (
+            SimpleNamespace(uses_draft_model=lambda: True, method="draft_model"), {"sparse_draft": False},
+            "a draft model, which reads everything",
+        ),
+    ],
+)  # fmt: skip
+def test_the_log_says_who_drafts(target, monkeypatch, spec, options, said):
+    told = []
+    monkeypatch.setattr(attach.logger, "info", lambda message, *args: told.append(message % args))
+    config = SimpleNamespace(speculative_config=spec)
+    attach._announce(SpecAttnOptions.parse(options), target.chooser, 0, {"scores": 0}, config)
+    assert told[-1] == f"specattn: drafting: {said}"
