@@ -46,9 +46,12 @@ class SketchSpeculator(RoundSpeculator):
         """Upstream's `propose`, with its steps marked."""
         self._recording = mode.recording
         try:
-            return self._upstream_round(
+            drafts = self._upstream_round(
                 batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args, **kwargs
             )
+            if self._recording and self.num_speculative_steps == 1:  # there are no steps after the first
+                self._count_reads(batch.num_reqs)
+            return drafts
         finally:
             self._recording = False
 
@@ -71,4 +74,7 @@ class SketchSpeculator(RoundSpeculator):
     def _multi_step_decode(self, input_batch, num_rejected, num_reqs, *args, **kwargs) -> None:
         super()._multi_step_decode(input_batch, num_rejected, num_reqs, *args, **kwargs)
         if self._recording:
-            self.selection.count(self.input_buffers.seq_lens[:num_reqs], self._query_lens, self.num_speculative_steps)
+            self._count_reads(num_reqs)
+
+    def _count_reads(self, num_reqs: int) -> None:
+        self.selection.count(self.input_buffers.seq_lens[:num_reqs], self._query_lens, self.num_speculative_steps)

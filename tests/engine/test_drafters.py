@@ -139,6 +139,15 @@ def test_drafts_are_chosen_by_the_drafting_model_s_own_queries(
     assert 0 < seen.draft_kv_sampled < seen.draft_kv_scanned < seen.draft_kv_full
 
 
+def test_what_rounds_of_one_draft_read_is_counted(engine, greedy, prompts, counts):
+    options = {"method": "sketch", "draft_ratio": 0.2, "min_tokens": 40, "recent_tokens": 16}
+    llm = engine(options, block_size=16, num_speculative_tokens=1)
+    greedy(llm, prompts([400, 700]), 6)
+    seen = counts(llm)
+    assert 0 < seen.draft_kv_scanned < seen.draft_kv_full
+    assert 0.15 < seen.draft_kv_fraction < 0.5
+
+
 @pytest.mark.parametrize("options", OPTIONS)
 def test_n_grams_are_right_about_real_text(options, engine, greedy, plain, prompts, tokens_a_round):
     given = prompts([31, 128, 400, 1000])
