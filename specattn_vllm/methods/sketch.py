@@ -28,8 +28,8 @@ METHOD = Method(
     options=SketchOptions,
     per_head=True,
     keeps_sketch=True,
-    # H200, Llama-8B shape, bf16, 2026-11-28 (docs/results/h200-sketch-engine.json): 16 requests of 4k, 65,536 tokens,
-    # take 6.58 ms instead of 7.00 without speculation; shorter batches were not measured with a search.
+    # H200, Llama-8B shape, bf16, 2026-11-28 (docs/results/h200-sketch-alone.json): 16 requests of 4k, 65,536 tokens,
+    # take 6.75 ms instead of 7.01 without speculation; shorter batches were not measured with a search.
     crossover={"fa3": 65536},
     paper="it is this package's own",
     attach="specattn_vllm.sketch.attach.attach",
