@@ -62,9 +62,14 @@ def _engine(config: VllmConfig) -> Iterator[str]:
             "caches are not supported); use 'auto'"
         )
     if config.lora_config is not None:
-        yield "LoRA: the layer map is made for one set of weights; serve merged weights"
+        yield "LoRA: layer maps and centres of keys are made for one set of weights; serve merged weights"
     if config.kv_transfer_config is not None:
-        yield "a KV connector (kv_transfer_config): the draft's cache would not be transferred; remove it"
+        yield (
+            "a KV connector (kv_transfer_config, or --kv-offloading-size): it would move blocks without what goes with "
+            "them; remove it"
+        )
+    if config.model_config.enable_sleep_mode:
+        yield "enable_sleep_mode: waking up from level 2 loses what stands beside the weights; turn it off"
     if parallel.use_ubatching:
         yield "microbatches (enable_dbo, ubatch_size): selections are made for whole batches; turn them off"
     if cache.kv_sharing_fast_prefill:

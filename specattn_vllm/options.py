@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from specattn_vllm import misplaced
 
@@ -48,6 +48,13 @@ class SpecAttnOptions(BaseModel):
         "or 'auto', the first of these that runs; 'xformers' (CUDA, whole blocks) has to be named.",
     )
     stats_interval_s: float = Field(60.0, gt=0.0, description="Seconds between the statistics lines in the log.")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError("true and false are no numbers")
+        return value
 
     @classmethod
     def parse(cls, raw: Any) -> SpecAttnOptions:

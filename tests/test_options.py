@@ -385,3 +385,10 @@ def test_a_preset_without_a_choice_to_make_is_refused():
         message = refusal({"method": method, "preset": "paper"})
         assert f"preset = 'paper' sets how tokens are chosen, and method {method!r} has no such setting" in message
         assert "set method to one of specattn, sts, vegas" in message
+
+
+@pytest.mark.parametrize("option", ["ratio", "min_tokens", "sketch_bits", "crossover_tokens"])
+def test_true_is_no_number(option):
+    with pytest.raises(OptionsError, match=rf"{option} = True: true and false are no numbers"):
+        SpecAttnOptions.parse({"method": "sketch", option: True})
+    assert SpecAttnOptions.parse({"method": "sketch", "sparse_draft": False}).drafts_sparsely is False

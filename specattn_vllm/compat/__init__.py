@@ -22,7 +22,8 @@ complete_speculation  `--speculative-model` without a number of tokens is an err
 check_engine_config   Start-up checks need the finished config in the process of the user's command, where an error is
                       read; vLLM has no hook there. Goes with one.
 check_request         A request's extra arguments are validated where `SamplingParams` is made, so that a wrong value is
-                      the client's error (HTTP 400) and not the engine's. Goes when plugins may validate requests.
+                      the client's error (HTTP 400) and not the engine's; an exact request reads no cached blocks. Goes
+                      when plugins may validate requests.
 watch_new_requests    The speculator learns of requests as rows of batches; what they asked for, and what their prompts
                       say, is only in the worker's `add_request`. Wraps that method of one object. Goes with a hook
                       for new requests.

@@ -29,6 +29,7 @@ LEANED_ON = (
     "engine.arg_utils:EngineArgs.disable_log_stats",
     "sampling_params:SamplingParams._verify_args",
     "sampling_params:SamplingParams.extra_args",
+    "sampling_params:SamplingParams.skip_reading_prefix_cache",
     "exceptions:VLLMValidationError",
     "v1.metrics.prometheus:get_prometheus_registry",
     "entrypoints.serve.instrumentator.metrics:get_prometheus_registry",

@@ -17,7 +17,7 @@ from specattn_vllm.compat.names import (
     is_ours,
     resolve,
 )
-from specattn_vllm.request import problem
+from specattn_vllm.request import asks_for_exactness, problem
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -148,6 +148,9 @@ def check_request() -> None:
         original(self)
         if reason := problem(self.extra_args):
             raise VLLMValidationError(reason, parameter="extra_args")
+        if asks_for_exactness(self):
+            # Cached blocks may hold entries of another request's pruned steps, also after a preemption.
+            self.skip_reading_prefix_cache = True
 
     setattr(verify_args, MARK, True)
     SamplingParams._verify_args = verify_args

@@ -36,13 +36,22 @@ def test_context_parallelism_is_refused(reasons):
 
 
 def test_lora_is_refused(reasons):
-    assert reasons(enable_lora=True) == ["LoRA: the layer map is made for one set of weights; serve merged weights"]
+    assert reasons(enable_lora=True) == [
+        "LoRA: layer maps and centres of keys are made for one set of weights; serve merged weights"
+    ]
 
 
 def test_a_kv_connector_is_refused(reasons):
     assert reasons(kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"}) == [
-        "a KV connector (kv_transfer_config): the draft's cache would not be transferred; remove it",
+        "a KV connector (kv_transfer_config, or --kv-offloading-size): it would move blocks without what goes with "
+        "them; remove it",
     ]
+
+
+def test_sleep_mode_is_refused():
+    config = engine(model_config=SimpleNamespace(dtype="torch.bfloat16", enable_sleep_mode=True))
+    (reason,) = checks._engine(config)
+    assert reason.startswith("enable_sleep_mode: ") and reason.endswith("turn it off")
 
 
 def test_fast_prefill_is_refused(reasons):
@@ -69,7 +78,7 @@ def engine(parallel=None, cache=None, **changes):
     """What `_engine` looks at, with everything in order but the changes."""
     base = {
         "use_v2_model_runner": True,
-        "model_config": SimpleNamespace(dtype="torch.bfloat16"),
+        "model_config": SimpleNamespace(dtype="torch.bfloat16", enable_sleep_mode=False),
         "parallel_config": SimpleNamespace(
             **{"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "use_ubatching": False}
             | (parallel or {})
