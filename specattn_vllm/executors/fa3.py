@@ -79,7 +79,7 @@ def sparse_attention(
     max_query_len: int,
     lse: torch.Tensor | None = None,
 ) -> None:
-    """Attention over the pages of a table; contract of `kernels/sparse_attention.py`, but for three things.
+    """Attention over the pages of a table; contract of `kernels/attention/sparse_attention.py`, but for three things.
 
     A (request, head) with kept = 0 gets zeros, where our kernel leaves its rows alone; FA3 refuses fp32;
     and `query` holds no padding, unless every request of a graph's batch has max_query_len tokens.
