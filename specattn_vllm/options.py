@@ -63,7 +63,7 @@ class SpecAttnOptions(BaseModel):
         if not isinstance(raw, dict):
             raise OptionsError(
                 f"additional_config['{KEY}'] is {raw!r}; it must be an object such as "
-                f'{{"top_p": 0.9}} (--additional-config \'{{"{KEY}": {{"top_p": 0.9}}}}\')'
+                f'{{"ratio": 0.125}} (--additional-config \'{{"{KEY}": {{"ratio": 0.125}}}}\')'
             )
         from specattn_vllm import methods
 

@@ -183,8 +183,8 @@ def test_all_problems_are_listed_at_once():
 def test_what_is_not_an_object_is_refused_with_an_example(raw):
     message = refusal(raw)
     assert f"is {raw!r}" in message
-    assert 'it must be an object such as {"top_p": 0.9}' in message
-    assert """--additional-config '{"specattn": {"top_p": 0.9}}'""" in message
+    assert 'it must be an object such as {"ratio": 0.125}' in message
+    assert """--additional-config '{"specattn": {"ratio": 0.125}}'""" in message
 
 
 def test_a_cap_below_the_floor_is_refused():

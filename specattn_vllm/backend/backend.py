@@ -23,10 +23,6 @@ class SpecAttnBackend(AttentionBackend):
     supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
     forward_includes_kv_cache_update = False
 
-    sketch_bits: ClassVar[int | None] = None
-    """Bits of the sketch for which each block of the cache has room behind it; None: none. Set by the layers of an
-    engine when they are made, because vLLM asks for the cache's shape with no configuration at hand."""
-
     @staticmethod
     def get_name() -> str:
         return "SPECATTN"
@@ -61,9 +57,10 @@ class SpecAttnBackend(AttentionBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Pages with room for the sketch of their keys: vLLM counts it as part of the cache, and whoever finds a block
         finds its sketch."""
-        if cls.sketch_bits is None:
+        bits = cls.get_impl_cls().sketch_bits
+        if bits is None:
             return spec
-        layout = SketchLayout(spec.num_kv_heads, spec.block_size, spec.head_size, cls.sketch_bits, spec.dtype.itemsize)
+        layout = SketchLayout(spec.num_kv_heads, spec.block_size, spec.head_size, bits, spec.dtype.itemsize)
         return replace(spec, page_size_padded=spec.unpadded_page_size_bytes + layout.tail_bytes)
 
     @classmethod

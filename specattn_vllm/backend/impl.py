@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from specattn_vllm import executors
-from specattn_vllm.backend.backend import SpecAttnBackend
 from specattn_vllm.backend.metadata import SpecAttnMetadata
 from specattn_vllm.options import SpecAttnOptions
 
@@ -21,6 +20,10 @@ if TYPE_CHECKING:
 
 class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
     """Runs one layer through the executor of the options."""
+
+    sketch_bits: ClassVar[int | None] = None
+    """Bits of the sketch for which each block of the cache has room behind it; None: none. Set by the layers of an
+    engine when they are made, because vLLM asks for the cache's shape with no configuration at hand."""
 
     def __init__(
         self,
@@ -64,7 +67,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         self.choice: LayerChoice | None = None
         self.target_choice: TargetChoice | None = None
         """What a metadata builder of the layer announces its steps to."""
-        SpecAttnBackend.sketch_bits = options.bits_in_cache
+        SpecAttnImpl.sketch_bits = options.bits_in_cache
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         if self.choice is None or not self.choice.write(key, value, kv_cache, slot_mapping):

@@ -22,6 +22,8 @@ def default_settings(context: int) -> list[Setting]:
         DENSE,
         Setting(name="dense, another batch shape", options=DENSE_OPTIONS, other_batches=True),
         Setting(name="dense, sparse_draft", options={"method": "dense", "sparse_draft": True}),
+        Setting(name="sketch", options={"method": "sketch"}),
+        Setting(name="sketch 8%", options={"method": "sketch", "ratio": 0.08, "min_tokens": 0}),
         Setting(name="specattn", options={"method": "specattn"}),
         Setting(name="specattn, sparse_draft", options={"method": "specattn", "sparse_draft": True}),
         # As the benchmark of speed runs.
