@@ -8,26 +8,19 @@ import pickle
 import subprocess
 import sys
 from multiprocessing.reduction import ForkingPickler
-from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("vllm")
-import torch
 import vllm
-from transformers import LlamaConfig
 from vllm.config import AttentionConfig
-from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
-from vllm.v1.attention.selector import AttentionSelectorConfig
-from vllm.v1.worker.gpu import spec_decode
 from vllm.v1.worker.gpu.spec_decode.standalone_ar import speculator as upstream
 from vllm.v1.worker.worker_base import WorkerBase
 
 from specattn_vllm import compat, plugin, versions
-from specattn_vllm.stats import Counters
 
 CLASS = "specattn_vllm.backend.backend.SpecAttnBackend"
 
@@ -158,12 +151,6 @@ def test_the_name_leads_to_the_backend(ours):
     assert ours.get_class().get_name() == "SPECATTN"
 
 
-@pytest.mark.parametrize("name", ["specattn", "SPECATTN", "SpecAttn"])
-def test_the_name_is_understood_in_any_case(name, ours):
-    assert AttentionConfig(backend=name).backend is ours
-    assert engine_args("--attention-backend", name).attention_backend in (name, ours)
-
-
 @pytest.mark.parametrize("dumps", [pickle.dumps, ForkingPickler.dumps], ids=["pickle", "multiprocessing"])
 def test_the_name_survives_a_pickle(ours, dumps):
     config = pickle.loads(dumps(AttentionConfig(backend="specattn")))
@@ -194,239 +181,3 @@ def test_the_name_survives_a_pickle_that_a_spawned_worker_reads_before_its_plugi
         tmp_path,
     )
     assert report == {"before": False, "type": "AttentionBackendEnum", "same": True, "class": "SpecAttnBackend"}
-
-
-# The command line
-
-
-def engine_args(*arguments: str) -> AsyncEngineArgs:
-    parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-    return AsyncEngineArgs.from_cli_args(parser.parse_args([*arguments]))
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--spec-model", "some/draft", "--spec-tokens", "4"],
-        ["--speculative-model", "some/draft", "--num-speculative-tokens", "4"],
-        ["--speculative-model=some/draft", "--num-speculative-tokens=4"],
-        ["--speculative_model", "some/draft", "--num_speculative_tokens", "4"],
-        ["--speculative_model=some/draft", "--num_speculative_tokens=4"],
-    ],
-    ids=" ".join,
-)
-def test_the_aliases_are_vllm_s_own_flags(arguments):
-    args = engine_args(*arguments)
-    assert (args.spec_model, args.spec_tokens) == ("some/draft", 4)
-
-
-def test_an_alias_checks_its_value_as_the_flag_does(capsys):
-    with pytest.raises(SystemExit):
-        engine_args("--num-speculative-tokens", "many")
-    assert "many" in capsys.readouterr().err
-
-
-def test_each_alias_is_there_once():
-    for add_cli_args in (EngineArgs.add_cli_args, AsyncEngineArgs.add_cli_args):
-        parser = add_cli_args(FlexibleArgumentParser())
-        flags = [flag for action in parser._actions for flag in action.option_strings]
-        for flag in ("--spec-model", "--speculative-model", "--spec-tokens", "--num-speculative-tokens"):
-            assert flags.count(flag) == 1
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--additional-config", '{"specattn": {"top_p": 0.5, "dense_layers": [1]}}'],
-        ["--additional-config.specattn", '{"top_p": 0.5, "dense_layers": [1]}'],
-        ["--additional-config.specattn.top_p", "0.5", "--additional-config.specattn.dense_layers", "[1]"],
-    ],
-    ids=["object", "dotted object", "dotted options"],
-)
-def test_options_reach_the_engine_arguments(arguments):
-    assert engine_args(*arguments).additional_config == {"specattn": {"top_p": 0.5, "dense_layers": [1]}}
-
-
-# The speculator
-
-
-class Stock:
-    """Stands for vLLM's speculator, which would allocate its buffers."""
-
-    def __init__(self, *arguments) -> None:
-        self.arguments = arguments
-
-
-class Ours(Stock):
-    pass
-
-
-class Sketching(Stock):
-    pass
-
-
-@pytest.fixture
-def stand_ins(monkeypatch):
-    # Imported before its base class is replaced.
-    from specattn_vllm.speculation import sketch_speculator, speculator
-
-    monkeypatch.setattr(speculator, "SpecAttnSpeculator", Ours)
-    monkeypatch.setattr(sketch_speculator, "SketchSpeculator", Sketching)
-    monkeypatch.setattr(upstream, "StandaloneARSpeculator", Stock)
-    compat.choose_speculator()
-
-
-def engine_config(backend: str | None, **options):
-    return SimpleNamespace(
-        attention_config=AttentionConfig(backend=backend), additional_config={"specattn": options} if options else {}
-    )
-
-
-@pytest.mark.parametrize(
-    ("backend", "options", "wanted"),
-    [
-        ("specattn", {}, Sketching),
-        ("specattn", {"sparse_draft": False}, Ours),
-        ("specattn", {"method": "specattn"}, Ours),
-        ("specattn", {"method": "dense", "sparse_draft": True}, Sketching),
-        (None, {}, Stock),
-        ("TRITON_ATTN", {}, Stock),
-        ("FLASH_ATTN", {}, Stock),
-    ],
-)
-def test_only_our_backend_gets_our_speculator(stand_ins, backend, options, wanted):
-    config, device = engine_config(backend, **options), torch.device("cpu")
-    made = upstream.StandaloneARSpeculator(config, device)
-    assert type(made) is wanted
-    assert made.arguments == (config, device)
-    assert compat.stock_speculator() is Stock
-
-
-@pytest.mark.parametrize(("backend", "wanted"), [("specattn", Sketching), (None, Stock)])
-def test_vllm_builds_the_speculator_through_the_name_that_is_replaced(
-    stand_ins, tmp_path, monkeypatch, backend, wanted
-):
-    llama = LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        hidden_size=128,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        head_dim=64,
-        vocab_size=128,
-        max_position_embeddings=128,
-    )
-    llama.save_pretrained(tmp_path / "model")
-    path = str(tmp_path / "model")
-    config = EngineArgs(
-        model=path,
-        skip_tokenizer_init=True,
-        enforce_eager=True,
-        attention_backend=backend,
-        speculative_config={"model": path, "num_speculative_tokens": 2},
-    ).create_engine_config()
-    assert type(spec_decode.init_speculator(config, torch.device("cpu"), None)) is wanted
-
-
-def test_our_speculator_is_vllm_s_own_class_extended():
-    from specattn_vllm.speculation.speculator import SpecAttnSpeculator
-
-    assert issubclass(SpecAttnSpeculator, compat.stock_speculator())
-
-
-# The CPU platform
-
-
-on_cpu = pytest.mark.skipif(not current_platform.is_cpu(), reason="other platforms honour registered backends")
-
-
-def selector(**changes) -> AttentionSelectorConfig:
-    base = {"head_size": 64, "dtype": torch.float32, "kv_cache_dtype": "auto", "block_size": 16}
-    return AttentionSelectorConfig(**base | changes)
-
-
-@on_cpu
-def test_the_cpu_platform_honours_our_backend(ours):
-    assert current_platform.get_attn_backend_cls(ours, selector()) == CLASS
-    assert current_platform.get_attn_backend_cls(ours, selector(), num_heads=8) == CLASS
-    assert type(current_platform).get_attn_backend_cls(ours, selector()) == CLASS
-
-
-@on_cpu
-@pytest.mark.parametrize("backend", [None, "CPU_ATTN", "TRITON_ATTN"])
-def test_the_cpu_platform_answers_as_before_for_other_backends(backend):
-    platform = type(current_platform)
-    original = platform.get_attn_backend_cls.__func__.__wrapped__
-    member = AttentionBackendEnum[backend] if backend else None
-    assert current_platform.get_attn_backend_cls(member, selector()) == original(platform, member, selector())
-    assert current_platform.get_attn_backend_cls(member, selector()) == AttentionBackendEnum.CPU_ATTN.get_path()
-
-
-@on_cpu
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"head_size": 32}, "head_size not supported"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"),
-        ({"block_size": 8}, "block_size not supported"),
-        ({"use_mla": True}, "MLA not supported"),
-        ({"has_sink": True}, "attention sinks not supported"),
-        ({"has_sliding_window": True}, "sliding window not supported"),
-        ({"use_non_causal": True}, "non-causal attention not supported"),
-        ({"use_kv_connector": True}, "KV connector not supported"),
-    ],
-)
-def test_the_cpu_platform_refuses_what_the_backend_does_not_support(ours, changes, reason):
-    with pytest.raises(ValueError, match=f"--attention-backend specattn cannot serve this model: .*{reason}"):
-        current_platform.get_attn_backend_cls(ours, selector(**changes))
-
-
-# Statistics of a worker
-
-
-def worker(**speculator):
-    """A worker whose runner has a speculator with these attributes."""
-    instance = object.__new__(WorkerBase)
-    instance.model_runner = SimpleNamespace(speculator=SimpleNamespace(**speculator))
-    return instance
-
-
-def test_a_worker_reports_its_counts():
-    counters = Counters(torch.device("cpu"))
-    counters.add(rounds=2, kv_read=torch.tensor(7))
-    report = worker(counters=counters).specattn_stats()
-    assert (report["rounds"], report["kv_read"], report["kv_full"]) == (2, 7, 0)
-    assert json.loads(json.dumps(report)) == report
-
-
-def test_a_worker_beside_a_drafter_of_vllm_s_reports_what_is_counted_of_it():
-    beside = worker()
-    beside.model_runner.specattn_counters = Counters(torch.device("cpu"))
-    beside.model_runner.specattn_counters.add(rounds=3)
-    assert beside.specattn_stats()["rounds"] == 3
-    del beside.model_runner.speculator
-    assert beside.specattn_stats()["rounds"] == 3
-
-
-def test_a_worker_without_our_backend_reports_nothing():
-    assert worker().specattn_stats() is None
-    without = worker()
-    del without.model_runner.speculator
-    assert without.specattn_stats() is None
-    assert without.specattn_audit() is None
-    assert worker(audit=None).specattn_audit() is None
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--attention-backend", "specattn"],
-        ["--attention-config", '{"backend": "specattn"}'],
-        ["--attention-config.backend", "specattn"],
-    ],
-    ids=["flag", "JSON", "dotted"],
-)
-def test_each_way_of_naming_the_backend_on_the_command_line(arguments):
-    given = engine_args(*arguments)
-    backend = given.attention_backend or given.attention_config.backend
-    assert getattr(backend, "name", backend).upper() == "SPECATTN"
