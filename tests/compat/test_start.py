@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("vllm")
 import torch
+from vllm.config import AttentionConfig
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
