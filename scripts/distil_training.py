@@ -4,8 +4,8 @@ import time
 
 import torch
 import torch.nn.functional as F
+from demo_training import batches
 from tqdm import tqdm
-from train_demo_pair import batches
 from transformers import LlamaConfig
 
 

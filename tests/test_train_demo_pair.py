@@ -90,9 +90,9 @@ def test_held_out_text_never_reaches_training(demo_corpus, corpus):
     assert "class TextWrapper" in held_text and "# file: test/" not in held_text
 
 
-def test_batches_shift_by_one_and_cover_an_epoch(script):
+def test_batches_shift_by_one_and_cover_an_epoch():
     stream = torch.arange(100, 1000, dtype=torch.int16)
-    data = script.batches(stream, batch=2, context=16, bos=7, seed=0)
+    data = load("demo_training").batches(stream, batch=2, context=16, bos=7, seed=0)
     seen = []
     for _ in range(20):
         x, y = next(data)
