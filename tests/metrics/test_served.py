@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
@@ -31,8 +33,9 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        self.log, self.temporary = folder / "log", folder / "tmp"
-        self.temporary.mkdir()
+        self.log = folder / "log"
+        # Not in pytest's folder: the path of a Unix socket has at most 107 characters, and vLLM puts 37 of its own there.
+        self.temporary = Path(tempfile.mkdtemp(prefix="served-"))
         command = [
             sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", str(demo_folder("target")),
             "--attention-backend", "specattn", "--served-model-name", "demo", "--max-model-len", "2048", "--dtype",
@@ -103,6 +106,10 @@ class Server:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait()
 
+    def remove(self) -> None:
+        self.stop()
+        shutil.rmtree(self.temporary)
+
 
 @pytest.fixture
 def server(tmp_path):
@@ -116,7 +123,7 @@ def server(tmp_path):
 
     yield start
     for one in started:
-        one.stop()
+        one.remove()
 
 
 def options(**given) -> tuple[str, str]:
