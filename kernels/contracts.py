@@ -37,14 +37,3 @@ def group_size(query_heads: int, heads: int, name: str) -> int:
 
 def head_size(size: int) -> None:
     expect(size in HEAD_SIZES, "query", f"head size {size}", f"one of {HEAD_SIZES} (Triton kernels)")
-
-
-def listed(positions, kept, rows: int, device, **lengths) -> None:
-    """A list of positions per row and what goes with it: all of it or nothing."""
-    for name, value in (("kept", kept), *lengths.items()):
-        if positions is None:
-            expect(value is None, name, "a value without positions", "both or neither")
-        else:
-            tensor(name, value, (rows,), torch.int32, device)
-    if positions is not None:
-        tensor("positions", positions, (rows, None), torch.int32, device)

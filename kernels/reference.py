@@ -11,10 +11,8 @@ from .attention.reference import dense_attention, draft_attention, sparse_attent
 from .bookkeeping.reference import count_reads, count_sampled, load_round, take_selections
 from .selection.reference import (
     accumulate_mass,
-    add_followers,
     build_block_tables,
     build_page_tables,
-    build_positions,
     dilate_mass,
     mark_rows,
     select_top_p,
@@ -23,10 +21,8 @@ from .selection.reference import (
 
 __all__ = [
     "accumulate_mass",
-    "add_followers",
     "build_block_tables",
     "build_page_tables",
-    "build_positions",
     "count_reads",
     "count_sampled",
     "dense_attention",

@@ -126,14 +126,9 @@ class SpecAttnOptions(BaseModel):
         return self.kind.drafter == "target"
 
     @property
-    def drafts_sparsely(self) -> bool:
-        """Whether the steps of a draft model, if there is one, read a part of its context."""
-        return False
-
-    @property
     def drafts_by_sketch(self) -> bool:
-        """Whether a draft model chooses what it reads by a sketch of its keys."""
-        return self.drafts_sparsely and self.kind.drafts_by_sketch
+        """Whether the steps of a draft model, if there is one, read a part of its context, by a sketch of its keys."""
+        return False
 
     @property
     def bits_in_cache(self) -> int | None:

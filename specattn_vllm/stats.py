@@ -25,11 +25,7 @@ class Counts:
     no_selection_rows: int = 0
     """... these had none, where a draft model chooses: `exact_rows` and `small_batch_rows` are among them, ..."""
     stale_rows: int = 0
-    """... these had one made for another length, ..."""
-    refresh_rows: int = 0
-    """... these were due to read everything, ..."""
-    audit_rows: int = 0
-    """... and these had to, because an audit had found too little retained."""
+    """... and these had one made for another length."""
     kv_read: int = 0
     kv_full: int = 0
     """Entries of the target's cache that rows past their prompt read, and that were there."""
@@ -102,8 +98,7 @@ class Counts:
         return head + (
             f"verification read {self.kv_fraction:.1%} of KV{drafting}, dense verification rows "
             f"{self.verify_rows - self.sparse_rows} (exact {self.exact_rows}, small batch {self.small_batch_rows}, no "
-            f"selection {self.unselected_rows}, stale {self.stale_rows}, refresh {self.refresh_rows}, audit "
-            f"{self.audit_rows}), prefill rows {self.prefill_rows}"
+            f"selection {self.unselected_rows}, stale {self.stale_rows}), prefill rows {self.prefill_rows}"
         )
 
 

@@ -24,19 +24,15 @@ SHARE = COMMON | {
     "crossover_tokens": None,
 }  # fmt: skip
 BUDGET = SHARE | {"rule": None, "top_p": 0.9}
-SPARSE_DRAFT = BUDGET | {"sparse_draft": False, "draft_ratio": None}
-BY_DRAFT = SPARSE_DRAFT | {
-    "layer_map": None, "layer_shares": True, "dense_layers": (), "combine": "sum",
-    "bonus_row": True, "induction": True, "refresh_every": None, "audit_share": 0.0, "audit_floor": None,
-    "audit_dense_rounds": 16,
-}  # fmt: skip
+SPARSE_DRAFT = BUDGET | {"sparse_draft": False, "draft_ratio": None, "sketch_bits": 2}
+BY_DRAFT = BUDGET | {"layer_map": None, "dense_layers": (), "combine": "sum", "audit_share": 0.0}
 DEFAULTS = {
-    "sketch": SPARSE_DRAFT | {"ratio": 0.125, "sparse_draft": True, "sketch_bits": 2, "shared_budget": "layers"},
+    "sketch": SPARSE_DRAFT | {"ratio": 0.125, "sparse_draft": True, "shared_budget": "layers", "audit_share": 0.0},
     "specattn": BY_DRAFT | {"ratio": 0.25},
     "sts": BY_DRAFT,
     "vegas": BUDGET | {"dilation": None},
     "streamingllm": SHARE,
-    "dense": SPARSE_DRAFT | {"sketch_bits": 2},
+    "dense": SPARSE_DRAFT,
 }
 """Written out: changing one changes what every user of the method gets."""
 
@@ -58,21 +54,15 @@ EVERY = {
     "ratio": 0.25,
     "sketch_bits": 4,
     "shared_budget": "none",
-    "layer_shares": False,
     "min_tokens": 0,
     "max_tokens": 10,
     "max_fraction": 0.25,
     "sink_tokens": 0,
     "recent_tokens": 10,
     "combine": "union",
-    "bonus_row": False,
-    "induction": False,
     "dilation": 5,
     "dense_layers": (0, 3),
-    "refresh_every": 8,
     "audit_share": 0.05,
-    "audit_floor": 0.8,
-    "audit_dense_rounds": 4,
     "sparse_draft": True,
     "draft_ratio": 0.5,
     "crossover_tokens": 4096,
@@ -130,16 +120,9 @@ def test_an_unknown_option_is_named_with_the_known_ones():
         ("dilation", 65, "less than or equal to 64"),
         ("combine", "mean", "'sum' or 'union'"),
         ("executor", "cuda", "'auto', 'torch', 'triton', 'fa3' or 'xformers'"),
-        ("refresh_every", 1, "greater than or equal to 2"),
-        ("refresh_every", 2**31, "less than or equal to 2147483647"),
-        ("refresh_every", 2.5, "valid integer"),
         ("audit_share", -0.1, "greater than or equal to 0"),
         ("audit_share", 1.01, "less than or equal to 1"),
         ("audit_share", float("nan"), "less than or equal to 1"),
-        ("audit_floor", 0.0, "greater than 0"),
-        ("audit_floor", 1.5, "less than or equal to 1"),
-        ("audit_dense_rounds", 0, "greater than or equal to 1"),
-        ("audit_dense_rounds", 2**31, "less than or equal to 2147483647"),
         ("sparse_draft", "perhaps", "valid boolean"),
         ("crossover_tokens", -1, "greater than or equal to 0"),
         ("crossover_tokens", 2**31, "less than or equal to 2147483647"),
@@ -203,9 +186,16 @@ def test_a_cap_below_what_is_always_kept_is_refused():
 
 
 def test_a_share_for_a_draft_that_reads_everything_is_refused():
-    message = refusal({"method": "specattn", "draft_ratio": 0.25})
+    message = refusal({"sparse_draft": False, "draft_ratio": 0.25})
     assert "draft_ratio 0.25 without sparse_draft" in message
     assert "set sparse_draft=true, or leave draft_ratio out" in message
+
+
+def test_a_shared_budget_without_a_budget_is_refused():
+    message = refusal({"top_p": 0.9, "shared_budget": "layers"})
+    assert "shared_budget 'layers' with a share of the attention (top_p)" in message
+    assert "set ratio in the place of top_p, or leave shared_budget out" in message
+    assert SpecAttnOptions.parse({"top_p": 0.9}).shared_budget == "layers"
 
 
 def test_what_full_attention_has_no_use_for_is_refused():
@@ -215,19 +205,6 @@ def test_what_full_attention_has_no_use_for_is_refused():
     assert "ratio beside draft_ratio, which stands in for it: leave one of them out" in message
     options = SpecAttnOptions.parse({"method": "dense", "sparse_draft": False, "executor": "torch"})
     assert not {"ratio", "crossover_tokens", "draft_ratio"} & options.usable
-
-
-def test_a_floor_without_audits_is_refused():
-    message = refusal({"method": "sts", "audit_floor": 0.8})
-    assert "audit_floor 0.8 without audit_share" in message
-    assert "set audit_share, such as to 0.05, or leave audit_floor out" in message
-    assert "audit_floor 0.8 without" in refusal({"method": "sts", "audit_floor": 0.8, "audit_share": 0.0})
-
-
-def test_dense_rounds_without_a_floor_are_refused():
-    message = refusal({"method": "sts", "audit_share": 0.1, "audit_dense_rounds": 16})  # the default, but given
-    assert "audit_dense_rounds 16 without audit_floor" in message
-    assert "set audit_floor, or leave it out" in message
 
 
 def test_a_cap_equal_to_the_floors_is_accepted():
@@ -267,7 +244,6 @@ def test_where_the_target_reads_everything_it_is_lossless():
     assert not SpecAttnOptions.parse({"method": "specattn"}).kind.lossless
     # What the draft reads changes which tokens it proposes, not which are accepted.
     assert SpecAttnOptions.parse({"method": "dense", "sparse_draft": True}).kind.lossless
-    assert not SpecAttnOptions.parse({"method": "specattn", "sparse_draft": True}).kind.lossless
     assert not SpecAttnOptions.parse({"method": "sts", "ratio": 1.0}).kind.lossless
     # The method decides, not what one setting of it happens to keep.
     assert not SpecAttnOptions.parse({"method": "specattn", "top_p": 1.0}).kind.lossless
@@ -298,16 +274,6 @@ def test_the_rule_is_that_of_the_value_that_is_given():
     message = refusal({"top_p": 0.9, "ratio": 0.2})
     assert "top_p 0.9 and ratio 0.2 are of two rules" in message
     assert "rule='top_p' or rule='top_k'" in message
-
-
-@pytest.mark.parametrize(
-    ("raw", "uses"),
-    [({}, True), ({"induction": False}, False), ({"top_p": 0.9}, False), ({"ratio": 0.1, "combine": "union"}, False),
-     ({"method": "sts"}, True), ({"preset": "paper"}, False)],
-    ids=str,
-)  # fmt: skip
-def test_layers_that_copy_are_served_within_a_budget_that_one_choice_spends(raw, uses):
-    assert SpecAttnOptions.parse({"method": "specattn"} | raw).uses_induction is uses
 
 
 def test_which_targets_draft_for_themselves():
@@ -344,9 +310,9 @@ def test_a_preset_sets_what_is_not_given(method):
     changed = {key: value for key, value in preset.items() if value != plain[key]}
     assert changed == {"preset": "paper"} | {
         "specattn": {"rule": "top_p", "top_p": 0.97, "combine": "union", "dense_layers": (0, 1), "min_tokens": 0,
-                     "sink_tokens": 0, "recent_tokens": 0, "bonus_row": False, "induction": False},
+                     "sink_tokens": 0, "recent_tokens": 0},
         "sts": {"rule": "top_k", "ratio": 1.0, "max_tokens": 256, "min_tokens": 0, "sink_tokens": 0,
-                "recent_tokens": 0, "bonus_row": False, "induction": False},
+                "recent_tokens": 0},
         "vegas": {"rule": "top_k", "ratio": 0.07, "min_tokens": 256, "sink_tokens": 0, "recent_tokens": 0,
                   "dilation": 0},
     }[method]  # fmt: skip
@@ -391,4 +357,4 @@ def test_a_preset_without_a_choice_to_make_is_refused():
 def test_true_is_no_number(option):
     with pytest.raises(OptionsError, match=rf"{option} = True: true and false are no numbers"):
         SpecAttnOptions.parse({"method": "sketch", option: True})
-    assert SpecAttnOptions.parse({"method": "sketch", "sparse_draft": False}).drafts_sparsely is False
+    assert SpecAttnOptions.parse({"method": "sketch", "sparse_draft": False}).drafts_by_sketch is False

@@ -42,10 +42,8 @@ def test_the_line_says_it_all():
         sampled_tokens=20,
         verify_rows=16,
         sparse_rows=6,
-        no_selection_rows=3,
+        no_selection_rows=9,
         stale_rows=1,
-        refresh_rows=2,
-        audit_rows=4,
         prefill_rows=5,
         kv_read=1,
         kv_full=8,
@@ -53,8 +51,7 @@ def test_the_line_says_it_all():
     # 16 rows could have been sparse and 10 were not.
     assert counts.line(59.6) == (
         "specattn: 8 rounds in 60 s, acceptance length 2.50, verification read 12.5% of KV, "
-        "dense verification rows 10 (exact 0, small batch 0, no selection 3, stale 1, refresh 2, audit 4), prefill "
-        "rows 5"
+        "dense verification rows 10 (exact 0, small batch 0, no selection 9, stale 1), prefill rows 5"
     )
 
 
@@ -137,16 +134,16 @@ def test_staged_amounts_count_only_once_committed():
 def test_a_vector_counts_once_committed():
     counters = Counters(torch.device("cpu"))
     amounts = torch.tensor([2, 2**33, 5])
-    counters.stage_vector(("audit_rows", "kv_read", "kv_full"), amounts)
+    counters.stage_vector(("stale_rows", "kv_read", "kv_full"), amounts)
     counters.discard()
     counters.commit()
     assert counters.read() == Counts()
-    counters.stage_vector(("audit_rows", "kv_read", "kv_full"), amounts)
+    counters.stage_vector(("stale_rows", "kv_read", "kv_full"), amounts)
     counters.stage_vector(("verify_rows", "sparse_rows"), torch.tensor([7, 8]))
-    counters.stage(audit_rows=10)
+    counters.stage(stale_rows=10)
     counters.commit()
     counters.commit()
-    assert counters.read() == Counts(audit_rows=12, kv_read=2**33, kv_full=5, verify_rows=7, sparse_rows=8)
+    assert counters.read() == Counts(stale_rows=12, kv_read=2**33, kv_full=5, verify_rows=7, sparse_rows=8)
     assert amounts.tolist() == [2, 2**33, 5]
     counters.stage_vector(("stale_rows",), torch.tensor([1]))
     counters.reset()

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from ..contracts import FLOATS, expect, group_size, listed, tensor
+from ..contracts import FLOATS, expect, group_size, tensor
 
 SCORED_ROWS = (1, 2)  # per request
 
 
 def draft_attention(
-    query, kv_cache, block_table, seq_lens, query_start_loc, out, scored_rows, scores, lse, max_query_len,
-    positions, kept, prefix_lens, requests,
-) -> None:  # fmt: skip
+    query, kv_cache, block_table, seq_lens, query_start_loc, out, scored_rows, scores, lse, max_query_len, requests
+) -> None:
     tensor("query", query, (None, None, None), FLOATS)
     tokens, query_heads, size = query.shape
     dev = query.device
@@ -39,7 +38,6 @@ def draft_attention(
         tensor("lse", lse, (rows, scored), torch.float32, dev)
         expect(scored_rows is not None, "scored_rows", None, "a tensor, because lse is asked for")
     expect(max_query_len >= 1, "max_query_len", max_query_len, "at least 1")
-    listed(positions, kept, rows, dev, prefix_lens=prefix_lens)
     if requests is not None:
         tensor("requests", requests, (None,), torch.int64, dev)
 

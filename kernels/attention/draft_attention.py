@@ -27,16 +27,6 @@ scores           [R, C * Hq, L] float32 or bfloat16, or None
 lse              [R, C * Hq]    float32, natural logarithm; required with scores
 max_query_len    int            bound of q_len; up to 16 is meant, more is right but reads the keys several times
 
-Indexed, if all three of these are given: the keys are the entries j of a list that the query tokens of a request
-share. Entry j is position positions[r, j] for j < kept[r], and prefix_lens[r] + (j - kept[r]) from there on, up to
-seq_lens[r] - 1. The last token sees all of these entries, the i-th before it all but the last i, which are the tokens
-after it: the last q_len entries are the request's own tokens, in the list or behind it. The column of ``scores`` is j.
-kept[r] = -1: request r reads everything, and its column is the position.
-
-positions        [R, W]         int32, ascending, below prefix_len
-kept             [R]            int32, at most W
-prefix_lens      [R]            int32, at most seq_len; not read where kept is -1
-
 Where few of many requests have work, as in an audit, a row without scored rows and output still takes its programs, and
 the keys are cut into as many parts as suit a full batch:
 
@@ -68,15 +58,12 @@ def draft_attention(
     query: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor,
     query_start_loc: torch.Tensor, scale: float, out: torch.Tensor | None,
     scored_rows: torch.Tensor | None = None, scores: torch.Tensor | None = None, lse: torch.Tensor | None = None,
-    max_query_len: int = 1, positions: torch.Tensor | None = None, kept: torch.Tensor | None = None,
-    prefix_lens: torch.Tensor | None = None, requests: torch.Tensor | None = None, *,
-    config: LaunchConfig | None = None,
+    max_query_len: int = 1, requests: torch.Tensor | None = None, *, config: LaunchConfig | None = None,
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text. The scratch
     for the parts comes from torch's allocator, which a CUDA graph capture serves from the graph's own pool."""
     contracts.draft_attention(
-        query, kv_cache, block_table, seq_lens, query_start_loc, out, scored_rows, scores, lse, max_query_len,
-        positions, kept, prefix_lens, requests,
+        query, kv_cache, block_table, seq_lens, query_start_loc, out, scored_rows, scores, lse, max_query_len, requests
     )  # fmt: skip
     tokens, query_heads, size = query.shape
     head_size(size)
@@ -93,14 +80,13 @@ def draft_attention(
     tiles = triton.cdiv(tile_rows, block_m)
     if config is None:
         programs = rows * heads * tiles
-        config = FP32_CONFIG if exact else launch_config(size, block_m, positions is not None, programs)
+        config = FP32_CONFIG if exact else launch_config(size, block_m, programs)
     longest = block_table.shape[1] * block_size
     splits = num_splits(rows * heads * tiles, longest, config.block_n, query.device, config.waves)
     # Unused pointers still have to be pointers, and of a dtype that the kernel may name.
     parts = (tokens if out is not None else rows * scored_tokens) if splits > 1 else 1
     part_lse = torch.empty(parts, query_heads, splits, dtype=torch.float32, device=query.device)
     part_acc = part_lse if out is None or splits == 1 else part_lse.new_empty(*part_lse.shape, size)
-    indexed = positions is not None
     listed = requests is not None
     none = part_lse
     # Only tiles larger than the small one gain; and with several tiles, each would write the same scores again.
@@ -116,13 +102,12 @@ def draft_attention(
     draft_kernel[(heads * tiles, splits, rows)](
         query, kv_cache, block_table, seq_lens, query_start_loc, requests if listed else seq_lens,
         scored_rows if scored else seq_lens,
-        positions if indexed else seq_lens, kept if indexed else seq_lens, prefix_lens if indexed else seq_lens,
         none if scores is None else scores, none if out is None else out, none if lse is None else lse,
         part_acc, part_lse, scale,
-        *query.stride()[:2], *kv_cache.stride()[:3], block_table.stride(0), positions.stride(0) if indexed else 0,
+        *query.stride()[:2], *kv_cache.stride()[:3], block_table.stride(0),
         *((0, 0) if scores is None else scores.stride()[:2]), *tail,
         BLOCK_SIZE=block_size, TILES=tiles, BLOCK_M=block_m, BLOCK=config.block_n,
-        HAS_SCORES=scores is not None, SMALL_DOT=small_dot, INDEXED=indexed, **shared,
+        HAS_SCORES=scores is not None, SMALL_DOT=small_dot, **shared,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits == 1:

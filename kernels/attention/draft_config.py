@@ -15,7 +15,7 @@ class LaunchConfig:
     waves: int  # programs wanted per multiprocessor, which sets the number of splits
 
 
-# By head size and tile rows, for rows that are read whole, on an H200 and 16 requests of 32k. Marked *: the best of 24
+# By head size and tile rows, on an H200 and 16 requests of 32k. Marked *: the best of 24
 # to 72, bf16 scores, 2026-11-22: (64, 16) 4 query heads a KV head, 1 query row, 0.280 ms (0.282 before); (64, 32) 7
 # query rows, 0.298 ms (0.348 before, most of it by `SMALL_DOT`); (128, 16) 2 query heads, 1 row 0.514 ms (0.522) and 7
 # rows 0.519 ms (0.526). Marked +: the best of 8 to 11, fp32 scores, 8 query heads and 7 rows, 2026-11-26: 0.364 ms
@@ -42,18 +42,11 @@ FEW_CONFIGS = {
     (64, 16): LaunchConfig(128, 8, 3, 2),
     (128, 16): LaunchConfig(64, 4, 3, 2),
 }
-# For rows that are read through a list, a tenth of 32k: 0.039 ms (0.041 before) and 0.067 ms (0.069). Larger tiles, of
-# lists that several query rows share, take those above: reasoned too, the list costs them registers but no spilling.
-INDEXED_CONFIGS = {64: LaunchConfig(64, 4, 3, 4), 128: LaunchConfig(32, 4, 2, 4)}
 # fp32 is for tests: products that are not rounded run on no tensor core and take their operands from registers.
 FP32_CONFIG = LaunchConfig(32, 8, 2, 2)
 
 
-def launch_config(
-    head_size: int, block_m: int, indexed: bool = False, programs: int = FEW_PROGRAMS + 1
-) -> LaunchConfig:
+def launch_config(head_size: int, block_m: int, programs: int = FEW_PROGRAMS + 1) -> LaunchConfig:
     """The tuned configuration for 16-bit inputs. programs: requests times KV heads times tiles of query rows."""
-    if indexed and block_m == 16:
-        return INDEXED_CONFIGS[head_size]
-    few = FEW_CONFIGS.get((head_size, block_m)) if programs <= FEW_PROGRAMS and not indexed else None
+    few = FEW_CONFIGS.get((head_size, block_m)) if programs <= FEW_PROGRAMS else None
     return few or CONFIGS[head_size, block_m]

@@ -33,19 +33,6 @@ def _spread_ids(ids, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def _listed(entries, step, kept, BLOCK: tl.constexpr):
-    """The positions that a list holds for a step; 0 from ``kept`` on."""
-    j = step * BLOCK + tl.arange(0, BLOCK)
-    return tl.load(entries + j, mask=j < kept, other=0)
-
-
-@triton.jit
-def _position(listed, step, kept, prefix, BLOCK: tl.constexpr):
-    j = step * BLOCK + tl.arange(0, BLOCK)
-    return tl.where(j < kept, listed, prefix + (j - kept))
-
-
-@triton.jit
 def _store(target, value, rows, j, visible, whole):
     """What the rows see of a step's scores. Without a mask along the columns the stores are vectors."""
     if whole:
@@ -56,14 +43,13 @@ def _store(target, value, rows, j, visible, whole):
 
 @triton.jit
 def draft_kernel(
-    query, kv_cache, block_table, seq_lens, query_start_loc, requests, scored_rows, positions, kept_lens, prefix_lens,
-    scores, out, lse, part_acc, part_lse, scale,
-    stride_qt, stride_qh, stride_b, stride_h, stride_n, stride_tr, stride_pr, stride_sr, stride_sh,
-    stride_wr, stride_ot, stride_oh, stride_lr,
+    query, kv_cache, block_table, seq_lens, query_start_loc, requests, scored_rows, scores, out, lse, part_acc,
+    part_lse, scale,
+    stride_qt, stride_qh, stride_b, stride_h, stride_n, stride_tr, stride_sr, stride_sh, stride_wr, stride_ot,
+    stride_oh, stride_lr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, HAS_OUT: tl.constexpr,
-    SCORED: tl.constexpr, HAS_SCORES: tl.constexpr, SMALL_DOT: tl.constexpr, INDEXED: tl.constexpr,
-    SOME: tl.constexpr,
+    SCORED: tl.constexpr, HAS_SCORES: tl.constexpr, SMALL_DOT: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
     # Heads vary fastest: the heads of a token lie side by side in vLLM's cache, and run at the same time.
     head = tl.program_id(0) // TILES
@@ -106,20 +92,10 @@ def draft_kernel(
         is_first = live
         scored_row += m
 
-    # Entries that the last token sees: a list and what follows it, or every position.
-    kept = 0
-    prefix = 0
-    count = length
-    if INDEXED:
-        kept = tl.load(kept_lens + r)
-        prefix = tl.where(kept < 0, 0, tl.load(prefix_lens + r))
-        # A padded row has nothing to read, whatever its list says.
-        kept = tl.where(length > 0, tl.maximum(kept, 0), 0)
-        count = kept + tl.maximum(length - prefix, 0)
-    visible = count - (q_len - 1 - i)
-    all_visible = count - (q_len - 1)
+    visible = length - (q_len - 1 - i)
+    all_visible = length - (q_len - 1)
 
-    steps = tl.cdiv(count, BLOCK)
+    steps = tl.cdiv(length, BLOCK)
     per_split = tl.cdiv(steps, SPLITS)
     lo = split * per_split
     hi = tl.minimum(lo + per_split, steps)
@@ -134,7 +110,6 @@ def draft_kernel(
     )
     keys = kv_cache + head.to(tl.int64) * stride_h
     table = block_table + r * stride_tr
-    entries = positions + r * stride_pr
     if SMALL_DOT:
         # The scored rows alone, once more: in a tile of their own their logits reach memory with less to rearrange than
         # a few rows of the large tile would. 7 query rows of 4 heads: 0.298 ms, without this 0.348 (H200, 16 x 32k).
@@ -144,12 +119,12 @@ def draft_kernel(
             # as long again: 7 query rows of 4 heads, 0.429 ms instead of 0.293 (H200, 16 x 32k, fp32 scores).
             only = scored_token(wanted, 0, begin, q_len, C)
             live_scored = m_scored < tl.where(only >= 0, GROUP, 0)
-            visible_scored = count - (q_len - 1 - only)
+            visible_scored = length - (q_len - 1 - only)
             token_scored = (begin + tl.maximum(only, 0)).to(tl.int64)
         else:
             i_scored = scored_token(wanted, m_scored // GROUP, begin, q_len, C)
             live_scored = i_scored >= 0
-            visible_scored = (count - (q_len - 1 - i_scored))[:, None]
+            visible_scored = (length - (q_len - 1 - i_scored))[:, None]
             token_scored = (begin + i_scored).to(tl.int64)[:, None]
         where = scores + r * stride_sr + (head * (C * GROUP) + m_scored).to(tl.int64) * stride_sh
         q_scored = tl.load(
@@ -160,16 +135,9 @@ def draft_kernel(
     elif HAS_SCORES:
         where = scores + r * stride_sr + scored_row.to(tl.int64) * stride_sh
 
-    # Block ids are loaded one step ahead (listed positions two), into registers that the loop carries: the loads of
-    # keys then never wait for them, and the pipeliner sees one level of loads.
-    listed = column
-    p = lo * BLOCK + column
-    if INDEXED:
-        p = _position(_listed(entries, lo, kept, BLOCK), lo, kept, prefix, BLOCK)
-        ids = tl.load(table + p // BLOCK_SIZE, mask=p < length, other=0)
-        listed = _listed(entries, lo + 1, kept, BLOCK)
-    else:
-        ids = _block_ids(table, lo, length, BLOCK, BLOCK_SIZE)
+    # Block ids are loaded one step ahead, into registers that the loop carries: the loads of keys then never wait for
+    # them, and the pipeliner sees one level of loads.
+    ids = _block_ids(table, lo, length, BLOCK, BLOCK_SIZE)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     # Summed over the columns at the end only: a sum across warps in every step would be a barrier in every step.
@@ -177,15 +145,9 @@ def draft_kernel(
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     for step in range(lo, hi):
         j = step * BLOCK + column
-        inside = j < count
-        if INDEXED:
-            row = ids.to(tl.int64) * stride_b + (p % BLOCK_SIZE) * stride_n
-            p = _position(listed, step + 1, kept, prefix, BLOCK)
-            ids = tl.load(table + p // BLOCK_SIZE, mask=p < length, other=0)
-            listed = _listed(entries, step + 2, kept, BLOCK)
-        else:
-            row = _spread_ids(ids, BLOCK, BLOCK_SIZE) * stride_b + (j % BLOCK_SIZE) * stride_n
-            ids = _block_ids(table, step + 1, length, BLOCK, BLOCK_SIZE)
+        inside = j < length
+        row = _spread_ids(ids, BLOCK, BLOCK_SIZE) * stride_b + (j % BLOCK_SIZE) * stride_n
+        ids = _block_ids(table, step + 1, length, BLOCK, BLOCK_SIZE)
         pair = keys + row[:, None] + d[None, :]
         k = tl.load(pair, mask=inside[:, None], other=0.0)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale

@@ -28,20 +28,18 @@ def _gather(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.
 
 def draft_attention(
     query, kv_cache, block_table, seq_lens, query_start_loc, scale, out, scored_rows=None, scores=None, lse=None,
-    max_query_len=1, positions=None, kept=None, prefix_lens=None, requests=None,
+    max_query_len=1, requests=None,
 ) -> None:  # fmt: skip
     """Attention of a draft step that hands out scores. See ``draft_attention.draft_attention``."""
     contracts.draft_attention(
-        query, kv_cache, block_table, seq_lens, query_start_loc, out, scored_rows, scores, lse, max_query_len,
-        positions, kept, prefix_lens, requests,
-    )  # fmt: skip
+        query, kv_cache, block_table, seq_lens, query_start_loc, out, scored_rows, scores, lse, max_query_len, requests
+    )
     query_heads, size = query.shape[1:]
     heads, block_size = kv_cache.shape[1:3]
     group = query_heads // heads
     cache = kv_cache if out is not None else kv_cache[..., :size]
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     asked = [[]] * len(lengths) if lse is None else scored_rows.tolist()
-    listed = [-1] * len(lengths) if positions is None else kept.tolist()
     for r in range(len(lengths)) if requests is None else requests.tolist():
         if r < 0:
             continue
@@ -58,14 +56,7 @@ def draft_attention(
             for c, _ in scored:
                 lse_of[:, c] = -torch.inf
             continue
-        if listed[r] >= 0:
-            tail = torch.arange(int(prefix_lens[r]), length, device=query.device)
-            pos = torch.cat((positions[r, : listed[r]].long(), tail))
-            kv = cache[block_table[r, pos // block_size].long(), :, pos % block_size].transpose(0, 1)
-            length = pos.shape[0]
-        else:
-            kv = _gather(cache, block_table[r, : -(-length // block_size)], length)
-        kv = kv.float()
+        kv = _gather(cache, block_table[r, : -(-length // block_size)], length).float()
         q = query[begin:end] if out is not None else query[[begin + i for i in tokens]]
         q = q.unflatten(1, (heads, group)).transpose(0, 1).reshape(heads, -1, size)
         logits = torch.bmm(q.float() * scale, kv[..., :size].transpose(1, 2)).view(heads, -1, group, length)

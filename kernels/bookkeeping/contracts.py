@@ -14,11 +14,8 @@ from .. import contracts
 from ..contracts import expect
 
 INTEGERS = (torch.int32, torch.int64)
-# Where a slot's length would stand, why it has no selection.
-NO_SELECTION = -1  # nothing was chosen
-REFRESH = -2  # something was chosen, and it is the request's turn to read everything
-AUDIT = -3  # something was chosen, and an audit found that the request's selections hold too little
-READ_COUNTS = ("sparse_rows", "no_selection_rows", "stale_rows", "refresh_rows", "audit_rows", "kv_read", "kv_full")
+NO_SELECTION = -1  # where a slot's length would stand
+READ_COUNTS = ("sparse_rows", "no_selection_rows", "stale_rows", "kv_read", "kv_full")
 """What ``count_reads`` counts, in the order in which it writes them."""
 
 

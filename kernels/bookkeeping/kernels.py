@@ -9,7 +9,7 @@ slots            [R]            int64, row of the store; -1 = padded row: usable
 query_start_loc  [R+1]          int32
 seq_lens         [R]            int32; the tokens a row had before this step are seq_lens less its query's
 prefilling       [R]            bool
-prefix_lens      [num_slots+1]  int32; tokens each selection was made for, negative: none, and why. Updated in place: -1
+prefix_lens      [num_slots+1]  int32; tokens each selection was made for, NO_SELECTION: none. Updated in place: -1
                                 where a row prefills. The last is nobody's
 usable           [R]            int32; what the slot held where that is what the row had and the row does not prefill,
                                 else -1
@@ -21,10 +21,9 @@ slots, seq_lens, prefilling, usable, stored  [R]  as above
 kept             [S, R, G]      int32, any outer strides; tokens read of source s by each head of group g
 layers_of        [S]            int64, layers that read source s
 heads, layers, dense_layers     KV heads (a multiple of G), layers in all, layers that read everything
-out              [7]            int64, written: rows that read a selection, rows that had none (stored is NO_SELECTION),
-                                rows whose selection was made for another length, rows that were due to read everything
-                                (REFRESH), or had to after an audit (AUDIT), and (token, KV head, layer) entries read,
-                                and present
+out              [5]            int64, written: rows that read a selection, rows that had none (stored is NO_SELECTION),
+                                rows whose selection was made for another length, and (token, KV head, layer) entries
+                                read, and present
 
 ``count_sampled``: total += num_sampled of verified rows.
 
@@ -49,7 +48,7 @@ import triton
 import triton.language as tl
 
 from . import contracts
-from .contracts import AUDIT, NO_SELECTION, REFRESH, Round
+from .contracts import NO_SELECTION, Round
 
 BLOCK = 256
 # Rows and (source, group) pairs that the one counting program takes at a time, at most; 8 of a tile a thread. One
@@ -82,13 +81,10 @@ def _take_kernel(
 def _count_reads_kernel(
     slots, seq_lens, prefilling, usable, stored, kept, layers_of, out,
     rows, entries, groups, shared_by, layers, dense_layers, stride_ks, stride_kr, stride_kg,
-    ROWS: tl.constexpr, ENTRIES: tl.constexpr, NO_SELECTION_CODE: tl.constexpr, REFRESH_CODE: tl.constexpr,
-    AUDIT_CODE: tl.constexpr,
+    ROWS: tl.constexpr, ENTRIES: tl.constexpr, NO_SELECTION_CODE: tl.constexpr,
 ):  # fmt: skip
     sparse = tl.zeros([ROWS], tl.int32)
     nothing = tl.zeros([ROWS], tl.int32)
-    refreshed = tl.zeros([ROWS], tl.int32)
-    audited = tl.zeros([ROWS], tl.int32)
     verifying = tl.zeros([ROWS], tl.int32)
     tokens = tl.zeros([ROWS], tl.int64)
     pruned = tl.zeros([ROWS], tl.int64)
@@ -102,8 +98,6 @@ def _count_reads_kernel(
         verifying += counts.to(tl.int32)
         sparse += selected.to(tl.int32)
         nothing += (held == NO_SELECTION_CODE).to(tl.int32)
-        refreshed += (held == REFRESH_CODE).to(tl.int32)
-        audited += (held == AUDIT_CODE).to(tl.int32)
         tokens += tl.load(seq_lens + r, mask=counts, other=0).to(tl.int64)
         for first in range(0, entries, ENTRIES):
             e = first + tl.arange(0, ENTRIES)
@@ -115,17 +109,13 @@ def _count_reads_kernel(
             pruned += tl.sum(read.to(tl.int64) * weight[None, :], 1)
     rows_sparse = tl.sum(sparse, 0)
     rows_empty = tl.sum(nothing, 0)
-    rows_refreshed = tl.sum(refreshed, 0)
-    rows_audited = tl.sum(audited, 0)
-    rows_stale = tl.sum(verifying, 0) - rows_sparse - rows_empty - rows_refreshed - rows_audited
+    rows_stale = tl.sum(verifying, 0) - rows_sparse - rows_empty
     everything = tl.sum(tokens, 0) * (shared_by * groups)
     tl.store(out, rows_sparse.to(tl.int64))
     tl.store(out + 1, rows_empty.to(tl.int64))
     tl.store(out + 2, rows_stale.to(tl.int64))
-    tl.store(out + 3, rows_refreshed.to(tl.int64))
-    tl.store(out + 4, rows_audited.to(tl.int64))
-    tl.store(out + 5, tl.sum(pruned, 0) * shared_by + everything * dense_layers)
-    tl.store(out + 6, everything * layers)
+    tl.store(out + 3, tl.sum(pruned, 0) * shared_by + everything * dense_layers)
+    tl.store(out + 4, everything * layers)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -190,7 +180,7 @@ def count_reads(
         slots, seq_lens, prefilling, usable, stored, kept, layers_of, out,
         rows, entries, groups, heads // groups, layers, dense_layers, *kept.stride(),
         ROWS=COUNT_ROWS, ENTRIES=min(triton.next_power_of_2(max(entries, 1)), COUNT_ENTRIES),
-        NO_SELECTION_CODE=NO_SELECTION, REFRESH_CODE=REFRESH, AUDIT_CODE=AUDIT, num_warps=8,
+        NO_SELECTION_CODE=NO_SELECTION, num_warps=8,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 from . import contracts
-from .contracts import AUDIT, NO_SELECTION, REFRESH, Round
+from .contracts import NO_SELECTION, Round
 
 
 def take_selections(slots, query_start_loc, seq_lens, prefilling, prefix_lens, usable, stored) -> None:
@@ -28,15 +28,12 @@ def count_reads(slots, seq_lens, prefilling, usable, stored, kept, layers_of, he
     )
     verifies = (slots >= 0) & ~prefilling
     sparse, nothing = verifies & (usable >= 0), verifies & (stored == NO_SELECTION)
-    refreshed, audited = verifies & (stored == REFRESH), verifies & (stored == AUDIT)
     per_row = (kept.sum(dim=2, dtype=torch.int64) * layers_of[:, None]).sum(dim=0) * (heads // kept.shape[2])
     everything = torch.where(verifies, seq_lens, 0).sum(dtype=torch.int64) * heads
     amounts = (
         sparse.sum(),
         nothing.sum(),
-        (verifies & ~sparse & ~nothing & ~refreshed & ~audited).sum(),
-        refreshed.sum(),
-        audited.sum(),
+        (verifies & ~sparse & ~nothing).sum(),
         torch.where(verifies, per_row, 0).sum() + everything * dense_layers,
         everything * layers,
     )

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ..contracts import expect, group_size, listed, tensor
+from ..contracts import expect, group_size, tensor
 
 MAX_DILATION = 64
-MAX_TOKENS = 64
 COMBINE = ("store", "add")
 
 
-def accumulate_mass(scores, lse, lens, mass, combine, positions=None, kept=None, shift=0) -> None:
+def accumulate_mass(scores, lse, lens, mass, combine) -> None:
     tensor("scores", scores, (None, None, None), (torch.float32, torch.bfloat16))
     rows, query_heads, width = scores.shape
     dev = scores.device
@@ -20,21 +19,11 @@ def accumulate_mass(scores, lse, lens, mass, combine, positions=None, kept=None,
     tensor("mass", mass, (rows, None, width), torch.float32, dev)
     group_size(query_heads, mass.shape[1], "mass")
     expect(combine in COMBINE, "combine", repr(combine), " or ".join(COMBINE))
-    listed(positions, kept, rows, dev)
-    # What a list leaves out would keep what it held before, which is no mass of this step.
-    expect(positions is None or combine != "store", "combine", repr(combine), "add, because positions are given")
-    expect(0 <= shift <= MAX_DILATION, "shift", shift, f"0 to {MAX_DILATION}")
-    expect(not shift or combine != "store", "combine", repr(combine), "add, because of the shift")
 
 
-def select_top_p(
-    mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, budgets, mass_rows
-) -> None:
+def select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent) -> None:
     tensor("mass", mass, (None, None), torch.float32)
     rows, width = mass.shape
-    if mass_rows is not None:
-        tensor("mass_rows", mass_rows, (None,), torch.int64, mass.device)
-        rows = mass_rows.shape[0]
     tensor("lens", lens, (rows,), torch.int32, mass.device)
     tensor("bits", bits, (rows, -(-width // 32)), torch.int32, mass.device)
     tensor("counts", counts, (rows,), torch.int32, mass.device)
@@ -43,9 +32,6 @@ def select_top_p(
     expect(max_tokens >= -1, "max_tokens", max_tokens, "at least 0, or -1 for no limit")
     for name, value in (("min_tokens", min_tokens), ("sink", sink), ("recent", recent)):
         expect(0 <= value < 2**31, name, value, "0 or more, below 2^31")
-    if budgets is not None:
-        tensor("budgets", budgets, (rows,), torch.int32, mass.device)
-        expect(top_p >= 1, "top_p", top_p, "1 or more, because the budgets say how many tokens are wanted")
 
 
 def dilate_mass(mass, lens, out, steps, weight) -> None:
@@ -55,20 +41,6 @@ def dilate_mass(mass, lens, out, steps, weight) -> None:
     expect(not _overlap(mass, out), "out", "memory of mass", "memory of its own")
     expect(0 <= steps <= MAX_DILATION, "steps", steps, f"0 to {MAX_DILATION}")
     expect(weight > 0, "weight", weight, "more than 0")
-
-
-def add_followers(mass, lens, out, sources, ids, slots, tokens) -> None:
-    tensor("mass", mass, (None, None, None, None), torch.float32)
-    _, rows, groups, width = mass.shape
-    dev = mass.device
-    tensor("lens", lens, (rows,), torch.int32, dev)
-    tensor("out", out, (None, rows, groups, width), torch.float32, dev)
-    tensor("sources", sources, (out.shape[0],), torch.int64, dev)
-    tensor("ids", ids, (None, width), torch.int32, dev)
-    tensor("slots", slots, (rows,), torch.int64, dev)
-    tensor("tokens", tokens, (rows, None), torch.int64, dev)
-    expect(tokens.shape[1] <= MAX_TOKENS, "tokens", f"{tokens.shape[1]} for a row", f"at most {MAX_TOKENS}")
-    expect(not _overlap(mass, out), "out", "memory of mass", "memory of its own")
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -101,17 +73,6 @@ def build_page_tables(
     tensor("kept", kept, (tables, rows, heads), torch.int32, dev)
     expect(block_size > 0, "block_size", block_size, "at least 1")
     expect(len(page_strides) == 3, "page_strides", page_strides, "(block, head, token)")
-
-
-def build_positions(bits, slots, prefix_lens, lens, positions, kept) -> None:
-    tensor("bits", bits, (None, None, 1, None), torch.int32)
-    sources = bits.shape[0]
-    tensor("slots", slots, (None,), torch.int64, bits.device)
-    rows = slots.shape[0]
-    tensor("prefix_lens", prefix_lens, (rows,), torch.int32, bits.device)
-    tensor("lens", lens, (rows,), torch.int32, bits.device)
-    tensor("positions", positions, (sources, rows, None), torch.int32, bits.device)
-    tensor("kept", kept, (sources, rows), torch.int32, bits.device)
 
 
 def build_block_tables(

@@ -1,4 +1,4 @@
-"""Lists of the selected tokens: compaction of bit rows into page tables (for the target) or positions (for the draft).
+"""Page tables of the selected tokens: compaction of bit rows.
 
     kept positions of (s, r, g): p < seq_lens[r] with p >= prefix_lens[r] or bit p of bits[s, slots[r], g] set
     page(p, g) = block_table[r, p // N] * block + g * head + (p % N) * token        page_strides = (block, head, token)
@@ -26,17 +26,6 @@ page_table   [S, R, G, width]      int32, width >= max(seq_lens); pages in ascen
 kept         [S, R, G]             int32; with maps [T, R, H]
 sources      [T]                   int32, 0 to S-1: the source of each table; or None
 groups       [T, H]                int32, 0 to G-1: the group of each table and head; None if and only if sources is
-
-``build_positions``: the positions themselves, where all heads are alike, up to a length of their own.
-
-bits         [S, num_slots, 1, W]  int32
-slots        [R]                   int64, row of ``bits``; -1 = padded row: kept = -1, nothing else
-prefix_lens  [R]                   int32, at most lens; 0 or less = no selection: kept = -1, nothing else
-lens         [R]                   int32, at most 32 * W; positions from prefix_len up to here are all listed, further
-                                   ones not. 0 or less: kept = -1, nothing else
-positions    [S, R, width]         int32, width at least the number of positions to list; ascending; entries past kept
-                                   are left untouched, and nothing is ever written past width
-kept         [S, R]                int32
 
 Outer strides are arbitrary throughout.
 """
@@ -120,31 +109,6 @@ def _page_table_kernel(
         tl.store(kept, count)
 
 
-@triton.jit
-def _positions_kernel(
-    bits, slots, prefix_lens, lens, positions, kept, words, width,
-    stride_bs, stride_bn, stride_ps, stride_pr, stride_ks, stride_kr,
-    CHUNK: tl.constexpr, COUNT_STEP: tl.constexpr,
-):  # fmt: skip
-    chunk = tl.program_id(0)
-    r = tl.program_id(1).to(tl.int64)
-    s = tl.program_id(2).to(tl.int64)
-    slot = tl.load(slots + r)
-    prefix = tl.load(prefix_lens + r)
-    length = tl.minimum(tl.load(lens + r), words * 32)
-    length = tl.where((slot < 0) | (prefix <= 0), 0, length)
-    kept += s * stride_ks + r * stride_kr
-    if chunk * CHUNK >= length:
-        if chunk == 0:
-            tl.store(kept, -1)
-        return
-    bits += s * stride_bs + slot * stride_bn
-    p, column, keep, count = _compact(bits, prefix, length, chunk, CHUNK, COUNT_STEP)
-    tl.store(positions + s * stride_ps + r * stride_pr + column, p, mask=keep & (column < width))
-    if chunk == (length - 1) // CHUNK:
-        tl.store(kept, tl.minimum(count, width))
-
-
 def build_page_tables(
     bits: torch.Tensor, slots: torch.Tensor, prefix_lens: torch.Tensor, seq_lens: torch.Tensor,
     block_table: torch.Tensor, block_size: int, page_strides: tuple[int, int, int], page_table: torch.Tensor,
@@ -166,22 +130,4 @@ def build_page_tables(
         *bits.stride()[:3], block_table.stride(0), *page_table.stride()[:3], *kept.stride(),
         groups.stride(0) if mapped else 0,
         CHUNK=CHUNK, COUNT_STEP=COUNT_STEP, MAPPED=mapped, num_warps=NUM_WARPS,
-    )  # fmt: skip
-
-
-def build_positions(
-    bits: torch.Tensor, slots: torch.Tensor, prefix_lens: torch.Tensor, lens: torch.Tensor, positions: torch.Tensor,
-    kept: torch.Tensor,
-) -> None:  # fmt: skip
-    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    contracts.build_positions(bits, slots, prefix_lens, lens, positions, kept)
-    sources, _, _, words = bits.shape
-    rows = slots.shape[0]
-    if sources == 0 or rows == 0:
-        return
-    # By the bits, not by the width: positions are sparse, and the last of them may lie anywhere.
-    _positions_kernel[(max(triton.cdiv(words * 32, CHUNK), 1), rows, sources)](
-        bits, slots, prefix_lens, lens, positions, kept, words, positions.shape[2],
-        *bits.stride()[:2], *positions.stride()[:2], *kept.stride(),
-        CHUNK=CHUNK, COUNT_STEP=COUNT_STEP, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -21,23 +21,18 @@ def _pack_bits(flags: torch.Tensor) -> torch.Tensor:
     return (flags.unflatten(-1, (-1, 32)) * weights).sum(-1).to(torch.int32)
 
 
-def accumulate_mass(scores, lse, lens, mass, weight, combine, positions=None, kept=None, shift=0) -> None:
+def accumulate_mass(scores, lse, lens, mass, weight, combine) -> None:
     """Attention mass per position and score group. See ``accumulate_mass.accumulate_mass``."""
-    contracts.accumulate_mass(scores, lse, lens, mass, combine, positions, kept, shift)
+    contracts.accumulate_mass(scores, lse, lens, mass, combine)
     groups = mass.shape[1]
-    listed = [-1] * lens.shape[0] if positions is None else kept.tolist()
     for r, length in enumerate(lens.tolist()):
         if length == 0:
             continue
-        where = torch.arange(length, device=mass.device) if listed[r] < 0 else positions[r, : listed[r]].long()
-        where = where + shift
-        where = where[where < length]  # ascending, so the columns that are left come first
-        columns = slice(where.shape[0])
-        probs = torch.exp(scores[r, :, columns].float() - lse[r, :, None])
+        probs = torch.exp(scores[r, :, :length].float() - lse[r, :, None])
         new = probs.unflatten(0, (groups, -1)).sum(1).mul_(weight)
         if combine == "add":
-            new += mass[r, :, where]
-        mass[r, :, where] = new
+            new += mass[r, :, :length]
+        mass[r, :, :length] = new
 
 
 def dilate_mass(mass, lens, out, steps, weight) -> None:
@@ -51,15 +46,12 @@ def dilate_mass(mass, lens, out, steps, weight) -> None:
 
 
 def select_top_p(
-    mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, union=False, budgets=None,
-    mass_rows=None,
-) -> None:  # fmt: skip
+    mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, union=False
+) -> None:
     """Top-p token selection, here by sorting. See ``top_p.select_top_p``."""
-    contracts.select_top_p(
-        mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, budgets, mass_rows
-    )
+    contracts.select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent)
     longest = int(lens.max()) if lens.numel() else 0
-    mass = mass[:, :longest] if mass_rows is None else mass[mass_rows, :longest]
+    mass = mass[:, :longest]
     if not union:
         bits.zero_()
     if longest:
@@ -75,9 +67,7 @@ def select_top_p(
         order = key.sort(dim=-1, descending=True).indices
         total = quanta.sum(-1, keepdim=True)
         n_forced = forced.sum(-1, keepdim=True)
-        if budgets is not None:
-            wanted = budgets[:, None].maximum(n_forced)
-        elif top_p >= 1:
+        if top_p >= 1:
             wanted = length
         else:
             target = (total * round(top_p * 65536) + 65535) >> 16
@@ -99,17 +89,6 @@ def select_top_p(
         counts.zero_()
     if union:
         counts.copy_(unpack_bits(bits, bits.shape[1] * 32).sum(-1))
-
-
-def add_followers(mass, lens, out, sources, ids, slots, tokens) -> None:
-    """More of it where an earlier occurrence is followed. See ``add_followers.add_followers``."""
-    contracts.add_followers(mass, lens, out, sources, ids, slots, tokens)
-    for r, length in enumerate(lens.tolist()):
-        if length:
-            follows = torch.zeros(length, device=mass.device)
-            wanted = tokens[r][tokens[r] >= 0].int()
-            follows[1:] = torch.isin(ids[slots[r], : length - 1], wanted).float()
-            out[:, r, :, :length] = mass[sources, r, :, :length] + follows * (0.5 / length)
 
 
 def _compact(flags: torch.Tensor):
@@ -153,25 +132,6 @@ def build_page_tables(
         kept[:, r] = counts.view(tables, heads).to(torch.int32)
         head = row % heads
         page_table[row // heads, r, head, column] = ids[pos] + head_offsets[head]
-
-
-def build_positions(bits, slots, prefix_lens, lens, positions, kept) -> None:
-    """Compacts selections into lists of positions. See ``page_tables.build_positions``."""
-    contracts.build_positions(bits, slots, prefix_lens, lens, positions, kept)
-    words, width = bits.shape[3], positions.shape[2]
-    rows = zip(slots.tolist(), prefix_lens.tolist(), lens.tolist(), strict=True)
-    for r, (slot, prefix, length) in enumerate(rows):
-        if slot < 0 or prefix <= 0 or length <= 0:
-            kept[:, r] = -1
-            continue
-        length = min(length, words * 32)
-        prefix = min(prefix, length)
-        flags = torch.ones(bits.shape[0], length, dtype=torch.bool, device=bits.device)
-        flags[:, :prefix] = unpack_bits(bits[:, slot, 0], prefix)
-        row, pos, column, counts = _compact(flags)
-        fits = column < width
-        positions[row[fits], r, column[fits]] = pos[fits].to(torch.int32)
-        kept[:, r] = counts.clamp(max=width).to(torch.int32)
 
 
 def build_block_tables(

@@ -18,10 +18,7 @@ stopping early in the same order:
 
 With top_p >= 1 that is a fixed budget, a share of the row between a floor and a cap.
 
-With budgets, each row says for itself how many tokens are wanted, and top_p has to be 1 or more: the heaviest
-budgets[x] tokens are selected, clamped to [lower, upper], forced ones included.
-
-mass    [M, L]  float32, 0 or more; the sum of a row is at most 1, give or take rounding (sums are kept in int32, which
+mass    [X, L]  float32, 0 or more; the sum of a row is at most 1, give or take rounding (sums are kept in int32, which
                 holds up to 2)
 lens    [X]     int32, at most L; 0 = padded row: no bit set, count 0
 bits    [X, W]  int32, W = ceil(L / 32): token p is bit p % 32 of word p // 32; every word of a row is written, and is
@@ -29,9 +26,6 @@ bits    [X, W]  int32, W = ceil(L / 32): token p is bit p % 32 of word p // 32; 
 counts  [X]     int32, number of bits set in the row
 max_tokens      -1 = no limit
 union           OR the selection into ``bits``; ``counts`` is then that of the union
-budgets [X]     int32, tokens wanted of each row; None: as many as top_p says. Less than 0 counts as 0
-mass_rows [X]   int64, below M: row of ``mass`` that each selection is made from, so that several may share one; None:
-                its own, and M is X
 """
 
 from __future__ import annotations
@@ -60,14 +54,13 @@ ALL = 1 << 17  # passed for P when every token is wanted
 
 
 @triton.jit
-def _limits(length, forced, f_fixed, min_tokens, max_tokens, budget):
-    """The fewest and the most free tokens that may be taken, where no more than the budget are wanted."""
+def _limits(length, forced, f_fixed, min_tokens, max_tokens):
+    """The fewest and the most free tokens that may be taken."""
     upper = tl.maximum(((length.to(tl.int64) * f_fixed + 65535) >> 16).to(tl.int32), min_tokens)
     if max_tokens >= 0:
         upper = tl.minimum(upper, max_tokens)
     upper = tl.minimum(tl.maximum(upper, forced), length)
     lower = tl.minimum(min_tokens, upper)
-    upper = tl.maximum(tl.minimum(upper, budget), tl.maximum(lower, forced))
     return tl.maximum(lower - forced, 0), upper - forced
 
 
@@ -176,22 +169,17 @@ def _streamed_row(
 
 @triton.jit
 def _top_p_kernel(
-    mass, lens, bits, counts, budgets, mass_rows, stride_m, stride_b, words, p_fixed, f_fixed, min_tokens, max_tokens,
-    sink, recent,
+    mass, lens, bits, counts, stride_m, stride_b, words, p_fixed, f_fixed, min_tokens, max_tokens, sink, recent,
     WEIGHED: tl.constexpr, COUNTED: tl.constexpr, UNION: tl.constexpr, FUSED: tl.constexpr, VECTOR: tl.constexpr,
     SMALL: tl.constexpr, SIZE: tl.constexpr, LONGER: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr,
-    BUDGETED: tl.constexpr, MAPPED: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    mass += (tl.load(mass_rows + row) if MAPPED else row) * stride_m
+    mass += row * stride_m
     bits += row * stride_b
     length = tl.load(lens + row)
     head = tl.minimum(sink, length)
     tail = tl.maximum(length - recent, head)
-    budget = length
-    if BUDGETED:
-        budget = tl.load(budgets + row)
-    lower, upper = _limits(length, head + length - tail, f_fixed, min_tokens, max_tokens, budget)
+    lower, upper = _limits(length, head + length - tail, f_fixed, min_tokens, max_tokens)
     # The width is that of the longest row a server takes; the work is that of the row at hand.
     if length <= SMALL:
         count = _resident_row(
@@ -205,36 +193,19 @@ def _top_p_kernel(
         count = tl.full([], 0, tl.int32)
         if LONGER:
             count = _streamed_row(
-                mass,
-                length,
-                head,
-                tail,
-                bits,
-                words,
-                p_fixed,
-                lower,
-                upper,
-                WEIGHED,
-                COUNTED,
-                UNION,
-                FUSED,
-                VECTOR,
-                TILE,
-                STAGES,
-            )
+                mass, length, head, tail, bits, words, p_fixed, lower, upper, WEIGHED, COUNTED, UNION, FUSED, VECTOR,
+                TILE, STAGES,
+            )  # fmt: skip
     tl.store(counts + row, count)
 
 
 def select_top_p(
     mass: torch.Tensor, lens: torch.Tensor, bits: torch.Tensor, counts: torch.Tensor, top_p: float, min_tokens: int,
     max_tokens: int, max_fraction: float, sink: int, recent: int, union: bool = False,
-    budgets: torch.Tensor | None = None, mass_rows: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    contracts.select_top_p(
-        mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, budgets, mass_rows
-    )
-    rows, width = lens.shape[0], mass.shape[1]
+    contracts.select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent)
+    rows, width = mass.shape
     if rows == 0:
         return
     p_fixed = ALL if top_p >= 1 else round(top_p * 65536)
@@ -247,11 +218,11 @@ def select_top_p(
     # Predicated adds take whole packs: with fewer tokens than that, threads would hold copies of each other's.
     fused = FUSED and isinstance(_top_p_kernel, triton.JITFunction) and size >= 32 * PACK * warps
     _top_p_kernel[(rows,)](
-        mass, lens, bits, counts, lens if budgets is None else budgets, lens if mass_rows is None else mass_rows,
-        mass.stride(0), bits.stride(0), bits.shape[1], p_fixed, f_fixed, min_tokens, max_tokens, sink, recent,
+        mass, lens, bits, counts, mass.stride(0), bits.stride(0), bits.shape[1], p_fixed, f_fixed, min_tokens,
+        max_tokens, sink, recent,
         WEIGHED=weighed, COUNTED=counted, UNION=union,
         FUSED=fused, VECTOR=1 if width % 4 else 4,
         SMALL=min(max(size // 8, 32 * PACK * warps), size), SIZE=size, LONGER=width > size,
         TILE=TILE // 2 if weighed and counted else TILE, STAGES=STAGES,
-        BUDGETED=budgets is not None, MAPPED=mass_rows is not None, num_warps=warps,
+        num_warps=warps,
     )  # fmt: skip

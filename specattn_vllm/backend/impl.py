@@ -15,7 +15,8 @@ from specattn_vllm.options import SpecAttnOptions
 if TYPE_CHECKING:
     from specattn_vllm.backend.target_choice import TargetChoice
     from specattn_vllm.selection.audit import LayerAudit
-    from specattn_vllm.selection.own_choice import LayerChoice
+    from specattn_vllm.selection.own_choice import ChoiceStep, LayerChoice
+    from specattn_vllm.selection.plan import SparsePlan
 
 
 class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
@@ -107,24 +108,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             self._dense(query, kv_cache, md, out, first_row=0, first_token=0)
             return output
         plan = md.sparse
-        lse = None
-        if self.audit is not None:
-            lse = query.new_empty((plan.num_tokens, self.num_heads), dtype=torch.float32)
-        self.operations.sparse_attention(
-            query[: plan.num_tokens],
-            kv_cache,
-            plan.page_table[source],
-            plan.kept[source],
-            md.query_start_loc[: plan.num_rows + 1],
-            self.scale,
-            out[: plan.num_tokens],
-            plan.max_query_len,
-            lse,
-        )
-        if self.audit is not None:
-            self.audit.observe(query[: plan.num_tokens], kv_cache, md, self.scale, lse)
-        if plan.num_rows < md.num_reqs:
-            self._dense(query, kv_cache, md, out, first_row=plan.num_rows, first_token=plan.num_tokens)
+        self._read(query, kv_cache, md, plan, plan.page_table[source], plan.kept[source], out)
         return output
 
     def _choose_and_attend(self, query, kv_cache, md: SpecAttnMetadata, out) -> None:
@@ -135,11 +119,31 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         page_table, kept = self.choice.select(
             step, query[tokens], kv_cache, md.block_table[rows], md.seq_lens[rows], starts, self.scale
         )
+        self._read(query, kv_cache, md, step, page_table, kept, out)
+
+    def _read(
+        self, query, kv_cache, md: SpecAttnMetadata, step: SparsePlan | ChoiceStep, page_table, kept, out
+    ) -> None:  # fmt: skip
+        """The step's first rows read what their tables list, the rows after them everything."""
+        rows, tokens = step.num_rows, step.num_tokens
+        lse = None
+        if self.audit is not None:
+            lse = query.new_empty((tokens, self.num_heads), dtype=torch.float32)
         self.operations.sparse_attention(
-            query[tokens], kv_cache, page_table, kept, starts, self.scale, out[tokens], step.max_query_len
+            query[:tokens],
+            kv_cache,
+            page_table,
+            kept,
+            md.query_start_loc[: rows + 1],
+            self.scale,
+            out[:tokens],
+            step.max_query_len,
+            lse,
         )
-        if step.num_rows < md.num_reqs:
-            self._dense(query, kv_cache, md, out, first_row=step.num_rows, first_token=step.num_tokens)
+        if self.audit is not None and lse is not None:
+            self.audit.observe(query[:tokens], kv_cache, md, rows, self.scale, lse)
+        if rows < md.num_reqs:
+            self._dense(query, kv_cache, md, out, first_row=rows, first_token=tokens)
 
     def _dense(self, query, kv_cache, md: SpecAttnMetadata, out, *, first_row: int, first_token: int) -> None:
         starts = md.query_start_loc[first_row : md.num_reqs + 1]

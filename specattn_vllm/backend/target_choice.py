@@ -6,15 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from specattn_vllm import compat
+from specattn_vllm.backend.audits import prepare_audit
 from specattn_vllm.executors import Operations
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.reporter import Reporter
 from specattn_vllm.request import asks_for_exactness
+from specattn_vllm.selection.audit import Audit
 from specattn_vllm.selection.own_choice import ChoiceStep, Chooser, LayerChoice
 from specattn_vllm.speculation.counting import count_round
 from specattn_vllm.stats import Counters
@@ -37,6 +40,7 @@ class TargetChoice:
         """Whether any row of the step at hand chooses. Where none does, nothing is searched."""
         self.reporter: Reporter | None = None
         """Set where no speculator of ours reports."""
+        self.audit: Audit | None = None
         self._served = False
         self._announced: tuple[tuple[Any, ...], ChoiceStep | None] = (), None
         """The step that was announced last: what its metadata of all layers has in common, and what came of it."""
@@ -48,6 +52,8 @@ class TargetChoice:
             self._served = True
             self.chooser.counts.discard()
             self.chooser.counts.counters.reset()
+            if self.audit is not None:
+                self.audit.reset()
         self.exact[slot] = asks_for_exactness(request.sampling_params)
         self.chooser.forget(slot)
 
@@ -90,7 +96,14 @@ class TargetChoice:
             self.chooser.counts.begin(short, verifies, exact, small, prompts, *device, self.chooses)
             if self.reporter is not None:
                 self.reporter.tick()
-        return self.chooser.begin(dense, slots, starts) if self.chooses else None
+        step = self.chooser.begin(dense, slots, starts) if self.chooses else None
+        if self.audit is not None:
+            self.audit.fold()
+            if step is not None and not self.dummy:
+                lens, firsts = common.seq_lens[:short], common.query_start_loc[: short + 1]
+                usable = torch.where(self.chooser.choose_among(lens, firsts), 0, -1)
+                self.audit.choose(self.chooser.slots[:short].long(), usable, firsts[:short], lens)
+        return step
 
     def _too_small(self, common: Any, real: int) -> bool:
         if not self.crossover or not real:
@@ -129,6 +142,10 @@ def join(
         target.reporter = Reporter(counters, options.stats_interval_s, logs=first)
         runner.specattn_reporter = target.reporter
         compat.count_rounds(runner, lambda batch, sampled: count_round(counters, operations, batch, sampled))
+    reporter = target.reporter or runner.speculator.reporter
+    sought = {name: layers[name] for name in choices}
+    audit = prepare_audit(options, sought, operations, counters, reporter, runner.max_num_reqs, runner.device)
+    target.audit = runner.specattn_audit = audit
     compat.watch_new_requests(runner.model_state, target.enter)
     compat.mark_dummy_runs(runner, target)
     compat.capture_twice(runner.model, target)

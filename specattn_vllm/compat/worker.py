@@ -159,8 +159,13 @@ def add_worker_method() -> None:
 
     def specattn_audit(self) -> dict[str, dict[str, float]] | None:
         """What this worker's audits found since start-up, by layer; None without an audit. For `collective_rpc`."""
-        audit = getattr(getattr(self.model_runner, "speculator", None), "audit", None)
-        return audit.read().by_layer() if audit is not None else None
+        from specattn_vllm.backend.audits import audit_of
+
+        audit = audit_of(self.model_runner)
+        if audit is None:
+            return None
+        audit.fold()
+        return audit.read().by_layer()
 
     WorkerBase.specattn_stats = specattn_stats
     WorkerBase.specattn_audit = specattn_audit

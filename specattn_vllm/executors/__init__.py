@@ -36,9 +36,7 @@ class Operations:
     draft_attention: Callable[..., None]
     accumulate_mass: Callable[..., None]
     dilate_mass: Callable[..., None]
-    add_followers: Callable[..., None]
     select_top_p: Callable[..., None]
-    build_positions: Callable[..., None]
     build_page_tables: Callable[..., None]
     sparse_attention: Callable[..., None]
     take_selections: Callable[..., None]
@@ -130,9 +128,7 @@ def _torch_operations() -> Operations:
         draft_attention=reference.draft_attention,
         accumulate_mass=reference.accumulate_mass,
         dilate_mass=reference.dilate_mass,
-        add_followers=reference.add_followers,
         select_top_p=reference.select_top_p,
-        build_positions=reference.build_positions,
         build_page_tables=reference.build_page_tables,
         sparse_attention=reference.sparse_attention,
         take_selections=reference.take_selections,
@@ -156,10 +152,9 @@ def _triton_operations(device: torch.device) -> Operations:
     from specattn_vllm.kernels.attention.sparse_attention import sparse_attention
     from specattn_vllm.kernels.bookkeeping import kernels as bookkeeping
     from specattn_vllm.kernels.selection.accumulate_mass import accumulate_mass
-    from specattn_vllm.kernels.selection.add_followers import add_followers
     from specattn_vllm.kernels.selection.dilate_mass import dilate_mass
     from specattn_vllm.kernels.selection.mark_rows import mark_rows
-    from specattn_vllm.kernels.selection.page_tables import build_page_tables, build_positions
+    from specattn_vllm.kernels.selection.page_tables import build_page_tables
     from specattn_vllm.kernels.selection.top_p import select_top_p
     from specattn_vllm.kernels.sketch.cuts import carry_thresholds, cut_scores
     from specattn_vllm.kernels.sketch.encode import encode_keys
@@ -177,9 +172,7 @@ def _triton_operations(device: torch.device) -> Operations:
         draft_attention=draft_attention,
         accumulate_mass=accumulate_mass,
         dilate_mass=dilate_mass,
-        add_followers=add_followers,
         select_top_p=select_top_p,
-        build_positions=build_positions,
         build_page_tables=build_page_tables,
         sparse_attention=sparse_attention,
         take_selections=bookkeeping.take_selections,

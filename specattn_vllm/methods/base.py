@@ -55,9 +55,3 @@ class Method:
     def lossless(self) -> bool:
         """Whether the output is the target's own: its verification reads everything."""
         return self.target_reads == "everything"
-
-    @property
-    def drafts_by_sketch(self) -> bool:
-        """Whether a draft model that reads a part chooses it by a sketch of its own keys, because its attention is not
-        captured."""
-        return self.target_reads != "draft's choice" and self.drafter != "target"

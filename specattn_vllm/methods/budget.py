@@ -15,11 +15,12 @@ def ratio_field(default: float) -> Any:
     return Field(default, gt=0.0, le=1.0, description="Share of the context that is kept.")
 
 
-def sparse_draft_field(default: bool, how: str) -> Any:
-    return Field(default, description=f"Whether the steps of a draft model read a part of its context: {how}.")
-
-
-BY_OWN_QUERIES = "what its own queries choose in the first step of a round, over a small copy of its keys"
+def sparse_draft_field(default: bool) -> Any:
+    return Field(
+        default,
+        description="Whether the steps of a draft model read a part of its context: what its own queries choose in the "
+        "first step of a round, over a small copy of its keys.",
+    )
 
 
 class ShareOptions(SpecAttnOptions):
@@ -102,19 +103,36 @@ class BudgetOptions(ShareOptions):
         return self
 
 
-class SparseDraftOptions(BudgetOptions):
-    """A budget that a draft model may be held to as well."""
+class AuditedOptions(SpecAttnOptions):
+    """Of methods whose target reads a part of the context."""
 
-    sparse_draft: bool = sparse_draft_field(False, "what its first step attended to, which reads everything")
+    audit_share: float = for_researchers(
+        0.0, ge=0.0, le=1.0,
+        description="Share of the (layer, request) pairs of each step that read a selection in which the target's "
+        "attention mass on what was read is measured, at the cost of one more pass over the keys.",
+    )  # fmt: skip
+
+
+class SketchedDraftOptions(BudgetOptions):
+    """A budget that a draft model may be held to as well, by a sketch of its keys in the cache."""
+
+    sparse_draft: bool = sparse_draft_field(False)
     draft_ratio: float | None = Field(
         None, gt=0.0, le=1.0,
         description="With `sparse_draft`, share of the context that the draft's own steps keep. Default: as much as "
         "the other options say.",
     )  # fmt: skip
+    sketch_bits: Literal[1, 2, 4] = for_researchers(
+        2, description="Bits of each element of the copy of the keys that is searched."
+    )
 
     @property
-    def drafts_sparsely(self) -> bool:
+    def drafts_by_sketch(self) -> bool:
         return self.sparse_draft
+
+    @property
+    def bits_in_cache(self) -> int | None:
+        return self.sketch_bits if self.kind.keeps_sketch or self.sparse_draft else None
 
     @property
     def amount(self) -> str:
@@ -134,16 +152,3 @@ class SparseDraftOptions(BudgetOptions):
                 "sparse_draft=true, or leave draft_ratio out"
             )
         return self
-
-
-class SketchedDraftOptions(SparseDraftOptions):
-    """Of methods that keep a sketch of keys in the cache, the target's or its draft model's."""
-
-    sparse_draft: bool = sparse_draft_field(False, BY_OWN_QUERIES)
-    sketch_bits: Literal[1, 2, 4] = for_researchers(
-        2, description="Bits of each element of the copy of the keys that is searched."
-    )
-
-    @property
-    def bits_in_cache(self) -> int | None:
-        return self.sketch_bits if self.kind.keeps_sketch or self.drafts_by_sketch else None

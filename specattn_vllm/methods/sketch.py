@@ -1,23 +1,34 @@
 """The target's own queries choose what they read, over a small copy of its keys (docs/sketch.md)."""
 
-from typing import Literal
+from typing import Literal, Self
+
+from pydantic import model_validator
 
 from specattn_vllm.methods.base import Method
-from specattn_vllm.methods.budget import BY_OWN_QUERIES, SketchedDraftOptions, ratio_field, sparse_draft_field
+from specattn_vllm.methods.budget import AuditedOptions, SketchedDraftOptions, ratio_field, sparse_draft_field
 from specattn_vllm.options import for_researchers
 
 
-class SketchOptions(SketchedDraftOptions):
+class SketchOptions(SketchedDraftOptions, AuditedOptions):
     """What is read of the context, and how small the copy is."""
 
     ratio: float = ratio_field(0.125)
-    sparse_draft: bool = sparse_draft_field(True, BY_OWN_QUERIES)
+    sparse_draft: bool = sparse_draft_field(True)
     shared_budget: Literal["layers", "heads", "none"] = for_researchers(
         "layers",
         description="With a fixed share, who shares what is read, so that `ratio` is the mean: the KV heads of all "
         "'layers', by a threshold that a request's last choosing step would have needed; the 'heads' of each layer; or "
         "'none', each reads as much.",
     )
+
+    @model_validator(mode="after")
+    def _what_is_shared_is_a_fixed_share(self) -> Self:
+        if "shared_budget" in self.model_fields_set and not self.fixed_budget:
+            raise ValueError(
+                f"shared_budget {self.shared_budget!r} with a share of the attention (top_p), which each KV head meets "
+                "by itself: set ratio in the place of top_p, or leave shared_budget out"
+            )
+        return self
 
 
 METHOD = Method(

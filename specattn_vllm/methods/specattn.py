@@ -30,8 +30,6 @@ METHOD = Method(
         "rule": "top_p",
         "top_p": 0.97,
         "combine": "union",
-        "bonus_row": False,
-        "induction": False,
         "dense_layers": (0, 1),
         "min_tokens": 0,
         "sink_tokens": 0,

@@ -21,7 +21,5 @@ METHOD = Method(
         "max_tokens": 256,
         "sink_tokens": 0,
         "recent_tokens": 0,
-        "bonus_row": False,
-        "induction": False,
     },
 )

@@ -57,12 +57,7 @@ def _dense_rows(found: Snapshot) -> Values:
     if found.rows == "own choice":
         reasons["short context"] = counts.verify_rows - counts.sparse_rows - sum(reasons.values())
     else:
-        reasons |= {
-            "no selection": counts.unselected_rows,
-            "stale": counts.stale_rows,
-            "refresh": counts.refresh_rows,
-            "audit": counts.audit_rows,
-        }
+        reasons |= {"no selection": counts.unselected_rows, "stale": counts.stale_rows}
     return {(reason,): value for reason, value in reasons.items()}
 
 

@@ -14,6 +14,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 import specattn_vllm
 from specattn_vllm import compat, executors
+from specattn_vllm.backend.audits import audit_of
 from specattn_vllm.metrics import snapshot
 from specattn_vllm.metrics.snapshot import Audited, Cache, Snapshot
 from specattn_vllm.selection.audit_report import lower_edge
@@ -74,7 +75,7 @@ def start(runner: Any, options: SpecAttnOptions) -> None:
     reporter = reporter or getattr(runner, "specattn_reporter", None)
     if reporter is None:
         return
-    audit, chooser = getattr(runner.speculator, "audit", None), getattr(runner, "specattn_chooser", None)
+    audit, chooser = audit_of(runner), getattr(runner, "specattn_chooser", None)
     if audit is not None:
         reporter.beside = audit.totals
     if chooser is not None:
@@ -133,6 +134,6 @@ def _caches(runner: Any, options: SpecAttnOptions) -> dict[str, Cache]:
     if not options.kind.lossless:
         found["verification"] = cache(target, getattr(runner, "specattn_chooser", None))
     selection = getattr(runner.speculator, "selection", None)
-    if selection is not None and (options.drafts_for_itself or options.drafts_sparsely):
+    if selection is not None and (options.drafts_for_itself or options.drafts_by_sketch):
         found["drafting"] = cache(draft, getattr(selection, "sketch", None))
     return found

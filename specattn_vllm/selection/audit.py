@@ -1,26 +1,23 @@
-"""How much of the target's attention its pruned verifications hold, measured on a share of them.
+"""How much of the target's attention its pruned steps hold, measured on a share of them.
 
-For a verification row of one layer, with s the softmax weight that the selection holds under full attention, and o the
-two outputs,
+For a row of one layer, with s the softmax weight that the selection holds under full attention, and o the two outputs,
 
     s = exp(lse_selected - lse_full)        |o_full - o_selected| <= 2 (1 - s) max |v|
 
-because o_full is s times o_selected and (1 - s) times a mean of other values. `top_p` is a share of the draft's
-attention and bounds neither: s has to be measured. lse_selected comes with the attention over the selection; lse_full
-takes one more pass over the keys, which only the audited pairs of (layer, request) pay for.
+because o_full is s times o_selected and (1 - s) times a mean of other values. A share of a draft's attention, or of
+what a sketch estimates, bounds neither: s has to be measured. lse_selected comes with the attention over the selection;
+lse_full takes one more pass over the keys, which only the audited pairs of (layer, request) pay for.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from specattn_vllm.executors import Operations
 from specattn_vllm.selection.audit_report import BINS, AuditTotals
-from specattn_vllm.selection.store import SelectionStore
 from specattn_vllm.stats import Counters
 
 if TYPE_CHECKING:
@@ -29,22 +26,6 @@ if TYPE_CHECKING:
 # Odd factors of a multiplicative hash, below 2^63; any would do whose bits look random.
 _BY_LAYER, _BY_SLOT, _BY_LENGTH, _MIX = 0x5851F42D4C957F2D, 0x369DEA0F31A53F85, 0x27BB2EE687B0B0FD, 0x106689D45497FDB5
 _HASH_BITS = 31
-
-
-@dataclass(frozen=True)
-class Floor:
-    """The retained mass below which a request reads everything for a while."""
-
-    store: SelectionStore
-    retained: float
-    verifications: int
-
-    def enforce(self, slots: torch.Tensor, retained: torch.Tensor, audited: torch.Tensor) -> None:
-        """Over the audited pairs of a step, retained [A, R, Hq] where audited [A, R], of requests in slots [R]: the
-        mean of each request is held against the floor. Must come before the round that stores its next selection."""
-        pairs = audited.sum(0)
-        mean = torch.where(audited, retained.mean(2), 0.0).sum(0) / pairs.clamp(min=1)
-        self.store.read_everything(slots, (pairs > 0) & (mean < self.retained), self.verifications)
 
 
 class Audit:
@@ -73,16 +54,14 @@ class Audit:
         max_num_reqs: int,
         share: float,
         device: torch.device,
-        floor: Floor | None = None,
     ) -> None:
         """layers: names of the target layers that read a selection. share: of their pairs with a request that reads
-        one, 0 to 1. floor: what becomes of a request whose selections hold too little; by default nothing."""
+        one, 0 to 1."""
         self.operations = operations
         self.counters = counters
         self.layers = layers
         self.num_heads = num_heads
         self.share = share
-        self.floor = floor
         self.device = device
         a = len(layers)
         self.scored_rows = torch.full((a, max_num_reqs, 1), -1, dtype=torch.int64, device=device)
@@ -92,7 +71,8 @@ class Audit:
         self.largest_values = torch.zeros((a, num_kv_heads), dtype=torch.float32, device=device)
         self._first_rows = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
         self._layer = torch.arange(a, device=device)
-        self._slots: torch.Tensor | None = None
+        self._rows = 0
+        """Rows from which the last step's pairs were chosen."""
         self._histogram = torch.zeros((a, BINS), dtype=torch.int64, device=device)
         self._pairs = torch.zeros(a, dtype=torch.int64, device=device)
         self._retained = torch.zeros(a, dtype=torch.float64, device=device)
@@ -133,14 +113,13 @@ class Audit:
         self.scored_rows[:, :rows, 0].scatter_(1, order, torch.where(chosen, starts[order].long(), -1))
         # A row that only fills a batch may start behind its last token.
         self._first_rows[:rows] = torch.where(sparse, starts, 0)
-        self._slots = slots
+        self._rows = rows
 
     def fold(self) -> None:
         """Add what the step's layers measured to the totals; nothing where no rows were chosen from."""
-        if self._slots is None:
+        if not self._rows:
             return
-        slots, self._slots = self._slots, None
-        rows = slots.shape[0]
+        rows, self._rows = self._rows, 0
         audited = self.scored_rows[:, :rows, 0] >= 0
         by_head = audited[..., None].expand(-1, -1, self.num_heads)
         retained = (self.lse_selected[:, :rows] - self.lse_full[:, :rows]).exp().clamp_(max=1.0)
@@ -158,12 +137,10 @@ class Audit:
         self._bound += bound.sum((1, 2), dtype=torch.float64)
         torch.maximum(self._largest_bound, bound.flatten(1).amax(1), out=self._largest_bound)
         self.counters.add(audited_pairs=pairs.sum())
-        if self.floor is not None:
-            self.floor.enforce(slots, retained, audited)
 
     def discard(self) -> None:
         """Forget what was chosen: the step was run to warm up."""
-        self._slots = None
+        self._rows = 0
 
     def reset(self) -> None:
         """Start again from zero."""
@@ -217,11 +194,17 @@ class LayerAudit:
         torch.maximum(largest, norms.amax(0), out=largest)
 
     def observe(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, md: SpecAttnMetadata, scale: float, lse: torch.Tensor
+        self,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        md: SpecAttnMetadata,
+        rows: int,
+        scale: float,
+        lse: torch.Tensor,
     ) -> None:
-        """Measure the pairs that were chosen; query [T, Hq, D] and lse [T, Hq] are those of the plan's rows."""
-        assert md.sparse is not None, "an audit is of a step that reads a selection"
-        audit, i, rows = self._audit, self._index, md.sparse.num_rows
+        """Measure the pairs that were chosen; query [T, Hq, D] and lse [T, Hq] are those of the step's first `rows`
+        rows, which may read a selection."""
+        audit, i = self._audit, self._index
         audit.operations.draft_attention(
             query,
             kv_cache,

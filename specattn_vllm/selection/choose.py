@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from specattn_vllm.executors import Operations
-from specattn_vllm.methods.budget import BudgetOptions, ShareOptions, SparseDraftOptions
+from specattn_vllm.methods.budget import BudgetOptions, ShareOptions
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,6 @@ class Limits:
             recent=options.recent_tokens,
         )
 
-    @classmethod
-    def of_draft(cls, options: SparseDraftOptions) -> Limits:
-        """For what the draft itself reads."""
-        if options.draft_ratio is None:
-            return cls.of(options)
-        return replace(cls.of(options), top_p=1.0, max_fraction=options.draft_ratio)
-
-    @classmethod
-    def of_budgets(cls, options: ShareOptions) -> Limits:
-        """For rows that come with a number of tokens each, between the floor and the caps."""
-        return replace(cls.of(options), top_p=1.0, max_fraction=options.max_fraction)
-
 
 def choose(
     operations: Operations,
@@ -60,14 +48,11 @@ def choose(
     counts: torch.Tensor,
     *,
     union: bool = False,
-    budgets: torch.Tensor | None = None,
-    mass_rows: torch.Tensor | None = None,
 ) -> None:
     """Bits of every row of mass, whatever its first dimensions are.
 
     mass [..., L] float32, bits [..., W] and counts [...] int32, contiguous; lens int32, of a shape that spreads to that
-    of counts: tokens of each row that are ranked. Of the shape of counts, too: budgets int32, tokens wanted, and
-    mass_rows int64, which rows of the mass, counted over all of its first dimensions, the selections are made from.
+    of counts: tokens of each row that are ranked.
     """
     rows = counts.numel()
     if rows == 0:
@@ -84,6 +69,4 @@ def choose(
         limits.sink,
         limits.recent,
         union,
-        None if budgets is None else budgets.view(rows),
-        None if mass_rows is None else mass_rows.view(rows),
     )

@@ -52,6 +52,7 @@ class Chooser:
         self.device = device
         self.num_kv_heads = num_kv_heads
         self.max_query_len = max_query_len
+        self.reads_all_up_to = reads_all_up_to
         self.kept = torch.zeros((layers, max_num_reqs, num_kv_heads), **new)
         self.dense = torch.ones(max_num_reqs, **new)
         self.slots = torch.full((max_num_reqs,), -1, **new)
@@ -59,6 +60,11 @@ class Chooser:
 
     def forget(self, slot: int) -> None:
         """Another request enters a slot. Does not wait for the device."""
+
+    def choose_among(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
+        """Which rows of the step at hand choose [R] bool, from their seq_lens [R] and query_start_loc [R+1] int32."""
+        context = seq_lens - (query_start_loc[1:] - query_start_loc[:-1])
+        return (self.dense[: seq_lens.shape[0]] == 0) & (context > self.reads_all_up_to)
 
     def short_rows(self, query_start_loc_cpu: torch.Tensor) -> int:
         """Rows before the first that is longer than any that chooses. vLLM puts rows with drafts first and sorts the

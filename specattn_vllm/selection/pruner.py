@@ -52,9 +52,8 @@ class Pruner:
         maps: TableMaps | None = None,
     ) -> None:
         """layer_sources: target layer name -> table; num_layers: target layers in all; max_query_len: tokens of the
-        longest verification, K + 1. page_table [T or more, max_num_reqs, G, width] int32: where the tables are made;
-        what else it serves between steps does not matter. Without maps there is a table for each source and group of
-        the store."""
+        longest verification, K + 1. page_table [T, max_num_reqs, G, width] int32: where the tables are made. Without
+        maps there is a table for each source and group of the store."""
         self.store = store
         self.operations = operations
         self.counters = counters

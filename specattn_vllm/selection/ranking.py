@@ -36,9 +36,6 @@ class Ranking:
         self.bits = self._bits[: rows * self.words].view(*shape, self.words)
         self.counts = self._counts[:rows].view(*shape)
 
-    def choose(
-        self, operations: Operations, limits: Limits, lens: torch.Tensor, layers: int, *, union: bool = False
-    ) -> None:
-        """Bits of the first `layers` layers from their mass on the first lens [R] int32 tokens of each row."""
-        mass, bits, counts = self.mass[:layers], self.bits[:layers], self.counts[:layers]
-        choose(operations, limits, mass, lens.view(1, -1, 1), bits, counts, union=union)
+    def choose(self, operations: Operations, limits: Limits, lens: torch.Tensor, *, union: bool) -> None:
+        """Bits from the mass on the first lens [R] int32 tokens of each row."""
+        choose(operations, limits, self.mass, lens.view(1, -1, 1), self.bits, self.counts, union=union)

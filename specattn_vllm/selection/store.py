@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from specattn_vllm.executors import Operations
-from specattn_vllm.kernels.bookkeeping.contracts import AUDIT, NO_SELECTION, REFRESH
+from specattn_vllm.kernels.bookkeeping.contracts import NO_SELECTION
 
 
 class SelectionStore:
@@ -18,49 +18,29 @@ class SelectionStore:
     and a selection is only taken where its length equals the number of tokens the row has already computed.
 
     bits         [S, num_slots + 1, G, W] int32: bit p % 32 of word p // 32 keeps token p.
-    prefix_lens  [num_slots + 1] int32: tokens in the context when the selection was made, or why there is none:
-                 NO_SELECTION, or where it is the request's turn to read everything REFRESH, or after an audit AUDIT.
-    rounds       [num_slots + 1] int32: selections put since the request last read everything, the latest not counted;
-                 below 0, how many more of them are not to be read (`read_everything`).
+    prefix_lens  [num_slots + 1] int32: tokens in the context when the selection was made, or NO_SELECTION.
     exact        [num_slots + 1] bool: requests that asked for exact verification, for which nothing is selected.
 
     The last slot is nobody's: what is put or cleared for a padded row, whose slot is -1, goes there.
     """
 
-    def __init__(
-        self,
-        sources: int,
-        slots: int,
-        groups: int,
-        max_model_len: int,
-        device: torch.device,
-        refresh_every: int | None = None,
-        audited: bool = False,
-    ) -> None:
-        """`refresh_every`: every so many verifications of a request one finds no selection; None: never. `audited`:
-        whether requests may be told to read everything."""
-        self.refresh_every = refresh_every
-        self.audited = audited
+    def __init__(self, sources: int, slots: int, groups: int, max_model_len: int, device: torch.device) -> None:
         words = -(-max_model_len // 32)
         self.bits = torch.zeros((sources, slots + 1, groups, words), dtype=torch.int32, device=device)
         self.prefix_lens = torch.full((slots + 1,), NO_SELECTION, dtype=torch.int32, device=device)
-        self.rounds = torch.zeros(slots + 1, dtype=torch.int32, device=device)
         self.exact = torch.zeros(slots + 1, dtype=torch.bool, device=device)
         self._exact_on_host = np.zeros(slots, dtype=bool)
         self._aside_on_host = np.zeros(slots, dtype=bool)
 
     @property
     def nbytes(self) -> int:
-        return self.bits.nbytes + self.prefix_lens.nbytes + self.rounds.nbytes + self.exact.nbytes
+        return self.bits.nbytes + self.prefix_lens.nbytes + self.exact.nbytes
 
     def hold(self, slot: int, exact: bool) -> None:
         """A request enters a slot; from then on it is exact or not. Does not wait for the device."""
         if self._exact_on_host[slot] != exact:
             self._exact_on_host[slot] = exact
             self.exact[slot].fill_(exact)
-        if self.audited:
-            # What an audit found was the slot's last request, or this one before it was preempted.
-            self.rounds[slot].fill_(0)
 
     def step_aside(self, slots: np.ndarray, aside: bool) -> None:
         """A round stores nothing for requests in slots [R], because their batch is small, or stores something again. On
@@ -73,28 +53,13 @@ class SelectionStore:
         exact = self._exact_on_host[slots]
         return int(exact.sum()), int((self._aside_on_host[slots] & ~exact).sum())
 
-    def read_everything(self, slots: torch.Tensor, which: torch.Tensor, verifications: int) -> None:
-        """Requests in slots [R] int64 for which `which` [R] bool find no selection in so many verifications, counted
-        from the next one that something is put for."""
-        self.rounds[slots] = torch.where(which, -verifications, self.rounds[slots])
-
     def put(self, slots: torch.Tensor, bits: torch.Tensor, prefix_lens: torch.Tensor) -> None:
         """Store the selections of a batch.
 
         slots [R] int64, bits [S, R, G, W], prefix_lens [R] int32; a length of 0 or less stores 'no selection'.
         """
         self.bits[:, slots] = bits
-        lengths = prefix_lens
-        if self.refresh_every is not None or self.audited:
-            # What the slot held says what the last verification read. A selection that was there and did not fit counts
-            # as read: the next dense one comes a round early then, never late.
-            before = self.rounds[slots]
-            rounds = torch.where((self.prefix_lens[slots] > 0) | (before < 0), before + 1, 0)
-            self.rounds[slots] = rounds
-            if self.refresh_every is not None:
-                lengths = torch.where(rounds < self.refresh_every - 1, prefix_lens, REFRESH)
-            lengths = torch.where(before < 0, AUDIT, lengths)
-        self.prefix_lens[slots] = torch.where(prefix_lens > 0, lengths, NO_SELECTION)
+        self.prefix_lens[slots] = torch.where(prefix_lens > 0, prefix_lens, NO_SELECTION)
 
     def clear(self, slots: torch.Tensor) -> None:
         """Forget the selections of slots [R] int64: the next step of those requests reads everything."""

@@ -45,13 +45,9 @@ def announce(options: ByDraftOptions, found: LayerMap, speculator: RoundSpeculat
     announce_buffers(speculator, nbytes)
     if speculator.crossover_tokens:
         logger.info(
-            "specattn: in batches of fewer than %d context tokens %s reads everything",
+            "specattn: in batches of fewer than %d context tokens a round reads everything",
             speculator.crossover_tokens,
-            "verification" if options.drafts_sparsely else "a round",
         )
-    if options.drafts_sparsely:
-        much = "" if options.draft_ratio is None else f", {options.draft_ratio:g} of the context"
-        logger.info("specattn: sparse_draft: draft steps after the first read what it attended to%s", much)
     pairs = " ".join("-" if i is None else str(i) for i in found.layers)
     logger.warning(
         "specattn: method '%s' is APPROXIMATE: verification reads a selection of the KV cache, so the output is not "
@@ -65,12 +61,6 @@ def announce(options: ByDraftOptions, found: LayerMap, speculator: RoundSpeculat
     kept = f"top_p={options.top_p} of the draft's attention"
     if options.fixed_budget:
         kept = f"ratio={options.ratio} of the context"
-    if options.uses_layer_shares and found.shares is not None:
-        shares = " ".join("-" if share is None else f"{share:g}" for share in found.shares)
-        kept += f", shared out by layer [{shares}]"
-    if options.uses_induction and any(found.induction or ()):
-        copying = " ".join(str(j) for j, copies in enumerate(found.induction) if copies)
-        kept += f", what follows the round's tokens in layers [{copying}] too"
     logger.info(
         "specattn: %s, combine=%s, selections %s, draft layer per target layer [%s] ('-' reads everything)",
         kept,
@@ -78,8 +68,6 @@ def announce(options: ByDraftOptions, found: LayerMap, speculator: RoundSpeculat
         "per KV head" if options.kind.per_head else "shared by all heads",
         pairs,
     )
-    if (every := options.refresh_every) is not None:
-        logger.info("specattn: verification %d of each %d of a request reads everything", every, every)
     if not found.calibrated:
         logger.warning(
             "specattn: layer map '%s' is uniform, not calibrated for this pair of models: expect worse quality at the "

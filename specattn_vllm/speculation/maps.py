@@ -12,7 +12,6 @@ from specattn_vllm import layer_map
 from specattn_vllm.fingerprint import ModelFacts, facts_from_config
 from specattn_vllm.layer_map import LayerMap, LayerMapError
 from specattn_vllm.methods.by_draft import ByDraftOptions
-from specattn_vllm.selection.shares import Choice
 
 
 def model_facts(model_config: ModelConfig) -> ModelFacts:
@@ -45,40 +44,24 @@ def resolve_layer_map(vllm_config: VllmConfig, options: ByDraftOptions) -> Layer
 
 @dataclass(frozen=True)
 class Plan:
-    """What is chosen from, what is chosen, and which target layer reads what."""
+    """Which draft layers are captured, and which target layer reads what."""
 
     sources: tuple[int, ...]
-    """Draft layers that are captured."""
-    selections: tuple[Choice, ...]
-    """What each selection is made from, and how much of the context its layers read, where that is a layer's own."""
+    """Draft layers that are captured, each of which makes one selection, or one for each of its KV heads."""
     layer_tables: dict[str, int]
     """vLLM's name of each target layer that reads a selection -> its table."""
     made_from: tuple[tuple[int, tuple[int, ...]], ...] | None = None
-    """Of each table, where every KV head reads a selection of its own: the index of its selection, and the group of
-    each of this rank's KV heads. Without: there is a table for each selection."""
-
-    @property
-    def has_shares(self) -> bool:
-        return any(choice.fraction is not None for choice in self.selections)
+    """Of each table, where every KV head reads a selection of its own: the index of its source, and the group of each
+    of this rank's KV heads. Without: there is a table for each source."""
 
 
 def plan_of(found: LayerMap, target: dict[int, str], local_kv_heads: int, options: ByDraftOptions) -> Plan:
-    """The plan of a layer map. Target layers of the same source and fraction, that copy or do not, read the same
-    selection, and, mapped alike by heads, the same table."""
-    shared = options.uses_layer_shares and found.shares is not None
-    copies = found.induction if options.uses_induction and found.induction else (False,) * len(found.layers)
-    # Beside a layer that copies each has its fraction, if only that of all.
-    equal = options.ratio if any(copies) else None
-    fractions = found.fractions(options.ratio) if shared else (equal,) * len(found.layers)
-    wanted = {
-        j: Choice(found.sources.index(i), fractions[j], copies[j]) for j, i in enumerate(found.layers) if i is not None
-    }
-    selections = tuple(sorted(set(wanted.values())))  # without shares: one of each source
-    chosen = {j: selections.index(of) for j, of in wanted.items()}
+    """The plan of a layer map. Target layers of the same source, mapped alike by heads, read the same table."""
+    chosen = {j: found.sources.index(i) for j, i in enumerate(found.layers) if i is not None}
     if not options.kind.per_head:
-        return Plan(found.sources, selections, {target[j]: selection for j, selection in chosen.items()})
+        return Plan(found.sources, {target[j]: source for j, source in chosen.items()})
     ranks = found.target.num_key_value_heads // local_kv_heads
     heads = found.local_heads(get_tensor_model_parallel_rank() if ranks > 1 else 0, ranks)
-    made_from = {j: (selection, heads[j]) for j, selection in chosen.items()}
+    made_from = {j: (source, heads[j]) for j, source in chosen.items()}
     distinct = tuple(dict.fromkeys(made_from.values()))
-    return Plan(found.sources, selections, {target[j]: distinct.index(of) for j, of in made_from.items()}, distinct)
+    return Plan(found.sources, {target[j]: distinct.index(of) for j, of in made_from.items()}, distinct)

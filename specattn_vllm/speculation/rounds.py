@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
 from typing import Any
 
 import torch
@@ -19,32 +18,16 @@ from specattn_vllm.speculation.counting import count_round
 from specattn_vllm.speculation.graphs import RoundGraphs, RoundInputs
 from specattn_vllm.stats import Counters
 
-
-class RoundMode(Enum):
-    """How a round runs. The value is what the log calls such rounds when their graphs are captured."""
-
-    PLAIN = "draft rounds"
-    """As upstream drafts."""
-    RECORDING = "draft rounds with selection"
-    """Attention is captured and a selection made of it, or drafting reads through one."""
-    RECORDING_FOR_DRAFT = "draft rounds with selection for the draft alone"
-    """Below the crossover: the target will read everything, and the draft reads a part."""
-
-    @property
-    def recording(self) -> bool:
-        return self is not RoundMode.PLAIN
-
-    @property
-    def graphs(self) -> str:
-        """The speculator's attribute that holds the graphs of such rounds."""
-        return f"{self.name.lower()}_graphs"
+GRAPHS = {False: "plain_graphs", True: "recording_graphs"}
+"""Whether a round is recorded -> the speculator's attribute that holds the graphs of such rounds. Attributes, because
+vLLM finds graph managers there when it discards those it made to measure their memory."""
 
 
 class RoundSpeculator(compat.stock_speculator()):
     """vLLM's standalone speculator with its rounds in CUDA graphs, of which upstream has none for it.
 
-    A subclass says what a round is (`_round`). With a `selection`, a round runs in one of the modes (`RoundMode`) of
-    this engine, each of which has graphs of its own.
+    A subclass says what a round is (`_round`). With a `selection`, rounds of large batches are recorded: attention is
+    captured and a selection made of it, or drafting reads through one. Others run as upstream's do. Both have graphs.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -65,7 +48,7 @@ class RoundSpeculator(compat.stock_speculator()):
         self.selection: Any = None
 
     def _round(self, batch: InputBatch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states,
-               num_sampled: torch.Tensor, *args, mode: RoundMode, **kwargs) -> torch.Tensor:  # fmt: skip
+               num_sampled: torch.Tensor, *args, recording: bool, **kwargs) -> torch.Tensor:  # fmt: skip
         """Draft for a batch, arguments as upstream's `propose`. Runs as it is or under CUDA graph capture: then every
         argument lies in `RoundInputs`."""
         raise NotImplementedError
@@ -80,27 +63,19 @@ class RoundSpeculator(compat.stock_speculator()):
     def _step_in(self, batch: InputBatch) -> None:
         """Called before any other round that is recorded."""
 
-    def _modes(self) -> list[RoundMode]:
-        """The modes in which this engine's rounds run."""
+    def _kinds(self) -> list[bool]:
+        """Of this engine's rounds: whether they are recorded."""
         if self.selection is None:
-            return [RoundMode.PLAIN]
-        return [RoundMode.RECORDING, self._mode_of_small] if self.crossover_tokens else [RoundMode.RECORDING]
+            return [False]
+        return [True, False] if self.crossover_tokens else [True]
 
-    @property
-    def _mode_of_small(self) -> RoundMode:
-        """That of batches below the crossover, in which the target reads everything: the draft may read a part."""
-        sparse = self.options.drafts_sparsely and self.options.chooses_by_draft
-        return RoundMode.RECORDING_FOR_DRAFT if sparse else RoundMode.PLAIN
-
-    def _mode(self, batch: InputBatch) -> RoundMode:
-        """How the round of a batch, which is none of vLLM's dummies, runs."""
+    def _records(self, batch: InputBatch) -> bool:
+        """Whether the round of a batch, which is none of vLLM's dummies, is recorded."""
         if self.selection is None:
-            return RoundMode.PLAIN
-        if not self._too_small(batch):
-            self._step_in(batch)
-            return RoundMode.RECORDING
-        self._step_aside(batch)
-        return self._mode_of_small
+            return False
+        small = self._too_small(batch)
+        (self._step_aside if small else self._step_in)(batch)
+        return not small
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         super().init_cudagraph_manager(cudagraph_mode)
@@ -111,37 +86,37 @@ class RoundSpeculator(compat.stock_speculator()):
             return
         query_len = self.num_speculative_steps + 1
         inputs = RoundInputs(self.max_num_reqs, query_len, self.device)
-        for mode in self._modes():
-            # Direct attributes: vLLM finds graph managers here when it discards those it made to measure their memory.
-            setattr(self, mode.graphs, RoundGraphs(self.vllm_config, self.device, query_len, inputs))
+        for recording in self._kinds():
+            setattr(self, GRAPHS[recording], RoundGraphs(self.vllm_config, self.device, query_len, inputs))
 
     @torch.inference_mode()
     def capture(self) -> None:
         super().capture()
-        for mode in self._modes():
-            graphs = self._graphs(mode)
+        for recording in self._kinds():
+            graphs = self._graphs(recording)
             if graphs is not None and graphs.needs_capture():
-                graphs.capture_rounds(self._captured(graphs.inputs, mode), self.block_tables, f"Capturing {mode.value}")
+                what = "Capturing draft rounds" + (" with selection" if recording else "")
+                graphs.capture_rounds(self._captured(graphs.inputs, recording), self.block_tables, what)
         # Capturing the target's graphs ran steps that nobody asked for.
         self.counters.reset()
 
-    def _graphs(self, mode: RoundMode) -> RoundGraphs | None:
+    def _graphs(self, recording: bool) -> RoundGraphs | None:
         """None where there are none: without CUDA graphs."""
-        return getattr(self, mode.graphs, None)
+        return getattr(self, GRAPHS[recording], None)
 
-    def _captured(self, given: RoundInputs, mode: RoundMode) -> Callable[[InputBatch], Any]:
+    def _captured(self, given: RoundInputs, recording: bool) -> Callable[[InputBatch], Any]:
         """A round on inputs that last."""
         return lambda batch: self._round(
             batch, {}, {}, None, None, given.num_sampled[: batch.num_reqs], given.num_rejected[: batch.num_reqs],
-            given.last_sampled, None, given.temperature, given.seeds, mode=mode,
+            given.last_sampled, None, given.temperature, given.seeds, recording=recording,
         )  # fmt: skip
 
     def propose(self, input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
                 num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, *args, dummy_run: bool = False,
                 **kwargs) -> torch.Tensor:  # fmt: skip
         # A dummy batch names slots of real requests: nothing of it may be stored or counted.
-        mode = RoundMode.PLAIN if dummy_run else self._mode(input_batch)
-        graphs = None if dummy_run else self._graphs(mode)
+        recording = not dummy_run and self._records(input_batch)
+        graphs = None if dummy_run else self._graphs(recording)
         desc = None if graphs is None else graphs.find(input_batch)
         if desc is not None:
             graphs.inputs.load(input_batch, desc.num_reqs, num_sampled, num_rejected, last_sampled, temperature, seeds)
@@ -151,7 +126,7 @@ class RoundSpeculator(compat.stock_speculator()):
             drafts = self._round(
                 input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
                 num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, *args, dummy_run=dummy_run,
-                mode=mode, **kwargs,
+                recording=recording, **kwargs,
             )  # fmt: skip
         if dummy_run:
             self.counters.discard()

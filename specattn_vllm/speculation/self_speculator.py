@@ -12,7 +12,7 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
-from specattn_vllm.speculation.rounds import RoundMode, RoundSpeculator
+from specattn_vllm.speculation.rounds import RoundSpeculator
 from specattn_vllm.speculation.self_wiring import SelfSelection, prepare_self
 
 
@@ -54,7 +54,7 @@ class SelfSpeculator(RoundSpeculator):
 
     def _round(self, batch: InputBatch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states,
                num_sampled: torch.Tensor, num_rejected: torch.Tensor, last_sampled: torch.Tensor, next_prefill_tokens,
-               temperature: torch.Tensor, seeds: torch.Tensor, *, mode: RoundMode, dp_sync_state=None,
+               temperature: torch.Tensor, seeds: torch.Tensor, *, recording: bool, dp_sync_state=None,
                dummy_run: bool = False, skip_attn_for_dummy_run: bool = False, **kwargs) -> torch.Tensor:  # fmt: skip
         """K decoding steps of the target; against a selection in a recording round, else against everything."""
         rows = batch.num_reqs
@@ -63,7 +63,7 @@ class SelfSpeculator(RoundSpeculator):
         # What each step's token sees, itself included.
         steps = torch.arange(1, self.num_speculative_steps + 1, dtype=torch.int32, device=self.device)
         step_lens = (committed + steps[:, None]).clamp_(max=self.max_model_len)
-        if mode.recording:
+        if recording:
             self._select(num_sampled[:rows] > 0, committed, step_lens)
         self.input_buffers.query_start_loc[: rows + 1].copy_(self.arange_gpu[: rows + 1])
         across_dp = None if dp_sync_state is None else dp_sync_state.num_tokens_across_dp
@@ -74,7 +74,7 @@ class SelfSpeculator(RoundSpeculator):
             self.input_buffers.seq_lens[:rows].copy_(step_lens[step])
             attention, slots = None, None
             if not (dummy_run and skip_attn_for_dummy_run):
-                attention, slots = self._step_metadata(batch, step, mode.recording)
+                attention, slots = self._step_metadata(batch, step, recording)
             hidden_states = self._run_model(
                 self.input_buffers.input_ids[:rows], self.input_buffers.positions[:rows], attention, slots, across_dp
             )

@@ -11,7 +11,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from specattn_vllm.sketch.drafting import DraftSketch, prepare_drafting
 from specattn_vllm.speculation.announce import announce_buffers
-from specattn_vllm.speculation.rounds import RoundMode, RoundSpeculator
+from specattn_vllm.speculation.rounds import RoundSpeculator
 
 logger = init_logger("vllm.specattn")
 
@@ -42,9 +42,9 @@ class SketchSpeculator(RoundSpeculator):
         )
 
     def _round(self, batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args,
-               mode: RoundMode, **kwargs) -> torch.Tensor:  # fmt: skip
+               recording: bool, **kwargs) -> torch.Tensor:  # fmt: skip
         """Upstream's `propose`, with its steps marked."""
-        self._recording = mode.recording
+        self._recording = recording
         try:
             drafts = self._upstream_round(
                 batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args, **kwargs

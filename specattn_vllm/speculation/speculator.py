@@ -5,14 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from specattn_vllm import compat
+from specattn_vllm.backend.audits import prepare_audit
 from specattn_vllm.request import asks_for_exactness
 from specattn_vllm.selection.audit import Audit
-from specattn_vllm.speculation.audit_wiring import prepare_audit
-from specattn_vllm.speculation.rounds import RoundMode, RoundSpeculator
+from specattn_vllm.speculation.rounds import RoundSpeculator
 from specattn_vllm.speculation.wiring import Selection, prepare
 
 
@@ -29,14 +30,16 @@ class SpecAttnSpeculator(RoundSpeculator):
         self.selection: Selection | None = None
         self.audit: Audit | None = None
         self._recording = False
-        self._sampled: tuple[torch.Tensor, torch.Tensor] | None = None
-        """Slots of a round's requests, and which of them sampled, until its first step is announced."""
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
         if self.options.chooses_by_draft:
             self.selection = prepare(self)
-            self.audit = prepare_audit(self)
+            pruner = self.selection.pruner
+            layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase, list(pruner.layer_sources))
+            self.audit = pruner.audit = prepare_audit(
+                self.options, layers, self.operations, self.counters, self.reporter, self.max_num_reqs, self.device
+            )
 
     def set_attn(self, model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups) -> None:
         super().set_attn(model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups)
@@ -66,8 +69,6 @@ class SpecAttnSpeculator(RoundSpeculator):
     def _enter(self, slot: int, request: Any) -> None:
         """A request, new or resumed, is given a slot."""
         self.selection.store.hold(slot, asks_for_exactness(request.sampling_params))
-        if self.selection.capture.induction is not None:
-            self.selection.capture.induction.enter(slot, request.prefill_token_ids)
 
     def _step_aside(self, batch: InputBatch) -> None:
         self.selection.store.clear(batch.idx_mapping)
@@ -77,39 +78,27 @@ class SpecAttnSpeculator(RoundSpeculator):
         self.selection.store.step_aside(batch.idx_mapping_np, False)
 
     def _round(self, batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args,
-               mode: RoundMode, **kwargs) -> torch.Tensor:  # fmt: skip
-        """Upstream's `propose`, with its attention captured and, if it is for the target, a selection stored."""
-        self._recording = mode.recording
-        num_reqs = batch.num_reqs
-        # A round that chooses nothing gives tokens too; only a dummy's requests are none.
-        if self.selection is not None and not kwargs.get("dummy_run"):
-            self._sampled = batch.idx_mapping[:num_reqs], num_sampled[:num_reqs] > 0
-        if mode.recording:
+               recording: bool, **kwargs) -> torch.Tensor:  # fmt: skip
+        """Upstream's `propose`, with its attention captured and a selection stored."""
+        self._recording = recording
+        if recording:
             # A row that sampled nothing is inside its prompt, or fills a graph's batch: it will not be verified next.
             # Nor is anything to be selected for requests that asked for exactness.
-            slots = batch.idx_mapping[:num_reqs]
-            wanted = (num_sampled[:num_reqs] > 0) & ~self.selection.store.exact[slots]
-            self.selection.capture.begin_round(num_reqs, wanted, slots, for_target=mode is RoundMode.RECORDING)
+            slots = batch.idx_mapping[: batch.num_reqs]
+            wanted = (num_sampled[: batch.num_reqs] > 0) & ~self.selection.store.exact[slots]
+            self.selection.capture.begin_round(wanted)
         try:
             drafts = self._upstream_round(
                 batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args, **kwargs
             )
         finally:
-            self._recording, self._sampled = False, None
-        if mode is RoundMode.RECORDING:
-            self.selection.store.put(slots, *self.selection.capture.select(drafts))
+            self._recording = False
+        if recording:
+            self.selection.store.put(slots, *self.selection.capture.select())
         return drafts
 
     def _build_attn_metadata(self, num_reqs: int, *args, step: int, **kwargs) -> dict[str, Any] | None:
         metadata = super()._build_attn_metadata(num_reqs, *args, step=step, **kwargs)
-        if step == 0 and self._sampled is not None and self.selection.capture.induction is not None:
-            self.selection.capture.induction.extend(
-                *self._sampled,
-                self.last_token_indices[:num_reqs],
-                self.input_buffers.query_start_loc[:num_reqs],
-                self.expanded_input_ids,
-                self.expanded_positions,
-            )
         if self._recording and metadata is not None:
             self._begin_step(num_reqs, first=step == 0)
             for layer_metadata in metadata.values():

@@ -12,7 +12,6 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
 from specattn_vllm.selection.capture import DraftCapture
-from specattn_vllm.selection.draft_lists import DraftLists
 from specattn_vllm.selection.pages import page_strides
 from specattn_vllm.selection.pruner import Pruner, TableMaps
 from specattn_vllm.selection.store import SelectionStore
@@ -57,19 +56,17 @@ class Selection:
     store: SelectionStore
     pruner: Pruner
     tables: torch.Tensor
-    """[tables, requests, G, width] int32: page tables in the target's step, positions while drafting."""
+    """[tables, requests, G, width] int32: page tables in the target's step."""
 
     @property
     def nbytes(self) -> dict[str, int]:
         """Bytes by what they hold."""
         capture = self.capture
-        ids = 0 if capture.induction is None else capture.induction.nbytes
         return {
             "scores": capture.scores.nbytes,
-            "mass": capture.nbytes - capture.scores.nbytes - ids,
+            "mass": capture.nbytes - capture.scores.nbytes,
             "bitmasks": self.store.nbytes,
             "page tables": self.tables.nbytes + self.pruner.nbytes,
-            **({"token ids": ids} if ids else {}),
         }
 
     def attach(self, target_attn_groups: list) -> None:
@@ -92,42 +89,26 @@ def prepare(speculator: RoundSpeculator) -> Selection:
     target = {extract_layer_index(n): n for n in layers if n not in speculator.draft_attn_layer_names}
     found = resolve_layer_map(vllm_config, options)
     plan = plan_of(found, target, layers[target[0]].impl.num_kv_heads, options)
-    # Layers that choose for the target come first, so that theirs are the first selections.
-    captured = [*plan.sources, *(i for i in sorted(draft) if options.drafts_sparsely and i not in plan.sources)]
     # The bits of a source are those of the draft's KV heads, a table has those of the target's.
     groups = layers[draft[0]].impl.num_kv_heads if options.kind.per_head else 1
-    selections, made_from = len(plan.selections), plan.made_from
-    num_tables, heads = (selections, 1) if made_from is None else (len(made_from), len(made_from[0][1]))
+    sources, made_from = len(plan.sources), plan.made_from
+    num_tables, heads = (sources, 1) if made_from is None else (len(made_from), len(made_from[0][1]))
     requests = speculator.max_num_reqs
     longest = row_width(speculator.max_model_len)
 
     def allocate(device: torch.device) -> Selection:
-        shape = (max(num_tables, len(captured)), requests, heads, longest)
-        tables = torch.empty(shape, dtype=torch.int32, device=device)
-        floor = options.audit_floor is not None
-        store = SelectionStore(selections, requests, groups, longest, device, options.refresh_every, floor)
-        lists = None
-        if options.drafts_sparsely:
-            lists = DraftLists(
-                speculator.operations,
-                speculator.counters,
-                # Drafting and verification take turns, so what the draft reads may lie where the target's tables do.
-                tables[: len(captured), :, 0],
-                num_kv_heads=layers[draft[0]].impl.num_kv_heads,
-            )
+        tables = torch.empty((num_tables, requests, heads, longest), dtype=torch.int32, device=device)
+        store = SelectionStore(sources, requests, groups, longest, device)
         capture = DraftCapture(
             options,
             speculator.operations,
-            layer_sources={draft[i]: s for s, i in enumerate(captured)},
-            num_sources=len(plan.sources),
+            layer_sources={draft[i]: s for s, i in enumerate(plan.sources)},
             num_heads=layers[draft[0]].impl.num_heads,
             num_steps=speculator.num_speculative_steps,
             max_num_reqs=requests,
             max_model_len=longest,
             device=device,
             groups=groups,
-            lists=lists,
-            choices=plan.selections if plan.has_shares else (),
         )
         pruner = Pruner(
             store,

@@ -8,25 +8,33 @@ import torch
 pytestmark = pytest.mark.engine
 
 OPTIONS = {"top_p": 0.5, "min_tokens": 16, "recent_tokens": 8, "sink_tokens": 2}
-METHODS = [{"method": "specattn"}, {"method": "sts", "ratio": 0.1}]
+METHODS = [
+    OPTIONS | {"method": "specattn"},
+    OPTIONS | {"method": "sts", "rule": "top_k", "ratio": 0.1},
+    {"method": "sketch", "ratio": 0.1, "min_tokens": 16, "recent_tokens": 8},
+]
 
 
 @pytest.fixture
 def plainly(monkeypatch):
     """What each observed pair should give: samples {layer: [s of each query head, ...]}, from whole softmaxes."""
+    from specattn_vllm.backend.impl import SpecAttnImpl
     from specattn_vllm.selection.audit import LayerAudit
     from specattn_vllm.selection.pages import page_strides
 
     samples: dict[str, list[float]] = {}
-    observe = LayerAudit.observe
+    observe, read, tables = LayerAudit.observe, SpecAttnImpl._read, []
 
-    def watch(self, query, kv_cache, md, scale, lse):
-        observe(self, query, kv_cache, md, scale, lse)
-        plan, name = md.sparse, self._audit.layers[self._index]
+    def watch_read(self, query, kv_cache, md, step, page_table, kept, out):
+        tables[:] = [page_table, kept]
+        read(self, query, kv_cache, md, step, page_table, kept, out)
+
+    def watch(self, query, kv_cache, md, rows, scale, lse):
+        observe(self, query, kv_cache, md, rows, scale, lse)
+        name, (page_table, kept) = self._audit.layers[self._index], tables
         block_stride, head_stride, token_stride = page_strides(kv_cache)
         size = query.shape[-1]
-        table = plan.layer_sources[name]
-        for r, row in enumerate(self._audit.scored_rows[self._index, : plan.num_rows, 0].tolist()):
+        for r, row in enumerate(self._audit.scored_rows[self._index, :rows, 0].tolist()):
             if row < 0:
                 continue
             seen = int(md.seq_lens[r]) - int(md.query_start_loc[r + 1] - md.query_start_loc[r]) + 1
@@ -36,22 +44,19 @@ def plainly(monkeypatch):
             for hq in range(query.shape[1]):
                 head = hq // (query.shape[1] // kv_cache.shape[1])
                 weights = (scale * kv_cache[blocks, head, offsets, :size] @ query[row, hq]).softmax(0)
-                group = head if plan.page_table.shape[2] > 1 else 0
-                read = plan.page_table[table, r, group, : int(plan.kept[table, r, group])]
+                group = head if page_table.shape[1] > 1 else 0
+                listed = page_table[r, group, : int(kept[r, group])]
                 places = blocks * block_stride + group * head_stride + offsets * token_stride
-                kept = torch.isin(places, read.long())
-                samples.setdefault(name, []).append(float(weights[kept].sum()))
+                samples.setdefault(name, []).append(float(weights[torch.isin(places, listed.long())].sum()))
 
     monkeypatch.setattr(LayerAudit, "observe", watch)
+    monkeypatch.setattr(SpecAttnImpl, "_read", watch_read)
     return samples
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda options: options["method"])
 def test_every_pair_is_measured_as_it_is(method, engine, greedy, prompts, counts, plainly):
-    options = OPTIONS | method | {"audit_share": 1.0}
-    if "ratio" in method:
-        del options["top_p"]  # of the other rule
-    llm = engine(options)
+    llm = engine(method | {"audit_share": 1.0})
     greedy(llm, prompts([200, 420]), 20)
     [report] = llm.collective_rpc("specattn_audit")
     seen = counts(llm)
@@ -71,13 +76,28 @@ def test_every_pair_is_measured_as_it_is(method, engine, greedy, prompts, counts
     assert min(found["retained_mean"] for found in report.values()) < 0.99
 
 
-def test_without_a_share_nothing_is_measured(engine, greedy, prompts, counts, monkeypatch):
+@pytest.mark.parametrize("method", METHODS, ids=lambda options: options["method"])
+def test_without_a_share_nothing_is_measured(method, engine, greedy, prompts, counts, monkeypatch):
     from specattn_vllm.backend.impl import SpecAttnImpl
 
     impls, forward = [], SpecAttnImpl.forward
     monkeypatch.setattr(SpecAttnImpl, "forward", lambda self, *a, **k: (impls.append(self), forward(self, *a, **k))[1])
-    llm = engine(OPTIONS)
+    llm = engine(method)
     greedy(llm, prompts([200]), 6)
     assert counts(llm).sparse_rows > 0 and counts(llm).audited_pairs == 0
     assert impls and all(impl.audit is None for impl in impls)
     assert llm.collective_rpc("specattn_audit") == [None]
+
+
+def test_rows_that_read_everything_are_not_audited(engine, prompts, counts):
+    """Of a target that drafts for nobody: exact requests, short contexts, and what vLLM runs to warm up."""
+    from vllm import SamplingParams
+
+    llm = engine({"method": "sketch", "ratio": 0.1, "min_tokens": 100, "audit_share": 1.0}, speculative_config=None)
+    extra = ({"specattn": "exact"}, None, None)
+    wanted = [SamplingParams(temperature=0, max_tokens=6, ignore_eos=True, extra_args=more) for more in extra]
+    llm.generate(prompts([400, 60, 500]), wanted, use_tqdm=False)
+    [report] = llm.collective_rpc("specattn_audit")
+    seen = counts(llm)
+    assert (seen.verify_rows, seen.sparse_rows, seen.exact_rows) == (15, 5, 5)
+    assert {found["pairs"] for found in report.values()} == {5}

@@ -28,12 +28,11 @@ def generate(llm, prompts, exact: set[int]) -> list[list[int]]:
     return [list(output.outputs[0].token_ids) for output in outputs]
 
 
-@pytest.mark.parametrize("more", [{}, {"sparse_draft": True}], ids=["specattn", "sparse_draft"])
-def test_exact_ones_equal_plain_decoding_and_the_others_are_pruned(more, plain, engine, prompts, counts, audit):
+def test_exact_ones_equal_plain_decoding_and_the_others_are_pruned(plain, engine, prompts, counts, audit):
     expected = plain(prompts(LENGTHS), NEW_TOKENS)
     audit.owner.clear()
     # Fewer places than requests: some wait, and take up slots of exact ones.
-    llm = engine(PRUNED | more, max_num_seqs=3)
+    llm = engine(PRUNED, max_num_seqs=3)
     tokens = generate(llm, prompts(LENGTHS), exact={0, 2, 5})
     assert [tokens[i] for i in (0, 2, 5)] == [expected[i] for i in (0, 2, 5)]
     # This little of the context changes what comes out.

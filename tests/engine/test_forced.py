@@ -59,23 +59,15 @@ def plain_pytorch(folders: tuple[str, str], layer_map: dict, text: list[int]) ->
     size = ids.shape[1]
     causal = torch.ones(size, size, dtype=torch.bool).tril()
     allowed, read, full = [], 0, 0
-    # No layer's share of the budget is more than all of the context.
-    fractions = [RATIO * share * len(layer_map["shares"]) / sum(layer_map["shares"]) for share in layer_map["shares"]]
-    fields = [layer_map["layers"], fractions, layer_map["induction"]]
-    assert any(layer_map["induction"]) and not all(layer_map["induction"])
-    for source, fraction, copies in zip(*fields, strict=True):
+    for source in layer_map["layers"]:
         mask = causal.clone()
         for begin in range(CONTEXT, size, STEPS + 1):
             rows = range(begin, begin + STEPS + 1)
             if source is not None:
                 # Draft step s attends from the s-th token of the round; what is newer than the round's context stays.
                 steps = [attentions[source][0, :, row, :begin].mean(0) for row in rows[:STEPS]]
-                # The row of the bonus token: as the last step, a token on.
-                mass = (sum(steps) + torch.nn.functional.pad(steps[-1][:-1], (1, 0))) / (STEPS + 1)
-                if copies:
-                    follows = torch.isin(ids[0, : begin - 1], ids[0, begin : begin + STEPS + 1])
-                    mass[1:] += follows * (0.5 / begin)
-                mask[begin : begin + STEPS + 1, :begin] &= torch.tensor(keep(mass.tolist(), fraction))
+                mass = sum(steps) / STEPS
+                mask[begin : begin + STEPS + 1, :begin] &= torch.tensor(keep(mass.tolist(), RATIO))
             read += int(mask[rows[-1]].sum())
             full += rows[-1] + 1
         allowed.append(mask)

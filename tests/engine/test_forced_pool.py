@@ -52,7 +52,7 @@ def test_as_many_run_at_a_time_as_the_cache_holds(job, tmp_path, monkeypatch):
         return preempt(self, request, *args, **kwargs)
 
     monkeypatch.setattr(Scheduler, "_preempt_request", watch)
-    options = {"method": "specattn", "rule": "top_k", "ratio": 0.2, "min_tokens": 0, "refresh_every": 4}
+    options = {"method": "specattn", "rule": "top_k", "ratio": 0.2, "min_tokens": 0}
     # 17 blocks hold a document's 261 tokens; all five begin in the blocks of three, and grow.
     small = job(options, block_size=16, num_gpu_blocks_override=3 * 18 + 1)
     roomy = job(options)
@@ -61,4 +61,3 @@ def test_as_many_run_at_a_time_as_the_cache_holds(job, tmp_path, monkeypatch):
     assert not preempted
     assert np.allclose(found.scores.nll, expected.scores.nll, atol=1e-3)
     assert found.result.forced == expected.result.forced
-    assert found.result.forced["refresh_rows"] == 5 * 3

@@ -59,9 +59,6 @@ def replayed(monkeypatch):
         pytest.param({"method": "vegas", "min_tokens": 32, "crossover_tokens": 0}, id="vegas"),
         pytest.param({"method": "streamingllm", "min_tokens": 32}, id="streamingllm"),
         pytest.param({"top_p": 0.5, "crossover_tokens": 10**6}, id="below-the-crossover"),
-        pytest.param(
-            {"top_p": 0.5, "crossover_tokens": 10**6, "sparse_draft": True}, id="below-the-crossover-sparse_draft"
-        ),
     ],
 )
 def test_exact_modes_equal_plain_decoding(options, engine, greedy, prompts, counts, replayed):
@@ -78,9 +75,7 @@ def test_exact_modes_equal_plain_decoding(options, engine, greedy, prompts, coun
     [
         pytest.param({"top_p": 0.8}, id="specattn"),
         pytest.param({"ratio": 0.2, "min_tokens": 32}, id="ratio"),
-        pytest.param({"top_p": 0.8, "sparse_draft": True}, id="sparse_draft"),
-        pytest.param({"top_p": 0.8, "sparse_draft": True, "draft_ratio": 0.3}, id="draft_ratio"),
-        pytest.param({"top_p": 0.8, "refresh_every": 3}, id="refresh_every"),
+        pytest.param({"top_p": 0.8, "combine": "union"}, id="union"),
         pytest.param({"method": "sts", "ratio": 0.3}, id="sts"),
     ],
 )
@@ -91,8 +86,7 @@ def test_selections_in_graphs_equal_those_of_eager_steps(options, engine, greedy
     llm = engine(options, **GRAPHS)
     assert greedy(llm, prompts(LENGTHS), NEW_TOKENS) == expected
     seen = counts(llm)
-    assert seen.sparse_rows == seen.verify_rows - seen.refresh_rows
-    assert (seen.refresh_rows > 0) == ("refresh_every" in options)
+    assert seen.sparse_rows == seen.verify_rows
     # A logit that rounds the other way moves a token in or out of a selection, no more.
     assert seen.kv_fraction == pytest.approx(upstream.kv_fraction, rel=0.01)
     assert replayed["target"] > 5
@@ -188,13 +182,11 @@ def test_xformers_reads_whole_blocks(engine, greedy, prompts, counts):
     "options",
     [
         pytest.param({"method": "dense"}, id="dense"),
-        pytest.param({"top_p": 0.8, "sparse_draft": True}, id="specattn"),
-        pytest.param({"ratio": 0.2, "min_tokens": 32, "refresh_every": 3}, id="ratio"),
-        pytest.param({"top_p": 0.8, "audit_share": 0.5, "audit_floor": 0.5}, id="audit"),
+        pytest.param({"top_p": 0.8}, id="specattn"),
+        pytest.param({"ratio": 0.2, "min_tokens": 32}, id="ratio"),
+        pytest.param({"top_p": 0.8, "audit_share": 0.5}, id="audit"),
+        pytest.param({"method": "sketch", "min_tokens": 32, "audit_share": 0.5}, id="sketch-audit"),
         pytest.param({"top_p": 0.8, "crossover_tokens": 10**6}, id="below-the-crossover"),
-        pytest.param(
-            {"top_p": 0.8, "crossover_tokens": 10**6, "sparse_draft": True}, id="below-the-crossover-sparse_draft"
-        ),
         pytest.param({"method": "sts", "ratio": 0.3}, id="sts"),
         pytest.param({"method": "vegas", "min_tokens": 32}, id="vegas"),
         pytest.param({"method": "sketch", "sparse_draft": True, "min_tokens": 32}, id="sketch-drafts_by_sketch"),

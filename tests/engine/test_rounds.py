@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from specattn_vllm.speculation.graphs import RoundInputs
-from specattn_vllm.speculation.rounds import RoundMode
+from specattn_vllm.speculation.rounds import GRAPHS
 from specattn_vllm.speculation.speculator import SpecAttnSpeculator
 
 pytestmark = pytest.mark.engine
@@ -16,12 +16,12 @@ pytestmark = pytest.mark.engine
 class Replays:
     """Stands in for `RoundGraphs`: 'replaying' runs the round that would have been captured."""
 
-    def __init__(self, speculator: SpecAttnSpeculator, sizes: tuple[int, ...], mode: RoundMode) -> None:
+    def __init__(self, speculator: SpecAttnSpeculator, sizes: tuple[int, ...], recording: bool) -> None:
         self.inputs = RoundInputs(speculator.max_num_reqs, speculator.num_speculative_steps + 1, speculator.device)
         # Made beforehand, as at capture: from then on only `load` puts anything into the buffers.
         self.batches = {rows: self.inputs.batch(rows) for rows in sizes}
         self.inputs.clear()
-        self.run = speculator._captured(self.inputs, mode)
+        self.run = speculator._captured(self.inputs, recording)
         self.padding: list[int] = []
 
     def find(self, batch):
@@ -45,9 +45,9 @@ def replays(monkeypatch):
     def use(*sizes: int) -> list[Replays]:
         def with_replays(self, *args, **kwargs):
             set_attn(self, *args, **kwargs)
-            for mode in self._modes():
-                made.append(Replays(self, sizes, mode))
-                setattr(self, mode.graphs, made[-1])
+            for recording in self._kinds():
+                made.append(Replays(self, sizes, recording))
+                setattr(self, GRAPHS[recording], made[-1])
 
         monkeypatch.setattr(SpecAttnSpeculator, "set_attn", with_replays)
         return made
@@ -66,8 +66,6 @@ NEW_TOKENS = 24
         pytest.param({"top_p": 0.8}, id="specattn"),
         pytest.param({"top_p": 0.8, "combine": "union"}, id="union"),
         pytest.param({"ratio": 0.2, "min_tokens": 32}, id="ratio"),
-        pytest.param({"top_p": 0.8, "sparse_draft": True}, id="sparse_draft"),
-        pytest.param({"top_p": 0.8, "refresh_every": 3}, id="refresh_every"),
     ],
 )
 def test_replayed_rounds_give_the_tokens_and_selections_of_upstream_s(
@@ -83,31 +81,6 @@ def test_replayed_rounds_give_the_tokens_and_selections_of_upstream_s(
     replayed = [padding for graphs in made for padding in graphs.padding]
     assert len(replayed) > 5
     assert 1 in replayed
-
-
-@pytest.mark.parametrize("replay", [False, True], ids=["eager", "replayed"])
-def test_below_the_crossover_the_draft_alone_reads_a_part(
-    replay, plain, engine, greedy, prompts, counts, audit, replays
-):
-    """Its output is then the target's own; replayed rounds read what eager ones do."""
-    expected = plain(prompts(LENGTHS), NEW_TOKENS)
-    options = {"sparse_draft": True, "top_p": 0.5, "min_tokens": 16, "crossover_tokens": 10**6}
-    eager = None
-    if replay:
-        llm = engine(options)
-        greedy(llm, prompts(LENGTHS), NEW_TOKENS)
-        eager = counts(llm)
-    made = replays(3, 6) if replay else []
-    llm = engine(options)
-    assert greedy(llm, prompts(LENGTHS), NEW_TOKENS) == expected
-    seen = counts(llm)
-    assert seen.sparse_rows == 0 < seen.verify_rows
-    assert audit.sparse_rows == {}
-    assert eager is None or (seen.draft_kv_read, seen.draft_kv_full) == (eager.draft_kv_read, eager.draft_kv_full)
-    assert 0 < seen.draft_kv_fraction < 0.8
-    if replay:
-        for_target, for_draft = made
-        assert for_draft.padding and not for_target.padding
 
 
 def test_selections_of_replayed_rounds_belong_to_their_requests(engine, greedy, prompts, audit, replays):
@@ -143,22 +116,3 @@ def test_below_the_crossover_everything_is_read(engine, greedy, prompts, counts,
     seen = counts(llm)
     assert 0 < seen.sparse_rows < seen.verify_rows
     assert seen.unselected_rows == 0
-
-
-def test_tokens_of_rounds_that_choose_nothing_are_known_later(engine, prompts, audit):
-    """`audit` compares the ids of each choice with the request's."""
-    from vllm import SamplingParams
-
-    llm = engine({"ratio": 0.2, "min_tokens": 32, "crossover_tokens": 1500})
-    run = llm.llm_engine
-    parameters = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True, detokenize=False)
-    first, *others = prompts([700, 600, 500])
-    run.add_request("first", first, parameters)
-    for _ in range(6):
-        run.step()
-    assert not audit.copied_rows
-    for i, prompt in enumerate(others):
-        run.add_request(f"other{i}", prompt, parameters)
-    while run.has_unfinished_requests():
-        run.step()
-    assert {name.split("-")[0] for name in audit.copied_rows} == {"first", "other0", "other1"}

@@ -35,16 +35,12 @@ def _choose(mass: list[float], top_p: float, ratio: float | None = None) -> set[
 class Oracle:
     """Follows scores and tables through wrappers around the operations, and remembers what should have been kept."""
 
-    def __init__(
-        self, combine: str, top_p: float, monkeypatch, ratio: float | None = None,
-        shares: list[tuple[int, float]] | None = None,
-    ) -> None:  # fmt: skip
-        """shares: of each selection, in order, the index of its source and its share of the ratio."""
+    def __init__(self, combine: str, top_p: float, monkeypatch, ratio: float | None = None) -> None:
         from specattn_vllm import executors
         from specattn_vllm.selection.store import SelectionStore
 
-        self.combine, self.top_p, self.ratio, self.shares = combine, top_p, ratio, shares
-        # Where the mass of a source lies -> [step, and last the bonus row][row][group] -> mass over positions.
+        self.combine, self.top_p, self.ratio = combine, top_p, ratio
+        # Where the mass of a source lies -> [step][row][group] -> mass over positions.
         self.round: dict[int, list[list[list[list[float]]]]] = {}
         self.selected: dict[int, tuple[int, list[list[set[int]]]]] = {}  # slot -> (context length, [source][group])
         self.checked = self.pruned = 0
@@ -59,18 +55,17 @@ class Oracle:
                 build_page_tables=functools.partial(build_page_tables, real.build_page_tables),
             )
 
-        def accumulate_mass(operation, scores, lse, lens, mass, weight, combine, shift=0):
+        def accumulate_mass(operation, scores, lse, lens, mass, weight, combine):
             rows = []
             for r, length in enumerate(lens.tolist()):
                 softmax = torch.exp(scores[r, :, :length].float() - lse[r, :, None])
                 groups = (softmax.unflatten(0, (mass.shape[1], -1)).sum(1) * weight).tolist()
-                rows.append([[*[0.0] * shift, *group][:length] for group in groups])
+                rows.append(groups)
             self.round.setdefault(mass.data_ptr(), []).append(rows)
-            operation(scores, lse, lens, mass, weight, combine, shift=shift)
+            operation(scores, lse, lens, mass, weight, combine)
 
         def store_put(store, slots, bits, prefix_lens):
-            self.sources = bits.shape[0] if shares is None else 1 + max(source for source, _ in shares)
-            assert shares is None or bits.shape[0] == len(shares)
+            self.sources = bits.shape[0]
             for row, (slot, length) in enumerate(zip(slots.tolist(), prefix_lens.tolist(), strict=True)):
                 self.selected[slot] = (length, self._kept(row, length))
             self.round.clear()
@@ -90,23 +85,21 @@ class Oracle:
         monkeypatch.setattr(SelectionStore, "put", store_put)
 
     def _kept(self, row: int, length: int) -> list[list[set[int]]]:
-        steps = STEPS if self.combine == "union" else STEPS + 1
         masses = [each for _, each in sorted(self.round.items())]  # a buffer holds the sources in order
-        assert len(masses) == self.sources and {len(each) for each in masses} == {steps}
+        assert len(masses) == self.sources and {len(each) for each in masses} == {STEPS}
         return [
-            [self._group(of_steps, share) for of_steps in zip(*(step[row] for step in masses[source]), strict=True)]
-            for source, share in self.shares or [(source, 1.0) for source in range(self.sources)]
+            [self._group(of_steps) for of_steps in zip(*(step[row] for step in masses[source]), strict=True)]
+            for source in range(self.sources)
         ]
 
-    def _group(self, masses: tuple[list[float], ...], share: float) -> set[int]:
+    def _group(self, masses: tuple[list[float], ...]) -> set[int]:
         """What one group keeps by its mass in each step."""
-        ratio = None if self.ratio is None else min(self.ratio * share, 1.0)
         if self.combine == "union":
-            return set().union(*(_choose(mass, self.top_p, ratio) for mass in masses))
+            return set().union(*(_choose(mass, self.top_p, self.ratio) for mass in masses))
         total = torch.tensor(masses[0], dtype=torch.float32)
         for mass in masses[1:]:
             total = total + torch.tensor(mass, dtype=torch.float32)
-        return _choose(total.tolist(), self.top_p, ratio)
+        return _choose(total.tolist(), self.top_p, self.ratio)
 
     def _check(
         self, row, slot, prefix_lens, seq_lens, block_table, block_size, strides, table, kept, made_from
@@ -138,7 +131,7 @@ def test_page_tables_per_head_equal_the_oracle(combine, engine, greedy, prompts,
     shipped = json.loads(layer_map.shipped()["demo"].read_bytes())
     heads = [None if i is None else ([1, 0], [0, 0], [1, 1])[j % 3] for j, i in enumerate(shipped["layers"])]
     path = tmp_path / "crossed.json"
-    path.write_text(json.dumps({**shipped, "method": "sts", "heads": heads, "shares": None, "induction": None}))
+    path.write_text(json.dumps({**shipped, "method": "sts", "heads": heads}))
     oracle = Oracle(combine, 1.0, monkeypatch, ratio=0.125)
     options = {
         "method": "sts", "ratio": 0.125, "combine": combine, "sink_tokens": SINK, "recent_tokens": RECENT,
@@ -175,36 +168,6 @@ def test_page_tables_equal_the_oracle(combine, engine, greedy, prompts, monkeypa
     assert math.isclose(seen.sparse_rows / seen.verify_rows, 1.0)
 
 
-@pytest.mark.parametrize(("method", "combine"), [("specattn", "sum"), ("sts", "sum"), ("specattn", "union")])
-def test_layers_read_their_shares(method, combine, engine, greedy, prompts, monkeypatch, counts, tmp_path):
-    """Two layers of the same draft layer with shares of their own, two with the same one, and one whose share is more
-    than all of the context, of which the others get what it cannot use."""
-    from specattn_vllm import layer_map
-
-    shipped = json.loads(layer_map.shipped()["demo"].read_bytes())
-    path = tmp_path / "shares.json"
-    layers, shares = [None, 1, 1, 0, 1, 0], [None, 0.2, 0.6, 0.7, 0.2, 3.3]
-    path.write_text(json.dumps({**shipped, "layers": layers, "shares": shares, "induction": None}))
-    # Five layers at 0.4 read two contexts, of which that one has one.
-    more = (2 - 1) / (0.4 * (0.2 + 0.6 + 0.7 + 0.2))
-    selections = [(0, 0.7 * more), (0, 3.3), (1, 0.2 * more), (1, 0.6 * more)]
-    oracle = Oracle(combine, 1.0, monkeypatch, ratio=0.4, shares=selections)
-    options = {
-        "method": method, "rule": "top_k", "ratio": 0.4, "combine": combine, "sink_tokens": SINK,
-        "recent_tokens": RECENT, "min_tokens": 0, "layer_map": str(path),
-    }  # fmt: skip
-    llm = engine(options, num_speculative_tokens=STEPS)
-    greedy(llm, prompts([20, 130, 700, 1300]), 12)
-    assert oracle.checked >= 50 and oracle.pruned >= 30
-    seen = counts(llm)
-    assert seen.sparse_rows == seen.verify_rows
-    if combine == "sum":  # of six layers, one reads everything because it has no share
-        assert seen.kv_fraction == pytest.approx((1 + 2) / 6, abs=0.05)
-    [pruner] = _pruners(llm)
-    if method == "specattn":
-        assert _by_layer(pruner) == {1: 2, 2: 3, 3: 0, 4: 2, 5: 1}
-
-
 def test_what_is_captured_is_the_attention_of_the_draft_model(engine, greedy, prompts, monkeypatch, demo_pair):
     """Against transformers: the draft's own attention from the last accepted token, in rounds with and without
     rejected drafts. The rest of this file starts from what was captured; this is what it should have been."""
@@ -217,7 +180,7 @@ def test_what_is_captured_is_the_attention_of_the_draft_model(engine, greedy, pr
 
     def watched(self):
         if self.step == 0:
-            mass = self.ranking.mass[:, 0, 0] * (STEPS + 1)  # of which it is to be a part: the bonus row is one more
+            mass = self.ranking.mass[:, 0, 0] * STEPS  # of which it is to be a part
             captured.append((int(self.prefix_lens[0]), mass.cpu(), dict(self.layer_sources)))
         end_step(self)
 

@@ -34,7 +34,7 @@ class Server:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         self.log = folder / "log"
-        # Not in pytest's folder: the path of a Unix socket has at most 107 characters, and vLLM puts 37 of its own there.
+        # Not in pytest's folder: a Unix socket's path has at most 107 characters, of which vLLM needs 37.
         self.temporary = Path(tempfile.mkdtemp(prefix="served-"))
         command = [
             sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", str(demo_folder("target")),

@@ -9,9 +9,8 @@ import pytest
 import torch
 
 from specattn_vllm import executors
-from specattn_vllm.selection.audit import Audit, Floor
+from specattn_vllm.selection.audit import Audit
 from specattn_vllm.selection.audit_report import BINS, AuditTotals, lower_edge, quantile
-from specattn_vllm.selection.store import SelectionStore
 from specattn_vllm.stats import Counters, Counts
 
 CPU = torch.device("cpu")
@@ -20,7 +19,7 @@ QUERY_HEADS = HEADS * GROUP
 OPERATIONS = executors.resolve("torch", CPU)
 
 
-def audit(share: float = 1.0, requests: int = REQUESTS, **more) -> Audit:
+def audit(share: float = 1.0, requests: int = REQUESTS) -> Audit:
     return Audit(
         OPERATIONS,
         Counters(CPU),
@@ -30,7 +29,6 @@ def audit(share: float = 1.0, requests: int = REQUESTS, **more) -> Audit:
         max_num_reqs=requests,
         share=share,
         device=CPU,
-        **more,
     )
 
 
@@ -128,7 +126,6 @@ class Step:
             block_table=table,
             seq_lens=torch.tensor(self.lens, dtype=torch.int32),
             query_start_loc=self.starts,
-            sparse=SimpleNamespace(num_rows=4),
         )
         # The new tokens, and of the context every third.
         self.kept = [
@@ -152,7 +149,7 @@ class Step:
             lse = torch.full((8, QUERY_HEADS), torch.nan)
             out = torch.empty_like(self.query[i])
             OPERATIONS.sparse_attention(self.query[i], self.cache, pages, counts, self.starts, 0.5, out, 3, lse)
-            layer.observe(self.query[i], self.cache, self.md, 0.5, lse)
+            layer.observe(self.query[i], self.cache, self.md, 4, 0.5, lse)
 
     def plainly(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(s, the error) of each layer, audited request and query head, from softmax over everything."""
@@ -244,38 +241,6 @@ def test_the_largest_value_is_that_of_what_was_written():
     layer.note_values(value[:1] * 2, torch.tensor([9]))
     layer.note_values(value, torch.empty(0, dtype=torch.int64))
     assert made.largest_values.tolist() == [[0, 0], [6, 5], [0, 0]]
-
-
-# The floor
-
-
-def test_requests_that_retain_less_than_the_floor_are_to_read_everything():
-    """Each by the mean over its own audited pairs and their heads; a request without any is left alone."""
-    mass, _ = Step().plainly()
-    first, second = (float(mass.view(len(LAYERS), 2, QUERY_HEADS)[:, r].mean()) for r in range(2))
-    assert abs(first - second) > 0.01
-    for floor, low in (
-        (min(first, second) - 1e-4, set()),
-        ((first + second) / 2, {1} if first < second else {3}),
-        (max(first, second) + 1e-4, {1, 3}),
-    ):
-        store = SelectionStore(1, REQUESTS, 1, 64, CPU, audited=True)
-        made, step = audit(floor=Floor(store, floor, 5)), Step()
-        made.lse_selected.fill_(torch.nan)
-        step.run(made)
-        made.fold()
-        assert store.rounds[:REQUESTS].tolist() == [-5 if slot in low else 0 for slot in range(REQUESTS)]
-
-
-def test_pairs_that_were_not_audited_say_nothing_of_their_request():
-    store = SelectionStore(1, REQUESTS, 1, 64, CPU, audited=True)
-    made, step = audit(floor=Floor(store, 1.0, 5)), Step()
-    step.run(made)
-    made.scored_rows[:, 0] = -1  # request 0, in slot 1
-    made.scored_rows[1:, 2] = -1
-    made.lse_selected[1:, 2] = torch.nan
-    made.fold()
-    assert store.rounds[:REQUESTS].tolist() == [0, 0, 0, -5, 0, 0]
 
 
 # What the totals say

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from specattn_vllm import executors
-from specattn_vllm.selection.store import AUDIT, NO_SELECTION, REFRESH, SelectionStore
+from specattn_vllm.selection.store import NO_SELECTION, SelectionStore
 
 SOURCES, SLOTS, WORDS = 2, 4, 3
 TORCH = executors.resolve("torch", torch.device("cpu"))
@@ -152,8 +152,8 @@ def test_what_is_put_may_be_overwritten_afterwards(store):
 
 
 def test_its_size_is_that_of_its_tensors(store):
-    # One slot is nobody's; 4 bytes a word, a length and a count, one a flag.
-    assert store.nbytes == 4 * SOURCES * (SLOTS + 1) * WORDS + 9 * (SLOTS + 1)
+    # One slot is nobody's; 4 bytes a word and a length, one a flag.
+    assert store.nbytes == 4 * SOURCES * (SLOTS + 1) * WORDS + 5 * (SLOTS + 1)
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -188,139 +188,3 @@ def test_any_sequence_of_calls_agrees_with_a_dictionary(seed):
                 assert store.bits[:, slot, 0].tolist() == masks[slot]
                 if prefilling:
                     lengths.pop(slot, None)
-
-
-# Refreshes: one verification of so many finds no selection
-
-
-class Requests:
-    """A store with refreshes, and requests that are verified and drafted for in turns; each round adds 3 tokens."""
-
-    def __init__(self, every: int | None, audited: bool = False) -> None:
-        self.store = SelectionStore(SOURCES, SLOTS, 1, 32 * WORDS, torch.device("cpu"), every, audited)
-        self.lengths: dict[int, int] = {}
-
-    def enter(self, slot: int, length: int = 10) -> None:
-        """A request prefills in a slot, and a selection is made for it."""
-        self.store.hold(slot, exact=False)
-        take(self.store, [(slot, 0, True)])
-        self.lengths[slot] = length
-        put(self.store, {slot: length})
-
-    def round(self, *slots: int, low: tuple[int, ...] = ()) -> str:
-        """Verify some requests and draft for them; a letter for each: S(elected), R(efresh), A(udit), N(othing). An
-        audit finds too little in the slots `low`, and has them read everything 3 times."""
-        usable, stored = take(self.store, [(slot, self.lengths[slot], False) for slot in slots])
-        for slot in slots:
-            self.lengths[slot] += 3
-        if low:
-            self.store.read_everything(torch.tensor(slots), torch.tensor([slot in low for slot in slots]), 3)
-        put(self.store, {slot: self.lengths[slot] for slot in slots})
-        names = {NO_SELECTION: "N", REFRESH: "R", AUDIT: "A"}
-        assert all(u == s if s > 0 else u == NO_SELECTION for u, s in zip(usable, stored, strict=True))
-        return "".join(names.get(s, "S") for s in stored)
-
-
-@pytest.mark.parametrize(
-    ("every", "pattern"), [(None, "SSSSSSSS"), (2, "SRSRSRSR"), (3, "SSRSSRSS"), (5, "SSSSRSSS"), (9, "SSSSSSSS")]
-)
-def test_one_verification_of_so_many_is_due_to_read_everything(every, pattern):
-    requests = Requests(every)
-    requests.enter(1)
-    assert "".join(requests.round(1) for _ in pattern) == pattern
-
-
-def test_each_slot_counts_for_itself():
-    requests = Requests(3)
-    requests.enter(1)
-    requests.round(1)
-    requests.enter(3)
-    assert [requests.round(3, 1) for _ in range(6)] == ["SS", "SR", "RS", "SS", "SR", "RS"]
-
-
-def test_a_request_in_a_reused_slot_starts_its_own_count():
-    requests = Requests(3)
-    requests.enter(1)
-    assert [requests.round(1) for _ in range(2)] == ["S", "S"]  # a refresh is due, and the request ends here
-    assert requests.store.prefix_lens[1] == REFRESH
-    requests.enter(1)
-    assert "".join(requests.round(1) for _ in range(6)) == "SSRSSR"
-
-
-def test_reading_everything_for_another_reason_starts_the_count_again():
-    requests = Requests(3)
-    requests.enter(1)
-    assert requests.round(1) == "S"
-    requests.store.clear(torch.tensor([1]))
-    assert "".join(requests.round(1) for _ in range(5)) == "NSSRS"
-
-
-def test_a_selection_that_was_not_used_brings_the_refresh_forward_by_a_round():
-    requests = Requests(4)
-    requests.enter(1)
-    put(requests.store, {1: requests.lengths[1]})  # a round whose drafts were never verified
-    assert "".join(requests.round(1) for _ in range(6)) == "SSRSSS"
-
-
-def test_no_length_stores_no_selection_where_a_refresh_is_due():
-    requests = Requests(2)
-    requests.enter(1)
-    take(requests.store, [(1, 10, False)])
-    put(requests.store, {1: 0})
-    assert requests.store.prefix_lens[1] == NO_SELECTION
-
-
-def test_rows_that_only_fill_a_batch_count_for_nobody():
-    requests = Requests(2)
-    for slot in range(SLOTS):
-        requests.enter(slot)
-    for _ in range(3):
-        put_nobody = torch.zeros(SOURCES, 2, 1, WORDS, dtype=torch.int32)
-        requests.store.put(torch.tensor([-1, -1]), put_nobody, torch.tensor([0, 7], dtype=torch.int32))
-    assert [requests.round(*range(SLOTS)) for _ in range(3)] == ["SSSS", "RRRR", "SSSS"]
-
-
-# Audits: a request whose selections hold too little reads everything for a while
-
-
-def test_after_an_audit_so_many_verifications_read_everything():
-    requests = Requests(None, audited=True)
-    for slot in (1, 3):
-        requests.enter(slot)
-    assert requests.round(1, 3) == "SS"
-    assert requests.round(1, 3, low=(3,)) == "SS"
-    assert [requests.round(3, 1) for _ in range(6)] == ["AS", "AS", "AS", "SS", "SS", "SS"]
-    assert requests.round(1, 3, low=(1, 3)) == "SS"
-    assert [requests.round(1) for _ in range(2)] == ["A", "A"]
-    # 3 was not verified meanwhile, and has its three to come.
-    assert [requests.round(1, 3) for _ in range(4)] == ["AA", "SA", "SA", "SS"]
-
-
-def test_refreshes_are_counted_from_the_last_verification_that_read_everything():
-    requests = Requests(3, audited=True)
-    requests.enter(1)
-    assert requests.round(1, low=(1,)) == "S"
-    assert "".join(requests.round(1) for _ in range(9)) == "AAASSRSSR"
-
-
-def test_a_refresh_that_is_due_yields_to_an_audit():
-    requests = Requests(3, audited=True)
-    requests.enter(1)
-    assert requests.round(1) + requests.round(1, low=(1,)) == "SS"
-    assert "".join(requests.round(1) for _ in range(6)) == "AAASSR"
-
-
-def test_a_request_in_a_reused_slot_has_not_been_audited():
-    requests = Requests(None, audited=True)
-    requests.enter(1)
-    requests.round(1, low=(1,))
-    requests.enter(1)
-    assert "".join(requests.round(1) for _ in range(3)) == "SSS"
-
-
-def test_audits_of_rows_that_only_fill_a_batch_touch_nobody():
-    requests = Requests(None, audited=True)
-    for slot in range(SLOTS):
-        requests.enter(slot)
-    requests.store.read_everything(torch.tensor([-1, 2, -1]), torch.tensor([True, False, True]), 3)
-    assert requests.round(*range(SLOTS)) == requests.round(*range(SLOTS)) == "SSSS"

@@ -12,13 +12,11 @@ pytest.importorskip("vllm")
 from specattn_vllm import compat, executors
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.selection.store import SelectionStore
-from specattn_vllm.speculation.rounds import RoundMode
 from specattn_vllm.speculation.speculator import SpecAttnSpeculator
 from specattn_vllm.stats import Counters, Counts
 
 CPU = torch.device("cpu")
 REQUESTS, STEPS = 4, 2
-PLAIN, RECORDING, FOR_DRAFT = RoundMode.PLAIN, RoundMode.RECORDING, RoundMode.RECORDING_FOR_DRAFT
 
 
 class Graphs:
@@ -47,7 +45,7 @@ def speculator(monkeypatch):
     made.options = SpecAttnOptions.parse({"method": "specattn"})
     made.crossover_tokens = 0
     made.audit = None
-    made._recording, made._sampled = False, None
+    made._recording = False
     made.device = CPU
     made.operations = executors.resolve("torch", CPU)
     made.counters = Counters(CPU)
@@ -56,11 +54,8 @@ def speculator(monkeypatch):
     made.draft_tokens = torch.arange(REQUESTS * STEPS).view(REQUESTS, STEPS)
     made.rounds = []
 
-    made.modes = []
-
-    def round_(batch, *args, mode, **kwargs):
-        made.rounds.append(mode.recording)
-        made.modes.append(mode)
+    def round_(batch, *args, recording, **kwargs):
+        made.rounds.append(recording)
         return "drafts"
 
     monkeypatch.setattr(made, "_round", round_, raising=False)
@@ -118,14 +113,10 @@ def test_a_dummy_batch_leaves_no_trace(speculator):
     assert speculator.counters.read() == Counts()
 
 
-@pytest.mark.parametrize(
-    ("crossover", "sparse", "which"),
-    [(0, False, "recording"), (1000, False, "plain"), (0, True, "recording"), (1000, True, "recording_for_draft")],
-)
-def test_a_round_with_a_graph_is_replayed(speculator, crossover, sparse, which):
-    speculator.options = SpecAttnOptions.parse({"method": "specattn", "sparse_draft": sparse})
+@pytest.mark.parametrize(("crossover", "which"), [(0, "recording"), (1000, "plain")])
+def test_a_round_with_a_graph_is_replayed(speculator, crossover, which):
     speculator.crossover_tokens = crossover
-    graphs = {name: Graphs() for name in ("recording", "plain", "recording_for_draft")}
+    graphs = {name: Graphs() for name in ("recording", "plain")}
     for name, made in graphs.items():
         setattr(speculator, f"{name}_graphs", made)
     given = batch(60)
@@ -152,38 +143,16 @@ def test_a_round_without_a_graph_runs_as_it_is(speculator):
     assert speculator.recording_graphs.replayed == []
 
 
-def test_rounds_below_the_crossover_choose_for_the_draft_alone(speculator):
-    """The target reads everything."""
-    speculator.options = SpecAttnOptions.parse({"method": "specattn", "sparse_draft": True})
-    speculator.crossover_tokens = 50
-    for tokens in (60, 40, 60):
-        propose(speculator, batch(tokens))
-        assert speculator.selection.store.prefix_lens[3] == (-1 if tokens == 40 else 7)
-        speculator.selection.store.prefix_lens[:REQUESTS] = 7
-    assert speculator.modes == [RECORDING, FOR_DRAFT, RECORDING]
-
-
-@pytest.mark.parametrize(
-    ("options", "crossover", "modes"),
-    [
-        ({}, 0, [RECORDING]),
-        ({}, 9, [RECORDING, PLAIN]),
-        ({"sparse_draft": True}, 0, [RECORDING]),
-        ({"sparse_draft": True}, 9, [RECORDING, FOR_DRAFT]),
-        ({"sparse_draft": True, "method": "dense"}, 9, [RECORDING, PLAIN]),
-        ({"method": "vegas"}, 9, [RECORDING, PLAIN]),
-    ],
-)
-def test_an_engine_has_graphs_for_the_modes_of_its_rounds(speculator, options, crossover, modes):
-    speculator.options, speculator.crossover_tokens = SpecAttnOptions.parse({"method": "specattn"} | options), crossover
-    assert speculator._modes() == modes
-    assert len({mode.graphs for mode in modes}) == len(modes)
-    # A round in a mode that was not captured would find no graph.
+@pytest.mark.parametrize(("crossover", "kinds"), [(0, [True]), (9, [True, False])])
+def test_an_engine_has_graphs_for_the_kinds_of_its_rounds(speculator, crossover, kinds):
+    speculator.crossover_tokens = crossover
+    assert speculator._kinds() == kinds
+    # A round of a kind that was not captured would find no graph.
     for tokens in (8, 9, 8, 9):
         propose(speculator, batch(tokens))
-    assert {*speculator.modes} <= {*modes}
+    assert {*speculator.rounds} == {*kinds}
     speculator.selection = None
-    assert speculator._modes() == [PLAIN]
+    assert speculator._kinds() == [False]
 
 
 @pytest.mark.parametrize("graph", [False, True])
@@ -210,11 +179,11 @@ class Capture:
     """Says what it was told."""
 
     def __init__(self, prefix_lens: list[int]) -> None:
-        self.told, self.step, self.induction = [], -1, None
+        self.told, self.step = [], -1
         self.prefix_lens = torch.tensor(prefix_lens, dtype=torch.int32)
 
-    def begin_round(self, rows, wanted, slots, *, for_target):
-        self.told.append(("round", rows, wanted.tolist(), slots.tolist(), for_target))
+    def begin_round(self, wanted):
+        self.told.append(("round", wanted.tolist()))
 
     def begin_step(self, step, rows, lens):
         self.step = step
@@ -223,8 +192,7 @@ class Capture:
     def end_step(self):
         self.told.append(("end", self.step))
 
-    def select(self, drafts):
-        self.drafts = drafts
+    def select(self):
         return torch.full((1, len(self.prefix_lens), 1, 2), 5, dtype=torch.int32), self.prefix_lens
 
 
@@ -232,14 +200,12 @@ class Capture:
 def drafting(monkeypatch):
     """A speculator whose upstream runs the steps of a round without a model; fails in the step that `fail` names."""
     made = object.__new__(SpecAttnSpeculator)
-    made._recording, made._sampled, made.fail = False, None, None
+    made._recording, made.fail = False, None
     made.selection = SimpleNamespace(
         store=SelectionStore(1, REQUESTS, 1, 64, CPU), capture=Capture([0, 9]), pruner=object()
     )
     made.last_token_indices = torch.tensor([2, 5, 99])
     made.expanded_positions = torch.tensor([10, 11, 12, 7, 8, 9])
-    made.expanded_input_ids = torch.tensor([40, 41, 42, 43, 44, 45], dtype=torch.int32)
-    made.input_buffers = SimpleNamespace(query_start_loc=torch.tensor([0, 3, 6], dtype=torch.int32))
     stock = compat.stock_speculator()
 
     def upstream(self, batch, attn_metadata, slot_mappings, hidden, aux, num_sampled, *args, **kwargs):
@@ -257,18 +223,19 @@ def drafting(monkeypatch):
     return made
 
 
-def one_round(speculator, mode: RoundMode, **more):
+def one_round(speculator, recording: bool):
     sampled = torch.tensor([0, 2, 9], dtype=torch.int32)
     given = SimpleNamespace(num_reqs=2, idx_mapping=torch.tensor([3, 1, -1]))
-    return speculator._round(given, {}, {}, None, None, sampled, "rejected", "last", None, 0, 0,
-                            mode=mode, **more)  # fmt: skip
+    return speculator._round(
+        given, {}, {}, None, None, sampled, "rejected", "last", None, 0, 0, recording=recording
+    )  # fmt: skip
 
 
 def test_a_recorded_round_tells_the_capture_each_step_and_stores_its_selection(drafting):
-    assert one_round(drafting, RECORDING) == "drafts"
+    assert one_round(drafting, True) == "drafts"
     capture = drafting.selection.capture
     assert capture.told == [
-        ("round", 2, [False, True], [3, 1], True),
+        ("round", [False, True]),
         ("step", 0, [2, 5], [13, 10]),
         ("end", 0),
         ("step", 1, None, None),
@@ -282,42 +249,11 @@ def test_a_recorded_round_tells_the_capture_each_step_and_stores_its_selection(d
     assert not drafting._recording
 
 
-@pytest.mark.parametrize("mode", [RECORDING, PLAIN])
-def test_what_a_round_begins_with_is_known_to_later_ones(drafting, mode):
-    """Whether it chooses or not; its drafts go to the choice."""
-    told = []
-    drafting.selection.capture.induction = SimpleNamespace(extend=lambda *given: told.append(given))
-    one_round(drafting, mode)
-    [(slots, wanted, rows, starts, ids, positions)] = told
-    assert (slots.tolist(), wanted.tolist(), rows.tolist(), starts.tolist()) == ([3, 1], [False, True], [2, 5], [0, 3])
-    assert ids is drafting.expanded_input_ids and positions is drafting.expanded_positions
-    assert mode is PLAIN or drafting.selection.capture.drafts == "drafts"
-    one_round(drafting, PLAIN, dummy_run=True)  # whose slots are those of real requests
-    assert len(told) == 1
-
-
-def test_a_request_brings_its_tokens(drafting):
-    entered = []
-    drafting.selection.capture.induction = SimpleNamespace(enter=lambda *given: entered.append(given))
-    drafting._enter(2, SimpleNamespace(sampling_params=None, prefill_token_ids=[4, 5, 6]))
-    assert entered == [(2, [4, 5, 6])]
-    drafting.selection.capture.induction = None
-    drafting._enter(1, SimpleNamespace(sampling_params=None, prefill_token_ids=[7]))
-    assert entered == [(2, [4, 5, 6])]
-
-
 def test_a_round_that_is_not_recorded_leaves_the_capture_alone(drafting):
-    assert one_round(drafting, PLAIN) == "drafts"
+    assert one_round(drafting, False) == "drafts"
     assert drafting.selection.capture.told == []
     assert all(metadata["layer"].hook is None for metadata in drafting.layers)
     assert not drafting.selection.store.bits.any()
-
-
-def test_a_round_for_the_draft_alone_stores_nothing(drafting):
-    one_round(drafting, FOR_DRAFT)
-    assert len(drafting.selection.capture.told) == 7
-    assert not drafting.selection.capture.told[0][-1]
-    assert drafting.selection.store.prefix_lens.tolist() == [-1] * 5
 
 
 @pytest.mark.parametrize("step", [0, 2])
@@ -325,6 +261,6 @@ def test_a_round_that_fails_is_over(drafting, step):
     """Nothing of it is stored, and what vLLM runs next is not taken for a part of it."""
     drafting.fail = step
     with pytest.raises(RuntimeError):
-        one_round(drafting, RECORDING)
+        one_round(drafting, True)
     assert not drafting._recording
     assert drafting.selection.store.prefix_lens.tolist() == [-1] * 5

@@ -106,11 +106,11 @@ def facts(layers: int, kv_heads: int) -> ModelFacts:
     )  # fmt: skip
 
 
-def prepared(monkeypatch, layers: tuple[int | None, ...], device=CPU, size=None, heads=None, shares=None,
-             kv_heads=(KV_HEADS, KV_HEADS), ranks=1, copies=None, **options) -> Selection:  # fmt: skip
+def prepared(monkeypatch, layers: tuple[int | None, ...], device=CPU, size=None, heads=None,
+             kv_heads=(KV_HEADS, KV_HEADS), ranks=1, **options) -> Selection:  # fmt: skip
     """The selection of a target with a layer map and a draft of five layers, or of a size
     (requests, longest, draft layers, draft heads); kv_heads: those of target and draft on this rank, heads: a head
-    map; copies: layers that do."""
+    map."""
     requests, longest, draft_layers, draft_heads = size or (REQUESTS, LONGEST, 5, DRAFT_HEADS)
     target = {f"model.layers.{i}": kv_heads[0] for i in range(len(layers))}
     draft = {f"draft_model.model.layers.{i}": kv_heads[1] for i in range(draft_layers)}
@@ -122,7 +122,7 @@ def prepared(monkeypatch, layers: tuple[int | None, ...], device=CPU, size=None,
     found = LayerMap(
         schema_=SCHEMA, method="specattn" if heads is None else "sts", calibrated=True,
         target=facts(len(layers), kv_heads[0] * ranks), draft=facts(draft_layers, kv_heads[1] * ranks),
-        layers=layers, heads=heads, shares=shares, induction=copies,
+        layers=layers, heads=heads,
     )  # fmt: skip
     monkeypatch.setattr(wiring, "get_layers_from_vllm_config", lambda config, base: made)
     monkeypatch.setattr(wiring, "resolve_layer_map", lambda config, options: found)
@@ -146,12 +146,11 @@ def layer(i: int) -> str:
     return f"draft_model.model.layers.{i}"
 
 
-@pytest.mark.parametrize("sparse_draft", [False, True])
 @pytest.mark.parametrize("target, draft, heads", [(32, 16, 32), (36, 28, 16)], ids=["Llama-8B/1B", "Qwen3-8B/0.6B"])
-def test_64_requests_of_128k_take_less_than_3_gb(target, draft, heads, sparse_draft, monkeypatch):
+def test_64_requests_of_128k_take_less_than_3_gb(target, draft, heads, monkeypatch):
     layers = tuple(i * draft // target for i in range(target))
     meta, size = torch.device("meta"), (64, 131072, draft, heads)
-    made = prepared(monkeypatch, layers, meta, size, sparse_draft=sparse_draft)
+    made = prepared(monkeypatch, layers, meta, size)
     assert 1e9 < sum(made.nbytes.values()) < 3e9
     # Everything that is there is counted.
     owned = [made.tables, made.store.bits, made.store.prefix_lens, made.capture.scores, made.capture.ranking._mass]
@@ -163,7 +162,7 @@ def test_buffers_that_take_much_from_the_cache_are_named_with_the_remedy(request
     """vLLM's own default on a large GPU is 1024 requests."""
     lines = []
     monkeypatch.setattr(announcing.logger, "warning", lambda text, *values: lines.append(text % values))
-    prepared(monkeypatch, (None, 0, 1), torch.device("meta"), (requests, 131072, 16, 32), sparse_draft=True)
+    prepared(monkeypatch, (None, 0, 1), torch.device("meta"), (requests, 131072, 16, 32))
     found = [line for line in lines if "GiB from the KV cache" in line]
     assert len(found) == warned
     if warned:
@@ -173,7 +172,6 @@ def test_buffers_that_take_much_from_the_cache_are_named_with_the_remedy(request
 def test_the_draft_layers_of_the_map_choose_for_the_target(monkeypatch):
     made = prepared(monkeypatch, (None, 1, 1, 3, None, 1))
     assert made.capture.layer_sources == {layer(1): 0, layer(3): 1}
-    assert made.capture.num_sources == 2
     assert made.pruner.layer_sources == {
         "model.layers.1": 0,
         "model.layers.2": 0,
@@ -186,37 +184,12 @@ def test_the_draft_layers_of_the_map_choose_for_the_target(monkeypatch):
     assert made.tables.shape == (2, REQUESTS, 1, ROW)
 
 
-def test_a_sparse_draft_captures_its_other_layers_behind_those(monkeypatch):
-    made = prepared(monkeypatch, (None, 1, 1, 3), sparse_draft=True)
-    assert made.capture.layer_sources == {layer(1): 0, layer(3): 1, layer(0): 2, layer(2): 3, layer(4): 4}
-    assert made.capture.num_sources == 2
-    # The target's selections are the first two.
-    assert made.store.bits.shape[0] == 2
-    assert made.pruner.layer_sources == {"model.layers.1": 0, "model.layers.2": 0, "model.layers.3": 1}
-    assert made.tables.shape == (5, REQUESTS, 1, ROW)
-
-
-@pytest.mark.parametrize("sparse", [False, True])
-def test_what_the_draft_reads_lies_where_the_target_s_tables_do(monkeypatch, sparse):
-    made = prepared(monkeypatch, (0, 2), sparse_draft=sparse)
-    assert made.pruner._page_table.data_ptr() == made.tables.data_ptr()
-    assert made.pruner._page_table.shape == (2, REQUESTS, 1, ROW)
-    assert made.tables.shape == (5 if sparse else 2, REQUESTS, 1, ROW)
-    if not sparse:
-        assert made.capture.lists is None
-        return
-    assert made.capture.lists._positions.data_ptr() == made.tables.data_ptr()
-    assert made.capture.lists._positions.shape == (5, REQUESTS, ROW)
-
-
 @pytest.mark.parametrize(
     ("layers", "options"),
     [
         ((0, 2), {}),
-        ((0, 2), {"copies": (False, True), "shares": (0.5, 1.5)}),
-        ((0, 2), {"sparse_draft": True}),
         ((0, 2, None), {"method": "sts", "kv_heads": (4, 2)}),
-        ((0, 2), {"method": "sts", "sparse_draft": True}),
+        ((0, 2), {"combine": "union"}),
     ],
 )
 def test_the_size_that_is_checked_is_that_of_all_buffers(monkeypatch, layers, options):
@@ -228,10 +201,8 @@ def test_the_size_that_is_checked_is_that_of_all_buffers(monkeypatch, layers, op
     assert sizes | {"scores": 2 * sizes["scores"]} == made.nbytes
     storages = {}
     capture = made.capture
-    parts = [made, capture, capture.ranking, capture.own_ranking, capture.lists, made.store, made.pruner]
-    parts += [capture.induction, capture.shared_out]
-    for part in parts:
-        for value in vars(part).values() if part is not None else ():
+    for part in (made, capture, capture.ranking, made.store, made.pruner):
+        for value in vars(part).values():
             if isinstance(value, torch.Tensor):
                 storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
     # But for a few bytes that no number of requests changes.
@@ -243,107 +214,6 @@ def test_a_selection_that_is_too_large_is_refused_before_it_is_made(monkeypatch)
     # No CUDA device here: had anything been allocated on it, that would be the error.
     with pytest.raises(ValueError, match="lower --max-num-seqs or --max-model-len"):
         prepared(monkeypatch, (0, 2), device=torch.device("cuda"))
-
-
-# Shares
-
-
-def test_layers_of_another_share_have_a_selection_of_their_own(monkeypatch):
-    shares = (0.5, None, 0.5, 2.0, 1.0)
-    made = prepared(monkeypatch, (3, None, 3, 1, 3), rule="top_k", ratio=0.25, shares=shares)
-    assert made.capture.num_sources == 2
-    assert made.pruner.layer_sources == {f"model.layers.{j}": t for j, t in ((0, 1), (2, 1), (3, 0), (4, 2))}
-    assert made.store.bits.shape[:3] == (3, REQUESTS + 1, 1)
-    assert made.tables.shape == (3, REQUESTS, 1, ROW)
-    assert made.pruner._layers_of.tolist() == [1, 2, 1]
-    assert made.capture.shared_out._sources.tolist() == [0, 1, 1]
-    assert made.capture.shared_out._parts.tolist() == [32768, 8192, 16384]
-
-
-def test_a_ratio_of_one_is_all_of_the_context_for_layers_with_shares_too(monkeypatch):
-    made = prepared(monkeypatch, (3, None, 3, 1), rule="top_k", ratio=1.0, shares=(0.5, None, 1.5, 1.0))
-    assert made.capture.shared_out._parts.tolist() == [65536, 65536]
-    assert made.pruner.layer_sources == {f"model.layers.{j}": t for j, t in ((0, 1), (2, 1), (3, 0))}
-
-
-def test_shares_per_head(monkeypatch):
-    heads = ((1, 0), (1, 0), (0, 1))
-    made = prepared(monkeypatch, (3, 3, 1), method="sts", heads=heads, shares=(0.5, 1.5, 1.0))
-    assert maps_of(made) == [(1, [1, 0]), (2, [1, 0]), (0, [0, 1])]
-    assert made.store.bits.shape[:3] == (3, REQUESTS + 1, KV_HEADS)
-    assert made.capture.shared_out.groups == KV_HEADS
-
-
-@pytest.mark.parametrize("options", [{"rule": "top_p"}, {"rule": "top_k", "layer_shares": False}], ids=str)
-def test_shares_are_not_used(options, monkeypatch):
-    """Of another rule, or switched off."""
-    made = prepared(monkeypatch, (3, None, 3, 1), shares=(0.5, None, 0.5, 2.0), **options)
-    assert made.capture.shared_out is None
-    assert made.store.bits.shape[0] == 2
-
-
-def test_shares_are_in_the_log(monkeypatch):
-    lines = []
-    monkeypatch.setattr(announcing.logger, "info", lambda text, *values: lines.append(text % values))
-    prepared(monkeypatch, (3, None, 3), rule="top_k", ratio=0.25, shares=(0.5, None, 1.5))
-    assert any("ratio=0.25 of the context, shared out by layer [0.5 - 1.5]" in line for line in lines)
-
-
-# Layers that copy
-
-
-@pytest.mark.parametrize("sparse_draft", [False, True])
-def test_layers_that_copy_have_a_selection_of_their_own(sparse_draft, monkeypatch):
-    options = {"rule": "top_k", "ratio": 0.25, "sparse_draft": sparse_draft}
-    given = {"shares": (1.0, None, 1.0, 1.0), "copies": (False, False, True, False)}
-    made = prepared(monkeypatch, (3, None, 3, 1), **given, **options)
-    assert made.pruner.layer_sources == {f"model.layers.{j}": t for j, t in ((0, 1), (2, 2), (3, 0))}
-    capture = made.capture
-    # Of the mass, rows of what follows come behind those of the captured layers.
-    captured = 5 if sparse_draft else 2
-    assert (capture.num_sources, capture.ranked, capture.ranking.layers) == (2, captured, captured + 1)
-    assert capture.shared_out._sources.tolist() == [0, 1, captured]
-    assert capture.induction.sources.tolist() == [1]
-    assert capture.induction.ids.shape == (REQUESTS + 1, ROW)
-    assert made.nbytes["token ids"] == capture.induction.nbytes
-
-
-def test_layers_that_copy_need_no_shares(monkeypatch):
-    given = {"shares": None, "copies": (False, False, True, False)}
-    made = prepared(monkeypatch, (3, None, 3, 1), rule="top_k", ratio=0.25, **given)
-    assert made.capture.shared_out._sources.tolist() == [0, 1, 2]
-    assert made.capture.shared_out._parts.tolist() == [16384] * 3
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{"rule": "top_p"}, {"rule": "top_k", "induction": False}, {"rule": "top_k", "combine": "union"},
-     {"rule": "top_k", "dense_layers": (2,)}],
-    ids=str,
-)  # fmt: skip
-def test_no_layer_copies(options, monkeypatch):
-    """Of another rule, switched off, chosen before the drafts are known, or made dense."""
-    options = dict(options)
-    copies = (False, False, not options.pop("dense_layers", None), False)
-    made = prepared(monkeypatch, (3, None, 3, 1), copies=copies, **options)
-    assert made.capture.induction is None
-    assert "token ids" not in made.nbytes
-
-
-def test_layers_that_copy_are_in_the_log(monkeypatch):
-    lines = []
-    monkeypatch.setattr(announcing.logger, "info", lambda text, *values: lines.append(text % values))
-    prepared(monkeypatch, (3, None, 3), rule="top_k", ratio=0.25, copies=(True, False, True))
-    assert any("what follows the round's tokens in layers [0 2] too" in line for line in lines)
-
-
-@pytest.mark.parametrize(("options", "much"), [({}, ""), ({"draft_ratio": 0.3}, ", 0.3 of the context")])
-def test_what_a_sparse_draft_reads_is_in_the_log(monkeypatch, options, much):
-    lines = []
-    monkeypatch.setattr(announcing.logger, "info", lambda text, *values: lines.append(text % values))
-    made = prepared(monkeypatch, (0, 2), sparse_draft=True, **options)
-    assert f"specattn: sparse_draft: draft steps after the first read what it attended to{much}" in lines
-    assert (made.capture.draft_limits == made.capture.limits) == (not options)
 
 
 # Selections per head
@@ -432,17 +302,6 @@ def test_a_rank_has_the_map_of_its_own_heads(monkeypatch):
     monkeypatch.setattr(maps, "get_tensor_model_parallel_rank", lambda: 1)
     made = prepared(monkeypatch, (0,), method="sts", heads=((0, 1, 3, 2),), kv_heads=(2, 2), ranks=2)
     assert maps_of(made) == [(0, [1, 0])]
-
-
-def test_a_sparse_draft_reads_lists_that_its_heads_share(monkeypatch):
-    made = prepared(monkeypatch, (0, 2), method="sts", sparse_draft=True)
-    # Two tables of two heads, but five draft layers with a list each.
-    assert made.tables.shape == (5, REQUESTS, KV_HEADS, ROW)
-    assert made.pruner._page_table.shape == (2, REQUESTS, KV_HEADS, ROW)
-    assert made.capture.lists._positions.shape == (5, REQUESTS, ROW)
-    assert made.capture.lists._positions.data_ptr() == made.tables.data_ptr()
-    ranking, own = made.capture.ranking, made.capture.own_ranking
-    assert [(r.layers, r.groups) for r in (ranking, own)] == [(2, KV_HEADS), (5, 1)]
 
 
 def test_page_tables_per_head_are_counted(monkeypatch):

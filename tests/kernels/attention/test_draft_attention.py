@@ -244,11 +244,10 @@ def test_launch_config_changes_no_result(config, place, drafting):
 
 
 @pytest.mark.parametrize("size", [64, 128])
-@pytest.mark.parametrize("indexed", [False, True], ids=["all", "listed"])
-def test_every_tile_has_a_configuration(indexed, size):
+def test_every_tile_has_a_configuration(size):
     block_m = 16
     while block_m <= module.MAX_BLOCK_M:
-        assert module.launch_config(size, block_m, indexed).num_stages >= 2
+        assert module.launch_config(size, block_m).num_stages >= 2
         block_m *= 2
 
 
@@ -271,8 +270,7 @@ def test_reference_with_blocks_in_order(layout, paged, poisoned, close):
 
 
 @OPS
-@pytest.mark.parametrize("listed", [False, True], ids=["all", "listed"])
-def test_blocks_beyond_2_31_elements(listed, op, device, poisoned, close):
+def test_blocks_beyond_2_31_elements(op, device, poisoned, close):
     """block * block stride overflows int32 here. The cache is virtual memory but for the two blocks written."""
     cache = torch.empty(2**20 + 8, 1, 16, 128, dtype=torch.float16, device=device)
     blocks = [2**20 + 5, 2]
@@ -280,14 +278,12 @@ def test_blocks_beyond_2_31_elements(listed, op, device, poisoned, close):
     tokens = torch.randn(2, 16, 128, generator=torch.Generator().manual_seed(0)).half().to(device)
     for block, content in zip(blocks, tokens, strict=True):
         cache[block, 0] = content
-    entries = [3, 5, 12, 18, 19] if listed else list(range(20))
-    tokens = tokens.flatten(0, 1)[entries].float()
+    tokens = tokens.flatten(0, 1)[:20].float()
     query = torch.randn(1, 2, 64, generator=torch.Generator().manual_seed(1)).half().to(device)
-    values = ([blocks], [20], [0, 1], [[3, 5, 12]], [3], [18])
-    table, lens, starts, positions, kept, prefix = (torch.tensor(v, dtype=torch.int32, device=device) for v in values)
-    index = {"positions": positions, "kept": kept, "prefix_lens": prefix} if listed else {}
+    values = ([blocks], [20], [0, 1])
+    table, lens, starts = (torch.tensor(v, dtype=torch.int32, device=device) for v in values)
     out = poisoned(query.shape, torch.float16, device)
-    op(query, cache, table, lens, starts, 0.125, out, **index)
+    op(query, cache, table, lens, starts, 0.125, out)
     weights = (query[0].float() @ tokens[:, :64].T * 0.125).softmax(-1)
     close("out", out[0], weights @ tokens[:, 64:], torch.float16)
 
@@ -322,14 +318,12 @@ def test_scores_beyond_2_31_elements(device, drafting, poisoned, close):
         ({"query_start_loc": torch.zeros(2, dtype=torch.int32)}, r"query_start_loc: got shape \(2,\)"),
         ({"query": torch.empty(2, 3, 64), "out": torch.empty(2, 3, 64)}, "kv_cache: got 2 heads for 3 query heads"),
         ({"kv_cache": torch.empty(4, 2, 256, 16).transpose(2, 3)}, "kv_cache: got .*"),
-        ({"kept": torch.ones(2, dtype=torch.int32)}, "kept: got a value without positions"),
-        ({"positions": torch.ones(2, 3, dtype=torch.int32)}, "kept: got NoneType"),
         ({"requests": torch.zeros(1, dtype=torch.int32)}, "requests: got torch.int32, wanted torch.int64"),
     ],
     ids=[
         "dtype", "nothing asked", "scores without lse", "lse without row", "row dtype", "rows flat",
         "three rows", "lse of one row", "row count", "starts",
-        "uneven heads", "cache shape", "kept alone", "positions alone", "requests dtype",
+        "uneven heads", "cache shape", "requests dtype",
     ],
 )  # fmt: skip
 def test_refuses(op, change, message):

@@ -9,7 +9,7 @@ import torch
 
 from specattn_vllm.kernels import reference
 from specattn_vllm.kernels.bookkeeping import kernels as bookkeeping
-from specattn_vllm.kernels.bookkeeping.contracts import AUDIT, NO_SELECTION, READ_COUNTS, REFRESH, Round
+from specattn_vllm.kernels.bookkeeping.contracts import NO_SELECTION, READ_COUNTS, Round
 
 OPS = pytest.mark.parametrize("ops", [bookkeeping, reference], ids=["kernel", "reference"])
 POISON = -858993460
@@ -34,7 +34,7 @@ def step(rows: int, seed: int = 0):
     held = [-1] * SLOTS
     for slot, n in zip(slots, computed, strict=True):
         if slot >= 0:
-            held[slot] = rng.choice([n, n, n, n + 1, n + 1, NO_SELECTION, REFRESH, AUDIT])
+            held[slot] = rng.choice([n, n, n, n + 1, NO_SELECTION])
     return slots, query, computed, prefilling, held
 
 
@@ -119,20 +119,16 @@ def test_what_verification_reads(ops, rows, sources, groups, device):
         if verifies[r]
     )
     nothing = sum(v and s == NO_SELECTION for v, s in zip(verifies, stored, strict=True))
-    refreshed = sum(v and s == REFRESH for v, s in zip(verifies, stored, strict=True))
-    audited = sum(v and s == AUDIT for v, s in zip(verifies, stored, strict=True))
     sparse = sum(u != -1 for u in usable)
     assert got == {
         "sparse_rows": sparse,
         "no_selection_rows": nothing,
-        "stale_rows": sum(verifies) - sparse - nothing - refreshed - audited,
-        "refresh_rows": refreshed,
-        "audit_rows": audited,
+        "stale_rows": sum(verifies) - sparse - nothing,
         "kv_read": read + 2 * heads * tokens,
         "kv_full": layers * heads * tokens,
     }
     if rows == 300:
-        assert len({sparse, nothing, refreshed, audited, got["stale_rows"], 0}) == 6
+        assert len({sparse, nothing, got["stale_rows"], 0}) == 4
         assert sources == 0 or got["kv_full"] > 2**31
 
 
@@ -141,7 +137,7 @@ def test_the_reads_of_one_row_exceed_32_bits(ops, device):
     kept = torch.full((2, 1, 1), 2**30, dtype=torch.int32, device=device)
     got = count(ops, [0], [2**31 - 1], [False], [5], [5], kept, [3, 4], 16, 8, 1, device)
     full = (2**31 - 1) * 16
-    assert got == dict(zip(READ_COUNTS, (1, 0, 0, 0, 0, 2**30 * 16 * 7 + full, 8 * full), strict=True))
+    assert got == dict(zip(READ_COUNTS, (1, 0, 0, 2**30 * 16 * 7 + full, 8 * full), strict=True))
 
 
 # count_sampled
@@ -227,7 +223,7 @@ def good(op: str) -> dict:
         },
         "count_reads": {
             **rows, **pair, "kept": torch.zeros(2, 3, 1, dtype=torch.int32), "layers_of": longs[:2], "heads": 4,
-            "layers": 5, "dense_layers": 1, "out": torch.zeros(7, dtype=torch.int64),
+            "layers": 5, "dense_layers": 1, "out": torch.zeros(5, dtype=torch.int64),
         },
         "count_sampled": {"num_sampled": ints, "verified": rows["prefilling"], "total": longs[:1]},
         "load_round": {

@@ -71,87 +71,6 @@ def test_few_programs_walk_long_rows(width, device, poisoned, close, monkeypatch
     assert torch.equal(mass.isfinite(), written)
 
 
-LISTED = [
-    # why, lens, kept, query heads, groups, width
-    ("lists around a step of 512", [600, 700, 800], [511, 512, 513], 2, 1, 808),
-    ("a row without a list between rows with one", [40, 50, 60], [7, -1, 33], 4, 2, 64),
-    ("nothing listed, all listed", [20, 20], [0, 20], 4, 1, 21),
-    ("padded rows", [0, 9, 0], [5, 4, -1], 4, 4, 16),
-    ("many heads in a group", [40], [30], 24, 1, 41),
-]
-
-
-def build_listed(params, device, score_dtype, poisoned):
-    """Lists with a few positions at lens and behind it, and columns behind the list that must not count."""
-    lens, kept, query_heads, _, width = params
-    scores, lse, _ = build(([width] * len(lens), query_heads, None, width), device, score_dtype, poisoned)
-    gen = torch.Generator().manual_seed(4)
-    positions = torch.full((len(lens), width), 1 << 30, dtype=torch.int32)
-    for r, count in enumerate(kept):
-        if count > 0:
-            bound = width if count < width else count
-            positions[r, :count] = torch.randperm(bound, generator=gen)[:count].sort().values.int()
-    counts, lens = (torch.tensor(x, dtype=torch.int32, device=device) for x in (kept, lens))
-    return scores, lse, lens, positions.to(device), counts
-
-
-@pytest.mark.parametrize("params", [pytest.param(p[1:], id=p[0]) for p in LISTED])
-def test_listed_kernel_matches_reference(params, device, poisoned, close):
-    scores, lse, lens, positions, kept = build_listed(params, device, torch.bfloat16, poisoned)
-    rows, groups, width = len(params[0]), params[3], params[4]
-    mass = torch.rand((rows, groups, width), generator=torch.Generator().manual_seed(6)).to(device) * 0.01
-    for r, n in enumerate(params[0]):
-        mass[r, :, n:] = torch.nan
-    want, before = mass.clone(), mass.clone()
-    accumulate_mass(scores, lse, lens, mass, groups / params[2], "add", positions, kept)
-    reference.accumulate_mass(scores, lse, lens, want, groups / params[2], "add", positions, kept)
-    for r, n in enumerate(params[0]):
-        close("mass", mass[r, :, :n], want[r, :, :n])
-        assert mass[r, :, n:].isnan().all() and want[r, :, n:].isnan().all()
-        listed = positions[r, : max(int(kept[r]), 0)].tolist() if kept[r] >= 0 else range(n)
-        others = [p for p in range(n) if p not in set(listed)]
-        assert torch.equal(mass[r][:, others], before[r][:, others])
-
-
-@pytest.mark.parametrize("shift", [1, 5, 64])
-@pytest.mark.parametrize("listed", [False, True], ids=["all", "listed"])
-@pytest.mark.parametrize("params", [pytest.param(p[1:], id=p[0]) for p in LISTED])
-def test_shifted_kernel_matches_reference(params, listed, shift, device, poisoned, close):
-    scores, lse, lens, positions, kept = build_listed(params, device, torch.bfloat16, poisoned)
-    lists = (positions, kept) if listed else ()
-    mass = torch.rand((len(params[0]), params[3], params[4]), generator=torch.Generator().manual_seed(6)).to(device)
-    for r, n in enumerate(params[0]):
-        mass[r, :, n:] = torch.nan
-    want, before = mass.clone(), mass.clone()
-    accumulate_mass(scores, lse, lens, mass, params[3] / params[2], "add", *lists, shift=shift)
-    reference.accumulate_mass(scores, lse, lens, want, params[3] / params[2], "add", *lists, shift=shift)
-    for r, n in enumerate(params[0]):
-        close("mass", mass[r, :, :n], want[r, :, :n])
-        assert mass[r, :, n:].isnan().all() and want[r, :, n:].isnan().all()
-        assert torch.equal(mass[r, :, : min(shift, n)], before[r, :, : min(shift, n)])
-
-
-def test_shifted_column_goes_to_the_next_position(device):
-    """By hand, with and without a list; the last column's position is behind the end."""
-    scores, lse = torch.tensor([[[0.1, 0.2, 0.3, 9.0]]], device=device).log(), torch.zeros(1, 1, device=device)
-    lens, positions, kept = (torch.tensor(x, dtype=torch.int32, device=device) for x in ([3], [[0, 2]], [2]))
-    for op in (accumulate_mass, reference.accumulate_mass):
-        for lists, want in (((), [1, 1.1, 1.2, 1]), ((positions, kept), [1, 1.1, 1, 1])):
-            mass = torch.ones(1, 1, 4, device=device)
-            op(scores, lse, lens, mass, 1.0, "add", *lists, shift=1)
-            assert mass.flatten().tolist() == pytest.approx(want)
-
-
-def test_listed_column_goes_to_its_position(device):
-    """By hand: three columns, of which the second belongs to position 3 and the third to one behind lens."""
-    scores, lse = torch.tensor([[[0.0, 0.5, 9.0, 9.0, 9.0]]], device=device).log(), torch.zeros(1, 1, device=device)
-    ints = [torch.tensor(x, dtype=torch.int32, device=device) for x in ([4], [[1, 3, 4]], [3])]
-    for op in (accumulate_mass, reference.accumulate_mass):
-        mass = torch.tensor([[[0.1, 0.1, 0.1, 0.1, 0.1]]], device=device)
-        op(scores, lse, ints[0], mass, 1.0, "add", *ints[1:])
-        assert mass.flatten().tolist() == pytest.approx([0.1, 0.1, 0.1, 0.6, 0.1])
-
-
 def test_reference_is_softmax(close):
     """With lens = seq_len, "store" is the mean of the heads' softmax rows, and sums to 1."""
     scores = torch.randn(2, 6, 50, generator=torch.Generator().manual_seed(3))
@@ -170,26 +89,8 @@ def test_reference_is_softmax(close):
         ({"mass": torch.empty(1, 3, 8)}, "mass: got 3 heads for 4 query heads"),
         ({"mass": torch.empty(1, 2, 9)}, r"mass: got shape \(1, 2, 9\)"),
         ({"scores": torch.empty(1, 4, 8, dtype=torch.float16)}, "scores: got torch.float16"),
-        ({"positions": torch.ones(1, 8, dtype=torch.int32)}, "kept: got NoneType"),
-        ({"kept": torch.ones(1, dtype=torch.int32)}, "kept: got a value without positions"),
-        (
-            {"positions": torch.ones(1, 8, dtype=torch.int32), "kept": torch.ones(1, dtype=torch.int32)},
-            "combine: got 'store', wanted add, because positions are given",
-        ),
-        ({"shift": 1}, "combine: got 'store', wanted add, because of the shift"),
-        ({"shift": -1, "combine": "add"}, "shift: got -1, wanted 0 to 64"),
     ],
-    ids=[
-        "combine",
-        "groups",
-        "width",
-        "dtype",
-        "positions alone",
-        "kept alone",
-        "store with a list",
-        "store shifted",
-        "shifted back",
-    ],
+    ids=["combine", "groups", "width", "dtype"],
 )
 def test_refuses(op, change, message):
     good = {

@@ -14,7 +14,7 @@ from specattn_vllm.kernels.selection.top_p import select_top_p
 DEFAULTS = dict(top_p=0.6, min_tokens=0, max_tokens=-1, max_fraction=1.0, sink=0, recent=0)
 
 
-def oracle(mass, top_p, min_tokens, max_tokens, max_fraction, sink, recent, budget=None):
+def oracle(mass, top_p, min_tokens, max_tokens, max_fraction, sink, recent):
     """The rule read aloud, one token after another. ``mass`` is a list of floats; returns the set of positions."""
     n = len(mass)
     q = [int(m * 2**30) for m in mass]
@@ -29,7 +29,7 @@ def oracle(mass, top_p, min_tokens, max_tokens, max_fraction, sink, recent, budg
     target = (sum(q) * round(top_p * 65536) + 65535) // 65536
     have = sum(q[p] for p in selected)
     for p in order:
-        reached = (top_p < 1 and have >= target) or (budget is not None and len(selected) >= budget)
+        reached = top_p < 1 and have >= target
         if len(selected) >= upper or (reached and len(selected) >= lower):
             break
         selected.add(p)
@@ -218,78 +218,6 @@ def test_long_rows_at_random(seed, device, poisoned, monkeypatch):
     test_rows_too_long_for_registers(*random_problem(seed), 64, device, poisoned, monkeypatch)
 
 
-BUDGETS = [
-    case("every row its own", [softmax_row(n, n) for n in (40, 40, 70, 33)], budgets=[1, 7, 20, 32]),
-    case("nothing, or less than nothing, is wanted", [softmax_row(40, 1)] * 3, budgets=[0, -1, -(2**31)]),
-    case("all of the row, and more", [softmax_row(40, 2), [0.0] * 40], budgets=[40, 2**31 - 1]),
-    case("padded rows", [[], softmax_row(40, 3), []], budgets=[5, 5, 0]),
-    case("forced tokens come on account of it", [softmax_row(50, 4)] * 3, budgets=[3, 8, 9], sink=3, recent=5),
-    case("floor and caps", [softmax_row(100, 5)] * 4, budgets=[2, 12, 22, 90], min_tokens=9, max_tokens=20),
-    case("a share of the row", [softmax_row(100, 6), tied_row(30, 6)], budgets=[90, 6], max_fraction=0.25),
-    case("ties", [tied_row(200, 7), [2.0**-8] * 200], budgets=[63, 33]),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("lists, options", BUDGETS)
-@pytest.mark.parametrize("resident", [None, 32], ids=["resident", "streamed"])
-@pytest.mark.parametrize("union", [False, True])
-def test_budgets(lists, options, resident, union, device, poisoned, monkeypatch):
-    """Kernel and reference against the oracle: as many tokens as each row wants, within the limits."""
-    if resident is not None:
-        monkeypatch.setattr(top_p, "RESIDENT", resident)
-        monkeypatch.setattr(top_p, "TILE", 64)
-    mass, lens = rows_of(lists, device, width=max(map(len, lists)) + 37)
-    limits = {**DEFAULTS, "top_p": 1.0, **options}
-    budgets = limits.pop("budgets")
-    given = torch.tensor(budgets, dtype=torch.int32, device=device)
-    old = torch.randint(-(2**31), 2**31, (len(lists), -(-mass.shape[1] // 32)), generator=torch.Generator())
-    for op in (select_top_p, reference.select_top_p):
-        bits, counts = old.int().to(device), poisoned((len(lists),), torch.int32, device)
-        op(mass, lens, bits, counts, **limits, union=union, budgets=given)
-        for x, budget in enumerate(budgets):
-            wanted = oracle(lists[x], **limits, budget=budget)
-            if union:
-                wanted |= unpack(old[x].int())
-            assert unpack(bits[x]) == wanted
-            assert counts[x] == len(wanted)
-
-
-def test_budgets_of_a_long_context(device, poisoned):
-    """Resident and streamed rows as the kernel is tuned."""
-    mass, lens = rows_of([softmax_row(n, n) for n in (70_001, 32_768, 4_000, 5)], device)
-    budgets = torch.tensor([9_000, 9_000, 9_000, 2], dtype=torch.int32, device=device)
-    options = {"top_p": 1.0, "sink": 4, "recent": 64, "budgets": budgets}
-    bits, counts = run(select_top_p, mass, lens, poisoned, **options)
-    want_bits, want_counts = run(reference.select_top_p, mass, lens, poisoned, **options)
-    assert counts.tolist() == want_counts.tolist() == [9_000, 9_000, 4_000, 5]
-    assert torch.equal(bits, want_bits)
-
-
-@pytest.mark.parametrize("resident", [None, 32], ids=["resident", "streamed"])
-@pytest.mark.parametrize("budgets", [None, [9, 3, 0, 30, 5]], ids=["top_p", "budgets"])
-def test_several_selections_of_one_row_of_mass(budgets, resident, device, poisoned, monkeypatch):
-    """Rows in any order, some more than once and each time up to another length, some never: those are not read."""
-    if resident is not None:
-        monkeypatch.setattr(top_p, "RESIDENT", resident)
-        monkeypatch.setattr(top_p, "TILE", 64)
-    lists = [softmax_row(90, 1), [torch.nan] * 90, softmax_row(90, 2), tied_row(90, 3)]
-    mass, _ = rows_of(lists, device, width=100)
-    rows, lens = [3, 0, 2, 0, 0], [90, 90, 33, 50, 0]
-    options = {**DEFAULTS, **({} if budgets is None else {"top_p": 1.0})}
-    given = {
-        "lens": torch.tensor(lens, dtype=torch.int32, device=device),
-        "mass_rows": torch.tensor(rows, device=device),
-        "budgets": None if budgets is None else torch.tensor(budgets, dtype=torch.int32, device=device),
-    }
-    for op in (select_top_p, reference.select_top_p):
-        bits, counts = poisoned((5, 4), torch.int32, device), poisoned((5,), torch.int32, device)
-        op(mass, bits=bits, counts=counts, **given, **options)
-        for x, (row, n) in enumerate(zip(rows, lens, strict=True)):
-            wanted = oracle(lists[row][:n], **options, budget=None if budgets is None else budgets[x])
-            assert unpack(bits[x]) == wanted
-            assert counts[x] == len(wanted)
-
-
 @pytest.mark.parametrize("op", [select_top_p, reference.select_top_p], ids=["kernel", "reference"])
 def test_union(op, device, poisoned):
     """Bits that were there stay, past the length too; the count is that of the union."""
@@ -324,25 +252,10 @@ def test_strided_rows(device, poisoned):
         ({"max_fraction": 1.5}, "max_fraction: got 1.5, wanted 0 to 1"),
         ({"max_tokens": -2}, "max_tokens: got -2"),
         ({"sink": -1}, "sink: got -1"),
-        ({"budgets": torch.ones(1, dtype=torch.int32)}, "top_p: got 0.6, wanted 1 or more, because the budgets"),
-        ({"top_p": 1, "budgets": torch.ones(2, dtype=torch.int32)}, r"budgets: got shape \(2,\), wanted shape \(1,\)"),
-        ({"top_p": 1, "budgets": torch.ones(1)}, "budgets: got torch.float32"),
-        ({"mass_rows": torch.zeros(2, dtype=torch.int64)}, r"lens: got shape \(1,\), wanted shape \(2,\)"),
-        ({"mass_rows": torch.zeros(1, dtype=torch.int32)}, "mass_rows: got torch.int32"),
+        ({"lens": torch.ones(2, dtype=torch.int32)}, r"lens: got shape \(2,\), wanted shape \(1,\)"),
         ({"mass": torch.zeros(1, 40, dtype=torch.float16)}, "mass: got torch.float16"),
     ],
-    ids=[
-        "words",
-        "fraction",
-        "cap",
-        "sink",
-        "budgets",
-        "budget per row",
-        "budget dtype",
-        "lens per selection",
-        "mass rows",
-        "dtype",
-    ],
+    ids=["words", "fraction", "cap", "sink", "lens", "dtype"],
 )
 def test_refuses(op, change, message):
     good = {

@@ -13,17 +13,12 @@ from specattn_vllm import executors
 from specattn_vllm.kernels.reference import unpack_bits
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.selection.capture import DraftBatch, DraftCapture
-from specattn_vllm.selection.draft_lists import DraftLists
-from specattn_vllm.selection.shares import Choice
-from specattn_vllm.stats import Counters
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, SIZE, BLOCK = 4, 2, 64, 16
 MAX_LEN, MAX_REQS, STEPS = 70, 5, 3  # 70 fills no whole number of words
 SCALE = 0.4  # sharper than 1 / sqrt(64), so that top-p has something to choose
-# Two layers that choose for the target, and one that only `sparse_draft` captures.
-SOURCES = ("draft.layers.0", "draft.layers.2")
-EXTRA = "draft.layers.1"
+SOURCES = ("draft.layers.0", "draft.layers.2")  # of three
 # Following one of these is an index error; vLLM does not clear a block table between requests.
 STALE = 1_000_000
 
@@ -35,34 +30,17 @@ def _options(combine: str = "sum", **changes) -> SpecAttnOptions:
     return SpecAttnOptions.parse({"combine": combine, **(base | changes)})
 
 
-def _make(
-    opts: SpecAttnOptions, num_sources: int = len(SOURCES), executor: str = "torch", choices: tuple[Choice, ...] = ()
-) -> DraftCapture:
-    names = (*SOURCES, EXTRA) if opts.sparse_draft else SOURCES
-    # Wider and longer than needed, because it serves the target's page tables too; what it held is no position.
-    tables = torch.full((len(names) + 1, MAX_REQS, 1, MAX_LEN + 3), -(2**30), dtype=torch.int32)
-    operations = executors.resolve(executor, CPU)
-    lists = None
-    if opts.sparse_draft:
-        lists = DraftLists(
-            operations,
-            Counters(CPU),
-            tables[: len(names), :, 0],
-            num_kv_heads=KV_HEADS,
-        )
+def _make(opts: SpecAttnOptions, executor: str = "torch") -> DraftCapture:
     return DraftCapture(
         opts,
-        operations,
-        layer_sources={name: s for s, name in enumerate(names)},
-        num_sources=num_sources,
+        executors.resolve(executor, CPU),
+        layer_sources={name: s for s, name in enumerate(SOURCES)},
         num_heads=HEADS,
         num_steps=STEPS,
         max_num_reqs=MAX_REQS,
         max_model_len=MAX_LEN,
         device=CPU,
         groups=KV_HEADS if opts.kind.per_head else 1,
-        lists=lists,
-        choices=choices,
     )
 
 
@@ -84,7 +62,7 @@ class Draft:
         width = -(-(MAX_LEN + STEPS) // BLOCK)
         blocks = torch.randperm(self.rows * width, generator=self.generator)
         self.block_table = blocks.view(self.rows, width).int()
-        self.caches = {name: self._cache(len(blocks)) for name in ("other", *SOURCES, EXTRA)}
+        self.caches = {name: self._cache(len(blocks)) for name in ("other", *SOURCES)}
         for r, n in enumerate(lens):
             used = -(-(n + max(self.after[r], STEPS - 1)) // BLOCK)
             self.block_table[r, used:] = STALE
@@ -122,13 +100,9 @@ class Draft:
         capture: DraftCapture,
         wanted: list[bool],
         after_layer=None,
-        after_step=None,
-        slots: list[int] | None = None,
-        for_target: bool = True,
     ) -> list[dict]:
         """One round; returns per step {layer: (whether attention was done, its output)}."""
-        slots = torch.tensor(slots or range(self.rows))
-        capture.begin_round(self.rows, torch.tensor(wanted), slots, for_target=for_target)
+        capture.begin_round(torch.tensor(wanted))
         steps = []
         for k in range(STEPS):
             if k == 0:
@@ -144,8 +118,6 @@ class Draft:
                 if after_layer is not None and name in capture.layer_sources:
                     after_layer(k, capture.layer_sources[name])
             capture.end_step()
-            if after_step is not None:
-                after_step(k)
             steps.append(results)
         return steps
 
@@ -162,68 +134,37 @@ class Draft:
             outputs.append(weights[-1] @ value)
         return torch.stack(weights), torch.stack(outputs)
 
-    def step_output(self, name: str, k: int, r: int, opts: SpecAttnOptions) -> torch.Tensor:
+    def step_output(self, name: str, k: int, r: int) -> torch.Tensor:
         """What a layer's attention gives for request r in step k: [tokens, HEADS, SIZE], rejected ones included."""
         query = self.queries[name, k]
         if k > 0:
-            return self.attention(name, query[r], r, self.read(name, k, r, opts))[1][None]
+            return self.attention(name, query[r], r, range(self.lens[r] + k))[1][None]
         tokens = range(self.starts[r], self.starts[r + 1])
         seen = range(self.lens[r] - self.before[r], self.lens[r] + self.after[r] + 1)
         return torch.stack([self.attention(name, query[t], r, range(n))[1] for t, n in zip(tokens, seen, strict=True)])
 
-    def read(self, name: str, k: int, r: int, opts: SpecAttnOptions) -> list[int]:
-        """The positions that the sampled token of request r reads in step k."""
-        context = self.lens[r] - 1
-        if k == 0 or not opts.sparse_draft or context == 0:
-            return [*range(self.lens[r] + k)]
-        return [*sorted(self.first_choice(name, r, opts)), *range(context, self.lens[r] + k)]
-
-    def first_choice(self, name: str, r: int, opts: SpecAttnOptions) -> set[int]:
-        """The top-p of step 0 on its own, which is what `sparse_draft` goes by."""
-        return top_p(self.step_mass(name, r, opts)[0], of_draft(opts))
-
-    def step_mass(self, name: str, r: int, opts: SpecAttnOptions, group: int | None = None) -> list[list[float]]:
+    def step_mass(self, name: str, r: int, group: int | None = None) -> list[list[float]]:
         """The mass of each step on the committed context of request r, averaged over query heads: all, or those of a
         KV head."""
-        known = self.memory.setdefault((name, r, opts.sparse_draft and opts, group), [])
+        known = self.memory.setdefault((name, r, group), [])
         each = HEADS // KV_HEADS
         heads = slice(None) if group is None else slice(group * each, (group + 1) * each)
         while len(known) < STEPS:
             k = len(known)
             query = self.queries[name, k][int(self.query_rows[r]) if k == 0 else r]
-            mass = [0.0] * (self.lens[r] - 1)
-            if k > 0 and opts.sparse_draft and self.lens[r] > 1:
-                # What a step reads is the same for all heads.
-                first = known if group is None else self.step_mass(name, r, opts)
-                read = [*sorted(top_p(first[0], of_draft(opts))), *range(self.lens[r] - 1, self.lens[r] + k)]
-            else:
-                read = [*range(self.lens[r] + k)]
-            weights = self.attention(name, query, r, read)[0][heads].mean(0).tolist()
-            for p, weight in zip(read, weights, strict=True):
-                if p < len(mass):
-                    mass[p] = weight
-            known.append(mass)
+            weights = self.attention(name, query, r, range(self.lens[r] + k))[0][heads].mean(0).tolist()
+            known.append(weights[: self.lens[r] - 1])
         return known
 
-    def combined(self, name: str, r: int, opts: SpecAttnOptions, group: int | None = None) -> list[float]:
+    def combined(self, name: str, r: int, group: int | None = None) -> list[float]:
         """One mass per token, in the units of a single step."""
-        steps = self.step_mass(name, r, opts, group)
-        if opts.bonus_row:
-            # The row that is verified after the last step: as that one, a token on.
-            steps = [*steps, [0.0, *steps[-1]][: len(steps[-1])]]
+        steps = self.step_mass(name, r, group)
         return [sum(masses) / len(steps) for masses in zip(*steps, strict=True)]
 
     def selection(self, opts: SpecAttnOptions, name: str, r: int, group: int | None = None) -> set[int]:
         if opts.combine == "union":
-            return set().union(*(top_p(mass, opts) for mass in self.step_mass(name, r, opts, group)))
-        return top_p(self.combined(name, r, opts, group), opts)
-
-
-def of_draft(opts: SpecAttnOptions) -> SpecAttnOptions:
-    """The options by which the draft chooses what it reads itself."""
-    if opts.draft_ratio is None:
-        return opts
-    return opts.model_copy(update={"rule": "top_k", "ratio": opts.draft_ratio, "max_fraction": 1.0})
+            return set().union(*(top_p(mass, opts) for mass in self.step_mass(name, r, group)))
+        return top_p(self.combined(name, r, group), opts)
 
 
 def top_p(mass: list[float], opts: SpecAttnOptions) -> set[int]:
@@ -248,12 +189,6 @@ def sources():
 
 
 @pytest.fixture(scope="session")
-def extra():
-    """The layer that only `sparse_draft` captures."""
-    return EXTRA
-
-
-@pytest.fixture(scope="session")
 def options():
     """options(combine, **changes): options under which some tokens are kept and some are not."""
     return _options
@@ -261,7 +196,7 @@ def options():
 
 @pytest.fixture(scope="session")
 def make():
-    """make(options, num_sources=2, executor='torch'): a capture, of all three layers with `sparse_draft`."""
+    """make(options, executor='torch'): a capture of the two layers."""
     return _make
 
 

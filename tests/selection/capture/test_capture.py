@@ -46,9 +46,9 @@ def test_the_rules_differ_on_this_data(draft_of, options, sources):
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set from the start")
-@pytest.mark.parametrize(("combine", "sparse"), [("sum", False), ("union", True), ("sum", True)])
-def test_the_kernels_select_the_same(new_draft, options, make, sources, tokens, combine, sparse):
-    draft, opts = new_draft([20, 33]), options(combine, sparse_draft=sparse)
+@COMBINE
+def test_the_kernels_select_the_same(new_draft, options, make, sources, tokens, combine):
+    draft, opts = new_draft([20, 33]), options(combine)
     capture = make(opts, executor="triton")
     draft.run(capture, [True, True])
     bits, prefix_lens = capture.select()
@@ -62,15 +62,14 @@ def test_the_mass_is_the_mean_over_heads_and_steps(draft_of, options, make, sour
     capture = make(opts)
     draft.run(capture, [True, True])
     for (s, name), r in itertools.product(enumerate(sources), range(2)):
-        wanted = torch.tensor(draft.combined(name, r, opts))
+        wanted = torch.tensor(draft.combined(name, r))
         torch.testing.assert_close(capture.ranking.mass[s, r, 0, : draft.lens[r] - 1], wanted, rtol=1e-4, atol=1e-7)
 
 
 @COMBINE
-@pytest.mark.parametrize("sparse", [False, True])
-def test_mass_never_sums_to_more_than_one(draft_of, options, make, combine, sparse):
+def test_mass_never_sums_to_more_than_one(draft_of, options, make, combine):
     """The selection computes in fixed point, which overflows at 2; a step's mass is 1 at most, and so is a round's."""
-    draft, capture = draft_of(60, 33, 2), make(options(combine, sparse_draft=sparse))
+    draft, capture = draft_of(60, 33, 2), make(options(combine))
     sums = []
 
     def watch(k, source):
@@ -120,16 +119,13 @@ def test_a_first_token_has_no_context_to_select_from(draft_of, options, make, to
 
 
 @COMBINE
-@pytest.mark.parametrize("sparse", [False, True])
-def test_rounds_of_different_sizes_do_not_see_each_other(draft_of, options, make, sources, tokens, combine, sparse):
-    opts = options(combine, sparse_draft=sparse)
+def test_rounds_of_different_sizes_do_not_see_each_other(draft_of, options, make, sources, tokens, combine):
+    opts = options(combine)
     capture = make(opts)
     for seed, lens in enumerate(([60, 33, 20, 17, 50], [9], [66, 40], [5, 6, 7, 8, 9])):
         # Bits nobody set, masses above everything: what an earlier round left must not matter.
         capture.ranking._bits.fill_(-1)
         capture.ranking._mass.fill_(1e9)
-        if capture.lists is not None:
-            capture.lists._kept.fill_(7)
         capture.scores.fill_(1e9)
         draft = draft_of(*lens, seed=seed)
         draft.run(capture, [True] * len(lens))
@@ -150,7 +146,7 @@ def test_the_first_step_does_the_attention_of_every_token_of_short_rows(draft_of
     for name in sources:
         done, out = steps[0][name]
         assert done
-        wanted = torch.cat([draft.step_output(name, 0, r, opts) for r in range(3)]).float()
+        wanted = torch.cat([draft.step_output(name, 0, r) for r in range(3)]).float()
         torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
 
 
@@ -199,26 +195,24 @@ def test_later_steps_do_the_attention_of_every_row(draft_of, options, make, sour
     for k, name in itertools.product((1, 2), sources):
         done, out = steps[k][name]
         assert done
-        wanted = torch.cat([draft.step_output(name, k, r, opts) for r in range(3)]).float()
+        wanted = torch.cat([draft.step_output(name, k, r) for r in range(3)]).float()
         torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_other_layers_are_left_alone(draft_of, options, make, extra):
+def test_other_layers_are_left_alone(draft_of, options, make):
     for results in draft_of(60).run(make(options()), [True]):
-        for name in ("other", extra):
-            done, out = results[name]
-            assert not done
-            assert out.isnan().all()
+        done, out = results["other"]
+        assert not done
+        assert out.isnan().all()
 
 
 # Batches of a CUDA graph
 
 
 @COMBINE
-@pytest.mark.parametrize("sparse", [False, True])
-def test_rows_that_fill_a_graph_s_batch_change_nothing(new_draft, options, make, sources, tokens, combine, sparse):
+def test_rows_that_fill_a_graph_s_batch_change_nothing(new_draft, options, make, sources, tokens, combine):
     """They have as many tokens as a verification, a context of one, and blocks of nobody."""
-    opts = options(combine, sparse_draft=sparse)
+    opts = options(combine)
     draft = new_draft([20, 33, 1, 1], before=[2, 1, 3, 3])
     draft.after = [1, 2, 0, 0]
     draft.starts = [0, 4, 8, 12, 16]
@@ -232,7 +226,7 @@ def test_rows_that_fill_a_graph_s_batch_change_nothing(new_draft, options, make,
     assert prefix_lens.tolist() == [19, 32, 0, 0]
     for (s, name), r in itertools.product(enumerate(sources), range(2)):
         assert tokens(bits[s, r, 0]) == draft.selection(opts, name, r), (name, r)
-        wanted = draft.step_output(name, 0, r, opts).float()
+        wanted = draft.step_output(name, 0, r).float()
         torch.testing.assert_close(steps[0][name][1][4 * r : 4 * r + 4], wanted, rtol=1e-4, atol=1e-5)
     assert not bits[:, 2:].any()
     assert capture.scores[2:].isnan().all()
@@ -240,13 +234,12 @@ def test_rows_that_fill_a_graph_s_batch_change_nothing(new_draft, options, make,
 
 def test_a_round_of_the_same_size_lies_at_the_same_addresses(draft_of, options, make):
     """A graph that was captured in one round is replayed in others, and `put` reads what it wrote."""
-    capture = make(options("sum", sparse_draft=True))
+    capture = make(options("sum"))
     places = []
     for lens in ((60, 33), (9,), (66, 40)):
         draft_of(*lens).run(capture, [True] * len(lens))
         bits, _ = capture.select()
-        ranking, lists = capture.ranking, capture.lists
-        held = (ranking.mass, bits, ranking.counts, capture.scores, capture.lse, lists.positions, lists.kept)
+        held = (capture.ranking.mass, bits, capture.ranking.counts, capture.scores, capture.lse)
         places.append([t.data_ptr() for t in held])
     assert places[0] == places[2]
 
@@ -259,11 +252,6 @@ def test_its_size_is_that_of_its_buffers(options, make):
     scores = requests * HEADS * (MAX_LEN + 1)  # with their logsumexp
     selections = layers * requests * (MAX_LEN + 3 + 1)  # mass, bits, and their count
     assert make(options()).nbytes == 4 * (scores + selections) + 8 * requests + 4 * (requests + 1)
-    sparse = make(options(sparse_draft=True))
-    layers += 1
-    selections = layers * requests * (MAX_LEN + 3 + 1)
-    own = 4 * (scores + selections) + 8 * requests + 4 * (requests + 1)
-    assert sparse.nbytes == own + sparse.lists.nbytes
 
 
 @COMBINE
@@ -271,7 +259,7 @@ def test_a_round_without_a_draft_step_selects_nothing(make, combine):
     """Also after a round that did, of another size: nothing of it may be stored again."""
     capture = make(SpecAttnOptions.parse({"method": "specattn", "combine": combine}))
     for rows in (3, 1, 2):
-        capture.begin_round(rows, torch.ones(rows, dtype=torch.bool), torch.arange(rows))
+        capture.begin_round(torch.ones(rows, dtype=torch.bool))
         capture.ranking._bits.fill_(-1)
         bits, prefix_lens = capture.select()
         assert bits.shape[1] == rows

@@ -1,4 +1,4 @@
-"""Method 'sts': each KV head of a draft layer chooses by its own query heads; what the draft reads is shared by all."""
+"""Method 'sts': each KV head of a draft layer chooses by its own query heads."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 
 COMBINE = pytest.mark.parametrize("combine", ["sum", "union"])
-SPARSE = pytest.mark.parametrize("sparse", [False, True], ids=["dense draft", "sparse draft"])
 LENS = (60, 33, 17)
 HEADS, KV_HEADS, MAX_LEN, STEPS = 4, 2, 70, 3  # as in conftest.py
 
@@ -21,16 +20,15 @@ def per_head(options):
 
 
 @COMBINE
-@SPARSE
 @pytest.mark.parametrize(
     "changes",
     [{}, {"max_tokens": 9}, {"min_tokens": 20}, {"rule": "top_p"}, {"ratio": 1.0}],
     ids=str,
 )
 def test_each_head_gets_the_selection_of_its_own_query_heads(
-    draft_of, per_head, make, sources, tokens, combine, sparse, changes
+    draft_of, per_head, make, sources, tokens, combine, changes
 ):
-    draft, opts = draft_of(*LENS), per_head(combine, sparse_draft=sparse, **changes)
+    draft, opts = draft_of(*LENS), per_head(combine, **changes)
     capture = make(opts)
     draft.run(capture, [True] * 3)
     bits, prefix_lens = capture.select()
@@ -49,34 +47,16 @@ def test_heads_differ_from_each_other_and_from_the_layer(draft_of, per_head, sou
 
 
 @COMBINE
-@SPARSE
-def test_a_head_s_mass_sums_to_one_at_most(draft_of, per_head, make, combine, sparse):
-    draft, capture = draft_of(*LENS), make(per_head(combine, sparse_draft=sparse))
+def test_a_head_s_mass_sums_to_one_at_most(draft_of, per_head, make, combine):
+    draft, capture = draft_of(*LENS), make(per_head(combine))
     draft.run(capture, [True] * 3)
     sums = [capture.ranking.mass[:, r, :, : n - 1].sum(-1) for r, n in enumerate(LENS)]
     assert torch.stack(sums).max() <= 1 + 1e-5
     assert torch.stack(sums).max() > 0.2
 
 
-@COMBINE
-def test_later_steps_read_what_the_layer_chose_in_the_first(draft_of, per_head, make, sources, extra, combine):
-    """One list for all heads: by the mass of the layer, averaged over all of them."""
-    draft, opts = draft_of(*LENS), per_head(combine, sparse_draft=True)
-    capture = make(opts)
-    capture.own_ranking._mass.fill_(torch.nan)
-    steps = draft.run(capture, [True, True, False])
-    for k, name, r in itertools.product((1, 2), (*sources, extra), range(3)):
-        done, out = steps[k][name]
-        assert done
-        read = opts if r < 2 else per_head(combine)
-        assert r == 2 or len(draft.read(name, k, r, read)) < LENS[r] + k  # or nothing would be shown
-        wanted = draft.step_output(name, k, r, read)[0].float()
-        torch.testing.assert_close(out[r], wanted, rtol=1e-4, atol=1e-5)
-
-
-@SPARSE
-def test_rows_that_are_not_wanted_get_nothing(draft_of, per_head, make, sources, tokens, sparse):
-    draft, opts = draft_of(*LENS), per_head(sparse_draft=sparse)
+def test_rows_that_are_not_wanted_get_nothing(draft_of, per_head, make, sources, tokens):
+    draft, opts = draft_of(*LENS), per_head()
     capture = make(opts)
     capture.ranking._bits.fill_(-1)
     draft.run(capture, [False, True, False])
@@ -87,9 +67,9 @@ def test_rows_that_are_not_wanted_get_nothing(draft_of, per_head, make, sources,
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set from the start")
-@pytest.mark.parametrize(("combine", "sparse"), [("sum", False), ("union", True), ("sum", True)])
-def test_the_kernels_select_the_same(new_draft, per_head, make, sources, tokens, combine, sparse):
-    draft, opts = new_draft([20, 33]), per_head(combine, sparse_draft=sparse)
+@COMBINE
+def test_the_kernels_select_the_same(new_draft, per_head, make, sources, tokens, combine):
+    draft, opts = new_draft([20, 33]), per_head(combine)
     capture = make(opts, executor="triton")
     draft.run(capture, [True, True])
     bits, _ = capture.select()
@@ -98,12 +78,8 @@ def test_the_kernels_select_the_same(new_draft, per_head, make, sources, tokens,
 
 
 def test_its_size_is_that_of_its_buffers(per_head, make):
-    """With a sparse draft there is a second ranking, of all three layers and one group."""
     requests, words = 5, 3
     scores = requests * HEADS * (MAX_LEN + 1)  # with their logsumexp
     row = MAX_LEN + words + 1  # mass, bits, their count
     rest = 8 * requests + 4 * (requests + 1)
     assert make(per_head()).nbytes == 4 * (scores + requests * 2 * KV_HEADS * row) + rest
-    both = 4 * (scores + requests * (2 * KV_HEADS * row + 3 * row)) + rest
-    sparse = make(per_head(sparse_draft=True))
-    assert sparse.nbytes == both + sparse.lists.nbytes
