@@ -70,11 +70,15 @@ class SpecAttnOptions(BaseModel):
         try:
             method = methods.find(raw.get("method", methods.DEFAULT))
             paper = methods.published(method) if raw.get("preset") == "paper" else {}
-            return method.options.model_validate({"method": method.name, **paper, **raw})
+            found = method.options.model_validate({"method": method.name, **paper, **raw})
         except ValidationError as error:
             lines = [_explain(problem, method) for problem in error.errors()]
         except ValueError as error:
             lines = [str(error)]
+        else:
+            if isinstance(found, SpecAttnOptions):
+                return found
+            lines = [f"method {method.name!r}: its options are a {type(found).__name__}: make them a SpecAttnOptions"]
         raise OptionsError("specattn options (--additional-config):\n  " + "\n  ".join(lines))
 
     @classmethod

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from pydantic import BaseModel
+
 Drafter = Literal["any", "draft model", "target"]
 Reads = Literal["everything", "draft's choice", "own choice"]
 
@@ -28,7 +30,7 @@ class Method:
     target_reads: Reads
     """What a verification reads. 'draft's choice': what the draft model attended to, by a layer map; 'own choice': what
     the step's own queries choose, layer by layer, through `attach`."""
-    options: type[Any]
+    options: type[BaseModel]
     """Its options, with their defaults: a `SpecAttnOptions` of its own, or one that it shares (`budget.py`). With
     'draft's choice', it is a `ByDraftOptions` (`by_draft.py`)."""
     per_head: bool = False

@@ -25,7 +25,6 @@ def test_chunked_prefill_and_slot_reuse(options, engine, greedy, prompts, audit)
     assert len(audit.owner) <= 3 < len(audit.sparse_rows) + len(audit.dense_rows)
     assert len(audit.sparse_rows) == 8 and sum(audit.sparse_rows.values()) >= 16
     # A map for a fixed budget names a layer that copies: its choice is made with the request's own tokens.
-    assert len(audit.copied_rows) == (8 if "ratio" in options else 0)
 
 
 @METHODS
@@ -38,7 +37,6 @@ def test_prefix_cache_hits(options, engine, greedy, prompts, audit):
     assert hits >= 1024
     assert greedy(llm, prompt, 12) == first
     assert sum(audit.sparse_rows.values()) >= 6
-    assert len(audit.copied_rows) == (3 if "ratio" in options else 0)
 
 
 def test_a_prompt_with_one_token_left_reads_everything(engine, prompts, audit):
@@ -84,7 +82,6 @@ def test_preemption_with_pruning(options, small_pool, engine, greedy, prompts, a
     greedy(llm, prompts(small_pool.lengths), 40)
     assert audit.preemptions > 0
     assert sum(audit.sparse_rows.values()) > 40
-    assert bool(audit.copied_rows) == ("ratio" in options)
 
 
 @METHODS

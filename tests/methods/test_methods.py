@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from pydantic import BaseModel
 
 from specattn_vllm import methods
 from specattn_vllm.methods.budget import AuditedOptions, SketchedDraftOptions
@@ -159,3 +160,13 @@ def test_a_method_may_have_options_that_no_other_has(another):
     assert SpecAttnOptions.parse({"method": "theirs"}).colour == "red"
     with pytest.raises(OptionsError, match="set method to one that has it: theirs"):
         SpecAttnOptions.parse({"method": "vegas", "colour": "blue"})
+
+
+def test_options_that_are_no_options_are_refused(another):
+    class Theirs(BaseModel):
+        method: str
+
+    method = dataclasses.replace(methods.METHODS["dense"], name="theirs", options=Theirs)
+    another(SimpleNamespace(name="theirs", value="pkg:METHOD", load=lambda: method))
+    with pytest.raises(OptionsError, match="'theirs': its options are a Theirs: make them a SpecAttnOptions"):
+        SpecAttnOptions.parse({"method": "theirs"})
