@@ -70,8 +70,9 @@ def read(args, tokenizer) -> tuple[np.ndarray, dict[str, np.ndarray], dict]:
     files = find(args.roots or default_roots())
     held, learnt = [f for f in files if f.held_out], training(files)
     if not learnt or not held:
-        raise SystemExit(f"found {len(learnt)} files to train on and {len(held)} held out: name folders with more text "
-                         "with --roots")  # fmt: skip
+        raise SystemExit(
+            f"found {len(learnt)} files to train on and {len(held)} held out: name folders with more text with --roots"
+        )
     print(f"text: {len(files)} files, {len(learnt)} to train on, {len(held)} held out", flush=True)
     longest = 3 * args.context  # characters of a chat: a token of ordinary text has about three
 
@@ -90,7 +91,12 @@ def read(args, tokenizer) -> tuple[np.ndarray, dict[str, np.ndarray], dict]:
     enough = 4 * args.eval_windows * args.context * 4  # characters of each kind, for windows of several packages
     judged = {kind: capped(by_folder([f for f in held if f.kind == kind], args.seed), enough) for kind in (PROSE, CODE)}
     judged = {kind: stream(of, f"held-out {kind}") for kind, of in documents(judged, enough).items() if of}
-    facts = {"found_files": len(files), "held_out_files": len(held), "files_to_train_on": len(learnt),
-             "documents": {kind: len(of) for kind, of in learning.items()},
-             "packages": sorted({f.package for f in learnt}), "training_tokens": len(tokens)}  # fmt: skip
+    facts = {
+        "found_files": len(files),
+        "held_out_files": len(held),
+        "files_to_train_on": len(learnt),
+        "documents": {kind: len(of) for kind, of in learning.items()},
+        "packages": sorted({f.package for f in learnt}),
+        "training_tokens": len(tokens),
+    }
     return tokens, {kind: found for kind, found in judged.items() if len(found) >= args.context}, facts

@@ -30,8 +30,19 @@ from distil_training import draft_config, principal, train
 from real_model import default_folder
 from train_demo_pair import save_model
 
-TINY = dict(context=128, batch=2, hidden=32, layers=1, heads=1, intermediate=64, warmup=2, eval_windows=2, steps=12,
-            corpus_mb=0.5, rows=64)  # fmt: skip
+TINY = dict(
+    context=128,
+    batch=2,
+    hidden=32,
+    layers=1,
+    heads=1,
+    intermediate=64,
+    warmup=2,
+    eval_windows=2,
+    steps=12,
+    corpus_mb=0.5,
+    rows=64,
+)
 A_STEP = f"expected_tokens_per_step_k{LOOKAHEAD}"
 CARD = """---
 license: apache-2.0
@@ -105,8 +116,19 @@ def parse_args(argv):
     add("--learning-rate", type=float, default=1e-3, help="[%(default)s]")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="[%(default)s]")
     add("--tiny", action="store_true", help="sizes for a test on a CPU")
-    sizes = dict(batch=8, context=4096, layers=6, hidden=320, heads=5, head_dim=64, intermediate=896, warmup=50,
-                 rows=4096, eval_windows=8, seed=0)  # fmt: skip
+    sizes = dict(
+        batch=8,
+        context=4096,
+        layers=6,
+        hidden=320,
+        heads=5,
+        head_dim=64,
+        intermediate=896,
+        warmup=50,
+        rows=4096,
+        eval_windows=8,
+        seed=0,
+    )
     for name, value in sizes.items():
         add("--" + name.replace("_", "-"), type=int, default=value, help="[%(default)s]")
     if "--tiny" in argv:
@@ -146,17 +168,28 @@ def main(argv=None):
     for name in ("tokenizer.json", "tokenizer_config.json"):  # byte for byte the target's
         shutil.copyfile(args.target / name, args.out / name)
     saved = AutoModelForCausalLM.from_pretrained(args.out, dtype=dtype)  # what vLLM will load
-    evaluation = {kind: evaluate(target, saved, judged, args, device, text=f"{kind}, held out", first=first)
-                  for kind, judged in held.items()}  # fmt: skip
-    record = {"target": args.target.resolve().name, "argv": argv, "seed": args.seed, "chat_share": args.chat_share,
-              "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU", "training": run,
-              "evaluation": evaluation, "data": facts,
-              "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                           "transformers": transformers.__version__}}  # fmt: skip
+    evaluation = {
+        kind: evaluate(target, saved, judged, args, device, text=f"{kind}, held out", first=first)
+        for kind, judged in held.items()
+    }
+    record = {
+        "target": args.target.resolve().name,
+        "argv": argv,
+        "seed": args.seed,
+        "chat_share": args.chat_share,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "training": run,
+        "evaluation": evaluation,
+        "data": facts,
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
     write_card(args.out, config, record)
     for kind, found in evaluation.items():
-        print(f"held-out {kind}: same most likely token {found['agreement']:.1%}, "
-              f"{found[A_STEP]} tokens a step")  # fmt: skip
+        print(f"held-out {kind}: same most likely token {found['agreement']:.1%}, {found[A_STEP]} tokens a step")
     print(args.out)
 
 

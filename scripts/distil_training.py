@@ -12,14 +12,31 @@ from transformers import LlamaConfig
 def draft_config(target, args) -> LlamaConfig:
     """The target's vocabulary, positions and special tokens, with the draft's own sizes."""
     if args.hidden > target.hidden_size:
-        raise SystemExit(f"--hidden {args.hidden}: at most the target's {target.hidden_size}, because the draft's "
-                         "embedding starts from the target's")  # fmt: skip
-    same = ("vocab_size", "max_position_embeddings", "rope_parameters", "rms_norm_eps", "bos_token_id", "eos_token_id",
-            "pad_token_id")  # fmt: skip
-    return LlamaConfig(**{name: getattr(target, name) for name in same}, hidden_size=args.hidden,
-                       intermediate_size=args.intermediate, num_hidden_layers=args.layers, head_dim=args.head_dim,
-                       num_attention_heads=args.heads, num_key_value_heads=args.heads, tie_word_embeddings=True,
-                       architectures=["LlamaForCausalLM"], dtype="bfloat16")  # fmt: skip
+        raise SystemExit(
+            f"--hidden {args.hidden}: at most the target's {target.hidden_size}, because the draft's "
+            "embedding starts from the target's"
+        )
+    same = (
+        "vocab_size",
+        "max_position_embeddings",
+        "rope_parameters",
+        "rms_norm_eps",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    )
+    return LlamaConfig(
+        **{name: getattr(target, name) for name in same},
+        hidden_size=args.hidden,
+        intermediate_size=args.intermediate,
+        num_hidden_layers=args.layers,
+        head_dim=args.head_dim,
+        num_attention_heads=args.heads,
+        num_key_value_heads=args.heads,
+        tie_word_embeddings=True,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
 
 
 def principal(embedding: torch.Tensor, size: int) -> torch.Tensor:
@@ -56,8 +73,12 @@ def train(draft, target, stream, first: int, args) -> dict:
     began, device = time.monotonic(), stream.device
     rate = args.learning_rate
     matrices, rest = ([p for p in draft.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-                                  lr=rate, betas=(0.9, 0.95), fused=device.type == "cuda")  # fmt: skip
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=rate,
+        betas=(0.9, 0.95),
+        fused=device.type == "cuda",
+    )
     data, step, window, curve = batches(stream, args.batch, args.context, first, args.seed), 0, [], []
     bar = tqdm(total=100, desc="distilling", bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} {postfix}")
 
@@ -84,6 +105,13 @@ def train(draft, target, stream, first: int, args) -> dict:
     bar.close()
     if window:
         curve.append({"step": step, "kl": round(torch.stack(window).mean().item(), 4)})
-    return {"steps": step, "tokens": step * args.batch * args.context, "seconds": round(time.monotonic() - began, 1),
-            "learning_rate": rate, "batch": args.batch, "context": args.context, "curve": curve,
-            "parameters": sum(p.numel() for p in draft.parameters())}  # fmt: skip
+    return {
+        "steps": step,
+        "tokens": step * args.batch * args.context,
+        "seconds": round(time.monotonic() - began, 1),
+        "learning_rate": rate,
+        "batch": args.batch,
+        "context": args.context,
+        "curve": curve,
+        "parameters": sum(p.numel() for p in draft.parameters()),
+    }

@@ -27,8 +27,17 @@ MODES = {
     "dense": {"method": "dense"},
     "specattn": {"method": "specattn"},
 }
-MODULES = ("argparse.py", "ast.py", "asyncio/base_events.py", "calendar.py", "configparser.py", "dataclasses.py",
-           "inspect.py", "pathlib.py", "typing.py")  # fmt: skip
+MODULES = (
+    "argparse.py",
+    "ast.py",
+    "asyncio/base_events.py",
+    "calendar.py",
+    "configparser.py",
+    "dataclasses.py",
+    "inspect.py",
+    "pathlib.py",
+    "typing.py",
+)
 
 
 class Clock:
@@ -93,8 +102,16 @@ def measure(mode: str, context: int, requests: int, tokens: int, draft_tokens: i
             "additional_config": {"specattn": MODES[mode]},
             "speculative_config": {"model": draft, "num_speculative_tokens": draft_tokens},
         }
-    llm = LLM(target, dtype="float32", enforce_eager=True, max_model_len=8192, max_num_seqs=8,
-              max_num_batched_tokens=2048, distributed_executor_backend="uni", **arguments)  # fmt: skip
+    llm = LLM(
+        target,
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=8192,
+        max_num_seqs=8,
+        max_num_batched_tokens=2048,
+        distributed_executor_backend="uni",
+        **arguments,
+    )
 
     def generate(prompt, n):
         parameters = SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False)
@@ -114,8 +131,12 @@ def measure(mode: str, context: int, requests: int, tokens: int, draft_tokens: i
     seconds = time.perf_counter() - start
     after = counters(llm)
     runner = "V2" if llm.llm_engine.vllm_config.use_v2_model_runner else "V1"
-    result = {"mode": mode, "runner": runner, "tokens_per_second": round(requests * tokens / seconds, 2),
-              "prefill_tokens_per_second": round(requests * context / prefill)}  # fmt: skip
+    result = {
+        "mode": mode,
+        "runner": runner,
+        "tokens_per_second": round(requests * tokens / seconds, 2),
+        "prefill_tokens_per_second": round(requests * context / prefill),
+    }
     if after is not None:
         counts = {name: after[name] - before[name] for name in after}
         result["acceptance_length"] = round(counts["sampled_tokens"] / counts["rounds"], 3)
@@ -196,10 +217,18 @@ def main() -> None:
         results.append({**found[len(found) // 2], "tokens_per_second_range": spread})
     report = {
         **provenance(),
-        "settings": {"context": args.context, "requests": args.requests, "tokens": args.tokens, "batch": 1,
-                     "draft_tokens": args.draft_tokens, "repeats": args.repeats, "dtype": "float32", "temperature": 0},
+        "settings": {
+            "context": args.context,
+            "requests": args.requests,
+            "tokens": args.tokens,
+            "batch": 1,
+            "draft_tokens": args.draft_tokens,
+            "repeats": args.repeats,
+            "dtype": "float32",
+            "temperature": 0,
+        },
         "results": results,
-    }  # fmt: skip
+    }
     if args.out:
         args.out.write_text(json.dumps(report, indent=2) + "\n")
     else:

@@ -53,12 +53,17 @@ class Conversation:
         if not known or self.choose.random() < 0.5:
             cut = len(lines) * 2 // 3
             begin, rest = "\n".join(lines[:cut]), "\n".join(lines[cut:])
-            self.ask(f"This is from {file.name}:\n\n{quoted(begin, file.kind)}\n\nHow does it go on?",
-                     quoted(rest, file.kind))  # fmt: skip
+            self.ask(
+                f"This is from {file.name}:\n\n{quoted(begin, file.kind)}\n\nHow does it go on?",
+                quoted(rest, file.kind),
+            )
         else:
             line = lines[self.choose.choice(known)].strip()
-            self.ask(f"This is from {file.name}:\n\n{quoted(part, file.kind)}\n\nQuote the line that begins with "
-                     f"\"{' '.join(line.split()[:3])}\".", quoted(line, file.kind))  # fmt: skip
+            self.ask(
+                f"This is from {file.name}:\n\n{quoted(part, file.kind)}\n\nQuote the line that begins with "
+                f'"{" ".join(line.split()[:3])}".',
+                quoted(line, file.kind),
+            )
         self.shown.append((file, part))
 
     def recall(self):
@@ -67,11 +72,15 @@ class Conversation:
         lines, known = part.split("\n"), telling_lines(part)
         if known and self.choose.random() < 0.7:
             at = self.choose.choice(known)
-            self.ask(f"In {file.name}, what comes right after the line \"{lines[at].strip()}\"?",
-                     quoted("\n".join(lines[at + 1 : at + 5]), file.kind))  # fmt: skip
+            self.ask(
+                f'In {file.name}, what comes right after the line "{lines[at].strip()}"?',
+                quoted("\n".join(lines[at + 1 : at + 5]), file.kind),
+            )
         else:
-            self.ask(f"Repeat the part of {file.name} that begins with \"{' '.join(part.split()[:WORDS])}\".",
-                     quoted(part, file.kind))  # fmt: skip
+            self.ask(
+                f'Repeat the part of {file.name} that begins with "{" ".join(part.split()[:WORDS])}".',
+                quoted(part, file.kind),
+            )
 
 
 def conversation(files: list[File], long_enough) -> list[dict]:

@@ -17,10 +17,16 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTraine
 # GGUF's names and ours. Those of a layer stand behind `blk.N.` there and behind `model.layers.N.` here.
 WHOLE = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 OF_A_LAYER = {
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
-}  # fmt: skip
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 CONTROL_TOKEN = 3  # in tokenizer.ggml.token_type
 CARD = """---
 license: apache-2.0
@@ -60,16 +66,22 @@ def config_of(fields: dict) -> LlamaConfig:
     hidden, heads = of_model("embedding_length"), of_model("attention.head_count")
     eps = of_model("attention.layer_norm_rms_epsilon")
     return LlamaConfig(
-        vocab_size=len(fields["tokenizer.ggml.tokens"]), hidden_size=hidden, num_hidden_layers=of_model("block_count"),
-        intermediate_size=of_model("feed_forward_length"), num_attention_heads=heads,
+        vocab_size=len(fields["tokenizer.ggml.tokens"]),
+        hidden_size=hidden,
+        num_hidden_layers=of_model("block_count"),
+        intermediate_size=of_model("feed_forward_length"),
+        num_attention_heads=heads,
         num_key_value_heads=of_model("attention.head_count_kv"),
         head_dim=of_model("rope.dimension_count", hidden // heads),
         max_position_embeddings=of_model("context_length"),
         rope_parameters={"rope_type": "default", "rope_theta": of_model("rope.freq_base")},
         rms_norm_eps=float(f"{eps:.6g}"),  # kept in float32 there: 1e-05 would come out as 9.999999747378752e-06
-        bos_token_id=fields["tokenizer.ggml.bos_token_id"], eos_token_id=fields["tokenizer.ggml.eos_token_id"],
-        pad_token_id=fields["tokenizer.ggml.padding_token_id"], architectures=["LlamaForCausalLM"], dtype="bfloat16",
-    )  # fmt: skip
+        bos_token_id=fields["tokenizer.ggml.bos_token_id"],
+        eos_token_id=fields["tokenizer.ggml.eos_token_id"],
+        pad_token_id=fields["tokenizer.ggml.padding_token_id"],
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
 
 
 def our_name(name: str) -> str:
@@ -139,8 +151,10 @@ def check_loads(folder: Path, tokenizer):
     again = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ids, wanted = again(probe).input_ids, tokenizer(probe).input_ids
     if ids != wanted or again.decode(ids) != probe or again.chat_template != tokenizer.chat_template:
-        raise SystemExit(f"the tokenizer in {folder} does not load as it was saved (transformers "
-                         f"{version('transformers')}): use the one that scripts/lib/setup.sh installs")  # fmt: skip
+        raise SystemExit(
+            f"the tokenizer in {folder} does not load as it was saved (transformers "
+            f"{version('transformers')}): use the one that scripts/lib/setup.sh installs"
+        )
 
 
 def convert(gguf: Path, folder: Path) -> dict:
@@ -161,10 +175,17 @@ def convert(gguf: Path, folder: Path) -> dict:
     tokenizer.save_pretrained(folder, save_jinja_files=False)  # the chat template inside tokenizer_config.json
     check_loads(folder, tokenizer)
     types = sorted({tensor.tensor_type.name for tensor in reader.tensors})
-    card = CARD.format(name=gguf.name.split(".")[0], file=gguf.name, types=", ".join(types),
-                       organization=fields.get("general.organization", "unknown"),
-                       licence=fields.get("general.license", "licence unknown"))  # fmt: skip
+    card = CARD.format(
+        name=gguf.name.split(".")[0],
+        file=gguf.name,
+        types=", ".join(types),
+        organization=fields.get("general.organization", "unknown"),
+        licence=fields.get("general.license", "licence unknown"),
+    )
     (folder / "README.md").write_text(card)
     packages = ("gguf", "numpy", "safetensors", "tokenizers", "torch", "transformers")
-    return {"weights_sha256": digest_of(weights), "tensor_types": types,
-            "versions": {name: version(name) for name in packages}}  # fmt: skip
+    return {
+        "weights_sha256": digest_of(weights),
+        "tensor_types": types,
+        "versions": {name: version(name) for name in packages},
+    }

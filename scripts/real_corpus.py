@@ -95,8 +95,15 @@ def write(out: Path, found, tokenizer) -> list[dict]:
         path.write_text(text, encoding="utf-8")
         tokens = len(tokenizer(text, verbose=False).input_ids)
         sources = [{"file": f.name, "sha256": digest(f.text).hex()} for f in group]
-        records.append({"file": path.relative_to(out).as_posix(), "kind": kind, "tokens": tokens,
-                        "sha256": digest(text).hex(), "made_of": sources})  # fmt: skip
+        records.append(
+            {
+                "file": path.relative_to(out).as_posix(),
+                "kind": kind,
+                "tokens": tokens,
+                "sha256": digest(text).hex(),
+                "made_of": sources,
+            }
+        )
     return records
 
 
@@ -120,8 +127,10 @@ def main(argv=None):
     for kind in (PROSE, CODE, CHAT):
         sizes = [r["tokens"] for r in records if r["kind"] == kind]
         if not sizes:
-            raise SystemExit(f"the held-out text makes no {kind} of {args.tokens:,} tokens: name more --roots, or ask "
-                             "for fewer --tokens")  # fmt: skip
+            raise SystemExit(
+                f"the held-out text makes no {kind} of {args.tokens:,} tokens: name more --roots, or ask "
+                "for fewer --tokens"
+            )
         print(f"{kind}: {len(sizes)} documents of {min(sizes):,} to {max(sizes):,} tokens")
     about = {"model": args.model.name, "tokens": args.tokens, "held_out_one_in": HELD_OUT_ONE_IN, "documents": records}
     (args.out / "texts.json").write_text(json.dumps(about, indent=1) + "\n")

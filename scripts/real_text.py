@@ -14,8 +14,18 @@ from typing import NamedTuple
 from demo_corpus import SKIP_DIRS, digest, long_lines, read_source, site_dirs
 
 PROSE, CODE = "prose", "code"
-SUFFIXES = {".rst": PROSE, ".md": PROSE, ".txt": PROSE, ".py": CODE, ".c": CODE, ".h": CODE, ".cpp": CODE, ".hpp": CODE,
-            ".cu": CODE, ".cuh": CODE}  # fmt: skip
+SUFFIXES = {
+    ".rst": PROSE,
+    ".md": PROSE,
+    ".txt": PROSE,
+    ".py": CODE,
+    ".c": CODE,
+    ".h": CODE,
+    ".cpp": CODE,
+    ".hpp": CODE,
+    ".cu": CODE,
+    ".cuh": CODE,
+}
 SYSTEM = Path("/usr/share")  # manuals of what the system has installed
 HELD_OUT_ONE_IN = 20
 

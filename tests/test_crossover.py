@@ -14,9 +14,11 @@ from specattn_vllm.options import SpecAttnOptions
 @pytest.fixture(autouse=True)
 def measured(monkeypatch):
     crossovers = {
-        "specattn": {"fa3": 9000, "triton": 20000}, "vegas": {"fa3": 700}, "streamingllm": {"fa3": 700},
+        "specattn": {"fa3": 9000, "triton": 20000},
+        "vegas": {"fa3": 700},
+        "streamingllm": {"fa3": 700},
         "sketch": {"fa3": 8000},
-    }  # fmt: skip
+    }
     for name, tokens in crossovers.items():
         monkeypatch.setitem(METHODS, name, dataclasses.replace(METHODS[name], crossover=tokens))
     monkeypatch.setitem(METHODS, "dense", dataclasses.replace(METHODS["dense"], draft_crossover={"fa3": 500}))

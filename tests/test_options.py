@@ -20,9 +20,14 @@ def refusal(raw) -> str:
 
 COMMON = {"preset": None, "executor": "auto", "stats_interval_s": 60.0}
 SHARE = COMMON | {
-    "ratio": 0.1, "min_tokens": 128, "max_tokens": None, "max_fraction": 1.0, "sink_tokens": 4, "recent_tokens": 64,
+    "ratio": 0.1,
+    "min_tokens": 128,
+    "max_tokens": None,
+    "max_fraction": 1.0,
+    "sink_tokens": 4,
+    "recent_tokens": 64,
     "crossover_tokens": None,
-}  # fmt: skip
+}
 BUDGET = SHARE | {"rule": None, "top_p": 0.9}
 SPARSE_DRAFT = BUDGET | {"sparse_draft": False, "draft_ratio": None, "sketch_bits": 2}
 BY_DRAFT = BUDGET | {"layer_map": None, "dense_layers": (), "combine": "sum", "audit_share": 0.0}
@@ -308,14 +313,37 @@ def test_a_preset_sets_what_is_not_given(method):
     given = {"method": method}
     plain, preset = (SpecAttnOptions.parse(given | more).model_dump() for more in ({}, {"preset": "paper"}))
     changed = {key: value for key, value in preset.items() if value != plain[key]}
-    assert changed == {"preset": "paper"} | {
-        "specattn": {"rule": "top_p", "top_p": 0.97, "combine": "union", "dense_layers": (0, 1), "min_tokens": 0,
-                     "sink_tokens": 0, "recent_tokens": 0},
-        "sts": {"rule": "top_k", "ratio": 1.0, "max_tokens": 256, "min_tokens": 0, "sink_tokens": 0,
-                "recent_tokens": 0},
-        "vegas": {"rule": "top_k", "ratio": 0.07, "min_tokens": 256, "sink_tokens": 0, "recent_tokens": 0,
-                  "dilation": 0},
-    }[method]  # fmt: skip
+    assert (
+        changed
+        == {"preset": "paper"}
+        | {
+            "specattn": {
+                "rule": "top_p",
+                "top_p": 0.97,
+                "combine": "union",
+                "dense_layers": (0, 1),
+                "min_tokens": 0,
+                "sink_tokens": 0,
+                "recent_tokens": 0,
+            },
+            "sts": {
+                "rule": "top_k",
+                "ratio": 1.0,
+                "max_tokens": 256,
+                "min_tokens": 0,
+                "sink_tokens": 0,
+                "recent_tokens": 0,
+            },
+            "vegas": {
+                "rule": "top_k",
+                "ratio": 0.07,
+                "min_tokens": 256,
+                "sink_tokens": 0,
+                "recent_tokens": 0,
+                "dilation": 0,
+            },
+        }[method]
+    )
 
 
 def test_a_preset_needs_a_method_that_was_published():

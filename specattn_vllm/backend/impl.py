@@ -123,7 +123,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
 
     def _read(
         self, query, kv_cache, md: SpecAttnMetadata, step: SparsePlan | ChoiceStep, page_table, kept, out
-    ) -> None:  # fmt: skip
+    ) -> None:
         """The step's first rows read what their tables list, the rows after them everything."""
         rows, tokens = step.num_rows, step.num_tokens
         lse = None

@@ -17,9 +17,14 @@ class LayerHook(Protocol):
     """What a step's layers are offered to before they attend: to capture their attention, or to attend instead."""
 
     def attend(
-        self, layer_name: str, query: torch.Tensor, kv_cache: torch.Tensor, metadata: SpecAttnMetadata, scale: float,
+        self,
+        layer_name: str,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        metadata: SpecAttnMetadata,
+        scale: float,
         out: torch.Tensor,
-    ) -> bool:  # fmt: skip
+    ) -> bool:
         """query, out [T, Hq, D]; kv_cache [B, H, N, 2D]. Returns whether `out` is filled."""
         ...
 

@@ -127,7 +127,7 @@ def counters_of(runner: Any) -> Counters:
 
 def join(
     runner: Any, options: SpecAttnOptions, operations: Operations, chooser: Chooser, choices: Mapping[str, LayerChoice]
-) -> TargetChoice:  # fmt: skip
+) -> TargetChoice:
     """Give the target's layers, by vLLM's names, their choices, and have each step announced to the chooser.
 
     Called by what `Method.attach` names, once vLLM's model runner has loaded its models."""

@@ -86,12 +86,31 @@ from specattn_vllm.compat.worker import (
 )
 
 __all__ = [
-    "DEFAULT_DRAFT_LENGTH", "SELF_DRAFT_LENGTH", "add_cli_aliases", "add_worker_method", "allow_on_cpu", "apply_all",
-    "attach_to_runner", "capture_twice", "check_engine_config", "check_request", "choose_speculator",
-    "complete_speculation", "count_rounds", "is_ours", "is_ours_in_part", "is_warm_up", "load_backend_member",
-    "mark_dummy_runs", "prepare_cpu_worker", "register_backend", "serve_metrics", "stock_speculator",
-    "watch_new_requests", "watch_steps",
-]  # fmt: skip
+    "DEFAULT_DRAFT_LENGTH",
+    "SELF_DRAFT_LENGTH",
+    "add_cli_aliases",
+    "add_worker_method",
+    "allow_on_cpu",
+    "apply_all",
+    "attach_to_runner",
+    "capture_twice",
+    "check_engine_config",
+    "check_request",
+    "choose_speculator",
+    "complete_speculation",
+    "count_rounds",
+    "is_ours",
+    "is_ours_in_part",
+    "is_warm_up",
+    "load_backend_member",
+    "mark_dummy_runs",
+    "prepare_cpu_worker",
+    "register_backend",
+    "serve_metrics",
+    "stock_speculator",
+    "watch_new_requests",
+    "watch_steps",
+]
 
 
 def apply_all() -> None:

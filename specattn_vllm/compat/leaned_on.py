@@ -100,12 +100,24 @@ LEANED_ON = (
     *(
         f"{STANDALONE}.{attribute}"
         for attribute in (
-            "num_extra_query_per_req", "draft_attn_layer_names", "last_token_indices", "expanded_positions",
-            "expanded_input_ids", "input_buffers", "block_tables", "draft_tokens", "draft_logits", "idx_mapping",
-            "attn_cg_support", "dp_size", "draft_watermarker", "arange_gpu", "current_draft_step",
+            "num_extra_query_per_req",
+            "draft_attn_layer_names",
+            "last_token_indices",
+            "expanded_positions",
+            "expanded_input_ids",
+            "input_buffers",
+            "block_tables",
+            "draft_tokens",
+            "draft_logits",
+            "idx_mapping",
+            "attn_cg_support",
+            "dp_size",
+            "draft_watermarker",
+            "arange_gpu",
+            "current_draft_step",
         )
     ),
-)  # fmt: skip
+)
 """'module:symbol', or 'module:symbol(arguments)': arguments that are given by name, or in this order."""
 
 

@@ -88,16 +88,34 @@ def sparse_attention(
     tokens, query_heads, size = query.shape
     heads, groups = kv_cache.shape[1], page_table.shape[1]
     if groups == 1:
-        _attend(query, token_pages(kv_cache, heads), page_table[:, 0], kept[:, 0], query_start_loc, scale, out,
-                max_query_len, lse)  # fmt: skip
+        _attend(
+            query,
+            token_pages(kv_cache, heads),
+            page_table[:, 0],
+            kept[:, 0],
+            query_start_loc,
+            scale,
+            out,
+            max_query_len,
+            lse,
+        )
         return
     order, starts = _head_major(query_start_loc, tokens, kept.shape[0], heads, max_query_len)
     split = (tokens * heads, query_heads // heads, size)
     folded_out = torch.empty(split, dtype=out.dtype, device=out.device)
     folded_lse = None if lse is None else torch.empty(split[:2], dtype=lse.dtype, device=lse.device)
     folded = query.reshape(split)[order]
-    _attend(folded, token_pages(kv_cache, 1), page_table.flatten(0, 1), kept.flatten(), starts, scale, folded_out,
-            max_query_len, folded_lse)  # fmt: skip
+    _attend(
+        folded,
+        token_pages(kv_cache, 1),
+        page_table.flatten(0, 1),
+        kept.flatten(),
+        starts,
+        scale,
+        folded_out,
+        max_query_len,
+        folded_lse,
+    )
     # Row i of the folded result is row order[i] of (token, head).
     out.view(split).index_copy_(0, order, folded_out)
     if lse is not None:

@@ -28,9 +28,11 @@ class ShareOptions(SpecAttnOptions):
 
     ratio: float = ratio_field(0.1)
     min_tokens: int = Field(
-        128, ge=0, le=INT32,
+        128,
+        ge=0,
+        le=INT32,
         description="Floor on kept tokens, sink and recent ones included; `ratio` and `max_fraction` yield to it.",
-    )  # fmt: skip
+    )
     max_tokens: int | None = Field(None, ge=1, le=INT32, description="Cap on kept tokens; none by default.")
     max_fraction: float = for_researchers(
         1.0, gt=0.0, le=1.0, description="Cap on kept tokens as a share of the request's context."
@@ -42,10 +44,12 @@ class ShareOptions(SpecAttnOptions):
         64, ge=0, le=INT32, description="Last tokens of the context that are always kept."
     )
     crossover_tokens: int | None = Field(
-        None, ge=0, le=INT32,
+        None,
+        ge=0,
+        le=INT32,
         description="Context tokens of a batch, summed over its requests, below which everything is read, because "
         "choosing would cost more than it saves. Default: what was measured for the executor, 0 where nothing was.",
-    )  # fmt: skip
+    )
 
     @property
     def fixed_budget(self) -> bool:
@@ -107,10 +111,12 @@ class AuditedOptions(SpecAttnOptions):
     """Of methods whose target reads a part of the context."""
 
     audit_share: float = for_researchers(
-        0.0, ge=0.0, le=1.0,
+        0.0,
+        ge=0.0,
+        le=1.0,
         description="Share of the (layer, request) pairs of each step that read a selection in which the target's "
         "attention mass on what was read is measured, at the cost of one more pass over the keys.",
-    )  # fmt: skip
+    )
 
 
 class SketchedDraftOptions(BudgetOptions):
@@ -118,10 +124,12 @@ class SketchedDraftOptions(BudgetOptions):
 
     sparse_draft: bool = sparse_draft_field(False)
     draft_ratio: float | None = Field(
-        None, gt=0.0, le=1.0,
+        None,
+        gt=0.0,
+        le=1.0,
         description="With `sparse_draft`, share of the context that the draft's own steps keep. Default: as much as "
         "the other options say.",
-    )  # fmt: skip
+    )
     sketch_bits: Literal[1, 2, 4] = for_researchers(
         2, description="Bits of each element of the copy of the keys that is searched."
     )

@@ -15,10 +15,12 @@ class VegasOptions(BudgetOptions):
     """What drafting reads."""
 
     dilation: int | None = for_researchers(
-        None, ge=0, le=MAX_DILATION,
+        None,
+        ge=0,
+        le=MAX_DILATION,
         description="Positions by which attention is spread forward before tokens are chosen: heads that copy move on "
         "by a token a step. Default: K + 1, which covers a round of K draft tokens.",
-    )  # fmt: skip
+    )
 
     def dilation_of(self, draft_tokens: int) -> int:
         """Positions by which attention is spread forward, in rounds of so many draft tokens."""

@@ -76,9 +76,9 @@ def _searched(found: Snapshot) -> Values:
 
 def _bytes_read(found: Snapshot) -> Values:
     read, scanned, sampled = (_entries(found, what) for what in ("read", "scanned", "sampled"))
-    return _by({
-        by: read[by] * cache.entry + (scanned[by] + sampled[by]) * cache.code for by, cache in found.caches.items()
-    })  # fmt: skip
+    return _by(
+        {by: read[by] * cache.entry + (scanned[by] + sampled[by]) * cache.code for by, cache in found.caches.items()}
+    )
 
 
 def _bytes_present(found: Snapshot) -> Values:
@@ -90,34 +90,89 @@ def _audited(found: Snapshot) -> Values:
 
 
 FAMILIES = (
-    Family("specattn:info", "gauge", "What serves: always 1, the labels say it.", INFO,
-           lambda found: {tuple(found.info[label] for label in INFO): 1}),
-    Family("specattn:rounds_total", "counter", "Verifications of drafts: one request in one step.", (),
-           lambda found: _rounds(found, found.counts.rounds)),
-    Family("specattn:sampled_tokens_total", "counter",
-           "Tokens that verifications gave; over rounds, the acceptance length.", (),
-           lambda found: _rounds(found, found.counts.sampled_tokens)),
-    Family("specattn:rows_total", "counter",
-           "Requests in steps of the target: past their prompt, and read a part (sparse) or all (dense) of their KV "
-           "cache, or inside their prompt (prefill).", ("kind",), _rows),
-    Family("specattn:dense_rows_total", "counter", "Rows of kind dense by why they read all of their KV cache.",
-           ("reason",), _dense_rows),
-    Family("specattn:kv_entries_read_total", "counter",
-           "Entries of the KV cache, one for each token, KV head and layer, that were read.", ("by",),
-           lambda found: _by(_entries(found, "read")), every_rank=True),
-    Family("specattn:kv_entries_present_total", "counter",
-           "Entries of the KV cache that would have been read without a selection.", ("by",),
-           lambda found: _by(_entries(found, "full")), every_rank=True),
-    Family("specattn:kv_entries_searched_total", "counter",
-           "Entries of the KV cache whose sketch was searched to choose what is read.", ("by",), _searched,
-           every_rank=True),
-    Family("specattn:kv_bytes_read_total", "counter",
-           "Bytes of the KV cache that were read, with the sketches that were searched and sampled.", ("by",),
-           _bytes_read, every_rank=True),
-    Family("specattn:kv_bytes_present_total", "counter",
-           "Bytes of the KV cache that would have been read without a selection.", ("by",), _bytes_present,
-           every_rank=True),
-    Family("specattn:audit_retained_mass", "histogram",
-           "Share of a query head's attention that the selection held, in the pairs of layer and request that were "
-           "audited.", (), _audited, every_rank=True),
-)  # fmt: skip
+    Family(
+        "specattn:info",
+        "gauge",
+        "What serves: always 1, the labels say it.",
+        INFO,
+        lambda found: {tuple(found.info[label] for label in INFO): 1},
+    ),
+    Family(
+        "specattn:rounds_total",
+        "counter",
+        "Verifications of drafts: one request in one step.",
+        (),
+        lambda found: _rounds(found, found.counts.rounds),
+    ),
+    Family(
+        "specattn:sampled_tokens_total",
+        "counter",
+        "Tokens that verifications gave; over rounds, the acceptance length.",
+        (),
+        lambda found: _rounds(found, found.counts.sampled_tokens),
+    ),
+    Family(
+        "specattn:rows_total",
+        "counter",
+        "Requests in steps of the target: past their prompt, and read a part (sparse) or all (dense) of their KV "
+        "cache, or inside their prompt (prefill).",
+        ("kind",),
+        _rows,
+    ),
+    Family(
+        "specattn:dense_rows_total",
+        "counter",
+        "Rows of kind dense by why they read all of their KV cache.",
+        ("reason",),
+        _dense_rows,
+    ),
+    Family(
+        "specattn:kv_entries_read_total",
+        "counter",
+        "Entries of the KV cache, one for each token, KV head and layer, that were read.",
+        ("by",),
+        lambda found: _by(_entries(found, "read")),
+        every_rank=True,
+    ),
+    Family(
+        "specattn:kv_entries_present_total",
+        "counter",
+        "Entries of the KV cache that would have been read without a selection.",
+        ("by",),
+        lambda found: _by(_entries(found, "full")),
+        every_rank=True,
+    ),
+    Family(
+        "specattn:kv_entries_searched_total",
+        "counter",
+        "Entries of the KV cache whose sketch was searched to choose what is read.",
+        ("by",),
+        _searched,
+        every_rank=True,
+    ),
+    Family(
+        "specattn:kv_bytes_read_total",
+        "counter",
+        "Bytes of the KV cache that were read, with the sketches that were searched and sampled.",
+        ("by",),
+        _bytes_read,
+        every_rank=True,
+    ),
+    Family(
+        "specattn:kv_bytes_present_total",
+        "counter",
+        "Bytes of the KV cache that would have been read without a selection.",
+        ("by",),
+        _bytes_present,
+        every_rank=True,
+    ),
+    Family(
+        "specattn:audit_retained_mass",
+        "histogram",
+        "Share of a query head's attention that the selection held, in the pairs of layer and request that were "
+        "audited.",
+        (),
+        _audited,
+        every_rank=True,
+    ),
+)

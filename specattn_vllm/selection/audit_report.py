@@ -43,8 +43,9 @@ class AuditTotals:
 
     def since(self, earlier: AuditTotals) -> AuditTotals:
         """What came after earlier totals; the largest bound remains that since the start."""
-        changed = {name: getattr(self, name) - getattr(earlier, name)
-                   for name in ("histogram", "pairs", "retained", "bound")}  # fmt: skip
+        changed = {
+            name: getattr(self, name) - getattr(earlier, name) for name in ("histogram", "pairs", "retained", "bound")
+        }
         return replace(self, **changed)
 
     def by_layer(self) -> dict[str, dict[str, float]]:

@@ -35,9 +35,16 @@ class StepCounts:
         self._pending: _Pending | None = None
 
     def begin(
-        self, rows: int, verifies: np.ndarray, exact: np.ndarray, small_batch: bool, prefilling: int,
-        seq_lens: torch.Tensor, query_start_loc: torch.Tensor, chooses: bool,
-    ) -> None:  # fmt: skip
+        self,
+        rows: int,
+        verifies: np.ndarray,
+        exact: np.ndarray,
+        small_batch: bool,
+        prefilling: int,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        chooses: bool,
+    ) -> None:
         """A step of R short rows begins. On the host, [R] bool: those past their prompt, of these the exact ones, and
         how many rows of the whole step are inside their prompt. On the device: seq_lens [R], query_start_loc [R+1].
         Where `chooses` is false, nothing is searched, and all rows read everything."""

@@ -43,9 +43,16 @@ class Chooser:
     """Whether a sketch of the context is read before anything is chosen (`kernels/sketch/`), which is counted apart."""
 
     def __init__(
-        self, counters: Counters, *, layers: int, num_kv_heads: int, max_query_len: int, max_num_reqs: int,
-        reads_all_up_to: int, device: torch.device,
-    ) -> None:  # fmt: skip
+        self,
+        counters: Counters,
+        *,
+        layers: int,
+        num_kv_heads: int,
+        max_query_len: int,
+        max_num_reqs: int,
+        reads_all_up_to: int,
+        device: torch.device,
+    ) -> None:
         """max_query_len: tokens of the longest row that chooses; contexts of up to reads_all_up_to tokens are read
         whole, without a search."""
         new = {"dtype": torch.int32, "device": device}
@@ -115,9 +122,15 @@ class LayerChoice:
         """vLLM is about to allocate the cache anew: no view of the one before may be left."""
 
     def select(
-        self, step: ChoiceStep, query: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor,
-        seq_lens: torch.Tensor, query_start_loc: torch.Tensor, scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        self,
+        step: ChoiceStep,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the step's rows read of this layer, for each KV head: page table [R, H, width] int32, and kept [R, H]
         int32, which is written into `Chooser.kept` too. A page is one token's entry of one head: block, head and offset
         times `selection.pages.page_strides(kv_cache)`. The tokens of the step itself come last, in order.

@@ -118,9 +118,14 @@ def prepare_drafting(
 
     def allocate(device: torch.device) -> Sketch:
         return Sketch(
-            speculator.operations, draft_budget_of(options), options.sketch_bits, shape, speculator.counters, device,
+            speculator.operations,
+            draft_budget_of(options),
+            options.sketch_bits,
+            shape,
+            speculator.counters,
+            device,
             steps_ahead=speculator.num_speculative_steps - 1,
-        )  # fmt: skip
+        )
 
     refuse_if_too_large(allocate(torch.device("meta")).nbytes, speculator)
     sketch = allocate(speculator.device)

@@ -103,18 +103,49 @@ class LayerSketch(LayerChoice):
         ends = (budget.sink, budget.recent)
         batch = (query_start_loc, seq_lens)
         operations.prepare_queries(
-            query, *batch, dense, sketch.heard[:rows], block_table, codes, scales, sketch.rotation, scale,
-            step.max_query_len, budget.reads_all_up_to, packed, factors, histogram,
-        )  # fmt: skip
+            query,
+            *batch,
+            dense,
+            sketch.heard[:rows],
+            block_table,
+            codes,
+            scales,
+            sketch.rotation,
+            scale,
+            step.max_query_len,
+            budget.reads_all_up_to,
+            packed,
+            factors,
+            histogram,
+        )
         operations.score_tokens(
-            packed, factors, *batch, dense, block_table, codes, scales, *ends, budget.reads_all_up_to, scores,
-            histogram, chunks,
-        )  # fmt: skip
+            packed,
+            factors,
+            *batch,
+            dense,
+            block_table,
+            codes,
+            scales,
+            *ends,
+            budget.reads_all_up_to,
+            scores,
+            histogram,
+            chunks,
+        )
         if self.index == 0 and budget.shared == "layers":
             operations.carry_thresholds(*batch, *carried, budget)
         operations.cut_scores(histogram, chunks, *batch, dense, scores, *carried, budget, cuts, starts)
         operations.list_pages(
-            scores, cuts, starts, *batch, block_table, kv_cache.shape[2], self.page_strides, *ends, sketch.ahead,
-            page_table, kept,
-        )  # fmt: skip
+            scores,
+            cuts,
+            starts,
+            *batch,
+            block_table,
+            kv_cache.shape[2],
+            self.page_strides,
+            *ends,
+            sketch.ahead,
+            page_table,
+            kept,
+        )
         return page_table, kept

@@ -43,9 +43,16 @@ class RoundInputs:
         self.seeds = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
         buffers = self.buffers
         self._held = Round(
-            buffers.input_ids, buffers.positions, buffers.seq_lens, self.idx_mapping, self.num_sampled,
-            self.num_rejected, self.last_sampled, self.temperature, self.seeds,
-        )  # fmt: skip
+            buffers.input_ids,
+            buffers.positions,
+            buffers.seq_lens,
+            self.idx_mapping,
+            self.num_sampled,
+            self.num_rejected,
+            self.last_sampled,
+            self.temperature,
+            self.seeds,
+        )
         # Executors differ in attention alone.
         self._load_round = executors.resolve("triton" if device.type == "cuda" else "torch", device).load_round
 
@@ -68,9 +75,16 @@ class RoundInputs:
     def load(self, batch: InputBatch, rows: int, num_sampled, num_rejected, last_sampled, temperature, seeds) -> None:
         """Copy a step's inputs in, for a graph of `rows` rows, in stream order."""
         given = Round(
-            batch.input_ids, batch.positions, batch.seq_lens, batch.idx_mapping, num_sampled, num_rejected,
-            last_sampled.view(-1), temperature, seeds,
-        )  # fmt: skip
+            batch.input_ids,
+            batch.positions,
+            batch.seq_lens,
+            batch.idx_mapping,
+            num_sampled,
+            num_rejected,
+            last_sampled.view(-1),
+            temperature,
+            seeds,
+        )
         self._load_round(given, self._held, batch.num_reqs, rows, self.query_len)
 
 

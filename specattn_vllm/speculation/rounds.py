@@ -47,8 +47,18 @@ class RoundSpeculator(compat.stock_speculator()):
         self.reporter = Reporter(self.counters, self.options.stats_interval_s, logs=first)
         self.selection: Any = None
 
-    def _round(self, batch: InputBatch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states,
-               num_sampled: torch.Tensor, *args, recording: bool, **kwargs) -> torch.Tensor:  # fmt: skip
+    def _round(
+        self,
+        batch: InputBatch,
+        attn_metadata,
+        slot_mappings,
+        last_hidden_states,
+        aux_hidden_states,
+        num_sampled: torch.Tensor,
+        *args,
+        recording: bool,
+        **kwargs,
+    ) -> torch.Tensor:
         """Draft for a batch, arguments as upstream's `propose`. Runs as it is or under CUDA graph capture: then every
         argument lies in `RoundInputs`."""
         raise NotImplementedError
@@ -107,13 +117,37 @@ class RoundSpeculator(compat.stock_speculator()):
     def _captured(self, given: RoundInputs, recording: bool) -> Callable[[InputBatch], Any]:
         """A round on inputs that last."""
         return lambda batch: self._round(
-            batch, {}, {}, None, None, given.num_sampled[: batch.num_reqs], given.num_rejected[: batch.num_reqs],
-            given.last_sampled, None, given.temperature, given.seeds, recording=recording,
-        )  # fmt: skip
+            batch,
+            {},
+            {},
+            None,
+            None,
+            given.num_sampled[: batch.num_reqs],
+            given.num_rejected[: batch.num_reqs],
+            given.last_sampled,
+            None,
+            given.temperature,
+            given.seeds,
+            recording=recording,
+        )
 
-    def propose(self, input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
-                num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, *args, dummy_run: bool = False,
-                **kwargs) -> torch.Tensor:  # fmt: skip
+    def propose(
+        self,
+        input_batch,
+        attn_metadata,
+        slot_mappings,
+        last_hidden_states,
+        aux_hidden_states,
+        num_sampled,
+        num_rejected,
+        last_sampled,
+        next_prefill_tokens,
+        temperature,
+        seeds,
+        *args,
+        dummy_run: bool = False,
+        **kwargs,
+    ) -> torch.Tensor:
         # A dummy batch names slots of real requests: nothing of it may be stored or counted.
         recording = not dummy_run and self._records(input_batch)
         graphs = None if dummy_run else self._graphs(recording)
@@ -124,10 +158,22 @@ class RoundSpeculator(compat.stock_speculator()):
             drafts = self.draft_tokens[: input_batch.num_reqs]
         else:
             drafts = self._round(
-                input_batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled,
-                num_rejected, last_sampled, next_prefill_tokens, temperature, seeds, *args, dummy_run=dummy_run,
-                recording=recording, **kwargs,
-            )  # fmt: skip
+                input_batch,
+                attn_metadata,
+                slot_mappings,
+                last_hidden_states,
+                aux_hidden_states,
+                num_sampled,
+                num_rejected,
+                last_sampled,
+                next_prefill_tokens,
+                temperature,
+                seeds,
+                *args,
+                dummy_run=dummy_run,
+                recording=recording,
+                **kwargs,
+            )
         if dummy_run:
             self.counters.discard()
         else:

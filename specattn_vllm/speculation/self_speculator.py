@@ -52,10 +52,26 @@ class SelfSpeculator(RoundSpeculator):
             )
         self.selection.attach(target_attn_groups)
 
-    def _round(self, batch: InputBatch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states,
-               num_sampled: torch.Tensor, num_rejected: torch.Tensor, last_sampled: torch.Tensor, next_prefill_tokens,
-               temperature: torch.Tensor, seeds: torch.Tensor, *, recording: bool, dp_sync_state=None,
-               dummy_run: bool = False, skip_attn_for_dummy_run: bool = False, **kwargs) -> torch.Tensor:  # fmt: skip
+    def _round(
+        self,
+        batch: InputBatch,
+        attn_metadata,
+        slot_mappings,
+        last_hidden_states,
+        aux_hidden_states,
+        num_sampled: torch.Tensor,
+        num_rejected: torch.Tensor,
+        last_sampled: torch.Tensor,
+        next_prefill_tokens,
+        temperature: torch.Tensor,
+        seeds: torch.Tensor,
+        *,
+        recording: bool,
+        dp_sync_state=None,
+        dummy_run: bool = False,
+        skip_attn_for_dummy_run: bool = False,
+        **kwargs,
+    ) -> torch.Tensor:
         """K decoding steps of the target; against a selection in a recording round, else against everything."""
         rows = batch.num_reqs
         self._copy_request_inputs(rows, batch.idx_mapping, temperature, seeds, dummy_run=dummy_run)
@@ -80,9 +96,14 @@ class SelfSpeculator(RoundSpeculator):
             )
             self.current_draft_step.fill_(step)
             tokens = self.sample_draft(
-                hidden_states[:rows], self.input_buffers.positions[:rows], self.idx_mapping[:rows], self.temperature,
-                self.seeds, self.current_draft_step, self.draft_logits,
-            )  # fmt: skip
+                hidden_states[:rows],
+                self.input_buffers.positions[:rows],
+                self.idx_mapping[:rows],
+                self.temperature,
+                self.seeds,
+                self.current_draft_step,
+                self.draft_logits,
+            )
             self.draft_tokens[:rows, step] = tokens
         return self.draft_tokens[:rows]
 

@@ -41,8 +41,18 @@ class SketchSpeculator(RoundSpeculator):
             self.options.sketch_bits,
         )
 
-    def _round(self, batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args,
-               recording: bool, **kwargs) -> torch.Tensor:  # fmt: skip
+    def _round(
+        self,
+        batch,
+        attn_metadata,
+        slot_mappings,
+        last_hidden_states,
+        aux_hidden_states,
+        num_sampled,
+        *args,
+        recording: bool,
+        **kwargs,
+    ) -> torch.Tensor:
         """Upstream's `propose`, with its steps marked."""
         self._recording = recording
         try:

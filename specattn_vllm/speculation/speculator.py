@@ -77,8 +77,18 @@ class SpecAttnSpeculator(RoundSpeculator):
     def _step_in(self, batch: InputBatch) -> None:
         self.selection.store.step_aside(batch.idx_mapping_np, False)
 
-    def _round(self, batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args,
-               recording: bool, **kwargs) -> torch.Tensor:  # fmt: skip
+    def _round(
+        self,
+        batch,
+        attn_metadata,
+        slot_mappings,
+        last_hidden_states,
+        aux_hidden_states,
+        num_sampled,
+        *args,
+        recording: bool,
+        **kwargs,
+    ) -> torch.Tensor:
         """Upstream's `propose`, with its attention captured and a selection stored."""
         self._recording = recording
         if recording:

@@ -59,9 +59,15 @@ def configure(models):
     from vllm.engine.arg_utils import EngineArgs
 
     def make(
-        target="target", draft="draft", options=None, backend="specattn", spec=None, others=None, bare=False,
+        target="target",
+        draft="draft",
+        options=None,
+        backend="specattn",
+        spec=None,
+        others=None,
+        bare=False,
         **arguments,
-    ):  # fmt: skip
+    ):
         ours = not bare and (options is not None or backend == "specattn")
         given = {"specattn": {"method": "specattn"} | (options or {})} if ours else {}
         if draft is not None:

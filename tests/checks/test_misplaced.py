@@ -12,9 +12,15 @@ from specattn_vllm.misplaced import resembles
 from specattn_vllm.options import OptionsError, owners, refuse_misplaced
 
 NEAR = [
-    "spec_attn", "spec-attn", "SpecAttn", "specatn", "specattn_vllm", "specattn-vllm", "specattn.method",
+    "spec_attn",
+    "spec-attn",
+    "SpecAttn",
+    "specatn",
+    "specattn_vllm",
+    "specattn-vllm",
+    "specattn.method",
     "spec_attention",
-]  # fmt: skip
+]
 OTHERS = ["another_plugin", "sparse_attn", "speculation", "spec", "attn", "kda_prefill_backend", "refresh", 1]
 
 

@@ -105,10 +105,13 @@ def test_the_shorthand_goes_by_the_backend_however_it_is_named(models, backend):
 
 @pytest.mark.parametrize(
     "given",
-    [{"spec_tokens": 3}, {"speculative_config": {"num_speculative_tokens": 3}},
-     {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 3}}],
+    [
+        {"spec_tokens": 3},
+        {"speculative_config": {"num_speculative_tokens": 3}},
+        {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 3}},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_what_is_given_about_drafts_is_kept(models, given):
     arguments = dict(model=models["target"], additional_config={"specattn": {"method": "vegas"}})
     spec = completed(arguments | given | {"attention_backend": "specattn"})
@@ -134,8 +137,10 @@ def test_other_methods_are_given_no_draft_model(options):
 @pytest.mark.parametrize("backend", [None, "TRITON_ATTN"])
 def test_other_backends_are_given_nothing(backend):
     asked = EngineArgs(
-        model="target", attention_backend=backend, spec_model="draft",
+        model="target",
+        attention_backend=backend,
+        spec_model="draft",
         additional_config={"specattn": {"method": "vegas"}},
-    )  # fmt: skip
+    )
     compat.complete_speculation(asked)
     assert (asked.spec_model, asked.spec_tokens, asked.spec_method) == ("draft", None, None)

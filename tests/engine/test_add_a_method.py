@@ -60,11 +60,21 @@ def test_it_is_evaluated(random_tokens, demo_pair, prompts, tmp_path):
         ("random", {"method": "random", "ratio": 0.3, "min_tokens": 0}),
     ):
         job = Job(
-            setting=Setting(name=name, options=options), target=demo_pair[0], draft=demo_pair[1],
-            models={"target": {"name": "target"}, "draft": {"name": "draft"}}, draft_tokens=4, device="cpu",
-            dtype="float32", engine_options={"max_num_seqs": 2}, batch=2, context=300, positions=10, free_tokens=8,
-            documents=documents, record_kept=False,
-        )  # fmt: skip
+            setting=Setting(name=name, options=options),
+            target=demo_pair[0],
+            draft=demo_pair[1],
+            models={"target": {"name": "target"}, "draft": {"name": "draft"}},
+            draft_tokens=4,
+            device="cpu",
+            dtype="float32",
+            engine_options={"max_num_seqs": 2},
+            batch=2,
+            context=300,
+            positions=10,
+            free_tokens=8,
+            documents=documents,
+            record_kept=False,
+        )
         found[name] = evaluation.run(job, tmp_path).result
     assert found["random"].forced["sparse_rows"] > 0
     assert found["random"].documents[0].kl > found["dense"].documents[0].kl + 0.01

@@ -74,9 +74,18 @@ def tokens_a_round():
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize(("target", "speculation", "expected_tokens"), DRAFTERS)
 def test_tokens_equal_plain_decoding(
-    options, target, speculation, expected_tokens, engine, greedy, tiny_model, random_prompts, known, tokens_a_round,
+    options,
+    target,
+    speculation,
+    expected_tokens,
+    engine,
+    greedy,
+    tiny_model,
+    random_prompts,
+    known,
+    tokens_a_round,
     counts,
-):  # fmt: skip
+):
     if target not in known:
         known[target] = greedy(engine(None, target=tiny_model(target), **SHAPE), random_prompts, DIFFERENT)
     if "model" in speculation:

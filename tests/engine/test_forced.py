@@ -25,14 +25,23 @@ CONTEXT, POSITIONS, STEPS = 330, 33, 4  # positions are no whole number of round
 FREE = 12  # tokens of a run that nothing leads
 SINK, RECENT, RATIO = 4, 16, 0.1
 PRUNED = {
-    "method": "specattn", "rule": "top_k", "ratio": RATIO, "min_tokens": 0, "sink_tokens": SINK,
-    "recent_tokens": RECENT, "combine": "sum",
-}  # fmt: skip
+    "method": "specattn",
+    "rule": "top_k",
+    "ratio": RATIO,
+    "min_tokens": 0,
+    "sink_tokens": SINK,
+    "recent_tokens": RECENT,
+    "combine": "sum",
+}
 
 # A target that drafts for itself, from the first and the last tokens: no attention to compute.
 WINDOW = {
-    "method": "streamingllm", "ratio": RATIO, "min_tokens": 0, "sink_tokens": SINK, "recent_tokens": RECENT,
-}  # fmt: skip
+    "method": "streamingllm",
+    "ratio": RATIO,
+    "min_tokens": 0,
+    "sink_tokens": SINK,
+    "recent_tokens": RECENT,
+}
 
 
 def keep(mass: list[float], ratio: float) -> list[bool]:
@@ -222,8 +231,10 @@ def test_figures_are_those_of_plain_pytorch(demo_pair, prompts, tmp_path):
         dense, pruned, *_ = expected[number]
         by_draft, by_itself = drafting(demo_pair, text)
         for name, target, draft in (
-            ("dense", dense, by_draft), ("pruned", pruned, by_draft), ("own drafts", dense, by_itself)
-        ):  # fmt: skip
+            ("dense", dense, by_draft),
+            ("pruned", pruned, by_draft),
+            ("own drafts", dense, by_itself),
+        ):
             told = runs[name].acceptance.results()[number]
             rounds = target.unflatten(0, (-1, STEPS + 1))[:, :STEPS].float()
             overlap, tokens, greedy = acceptance(rounds, draft)

@@ -59,10 +59,17 @@ def _sample(llm, prompt: list[int], penalty: float) -> Counter:
     from vllm import SamplingParams
 
     each = [
-        SamplingParams(temperature=1.0, top_k=TOP_K, frequency_penalty=penalty, seed=seed, max_tokens=TOKENS,
-                       ignore_eos=True, detokenize=False)
+        SamplingParams(
+            temperature=1.0,
+            top_k=TOP_K,
+            frequency_penalty=penalty,
+            seed=seed,
+            max_tokens=TOKENS,
+            ignore_eos=True,
+            detokenize=False,
+        )
         for seed in range(REQUESTS)
-    ]  # fmt: skip
+    ]
     outputs = llm.generate([{"prompt_token_ids": prompt}] * REQUESTS, each, use_tqdm=False)
     return Counter(tuple(output.outputs[0].token_ids) for output in outputs)
 

@@ -134,9 +134,14 @@ def test_page_tables_per_head_equal_the_oracle(combine, engine, greedy, prompts,
     path.write_text(json.dumps({**shipped, "method": "sts", "heads": heads}))
     oracle = Oracle(combine, 1.0, monkeypatch, ratio=0.125)
     options = {
-        "method": "sts", "ratio": 0.125, "combine": combine, "sink_tokens": SINK, "recent_tokens": RECENT,
-        "min_tokens": 0, "layer_map": str(path),
-    }  # fmt: skip
+        "method": "sts",
+        "ratio": 0.125,
+        "combine": combine,
+        "sink_tokens": SINK,
+        "recent_tokens": RECENT,
+        "min_tokens": 0,
+        "layer_map": str(path),
+    }
     llm = engine(options, num_speculative_tokens=STEPS)
     greedy(llm, prompts([20, 130, 700, 1300]), 12)
     assert oracle.checked > 100 and oracle.pruned >= 80
@@ -158,8 +163,12 @@ def _by_layer(pruner) -> dict[int, int]:
 def test_page_tables_equal_the_oracle(combine, engine, greedy, prompts, monkeypatch, counts):
     oracle = Oracle(combine, 0.8, monkeypatch)
     options = {
-        "top_p": 0.8, "combine": combine, "sink_tokens": SINK, "recent_tokens": RECENT, "min_tokens": FLOOR,
-    }  # fmt: skip
+        "top_p": 0.8,
+        "combine": combine,
+        "sink_tokens": SINK,
+        "recent_tokens": RECENT,
+        "min_tokens": FLOOR,
+    }
     llm = engine(options, num_speculative_tokens=STEPS)
     greedy(llm, prompts([20, 130, 700, 1300]), 12)
     assert oracle.checked > 20 and oracle.pruned >= 16

@@ -36,11 +36,18 @@ class Server:
             self.port = probe.getsockname()[1]
         self.log = log
         command = [
-            str(ROOT / "scripts" / "serve"), "--host", "127.0.0.1", "--port", str(self.port),
+            str(ROOT / "scripts" / "serve"),
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
             # Two at a time, and the engine of a test beside them, have to fit on one GPU.
-            "--gpu-memory-utilization", "0.3", "--additional-config.specattn.stats_interval_s", str(interval),
+            "--gpu-memory-utilization",
+            "0.3",
+            "--additional-config.specattn.stats_interval_s",
+            str(interval),
             *arguments,
-        ]  # fmt: skip
+        ]
         # The environment that runs this test is the one to serve from.
         environment = {**os.environ, "SPECATTN_VENV": sys.prefix, "VLLM_LOGGING_LEVEL": "INFO"}
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
@@ -277,9 +284,12 @@ def test_other_methods_are_served_alike(method, tmp_path, demo_pair, prompts, pl
         def ask(n: int) -> list[list[int]]:
             """Both prompts in one request."""
             made = client.completions.create(
-                model="demo", prompt=[p["prompt_token_ids"] for p in given], max_tokens=n, temperature=0,
+                model="demo",
+                prompt=[p["prompt_token_ids"] for p in given],
+                max_tokens=n,
+                temperature=0,
                 extra_body={"ignore_eos": True, "return_token_ids": True},
-            )  # fmt: skip
+            )
             return [choice.token_ids for choice in sorted(made.choices, key=lambda choice: choice.index)]
 
         made = ask(NEW_TOKENS)

@@ -57,9 +57,18 @@ def test_a_graph_s_full_batch_counts_rows_that_have_no_tokens():
 
 
 def attend(
-    q, k, v, out, cu_seqlens_q, max_seqlen_q, seqused_k, max_seqlen_k, softmax_scale, block_table,
+    q,
+    k,
+    v,
+    out,
+    cu_seqlens_q,
+    max_seqlen_q,
+    seqused_k,
+    max_seqlen_k,
+    softmax_scale,
+    block_table,
     return_softmax_lse=False,
-):  # fmt: skip
+):
     """Causal attention over pages [P, N, H, D] as `flash_attn_varlen_func` does it, for fa_version=3, causal=True."""
     assert k.shape == v.shape and k.shape[3] == q.shape[2]
     # A zero stride is refused by the tensor memory accelerator.

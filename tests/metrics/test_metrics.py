@@ -33,10 +33,19 @@ CACHES = {"verification": Cache(512, 34), "drafting": Cache(256)}
 
 def made(**given) -> Snapshot:
     info = {label: f"a {label}" for label in INFO}
-    return Snapshot(**{
-        "engine": 0, "rank": 0, "pid": os.getpid(), "info": info, "rows": "own choice", "drafts": True,
-        "caches": CACHES, "counts": COUNTS, **given,
-    })  # fmt: skip
+    return Snapshot(
+        **{
+            "engine": 0,
+            "rank": 0,
+            "pid": os.getpid(),
+            "info": info,
+            "rows": "own choice",
+            "drafts": True,
+            "caches": CACHES,
+            "counts": COUNTS,
+            **given,
+        }
+    )
 
 
 @pytest.fixture
@@ -122,8 +131,9 @@ def test_bytes_are_those_of_evaluations(served, bits):
     """In 16 bits; docs/evaluation.md has the formula."""
     layout = SketchLayout(heads=2, block_size=16, head_size=64, bits=bits, element_size=2)
     seen = served(made(caches={"verification": Cache(layout.kv_bytes, layout.token_bytes)}))
-    read, there = (seen[f"specattn:kv_bytes_{what}_total", ("by", "verification"), ("rank", "0")]
-                   for what in ("read", "present"))  # fmt: skip
+    read, there = (
+        seen[f"specattn:kv_bytes_{what}_total", ("by", "verification"), ("rank", "0")] for what in ("read", "present")
+    )
     assert read / there == pytest.approx(scan.byte_fraction(COUNTS, scan.of_sketch(bits, 64)))
 
 

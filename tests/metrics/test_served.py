@@ -37,11 +37,33 @@ class Server:
         # Not in pytest's folder: a Unix socket's path has at most 107 characters, of which vLLM needs 37.
         self.temporary = Path(tempfile.mkdtemp(prefix="served-"))
         command = [
-            sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", str(demo_folder("target")),
-            "--attention-backend", "specattn", "--served-model-name", "demo", "--max-model-len", "2048", "--dtype",
-            "float32", "--enforce-eager", "--max-num-seqs", "4", "--max-num-batched-tokens", "2048", "--host",
-            "127.0.0.1", "--port", str(self.port), "--gpu-memory-utilization", "0.3", *arguments,
-        ]  # fmt: skip
+            sys.executable,
+            "-P",
+            "-m",
+            "vllm.entrypoints.cli.main",
+            "serve",
+            str(demo_folder("target")),
+            "--attention-backend",
+            "specattn",
+            "--served-model-name",
+            "demo",
+            "--max-model-len",
+            "2048",
+            "--dtype",
+            "float32",
+            "--enforce-eager",
+            "--max-num-seqs",
+            "4",
+            "--max-num-batched-tokens",
+            "2048",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+            "--gpu-memory-utilization",
+            "0.3",
+            *arguments,
+        ]
         # The development mode has the calls of workers by which the numbers are checked.
         environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "TMPDIR": str(self.temporary)}
         environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
@@ -70,9 +92,14 @@ class Server:
 
     def complete(self, length: int, **extra) -> None:
         self.ask(
-            "/v1/completions", model="demo", prompt=list(range(5, 5 + length)), max_tokens=24, temperature=0,
-            ignore_eos=True, **extra,
-        )  # fmt: skip
+            "/v1/completions",
+            model="demo",
+            prompt=list(range(5, 5 + length)),
+            max_tokens=24,
+            temperature=0,
+            ignore_eos=True,
+            **extra,
+        )
 
     def counts(self) -> list[Counts]:
         """By rank, as the workers say."""

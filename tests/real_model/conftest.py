@@ -48,10 +48,18 @@ def write_gguf(path: Path):
     """Writes a random model, its matrices quantised to 4 bits; returns what they stand for, as transformers has it."""
     tokens, merges = vocabulary()
     config = transformers.LlamaConfig(
-        vocab_size=len(tokens), hidden_size=HEADS * HEAD_DIM, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM, max_position_embeddings=4096,
-        rope_parameters={"rope_type": "default", "rope_theta": 1000.0}, rms_norm_eps=1e-5,
-        tie_word_embeddings=True)  # fmt: skip
+        vocab_size=len(tokens),
+        hidden_size=HEADS * HEAD_DIM,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=4096,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config)
     writer = gguf.GGUFWriter(path, "llama")

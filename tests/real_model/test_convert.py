@@ -4,8 +4,14 @@ import pytest
 import torch
 import transformers
 
-OUTPUT = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-          "tokenizer_config.json"}  # fmt: skip
+OUTPUT = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+}
 
 
 def test_the_converted_model_computes_what_the_quantised_weights_stand_for(packed, target):
@@ -43,10 +49,13 @@ def test_the_digest_is_of_values_not_of_the_file(script):
     assert len({found, *map(digest_of, others)}) == 4
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    ({"general.architecture": "qwen2"}, "only Llama models are converted here, and this is a qwen2"),
-    ({"llama.block_count": None}, r"does not say llama\.block_count"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"general.architecture": "qwen2"}, "only Llama models are converted here, and this is a qwen2"),
+        ({"llama.block_count": None}, r"does not say llama\.block_count"),
+    ],
+)
 def test_another_model_is_refused(script, packed, change, message):
     fields = {name: field.contents() for name, field in script("gguf").GGUFReader(packed.gguf).fields.items()}
     with pytest.raises(SystemExit, match=message):

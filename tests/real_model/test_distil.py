@@ -8,14 +8,30 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-OUTPUT = {"README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
-          "tokenizer_config.json", "training.json"}  # fmt: skip
+OUTPUT = {
+    "README.md",
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "training.json",
+}
 
 
 def llama(hidden: int):
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=97, hidden_size=hidden, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, head_dim=16, tie_word_embeddings=True))  # fmt: skip
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=97,
+            hidden_size=hidden,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=16,
+            tie_word_embeddings=True,
+        )
+    )
 
 
 def test_the_loss_in_parts_has_the_gradients_of_the_whole(script):
@@ -54,8 +70,9 @@ def run(script, texts, target, tmp_path, monkeypatch):
 
     def distil(name, *arguments):
         out = tmp_path / name
-        script("distil_draft").main(["--tiny", "--out", str(out), "--target", str(target), "--roots", str(texts),
-                                     "--device", "cpu", *arguments])  # fmt: skip
+        script("distil_draft").main(
+            ["--tiny", "--out", str(out), "--target", str(target), "--roots", str(texts), "--device", "cpu", *arguments]
+        )
         return out
 
     return distil

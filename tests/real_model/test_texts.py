@@ -14,8 +14,20 @@ TOKENS = 1500
 def corpus(script, texts, target, tmp_path):
     def run(name="texts", *arguments):
         out = tmp_path / name
-        script("real_corpus").main([str(out), "--model", str(target), "--roots", str(texts), "--documents", "2",
-                                    "--tokens", str(TOKENS), *arguments])  # fmt: skip
+        script("real_corpus").main(
+            [
+                str(out),
+                "--model",
+                str(target),
+                "--roots",
+                str(texts),
+                "--documents",
+                "2",
+                "--tokens",
+                str(TOKENS),
+                *arguments,
+            ]
+        )
         return out
 
     return run
@@ -73,15 +85,18 @@ def test_training_leaves_out_what_is_held_out_and_edited_copies_of_it(script, te
     assert {file.name for file in learnt} == {file.name for file in files if not file.held_out}
 
 
-@pytest.mark.parametrize(("name", "text", "kept"), [
-    ("words.txt", "alpha\nbeta\n" * 200, False),  # a list of words
-    ("table.rst", "1 2 3 4 5 6 7 8 9 0 and more\n" * 60, False),
-    ("prose.md", "This line has words enough to be a sentence.\n" * 40, True),
-    ("short.md", "This line has words enough to be a sentence.\n" * 4, False),
-    ("table.py", "DATA = [0x1, 0x2, 0x3, 0x4]\n" * 60, False),
-    ("code.c", "int twice(int value) {\n    return value + value;\n}\n" * 40, True),
-    ("picture.svg", "This line has words enough to be a sentence.\n" * 40, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "text", "kept"),
+    [
+        ("words.txt", "alpha\nbeta\n" * 200, False),  # a list of words
+        ("table.rst", "1 2 3 4 5 6 7 8 9 0 and more\n" * 60, False),
+        ("prose.md", "This line has words enough to be a sentence.\n" * 40, True),
+        ("short.md", "This line has words enough to be a sentence.\n" * 4, False),
+        ("table.py", "DATA = [0x1, 0x2, 0x3, 0x4]\n" * 60, False),
+        ("code.c", "int twice(int value) {\n    return value + value;\n}\n" * 40, True),
+        ("picture.svg", "This line has words enough to be a sentence.\n" * 40, False),
+    ],
+)
 def test_what_counts_as_text(script, tmp_path, name, text, kept):
     (tmp_path / name).write_text(text)
     assert bool(script("real_text").find([tmp_path])) == kept
@@ -95,10 +110,13 @@ def test_metadata_of_a_package_begins_behind_its_fields(script, tmp_path):
     assert (found.kind, found.package, found.text) == ("prose", "some.dist-info", body)
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (("--tokens", "10000000"), "makes no prose of 10,000,000 tokens: name more --roots"),
-    (("--model", "absent"), None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--tokens", "10000000"), "makes no prose of 10,000,000 tokens: name more --roots"),
+        (("--model", "absent"), None),
+    ],
+)
 def test_too_little_text_and_an_absent_model_are_said(corpus, capsys, arguments, message):
     with pytest.raises(SystemExit, match=message):
         corpus("texts", *arguments)

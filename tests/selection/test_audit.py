@@ -247,8 +247,11 @@ def test_the_largest_value_is_that_of_what_was_written():
 
 
 def totals(histogram: torch.Tensor, pairs: list[int], **more) -> AuditTotals:
-    given = {"retained": torch.zeros(len(pairs)).double(), "bound": torch.zeros(len(pairs)).double(),
-             "largest_bound": torch.zeros(len(pairs))} | more  # fmt: skip
+    given = {
+        "retained": torch.zeros(len(pairs)).double(),
+        "bound": torch.zeros(len(pairs)).double(),
+        "largest_bound": torch.zeros(len(pairs)),
+    } | more
     return AuditTotals(tuple(LAYERS[: len(pairs)]), 4, histogram, torch.tensor(pairs), **given)
 
 

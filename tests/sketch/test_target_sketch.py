@@ -20,9 +20,15 @@ from specattn_vllm.stats import Counters
 
 CPU = torch.device("cpu")
 SHAPE = Shape(
-    layers=3, num_heads=4, num_kv_heads=2, head_size=64, dtype=torch.float32, max_query_len=5, max_num_reqs=4,
+    layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_size=64,
+    dtype=torch.float32,
+    max_query_len=5,
+    max_num_reqs=4,
     max_model_len=512,
-)  # fmt: skip
+)
 
 
 @pytest.fixture
@@ -159,8 +165,12 @@ def test_graphs_are_captured_with_and_without_the_search(monkeypatch):
     ours = manager(None)
     ours.capture(model, 2)
     assert ours.seen == [
-        ("PIECEWISE", 8, True), ("FULL", 4, True), ("FULL", 2, True), ("FULL", 4, False), ("FULL", 2, False),
-    ]  # fmt: skip
+        ("PIECEWISE", 8, True),
+        ("FULL", 4, True),
+        ("FULL", 2, True),
+        ("FULL", 4, False),
+        ("FULL", 2, False),
+    ]
     assert ours._capture_descs.keys() == {piecewise, full}
     assert target.captured is None
     assert ours.run_fullgraph(4) == "4 True"
@@ -187,11 +197,12 @@ def test_the_log_line_is_due_once_a_step(announce, target):
         (SimpleNamespace(method="eagle", uses_draft_model=lambda: False), {}, "vLLM's eagle, unchanged"),
         (SimpleNamespace(uses_draft_model=lambda: True, method="draft_model"), {}, "a draft model, which reads a part"),
         (
-            SimpleNamespace(uses_draft_model=lambda: True, method="draft_model"), {"sparse_draft": False},
+            SimpleNamespace(uses_draft_model=lambda: True, method="draft_model"),
+            {"sparse_draft": False},
             "a draft model, which reads everything",
         ),
     ],
-)  # fmt: skip
+)
 def test_the_log_says_who_drafts(target, monkeypatch, spec, options, said):
     told = []
     monkeypatch.setattr(attach.logger, "info", lambda message, *args: told.append(message % args))

@@ -226,9 +226,7 @@ def drafting(monkeypatch):
 def one_round(speculator, recording: bool):
     sampled = torch.tensor([0, 2, 9], dtype=torch.int32)
     given = SimpleNamespace(num_reqs=2, idx_mapping=torch.tensor([3, 1, -1]))
-    return speculator._round(
-        given, {}, {}, None, None, sampled, "rejected", "last", None, 0, 0, recording=recording
-    )  # fmt: skip
+    return speculator._round(given, {}, {}, None, None, sampled, "rejected", "last", None, 0, 0, recording=recording)
 
 
 def test_a_recorded_round_tells_the_capture_each_step_and_stores_its_selection(drafting):

@@ -101,13 +101,26 @@ def test_the_pruner_goes_to_the_builder_of_the_layers_it_prunes(monkeypatch):
 
 def facts(layers: int, kv_heads: int) -> ModelFacts:
     return ModelFacts(
-        architecture="LlamaForCausalLM", num_hidden_layers=layers, num_attention_heads=2 * kv_heads,
-        num_key_value_heads=kv_heads, head_dim=64, hidden_size=512, vocab_size=1000,
-    )  # fmt: skip
+        architecture="LlamaForCausalLM",
+        num_hidden_layers=layers,
+        num_attention_heads=2 * kv_heads,
+        num_key_value_heads=kv_heads,
+        head_dim=64,
+        hidden_size=512,
+        vocab_size=1000,
+    )
 
 
-def prepared(monkeypatch, layers: tuple[int | None, ...], device=CPU, size=None, heads=None,
-             kv_heads=(KV_HEADS, KV_HEADS), ranks=1, **options) -> Selection:  # fmt: skip
+def prepared(
+    monkeypatch,
+    layers: tuple[int | None, ...],
+    device=CPU,
+    size=None,
+    heads=None,
+    kv_heads=(KV_HEADS, KV_HEADS),
+    ranks=1,
+    **options,
+) -> Selection:
     """The selection of a target with a layer map and a draft of five layers, or of a size
     (requests, longest, draft layers, draft heads); kv_heads: those of target and draft on this rank, heads: a head
     map."""
@@ -120,10 +133,14 @@ def prepared(monkeypatch, layers: tuple[int | None, ...], device=CPU, size=None,
         for name, count in reversed({**target, **draft}.items())
     }
     found = LayerMap(
-        schema_=SCHEMA, method="specattn" if heads is None else "sts", calibrated=True,
-        target=facts(len(layers), kv_heads[0] * ranks), draft=facts(draft_layers, kv_heads[1] * ranks),
-        layers=layers, heads=heads,
-    )  # fmt: skip
+        schema_=SCHEMA,
+        method="specattn" if heads is None else "sts",
+        calibrated=True,
+        target=facts(len(layers), kv_heads[0] * ranks),
+        draft=facts(draft_layers, kv_heads[1] * ranks),
+        layers=layers,
+        heads=heads,
+    )
     monkeypatch.setattr(wiring, "get_layers_from_vllm_config", lambda config, base: made)
     monkeypatch.setattr(wiring, "resolve_layer_map", lambda config, options: found)
     return wiring.prepare(
