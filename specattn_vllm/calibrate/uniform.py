@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from specattn_vllm import layer_map
-from specattn_vllm.calibrate.result import as_json
+from specattn_vllm.calibrate.maps import as_json
 from specattn_vllm.fingerprint import facts_from_config
 from specattn_vllm.tools.models import ROLES, load_shape
 
