@@ -46,6 +46,18 @@ def test_the_command_in_a_map_makes_the_same_map(pair, tmp_path, monkeypatch, ru
     assert (tmp_path / "again" / "map.json").read_bytes() == (tmp_path / "map.json").read_bytes()
 
 
+def test_a_map_follows_from_the_mean_over_windows_below_dense_layers(tmp_path, monkeypatch, run):
+    base = torch.tensor([[0.0, -9.0], [-2.0, -1.0], [-2.0, -1.5]], dtype=torch.float64)
+    others = iter([-3.0, -1.0, 1.0, 3.0])  # 0 on average
+    monkeypatch.setattr(
+        runner, "similarity_of_window", lambda *_, **__: {"layers": base + next(others) * torch.eye(3, 2)}
+    )
+    assert run(tmp_path / "map.json", "--dense-layers", "1") == 0
+    data = json.loads((tmp_path / "map.json").read_text())
+    assert data["provenance"]["similarity"] == base.tolist()
+    assert data["layers"] == [None, 1, 1]
+
+
 def test_a_head_map_follows_from_what_was_measured(tmp_path, capsys, run):
     out = tmp_path / "map.json"
     assert run(out, "--method", "sts", "--dense-layers", "1") == 0
