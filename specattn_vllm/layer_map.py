@@ -9,14 +9,15 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from specattn_vllm import methods
 from specattn_vllm.fingerprint import ModelFacts
 
 SCHEMA = "specattn-layer-map/1"
 UNIFORM = "uniform"
-MAX_SHARE = 1024.0
+GONE = ("shares", "induction")
+"""Keys of older maps. What they say is no longer done, and to drop them in silence would serve something else."""
 
 
 class LayerMapError(ValueError):
@@ -28,7 +29,8 @@ class LayerMap(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    schema_: Literal["specattn-layer-map/1"]
+    schema_: Literal["specattn-layer-map/1"] = Field(alias="schema")
+    """`schema` in the file, which would hide a method of BaseModel."""
     method: Literal["specattn", "sts"]
     calibrated: bool
     target: ModelFacts
@@ -37,19 +39,16 @@ class LayerMap(BaseModel):
     """Draft layer for each target layer; None reads everything."""
     heads: tuple[tuple[int, ...] | None, ...] | None = None
     """Draft KV head for each target layer and KV head, None where the layer reads everything; method 'sts' alone."""
-    shares: tuple[float | None, ...] | None = None
-    """Relative budget of each target layer, 1 on average, None where the layer reads everything."""
-    induction: tuple[bool, ...] | None = None
-    """Target layers whose heads copy, and are served by what follows earlier occurrences of a round's tokens, too."""
     provenance: dict[str, Any] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _schema_key(cls, data: Any) -> Any:
-        # `schema` would hide a method of BaseModel, so the field carries an underscore and the file does not.
-        if isinstance(data, dict) and "schema" in data:
-            data = {**data, "schema_": data["schema"]}
-            del data["schema"]
+    def _of_this_version(cls, data: Any) -> Any:
+        if isinstance(data, dict) and (gone := [name for name in GONE if name in data]):
+            raise ValueError(
+                f"keys of an older version: {', '.join(gone)}. Delete them from the file, or make the map anew "
+                "(specattn calibrate)"
+            )
         return data
 
     @model_validator(mode="after")
@@ -63,30 +62,7 @@ class LayerMap(BaseModel):
             raise ValueError(f"method {self.method!r} {'needs' if self.heads is None else 'has no'} heads")
         if self.heads is not None:
             self._head_shapes_agree(self.heads)
-        if self.shares is not None:
-            self._shares_agree(self.shares)
-        if self.induction is not None:
-            self._induction_agrees(self.induction)
         return self
-
-    def _induction_agrees(self, induction: tuple[bool, ...]) -> None:
-        if len(induction) != len(self.layers):
-            raise ValueError(f"induction has {len(induction)} entries for {len(self.layers)} target layers")
-        for j, copies in enumerate(induction):
-            if copies and self.layers[j] is None:
-                raise ValueError(f"induction[{j}] = true, but layers[{j}] = null, which reads everything")
-
-    def _shares_agree(self, shares: tuple[float | None, ...]) -> None:
-        if len(shares) != len(self.layers):
-            raise ValueError(f"shares has {len(shares)} entries for {len(self.layers)} target layers")
-        for j, share in enumerate(shares):
-            if (share is None) != (self.layers[j] is None):
-                raise ValueError(f"shares[{j}] = {share}, but layers[{j}] = {self.layers[j]}: null goes with null")
-            if share is not None and not 0 < share <= MAX_SHARE:
-                raise ValueError(f"shares[{j}] = {share}: more than 0, at most {MAX_SHARE}")
-        given = [share for share in shares if share is not None]
-        if given and abs(sum(given) / len(given) - 1) > 0.01:
-            raise ValueError(f"shares are {sum(given) / len(given):.3f} on average, and have to be 1 (within 0.01)")
 
     def _head_shapes_agree(self, heads: tuple[tuple[int, ...] | None, ...]) -> None:
         ours, theirs = self.target.num_key_value_heads, self.draft.num_key_value_heads
@@ -110,24 +86,7 @@ class LayerMap(BaseModel):
                 )
         layers = tuple(None if j in dense_layers else i for j, i in enumerate(self.layers))
         heads = self.heads and tuple(None if j in dense_layers else row for j, row in enumerate(self.heads))
-        shares = self.shares and tuple(None if j in dense_layers else s for j, s in enumerate(self.shares))
-        induction = self.induction and tuple(c and j not in dense_layers for j, c in enumerate(self.induction))
-        return self.model_copy(
-            update={"layers": layers, "heads": heads, "shares": shares, "induction": induction}
-        )  # fmt: skip
-
-    def fractions(self, ratio: float) -> tuple[float | None, ...]:
-        """Of each target layer, how much of the context it reads under a budget of `ratio` (0 to 1) on average over
-        those with a share; None for the others. What a layer cannot use, since there is no more than all of the
-        context, goes to the rest by their shares: at 1 every layer reads everything."""
-        shares = {j: share for j, share in enumerate(self.shares or ()) if share is not None}
-        found: dict[int, float] = {}
-        while len(found) < len(shares):
-            rest = {j: share for j, share in shares.items() if j not in found}
-            each = (ratio * len(shares) - len(found)) / sum(rest.values())
-            full = {j: 1.0 for j, share in rest.items() if each * share >= 1}
-            found |= full or {j: each * share for j, share in rest.items()}
-        return tuple(found.get(j) for j in range(len(self.layers)))
+        return self.model_copy(update={"layers": layers, "heads": heads})
 
     def local_heads(self, rank: int, ranks: int) -> tuple[tuple[int, ...] | None, ...]:
         """The head map of one tensor-parallel rank: for each target layer and each of the rank's KV heads, which of its
@@ -190,7 +149,10 @@ def read(path: Path) -> LayerMap:
             f"or a shipped map: {', '.join(shipped()) or 'none'}"
         ) from None
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors())
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        )
         raise LayerMapError(f"layer map {path} is not valid ({SCHEMA}): {problems}") from None
 
 

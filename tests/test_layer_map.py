@@ -83,22 +83,20 @@ def test_a_map_survives_a_file(write):
     once = read(write(content()))
     assert once.layers == (None, 0, 1, 1)
     assert (once.target, once.draft, once.provenance) == (TARGET, DRAFT, {"tokens": 1000})
-    saved = once.model_dump()
-    saved["schema"] = saved.pop("schema_")
-    assert read(write(saved, "again.json")) == once
+    assert read(write(once.model_dump(by_alias=True), "again.json")) == once
 
 
 def test_the_key_in_the_file_is_schema(write):
     assert read(write(content())).schema_ == layer_map.SCHEMA
     without = content()
     del without["schema"]
-    assert "schema_: Field required" in refusal(write(without))
+    assert "schema: Field required" in refusal(write(without))
 
 
 def test_another_schema_version_is_refused_with_the_known_one(write):
     message = refusal(write(content(schema="specattn-layer-map/2")))
     assert "is not valid (specattn-layer-map/1)" in message
-    assert "schema_: Input should be 'specattn-layer-map/1'" in message
+    assert "schema: Input should be 'specattn-layer-map/1'" in message
 
 
 def test_malformed_json_is_refused(write):
@@ -114,6 +112,22 @@ def test_a_file_that_is_not_text_is_refused(tmp_path):
 
 def test_an_unknown_key_is_refused(write):
     assert "layer: Extra inputs are not permitted" in refusal(write(content(layer=[0])))
+
+
+@pytest.mark.parametrize(
+    ("older", "named"),
+    [
+        ({"shares": [None, 0.5, 0.5, 2.0], "induction": None}, "keys of an older version: shares, induction."),
+        ({"induction": [False, True, False, False]}, "keys of an older version: induction."),
+        ({"shares": None}, "keys of an older version: shares."),
+    ],
+)
+def test_keys_of_older_maps_are_refused_with_the_remedy(write, older, named):
+    message = refusal(write(content(**older)))
+    assert named in message
+    assert "Delete them from the file, or make the map anew (specattn calibrate)" in message
+    assert "Value error" not in message
+    assert read(write(content(), "without.json")).layers == (None, 0, 1, 1)
 
 
 def test_an_unknown_fact_is_refused(write):
@@ -393,50 +407,6 @@ def test_sources_are_the_captured_draft_layers_ascending():
     assert found.sources == (2, 4)
     assert found.with_dense((2,)).sources == (4,)
     assert found.with_dense((0, 2, 3)).sources == ()
-
-
-# Shares of a budget
-
-
-@pytest.mark.parametrize(
-    ("shares", "ratio", "wanted"),
-    [
-        ([None, 0.5, 0.5, 2.0], 0.25, [None, 0.125, 0.125, 0.5]),
-        # What the last cannot use, the others get; and what the second then cannot use.
-        ([None, 0.5, 0.5, 2.0], 0.6, [None, 0.4, 0.4, 1.0]),
-        ([None, 0.1, 0.9, 2.0], 0.7, [None, 0.11, 0.99, 1.0]),
-        ([None, 0.1, 0.9, 2.0], 0.9, [None, 0.7, 1.0, 1.0]),
-        ([None, 0.1, 0.9, 2.0], 1.0, [None, 1.0, 1.0, 1.0]),
-        (None, 0.5, [None] * 4),
-    ],
-)
-def test_shares_become_fractions_of_the_context_with_the_ratio_as_their_mean(shares, ratio, wanted):
-    found = LayerMap.model_validate(content(shares=shares)).fractions(ratio)
-    assert [f and round(f, 9) for f in found] == wanted
-
-
-def test_the_ratio_stays_the_mean_where_more_layers_are_dense():
-    found = LayerMap.model_validate(content(shares=[None, 0.5, 0.5, 2.0])).with_dense((3,))
-    assert found.fractions(0.3) == pytest.approx((None, 0.3, 0.3, None))
-
-
-# Layers that copy
-
-
-def test_dense_layers_copy_nothing():
-    found = LayerMap.model_validate(content(induction=[False, True, False, True]))
-    assert found.induction == (False, True, False, True)
-    assert found.with_dense((3,)).induction == (False, True, False, False)
-
-
-@pytest.mark.parametrize(
-    ("induction", "message"),
-    [([True], "induction has 1 entries for 4 target layers"),
-     ([True, False, False, False], r"induction\[0\] = true, but layers\[0\] = null, which reads everything")],
-)  # fmt: skip
-def test_layers_that_copy_have_to_be_mapped(induction, message):
-    with pytest.raises(ValueError, match=message):
-        LayerMap.model_validate(content(induction=induction))
 
 
 # Heads on ranks

@@ -1,8 +1,7 @@
 """`specattn calibrate`: the layer map of a pair of models, measured on text.
 
-`command` is the command line, and `arguments` what it takes; `text` makes windows of token ids; `models` runs both
-models and looks at their attention; `measure` goes over the windows, with `state` beside it for a run that is cut off.
-What a draft layer is chosen by stands in `retained` (what the target keeps of its attention by that layer's choice) and
-`similarity` (how alike both attend), and what is made of it in `paths` (which layer and head), `rounds` and `shares`
-(how much each layer reads). `picture` draws it.
+`command` is the command line, and `runner` goes from its arguments to the map. `text` makes windows of token ids;
+`models` runs both models and shows their attention; `similarity` compares it; `maps` chooses layers and heads; `state`
+keeps what was measured in a run that is cut off, and `picture` draws it. `uniform` writes the maps that need none of
+this.
 """

@@ -6,27 +6,67 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from specattn_vllm.calibrate.arguments import add_arguments, check, fill_in
-from specattn_vllm.installed import require
+from specattn_vllm.installed import UserError, require
+from specattn_vllm.tools.arguments import add_pair
 from specattn_vllm.tools.interrupts import ended_as_interrupted, resumed, status_of
+from specattn_vllm.tools.models import DEMO
+from specattn_vllm.tools.outputs import output_file
 
-__all__ = ["add_arguments", "run"]
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("the pair and the text")
+    add_pair(what)
+    text = "UTF-8, like what will be served, read in this order; the demo pair brings its own"
+    what.add_argument("--text", type=Path, nargs="+", metavar="FILE", help=text)
+    what.add_argument("--window", type=int, default=4096, metavar="N", help="tokens at a time [%(default)s]")
+    what.add_argument("--windows", type=int, default=16, metavar="N", help="how many at most [%(default)s]")
+    layers = parser.add_argument_group("layers and heads")
+    method = "what the map is for; sts: with a head map [%(default)s]"
+    layers.add_argument("--method", choices=("specattn", "sts"), default="specattn", help=method)
+    dense = "first target layers that read everything [%(default)s]"
+    layers.add_argument("--dense-layers", type=int, default=0, metavar="N", help=dense)
+    ranks = "map heads within each of N tensor-parallel ranks (sts) [1]"
+    layers.add_argument("--ranks", type=int, metavar="N", help=ranks)
+    layers.add_argument("--queries", type=int, default=64, metavar="N", help="rows compared a window [%(default)s]")
+    run = parser.add_argument_group("running")
+    run.add_argument("--out", type=output_file, required=True, metavar="FILE.json", help="the map")
+    run.add_argument("--picture", type=output_file, metavar="FILE.png", help="also draw what was measured")
+    run.add_argument("--overwrite", action="store_true", help="throw away what --out holds or an earlier run left")
+    run.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    run.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="[float32 on a CPU, else bfloat16]")
+    run.add_argument("--seed", type=int, default=0, help="which rows are compared [%(default)s]")
+
+
+def state_file(out: Path) -> Path:
+    """What a run that was cut off has left, beside the map that is to be written."""
+    return out.with_name(out.name + ".state")
+
+
+def check(args: argparse.Namespace) -> None:
+    """UserError for arguments that make no sense, by themselves or together."""
+    for name, least in {"window": 64, "windows": 1, "queries": 1, "ranks": 1, "dense_layers": 0, "seed": 0}.items():
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
+    if args.ranks is not None and args.method != "sts":
+        raise UserError("--ranks is for --method sts: maps for specattn have no heads")
+    if args.queries > (most := args.window - args.window // 16):
+        raise UserError(f"--queries {args.queries}: a window of {args.window} has {most}")
+    if args.text is None and (args.target, args.draft) != (DEMO, DEMO):
+        raise UserError("--text: give files of text like what will be served; only the demo pair brings its own")
+    # Where both are there, the map is an earlier run's, and one that was to overwrite it was cut off: it goes on.
+    if args.out.exists() and not args.overwrite and not state_file(args.out).exists():
+        raise UserError(f"--out {args.out} exists: give another, or --overwrite")
 
 
 def run(args: argparse.Namespace) -> int:
-    fill_in(args)
     check(args)
-    require(("torch", "transformers", "rich"))
-    if args.picture:
-        require(("matplotlib",))
+    require(("torch", "transformers", "rich", *(("matplotlib",) if args.picture else ())))
     from specattn_vllm.calibrate.runner import calibrate
 
     try:
         with ended_as_interrupted():
-            found = calibrate(args)
+            found = calibrate(args, state_file(args.out))
     except KeyboardInterrupt as interrupt:
-        from specattn_vllm.calibrate.state import state_file
-
         print(f"\ninterrupted; this goes on from {state_file(args.out)}: {resumed()}")
         return status_of(interrupt)
     if args.picture:
@@ -38,17 +78,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def summary(out: Path, found: dict[str, Any]) -> str:
-    def line(name: str, values: list) -> str:
-        return f"  {name}: " + " ".join("-" if value is None else f"{value:g}" for value in values)
-
-    lines = [f"{out}: '-' reads everything", line("draft layer per target layer", found["layers"])]
+    layers = " ".join("-" if layer is None else str(layer) for layer in found["layers"])
+    lines = [f"{out}: '-' reads everything", f"  draft layer per target layer: {layers}"]
     if found["heads"] is not None:
-        pairs = ("-" if row is None else ",".join(map(str, row)) for row in found["heads"])
-        lines.append("  draft KV head per target KV head: " + " ".join(pairs))
-    if found.get("induction") is not None:
-        lines.append(line("layers that copy", [j for j, copies in enumerate(found["induction"]) if copies]))
-    if found.get("shares") is not None:
-        lines.append(line("share of the budget, 1 on average", found["shares"]))
-        told = found["provenance"]["curves"]
-        lines.append(f"  ratio {told['budget']:g} retains {told['retained']:.1%} of these layers' attention")
+        heads = " ".join("-" if row is None else ",".join(map(str, row)) for row in found["heads"])
+        lines.append(f"  draft KV head per target KV head: {heads}")
     return "\n".join(lines)

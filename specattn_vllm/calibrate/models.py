@@ -1,4 +1,4 @@
-"""Both models in transformers, and what is looked at while they attend.
+"""Both models in transformers, and what is seen of them while they attend.
 
 transformers calls an attention function by its registered name with q and k as they are after RoPE. Ours attends as
 PyTorch does and also makes the rows of chosen queries, so that no full attention matrix ever stands in memory.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +21,6 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 NAME = "specattn_calibrate"
 BLOCK = 64
 """Rows that are made at a time: a block of all query heads is what stands in memory beside the rows themselves."""
-
-
-@dataclass
-class Pass:
-    """What one forward pass looks at or reads."""
-
-    queries: torch.Tensor | None = None
-    """[queries] positions whose rows are made."""
-    see: Callable[[int, torch.Tensor], None] | None = None
-    """Takes a layer's number and its rows, [KV heads, queries, tokens] float32, query heads averaged."""
-    keep_prefix: int = 0
-    """Tokens at the beginning whose keys and values are kept for later passes over the rest."""
-    masks: dict[int, torch.Tensor] | None = None
-    """With it the pass goes over the rest: of a layer, [1 or KV heads, rows, tokens] bool, what each row attends to.
-    Layers without one read everything."""
-    causal: torch.Tensor | None = field(default=None, repr=False)
-    """[1, rows, tokens] bool: everything, for the others."""
 
 
 def rows_of(query: torch.Tensor, key: torch.Tensor, queries: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -57,99 +39,29 @@ def rows_of(query: torch.Tensor, key: torch.Tensor, queries: torch.Tensor, scali
     return torch.cat(blocks, 1)
 
 
-class Model:
-    """A causal language model whose attention is looked at."""
-
-    def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import AttentionInterface, AutoModelForCausalLM
-
-        AttentionInterface.register(NAME, _attend)
-        self.device = device
-        self.model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=NAME, local_files_only=True
-        ).to(device)  # fmt: skip
-        self.model.eval()
-        self.layers = self.model.config.num_hidden_layers
-        self.kv_heads = self.model.config.num_key_value_heads
-        self._pass = Pass()
-        self._prefix: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._inputs: list[torch.Tensor] = []
-        for layer in self.model.base_model.layers:
-            layer.self_attn.calibrated_model = self
-
-    @torch.inference_mode()
-    def look(self, ids: torch.Tensor, queries: torch.Tensor, see: Callable[[int, torch.Tensor], None]) -> None:
-        """One pass over a window [tokens] that shows the rows of `queries`, layer by layer."""
-        self._pass = Pass(queries.to(self.device), see)
-        self.model.base_model(input_ids=ids[None].to(self.device), use_cache=False)
-
-    @torch.inference_mode()
-    def reference(self, ids: torch.Tensor, rest: int, see: Callable[[int, torch.Tensor], None]) -> torch.Tensor:
-        """Log-probabilities of the last `rest` rows of a window, [rest, vocabulary] float32; their attention is seen,
-        and what comes before is kept for `pruned`."""
-        tokens = len(ids)
-        self._prefix.clear()
-        self._pass = Pass(torch.arange(tokens - rest, tokens, device=self.device), see, tokens - rest)
-        out = self.model(input_ids=ids[None].to(self.device), use_cache=False, logits_to_keep=rest)
-        self._keep_inputs(ids, rest)
-        return out.logits[0].float().log_softmax(-1)
-
-    def _keep_inputs(self, ids: torch.Tensor, rest: int) -> None:
-        """What each layer is given in a pass over the rest in which every layer reads everything."""
-        self._inputs.clear()
-
-        def keep(layer: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            self._inputs.append(args[0])
-
-        hooks = [layer.register_forward_pre_hook(keep) for layer in self.model.base_model.layers]
-        try:
-            self.pruned(ids, rest, {})
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    @torch.inference_mode()
-    def pruned(self, ids: torch.Tensor, rest: int, masks: dict[int, torch.Tensor]) -> torch.Tensor:
-        """As `reference` for the window that it last saw, with the given layers reading a part of it.
-
-        The pass begins at the first of these layers: those before it would do again what they did for `reference`.
-        """
-        tokens = len(ids)
-        rows = torch.arange(tokens - rest, tokens, device=self.device)
-        causal = torch.arange(tokens, device=self.device) <= rows[:, None]
-        self._pass = Pass(masks=masks, causal=causal[None])
-        layers, first = self.model.base_model.layers, min(masks, default=0)
-        given = {"inputs_embeds": self._inputs[first]} if masks else {"input_ids": ids[None, -rest:].to(self.device)}
-        self.model.base_model.layers = layers[first:]
-        try:
-            out = self.model(**given, position_ids=rows[None], use_cache=False)
-        finally:
-            self.model.base_model.layers = layers
-        return out.logits[0].float().log_softmax(-1)
-
-    def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        """query [1, query heads, rows, size], key and value [1, KV heads, rows, size]; like query."""
-        now = self._pass
-        if now.masks is not None:
-            key, value = (torch.cat((old, new), 2) for old, new in zip(self._prefix[layer], (key, value), strict=True))
-            mask = now.masks.get(layer, now.causal)
-            if len(mask) > 1:
-                mask = mask.repeat_interleave(query.shape[1] // len(mask), 0)
-            return F.scaled_dot_product_attention(
-                query, key, value, attn_mask=mask[None], scale=scaling, enable_gqa=True
-            )
-        if now.see is not None:
-            now.see(layer, rows_of(query[0], key[0], now.queries, scaling))
-        if now.keep_prefix:
-            self._prefix[layer] = key[:, :, : now.keep_prefix], value[:, :, : now.keep_prefix]
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
-
-
-def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
-    out = module.calibrated_model.attend(module.layer_idx, query, key, value, scaling)
+def _attend(module, query, key, value, attention_mask, scaling, queries, see, **_):
+    """As transformers calls it: query [1, query heads, tokens, size], key and value [1, KV heads, tokens, size]. What
+    `look` passes on comes along."""
+    see(rows_of(query[0], key[0], queries, scaling))
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None
+
+
+def load(folder: Path, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
+    """A model to `look` at. Its head, which nothing asks, stays behind."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(NAME, _attend)
+    # Not AutoModel: it reports weights of a head as unexpected, and who reads that looks for a mistake.
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=NAME, local_files_only=True)
+    return model.base_model.to(device).eval()
+
+
+@torch.inference_mode()
+def look(model: torch.nn.Module, ids: torch.Tensor, queries: torch.Tensor, see: Callable[[torch.Tensor], None]) -> None:
+    """One pass over a window `ids` [tokens] that shows the rows of `queries` [queries] layer after layer, as `rows_of`
+    makes them."""
+    model(input_ids=ids[None].to(model.device), use_cache=False, queries=queries.to(model.device), see=see)
 
 
 def find(role: str, name: str) -> Path:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
 from specattn_vllm.evaluation.texts import held_out
@@ -33,22 +32,14 @@ class Windows(NamedTuple):
 
 def parts(path: Path) -> Iterator[str]:
     """The text of a file in parts that end with a line, unless a line is longer."""
-    held: list[str] = []
-    size = 0
     try:
         with path.open(encoding="utf-8") as file:
-            while line := file.readline(PART):
-                held.append(line)
-                size += len(line)
-                if size >= PART:
-                    yield "".join(held)
-                    held, size = [], 0
+            while part := file.read(PART) + file.readline(PART):
+                yield part
     except OSError as error:
         raise UserError(f"--text {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UserError(f"--text {path} is not text in UTF-8") from None
-    if held:
-        yield "".join(held)
 
 
 def file_digest(path: Path) -> str:
@@ -91,13 +82,9 @@ def windows(
                 found.append(first + pending[: size - len(first)])
                 del pending[: size - len(first)]
                 if len(found) == most:
-                    return Windows(_tensor(found), read)
+                    return Windows(torch.tensor(found), read)
     if not found:
         raise UserError(
             f"--text: {len(pending):,} tokens in all, and one window takes {size:,} (--window): give more text"
         )
-    return Windows(_tensor(found), read)
-
-
-def _tensor(found: list[list[int]]) -> torch.Tensor:
-    return torch.from_numpy(np.array(found, dtype=np.int64))
+    return Windows(torch.tensor(found), read)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from specattn_vllm import layer_map
-from specattn_vllm.calibrate.result import as_json
+from specattn_vllm.calibrate.maps import as_json
 from specattn_vllm.fingerprint import facts_from_config
 from specattn_vllm.tools.models import ROLES, load_shape
 
@@ -40,7 +40,7 @@ PAIRS = {
 def map_text(pair: Pair) -> str:
     """The file's text. Its models have no digest of their weights, so it fits all weights of these shapes."""
     configs = load_shape(pair.shape).configs
-    found = layer_map.uniform(*(facts_from_config(configs[role]) for role in ROLES)).model_dump(mode="json")
+    found = layer_map.uniform(*(facts_from_config(configs[role]) for role in ROLES))
     target, draft = pair.models[0]
     provenance = {
         "made": "uniform, not calibrated: layers paired by relative depth, the target's first reads everything",
@@ -48,7 +48,7 @@ def map_text(pair: Pair) -> str:
         "models": [f"{target} with {draft}" for target, draft in pair.models],
         "calibrate": f"specattn calibrate --target {target} --draft {draft} --text FILES --out map.json",
     }
-    return as_json({"schema": found.pop("schema_"), **found, "provenance": provenance})
+    return as_json(found.model_dump(mode="json", by_alias=True) | {"provenance": provenance})
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ def make_tokenizer():
 @pytest.fixture(scope="session")
 def load():
     """load(folder): the model as a calibration has it."""
-    return lambda folder: models.Model(folder, torch.device("cpu"), torch.float32)
+    return lambda folder: models.load(folder, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +92,7 @@ def run(pair):
     def calibrate(out: Path, *more: str) -> int:
         return cli.main([
             "calibrate", "--target", str(pair / "target"), "--draft", str(pair / "draft"),
-            "--text", str(pair / "text.txt"), "--window", "256", "--windows", "4", "--rounds", "3",
+            "--text", str(pair / "text.txt"), "--window", "256", "--windows", "4", "--queries", "16",
             "--device", "cpu", "--out", str(out), *more,
         ])  # fmt: skip
 

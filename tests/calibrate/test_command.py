@@ -11,39 +11,14 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from specattn_vllm import cli, layer_map  # noqa: E402
-from specattn_vllm.calibrate import arguments, measure, paths, result, runner, similarity, state  # noqa: E402
-from specattn_vllm.options import SpecAttnOptions  # noqa: E402
-
-BY_KL = ("--similarity", "kl", "--queries", "16")
+from specattn_vllm.calibrate import maps, models, runner  # noqa: E402
+from specattn_vllm.calibrate.command import state_file  # noqa: E402
 
 
-def test_layers_that_gain_by_what_follows_copy():
-    of = {"alone": torch.tensor([0.0, 0.9, 0.9, 0.5]), "followed": torch.tensor([0.0, 0.901, 0.91, 0.4])}
-    assert result.copying(of, 4) == [False, False, True, False]
-    assert result.copying(None, 2) == [False, False]
-
-
-@pytest.mark.parametrize("more", [(), ("--induction", "none")])
-def test_the_map_names_the_layers_that_copy(tmp_path, monkeypatch, capsys, more, run):
-    monkeypatch.setattr(runner, "copying", lambda mass, layers: [mass is not None and j == 1 for j in range(layers)])
-    given = []
-    real = measure.cost_of_window
-    monkeypatch.setattr(runner, "cost_of_window", lambda *args: given.append(args[2]) or real(*args))
-    out = tmp_path / "map.json"
-    assert run(out, *more) == 0
-    data = json.loads(out.read_text())
-    copies = [False, not more, False]
-    assert given == [copies] * 4
-    assert data["induction"] == (None if more else copies)
-    assert ("retained" in data["provenance"]) == (not more)
-    assert ("layers that copy: 1" in capsys.readouterr().out) == (not more)
-
-
-@pytest.mark.parametrize(("more", "path"), [((), "free"), (BY_KL, "monotone"), (("--path", "monotone"), "monotone")])
-def test_a_map_is_what_the_loader_takes_and_comes_out_the_same_again(pair, tmp_path, capsys, run, more, path):
+def test_a_map_is_what_the_loader_takes_and_comes_out_the_same_again(pair, tmp_path, capsys, run):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
-        assert run(tmp_path / folder / "map.json", *more, "--picture", str(tmp_path / folder / "map.png")) == 0
+        assert run(tmp_path / folder / "map.json", "--picture", str(tmp_path / folder / "map.png")) == 0
     written = (tmp_path / "one" / "map.json").read_bytes()
     assert written == (tmp_path / "two" / "map.json").read_bytes()
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["map.json", "map.png"]
@@ -51,108 +26,86 @@ def test_a_map_is_what_the_loader_takes_and_comes_out_the_same_again(pair, tmp_p
     data, read = json.loads(written), layer_map.read(tmp_path / "one" / "map.json")
     told = data["provenance"]
     assert read.calibrated and read.method == "specattn" and read.heads is None
-    assert told["settings"]["path"] == path and f"--path {path}" in told["command"]
-    assert data["layers"] == paths.layer_path(told["similarity"], path)
-    assert ("epsilon" in told) == (more == BY_KL)
-    assert len(data["shares"]) == 3 and sum(data["shares"]) == pytest.approx(3, abs=0.01)
+    assert data["layers"] == maps.layer_path(torch.tensor(told["similarity"]))
+    assert "head_similarity" not in told
     assert (told["windows"], told["tokens"], told["text"][0]["name"]) == (4, 1024, "text.txt")
-    assert told["curves"]["cost_of_shares"] <= told["curves"]["cost_of_equal_shares"]
     assert str(pair) not in written.decode()
-    assert "draft layer per target layer" in capsys.readouterr().out
+    assert f"draft layer per target layer: {' '.join(map(str, data['layers']))}\n" in capsys.readouterr().out
 
 
-def test_what_layers_are_chosen_by_is_what_they_then_retain(tmp_path, run):
-    """Above `min_tokens`, which the other measurements do not know, both say the same."""
-    assert run(tmp_path / "map.json", "--budget", "0.6", "--shares", "none") == 0
+def test_the_command_in_a_map_makes_the_same_map(pair, tmp_path, monkeypatch, run):
+    """It has names in the place of paths, and every setting that is not left to the default."""
+    (tmp_path / "again").mkdir()
+    assert run(tmp_path / "map.json", "--method", "sts", "--ranks", "1", "--seed", "3", "--dense-layers", "1") == 0
+    words = json.loads((tmp_path / "map.json").read_text())["provenance"]["command"].split()
+    assert words.pop(0) == "specattn" and words[words.index("--out") + 1] == "map.json"
+    for option in ("--target", "--draft", "--text"):
+        words[words.index(option) + 1] = str(pair / words[words.index(option) + 1])
+    words[words.index("--out") + 1] = str(tmp_path / "again" / "map.json")
+    assert cli.main([*words, "--device", "cpu"]) == 0
+    assert (tmp_path / "again" / "map.json").read_bytes() == (tmp_path / "map.json").read_bytes()
+
+
+def test_a_map_follows_from_the_mean_over_windows_below_dense_layers(tmp_path, monkeypatch, run):
+    base = torch.tensor([[0.0, -9.0], [-2.0, -1.0], [-2.0, -1.5]], dtype=torch.float64)
+    others = iter([-3.0, -1.0, 1.0, 3.0])  # 0 on average
+    monkeypatch.setattr(
+        runner, "similarity_of_window", lambda *_, **__: {"layers": base + next(others) * torch.eye(3, 2)}
+    )
+    assert run(tmp_path / "map.json", "--dense-layers", "1") == 0
     data = json.loads((tmp_path / "map.json").read_text())
-    chosen = [row[i] for row, i in zip(data["provenance"]["similarity"], data["layers"], strict=True)]
-    assert chosen == pytest.approx(data["provenance"]["retained"]["alone"], abs=1e-4)
-    assert chosen == [max(row) for row in data["provenance"]["similarity"]]
+    assert data["provenance"]["similarity"] == base.tolist()
+    assert data["layers"] == [None, 1, 1]
 
 
-@pytest.mark.parametrize(("method", "budget"), [("specattn", 0.25), ("sts", 0.1)])
-def test_the_budget_is_by_default_that_of_a_server_of_the_method(method, budget):
-    args = cli.build_parser().parse_args(["calibrate", "--out", "x", "--method", method])
-    arguments.fill_in(args)
-    assert args.budget == SpecAttnOptions.parse({"method": method}).ratio == budget
-
-
-@pytest.mark.parametrize("layers", ["retained", "kl", "jaccard"])
-def test_a_head_map_follows_from_what_was_measured(tmp_path, run, layers):
+def test_a_head_map_follows_from_what_was_measured(tmp_path, capsys, run):
     out = tmp_path / "map.json"
-    assert run(out, "--method", "sts", "--similarity", layers, "--dense-layers", "1", "--shares", "mass") == 0
+    assert run(out, "--method", "sts", "--dense-layers", "1") == 0
     data, read = json.loads(out.read_text()), layer_map.read(out)
     told = data["provenance"]
-    assert data["layers"][0] is data["heads"][0] is data["shares"][0] is None
+    assert data["layers"][0] is data["heads"][0] is told["head_similarity"][0] is None
+    assert data["layers"][1:] == maps.layer_path(torch.tensor(told["similarity"][1:]))
     for heads, values in zip(data["heads"][1:], told["head_similarity"][1:], strict=True):
         assert heads == [row.index(max(row)) for row in values]
-    assert (told["settings"]["queries"] is None) == (layers == "retained")
     assert layer_map.resolve(str(out), read.target, read.draft, method="sts") == read
-    assert "kl" not in told["curves"]
+    heads = " ".join(f"{a},{b}" for a, b in data["heads"][1:])
+    assert f"draft KV head per target KV head: - {heads}\n" in capsys.readouterr().out
 
 
-def test_heads_stay_within_ranks_and_shares_can_be_left_out(tmp_path, run):
-    assert run(tmp_path / "map.json", "--method", "sts", "--ranks", "2", "--shares", "none") == 0
-    data = json.loads((tmp_path / "map.json").read_text())
-    assert data["heads"] == [[0, 1]] * 3 and data["shares"] is None
+def test_heads_stay_within_ranks(tmp_path, run):
+    assert run(tmp_path / "map.json", "--method", "sts", "--ranks", "2") == 0
+    assert json.loads((tmp_path / "map.json").read_text())["heads"] == [[0, 1]] * 3
 
 
-def test_layers_that_cost_too_much_stay_dense(tmp_path, capsys, run):
-    assert run(tmp_path / "all.json") == 0
-    told = json.loads((tmp_path / "all.json").read_text())["provenance"]["curves"]
-    costs = [row[told["grid"].index(0.25)] for row in told["kl"]]
-    worst = costs.index(max(costs))
-    limit = (max(costs) + sorted(costs)[-2]) / 2
-    assert run(tmp_path / "some.json", "--dense-above", str(limit)) == 0
-    some = layer_map.read(tmp_path / "some.json")
-    assert [j for j, i in enumerate(some.layers) if i is None] == [worst] == [
-        j for j, share in enumerate(some.shares) if share is None]  # fmt: skip
-    assert run(tmp_path / "none.json", "--dense-above", "0") == 2
-    assert "every layer costs more" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("kind", ["kl", "mass"])
-def test_a_goal_of_what_is_retained_sets_the_budget(tmp_path, capsys, kind, run):
-    assert run(tmp_path / "map.json", "--shares", kind, "--retain", "0.6") == 0
-    told = json.loads((tmp_path / "map.json").read_text())["provenance"]["curves"]
-    assert told["retained"] >= 0.6 and told["budget"] != 0.25
-    assert f"ratio {told['budget']:g} retains {told['retained']:.1%}" in capsys.readouterr().out
-    assert run(tmp_path / "less.json", "--shares", kind, "--budget", str(told["budget"] - 0.005)) == 0
-    assert json.loads((tmp_path / "less.json").read_text())["provenance"]["curves"]["retained"] < told["retained"]
-
-
-@pytest.mark.parametrize(
-    ("part", "at", "more"),
-    [
-        ("retained_of_window", 0, ()),
-        ("retained_of_window", 2, ()),
-        ("similarity_of_window", 2, BY_KL),
-        ("retained_of_window", 3, ("--method", "sts")),
-        ("induction_of_window", 1, ()),
-        ("cost_of_window", 2, ()),
-    ],
-)
-def test_an_interrupted_run_goes_on_and_gives_the_same_map(tmp_path, monkeypatch, capsys, run, part, at, more):
+@pytest.mark.parametrize(("at", "more"), [(0, ()), (2, ()), (3, ("--method", "sts")), (4, ("--method", "sts"))])
+def test_an_interrupted_run_goes_on_and_gives_the_same_map(tmp_path, monkeypatch, capsys, run, at, more):
+    """`at`: windows that were measured; with all four the map was not written."""
     whole, out = tmp_path / "whole" / "map.json", tmp_path / "cut" / "map.json"
     for path in (whole, out):
         path.parent.mkdir()
     assert run(whole, *more) == 0
-    measured, real = [], getattr(runner, part)
+    measured, real = [], runner.similarity_of_window
 
-    def cut(*args):
+    def cut(*args, **kwargs):
         if len(measured) == at:
             raise KeyboardInterrupt
         measured.append(args)
-        return real(*args)
+        return real(*args, **kwargs)
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, part, cut)
+        patch.setattr(runner, "similarity_of_window", cut)
+        patch.setattr(runner, "layer_path", interrupted)
         assert run(out, *more) == 130
     assert "this goes on from" in capsys.readouterr().out
     assert not out.exists()
-    assert state.state_file(out).exists() == (at > 0)
+    assert state_file(out).exists() == (at > 0)
     again = []
-    monkeypatch.setattr(runner, part, lambda *args: again.append(args) or real(*args))
+    monkeypatch.setattr(
+        runner, "similarity_of_window", lambda *args, **kwargs: again.append(args) or real(*args, **kwargs)
+    )
     assert run(out, *more) == 0
     assert len(again) == 4 - at, "windows that had been measured were measured again"
     assert out.read_bytes() == whole.read_bytes()
@@ -166,17 +119,17 @@ def test_what_an_earlier_run_left_is_not_mixed_with_other_settings(tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "cost_of_window", interrupted)
+        patch.setattr(runner, "layer_path", interrupted)
         assert run(out) == 130
-    for other in (("--seed", "1"), BY_KL, ("--path", "monotone")):
+    for other in (("--seed", "1"), ("--queries", "8"), ("--method", "sts"), ("--dtype", "bfloat16")):
         assert run(out, *other) == 2
         assert "other models, text or settings" in capsys.readouterr().err
-    state.state_file(out).write_text("{")
+    state_file(out).write_text("{")
     assert run(out) == 2
     assert "cannot be gone on from" in capsys.readouterr().err
-    assert run(out, "--overwrite") == 0 and not state.state_file(out).exists()
+    assert run(out, "--overwrite") == 0 and not state_file(out).exists()
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "cost_of_window", interrupted)
+        patch.setattr(runner, "layer_path", interrupted)
         assert run(out, "--overwrite") == 130
     assert run(out) == 0, "what was to be overwritten stood in the way of going on"
     assert run(out) == 2
@@ -198,7 +151,7 @@ def test_a_full_disk_leaves_no_half_written_file(tmp_path, monkeypatch, capsys, 
     assert "map.json.state cannot be written: No space left on device" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["map.json.state"]
     assert run(out) == 0  # space again: on from two windows
-    assert len(written) == 3 + 2 + 4 + 4 + 1
+    assert len(written) == 3 + 2 + 1
     layer_map.read(out)
 
 
@@ -218,7 +171,7 @@ def test_a_map_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, 
     monkeypatch.setattr(runner, "write_whole", only_the_map)
     assert run(out, "--overwrite") == 2
     assert f"{out} cannot be written" in capsys.readouterr().err
-    assert out.read_text() == "old" and state.state_file(out).exists()
+    assert out.read_text() == "old" and state_file(out).exists()
     assert not out.with_name("map.json.part").exists()
 
 
@@ -226,21 +179,15 @@ def test_a_map_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, 
     ("more", "message"),
     [
         (("--windows", "0"), "--windows 0: at least 1"),
+        (("--window", "63"), "--window 63: at least 64"),
         (("--ranks", "2"), "--ranks is for --method sts"),
         (("--method", "sts", "--ranks", "3"), "--ranks 3: does not divide the 2 KV heads of the target"),
         (("--method", "sts", "--ranks", "0"), "--ranks 0: at least 1"),
-        (("--similarity", "kl", "--queries", "250"), "--queries 250: a window of 256 has 240"),
-        (("--similarity", "kl", "--queries", "0"), "--queries 0: at least 1"),
-        (("--queries", "16"), "--queries is for other similarities than retained"),
-        (("--method", "sts", "--queries", "16"), "--queries is for other similarities than retained"),
-        (("--rounds", "30"), "take more than half of a window of 256"),
-        (("--budget", "1.5"), "--budget 1.5: more than 0, at most 1"),
-        (("--budget", "0"), "--budget 0.0: more than 0, at most 1"),
-        (("--retain", "1"), "--retain 1.0: more than 0, less than 1"),
-        (("--retain", "0.9", "--shares", "none"), "--retain is for --shares kl and mass"),
-        (("--dense-above", "0.1", "--shares", "mass"), "--dense-above is for --shares kl"),
+        (("--queries", "241"), "--queries 241: a window of 256 has 240"),
+        (("--queries", "0"), "--queries 0: at least 1"),
+        (("--seed", "-1"), "--seed -1: at least 0"),
         (("--dense-layers", "3"), "--dense-layers 3: the target has 3 layers"),
-        (("--window", "1024", "--rounds", "3"), "--window 1024: the target takes at most 512 tokens"),
+        (("--window", "1024"), "--window 1024: the target takes at most 512 tokens"),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(tmp_path, capsys, more, message, run):
@@ -253,6 +200,14 @@ def test_what_makes_no_sense_is_refused(tmp_path, capsys, more, message, run):
 def test_a_gpu_that_is_not_there(tmp_path, capsys, run):
     assert run(tmp_path / "never.json", "--device", "cuda") == 2
     assert "--device cuda: PyTorch finds no GPU" in capsys.readouterr().err
+
+
+def test_attention_that_overflows_is_refused_and_leaves_nothing(tmp_path, monkeypatch, capsys, run):
+    real = models.rows_of
+    monkeypatch.setattr(models, "rows_of", lambda *args: real(*args) * float("nan"))
+    assert run(tmp_path / "never.json") == 2
+    assert "attention overflows: give --dtype bfloat16 or float32" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_models_that_cannot_be_calibrated(pair, tmp_path, capsys, make_model, run, make_tokenizer):
@@ -279,11 +234,3 @@ def test_models_that_cannot_be_calibrated(pair, tmp_path, capsys, make_model, ru
     refused("config.json cannot be read", target=tmp_path / "gpt")
     (tmp_path / "empty").mkdir()
     refused("no config.json in this folder", target=tmp_path / "empty")
-
-
-def test_the_command_line_and_the_package_know_the_same_words():
-    parser = cli.build_parser()
-    for path in arguments.PATHS:
-        assert parser.parse_args(["calibrate", "--out", "x", "--path", path]).path == path
-    for kind in ("retained", *similarity.SIMILARITIES):
-        assert parser.parse_args(["calibrate", "--out", "x", "--similarity", kind]).similarity == kind

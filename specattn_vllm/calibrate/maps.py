@@ -1,0 +1,48 @@
+"""From similarities to a map: which draft layer for each target layer, and which of its heads for each head."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import torch
+
+
+def layer_path(similarity: torch.Tensor) -> list[int]:
+    """Of the maps from target to draft layers that never step back in depth, the one with the greatest total similarity
+    (Shah, arXiv 2510.27641, section 3).
+
+    similarity: [m target layers, n draft layers]. A dynamic programme over target layers: the best total that ends in
+    each draft layer, O(m n^2). Among equals the smaller index wins, from the last target layer back.
+    """
+    best, *rows = similarity.double().tolist()
+    came_from: list[list[int]] = []
+    for row in rows:
+        came_from.append([max(range(i + 1), key=best.__getitem__) for i in range(len(row))])
+        best = [value + best[before] for before, value in zip(came_from[-1], row, strict=True)]
+    path = [max(range(len(best)), key=best.__getitem__)]
+    for step in reversed(came_from):
+        path.append(step[path[-1]])
+    return path[::-1]
+
+
+def head_map(similarity: torch.Tensor, ranks: int = 1) -> list[int]:
+    """For each target KV head the draft KV head most similar to it, the first among equals (Xu et al., arXiv
+    2605.15508).
+
+    similarity: [Ht, Hd]. With tensor-parallel `ranks`, which divide both, only heads of the same rank are considered;
+    the map then serves any number of ranks that divides that one.
+    """
+    ours, theirs = (heads // ranks for heads in similarity.shape)
+    first = [h // ours * theirs for h in range(len(similarity))]
+    return [f + int(similarity[h, f : f + theirs].argmax()) for h, f in enumerate(first)]
+
+
+def as_json(found: dict[str, Any]) -> str:
+    """A map as it stands in its file: indented, with innermost lists on a line."""
+
+    def on_a_line(match: re.Match) -> str:
+        return "[" + " ".join(match[1].split()) + "]"
+
+    return re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", on_a_line, json.dumps(found, indent=1)) + "\n"
