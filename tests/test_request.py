@@ -75,11 +75,22 @@ def test_requests_are_seen_once_each_by_the_last_who_watches():
             return "result"
 
     state = ModelState()
-    compat.watch_new_requests(state, lambda slot, request: first.append((slot, request)))
+    compat.watch_new_requests(state, "same", lambda slot, request: first.append((slot, request)))
     # vLLM calls set_attn again after profiling.
-    compat.watch_new_requests(state, lambda slot, request: second.append((slot, request)))
+    compat.watch_new_requests(state, "same", lambda slot, request: second.append((slot, request)))
+    compat.watch_new_requests(state, "other", lambda slot, request: second.append(slot))
     assert state.add_request(3, "request") == "result"
-    assert (taken, first, second) == ([3], [], [(3, "request")])
+    assert (taken, first, second) == ([3], [], [(3, "request"), 3])
+
+
+def test_the_first_request_is_the_first_that_somebody_asked_for():
+    acts = []
+    state = SimpleNamespace(add_request=lambda slot, request: acts.append(request.req_id))
+    for _ in range(2):
+        compat.at_first_request(state, lambda: acts.append("reset"))
+    for name in ("_warmup_0", "_v2_mixed_warmup_1", "a", "_warmup_2", "b"):
+        state.add_request(0, SimpleNamespace(req_id=name))
+    assert acts == ["_warmup_0", "_v2_mixed_warmup_1", "reset", "a", "_warmup_2", "b"]
 
 
 def test_a_slot_is_exact_for_as_long_as_such_a_request_holds_it():

@@ -41,21 +41,20 @@ class TargetChoice:
         self.reporter: Reporter | None = None
         """Set where no speculator of ours reports."""
         self.audit: Audit | None = None
-        self._served = False
         self._announced: tuple[tuple[Any, ...], ChoiceStep | None] = (), None
         """The step that was announced last: what its metadata of all layers has in common, and what came of it."""
 
     def enter(self, slot: int, request: Any) -> None:
         """A request, new or resumed, is given a slot."""
-        if not self._served and not compat.is_warm_up(request):
-            # What was counted so far, nobody asked for.
-            self._served = True
-            self.chooser.counts.discard()
-            self.chooser.counts.counters.reset()
-            if self.audit is not None:
-                self.audit.reset()
         self.exact[slot] = asks_for_exactness(request.sampling_params)
         self.chooser.forget(slot)
+
+    def reset(self) -> None:
+        """Count from zero: steps until now were vLLM's own."""
+        self.chooser.counts.discard()
+        self.chooser.counts.counters.reset()
+        if self.audit is not None:
+            self.audit.reset()
 
     def begin(self, common: Any) -> ChoiceStep | None:
         """A step of the target, from vLLM's common metadata: on the host but for seq_lens and query_start_loc.
@@ -146,7 +145,8 @@ def join(
     sought = {name: layers[name] for name in choices}
     audit = prepare_audit(options, sought, operations, counters, reporter, runner.max_num_reqs, runner.device)
     target.audit = runner.specattn_audit = audit
-    compat.watch_new_requests(runner.model_state, target.enter)
+    compat.watch_new_requests(runner.model_state, "target", target.enter)
+    compat.at_first_request(runner.model_state, target.reset)
     compat.mark_dummy_runs(runner, target)
     compat.capture_twice(runner.model, target)
     runner.specattn_chooser = chooser

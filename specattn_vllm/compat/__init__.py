@@ -24,9 +24,9 @@ check_engine_config   Start-up checks need the finished config in the process of
 check_request         A request's extra arguments are validated where `SamplingParams` is made, so that a wrong value is
                       the client's error (HTTP 400) and not the engine's; an exact request reads no cached blocks. Goes
                       when plugins may validate requests.
-watch_new_requests    The speculator learns of requests as rows of batches; what they asked for, and what their prompts
-                      say, is only in the worker's `add_request`. Wraps that method of one object. Goes with a hook
-                      for new requests.
+watch_new_requests    The speculator learns of requests as rows of batches; what they asked for is only in the worker's
+                      `add_request`, and so is which request is the first that somebody asked for
+                      (`at_first_request`). Wraps that method of one object. Goes with a hook for new requests.
 attach_to_runner      A target that chooses for itself needs the loaded model and the runner before vLLM measures
                       what is left for the KV cache, and 'dense' beside a drafter of vLLM's has its rounds to count;
                       without a speculator of ours nothing of the plugin runs then. Wraps `GPUModelRunner.load_model`.
@@ -74,6 +74,7 @@ from specattn_vllm.compat.start import (
 )
 from specattn_vllm.compat.worker import (
     add_worker_method,
+    at_first_request,
     attach_to_runner,
     choose_speculator,
     count_rounds,
@@ -92,6 +93,7 @@ __all__ = [
     "add_worker_method",
     "allow_on_cpu",
     "apply_all",
+    "at_first_request",
     "attach_to_runner",
     "capture_twice",
     "check_engine_config",

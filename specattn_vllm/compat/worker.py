@@ -115,17 +115,32 @@ def is_warm_up(request: Any) -> bool:
     return request.req_id.startswith(("_warmup_", "_v2_mixed_warmup"))
 
 
-def watch_new_requests(model_state: Any, seen: Callable[[int, Any], None]) -> None:
-    """Call seen(slot, request data) for each request that the worker takes up, a resumed one included."""
-    original = getattr(model_state.add_request, "original", model_state.add_request)
+def watch_new_requests(model_state: Any, name: str, seen: Callable[[int, Any], None]) -> None:
+    """Call seen(slot, request data) for each request that the worker takes up, a resumed one included. Of one name the
+    last is called: vLLM calls `set_attn` again after profiling."""
+    if not hasattr(model_state, "specattn_watchers"):
+        original, watchers = model_state.add_request, {}
 
-    @functools.wraps(original)
-    def add_request(req_index, new_req_data):
-        seen(req_index, new_req_data)
-        return original(req_index, new_req_data)
+        @functools.wraps(original)
+        def add_request(req_index, new_req_data):
+            for watcher in [*watchers.values()]:
+                watcher(req_index, new_req_data)
+            return original(req_index, new_req_data)
 
-    add_request.original = original
-    model_state.add_request = add_request
+        model_state.specattn_watchers, model_state.add_request = watchers, add_request
+    model_state.specattn_watchers[name] = seen
+
+
+def at_first_request(model_state: Any, act: Callable[[], None]) -> None:
+    """Call act() before the first request that somebody asked for, after all of those by which vLLM warms up. Where
+    vLLM captures no graphs, nothing else tells a worker that it is about to serve."""
+
+    def seen(slot: int, request: Any) -> None:
+        if not is_warm_up(request):
+            del model_state.specattn_watchers["first"]
+            act()
+
+    watch_new_requests(model_state, "first", seen)
 
 
 def watch_steps(runner: Any, seen: Callable[[Any], None]) -> None:

@@ -38,19 +38,11 @@ def watch_drafter(runner: Any, options: SpecAttnOptions) -> None:
     operations = executors.of_engine(options, runner.device, config.model_config.dtype)
     counters = Counters(runner.device)
     reporter = Reporter(counters, options.stats_interval_s, logs=config.parallel_config.rank == 0)
-    served = False
 
     def count(batch: Any, sampled: torch.Tensor) -> None:
         count_round(counters, operations, batch, sampled)
         reporter.tick()
 
-    def enter(slot: int, request: Any) -> None:
-        nonlocal served
-        if not served and not compat.is_warm_up(request):
-            # What was counted so far, nobody asked for.
-            served = True
-            counters.reset()
-
     compat.count_rounds(runner, count)
-    compat.watch_new_requests(runner.model_state, enter)
+    compat.at_first_request(runner.model_state, counters.reset)
     runner.specattn_counters, runner.specattn_reporter = counters, reporter

@@ -87,6 +87,15 @@ class RoundSpeculator(compat.stock_speculator()):
         (self._step_aside if small else self._step_in)(batch)
         return not small
 
+    def set_attn(self, model_state, *args: Any, **kwargs: Any) -> None:
+        super().set_attn(model_state, *args, **kwargs)
+        if not self.options.chooses_by_itself:  # else the target's counters are these, and it resets them
+            compat.at_first_request(model_state, self._reset)
+
+    def _reset(self) -> None:
+        """Count from zero: rounds until now were vLLM's own."""
+        self.counters.reset()
+
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         super().init_cudagraph_manager(cudagraph_mode)
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
@@ -107,8 +116,6 @@ class RoundSpeculator(compat.stock_speculator()):
             if graphs is not None and graphs.needs_capture():
                 what = "Capturing draft rounds" + (" with selection" if recording else "")
                 graphs.capture_rounds(self._captured(graphs.inputs, recording), self.block_tables, what)
-        # Capturing the target's graphs ran steps that nobody asked for.
-        self.counters.reset()
 
     def _graphs(self, recording: bool) -> RoundGraphs | None:
         """None where there are none: without CUDA graphs."""

@@ -50,10 +50,10 @@ class SpecAttnSpeculator(RoundSpeculator):
             )
         if self.selection is not None:
             self.selection.attach(target_attn_groups)
-            compat.watch_new_requests(model_state, self._enter)
+            compat.watch_new_requests(model_state, "speculator", self._enter)
 
-    def capture(self) -> None:
-        super().capture()
+    def _reset(self) -> None:
+        super()._reset()
         if self.audit is not None:
             self.audit.reset()
 
