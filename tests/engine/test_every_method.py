@@ -22,7 +22,7 @@ SETTINGS = {
 }
 """Options with which a part is read of contexts of a few hundred tokens."""
 EVERYTHING = {"ratio": 1.0}
-NEW_TOKENS = 32
+NEW_TOKENS = 48
 
 METHOD = pytest.mark.parametrize("method", SETTINGS)
 
@@ -56,7 +56,7 @@ def crowd(small_pool, prompts, monkeypatch):
         while engine.has_unfinished_requests():
             done |= {o.request_id: list(o.outputs[0].token_ids) for o in engine.step() if o.finished}
             steps += 1
-            if steps == 6:
+            if steps == 2:
                 engine.abort_request(["gone"])
         assert preempted, "the pool is large enough for all"
         assert {name: len(tokens) for name, tokens in done.items() if name != "gone"} == {
@@ -102,4 +102,5 @@ def test_who_reads_everything_gives_plain_decoding(method, plain, small_pool, cr
     assert [done[name] for name in ("exact0", "a1", "exact2", "a3")] == expected
     seen = counts(llm)
     assert seen.kv_read == seen.kv_full
-    assert METHODS[method].lossless or seen.sparse_rows > 0, "nothing went through a selection"
+    if METHODS[method].target_reads == "draft's choice":
+        assert seen.sparse_rows > 0, "nothing went through a selection"
