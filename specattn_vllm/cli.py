@@ -94,6 +94,18 @@ def _with_default_part(argv: Sequence[str]) -> list[str]:
     return argv
 
 
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    from specattn_vllm.doctor import command
+
+    command.add_arguments(parser)
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from specattn_vllm.doctor import command
+
+    return command.run(args)
+
+
 def _methods_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="for scripts")
 
@@ -129,6 +141,7 @@ class Command(NamedTuple):
 # One line per subcommand. A `run` that needs torch or vLLM imports it inside.
 COMMANDS = {
     "info": Command(info.run, "what is installed, and whether it fits together", info.add_arguments),
+    "doctor": Command(doctor, "tries what a server needs, and says what to do about what fails", _doctor_arguments),
     "methods": Command(methods, "the methods that `method` may name, and what they choose by", _methods_arguments),
     "cpu-env": Command(cpu_env, "the variables that let vLLM use this plugin without a GPU", _cpu_env_arguments),
     "demo-path": Command(demo_path, "the folder of one of the two demo models", _demo_path_arguments),

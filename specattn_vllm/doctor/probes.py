@@ -1,0 +1,95 @@
+"""What the doctor asks of processes that load torch and vLLM: `python -m specattn_vllm.doctor.probes NAME FILE ...`.
+
+A probe writes its answer to FILE as JSON: facts, or {"error": what went wrong, its first cause first}.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from specattn_vllm.causes import told
+
+
+def plugin() -> dict[str, Any]:
+    """vLLM finds the plugin as a server does."""
+    from vllm.plugins import load_general_plugins
+
+    load_general_plugins()
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    if "SPECATTN" not in AttentionBackendEnum.__members__:
+        return {"error": "vLLM loaded its plugins, and the backend specattn is not among its backends"}
+    return {}
+
+
+def config(*serve: str) -> dict[str, Any]:
+    """The configuration that `vllm serve` would make, or what it is refused for, and what it would take."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.plugins import load_general_plugins
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    load_general_plugins()
+    model, *rest = serve
+    if not any(argument.startswith(("--attention-backend", "--attention-config")) for argument in rest):
+        rest += ["--attention-backend", "specattn"]
+    parser = FlexibleArgumentParser()
+    EngineArgs.add_cli_args(parser)
+    parsed = parser.parse_args(["--model", model, *rest])
+    made = EngineArgs.from_cli_args(parsed).create_engine_config(UsageContext.OPENAI_API_SERVER)
+
+    from specattn_vllm.doctor.sizes import sizes
+    from specattn_vllm.options import SpecAttnOptions
+
+    options = SpecAttnOptions.from_vllm(made)
+    spec = made.speculative_config
+    drafter = "no drafter" if spec is None else f"drafter: {spec.method}, {spec.num_speculative_tokens} tokens a round"
+    lossless = "lossless" if options.kind.lossless else "approximate"
+    says = f"{model} can be served: method {options.method} ({lossless}), {options.amount}, {drafter}"
+    return {"says": says, **sizes(made, options)}
+
+
+def generate(target: str, draft: str) -> dict[str, Any]:
+    """Eight tokens of the demo pair, by the default method with a draft model."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        target,
+        attention_backend="specattn",
+        speculative_config={"model": draft, "num_speculative_tokens": 4},
+        additional_config={"specattn": {"ratio": 0.25, "min_tokens": 16, "recent_tokens": 8, "crossover_tokens": 0}},
+        max_model_len=512,
+        max_num_seqs=2,
+        gpu_memory_utilization=0.3,
+        enforce_eager=True,
+        disable_log_stats=True,
+    )
+    prompt = {"prompt_token_ids": [7 + i % 200 for i in range(200)]}
+    parameters = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
+    tokens = len(llm.generate([prompt], parameters, use_tqdm=False)[0].outputs[0].token_ids)
+    [counts] = llm.collective_rpc("specattn_stats")
+    if tokens != 8 or not counts or not counts["sparse_rows"]:
+        return {"error": f"the demo pair gave {tokens} tokens of 8, and its worker counted {counts}"}
+    read = counts["kv_read"] / counts["kv_full"]
+    return {"says": f"the demo pair gave 8 tokens, and its worker read {read:.0%} of the KV cache for them"}
+
+
+PROBES: dict[str, Callable[..., dict[str, Any]]] = {"plugin": plugin, "config": config, "generate": generate}
+
+
+def main(name: str, answer: str, *arguments: str) -> None:
+    try:
+        found = PROBES[name](*arguments)
+    except SystemExit as error:  # vLLM's parser, which has printed why
+        found = {"error": f"vllm serve does not take these arguments ({error})"}
+    except Exception as error:
+        found = {"error": told(error)}
+    Path(answer).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,145 @@
+"""The doctor's findings: what is broken is named, with what to do, and nothing that depends on it is tried."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from specattn_vllm import cli
+from specattn_vllm.compat import leaned_on
+from specattn_vllm.doctor import command, findings
+from specattn_vllm.doctor.findings import Finding, examine
+
+SIZES = {
+    "says": "M can be served", "buffers": {"scores": 2 * 2**30, "pages": 2**29}, "weights": 15 * 2**30,
+    "kv_per_token": 140_000, "sketch_share": 0.066, "max_num_seqs": 64, "max_model_len": 131_072, "room": 70 * 2**30,
+}  # fmt: skip
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """What is installed, what probes answer, and which of them were asked."""
+    told = {
+        "problems": [], "specattn-vllm": "0.1.0", "python": "3.11", "versions": {"vllm": "0.32.0", "torch": None},
+        "gpus": [{"name": "H200", "memory": "141 GiB"}], "executor": "fa3",
+    }  # fmt: skip
+    given = {"told": told, "plugin": {}, "config": SIZES, "generate": {"says": "8 tokens"}, "asked": []}
+
+    def probe(name, *arguments):
+        given["asked"].append((name, *arguments))
+        return given[name]
+
+    monkeypatch.setattr(findings.info, "gather", lambda: given["told"])
+    monkeypatch.setattr(findings, "probe", probe)
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    return given
+
+
+def found(*serve: str, generate: bool = True) -> dict[str, Finding]:
+    made = {finding.check: finding for finding in examine(serve, generate=generate)}
+    assert all(finding.remedy for finding in made.values() if finding.status == "problem")
+    return made
+
+
+def statuses(made: dict[str, Finding]) -> dict[str, str]:
+    return {check: finding.status for check, finding in made.items()}
+
+
+def test_a_healthy_installation(answers):
+    made = found("M", "--max-num-seqs", "64")
+    assert set(statuses(made).values()) == {"ok"}
+    assert answers["asked"] == [
+        ("plugin",),
+        ("config", "M", "--max-num-seqs", "64"),
+        ("generate", *answers["asked"][2][1:]),
+    ]
+    says = made["memory"].says
+    for part in ("2.5 GiB of buffers for 64 requests of 131,072 tokens (scores 2.0 GiB, pages 512.0 MiB)",
+                 "15.0 GiB of weights", "17.1 GiB of KV cache for one longest request", "6.6% of it the sketch",
+                 "vLLM would use 70.0 GiB"):  # fmt: skip
+        assert part in says
+
+
+def test_without_a_model_and_without_a_generation_nothing_is_asked_for_them(answers):
+    made = statuses(found(generate=False))
+    assert made["model"] == made["generation"] == "skipped"
+    assert answers["asked"] == [("plugin",)]
+
+
+def test_a_broken_installation_is_all_that_is_told(answers):
+    answers["told"]["problems"] = ["vLLM is not installed (this plugin supports it): pip install it"]
+    made = found("M")
+    assert made["installation"].remedy == "pip install it"
+    assert statuses(made) == {"installation": "problem", "everything else": "skipped"}
+    assert not answers["asked"]
+
+
+def test_a_plugin_that_vllm_is_told_to_leave_out(answers, monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other,another")
+    made = found()
+    assert made["entry point"].status == "problem" and "add 'specattn' to it" in made["entry point"].remedy
+    monkeypatch.setenv("VLLM_PLUGINS", "other,specattn")
+    assert found()["entry point"].status == "ok"
+
+
+def test_a_vllm_without_something_that_is_leaned_on(answers, monkeypatch):
+    monkeypatch.setattr(leaned_on, "LEANED_ON", (*leaned_on.LEANED_ON, "config.parallel:ParallelConfig.no_such_field"))
+    made = found()["hooks in vLLM"]
+    assert made.status == "problem" and "no_such_field" in made.says + made.remedy
+
+
+def test_a_machine_without_a_gpu(answers, monkeypatch):
+    answers["told"]["gpus"] = []
+    monkeypatch.setenv("PYTHONPATH", "")
+    assert 'eval "$(specattn cpu-env)"' in found()["GPU"].remedy
+    monkeypatch.setenv("PYTHONPATH", f"/x:{findings.OVERLAY}")
+    assert found()["GPU"].status == "warning"
+
+
+def test_a_gpu_that_torch_does_not_see(answers):
+    answers["told"]["executor"] = "not known: No CUDA GPUs are available"
+    assert found()["GPU"].status == "problem"
+
+
+def test_a_plugin_that_does_not_load(answers):
+    answers["plugin"] = {"error": "ImportError: no module named x"}
+    made = found("M")
+    assert made["plugin in a vLLM process"].says == "ImportError: no module named x"
+    assert "memory" not in made and "generation" not in made
+
+
+def test_what_is_refused_is_told_with_its_remedy(answers):
+    answers["config"] = {"error": "kv_cache_dtype = 'fp8': not supported; use 'auto'"}
+    made = found("M")
+    assert made["model and options"].status == "problem" and "use 'auto'" in made["model and options"].remedy
+    assert made["generation"].status == "ok"
+
+
+def test_a_gpu_that_is_too_small(answers):
+    answers["config"] = SIZES | {"room": 30 * 2**30}
+    made = found("M")["memory"]
+    assert made.status == "problem" and "lower --max-model-len or --max-num-seqs" in made.remedy
+
+
+def test_a_method_whose_buffers_are_not_known_beforehand(answers):
+    answers["config"] = {"says": "M can be served", "unknown": "known once it starts"}
+    assert found("M")["memory"] == Finding("memory", "skipped", "known once it starts")
+
+
+def test_a_probe_that_dies_is_told_by_its_last_line(monkeypatch):
+    monkeypatch.setattr(findings.sys, "executable", "/bin/sh")
+    answer = findings.probe("plugin")
+    assert answer["error"].startswith("the process ended with status ")
+
+
+def test_the_command(answers, capsys):
+    assert cli.main(["doctor", "--no-generation", "M", "--max-num-seqs", "64"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("ok       installation: specattn-vllm 0.1.0") and "memory: 2.5 GiB of buffers" in text
+    assert max(map(len, text.splitlines())) <= command.WIDTH
+    answers["generate"] = {"error": "CUDA error"}
+    assert cli.main(["doctor", "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["healthy"] is False
+    assert told["findings"][-1]["status"] == "problem" and told["findings"][-1]["says"] == "CUDA error"
