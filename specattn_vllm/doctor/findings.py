@@ -140,7 +140,8 @@ def _engine(serve: Sequence[str]) -> Iterator[Finding]:
     says = (
         f"{_bytes(buffers)} of buffers for {found['max_num_seqs']} requests of {longest:,} tokens ({parts}), "
         f"{of_weights} of weights, {_bytes(cache)} of KV cache for one longest request "
-        f"({_bytes(found['kv_per_token'])} for each token, {found['sketch_share']:.1%} of it the sketch); vLLM would use {_bytes(found['room'])}"
+        f"({_bytes(found['kv_per_token'])} for each token, {found['sketch_share']:.1%} of it the sketch); "
+        f"vLLM would use {_bytes(found['room'])}"
     )
     fits = buffers + weights + cache <= found["room"]
     lower = "lower --max-model-len or --max-num-seqs, or use more GPUs (--tensor-parallel-size) or larger ones"
