@@ -63,7 +63,7 @@ def test_it_is_evaluated(random_tokens, demo_pair, prompts, tmp_path):
             setting=Setting(name=name, options=options), target=demo_pair[0], draft=demo_pair[1],
             models={"target": {"name": "target"}, "draft": {"name": "draft"}}, draft_tokens=4, device="cpu",
             dtype="float32", engine_options={"max_num_seqs": 2}, batch=2, context=300, positions=10, free_tokens=8,
-            documents=documents, record_kept=False,
+            documents=documents,
         )  # fmt: skip
         found[name] = evaluation.run(job, tmp_path).result
     assert found["random"].forced["sparse_rows"] > 0
