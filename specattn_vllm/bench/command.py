@@ -1,4 +1,4 @@
-"""The command line of `specattn bench`. Loads torch, vLLM, rich and matplotlib where they are used, if at all."""
+"""The command line of `specattn bench`. Loads torch, vLLM and matplotlib where they are used, if at all."""
 
 from __future__ import annotations
 
@@ -7,176 +7,166 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from specattn_vllm.bench import grid
-from specattn_vllm.bench.arguments import engines_arguments, table_arguments
+from specattn_vllm.bench import grid, jobs
 from specattn_vllm.bench.kernels import command as kernels
 from specattn_vllm.installed import UserError, require
 from specattn_vllm.tools import models
+from specattn_vllm.tools.arguments import add_commit, add_engine_argument, add_gpus, at_least, parse_option, share
 from specattn_vllm.tools.interrupts import ended_as_interrupted, resumed, status_of
+from specattn_vllm.tools.outputs import output_file
 
 if TYPE_CHECKING:
-    from specattn_vllm.bench.jobs import Request
-    from specattn_vllm.bench.schema import EngineResult, Job, Report
+    pass
 
 
-def request_of(args: argparse.Namespace) -> Request:
-    from specattn_vllm.bench.jobs import Request
-    from specattn_vllm.tools.provenance import has_gpu
+def engines_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is measured")
+    what.add_argument("--shape", default="llama-8b-1b", choices=models.shape_names(), help="[%(default)s]")
+    what.add_argument(
+        "--grid",
+        type=grid.parse_grid,
+        default="16x32k,4x32k,1x32k,4x128k",
+        metavar="BATCHxCONTEXT,...",
+        help="requests at a time, and tokens of prompt of each; k is 1024 [%(default)s]",
+    )
+    what.add_argument(
+        "--modes",
+        type=jobs.parse_list(jobs.parse_mode),
+        default=",".join(jobs.DEFAULT_MODES),
+        metavar="MODE,...",
+        help="of stock vLLM: plain, draft-v2, draft-v1, eagle (a head of EAGLE-3's shape); of this plugin: dense, "
+        "specattn, sketch (with a draft model), sketch-eagle, sketch-alone (no speculation), vegas (the target drafts "
+        "for itself) [%(default)s]",
+    )
+    what.add_argument(
+        "--kept",
+        type=jobs.parse_list(share),
+        default="0.25,0.1,0.05",
+        metavar="SHARE,...",
+        help="shares of the context that modes of this plugin but dense keep, an engine each [%(default)s]",
+    )
+    what.add_argument(
+        "--draft-tokens",
+        type=jobs.parse_for_mode(at_least(1)),
+        action="append",
+        default=[],
+        metavar="[MODE:]K",
+        help=f"drafted a round, in all modes or in one; may be repeated [{jobs.DRAFT_TOKENS}]",
+    )
+    what.add_argument(
+        "--acceptance-length",
+        type=jobs.parse_for_mode(jobs.parse_list(float)),
+        action="append",
+        default=[],
+        metavar="[MODE:]A,...",
+        help="mean tokens of a round, by vLLM's synthetic acceptance, an engine each, of all modes or of one; may be "
+        f"repeated [{jobs.ACCEPTANCE_LENGTH:g}]",
+    )
+    what.add_argument(
+        "--option",
+        type=parse_option,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the plugin for its modes that can use it, e.g. min_tokens=64, or for one, e.g. "
+        "vegas:dilation=0; may be repeated",
+    )
+    what.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto", help="[%(default)s]")
 
-    device = args.device
-    if device == "auto":
-        device = "cuda" if (args.list and args.shape != models.DEMO) or has_gpu() else "cpu"
-        if device == "cpu" and args.shape != models.DEMO:
+    how = parser.add_argument_group("how")
+    for name, default, told in (
+        ("output-tokens", 64, "about so many tokens of every request are timed in a generation"),
+        ("repeats", 3, "timed generations"),
+        ("max-warmups", 5, "generations before them at most; fewer where two in turn agree within 3%%"),
+    ):
+        how.add_argument(f"--{name}", type=at_least(1), default=default, metavar="N", help=f"{told} [%(default)s]")
+    how.add_argument("--gpu-memory-utilization", type=float, default=0.92, metavar="SHARE", help="[%(default)s]")
+    add_engine_argument(how, "for every mode")
+
+    run = parser.add_argument_group("running")
+    run.add_argument(
+        "--out",
+        type=output_file,
+        default=Path("specattn-bench.json"),
+        metavar="FILE.json",
+        help="written after every engine; logs go into a folder beside it [%(default)s]",
+    )
+    run.add_argument("--plot", type=output_file, metavar="FILE.png", help="also draw it")
+    run.add_argument("--list", action="store_true", help="show what would run, with every argument, and stop")
+    run.add_argument("--resume", action="store_true", help="go on with --out: engines measured there are not run again")
+    run.add_argument("--overwrite", action="store_true", help="throw away what --out holds")
+    add_gpus(run, "engines")
+    add_commit(run)
+
+
+def table_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE.json")
+    parser.add_argument("--plot", type=output_file, metavar="FILE.png", help="also draw it")
+
+
+def engines(args: argparse.Namespace) -> int:
+    from specattn_vllm.tools.provenance import has_gpu, provenance
+
+    shape = models.load_shape(args.shape)
+    if args.device == "auto":
+        args.device = "cuda" if (args.list and not shape.has_weights) or has_gpu() else "cpu"
+        if args.device == "cpu" and not shape.has_weights:
             raise UserError(
                 f"no NVIDIA GPU was found, and {args.shape} is too large for a CPU: try "
                 "`specattn bench --shape demo --grid 2x256 --output-tokens 16`, or insist with --device cpu"
             )
-    draft_tokens, lengths = dict(args.draft_tokens), dict(args.acceptance_length)
-    counts = [("draft_tokens", n, 1) for n in draft_tokens.values()]
-    counts += [(name, getattr(args, name), 1) for name in ("output_tokens", "repeats", "max_warmups")]
-    for name, value, least in (*counts, ("seed", args.seed, 0)):
-        if value < least:
-            raise UserError(f"--{name.replace('_', '-')} {value}: at least {least}")
-    return Request(
-        shape=models.load_shape(args.shape),
-        grid=args.grid,
-        modes=args.modes,
-        kept=args.kept,
-        device=device,
-        draft_tokens=draft_tokens.pop("", grid.DRAFT_TOKENS),
-        acceptance_lengths=lengths.pop("", (grid.ACCEPTANCE_LENGTH,)),
-        draft_tokens_of=draft_tokens,
-        acceptance_lengths_of=lengths,
-        output_tokens=args.output_tokens,
-        repeats=args.repeats,
-        max_warmups=args.max_warmups,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        gpu_memory_utilization=args.gpu_memory_utilization,
-        capture_sizes=args.cudagraph_capture_sizes,
-        options=dict(args.option),
-        engine_options=dict(args.engine_argument),
-        seed=args.seed,
-    )
-
-
-def planned_jobs(request: Request) -> list[Job]:
-    from specattn_vllm.bench.jobs import job_name, make_jobs
-
     try:
-        jobs = make_jobs(request)
+        wanted = jobs.make_jobs(args, shape)
     except ValueError as error:
         raise UserError(str(error)) from None
-    for job in jobs:
-        length, most = job.acceptance_length, job.draft_tokens + 1
-        if length is not None and not 1 <= length <= most:
-            raise UserError(
-                f"--acceptance-length {length:g} for {job.name}: between 1 and --draft-tokens + 1 = {most}, or 0"
-            )
-    known = {name for job in jobs for name in (job_name(job.mode, job.kept), job.mode)}
-    named = {"draft-tokens": request.draft_tokens_of, "acceptance-length": request.acceptance_lengths_of}
-    for flag, name in ((flag, name) for flag, given in named.items() for name in given):
-        if name not in known:
-            raise UserError(f"--{flag} {name}: no such engine in this run (--modes, --kept)")
-    return jobs
-
-
-def engines(args: argparse.Namespace) -> int:
-    request = request_of(args)
-    jobs = planned_jobs(request)
     if args.list:
-        for job in jobs:
-            print(describe(job))
+        for job in wanted:
+            cells = ", ".join(f"{cell.name} ({cell.prompt_tokens:,} tokens a prompt)" for cell in job.cells)
+            variables = " ".join(f"{name}={value!r}" for name, value in job.environment.items())
+            print(f"{job.name}\n  cells: {cells}\n  environment: {variables}")
+            print(f"  vllm.LLM: {json.dumps(job.engine_arguments)}")
         return 0
-    require(("vllm", "rich", *(("matplotlib",) if args.plot else ())))
-    from rich.console import Console
-
-    from specattn_vllm.bench import runner, terminal
+    require(("vllm", *(("matplotlib",) if args.plot else ())))
+    from specattn_vllm.bench import report as reports
+    from specattn_vllm.bench import runner
     from specattn_vllm.bench.schema import Report
-    from specattn_vllm.tools.provenance import provenance
 
-    report = Report(provenance=provenance(args.commit), settings=request.settings(), engines=[])
-    earlier = earlier_engines(args, report)
-    console = Console()
-    folder = args.out.with_suffix(".logs")
-    interrupt = None
+    report = Report(provenance=provenance(args.commit), settings=jobs.settings_of(args, shape), engines=[])
+    if args.out.exists() and not (args.resume or args.overwrite):
+        raise UserError(f"{args.out} is there already: --resume goes on with it, --overwrite starts anew")
+    earlier = runner.earlier_engines(args.out, report) if args.resume else {}
+    folder, interrupt = args.out.with_suffix(".logs"), None
     try:
-        with ended_as_interrupted(), terminal.board(jobs, console) as board:
-            runner.run_all(
-                jobs,
-                report,
-                args.out,
-                folder,
-                args.engine_timeout,
-                earlier,
-                keep_going=args.keep_going,
-                rerun=args.rerun,
-                gpus=args.gpus,
-                watch=board.watch,
-                done=board.done,
-            )
+        with ended_as_interrupted():
+            runner.run_all(wanted, report, args.out, folder, earlier, args.gpus)
     except KeyboardInterrupt as found:
         interrupt = found
-    terminal.show(report, console)
-    console.print(f"{args.out} (table for documents: specattn bench table {args.out}); logs in {folder}")
+    print(f"\n{reports.markdown(report)}\n{args.out}; logs in {folder}")
     if interrupt is not None:
-        console.out(f"interrupted; this goes on with it: {resumed('--resume')}", highlight=False)
+        print(f"interrupted; this goes on with it: {resumed('--resume')}")
         return status_of(interrupt)
     if args.plot:
-        draw(report, args.plot)
-    names = {job.name for job in jobs}
-    ran = {engine.name for engine in report.engines if engine.status == "ok" and engine.name in names}
-    return 0 if ran == names else 1
+        from specattn_vllm.bench.plot import draw
+
+        draw(report).savefig(args.plot, dpi=160)
+    ran = {engine.name for engine in report.engines if engine.status == "ok"}
+    return 0 if {job.name for job in wanted} <= ran else 1
 
 
-def earlier_engines(args: argparse.Namespace, report: Report) -> dict[str, EngineResult]:
-    from specattn_vllm.bench import runner
-
-    if args.resume or args.rerun:
-        try:
-            return runner.earlier_engines(args.out, report)
-        except ValueError as error:
-            raise UserError(f"{error}: give another --out, or --overwrite instead") from None
-    if args.out.exists() and not args.overwrite:
-        raise UserError(f"{args.out} is there already: --resume goes on with it, --overwrite starts anew")
-    return {}
-
-
-def describe(job: Job) -> str:
-    """A job as `--list` shows it."""
-    cells = ", ".join(f"{cell.name} ({cell.prompt_tokens:,} tokens a prompt)" for cell in job.cells)
-    variables = " ".join(f"{k}={v!r}" if v is not None else f"without {k}" for k, v in job.environment.items())
-    lines = [
-        f"{job.name}",
-        f"  cells: {cells}",
-        f"  {job.generated_tokens} tokens a request and generation: 1 or more to warm up, {job.repeats} to measure",
-        f"  environment: {variables}",
-        f"  vllm.LLM: {json.dumps(job.engine_arguments)}",
-    ]
-    return "\n".join(lines)
-
-
-def table(args: argparse.Namespace) -> int:
+def table(args: argparse.Namespace) -> None:
     from specattn_vllm.bench import report as reports
     from specattn_vllm.bench.schema import Report
 
     try:
-        results = json.loads(args.file.read_text())
-        report = Report.model_validate(results)
+        report = Report.model_validate_json(args.file.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{args.file} is no report of `specattn bench`: {str(error).splitlines()[0]}") from None
-    print(reports.markdown(results), end="")
-    if args.details:
-        print("\n" + reports.details(results), end="")
+    print(reports.markdown(report), end="")
     if args.plot:
         require(("matplotlib",))
-        draw(report, args.plot)
-    return 0
+        from specattn_vllm.bench.plot import draw
 
-
-def draw(report: Report, path: Path) -> None:
-    from specattn_vllm.bench import plot
-
-    plot.save(report, path)
+        draw(report).savefig(args.plot, dpi=160)
 
 
 # Name -> what runs it, its arguments, its help.

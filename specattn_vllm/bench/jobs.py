@@ -1,229 +1,231 @@
-"""From what is asked for to one job per engine: exact vLLM arguments and environment."""
+"""Modes, and from what is asked for to one job per engine: exact vLLM arguments and environment."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
-from specattn_vllm.bench.grid import (
-    ACCEPTANCE_LENGTH,
-    ALONE_MODES,
-    DRAFT_TOKENS,
-    EAGLE_MODES,
-    KEPT_MODES,
-    OUR_MODES,
-    SELF_MODES,
-    SKETCH_MODES,
-    Cell,
-    generated_tokens,
-    prompt_tokens,
-    slack_tokens,
-)
-from specattn_vllm.bench.schema import Job, JobCell
+from specattn_vllm.bench.grid import Cell
+from specattn_vllm.bench.schema import CellResult, Job
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.tools.models import Shape
 
-Device = Literal["cuda", "cpu"]
-SPARSE_DRAFT = 0.1
-"""Share of the context that draft steps read in mode 'sparse-draft'."""
+DRAFT_TOKENS = 5
+ACCEPTANCE_LENGTH = 3.5
+SETTLING_ROUNDS = 2
+"""Rounds after the last request's first token that are not timed: the pipeline of steps fills up."""
+
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Request:
-    """What the user asks for; one job per mode, per kept fraction of the modes that keep one, and per acceptance length
-    of those that speculate."""
-
-    shape: Shape
-    grid: Sequence[Cell]
-    modes: Sequence[str]
-    kept: Sequence[float]
-    device: Device = "cuda"
-    draft_tokens: int = DRAFT_TOKENS
-    acceptance_lengths: Sequence[float] = (ACCEPTANCE_LENGTH,)
-    """Mean tokens of a round; 0: what the models agree on."""
-    draft_tokens_of: Mapping[str, int] = field(default_factory=dict)
-    acceptance_lengths_of: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    """Where a mode ('vegas'), or an engine ('vegas 10%'), has others than those for all."""
-    output_tokens: int = 64
-    repeats: int = 3
-    max_warmups: int = 5
-    max_num_batched_tokens: int = 8192
-    gpu_memory_utilization: float = 0.92
-    capture_sizes: Sequence[int] | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    """Of the plugin, for our modes."""
-    engine_options: dict[str, Any] = field(default_factory=dict)
-    """Arguments of vllm.LLM for every mode, over those made here."""
-    seed: int = 0
-
-    def settings(self) -> dict[str, Any]:
-        """What all engines of one report have in common: figures that differ in it stand in no common table."""
-        return {
-            "shape": self.shape.name,
-            "shape_description": self.shape.description,
-            "grid": [str(cell) for cell in self.grid],
-            "device": self.device,
-            "draft_tokens": self.draft_tokens,
-            "acceptance_length": self._acceptance_lengths(),
-            "output_tokens": self.output_tokens,
-            "seed": self.seed,
-        }
-
-    def _acceptance_lengths(self) -> float | list[float] | None:
-        lengths = list(self.acceptance_lengths)
-        return lengths if len(lengths) > 1 else lengths[0] or None
+class Mode(NamedTuple):
+    title: str
+    drafter: str | None
+    """Which model drafts, 'target' where it drafts for itself; None: no speculation."""
+    options: Mapping[str, Any] | None = None
+    """Of the plugin; None: stock vLLM."""
+    kept: str | None = None
+    """The option that is the share of the context that is kept, with an engine for each; None: nothing is left out."""
+    by_default: bool = True
+    """Whether it is measured where no mode is named. Others need a shape with a head of EAGLE-3's, or an acceptance of
+    their own: a draft model's says nothing about a target that drafts for itself."""
 
 
-def make_jobs(request: Request) -> list[Job]:
+SKETCH = {"method": "sketch", "min_tokens": 0}
+# A fixed share, whatever the (random) attention looks like: top_p keeps everything, the cap cuts it.
+BY_DRAFT = {"method": "specattn", "top_p": 1.0, "min_tokens": 0, "layer_map": "uniform"}
+MODES = {
+    "plain": Mode("plain decoding", None),
+    "draft-v2": Mode("draft model, runner V2", "draft"),
+    "draft-v1": Mode("draft model, runner V1", "draft"),
+    "eagle": Mode("EAGLE-3 head", "eagle", by_default=False),
+    "dense": Mode("dense", "draft", {"method": "dense"}),
+    "specattn": Mode("specattn", "draft", BY_DRAFT, "max_fraction"),
+    "sketch": Mode("sketch", "draft", SKETCH, "ratio"),
+    "sketch-eagle": Mode("sketch-eagle", "eagle", SKETCH, "ratio", by_default=False),
+    "sketch-alone": Mode("sketch-alone", None, SKETCH, "ratio", by_default=False),
+    "vegas": Mode("vegas", "target", {"method": "vegas", "min_tokens": 0}, "ratio", by_default=False),
+}
+DEFAULT_MODES = tuple(name for name, mode in MODES.items() if mode.by_default)
+
+
+def parse_list(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """A parser of different values between commas."""
+
+    def convert(text: str) -> list[T]:
+        values = [parse(part.strip()) for part in text.split(",")]
+        if len(set(values)) != len(values):
+            raise argparse.ArgumentTypeError(f"'{text}' names one twice")
+        return values
+
+    return convert
+
+
+def parse_mode(text: str) -> str:
+    if text not in MODES:
+        raise argparse.ArgumentTypeError(f"'{text}' is no mode: choose from {', '.join(MODES)}")
+    return text
+
+
+def parse_for_mode(parse: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
+    """A parser of 'VALUE', for all modes, and 'MODE:VALUE', for one that speculates: 'vegas:4' -> ('vegas', 4), '4' ->
+    ('', 4)."""
+    modes = [name for name, mode in MODES.items() if mode.drafter]
+
+    def convert(text: str) -> tuple[str, T]:
+        mode, sign, value = text.rpartition(":")
+        if sign and mode not in modes:
+            raise argparse.ArgumentTypeError(f"'{mode}' is no mode that speculates: {', '.join(modes)}")
+        try:
+            return mode, parse(value)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"'{text}' is not VALUE or MODE:VALUE, e.g. 4 or vegas:4") from None
+
+    return convert
+
+
+def settings_of(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
+    """What all engines of one report have in common: figures that differ in it stand in no common table."""
+    lengths = dict(args.acceptance_length).get("", [ACCEPTANCE_LENGTH])
+    return {
+        "shape": shape.name,
+        "shape_description": shape.description,
+        "grid": [str(cell) for cell in args.grid],
+        "device": args.device,
+        "draft_tokens": dict(args.draft_tokens).get("", DRAFT_TOKENS),
+        "acceptance_length": lengths if len(lengths) > 1 else lengths[0],
+        "output_tokens": args.output_tokens,
+    }
+
+
+def make_jobs(args: argparse.Namespace, shape: Shape) -> list[Job]:
+    """One per mode, per kept share of the modes that keep one, and per acceptance length of those that speculate, from
+    the arguments of `specattn bench engines` with a device. ValueError where they ask for what no engine would do."""
+    drafted = {"": DRAFT_TOKENS} | dict(args.draft_tokens)
+    lengths = {"": [ACCEPTANCE_LENGTH]} | dict(args.acceptance_length)
+    for flag, given in (("draft-tokens", drafted), ("acceptance-length", lengths)):
+        if unknown := given.keys() - {"", *args.modes}:
+            raise ValueError(f"--{flag} {unknown.pop()}: no such mode in this run (--modes)")
     jobs = []
-    for mode in request.modes:
-        for kept in request.kept if mode in KEPT_MODES else (None,):
-            lengths = _own(request.acceptance_lengths_of, job_name(mode, kept), mode, request.acceptance_lengths)
-            if mode in ALONE_MODES:
-                lengths = (0,)
-            for length in lengths:
-                jobs.append(_job(request, mode, kept, length, length_name(length) if len(lengths) > 1 else ""))
+    for mode in args.modes:
+        for kept in args.kept if MODES[mode].kept else (None,):
+            own = lengths.get(mode, lengths[""]) if MODES[mode].drafter else (None,)
+            for length in own:
+                suffix = "" if len(own) == 1 else f", {length:g} a round"
+                jobs.append(_job(args, shape, mode, kept, drafted, length, suffix))
     used = {name for job in jobs for key in job.options for name in (key, f"{job.mode}:{key}")}
-    if unused := [key for key in request.options if key not in used]:
+    if unused := [key for key, _ in args.option if key not in used]:
         raise ValueError(f"--option {unused[0]}: no mode of this run has a use for it (--modes; docs/options.md)")
     return jobs
 
 
-def job_name(mode: str, kept: float | None) -> str:
-    return mode if kept is None else f"{mode} {kept * 100:g}%"
-
-
-def length_name(length: float) -> str:
-    """What tells engines of several acceptance lengths apart."""
-    return f", {length:g} a round" if length else ", as the models agree"
-
-
-def _job(request: Request, mode: str, kept: float | None, acceptance_length: float, suffix: str) -> Job:
-    name = job_name(mode, kept)
-    draft_tokens = _own(request.draft_tokens_of, name, mode, request.draft_tokens)
-    generated = generated_tokens(request.output_tokens, draft_tokens)
+def _job(
+    args: argparse.Namespace,
+    shape: Shape,
+    mode: str,
+    kept: float | None,
+    drafted: Mapping[str, int],
+    length: float | None,
+    suffix: str,
+) -> Job:
+    """Of one engine; `drafted` has the tokens of a round by mode, '' for all others."""
+    drafter, options = MODES[mode].drafter, MODES[mode].options
+    draft_tokens = drafted.get(mode, drafted[""])
+    name = (mode if kept is None else f"{mode} {kept * 100:g}%") + suffix
+    if length is not None and not 1 <= length <= draft_tokens + 1:
+        most = draft_tokens + 1
+        raise ValueError(f"--acceptance-length {length:g} for {name}: between 1 and --draft-tokens + 1 = {most}")
     # Prompts are the same for every mode, speculating or not, so they leave room for the one that drafts most.
-    most = max([request.draft_tokens, *request.draft_tokens_of.values()])
-    room = generated_tokens(request.output_tokens, most)
-    cells = [
-        JobCell(
-            name=str(cell),
-            batch=cell.batch,
-            prompt_tokens=prompt_tokens(cell, room, most, request.shape.max_position),
-        )
-        for cell in request.grid
-    ]
-    speculates = mode not in ALONE_MODES
-    arguments = _engine_arguments(request, mode, cells, generated, draft_tokens)
-    if speculates:
-        arguments["speculative_config"] = _speculation(mode, draft_tokens, acceptance_length)
-    if mode in OUR_MODES:
-        arguments["attention_backend"] = "specattn"
-        arguments["additional_config"] = {"specattn": options_of(mode, kept, request.options)}
-    return Job(
-        name=name + suffix,
-        mode=mode,
-        kept=kept,
-        shape=request.shape.name,
-        cells=cells,
-        engine_arguments=arguments | request.engine_options,
-        environment=_environment(request, mode),
-        draft_tokens=draft_tokens if speculates else 0,
-        acceptance_length=(acceptance_length or None) if speculates else None,
-        generated_tokens=generated,
-        repeats=request.repeats,
-        max_warmups=request.max_warmups,
-        seed=request.seed,
-    )
-
-
-def _own(values: Mapping[str, Any], name: str, mode: str, common: Any) -> Any:
-    return values.get(name, values.get(mode, common))
-
-
-def _environment(request: Request, mode: str) -> dict[str, str | None]:
-    environment: dict[str, str | None] = {
-        # Of runner V1 there is nothing but the draft mode that asks for it: everything else is compared on V2.
-        "VLLM_USE_V2_MODEL_RUNNER": "0" if mode == "draft-v1" else "1",
-        # Stock vLLM without hooks of this package: an empty name matches no plugin.
-        "VLLM_PLUGINS": "specattn" if mode in OUR_MODES else "",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
-    if request.device == "cpu":
-        from specattn_vllm import cpu_runner
-
-        # PYTHONPATH and the cache's size are this machine's affair; the worker adds them (`runner`).
-        environment |= {k: v for k, v in cpu_runner.environment({}).items() if k == "TRITON_INTERPRET"}
-    return environment
-
-
-def _engine_arguments(
-    request: Request, mode: str, cells: Sequence[JobCell], generated: int, draft_tokens: int
-) -> dict[str, Any]:
-    """What stock vLLM and ours have in common."""
-    longest = max(cell.prompt_tokens for cell in cells)
+    most = max(drafted.values())
+    room = shape.max_position - generated_tokens(args.output_tokens, most) - slack_tokens(most)
+    generated = generated_tokens(args.output_tokens, draft_tokens)
+    cells = [CellResult(name=str(c), batch=c.batch, prompt_tokens=prompt_tokens(c, room)) for c in args.grid]
     arguments: dict[str, Any] = {
         "model": "{target}",
         "skip_tokenizer_init": True,
         "enable_prefix_caching": True,
         "max_num_seqs": max(cell.batch for cell in cells),
-        "max_model_len": longest + generated + slack_tokens(draft_tokens),
-        "max_num_batched_tokens": request.max_num_batched_tokens,
-        "seed": request.seed,
+        "max_model_len": max(cell.prompt_tokens for cell in cells) + generated + slack_tokens(draft_tokens),
+        "max_num_batched_tokens": 8192,
+        "seed": 0,
     }
-    if not request.shape.has_weights:
+    if not shape.has_weights:
         arguments["load_format"] = "dummy"
-    if request.device == "cpu":
+    if args.device == "cpu":
         arguments |= {"dtype": "float32", "enforce_eager": True, "distributed_executor_backend": "uni"}
     else:
-        arguments |= {"dtype": "bfloat16", "gpu_memory_utilization": request.gpu_memory_utilization}
-        sizes = request.capture_sizes or capture_sizes(mode, [cell.batch for cell in cells], draft_tokens)
-        arguments["compilation_config"] = {"cudagraph_capture_sizes": list(sizes)}
-    return arguments
-
-
-def _speculation(mode: str, draft_tokens: int, acceptance_length: float) -> dict[str, Any]:
-    speculation = {
-        "model": "{target}" if mode in SELF_MODES else "{eagle}" if mode in EAGLE_MODES else "{draft}",
-        "method": "eagle3" if mode in EAGLE_MODES else "draft_model",
-        "num_speculative_tokens": draft_tokens,
-    }
-    if acceptance_length:
-        # vLLM then accepts drafts at random, so that a round gives so many tokens on average whatever the models say:
-        # random weights agree on nothing, and what agreement a method costs is not a matter of speed.
-        speculation |= {
+        sizes = capture_sizes(mode, [cell.batch for cell in cells], draft_tokens)
+        arguments |= {"dtype": "bfloat16", "gpu_memory_utilization": args.gpu_memory_utilization}
+        arguments["compilation_config"] = {"cudagraph_capture_sizes": sizes}
+    if drafter:
+        arguments["speculative_config"] = {
+            "model": f"{{{drafter}}}",
+            "method": "eagle3" if drafter == "eagle" else "draft_model",
+            "num_speculative_tokens": draft_tokens,
+            # vLLM then accepts drafts at random, so that a round gives so many tokens on average whatever the models
+            # say: random weights agree on nothing, and what agreement a method costs is not a matter of speed.
             "rejection_sample_method": "synthetic",
-            "synthetic_acceptance_length": acceptance_length,
+            "synthetic_acceptance_length": length,
         }
-    return speculation
+    if options is not None:
+        arguments["attention_backend"] = "specattn"
+        arguments["additional_config"] = {"specattn": options_of(mode, kept, dict(args.option))}
+    return Job(
+        name=name,
+        mode=mode,
+        kept=kept,
+        shape=shape.name,
+        cells=cells,
+        engine_arguments=arguments | dict(args.engine_argument),
+        environment={
+            # Of runner V1 there is nothing but the draft mode that asks for it: everything else is compared on V2.
+            "VLLM_USE_V2_MODEL_RUNNER": "0" if mode == "draft-v1" else "1",
+            # Stock vLLM without hooks of this package: an empty name matches no plugin.
+            "VLLM_PLUGINS": "" if options is None else "specattn",
+            "VLLM_NO_USAGE_STATS": "1",
+            "HF_HUB_OFFLINE": "1",
+        },
+        on_cpu=args.device == "cpu",
+        draft_tokens=draft_tokens if drafter else 0,
+        acceptance_length=length,
+        generated_tokens=generated,
+        repeats=args.repeats,
+        max_warmups=args.max_warmups,
+    )
 
 
-def _options(mode: str, kept: float | None) -> dict[str, Any]:
-    if mode == "dense":
-        return {"method": "dense"}
-    if mode == "sparse-draft":
-        return {"method": "dense", "sparse_draft": True, "draft_ratio": SPARSE_DRAFT, "min_tokens": 0}
-    if mode in SKETCH_MODES:
-        return {"method": "sketch", "ratio": kept, "min_tokens": 0}
-    if mode in SELF_MODES:
-        return {"method": mode, "ratio": kept, "min_tokens": 0}
-    # A fixed share, whatever the (random) attention looks like: top_p keeps everything, the cap cuts it.
-    return {
-        "method": "specattn", "top_p": 1.0, "max_fraction": kept, "min_tokens": 0, "layer_map": "uniform"
-    }  # fmt: skip
-
-
-def options_of(mode: str, kept: float | None, given: dict[str, Any]) -> dict[str, Any]:
+def options_of(mode: str, kept: float | None, given: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a mode with those given: 'KEY' is for all modes that can use it, 'MODE:KEY' for one, and goes
     before the other."""
-    options = _options(mode, kept)
+    options = dict(MODES[mode].options) | ({} if kept is None else {MODES[mode].kept: kept})
     own = {key.removeprefix(f"{mode}:"): value for key, value in given.items() if key.startswith(f"{mode}:")}
     usable = SpecAttnOptions.parse(options | own).usable
     options |= {key: value for key, value in given.items() if key in usable} | own
     SpecAttnOptions.parse(options)  # an engine would refuse them too, but after minutes
     return options
+
+
+def generated_tokens(output_tokens: int, draft_tokens: int) -> int:
+    """Tokens that a request generates so that about `output_tokens` of them are timed.
+
+    What is cut off, in rounds of at most K + 1 tokens: at the start those in which the pipeline fills, at the end those
+    in which requests finish one by one (`worker.window`).
+    """
+    return output_tokens + (SETTLING_ROUNDS + 3) * (draft_tokens + 1)
+
+
+def slack_tokens(draft_tokens: int) -> int:
+    """Positions past the last generated token that drafts of the rounds in flight may take."""
+    return 2 * (draft_tokens + 1)
+
+
+def prompt_tokens(cell: Cell, room: int) -> int:
+    """The cell's context, or what of it fits within the model's positions beside what is generated."""
+    if room < 1:
+        raise ValueError("--output-tokens: what is generated does not fit in the model's positions; ask for fewer")
+    # Whole blocks: vLLM caches no others.
+    return cell.context if cell.context <= room else max(room // 16 * 16, 1)
 
 
 def capture_sizes(mode: str, batches: Sequence[int], draft_tokens: int) -> list[int]:
@@ -233,7 +235,7 @@ def capture_sizes(mode: str, batches: Sequence[int], draft_tokens: int) -> list[
     sizes as well: K + 2 tokens per request in its first step, and one in the others; what is no multiple of K + 1 is
     rounded up here, because vLLM rounds it too and then drops what exceeds the largest size given.
     """
-    if mode in ALONE_MODES:
+    if MODES[mode].drafter is None:
         return sorted(set(batches))
     verified = draft_tokens + 1
     wanted = [batch * verified for batch in batches]

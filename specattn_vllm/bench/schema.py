@@ -1,77 +1,24 @@
-"""Jobs, results and the report: what is handed to a worker, what comes back, and the JSON file that keeps both."""
+"""Jobs, results and the report: what is handed to a worker, what comes back, and the JSON file that keeps both.
+
+Reports of other versions have fields that are not here; they are passed over.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
-from specattn_vllm.bench.grid import OUR_MODES, Cell
+from specattn_vllm.bench.grid import Cell
 from specattn_vllm.tools.outputs import write_json
 
-Status = Literal["ok", "failed", "timeout", "interrupted"]
 NO_ROOM = "no cell fits in the KV cache"
 """Reason of an engine that ran and had nothing to measure; its cells say how much they need."""
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class JobCell(_Model):
-    """A cell as an engine runs it."""
-
-    name: str
-    batch: int
-    prompt_tokens: int
-    """Tokens of each prompt: the cell's context, unless the model has not that many positions."""
-
-
-class Job(_Model):
-    """One engine: how to start it, and what to time on it. Nothing in it depends on the machine or on the time."""
-
-    name: str
-    """The column in tables, e.g. 'specattn 10%'."""
-    mode: str
-    kept: float | None = None
-    shape: str
-    cells: list[JobCell]
-    engine_arguments: dict[str, Any]
-    """Arguments of vllm.LLM; '{target}' and '{draft}' stand for the models' folders, which the worker makes."""
-    environment: dict[str, str | None]
-    """Variables of the worker's process, on top of the caller's; None removes one."""
-    draft_tokens: int
-    """Draft tokens a round; 0 without speculation."""
-    acceptance_length: float | None = None
-    generated_tokens: int
-    repeats: int
-    max_warmups: int
-    seed: int
-
-    @property
-    def ours(self) -> bool:
-        return self.mode in OUR_MODES
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of the plugin; none for stock vLLM."""
-        return self.engine_arguments.get("additional_config", {}).get("specattn", {})
-
-    @property
-    def on_cpu(self) -> bool:
-        return self.environment.get("TRITON_INTERPRET") == "1"
-
-    @property
-    def key(self) -> str:
-        """The same for the same job, so that a later run can tell what is already measured."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-class Sample(_Model):
+class Sample(BaseModel):
     """One timed generation."""
 
     tokens: int
@@ -81,13 +28,18 @@ class Sample(_Model):
     tokens_per_round: float
     """Per request."""
 
+    @property
+    def seconds_per_round(self) -> float:
+        return self.seconds / self.rounds
 
-class CellResult(_Model):
+
+class CellResult(BaseModel):
     """One cell of one engine. Speeds are medians over the repeats, ranges their extremes."""
 
     name: str
     batch: int
     prompt_tokens: int
+    """Tokens of each prompt: the cell's context, unless the model has not that many positions."""
     skipped: str | None = None
     """Why there are no numbers, where the engine as such runs."""
     tokens_per_second: float | None = None
@@ -102,34 +54,73 @@ class CellResult(_Model):
     warmups: int = 0
     steady: bool = True
     """Whether warming up ended because the speed was steady, not because of its limit."""
-    cached: float | None = None
-    """Smallest share of a prompt that the measured generations found in the prefix cache."""
     samples: list[Sample] = Field(default_factory=list)
 
+    def summarise(self) -> None:
+        """Fill in the figures from samples and counts."""
+        speeds = [sample.tokens / sample.seconds for sample in self.samples]
+        rounds = [1000 * sample.seconds_per_round for sample in self.samples]
+        request_rounds = sum(sample.tokens / sample.tokens_per_round for sample in self.samples)
+        self.tokens_per_second = round(median(speeds), 2)
+        self.tokens_per_second_range = round(min(speeds), 2), round(max(speeds), 2)
+        self.milliseconds_per_round = round(median(rounds), 3)
+        self.milliseconds_per_round_range = round(min(rounds), 3), round(max(rounds), 3)
+        self.tokens_per_round = round(sum(sample.tokens for sample in self.samples) / request_rounds, 3)
+        if full := self.counts.get("kv_full"):
+            self.kv_read = round(self.counts["kv_read"] / full, 4)
 
-class Phase(_Model):
-    """A stretch of an engine's time."""
+
+class Job(BaseModel):
+    """One engine: how to start it, and what to time on it. Nothing in it depends on the machine or on the time."""
 
     name: str
-    cell: str | None = None
-    seconds: float
+    """The column in tables, e.g. 'specattn 10%'."""
+    mode: str
+    kept: float | None = None
+    shape: str
+    cells: list[CellResult]
+    """Without figures."""
+    engine_arguments: dict[str, Any]
+    """Arguments of vllm.LLM; '{target}' and '{draft}' stand for the models' folders, which the worker makes."""
+    environment: dict[str, str]
+    """Variables of the worker's process, on top of the caller's."""
+    on_cpu: bool = False
+    draft_tokens: int
+    """Draft tokens a round; 0 without speculation."""
+    acceptance_length: float | None = None
+    generated_tokens: int
+    repeats: int
+    max_warmups: int
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the plugin; none for stock vLLM."""
+        return self.engine_arguments.get("additional_config", {}).get("specattn", {})
+
+    @property
+    def drafter(self) -> str | None:
+        """'{draft}', '{eagle}', '{target}' where it drafts for itself; None without speculation."""
+        return self.engine_arguments.get("speculative_config", {}).get("model")
+
+    @property
+    def ours(self) -> bool:
+        return bool(self.options)
 
 
-class EngineResult(_Model):
+class EngineResult(BaseModel):
     name: str
-    status: Status
+    status: str
+    """'ok', 'failed' or 'interrupted'."""
     reason: str | None = None
     job: Job
-    job_key: str
     cells: list[CellResult] = Field(default_factory=list)
-    phases: list[Phase] = Field(default_factory=list)
     kv_cache_tokens: int | None = None
     seconds: float = 0.0
     log: str | None = None
     provenance: dict[str, Any] = Field(default_factory=dict)
 
 
-class Report(_Model):
+class Report(BaseModel):
     kind: Literal["specattn-bench-engines"] = "specattn-bench-engines"
     version: int = 1
     provenance: dict[str, Any]

@@ -20,14 +20,10 @@ from specattn_vllm.evaluation.results import DraftResult
 
 
 class Acceptance:
-    """Sums over the rounds of each document."""
+    """a_j of each round of each document."""
 
-    def __init__(self, documents: int, draft_tokens: int) -> None:
-        self.rounds = [0] * documents
-        self.tokens = torch.zeros(documents, 2, dtype=torch.float64)
-        """That a round gives, by sampling and greedily, summed over rounds."""
-        self.accepted = torch.zeros(documents, 2, draft_tokens, dtype=torch.float64)
-        """a_j, likewise."""
+    def __init__(self, documents: int) -> None:
+        self._rounds: list[list[torch.Tensor]] = [[] for _ in range(documents)]
 
     def add(self, document: int, target: torch.Tensor, draft: torch.Tensor) -> None:
         """A round: logits [K, vocabulary] of both, for the same K tokens."""
@@ -35,19 +31,15 @@ class Acceptance:
         size = min(target.shape[1], draft.shape[1])
         p, q = target.double().softmax(-1)[:, :size], draft.double().softmax(-1)[:, :size]
         same = target.argmax(-1) == draft.argmax(-1)
-        accepted = torch.stack((torch.minimum(p, q).sum(-1), same.double())).cpu()
-        self.rounds[document] += 1
-        self.tokens[document] += 1 + accepted.cumprod(-1).sum(-1)
-        self.accepted[document] += accepted
+        self._rounds[document].append(torch.stack((torch.minimum(p, q).sum(-1), same.double())).cpu())
 
-    def results(self) -> list[DraftResult | None]:
-        """Of each document; None where no round was verified."""
+    def results(self) -> list[DraftResult]:
+        """Of each document, all of which have rounds."""
         found = []
-        for rounds, tokens, accepted in zip(self.rounds, self.tokens, self.accepted, strict=True):
-            if rounds:
-                (tokens, greedy_tokens), (accepted, agreed) = (tokens / rounds).tolist(), (accepted / rounds).tolist()
-                of = {"tokens": tokens, "greedy_tokens": greedy_tokens, "accepted": accepted, "agreed": agreed}
-                found.append(DraftResult(rounds=rounds, **of))
-            else:
-                found.append(None)
+        for rounds in self._rounds:
+            each = torch.stack(rounds)  # [rounds, by sampling and greedily, K]
+            tokens, greedy_tokens = (1 + each.cumprod(-1).sum(-1)).mean(0).tolist()
+            accepted, agreed = each.mean(0).tolist()
+            of = {"tokens": tokens, "greedy_tokens": greedy_tokens, "accepted": accepted, "agreed": agreed}
+            found.append(DraftResult(rounds=len(rounds), **of))
         return found

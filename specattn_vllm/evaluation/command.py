@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from specattn_vllm.evaluation.arguments import check, methods_arguments, table_arguments
 from specattn_vllm.installed import UserError, require
+from specattn_vllm.tools.arguments import add_commit, add_engine_argument, add_gpus, add_pair, at_least
 from specattn_vllm.tools.interrupts import ended_as_interrupted, resumed, status_of
+from specattn_vllm.tools.outputs import output_file
 
 if TYPE_CHECKING:
     from specattn_vllm.evaluation.job import Job
@@ -20,9 +22,71 @@ LED = ("draft_model", "eagle", "eagle3", "mtp")
 """vLLM's drafters whose every draft is sampled where `forcing.py` can take the text's token instead."""
 
 
+def _count(group: argparse._ArgumentGroup, name: str, default: int, what: str, least: int = 1) -> None:
+    told = f"{what} [%(default)s]"
+    group.add_argument(f"--{name}", type=at_least(least), default=default, metavar="N", help=told)
+
+
+def methods_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is compared")
+    add_pair(what)
+    what.add_argument(
+        "--settings", type=Path, metavar="FILE.json", help='[{"name": ..., "options": {...}}, ...] in the place of ours'
+    )
+    what.add_argument(
+        "--layer-map",
+        type=Path,
+        metavar="FILE.json",
+        help="the pair's, for all settings whose selections come from a draft model and that name none themselves",
+    )
+    what.add_argument(
+        "--only", action="append", default=[], metavar="NAME", help="this setting, beside dense; may be repeated"
+    )
+    text = parser.add_argument_group("the text")
+    text.add_argument(
+        "--text",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="documents; short ones are strung together [Python's standard library, which the demo pair was not "
+        "trained on]",
+    )
+    _count(text, "documents", 8, "how many")
+    _count(text, "context", 4096, "tokens before the first scored one")
+    _count(text, "positions", 512, "scored in each document")
+    how = parser.add_argument_group("the engines")
+    _count(how, "draft-tokens", 4, "drafted a round")
+    _count(how, "batch", 8, "documents at a time")
+    _count(how, "free-tokens", 128, "generated freely after each prompt, for the acceptance length", 2)
+    how.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
+    how.add_argument("--dtype", help="[float32 on a CPU, bfloat16 on a GPU]")
+    add_engine_argument(how, "for every setting")
+    run = parser.add_argument_group("running")
+    run.add_argument(
+        "--out",
+        type=output_file,
+        default=Path("specattn-eval.json"),
+        metavar="FILE.json",
+        help="written after each setting; what it holds already is not run again [%(default)s]",
+    )
+    run.add_argument("--overwrite", action="store_true", help="throw away what --out holds")
+    run.add_argument("--list", action="store_true", help="show the settings and stop")
+    add_gpus(run, "settings")
+    add_commit(run)
+
+
+def table_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path, metavar="FILE.json")
+    parser.add_argument("--against", metavar="NAME", help="also the differences from this setting, paired by document")
+
+
 def methods(args: argparse.Namespace) -> int:
-    check(args)
-    given, settings = settings_of(args)
+    from specattn_vllm.evaluation.settings import chosen, default_settings, read_settings, with_layer_map
+
+    given = read_settings(args.settings) if args.settings else default_settings(args.context)
+    if args.layer_map is not None:
+        given = with_layer_map(given, args.layer_map)
+    settings = chosen(given, args.only)
     if args.list:
         for setting in settings:
             more = setting.model_dump(exclude={"name"}, exclude_defaults=True)
@@ -41,9 +105,7 @@ def methods(args: argparse.Namespace) -> int:
     order = [setting.name for setting in given]
     try:
         with ended_as_interrupted():
-            failed = runner.run_all(
-                jobs, report, args.out, order, keep_reference=args.keep_reference, gpus=args.gpus
-            )  # fmt: skip
+            failed = runner.run_all(jobs, report, args.out, order, gpus=args.gpus)
     except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted; this goes on after the settings in {args.out}: {resumed()}")
         return status_of(interrupt)
@@ -52,16 +114,6 @@ def methods(args: argparse.Namespace) -> int:
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
-
-
-def settings_of(args: argparse.Namespace) -> tuple[list[Setting], list[Setting]]:
-    """All settings of the file or of the default list, in their order, and those to be run."""
-    from specattn_vllm.evaluation.settings import chosen, default_settings, read_settings, with_layer_map
-
-    given = read_settings(args.settings) if args.settings else default_settings(args.context)
-    if args.layer_map is not None:
-        given = with_layer_map(given, args.layer_map)
-    return given, chosen(given, args.only)
 
 
 def plan(args: argparse.Namespace, settings: list[Setting]) -> tuple[dict[str, Any], list[Job]]:
@@ -90,10 +142,8 @@ def plan(args: argparse.Namespace, settings: list[Setting]) -> tuple[dict[str, A
     tokenizer = models.tokenizer_of(folders["target"])
     documents = texts.documents(source, lambda text: tokenizer(text, verbose=False).input_ids, length, args.documents)
     common |= {"context": args.context, "positions": args.positions, "free_tokens": args.free_tokens}
-    apart = {"batch": args.batch, "record_kept": args.record_kept}
-    jobs = [
-        Job(setting=setting, documents=[d.ids for d in documents], **folders, **common, **apart) for setting in settings
-    ]
+    ids = [document.ids for document in documents]
+    jobs = [Job(setting=setting, documents=ids, batch=args.batch, **folders, **common) for setting in settings]
     named = [{"name": document.name, "sha256": document.digest} for document in documents]
     return common | {"documents": named}, jobs
 
@@ -154,7 +204,7 @@ def refuse_what_cannot_be_led(engine_options: dict[str, Any], draft_tokens: int)
 
 
 def table(args: argparse.Namespace) -> None:
-    require(("numpy", *(("matplotlib",) if args.plot else ())))
+    require(("numpy",))
     from specattn_vllm.evaluation import report as tables
     from specattn_vllm.evaluation.results import read
 
@@ -162,19 +212,11 @@ def table(args: argparse.Namespace) -> None:
     print(tables.markdown(report), end="")
     if args.against:
         print("\n" + tables.differences(report, args.against), end="")
-    if args.plot:
-        from specattn_vllm.evaluation import pictures
-
-        pictures.save(report, args.plot)
 
 
 # Name -> what runs it, its arguments, its help.
 PARTS = {
-    "methods": (
-        methods,
-        methods_arguments,
-        "settings of the plugin side by side, on the same positions of the same text",
-    ),
+    "methods": (methods, methods_arguments, "settings side by side, on the same positions of the same text"),
     "table": (table, table_arguments, "the table of a report, as Markdown"),
 }
 

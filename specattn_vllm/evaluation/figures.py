@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from specattn_vllm.evaluation.results import Estimate, Figures, Report, SettingResult
+from specattn_vllm.evaluation.results import Report, SettingResult
 from specattn_vllm.evaluation.scan import byte_fraction
 from specattn_vllm.stats import Counts
 
@@ -30,13 +30,34 @@ Figure = Callable[[np.ndarray], np.ndarray]
 """From how often each document counts, [N, documents], to the figure of each of those N draws, [N]."""
 
 
+class Estimate(NamedTuple):
+    """A figure of all documents."""
+
+    value: float
+    interval: tuple[float, float] | None = None
+    """Its ends at 95%; None with one document."""
+
+    def text(self, form: str) -> str:
+        """As `form` (of `format`) says; what rounds to zero has no sign."""
+        told = format(self.value, form)
+        if self.interval is None:
+            return told
+        low, high = (format(end, form) for end in self.interval)
+        return f"{told} ({low} to {high})"
+
+    @property
+    def is_sure(self) -> bool:
+        """Whether it is not 0, as far as the interval says: of few documents that is not far (`FEWEST`)."""
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+
+
 def estimate(figure: Figure, documents: int) -> Estimate:
     """The figure of all documents, and its interval where there are two or more."""
     value = float(figure(np.ones((1, documents)))[0])
     if documents < 2:
-        return Estimate(value=value)
+        return Estimate(value)
     low, high = np.quantile(figure(_drawn(documents)), ENDS)
-    return Estimate(value=value, interval=(float(low), float(high)))
+    return Estimate(value, (float(low), float(high)))
 
 
 @functools.cache
@@ -51,97 +72,58 @@ def ratio(sums: np.ndarray, counts: np.ndarray) -> Figure:
     return lambda weights: (weights @ sums) / (weights @ counts)
 
 
-def mean(values: np.ndarray) -> Figure:
-    """Of documents' means [documents] over as many positions each."""
-    return ratio(values, np.ones_like(values))
+def measured(result: SettingResult) -> dict[str, Figure]:
+    """What is known of each document: means over positions, and over rounds of the free run and along the text."""
+    documents = result.documents
+
+    def column(name: str) -> np.ndarray:
+        return np.array([getattr(document, name) for document in documents])
+
+    rounds = np.array([document.drafts.rounds for document in documents])
+    tokens = {name: np.array([getattr(of.drafts, name) for of in documents]) for name in ("tokens", "greedy_tokens")}
+    positions = np.ones(len(documents))  # of each as many
+    return {
+        **{name: ratio(column(name), positions) for name in ("nll", "kl", "agreement")},
+        "acceptance_length": ratio(column("sampled_tokens"), column("rounds")),
+        **{f"text_{name}": ratio(found * rounds, rounds) for name, found in tokens.items()},
+    }
 
 
-def figures(result: SettingResult, dense: SettingResult, floor: SettingResult | None = None) -> Figures:
-    """`floor`: the dense run in other batches."""
-    forced = Counts(**result.forced)
-    more, documents = mean(_of(result, "nll") - _of(dense, "nll")), len(result.documents)
-    return Figures(
-        kv_read=forced.kv_fraction,
-        bytes_read=byte_fraction(forced, result.scan_share),
-        draft_kv_read=forced.draft_kv_fraction,
-        kl=estimate(mean(_of(result, "kl")), documents),
-        kl_above_rounding=None if floor is None else estimate(mean(_of(result, "kl") - _of(floor, "kl")), documents),
-        agreement=estimate(mean(_of(result, "agreement")), documents),
-        perplexity_change=estimate(lambda weights: np.expm1(more(weights)), documents),
-        acceptance_length=_acceptance(result),
-        text_tokens=_along_the_text(result, "tokens"),
-        text_greedy_tokens=_along_the_text(result, "greedy_tokens"),
-    )
+def difference(result: SettingResult, other: SettingResult) -> dict[str, Estimate]:
+    """How much more one setting has than another, paired by document: what is hard in both cancels out. Loss ('nll') is
+    in nats a token, which is the relative change of perplexity where it is small."""
+    one, two = measured(result), measured(other)
+
+    def more(name: str) -> Figure:
+        return lambda weights: one[name](weights) - two[name](weights)
+
+    return {name: estimate(more(name), len(result.documents)) for name in one}
 
 
-def rows_of(report: Report) -> list[tuple[SettingResult, Figures]]:
+def figures(
+    result: SettingResult, dense: SettingResult, floor: SettingResult | None = None
+) -> dict[str, float | Estimate]:
+    """What the table shows. Shares of the cache's entries, and of bytes with what was searched, are those of the forced
+    run; the change of perplexity is relative, 0.01 is one per cent more; KL above rounding is there where the `floor`,
+    the dense run in other batches, is."""
+    counts, documents = Counts(**result.forced), len(result.documents)
+    own, full = measured(result), measured(dense)
+    found: dict[str, float | Estimate] = {
+        "kv_read": counts.kv_fraction,
+        "bytes_read": byte_fraction(counts, result.scan_share),
+        "draft_kv_read": counts.draft_kv_fraction,
+        **{name: estimate(figure, documents) for name, figure in own.items()},
+        "perplexity_change": estimate(lambda weights: np.expm1(own["nll"](weights) - full["nll"](weights)), documents),
+    }
+    if floor is not None:
+        found["kl_above_rounding"] = difference(result, floor)["kl"]
+    return found
+
+
+def rows_of(report: Report) -> list[tuple[SettingResult, dict[str, float | Estimate]]]:
     """All settings of a report with their figures."""
     return [(result, figures(result, report.dense, report.floor)) for result in report.results]
 
 
-class Difference(NamedTuple):
-    """How much more one setting has than another, paired by document: what is hard in both cancels out."""
-
-    kl: Estimate
-    agreement: Estimate
-    nll: Estimate
-    """Nats a token, which is the relative change of perplexity where it is small."""
-    acceptance_length: Estimate
-    text_tokens: Estimate | None
-    text_greedy_tokens: Estimate | None
-
-
-def difference(result: SettingResult, other: SettingResult) -> Difference:
-    def more(name: str) -> Estimate:
-        return estimate(mean(_of(result, name) - _of(other, name)), len(result.documents))
-
-    return Difference(
-        kl=more("kl"),
-        agreement=more("agreement"),
-        nll=more("nll"),
-        acceptance_length=_longer(result, other),
-        text_tokens=_along_the_text(result, "tokens", other),
-        text_greedy_tokens=_along_the_text(result, "greedy_tokens", other),
-    )
-
-
-def _of(result: SettingResult, name: str) -> np.ndarray:
-    return np.array([getattr(document, name) for document in result.documents])
-
-
-def _acceptance(result: SettingResult) -> Estimate:
-    length = _tokens_a_round(result)
-    if length is None:
-        return Estimate(value=Counts(**result.free).acceptance_length)
-    return estimate(length, len(result.documents))
-
-
-def _longer(result: SettingResult, other: SettingResult) -> Estimate:
-    one, two = _tokens_a_round(result), _tokens_a_round(other)
-    if one is None or two is None:
-        return Estimate(value=_acceptance(result).value - _acceptance(other).value)
-    return estimate(lambda weights: one(weights) - two(weights), len(result.documents))
-
-
-def _along_the_text(result: SettingResult, name: str, other: SettingResult | None = None) -> Estimate | None:
-    """Mean over all rounds, or how much more it is than another's; None where it was not measured."""
-    lengths = [_of_rounds(each, name) for each in (result, other) if each is not None]
-    if None in lengths:
-        return None
-    first, *less = lengths
-    return estimate(lambda weights: first(weights) - sum(of(weights) for of in less), len(result.documents))
-
-
-def _of_rounds(result: SettingResult, name: str) -> Figure | None:
-    drafts = [document.drafts for document in result.documents]
-    if None in drafts:
-        return None
-    rounds = np.array([of.rounds for of in drafts])
-    return ratio(np.array([getattr(of, name) for of in drafts]) * rounds, rounds)
-
-
-def _tokens_a_round(result: SettingResult) -> Figure | None:
-    """None in reports from before the rounds of each document were kept."""
-    if any(document.rounds is None for document in result.documents):
-        return None
-    return ratio(_of(result, "sampled_tokens"), _of(result, "rounds"))
+def as_json(found: dict[str, float | Estimate]) -> dict[str, float | dict]:
+    return {name: each._asdict() if isinstance(each, Estimate) else each for name, each in found.items()}

@@ -28,9 +28,8 @@ from typing import Any
 
 import torch
 
-from specattn_vllm.evaluation.drafted import Drafted
-
 NO_TEXT = -1
+NOWHERE = -1
 
 Observer = Callable[[str, int, torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 """Called per request and step with its name, the position of the first token it was verified on, the tokens that follow
@@ -40,6 +39,45 @@ draft's for the first K of them [K, vocabulary], else None."""
 
 class ForcingError(RuntimeError):
     """The engine did not do what was forced, so that its figures would be about something else."""
+
+
+class Drafted:
+    """The draft's logits of each slot's last round, kept until the target has verified its drafts. For `slots` requests
+    at a time.
+
+    logits  [slots + 1, K, vocabulary], and the positions that they were made at, [slots + 1, K] int64. The last slot is
+            nobody's: rows that only fill a graph's batch have slot -1.
+    """
+
+    def __init__(self, slots: int) -> None:
+        self._slots = slots
+        self._logits: torch.Tensor | None = None
+        self._positions: torch.Tensor | None = None
+
+    def keep(
+        self, logits: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, step: torch.Tensor, steps: int
+    ) -> None:
+        """Of one draft step, logits [R, vocabulary] made at positions [R] for slots [R]; `step`, of `steps`, is a
+        number on the device. Runs inside CUDA graphs."""
+        if self._logits is None:
+            # The first is a dummy run of vLLM's, before any graph, and before it measures what is left for the cache.
+            shape = (self._slots + 1, steps)
+            self._logits = torch.zeros((*shape, logits.shape[1]), dtype=logits.dtype, device=logits.device)
+            self._positions = torch.full(shape, NOWHERE, dtype=torch.int64, device=logits.device)
+        at = slots, step.reshape(1).expand(slots.shape[0])  # a number by itself would be brought to the host
+        self._logits[at] = logits
+        self._positions[at] = positions
+
+    def round_of(self, slot: int, positions: torch.Tensor) -> torch.Tensor | None:
+        """[K, vocabulary], for the tokens after all but the last of `positions` [n], at which a slot's request was
+        verified; None where these are no round, with K drafts."""
+        if self._logits is None or len(positions) != self._logits.shape[1] + 1:
+            return None
+        if not torch.equal(self._positions[slot], positions[:-1]):
+            raise ForcingError(
+                f"drafts were made at positions {self._positions[slot].tolist()}, and verified at {positions.tolist()}"
+            )
+        return self._logits[slot]
 
 
 class Forcing:
@@ -121,10 +159,6 @@ class Forcing:
                 of_request = self._counted.setdefault(_name(request), [0, 0])
                 of_request[0] += 1
                 of_request[1] += tokens
-
-    def slot_of(self, name: str) -> int:
-        """The slot in which the request of that name sits."""
-        return next(slot for slot, request in self._seated.items() if _name(request) == name)
 
     def _draft(self, own: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         """Tokens that follow `positions` [R] in the texts of `slots` [R]; `own` [R] where there is none."""

@@ -33,8 +33,10 @@ class Job(StrictModel):
     context: int
     positions: int
     free_tokens: int
-    record_kept: bool = False
-    """Whether the result says what was kept of the first document; no figure depends on it."""
+
+    @property
+    def name(self) -> str:
+        return self.setting.name
 
     @property
     def verified(self) -> int:
@@ -48,12 +50,7 @@ class Job(StrictModel):
     @property
     def key(self) -> str:
         """Changes with anything that the figures depend on, so that a later run can tell what is measured."""
-        told = self.model_dump(mode="json", exclude={"target", "draft", "record_kept"})
-        # As in reports from before there were any.
-        for field, default in (("peer", None), ("other_batches", False)):
-            if told["setting"][field] == default:
-                del told["setting"][field]
-        text = json.dumps(told, sort_keys=True)
+        text = json.dumps(self.model_dump(mode="json", exclude={"target", "draft"}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def engine_arguments(self) -> dict[str, Any]:

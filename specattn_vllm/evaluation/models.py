@@ -10,9 +10,6 @@ from specattn_vllm.fingerprint import weights_digest
 from specattn_vllm.installed import UserError
 from specattn_vllm.tools.models import DEMO
 
-UNSTRETCHED = ("llama3", "yarn", "longrope")
-"""Kinds of RoPE whose models' positions have their factor in them already."""
-
 
 def identity(role: str, name: str, folder: str) -> dict[str, Any]:
     """A model by name and, where its files are at hand, by its weights."""
@@ -33,7 +30,7 @@ def positions_of(model: str) -> int | None:
 
     config = _loaded(AutoConfig, model, "configuration")
     rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if rope.get("factor") and rope.get("rope_type", rope.get("type")) not in UNSTRETCHED:
+    if rope.get("factor"):
         return None  # vLLM knows by how much
     return getattr(config, "max_position_embeddings", None)
 

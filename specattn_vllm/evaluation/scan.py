@@ -14,26 +14,14 @@ if TYPE_CHECKING:
 ELEMENT_BYTES = 2
 
 
-def of_pages(page_size: int) -> float:
-    """Two vectors as long as a key for each page, such as its least and its largest key: as much as one entry."""
-    return 1 / page_size
-
-
-def of_channels(channels: int, head_size: int) -> float:
-    """Some of a key's elements, in a copy of their own."""
-    return channels / (2 * head_size)
-
-
 def of_sketch(bits: int, head_size: int) -> float:
     """A code for each of a key's elements, and a scale in 16 bits."""
     return (bits * head_size / 8 + 2) / (2 * head_size * ELEMENT_BYTES)
 
 
-def byte_fraction(counts: Counts, share: float | None) -> float | None:
+def byte_fraction(counts: Counts, share: float) -> float:
     """Bytes that verification read over those of all of its KV: the entries that it kept, and `share` of those that it
-    searched, and of those that it sampled before. None where it searched something and the share is not known."""
+    searched, and of those that it sampled before."""
     if not counts.kv_scanned:
         return counts.kv_fraction
-    if share is None:
-        return None
     return (counts.kv_read + share * (counts.kv_scanned + counts.kv_sampled)) / counts.kv_full

@@ -1,14 +1,13 @@
-"""A setting, one row of the table, as JSON. Loads no torch."""
+"""A setting, one row of the table, as JSON: the plugin's options, or a peer in their place. Loads no torch."""
 
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from specattn_vllm.evaluation.peer_options import PeerOptions
-from specattn_vllm.evaluation.scan import of_sketch
+from specattn_vllm.evaluation import scan
 from specattn_vllm.options import SpecAttnOptions
 
 DENSE_OPTIONS = {"method": "dense"}
@@ -16,6 +15,58 @@ DENSE_OPTIONS = {"method": "dense"}
 
 class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+
+class _Peer(StrictModel):
+    """Another work's selection. What each does is told in `peers/selections.py`."""
+
+    ratio: float = Field(gt=0, le=1)
+    """Share of the context that is read, in whole pages where pages are chosen."""
+    dense_layers: int = Field(0, ge=0)
+    """First layers that read everything."""
+
+    def scan_share(self, head_size: int) -> float:
+        """Bytes that are read of what is searched, for each byte of the entries searched."""
+        del head_size
+        return 0.0
+
+
+class _Pages(_Peer):
+    page_size: int = Field(16, ge=1)
+
+    def scan_share(self, head_size: int) -> float:
+        """Two vectors as long as a key for each page: as much as one entry."""
+        return 1 / self.page_size
+
+
+class MeanStd(_Pages):
+    name: Literal["mean_std"]
+
+
+class Quest(_Pages):
+    name: Literal["quest"]
+    dense_layers: int = Field(2, ge=0)
+    """Two as published."""
+
+
+class Channels(_Peer):
+    name: Literal["channels"]
+    channels: int = Field(16, ge=1)
+    """Of a key's elements, in 16 bits each."""
+
+    def scan_share(self, head_size: int) -> float:
+        """These elements, in a copy of their own."""
+        return self.channels / (2 * head_size)
+
+
+class Oracle(_Peer):
+    """It cannot be served, since whoever has read everything has nothing left to save; what it reads to find the
+    heaviest tokens is not counted."""
+
+    name: Literal["oracle"]
+
+
+PeerOptions = Annotated[Quest | MeanStd | Channels | Oracle, Field(discriminator="name")]
 
 
 class Setting(StrictModel):
@@ -52,18 +103,13 @@ class Setting(StrictModel):
         """Whether this is what the others are compared with: the target alone, with all of its KV."""
         return self.options == DENSE_OPTIONS and self.peer is None and not self.other_batches
 
+    @property
+    def lossless(self) -> bool:
+        return self.peer is None and SpecAttnOptions.parse(self.options).kind.lossless
+
     def scan_share(self, head_size: int) -> float:
         """Bytes read of what is searched, for each byte of the entries searched; 0 where nothing is."""
         if self.peer is not None:
             return self.peer.scan_share(head_size)
         options = SpecAttnOptions.parse(self.options)
-        return of_sketch(options.sketch_bits, head_size) if options.kind.keeps_sketch else 0.0
-
-    @property
-    def selects(self) -> bool:
-        """Whether the plugin prunes what the target reads."""
-        return self.peer is None and not self.lossless
-
-    @property
-    def lossless(self) -> bool:
-        return self.peer is None and SpecAttnOptions.parse(self.options).kind.lossless
+        return scan.of_sketch(options.sketch_bits, head_size) if options.kind.keeps_sketch else 0.0

@@ -8,6 +8,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from specattn_vllm import layer_map
+from specattn_vllm.causes import told
 from specattn_vllm.evaluation.schema import DENSE_OPTIONS, Setting
 from specattn_vllm.installed import UserError
 from specattn_vllm.options import SpecAttnOptions
@@ -18,58 +19,23 @@ SINK = 4
 
 def default_settings(context: int) -> list[Setting]:
     """For prompts of `context` tokens: what a budget without any choice takes is a number of tokens in the options."""
+    peers = {"quest": "quest", "mean_std": "mean and std", "channels": "channels", "oracle": "oracle"}
     return [
         DENSE,
         Setting(name="dense, another batch shape", options=DENSE_OPTIONS, other_batches=True),
-        Setting(name="dense, sparse_draft", options={"method": "dense", "sparse_draft": True}),
         Setting(name="sketch", options={"method": "sketch"}),
         Setting(name="sketch 8%", options={"method": "sketch", "ratio": 0.08, "min_tokens": 0}),
         Setting(name="specattn", options={"method": "specattn"}),
-        Setting(name="specattn, sparse_draft", options={"method": "specattn", "sparse_draft": True}),
-        # As the benchmark of speed runs.
-        Setting(
-            name="specattn 10%, sparse_draft",
-            options={"method": "specattn", "rule": "top_k", "ratio": 0.1, "min_tokens": 0, "sparse_draft": True},
-        ),
-        *(
-            Setting(name=f"{method}, as published", options={"method": method, "preset": "paper"})
-            for method in ("specattn", "sts")
-        ),
-        *(
-            Setting(
-                name=f"{method} {share * 100:g}%",
-                options={"method": method, "rule": "top_k", "ratio": share, "min_tokens": 0},
-            )
-            for method, shares in (("specattn", (0.125, 0.05)), ("sts", (0.25, 0.125, 0.05)))
-            for share in shares
-        ),
-        # What each part is worth.
-        *(
-            Setting(
-                name=f"specattn 12.5%, {part} off",
-                options={"method": "specattn", "rule": "top_k", "ratio": 0.125, "min_tokens": 0, part: False},
-            )
-            for part in ("induction", "layer_shares", "bonus_row")
-        ),
-        Setting(name="vegas, as published", options={"method": "vegas", "preset": "paper"}),
+        Setting(name="specattn, as published", options={"method": "specattn", "preset": "paper"}),
+        Setting(name="sts", options={"method": "sts"}),
+        Setting(name="sts, as published", options={"method": "sts", "preset": "paper"}),
+        Setting(name="first and last 25%", options=_streaming(context, 0.25)),
         Setting(name="vegas 10%", options={"method": "vegas", "ratio": 0.1, "min_tokens": 0}),
-        Setting(
-            name="vegas 10%, dilation 0", options={"method": "vegas", "ratio": 0.1, "min_tokens": 0, "dilation": 0}
-        ),
         Setting(name="streamingllm 10%", options={"method": "streamingllm", "ratio": 0.1, "min_tokens": 0}),
         *(
-            Setting(name=f"{name} {share * 100:g}%", options=DENSE.options, peer={**peer, "ratio": share})
-            for name, shares, peer in (
-                ("quest", (0.25, 0.125), {"name": "quest"}),
-                ("mean and std", (0.25, 0.125), {"name": "mean_std"}),
-                ("channels", (0.25, 0.125), {"name": "channels"}),
-                ("oracle", (0.25, 0.125), {"name": "oracle"}),
-                ("oracle, shared", (0.125,), {"name": "oracle", "shared": True}),
-            )
-            for share in shares
+            Setting(name=f"{name} 25%", options=DENSE_OPTIONS, peer={"name": peer, "ratio": 0.25})
+            for peer, name in peers.items()
         ),
-        Setting(name="oracle top-p 0.95", options=DENSE.options, peer={"name": "oracle", "top_p": 0.95}),
-        Setting(name="sink and recent 25%", options=_streaming(context, 0.25)),
     ]
 
 
@@ -87,11 +53,8 @@ def read_settings(path: Path) -> list[Setting]:
     except OSError as error:
         raise UserError(f"--settings {path}: {error.strerror}") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "file"
-        message = " ".join(first["msg"].removeprefix("Value error, ").split())
         raise UserError(
-            f"--settings {path}: {place}: {message} It is a list of settings: "
+            f"--settings {path}: {told(error)} It is a list of settings: "
             f"{json.dumps([{'name': 'half', 'options': {'rule': 'top_k', 'ratio': 0.5}}])} (docs/evaluation.md)"
         ) from None
 

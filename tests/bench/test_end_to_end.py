@@ -1,20 +1,26 @@
 """The whole of `specattn bench` with the demo pair, in real engines, and a worker that cannot start one."""
 
+import argparse
 import json
 import subprocess
 import sys
 
 import pytest
 
-from specattn_vllm.bench import grid, jobs, report, runner
+from specattn_vllm.bench import command, jobs, report, runner
 from specattn_vllm.bench.schema import Report
 from specattn_vllm.tools import models
 
 pytestmark = pytest.mark.engine
 
 
+def engines_args(words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.engines_arguments(parser)
+    return parser.parse_args(words.split())
+
+
 def test_stock_and_ours_side_by_side(tmp_path):
-    pytest.importorskip("rich")
     path = tmp_path / "report.json"
     arguments = "--shape demo --device cpu --grid 2x512 --modes draft-v2,specattn --kept 0.25 --output-tokens 16"
     more = "--repeats 2 --max-warmups 1 --option sink_tokens=0 --option recent_tokens=0"
@@ -27,10 +33,8 @@ def test_stock_and_ours_side_by_side(tmp_path):
     stock, ours = Report.model_validate(results).engines
     for engine in (stock, ours):
         assert [cell.name for cell in engine.cells] == ["2x512"]
-        assert [phase.name for phase in engine.phases] == ["start", "prefill", "warm-up", "measure", "stop"]
         for cell in engine.cells:
             assert cell.tokens_per_second > 0
-            assert cell.cached == 0.75  # all but the last of the blocks of 128
             # Synthetic acceptance of 3.5 with 5 drafts: three or four tokens, never less or more.
             assert all(3 <= sample.tokens_per_round <= 4 for sample in cell.samples)
     # The same draws in both, so the same rounds: what differs is time alone.
@@ -44,24 +48,16 @@ def test_stock_and_ours_side_by_side(tmp_path):
         # The uniform map leaves the first of six layers dense; what is newer than the selection comes on top.
         assert (1 + 5 * 0.25) / 6 < cell.kv_read < 0.4
     assert not any(cell.counts for cell in stock.cells)
-    assert "| 2 x 512 |" in report.markdown(results)
+    assert "| 2 x 512 |" in report.markdown(Report.model_validate(results))
 
 
 def test_the_real_worker_reports_what_stops_it(tmp_path):
     """`python -m specattn_vllm.bench.worker` itself, with a job that vLLM cannot even begin."""
-    request = jobs.Request(
-        models.load_shape("demo"),
-        grid.parse_grid("1x1k"),
-        ["plain"],
-        [],
-        device="cpu",
-        engine_options={"dtype": "no such type"},
-    )
-    (job,) = jobs.make_jobs(request)
-    result = runner.run_job(job, tmp_path, timeout=120)
+    args = engines_args("--shape demo --device cpu --grid 1x1k --modes plain --engine-argument dtype=nosuchtype")
+    (job,) = jobs.make_jobs(args, models.load_shape("demo"))
+    result = runner.run_job(job, tmp_path)
     assert result.status == "failed"
     assert "dtype" in result.reason
-    assert [phase.name for phase in result.phases] == ["start"]
 
 
 @pytest.mark.parametrize("name", [name for name in models.shape_names() if name != models.DEMO])
@@ -74,8 +70,7 @@ def test_vllm_takes_the_arguments_of_every_mode(name, tmp_path, monkeypatch):
     shape = models.load_shape(name)
     folders = {role: str(path) for role, path in models.model_folders(shape, tmp_path).items()}
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    request = jobs.Request(shape, grid.parse_grid("16x32k,4x128k"), grid.DEFAULT_MODES, [0.1])
-    for job in jobs.make_jobs(request):
+    for job in jobs.make_jobs(engines_args("--grid 16x32k,4x128k --kept 0.1 --device cuda"), shape):
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", job.environment["VLLM_USE_V2_MODEL_RUNNER"])
         config = EngineArgs(**fill_in(job.engine_arguments, folders)).create_engine_config()
         assert config.model_config.max_model_len == job.engine_arguments["max_model_len"]

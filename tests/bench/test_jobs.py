@@ -1,5 +1,6 @@
 """What `specattn bench` would run: cells, modes and options, and the exact engine of each mode."""
 
+import argparse
 import json
 import subprocess
 import sys
@@ -7,25 +8,19 @@ import sys
 import pytest
 
 from specattn_vllm import cli, cpu_runner
-from specattn_vllm.bench import grid, jobs
+from specattn_vllm.bench import command, grid, jobs
 from specattn_vllm.bench.grid import Cell
 from specattn_vllm.tools import models
-from specattn_vllm.tools.arguments import parse_option
+from specattn_vllm.tools.arguments import parse_option, share
 
 
-def request(**changed) -> jobs.Request:
-    wanted = {
-        "shape": models.load_shape("llama-8b-1b"),
-        "grid": grid.parse_grid("16x32k,4x128k,1x32k"),
-        "modes": grid.MODES,
-        "kept": [0.25, 0.05],
-        "acceptance_lengths": [3.5],
-    }
-    return jobs.Request(**{**wanted, **changed})
-
-
-def jobs_by_name(**changed) -> dict:
-    return {job.name: job for job in jobs.make_jobs(request(**changed))}
+def jobs_by_name(*words: str, shape: str = "llama-8b-1b") -> dict:
+    """Of all modes on a GPU, but for what `words` ask for."""
+    parser = argparse.ArgumentParser()
+    command.engines_arguments(parser)
+    given = ["--grid", "16x32k,4x128k,1x32k", "--modes", ",".join(jobs.MODES), "--kept", "0.25,0.05"]
+    args = parser.parse_args([*given, "--device", "cuda", *words])
+    return {job.name: job for job in jobs.make_jobs(args, models.load_shape(shape))}
 
 
 @pytest.mark.parametrize(
@@ -44,14 +39,14 @@ def test_cells(text, cell):
 
 @pytest.mark.parametrize("text", ["", "16", "16x", "x32k", "0x32k", "16x0", "-1x32k", "1x32kk", "1.5x32k", "1x3.2k"])
 def test_what_is_no_cell_is_refused(text):
-    with pytest.raises(ValueError, match="is not a cell"):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not a cell"):
         Cell.parse(text)
 
 
 def test_the_order_keeps_the_prefix_cache_warm():
     cells = grid.parse_grid("4x128k,1x32k,16x32k,4x32k,64x4k")
     assert [str(cell) for cell in cells] == ["64x4k", "16x32k", "4x32k", "1x32k", "4x128k"]
-    with pytest.raises(ValueError, match="twice"):
+    with pytest.raises(argparse.ArgumentTypeError, match="twice"):
         grid.parse_grid("4x32k,4x32768")
 
 
@@ -74,22 +69,21 @@ def test_options(text, option):
     [
         (parse_option, "sparse_draft"),
         (parse_option, "=1"),
-        (grid.parse_modes, "plain,fast"),
-        (grid.parse_modes, "plain,plain"),
-        (grid.parse_fractions, "0.1,1.5"),
-        (grid.parse_fractions, "0"),
-        (grid.parse_fractions, "0.1,0.1"),
-        (grid.parse_sizes, "0,4"),
-        (grid.parse_for_mode(int), "4.5"),
-        (grid.parse_for_mode(int), "vegas:"),
-        (grid.parse_for_mode(int), ":4"),
-        (grid.parse_for_mode(int), "plain:4"),
-        (grid.parse_for_mode(int), "dense 10%:4"),
-        (grid.parse_for_mode(int), "vegas 10:4"),
+        (jobs.parse_list(jobs.parse_mode), "plain,fast"),
+        (jobs.parse_list(jobs.parse_mode), "plain,plain"),
+        (jobs.parse_list(share), "0.1,1.5"),
+        (jobs.parse_list(share), "0"),
+        (jobs.parse_list(share), "a"),
+        (jobs.parse_list(share), "0.1,0.1"),
+        (jobs.parse_for_mode(int), "4.5"),
+        (jobs.parse_for_mode(int), "vegas:"),
+        (jobs.parse_for_mode(int), ":4"),
+        (jobs.parse_for_mode(int), "plain:4"),
+        (jobs.parse_for_mode(int), "vegas 10%:4"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(parse, text):
-    with pytest.raises(ValueError):
+    with pytest.raises(argparse.ArgumentTypeError):
         parse(text)
 
 
@@ -100,7 +94,6 @@ def test_a_job_per_mode_and_kept_fraction():
         "draft-v1",
         "eagle",
         "dense",
-        "sparse-draft",
         "specattn 25%",
         "specattn 5%",
         "sketch 25%",
@@ -111,8 +104,6 @@ def test_a_job_per_mode_and_kept_fraction():
         "sketch-alone 5%",
         "vegas 25%",
         "vegas 5%",
-        "streamingllm 25%",
-        "streamingllm 5%",
     ]
 
 
@@ -121,12 +112,11 @@ def test_a_job_per_mode_and_kept_fraction():
     [
         (int, "4", ("", 4)),
         (int, "vegas:4", ("vegas", 4)),
-        (float, "sparse-draft:3.25", ("sparse-draft", 3.25)),
-        (float, "vegas 7.5%:0", ("vegas 7.5%", 0.0)),
+        (float, "sketch-eagle:3.25", ("sketch-eagle", 3.25)),
     ],
 )
 def test_a_value_for_all_or_for_one_mode(parse, text, value):
-    assert grid.parse_for_mode(parse)(text) == value
+    assert jobs.parse_for_mode(parse)(text) == value
 
 
 def test_stock_engines_are_stock():
@@ -172,26 +162,13 @@ def test_stock_engines_are_stock():
 
 
 def test_our_engines_differ_from_stock_in_the_backend_and_its_options_only():
-    found = jobs_by_name(options={"combine": "union", "specattn:sparse_draft": True, "sparse-draft:sketch_bits": 4})
+    found = jobs_by_name("--option", "combine=union", "--option", "specattn:sink_tokens=8")
     stock = found["draft-v2"].engine_arguments
+    by_draft = {"top_p": 1.0, "max_fraction": 0.05, "min_tokens": 0, "layer_map": "uniform"}
     expected = {
         "dense": {"method": "dense"},
-        "sparse-draft": {
-            "method": "dense",
-            "sparse_draft": True,
-            "draft_ratio": 0.1,
-            "min_tokens": 0,
-            "sketch_bits": 4,
-        },
-        "specattn 5%": {
-            "method": "specattn",
-            "top_p": 1.0,
-            "max_fraction": 0.05,
-            "min_tokens": 0,
-            "layer_map": "uniform",
-            "combine": "union",
-            "sparse_draft": True,
-        },
+        "specattn 5%": {"method": "specattn", **by_draft, "combine": "union", "sink_tokens": 8},
+        "sketch 5%": {"method": "sketch", "ratio": 0.05, "min_tokens": 0},
     }
     for name, options in expected.items():
         arguments = dict(found[name].engine_arguments)
@@ -201,48 +178,42 @@ def test_our_engines_differ_from_stock_in_the_backend_and_its_options_only():
         assert found[name].environment["VLLM_PLUGINS"] == "specattn"
 
 
-@pytest.mark.parametrize("mode", grid.SELF_MODES)
-def test_a_target_that_drafts_for_itself(mode):
+def test_a_target_that_drafts_for_itself():
     """Beside the options, what it drafts with is all that differs from the other modes of ours."""
     found = jobs_by_name()
-    job, control = found[f"{mode} 5%"], found["dense"]
+    job, control = found["vegas 5%"], found["dense"]
     arguments, expected = dict(job.engine_arguments), dict(control.engine_arguments)
-    assert arguments.pop("additional_config") == {"specattn": {"method": mode, "ratio": 0.05, "min_tokens": 0}}
+    assert arguments.pop("additional_config") == {"specattn": {"method": "vegas", "ratio": 0.05, "min_tokens": 0}}
     del expected["additional_config"]
     assert arguments.pop("speculative_config") == {**expected.pop("speculative_config"), "model": "{target}"}
     assert arguments == expected
     assert (job.environment, job.cells) == (control.environment, control.cells)
 
 
-def test_rounds_of_a_mode_or_of_one_of_its_engines():
-    changed = {
-        "draft_tokens_of": {"vegas": 7, "streamingllm": 2},
-        "acceptance_lengths_of": {"vegas": [6], "vegas 5%": [4.5], "streamingllm": [0]},
-    }
-    found, before = jobs_by_name(**changed), jobs_by_name()
+def test_rounds_of_a_mode():
+    given = ["--draft-tokens", "vegas:7", "--draft-tokens", "eagle:2"]
+    found, before = (
+        jobs_by_name(*given, "--acceptance-length", "vegas:6", "--acceptance-length", "eagle:2"),
+        jobs_by_name(),
+    )
     speculation = {name: job.engine_arguments.get("speculative_config", {}) for name, job in found.items()}
     keys = ("num_speculative_tokens", "synthetic_acceptance_length")
-    assert {name: tuple(map(own.get, keys)) for name, own in speculation.items()} == {
-        "plain": (None, None),
-        **dict.fromkeys(("draft-v2", "draft-v1", "dense", "sparse-draft", "specattn 25%", "specattn 5%"), (5, 3.5)),
-        **dict.fromkeys(("eagle", "sketch 25%", "sketch 5%", "sketch-eagle 25%", "sketch-eagle 5%"), (5, 3.5)),
-        **dict.fromkeys(("sketch-alone 25%", "sketch-alone 5%"), (None, None)),
-        "vegas 25%": (7, 6),
-        "vegas 5%": (7, 4.5),
-        "streamingllm 25%": (2, None),
-        "streamingllm 5%": (2, None),
-    }
-    assert [(found[n].draft_tokens, found[n].acceptance_length) for n in ("vegas 5%", "streamingllm 5%", "plain")] == [
-        (7, 4.5), (2, None), (0, None),
+    own = {name: tuple(map(of.get, keys)) for name, of in speculation.items()}
+    assert own["vegas 25%"] == own["vegas 5%"] == (7, 6) and own["eagle"] == (2, 2)
+    assert own["plain"] == own["sketch-alone 5%"] == (None, None)
+    rest = ("draft-v2", "draft-v1", "dense", "specattn 25%", "sketch 5%", "sketch-eagle 25%")
+    assert {own[name] for name in rest} == {(5, 3.5)}
+    assert [(found[n].draft_tokens, found[n].acceptance_length) for n in ("vegas 5%", "eagle", "plain")] == [
+        (7, 6), (2, 2), (0, None),
     ]  # fmt: skip
     sizes = {name: job.engine_arguments["compilation_config"]["cudagraph_capture_sizes"] for name, job in found.items()}
-    assert (sizes["vegas 5%"], sizes["streamingllm 5%"], sizes["dense"]) == ([8, 32, 128], [3, 12, 48], [6, 24, 96])
+    assert (sizes["vegas 5%"], sizes["eagle"], sizes["dense"]) == ([8, 32, 128], [3, 12, 48], [6, 24, 96])
     # One set of prompts for all: the longest leaves room for the mode that drafts most.
     (cells,) = {tuple((cell.name, cell.prompt_tokens) for cell in job.cells) for job in found.values()}
     assert dict(cells)["4x128k"] < {c.name: c.prompt_tokens for c in before["dense"].cells}["4x128k"]
     assert dict(cells)["4x128k"] + found["vegas 5%"].generated_tokens + 2 * 8 <= 131_072
     # What is timed stays about the same, in rounds of another length.
-    assert [found[n].generated_tokens for n in ("plain", "vegas 5%", "streamingllm 5%")] == [94, 104, 79]
+    assert [found[n].generated_tokens for n in ("plain", "vegas 5%", "eagle")] == [94, 104, 79]
 
 
 def test_what_is_generated_fits_into_the_engine():
@@ -256,48 +227,37 @@ def test_what_is_generated_fits_into_the_engine():
 
 
 def test_a_model_without_room_is_refused():
-    with pytest.raises(ValueError, match="do not fit"):
-        jobs_by_name(shape=models.load_shape("demo"), output_tokens=8192)
-
-
-def test_acceptance_by_the_models_themselves():
-    arguments = jobs_by_name(acceptance_lengths=[0])["dense"].engine_arguments
-    assert set(arguments["speculative_config"]) == {"model", "method", "num_speculative_tokens"}
+    with pytest.raises(ValueError, match="does not fit"):
+        jobs_by_name("--output-tokens", "8192", "--modes", "dense", shape="demo")
 
 
 def test_an_engine_for_each_acceptance_length():
-    found = jobs_by_name(
-        modes=["plain", "draft-v1", "specattn"], kept=[0.1], acceptance_lengths=[2, 3.5, 0],
-        acceptance_lengths_of={"specattn 10%": [2, 5]},
-    )  # fmt: skip
+    words = "--modes plain,draft-v1,specattn --kept 0.1 --acceptance-length 2,3.5 --acceptance-length specattn:2,5"
+    found = jobs_by_name(*words.split())
     lengths = {name: job.acceptance_length for name, job in found.items()}
     assert lengths == {
-        "plain": None, "draft-v1, 2 a round": 2, "draft-v1, 3.5 a round": 3.5, "draft-v1, as the models agree": None,
+        "plain": None, "draft-v1, 2 a round": 2, "draft-v1, 3.5 a round": 3.5,
         "specattn 10%, 2 a round": 2, "specattn 10%, 5 a round": 5,
     }  # fmt: skip
-    assert len({job.key for job in found.values()}) == len(found)
-    assert request(acceptance_lengths=[2, 3.5]).settings()["acceptance_length"] == [2, 3.5]
-    assert [request(acceptance_lengths=[n]).settings()["acceptance_length"] for n in (2, 0)] == [2, None]
 
 
 def test_the_user_has_the_last_word():
-    found = jobs_by_name(capture_sizes=[8], engine_options={"dtype": "float16"}, options={"specattn:top_p": 0.5})
-    assert found["plain"].engine_arguments["compilation_config"] == {"cudagraph_capture_sizes": [8]}
+    found = jobs_by_name("--engine-argument", "dtype=float16", "--option", "specattn:top_p=0.5")
     assert {job.engine_arguments["dtype"] for job in found.values()} == {"float16"}
     assert found["specattn 5%"].engine_arguments["additional_config"]["specattn"]["top_p"] == 0.5
 
 
 def test_on_a_cpu():
-    job = jobs_by_name(shape=models.load_shape("demo"), grid=[Cell(2, 256)], device="cpu")["specattn 25%"]
+    words = "--grid 2x256 --device cpu --modes specattn"
+    job = jobs_by_name(*words.split(), shape="demo")["specattn 25%"]
     assert job.engine_arguments["dtype"] == "float32"
-    assert job.engine_arguments["enforce_eager"]
+    assert job.engine_arguments["enforce_eager"] and job.on_cpu
     assert not {"load_format", "compilation_config", "gpu_memory_utilization"} & set(job.engine_arguments)
-    assert job.environment["TRITON_INTERPRET"] == "1"
     assert cpu_runner.environment({})["PYTHONPATH"] not in json.dumps(job.model_dump(mode="json"))
 
 
-def test_the_key_of_a_job_is_what_it_runs():
-    first, same, other = (jobs_by_name(**changed)["dense"].key for changed in ({}, {}, {"repeats": 4}))
+def test_a_job_is_what_it_runs():
+    first, same, other = (jobs_by_name(*words)["dense"] for words in ((), (), ("--repeats", "4")))
     assert first == same != other
 
 
@@ -333,13 +293,13 @@ def test_list_shows_every_engine_and_runs_none(capsys):
 
 
 def test_values_for_a_mode_on_the_command_line(capsys):
-    given = ["--draft-tokens", "4", "--draft-tokens", "specattn:7", "--acceptance-length", "specattn 5%:6"]
+    given = ["--draft-tokens", "4", "--draft-tokens", "specattn:7", "--acceptance-length", "specattn:6"]
     assert cli.main(["bench", "--list", "--modes", "dense,specattn", "--kept", "0.1,0.05", *given]) == 0
     lines = capsys.readouterr().out.splitlines()
     engines = [json.loads(line.partition("vllm.LLM: ")[2]) for line in lines if "vllm.LLM" in line]
     found = [engine["speculative_config"] for engine in engines]
     assert [own["num_speculative_tokens"] for own in found] == [4, 7, 7]
-    assert [own["synthetic_acceptance_length"] for own in found] == [3.5, 3.5, 6]
+    assert [own["synthetic_acceptance_length"] for own in found] == [3.5, 6, 6]
 
 
 def test_engines_is_what_bench_does_if_nothing_else_is_named(capsys):
@@ -361,11 +321,8 @@ def test_engines_is_what_bench_does_if_nothing_else_is_named(capsys):
         (["--acceptance-length", "7"], "--draft-tokens + 1 = 6"),
         (["--acceptance-length", "5", "--draft-tokens", "dense:3"], "5 for dense: between 1 and --draft-tokens"),
         (["--acceptance-length", "dense:-1"], "-1 for dense"),
-        (["--draft-tokens", "specattn:0"], "--draft-tokens 0: at least 1"),
-        (["--modes", "plain,dense", "--draft-tokens", "specattn:4"], "--draft-tokens specattn: no such engine"),
-        (["--kept", "0.1", "--acceptance-length", "specattn 5%:2"], "--acceptance-length specattn 5%: no such engine"),
+        (["--modes", "plain,dense", "--draft-tokens", "specattn:4"], "--draft-tokens specattn: no such mode"),
         (["--acceptance-length", "3,7"], "7 for draft-v2, 7 a round: between 1 and --draft-tokens"),
-        (["--repeats", "0"], "--repeats"),
     ],
 )
 def test_what_an_engine_would_refuse_is_refused_before_it_starts(capsys, arguments, message):
@@ -375,6 +332,7 @@ def test_what_an_engine_would_refuse_is_refused_before_it_starts(capsys, argumen
 
 @pytest.mark.parametrize("arguments", [["--grid", "4"], ["--modes", "fast"], ["--shape", "gpt"], ["--kept", "a"],
                                        ["--draft-tokens", "x:4"], ["--acceptance-length", "a"],
+                                       ["--draft-tokens", "vegas:0"], ["--repeats", "0"],
                                        ["--acceptance-length", "2,2"]])  # fmt: skip
 def test_wrong_arguments_exit_with_2(capsys, arguments):
     with pytest.raises(SystemExit) as stop:

@@ -3,8 +3,7 @@
 import pytest
 
 from specattn_vllm.bench.schema import CellResult, Sample
-from specattn_vllm.bench.summary import summarise
-from specattn_vllm.bench.timing import NoWindow, Step, is_steady, seconds_per_round, window
+from specattn_vllm.bench.worker import NoWindow, Step, is_steady, window
 
 
 def generation(starts: list[int], rounds: list[int], generated: int, seconds: float) -> list[Step]:
@@ -28,7 +27,7 @@ def generation(starts: list[int], rounds: list[int], generated: int, seconds: fl
 
 def test_only_the_stretch_in_which_all_decode_counts():
     sample = window(generation([0, 3], [4, 3], 60, 0.01), batch=2, generated=60, round_tokens=4)
-    assert seconds_per_round(sample) == pytest.approx(0.01)
+    assert sample.seconds_per_round == pytest.approx(0.01)
     assert sample.tokens_per_round == pytest.approx(3.5)
     assert sample.tokens / sample.seconds == pytest.approx(700)
 
@@ -83,13 +82,14 @@ def test_steady_is_about_time_and_not_about_luck():
 def test_summary():
     cell = CellResult(name="1x1k", batch=1, prompt_tokens=1024, counts={"kv_read": 30, "kv_full": 120})
     cell.samples = [sample(10), sample(30), sample(20)]
-    found = summarise(cell)
-    assert (found.tokens_per_second, found.tokens_per_second_range) == (175.0, (116.67, 350.0))
-    assert (found.milliseconds_per_round, found.milliseconds_per_round_range) == (20.0, (10.0, 30.0))
-    assert found.tokens_per_round == 3.5
-    assert found.kv_read == 0.25
+    cell.summarise()
+    assert (cell.tokens_per_second, cell.tokens_per_second_range) == (175.0, (116.67, 350.0))
+    assert (cell.milliseconds_per_round, cell.milliseconds_per_round_range) == (20.0, (10.0, 30.0))
+    assert cell.tokens_per_round == 3.5
+    assert cell.kv_read == 0.25
 
 
 def test_summary_of_stock_vllm_says_nothing_about_kv():
     cell = CellResult(name="1x1k", batch=1, prompt_tokens=1024, samples=[sample(10)])
-    assert summarise(cell).kv_read is None
+    cell.summarise()
+    assert cell.kv_read is None

@@ -73,7 +73,6 @@ def test_it_is_evaluated(random_tokens, demo_pair, prompts, tmp_path):
             positions=10,
             free_tokens=8,
             documents=documents,
-            record_kept=False,
         )
         found[name] = evaluation.run(job, tmp_path).result
     assert found["random"].forced["sparse_rows"] > 0

@@ -9,6 +9,8 @@ from specattn_vllm.evaluation.job import Job
 from specattn_vllm.evaluation.results import DocumentResult, SettingResult
 from specattn_vllm.evaluation.schema import Setting
 
+DRAFTS = {"rounds": 10, "tokens": 3.0, "greedy_tokens": 3.5, "accepted": [0.5] * 4, "agreed": [0.5] * 4}
+
 
 @pytest.fixture
 def half() -> Setting:
@@ -45,7 +47,8 @@ def job():
 
 @pytest.fixture
 def result_of():
-    """result_of(job): what an engine would have found; `more`: nats by which its documents cost more."""
+    """result_of(job): what an engine would have found; `more`: nats by which its documents cost more; `tokens`
+    of the ten rounds of each document's free run."""
 
     def make(job: Job, *, more: list[float] = (0.0, 0.0), kept: float = 1.0, tokens: int = 30) -> SettingResult:
         counts = {"rounds": 10, "sampled_tokens": 50, "verify_rows": 10, "kv_read": round(kept * 1000), "kv_full": 1000}
@@ -53,10 +56,14 @@ def result_of():
             name=job.setting.name,
             options=job.setting.options,
             lossless=job.setting.lossless,
+            scan_share=0.0,
             job_key=job.key,
             forced=counts,
             free=counts | {"sampled_tokens": tokens},
-            documents=[DocumentResult(nll=2 + extra, kl=0.01, agreement=0.9) for extra in more],
+            documents=[
+                DocumentResult(nll=2 + extra, kl=0.01, agreement=0.9, rounds=10, sampled_tokens=tokens, drafts=DRAFTS)
+                for extra in more
+            ],
             seconds=1.0,
         )
 
@@ -70,7 +77,8 @@ def of_documents(job, result_of):
 
     def make(setting: Setting, **figures: list[float]) -> SettingResult:
         count = len(next(iter(figures.values())))
-        columns = {"nll": [2.0] * count, "kl": [0.01] * count, "agreement": [0.9] * count} | figures
+        columns = {"nll": [2.0] * count, "kl": [0.01] * count, "agreement": [0.9] * count, "rounds": [10] * count}
+        columns |= {"sampled_tokens": [30] * count, "drafts": [DRAFTS] * count} | figures
         documents = [
             DocumentResult(**dict(zip(columns, row, strict=True))) for row in zip(*columns.values(), strict=True)
         ]

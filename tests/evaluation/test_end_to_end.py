@@ -29,11 +29,11 @@ SETTINGS = [
 ]
 
 
-def test_settings_are_measured_and_what_they_keep_is_recorded(tmp_path):
+def test_settings_are_measured(tmp_path):
     path, settings = tmp_path / "report.json", tmp_path / "settings.json"
     settings.write_text(json.dumps(SETTINGS))
     command = [sys.executable, "-P", "-c", "import sys; from specattn_vllm import cli; sys.exit(cli.main())", "eval"]
-    arguments = "methods --context 300 --positions 20 --documents 2 --free-tokens 40 --dtype float32 --record-kept"
+    arguments = "methods --context 300 --positions 20 --documents 2 --free-tokens 40 --dtype float32"
     run = subprocess.run(
         [*command, *arguments.split(), "--settings", str(settings), "--out", str(path)],
         capture_output=True,
@@ -47,8 +47,8 @@ def test_settings_are_measured_and_what_they_keep_is_recorded(tmp_path):
     dense, rounding, own, ends = Report.model_validate(json.loads(path.read_text())).results
     assert "| own drafts | 100.0% |" in run.stdout
     # Of the free run, by document, with an interval.
-    length = ends.figures.acceptance_length
-    assert length.text(".2f") in run.stdout and length.interval is not None
+    length = ends.figures["acceptance_length"]
+    assert f"| {length['value']:.2f} (" in run.stdout and length["interval"] is not None
     assert sum(document.rounds for document in own.documents) == own.free["rounds"]
     for result in (dense, own):
         # 20 positions are four rounds; the token after the prompt is none of theirs.
@@ -62,19 +62,12 @@ def test_settings_are_measured_and_what_they_keep_is_recorded(tmp_path):
         assert abs(after.kl) < 1e-5
         assert after.drafts.rounds == 4 and 1 < after.drafts.greedy_tokens <= 5
     # In fp32, other batches round off next to nothing.
-    assert 0 <= abs(rounding.figures.kl.value) < 1e-5 and rounding.figures.agreement.value == 1.0
+    assert 0 <= abs(rounding.figures["kl"]["value"]) < 1e-5 and rounding.figures["agreement"]["value"] == 1.0
     assert rounding.other_batches and not rounding.is_reference
-    assert ends.figures.kl_above_rounding.value == pytest.approx(ends.figures.kl.value, abs=1e-5)
+    assert ends.figures["kl_above_rounding"]["value"] == pytest.approx(ends.figures["kl"]["value"], abs=1e-5)
     assert "| KL to dense | KL above rounding |" in run.stdout
-    assert dense.kept is own.kept is None
-    # Rounds follow the prompt and the token after it; kept are the first 4 tokens and the 50 before the drafts.
-    kept, contexts = ends.kept, [300, 305, 310, 315]
-    assert (kept.document, kept.contexts) == (0, contexts)
-    share = sum(54 / context for context in contexts) / len(contexts)
-    assert sorted(set(kept.shares.values())) == pytest.approx([share, 1.0], abs=1e-4)  # the map leaves one dense
-    for layer, of_layer in kept.shares.items():
-        for context, row in zip(contexts, kept.percentages(layer), strict=True):
-            chosen = [position < 4 or position >= context - 50 or of_layer == 1.0 for position in range(context)]
-            buckets = [chosen[begin : begin + kept.bucket] for begin in range(0, context, kept.bucket)]
-            assert row[: len(buckets)] == [round(100 * sum(bucket) / len(bucket)) for bucket in buckets]
+    # The first 4 tokens of a context and the 50 before the drafts are read, and the round's own, in all layers but one.
+    contexts, layers = [300, 305, 310, 315], 6
+    read = sum((layers - 1) * (54 + 5) + context + 5 for context in contexts)
+    assert ends.figures["kv_read"] == pytest.approx(read / sum(layers * (context + 5) for context in contexts))
     assert path.with_suffix(".reference").exists(), "for the settings that are to be run again"

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from specattn_vllm.evaluation.engine import check_complete, free_run
+from specattn_vllm.evaluation.engine import CacheTooSmallError, at_a_time, check_complete, free_run
 from specattn_vllm.evaluation.forcing import Forcing, ForcingError
-from specattn_vllm.evaluation.requests import CacheTooSmallError, at_a_time
-from specattn_vllm.evaluation.scores import Reference, Scores
+from specattn_vllm.evaluation.scores import Scores
 from specattn_vllm.stats import Counts
 
 
@@ -71,7 +70,7 @@ def test_counts_by_document_that_do_not_add_up_to_the_plugin_s_are_refused(total
 def test_no_more_run_at_a_time_than_the_cache_holds(blocks, most, capsys):
     cache = SimpleNamespace(num_gpu_blocks=blocks, block_size=16)
     llm = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache)))
-    job = SimpleNamespace(max_model_len=100, batch=3, setting=SimpleNamespace(name="half"))
+    job = SimpleNamespace(max_model_len=100, batch=3, name="half")
     assert at_a_time(llm, job) == most
     told = f"half: the KV cache holds {most} requests at a time, not --batch 3\n"
     assert capsys.readouterr().out == ("" if most == 3 else told)
@@ -81,13 +80,13 @@ def test_no_more_run_at_a_time_than_the_cache_holds(blocks, most, capsys):
 
 
 def test_what_was_not_verified_and_what_is_no_number_are_told_apart(tmp_path):
-    scores = Scores(2, 3, Reference(tmp_path, write=True))
+    scores = Scores(2, 3, tmp_path, write=True)
     scores.add(0, 0, torch.tensor([0, 1, 2]), torch.zeros(3, 5))
     scores.add(1, 0, torch.tensor([0, 1]), torch.zeros(2, 5))
     with pytest.raises(ForcingError, match=r"^1 of 6 positions were never verified, .* position 2 of document 1"):
         check_complete(scores)
     scores.add(1, 2, torch.tensor([0]), torch.full((1, 5), torch.nan))
-    with pytest.raises(ForcingError, match=r"^1 of 6 positions have logits that are no numbers, .* 2 of document 1"):
+    with pytest.raises(ForcingError, match=r"^1 of 6 positions .* have logits that are no numbers, .* 2 of document 1"):
         check_complete(scores)
     scores.add(1, 2, torch.tensor([0]), torch.zeros(1, 5))
     check_complete(scores)

@@ -10,9 +10,8 @@ import torch
 from pydantic import ValidationError
 
 from specattn_vllm import executors
-from specattn_vllm.evaluation.peer_options import Channels, MeanStd, Oracle, Quest
-from specattn_vllm.evaluation.peers.attend import Peer
-from specattn_vllm.evaluation.schema import Setting
+from specattn_vllm.evaluation.peers import Peer
+from specattn_vllm.evaluation.schema import Channels, MeanStd, Oracle, Quest, Setting
 from specattn_vllm.stats import Counters
 
 HEADS, GROUP, SIZE, BLOCK = 2, 3, 64, 16
@@ -108,15 +107,6 @@ def top_k(mass: list[float], count: int) -> set[int]:
     return set(sorted(range(len(mass)), key=lambda p: -mass[p])[:count])
 
 
-def top_p(mass: list[float], share: float) -> set[int]:
-    kept: set[int] = set()
-    for position in sorted(range(len(mass)), key=lambda p: -mass[p]):
-        if sum(mass[p] for p in kept) >= share * sum(mass):
-            break
-        kept.add(position)
-    return kept
-
-
 def assert_same(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
     assert torch.allclose(found.double(), expected, atol=tolerance, rtol=tolerance), (found - expected).abs().max()
 
@@ -129,39 +119,22 @@ def assert_counted(step: Step, kept: dict[tuple[int, int], set[int]], searched: 
     assert counts.verify_rows == counts.sparse_rows == len(BATCH) - len(DENSE_ROWS)
 
 
-@pytest.mark.parametrize("size", [{"ratio": 0.2}, {"ratio": 0.01}, {"top_p": 0.7}, {"top_p": 0.99}])
-def test_oracle_keeps_the_heaviest_of_each_head(size):
+@pytest.mark.parametrize("ratio", [0.2, 0.01])
+def test_oracle_keeps_the_heaviest_of_each_head(ratio):
     step = Step()
-    found = step.attend(Oracle(name="oracle", **size))
+    found = step.attend(Oracle(name="oracle", ratio=ratio))
     kept = {}
     for row, head in verifying():
         mass = oracle_mass(step, row, head)
-        kept[row, head] = (
-            top_k(mass, tokens_of(size["ratio"], len(mass))) if "ratio" in size else top_p(mass, size["top_p"])
-        )
+        kept[row, head] = top_k(mass, tokens_of(ratio, len(mass)))
     assert any(kept[row, 0] != kept[row, 1] for row, _ in verifying())
     assert_same(found, step.expected(kept))
     assert_counted(step, kept)
 
 
-@pytest.mark.parametrize("size", [{"ratio": 0.2}, {"top_p": 0.7}])
-def test_a_shared_oracle_ranks_by_the_mean_of_the_heads(size):
+def test_an_oracle_of_everything_is_full_attention():
     step = Step()
-    found = step.attend(Oracle(name="oracle", shared=True, **size))
-    kept = {}
-    for row, _ in verifying():
-        by_head = [oracle_mass(step, row, head) for head in range(HEADS)]
-        mass = [sum(of) / HEADS for of in zip(*by_head, strict=True)]
-        chosen = top_k(mass, tokens_of(size["ratio"], len(mass))) if "ratio" in size else top_p(mass, size["top_p"])
-        kept |= {(row, head): chosen for head in range(HEADS)}
-    assert_same(found, step.expected(kept))
-    assert_counted(step, kept)
-
-
-@pytest.mark.parametrize("options", [Oracle(name="oracle", ratio=1), Oracle(name="oracle", top_p=1, shared=True)])
-def test_an_oracle_of_everything_is_full_attention(options):
-    step = Step()
-    found = step.attend(options)
+    found = step.attend(Oracle(name="oracle", ratio=1))
     assert_same(found, step.expected({}))
     counts = step.counters.read()
     assert counts.kv_read == counts.kv_full
@@ -189,11 +162,8 @@ def quest(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return torch.maximum(queries * keys.amin(0), queries * keys.amax(0)).sum(-1)
 
 
-def mean_std(spread: float):
-    def score(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        return queries @ keys.mean(0) + spread * (queries.abs() @ keys.std(0, correction=0))
-
-    return score
+def mean_std(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    return queries @ keys.mean(0) + queries.abs() @ keys.std(0, correction=0)
 
 
 @pytest.mark.parametrize(("ratio", "page"), [(0.3, 16), (0.5, 8), (0.4, 10), (1.0, 16), (0.001, 16)])
@@ -206,12 +176,11 @@ def test_quest_reads_the_pages_of_the_largest_bounds(ratio, page):
     assert_counted(step, kept, searched)
 
 
-@pytest.mark.parametrize(("ratio", "page", "spread"), [(0.3, 16, 1.0), (0.5, 8, 0.0), (0.4, 10, 2.5), (0.001, 16, 1.0)])
-def test_pages_of_the_largest_means_and_deviations(ratio, page, spread):
+@pytest.mark.parametrize(("ratio", "page"), [(0.3, 16), (0.5, 8), (0.4, 10), (0.001, 16)])
+def test_pages_of_the_largest_means_and_deviations(ratio, page):
     step = Step()
-    found = step.attend(MeanStd(name="mean_std", ratio=ratio, page_size=page, spread=spread))
-    score = mean_std(spread)
-    kept = {(row, head): best_pages(step, row, head, ratio, page, score, first=True) for row, head in verifying()}
+    found = step.attend(MeanStd(name="mean_std", ratio=ratio, page_size=page))
+    kept = {(row, head): best_pages(step, row, head, ratio, page, mean_std, first=True) for row, head in verifying()}
     assert sum(0 in of for of in kept.values()) >= 4 or ratio < 0.01
     assert_same(found, step.expected(kept))
     searched = sum(-(-(step.lens[row] - step.counts[row]) // page) * page for row, _ in verifying())
@@ -283,8 +252,7 @@ def test_dense_layers_leave_something_to_select_in():
 @pytest.mark.parametrize(
     ("peer", "options", "message"),
     [
-        ({"name": "oracle"}, {"method": "dense"}, "has a ratio or a top_p, one of them"),
-        ({"name": "oracle", "ratio": 0.5, "top_p": 0.5}, {"method": "dense"}, "has a ratio or a top_p, one of them"),
+        ({"name": "oracle"}, {"method": "dense"}, "Field required"),
         ({"name": "quest", "ratio": 0.5}, {"method": "specattn"}, "reads in the place of the plugin, not beside it"),
         ({"name": "quest", "ratio": 0.5}, {}, "reads in the place of the plugin, not beside it"),
         ({"name": "quest", "ratio": 1.5}, {"method": "dense"}, "less than or equal to 1"),

@@ -20,7 +20,7 @@ def refusal(capsys, tmp_path, monkeypatch):
     def no_engine(*args):
         raise AssertionError("an engine started")
 
-    monkeypatch.setattr(runner, "in_own_process", no_engine)
+    monkeypatch.setattr(runner, "measured", no_engine)
     monkeypatch.chdir(tmp_path)
 
     def run(*words: str) -> str:
@@ -84,7 +84,7 @@ def test_a_report_is_read_without_torch_and_vllm():
         "from specattn_vllm import cli\n"
         "sys.exit(cli.main(sys.argv[1:]))\n"
     )
-    report = "docs/results/demo-equal-reads.json"
+    report = "docs/results/h200-real-8k.json"
     done = subprocess.run(
         [sys.executable, "-P", "-c", program, "eval", "table", report], capture_output=True, text=True,
         cwd=__file__.rpartition("/tests/")[0],

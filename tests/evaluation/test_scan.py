@@ -44,9 +44,8 @@ def test_a_sketch_is_as_large_as_it_lies_in_the_cache(bits, size):
 def test_bytes_are_those_of_what_is_kept_and_of_what_is_searched():
     counts = Counts(kv_read=100, kv_full=1000, kv_scanned=800)
     assert byte_fraction(counts, 1 / 16) == pytest.approx(0.15)
-    assert byte_fraction(counts, None) is None
     # What is read of the same copy before the search, for a sample of the tokens.
     sampled = Counts(kv_read=100, kv_full=1000, kv_scanned=800, kv_sampled=160)
     assert byte_fraction(sampled, 1 / 16) == pytest.approx(0.16)
-    assert byte_fraction(Counts(kv_read=100, kv_full=1000), None) == 0.1
-    assert byte_fraction(Counts(), None) == 1.0, "where nothing was pruned, all was read"
+    assert byte_fraction(Counts(kv_read=100, kv_full=1000), 0.0) == 0.1
+    assert byte_fraction(Counts(), 0.0) == 1.0, "where nothing was pruned, all was read"

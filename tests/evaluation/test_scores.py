@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from specattn_vllm.evaluation.forcing import NO_TEXT, Forcing, ForcingError
-from specattn_vllm.evaluation.scores import Reference, Scores, kl_divergence
+from specattn_vllm.evaluation.scores import Scores, kl_divergence
 
 
 def log(*probabilities: float) -> torch.Tensor:
@@ -42,10 +42,10 @@ def score(scores: Scores, logits: torch.Tensor) -> int:
 
 
 def test_the_dense_run_differs_from_itself_by_rounding_alone(logits, tmp_path):
-    scores = Scores(2, 4, Reference(tmp_path, write=True))
-    assert not scores.seen.any()
+    scores = Scores(2, 4, tmp_path, write=True)
+    assert np.isnan(scores.nll).all()
     assert score(scores, logits) == 8
-    assert scores.seen.all()
+    assert np.isfinite(scores.nll).all()
     expected = torch.nn.functional.cross_entropy(logits[1, :4], torch.arange(4), reduction="none")
     assert scores.nll[1] == pytest.approx(expected.numpy(), abs=1e-5)
     assert np.abs(scores.kl).max() < 1e-5
@@ -53,12 +53,12 @@ def test_the_dense_run_differs_from_itself_by_rounding_alone(logits, tmp_path):
 
 
 def test_another_run_is_compared_with_it_position_by_position(logits, tmp_path):
-    dense = Scores(2, 4, Reference(tmp_path, write=True))
+    dense = Scores(2, 4, tmp_path, write=True)
     score(dense, logits)
-    dense.reference.close()
+    dense.close()
     other = logits.clone()
     other[0, 1] = -other[0, 1]
-    scores = Scores(2, 4, Reference(tmp_path, write=False))
+    scores = Scores(2, 4, tmp_path, write=False)
     score(scores, other)
     expected = kl_divergence(logits[0, 1:2].log_softmax(-1), other[0, 1:2].log_softmax(-1)).item()
     assert scores.kl[0, 1] == pytest.approx(expected, rel=1e-3)
@@ -69,11 +69,11 @@ def test_another_run_is_compared_with_it_position_by_position(logits, tmp_path):
 
 
 def test_a_reference_of_another_evaluation_is_refused(logits, tmp_path):
-    dense = Scores(2, 4, Reference(tmp_path, write=True))
+    dense = Scores(2, 4, tmp_path, write=True)
     score(dense, logits)
-    dense.reference.close()
+    dense.close()
     with pytest.raises(ValueError, match=r"holds \(2, 4, 50\), wanted \(2, 3, 50\)"):
-        score(Scores(2, 3, Reference(tmp_path, write=False)), logits)
+        score(Scores(2, 3, tmp_path, write=False), logits)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ WRITERS = pytest.mark.parametrize(
     [
         ["bench", "--out"], ["bench", "--plot"], ["bench", "kernels", "--out"],
         ["bench", "table", "report.json", "--plot"],
-        ["eval", "methods", "--out"], ["eval", "table", "report.json", "--plot"], ["report", "report.json", "--out"],
+        ["eval", "methods", "--out"], ["report", "report.json", "--out"],
         ["calibrate", "--out"], ["calibrate", "--out", "map.json", "--picture"],
     ],
     ids=" ".join,

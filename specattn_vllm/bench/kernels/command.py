@@ -6,7 +6,6 @@ import argparse
 import itertools
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 from specattn_vllm.bench import grid
 from specattn_vllm.installed import UserError, require
 from specattn_vllm.tools import models
-from specattn_vllm.tools.arguments import add_commit, checked
-from specattn_vllm.tools.outputs import output_file, write_json
+from specattn_vllm.tools.arguments import add_commit, share
+from specattn_vllm.tools.outputs import output_file, table, write_json
+from specattn_vllm.tools.provenance import machine, provenance
 
 if TYPE_CHECKING:
     from specattn_vllm.bench.kernels.inputs import Setup
@@ -24,31 +24,21 @@ if TYPE_CHECKING:
 COPY_BYTES = 4 << 30
 
 
-def _share(text: str) -> float:
-    if not 0 < (share := float(text)) <= 1:
-        raise ValueError(f"got {text!r}, wanted a share of the context such as 0.1")
-    return share
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="show the rows and stop")
-    parser.add_argument(
-        "--only", type=lambda text: text.split(","), default=[""], metavar="NAME,...",
-        help="rows whose names begin so, e.g. dense,sparse,sketch",
-    )  # fmt: skip
+    told = "rows whose names begin so, e.g. dense,sparse,sketch"
+    parser.add_argument("--only", type=lambda text: text.split(","), default=[""], metavar="NAME,...", help=told)
     parser.add_argument("--shape", choices=models.shape_names(), help="[llama-8b-1b; on a CPU demo]")
-    parser.add_argument(
-        "--grid", type=checked(grid.parse_grid), metavar="BATCHxCONTEXT,...", help="[16x32k; on a CPU 2x100]"
-    )
-    parser.add_argument("--kept", type=checked(_share), metavar="SHARE", help="of the context [0.1; sketch 0.08]")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16", help="[%(default)s]")
+    told = "[16x32k; on a CPU 2x100]"
+    parser.add_argument("--grid", type=grid.parse_grid, metavar="BATCHxCONTEXT,...", help=told)
+    parser.add_argument("--kept", type=share, metavar="SHARE", help="of the context [0.1; sketch 0.08]")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: Triton's interpreter")
     parser.add_argument("--out", type=output_file, metavar="FILE.json", help="write the results here too")
     add_commit(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    require(("torch", "triton", "vllm", "rich"))
+    require(("torch", "triton", "vllm"))
     cuda = args.device == "cuda"
     if not cuda:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton looks when it is loaded
@@ -56,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
 
     from specattn_vllm.bench.kernels.inputs import Setup
     from specattn_vllm.bench.kernels.rows import ROWS
-    from specattn_vllm.tools.provenance import provenance
 
     rows = [row for row in ROWS if row.name.startswith(tuple(args.only))]
     if nothing := [name for name in args.only if not any(row.name.startswith(name) for row in rows)]:
@@ -69,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("no CUDA GPU here; `specattn bench kernels --device cpu` runs tiny shapes in the interpreter")
     torch.manual_seed(0)
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-    dtype, shape = (getattr(torch, args.dtype), "llama-8b-1b") if cuda else (torch.float32, models.DEMO)
+    dtype, shape = (torch.bfloat16, "llama-8b-1b") if cuda else (torch.float32, models.DEMO)
     shape = models.load_shape(args.shape or shape)
     found: dict[str, Any] = {
         "kind": "specattn-bench-kernels",
@@ -95,22 +84,21 @@ def measured(row: Row, setup: Setup, cell: str, found: dict[str, Any]) -> dict[s
     told: dict[str, Any] = {"name": row.name, "cell": cell}
     try:
         case = row.make(setup)
-        ms = milliseconds(case.calls, setup.device.type == "cuda", row.graph)
+        ms = milliseconds(case.calls, setup.device.type == "cuda")
     except Skip as reason:
         return told | {"skipped": str(reason)}
     except Exception as error:
         return told | {"error": f"{type(error).__name__}: {error}"[:300]}
     bound = case.nbytes / found["copy_gb_per_s"] / 1e6
-    told |= {"ms": ms, "bytes": case.nbytes, "gb_per_s": case.nbytes / ms / 1e6, "bound_ms": bound}
-    told["share_of_copy"] = bound / ms
+    told |= {"ms": ms, "bytes": case.nbytes, "bound_ms": bound}
     for before in found["rows"]:
         if (before["name"], before["cell"]) == (row.against, cell) and "ms" in before:
             told |= {"against": row.against, "speedup": before["ms"] / ms}
     return {name: round(value, 5) if isinstance(value, float) else value for name, value in told.items()}
 
 
-def milliseconds(calls: Sequence[Callable[[], object]], cuda: bool, graph: bool) -> float:
-    """Of one call; they take turns."""
+def milliseconds(calls: Sequence[Callable[[], object]], cuda: bool, graph: bool = True) -> float:
+    """Of one call; they take turns, in a CUDA graph as engines run them."""
     turns = itertools.cycle(calls)
     if not cuda:
         times = [time.perf_counter()]
@@ -140,18 +128,13 @@ def copy_rate(device: Any) -> float:
 
 
 def show(found: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("row", "cell", "ms", "MB", "GB/s", "bound", "of copy", "speedup")
+    lines = []
     for row in found["rows"]:
         if "ms" not in row:
-            table.add_row(row["name"], row["cell"], row.get("error") or f"skipped: {row['skipped']}")
+            lines.append([row["name"], row["cell"], row.get("error") or f"skipped: {row['skipped']}"])
             continue
-        figures = [f"{row['ms']:.4f}", f"{row['bytes'] / 1e6:.1f}", f"{row['gb_per_s']:.0f}", f"{row['bound_ms']:.4f}"]
+        figures = [f"{row['ms']:.4f}", f"{row['bytes'] / 1e6:.1f}", f"{row['bound_ms']:.4f}"]
         faster = f"{row['speedup']:.2f}x {row['against']}" if "speedup" in row else ""
-        table.add_row(row["name"], row["cell"], *figures, f"{row['share_of_copy']:.0%}", faster)
-    where = found["provenance"]
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    console.print(table)
-    console.print(f"{where.get('gpu') or where.get('cpu')}, copies {found['copy_gb_per_s']:,.0f} GB/s", highlight=False)
+        lines.append([row["name"], row["cell"], *figures, faster])
+    print("\n".join(table(["row", "cell", "ms", "MB", "bound", "speedup"], lines)))
+    print(f"\n{machine(found['provenance'])}, copies {found['copy_gb_per_s']:,.0f} GB/s")

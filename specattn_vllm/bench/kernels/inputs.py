@@ -1,4 +1,4 @@
-"""Inputs of the kernels: cache layers, requests, random selections as page tables and bits, and mass."""
+"""Inputs of the kernels: cache layers, requests, and random selections as page tables."""
 
 from __future__ import annotations
 
@@ -43,10 +43,9 @@ class Setup:
         """The cell's context is that of a verification, its own tokens included; kept: share of it."""
         self.device, self.dtype, self.kept = device, dtype, kept
         self.rows, self.context = cell
-        self.blocks, self.words = -(-self.context // BLOCK_SIZE), -(-self.context // 32)
+        self.blocks = -(-self.context // BLOCK_SIZE)
         names = ("num_attention_heads", "num_key_value_heads", "head_dim")
         self.target, self.draft = (Heads(*(shape.configs[r][n] for n in names)) for r in ("target", "draft"))
-        self.sources = shape.configs["draft"]["num_hidden_layers"]
         name = "auto" if device.type == "cuda" else "triton"
         self.operations = executors.resolve(name, device, dtype, per_head=True)
         self._made: tuple[Any, Any] = (None, None)
@@ -107,24 +106,3 @@ class Setup:
         table = torch.zeros(rows, groups, self.context, dtype=torch.int32, device=ids.device)
         table[..., :kept] = ids
         return table
-
-    def bits(self, groups: int, kept: int) -> torch.Tensor:
-        """[sources, R, G, words] int32, a selection of its own each."""
-        return torch.stack([pack_bits(self.positions(groups, kept), self.words) for _ in range(self.sources)])
-
-    def mass(self, rows: int) -> torch.Tensor:
-        """[rows, context] float32: softmax of normal logits, one token in 200 and the first few of them heavy; a row
-        sums to a little less than 1."""
-        logits = torch.randn(rows, self.context, device=self.device) * 1.5
-        logits[torch.rand_like(logits) < 1 / 200] += 6
-        logits[:, :4] += 6
-        return logits.softmax(-1).mul_(0.999)
-
-
-def pack_bits(positions: torch.Tensor, words: int) -> torch.Tensor:
-    """[..., words] int32 with a bit for each of positions [..., kept]."""
-    flags = torch.zeros(*positions.shape[:-1], words * 32, dtype=torch.bool, device=positions.device)
-    flags.scatter_(-1, positions, True)
-    weights = torch.ones((), dtype=torch.int64, device=flags.device) << torch.arange(32, device=flags.device)
-    # 2^31 does not fit int32: the cast wraps.
-    return (flags.unflatten(-1, (-1, 32)) * weights).sum(-1).to(torch.int32)

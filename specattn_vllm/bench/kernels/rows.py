@@ -9,11 +9,11 @@ from typing import NamedTuple
 
 import torch
 
-from specattn_vllm.bench.kernels.inputs import BLOCK_SIZE, VERIFY_LEN, Heads, Requests, Setup
+from specattn_vllm.bench.kernels.inputs import VERIFY_LEN, Heads, Requests, Setup
 from specattn_vllm.bench.kernels.sketch import Search
 from specattn_vllm.kernels.sketch.contracts import BINS, CHUNK, MAX_SAMPLE
 
-KEPT, TOP_P, SINK, RECENT = 0.1, 0.9, 4, 64
+KEPT = 0.1
 ID_BYTES = 4
 HISTOGRAM_BYTES = BINS * 4
 
@@ -32,8 +32,6 @@ class Row(NamedTuple):
     make: Callable[[Setup], Case]
     against: str | None = None
     """The row that it is compared with, which stands before it."""
-    graph: bool = True
-    """Timed by `do_bench_cudagraph`, as engines run it; else by `do_bench`."""
 
 
 def dense(setup: Setup, of: str, q_len: int) -> Case:
@@ -85,76 +83,22 @@ def fa3(setup: Setup) -> Callable[..., None]:
     return fa3.sparse_attention
 
 
-def capture(setup: Setup, of: str, q_len: int, scored: int) -> Case:
-    """Attention that leaves scores of each request's last row, or first and last, behind, in bf16."""
+def capture(setup: Setup, of: str, q_len: int) -> Case:
+    """Attention that leaves scores of each request's last row, and of its first where there are several, behind, in
+    bf16."""
     heads, device = getattr(setup, of), setup.device
-    req, more = setup.requests(heads, q_len), {}
-    if scored:
-        ends = torch.arange(1, setup.rows + 1, device=device)[:, None] * q_len
-        lines = setup.rows, scored * heads.query
-        more = {
-            "scored_rows": ends + torch.tensor([-q_len, -1][2 - scored :], device=device),
-            "scores": torch.empty(*lines, setup.context, dtype=torch.bfloat16, device=device),
-            "lse": torch.empty(lines, device=device),
-        }
+    req, rows = setup.requests(heads, q_len), sorted({0, q_len - 1})
+    scored = torch.arange(setup.rows, device=device)[:, None] * q_len + torch.tensor(rows, device=device)
+    lines = setup.rows, len(rows) * heads.query
+    more = {
+        "scored_rows": scored,
+        "scores": torch.empty(*lines, setup.context, dtype=torch.bfloat16, device=device),
+        "lse": torch.empty(lines, device=device),
+    }
     lengths = req.block_table, req.seq_lens, req.query_start_loc
     attend = partial(setup.operations.draft_attention, max_query_len=q_len, **more)
     calls = [partial(attend, req.query, layer, *lengths, heads.size**-0.5, req.out) for layer in setup.layers(heads)]
-    score_bytes = setup.rows * scored * heads.query * (2 * setup.context + 4)
-    return Case(calls, dense_bytes(setup, heads, q_len) + score_bytes)
-
-
-def masses(setup: Setup) -> list[torch.Tensor]:
-    """Rows of mass, one for each source layer and request."""
-    first = setup.mass(setup.sources * setup.rows)
-    return [first] + [first.clone() for _ in range(setup.turns(first.nbytes, 1 << 28) - 1)]
-
-
-def sort(setup: Setup) -> Case:
-    made = masses(setup)
-    return Case([partial(torch.sort, each, dim=-1, descending=True) for each in made], made[0].numel() * (4 + 4 + 8))
-
-
-def topk(setup: Setup) -> Case:
-    made, k = masses(setup), setup.kept_tokens(KEPT)
-    return Case([partial(torch.topk, each, k=k, dim=-1) for each in made], made[0].nbytes + len(made[0]) * k * 12)
-
-
-def sampler(setup: Setup) -> Case:
-    """vLLM's top-p in Triton, with a copy of the logits, which it masks in place."""
-    if setup.device.type != "cuda":
-        raise Skip("vLLM's top-p needs CUDA")
-    from vllm.v1.sample.ops.topk_topp_triton import apply_top_k_top_p_triton
-
-    made = [each.clamp(min=1e-30).log() for each in masses(setup)]
-    p, work = torch.full((len(made[0]),), TOP_P, device=setup.device), torch.empty_like(made[0])
-    calls = [lambda each=each: apply_top_k_top_p_triton(work.copy_(each), None, p) for each in made]
-    return Case(calls, made[0].nbytes + work.nbytes)
-
-
-def top_p(setup: Setup, share: float, capped: bool) -> Case:
-    """Mass to one bit per token: the fewest that hold a share of it, or a fixed number of the heaviest."""
-    made, device = masses(setup), setup.device
-    rows, cap = len(made[0]), (setup.kept or KEPT) if capped else 1.0
-    lens = torch.full((rows,), setup.context - VERIFY_LEN, dtype=torch.int32, device=device)
-    bits = torch.zeros(rows, setup.words, dtype=torch.int32, device=device)
-    counts, select = torch.zeros(rows, dtype=torch.int32, device=device), setup.operations.select_top_p
-    calls = [partial(select, each, lens, bits, counts, share, 0, -1, cap, SINK, RECENT) for each in made]
-    return Case(calls, made[0].nbytes + bits.nbytes + counts.nbytes)
-
-
-def page_tables(setup: Setup, per_head: bool) -> Case:
-    """Bits of all sources to page tables."""
-    heads, device = setup.target, setup.device
-    groups, kept = heads.kv if per_head else 1, setup.kept_tokens(KEPT)
-    bits, req = setup.bits(groups, kept), setup.requests(heads, VERIFY_LEN)
-    table = torch.empty(*bits.shape[:3], setup.context, dtype=torch.int32, device=device)
-    count = torch.empty(bits.shape[:3], dtype=torch.int32, device=device)
-    strides = (BLOCK_SIZE * heads.kv, 1, heads.kv)  # (block, head, token) of a cache with tokens outermost
-    slots = torch.randperm(setup.rows, device=device)
-    build = partial(setup.operations.build_page_tables, bits, slots, req.seq_lens - VERIFY_LEN, req.seq_lens)
-    nbytes = bits.nbytes + req.block_table.nbytes + count.numel() * (kept + 1) * ID_BYTES
-    return Case([partial(build, req.block_table, BLOCK_SIZE, strides, table, count)], nbytes)
+    return Case(calls, dense_bytes(setup, heads, q_len) + more["scores"].nbytes + more["lse"].nbytes)
 
 
 def searching(setup: Setup, name: str) -> Case:
@@ -187,17 +131,9 @@ ROWS = [
     Row("sparse per-head fa3", lambda s: sparse(s, True, True), "dense"),
     Row("sparse shared", lambda s: sparse(s, False, False), "dense"),
     Row("sparse shared fa3", lambda s: sparse(s, False, True), "dense"),
-    Row("verify scores", lambda s: capture(s, "target", VERIFY_LEN, 2), "dense"),
+    Row("verify scores", lambda s: capture(s, "target", VERIFY_LEN), "dense"),
     Row("draft dense", lambda s: dense(s, "draft", 1)),
-    Row("draft", lambda s: capture(s, "draft", 1, 0), "draft dense"),
-    Row("draft scores", lambda s: capture(s, "draft", 1, 1), "draft"),
-    Row("torch.sort", sort, graph=False),
-    Row("torch.topk", topk, graph=False),
-    Row("vllm top-p", sampler),
-    Row("top-p", lambda s: top_p(s, TOP_P, False), "torch.sort"),
-    Row("top-p capped", lambda s: top_p(s, 1.0, True), "torch.topk"),
-    Row("page tables shared", lambda s: page_tables(s, False)),
-    Row("page tables per-head", lambda s: page_tables(s, True)),
+    Row("draft scores", lambda s: capture(s, "draft", 1), "draft dense"),
     Row("sketch encode", lambda s: searching(s, "encode")),
     Row("sketch queries", lambda s: searching(s, "prepare_queries")),
     Row("sketch scan", lambda s: searching(s, "score_tokens")),

@@ -1,6 +1,6 @@
 """Method `sketch`: layers of a batch as an engine has them, and what they hand to each kernel of their search.
 
-A layer (`specattn_vllm/sketch/layer.py`) is run up to the kernel at hand, and what it would call is what is timed.
+A layer (`specattn_vllm/sketch/layer.py`) is run, and what it calls is what is timed.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NoReturn
 
 import torch
 
@@ -23,10 +22,6 @@ from specattn_vllm.stats import Counters
 
 BITS, KEPT = 2, 0.08
 KEYS_AT_A_TIME = 1 << 16
-
-
-class _Reached(Exception):
-    """The kernel at hand is about to be called."""
 
 
 class Search:
@@ -82,20 +77,16 @@ class Search:
     def calls_of(self, name: str) -> list[Callable[[], None]]:
         """The calls of one kernel, a layer's each, after what comes before it in the layer."""
         calls: list[Callable[[], None]] = []
+        kernel = getattr(self.operations, name)
 
-        def hold(*arguments) -> NoReturn:
-            calls.append(partial(getattr(self.operations, name), *arguments))
-            raise _Reached
+        def recorded(*arguments) -> None:
+            calls.append(partial(kernel, *arguments))
+            kernel(*arguments)
 
-        self.sketch.operations = replace(self.operations, **{name: hold})
-        try:
-            for index in range(len(self.layers)):
-                try:
-                    self.select(index)
-                except _Reached:
-                    continue
-        finally:
-            self.sketch.operations = self.operations
+        self.sketch.operations = replace(self.operations, **{name: recorded})
+        for index in range(len(self.layers)):
+            self.select(index)
+        self.sketch.operations = self.operations
         return calls
 
     def encode_calls(self) -> list[Callable[[], None]]:

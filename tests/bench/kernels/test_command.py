@@ -38,8 +38,8 @@ def test_what_cannot_be_measured_is_refused(words, capsys):
 def test_rows_are_listed_and_chosen_by_their_beginning(capsys):
     assert cli.main(["bench", "kernels", "--list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(rows.ROWS)
-    assert cli.main(["bench", "kernels", "--list", "--only", "page,torch.topk"]) == 0
-    assert capsys.readouterr().out.splitlines() == ["torch.topk", "page tables shared", "page tables per-head"]
+    assert cli.main(["bench", "kernels", "--list", "--only", "draft,sketch scan"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["draft dense", "draft scores (against draft dense)", "sketch scan"]
     assert cli.main(["bench", "kernels", "--only", "magic"]) == 2
     assert "--only magic: no row begins so; there are dense, sparse per-head" in capsys.readouterr().err
 
@@ -51,32 +51,32 @@ def test_no_gpu_is_said(monkeypatch, capsys):
 
 
 def test_a_run_in_the_interpreter(tmp_path, capsys):
-    found = run(tmp_path, "--device", "cpu", "--only", "torch.topk,top-p capped,sparse shared", "--commit", "abc1234")
+    found = run(tmp_path, "--device", "cpu", "--only", "draft,sparse shared", "--commit", "abc1234")
     assert found["provenance"]["commit"] == "abc1234"
     assert found["settings"] == {"shape": "demo", "dtype": "float32", "kept": None}
     told = {row["name"]: row for row in found["rows"]}
-    ours, theirs = told["top-p capped"], told["torch.topk"]
-    assert ours["cell"] == "2x100" and ours["against"] == "torch.topk"
+    ours, theirs = told["draft scores"], told["draft dense"]
+    assert ours["cell"] == "2x100" and ours["against"] == "draft dense"
     assert ours["speedup"] == pytest.approx(theirs["ms"] / ours["ms"], rel=0.1, abs=1e-3)
     assert ours["bound_ms"] == pytest.approx(ours["bytes"] / found["copy_gb_per_s"] / 1e6, abs=1e-5)
     assert "needs CUDA" in told["sparse shared fa3"]["skipped"]
     assert told["sparse shared"]["ms"] > 0
-    assert "top-p capped" in capsys.readouterr().out
+    assert "draft scores" in capsys.readouterr().out
 
 
 def test_a_row_that_raises_does_not_end_the_others(tmp_path, monkeypatch, capsys):
-    def broken(setup, **more):
+    def broken(setup, *more):
         raise RuntimeError("out of registers")
 
-    monkeypatch.setattr(rows, "masses", broken)
-    found = run(tmp_path, "--device", "cpu", "--only", "torch.topk,page tables shared", status=1)
+    monkeypatch.setattr(rows, "capture", broken)
+    found = run(tmp_path, "--device", "cpu", "--only", "draft scores,sketch encode", status=1)
     assert [row.get("error") for row in found["rows"]] == ["RuntimeError: out of registers", None]
     assert "out of registers" in capsys.readouterr().out
 
 
 def test_calls_take_turns():
     seen = []
-    assert command.milliseconds([lambda: seen.append(1), lambda: seen.append(2)], False, True) >= 0
+    assert command.milliseconds([lambda: seen.append(1), lambda: seen.append(2)], False) >= 0
     assert seen == [1, 2]
 
 

@@ -1,13 +1,11 @@
-"""Inputs of `specattn bench kernels`: selections, page tables, bits and mass."""
+"""Inputs of `specattn bench kernels`: selections, page tables."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from specattn_vllm.bench.kernels import inputs
 from specattn_vllm.bench.kernels.inputs import VERIFY_LEN
-from specattn_vllm.kernels import reference
 from specattn_vllm.kernels.sketch.layout import sketch_views
 
 
@@ -53,18 +51,3 @@ def test_one_thing_is_kept_at_a_time(setup):
     assert it.layers(it.target) is first
     it.once("other", list)
     assert it.layers(it.target) is not first
-
-
-def test_packed_bits_are_those_of_the_positions(setup):
-    positions = setup("3x70").positions(2, 20)
-    bits = inputs.pack_bits(positions, 3)
-    wanted = torch.zeros(3, 2, 96, dtype=torch.bool, device=bits.device).scatter_(-1, positions, True)
-    assert torch.equal(reference.unpack_bits(bits.cpu(), 96), wanted.cpu())
-
-
-def test_mass_is_what_selection_expects(setup):
-    mass = setup("1x2000").mass(40)
-    sums = mass.sum(-1)
-    assert (mass >= 0).all() and ((sums > 0.99) & (sums < 1)).all()
-    top = mass.sort(-1, descending=True).values[:, :200].sum(-1)
-    assert 0.7 < float(top.mean()) < 0.98, "a tenth of the tokens holds most of the mass, not all of it"
