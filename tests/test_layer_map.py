@@ -262,8 +262,10 @@ def test_by_default_the_map_that_fits_the_method_best_is_used(write, monkeypatch
     maps = [("layers", write(content(), "a.json")), ("heads", write(with_heads(), "b.json"))][::order]
     monkeypatch.setattr(layer_map, "shipped", lambda: dict(maps))
     assert {method: resolve(None, TARGET, DRAFT, method=method).method for method in ("specattn", "sts", "dense")} == {
-        "specattn": "specattn", "sts": "sts", "dense": "specattn",
-    }  # fmt: skip
+        "specattn": "specattn",
+        "sts": "sts",
+        "dense": "specattn",
+    }
     monkeypatch.setattr(layer_map, "shipped", lambda: {"layers": dict(maps)["layers"]})
     assert resolve(None, TARGET, DRAFT, method="sts") == read(dict(maps)["layers"])
     monkeypatch.setattr(layer_map, "shipped", lambda: {"heads": dict(maps)["heads"]})

@@ -204,8 +204,10 @@ def test_rounds_of_a_mode():
     rest = ("draft-v2", "draft-v1", "dense", "specattn 25%", "sketch 5%", "sketch-eagle 25%")
     assert {own[name] for name in rest} == {(5, 3.5)}
     assert [(found[n].draft_tokens, found[n].acceptance_length) for n in ("vegas 5%", "eagle", "plain")] == [
-        (7, 6), (2, 2), (0, None),
-    ]  # fmt: skip
+        (7, 6),
+        (2, 2),
+        (0, None),
+    ]
     sizes = {name: job.engine_arguments["compilation_config"]["cudagraph_capture_sizes"] for name, job in found.items()}
     assert (sizes["vegas 5%"], sizes["eagle"], sizes["dense"]) == ([8, 32, 128], [3, 12, 48], [6, 24, 96])
     # One set of prompts for all: the longest leaves room for the mode that drafts most.
@@ -236,9 +238,12 @@ def test_an_engine_for_each_acceptance_length():
     found = jobs_by_name(*words.split())
     lengths = {name: job.acceptance_length for name, job in found.items()}
     assert lengths == {
-        "plain": None, "draft-v1, 2 a round": 2, "draft-v1, 3.5 a round": 3.5,
-        "specattn 10%, 2 a round": 2, "specattn 10%, 5 a round": 5,
-    }  # fmt: skip
+        "plain": None,
+        "draft-v1, 2 a round": 2,
+        "draft-v1, 3.5 a round": 3.5,
+        "specattn 10%, 2 a round": 2,
+        "specattn 10%, 5 a round": 5,
+    }
 
 
 def test_the_user_has_the_last_word():
@@ -330,10 +335,20 @@ def test_what_an_engine_would_refuse_is_refused_before_it_starts(capsys, argumen
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["--grid", "4"], ["--modes", "fast"], ["--shape", "gpt"], ["--kept", "a"],
-                                       ["--draft-tokens", "x:4"], ["--acceptance-length", "a"],
-                                       ["--draft-tokens", "vegas:0"], ["--repeats", "0"],
-                                       ["--acceptance-length", "2,2"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--grid", "4"],
+        ["--modes", "fast"],
+        ["--shape", "gpt"],
+        ["--kept", "a"],
+        ["--draft-tokens", "x:4"],
+        ["--acceptance-length", "a"],
+        ["--draft-tokens", "vegas:0"],
+        ["--repeats", "0"],
+        ["--acceptance-length", "2,2"],
+    ],
+)
 def test_wrong_arguments_exit_with_2(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         cli.main(["bench", *arguments])

@@ -30,14 +30,19 @@ def cell_of(results: dict, engine: str, cell: str) -> dict:
 
 def test_the_table(results):
     assert rows(report.markdown(Report.model_validate(results))) == [
-        ["requests x context", "plain decoding", "draft model, runner V2", "draft model, runner V1 (timeout)",
-         "specattn 10%"],
+        [
+            "requests x context",
+            "plain decoding",
+            "draft model, runner V2",
+            "draft model, runner V1 (timeout)",
+            "specattn 10%",
+        ],
         ["---"] * 5,
         # 690 plain; 836 and 850 with a draft model, of which the better one counts.
         ["16 x 32k", "690", "836 (1.21x)", "850 (1.23x)", "2,415 (3.50x, 2.84x)"],
         # The best stock mode is plain decoding here: 90.5 is less than 0.95 of 96, and more than any draft mode.
         ["1 x 32k", "96.0", "60.0 (0.62x)", "-", "90.5 (0.94x, 1.51x)†"],
-    ]  # fmt: skip
+    ]
 
 
 def test_what_stands_below_the_table(results):

@@ -11,8 +11,12 @@ tokenizers = pytest.importorskip("tokenizers")
 from specattn_vllm import cli  # noqa: E402
 from specattn_vllm.calibrate import models  # noqa: E402
 
-CONFIGS = {"LlamaForCausalLM": "LlamaConfig", "MistralForCausalLM": "MistralConfig", "Qwen2ForCausalLM": "Qwen2Config",
-           "Qwen3ForCausalLM": "Qwen3Config"}  # fmt: skip
+CONFIGS = {
+    "LlamaForCausalLM": "LlamaConfig",
+    "MistralForCausalLM": "MistralConfig",
+    "Qwen2ForCausalLM": "Qwen2Config",
+    "Qwen3ForCausalLM": "Qwen3Config",
+}
 SIZES = dict(
     vocab_size=258,
     hidden_size=32,
@@ -39,9 +43,15 @@ def _model(folder: Path, layers: int, architecture: str = "LlamaForCausalLM", **
 def _tokenizer(folder: Path, special: str = "<|bos|>") -> None:
     tok = tokenizers.Tokenizer(tokenizers.models.BPE())
     tok.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tok.train_from_iterator([], tokenizers.trainers.BpeTrainer(
-        vocab_size=258, special_tokens=[special, "<|eos|>"], show_progress=False,
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))  # fmt: skip
+    tok.train_from_iterator(
+        [],
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=258,
+            special_tokens=[special, "<|eos|>"],
+            show_progress=False,
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
     tok.post_processor = tokenizers.processors.TemplateProcessing(single=f"{special} $A", special_tokens=[(special, 0)])
     transformers.PreTrainedTokenizerFast(tokenizer_object=tok, bos_token=special).save_pretrained(folder)
 
@@ -70,7 +80,8 @@ def eager():
 
     def load(folder: Path):
         return transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="eager").eval()  # fmt: skip
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
 
     return load
 
@@ -90,10 +101,27 @@ def run(pair):
     """run(out, *more): a calibration of four windows of 256 tokens."""
 
     def calibrate(out: Path, *more: str) -> int:
-        return cli.main([
-            "calibrate", "--target", str(pair / "target"), "--draft", str(pair / "draft"),
-            "--text", str(pair / "text.txt"), "--window", "256", "--windows", "4", "--queries", "16",
-            "--device", "cpu", "--out", str(out), *more,
-        ])  # fmt: skip
+        return cli.main(
+            [
+                "calibrate",
+                "--target",
+                str(pair / "target"),
+                "--draft",
+                str(pair / "draft"),
+                "--text",
+                str(pair / "text.txt"),
+                "--window",
+                "256",
+                "--windows",
+                "4",
+                "--queries",
+                "16",
+                "--device",
+                "cpu",
+                "--out",
+                str(out),
+                *more,
+            ]
+        )
 
     return calibrate

@@ -189,7 +189,7 @@ def test_a_map_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, 
         (("--dense-layers", "3"), "--dense-layers 3: the target has 3 layers"),
         (("--window", "1024"), "--window 1024: the target takes at most 512 tokens"),
     ],
-)  # fmt: skip
+)
 def test_what_makes_no_sense_is_refused(tmp_path, capsys, more, message, run):
     assert run(tmp_path / "never.json", *more) == 2
     assert message in capsys.readouterr().err

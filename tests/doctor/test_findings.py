@@ -12,18 +12,28 @@ from specattn_vllm.doctor import command, findings
 from specattn_vllm.doctor.findings import Finding, examine
 
 SIZES = {
-    "says": "M can be served", "buffers": {"scores": 2 * 2**30, "pages": 2**29}, "weights": 15 * 2**30,
-    "kv_per_token": 140_000, "sketch_share": 0.066, "max_num_seqs": 64, "max_model_len": 131_072, "room": 70 * 2**30,
-}  # fmt: skip
+    "says": "M can be served",
+    "buffers": {"scores": 2 * 2**30, "pages": 2**29},
+    "weights": 15 * 2**30,
+    "kv_per_token": 140_000,
+    "sketch_share": 0.066,
+    "max_num_seqs": 64,
+    "max_model_len": 131_072,
+    "room": 70 * 2**30,
+}
 
 
 @pytest.fixture
 def answers(monkeypatch):
     """What is installed, what probes answer, and which of them were asked."""
     told = {
-        "problems": [], "specattn-vllm": "0.1.0", "python": "3.11", "versions": {"vllm": "0.32.0", "torch": None},
-        "gpus": [{"name": "H200", "memory": "141 GiB"}], "executor": "fa3",
-    }  # fmt: skip
+        "problems": [],
+        "specattn-vllm": "0.1.0",
+        "python": "3.11",
+        "versions": {"vllm": "0.32.0", "torch": None},
+        "gpus": [{"name": "H200", "memory": "141 GiB"}],
+        "executor": "fa3",
+    }
     given = {"told": told, "plugin": {}, "config": SIZES, "generate": {"says": "8 tokens"}, "asked": []}
 
     def probe(name, *arguments):
@@ -55,9 +65,13 @@ def test_a_healthy_installation(answers):
         ("generate", *answers["asked"][2][1:]),
     ]
     says = made["memory"].says
-    for part in ("2.5 GiB of buffers for 64 requests of 131,072 tokens (scores 2.0 GiB, pages 512.0 MiB)",
-                 "15.0 GiB of weights", "17.1 GiB of KV cache for one longest request", "6.6% of it the sketch",
-                 "vLLM would use 70.0 GiB"):  # fmt: skip
+    for part in (
+        "2.5 GiB of buffers for 64 requests of 131,072 tokens (scores 2.0 GiB, pages 512.0 MiB)",
+        "15.0 GiB of weights",
+        "17.1 GiB of KV cache for one longest request",
+        "6.6% of it the sketch",
+        "vLLM would use 70.0 GiB",
+    ):
         assert part in says
 
 

@@ -70,8 +70,10 @@ def test_the_options_are_documented_with_their_defaults(method):
             rows = re.findall(r"^\| `(\w+)` \| (\S+)", section, re.M)
             documented |= {key: ("researchers", default.strip("`")) for key, default in rows}
     fields = METHODS[method].options.model_fields
-    expected = {key: ((field.json_schema_extra or {"for": "users"})["for"], as_documented(field.default))
-                for key, field in fields.items()}  # fmt: skip
+    expected = {
+        key: ((field.json_schema_extra or {"for": "users"})["for"], as_documented(field.default))
+        for key, field in fields.items()
+    }
     assert documented == expected | {"method": ("users", "sketch")}
 
 

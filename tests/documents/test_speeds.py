@@ -40,12 +40,13 @@ def test_the_tables_are_what_was_measured(file, document, command, capsys):
     ("file", "engine", "words"),
     [
         (
-            "h200-self-speculation", "vegas 10%",
+            "h200-self-speculation",
+            "vegas 10%",
             "at {:,.0f} tokens per second, {:.2f} times plain decoding ({:,.0f} in the same run)",
         ),
         ("h200-self-speculation-128k", "vegas 10%", "and 4 of 128k at {:,.0f}, {:.2f} times, losslessly"),
     ],
-)  # fmt: skip
+)
 def test_the_speeds_measured_apart_are_what_was_measured(file, engine, words):
     from specattn_vllm.bench.report import markdown
     from specattn_vllm.bench.schema import Report
@@ -75,8 +76,11 @@ def test_the_kernels_figures_are_those_measured():
     def faster(case: str, rows: str, against: str) -> str:
         return f"{row[case, f'16x32k {rows}', against]['speedup']:.1f}x"
 
-    verify = [faster(f"{case} 10%, {which}", "32/8h d128 q6", "fa3") for which in ("shared", "per head")
-              for case in ("triton", "fa3")]  # fmt: skip
+    verify = [
+        faster(f"{case} 10%, {which}", "32/8h d128 q6", "fa3")
+        for which in ("shared", "per head")
+        for case in ("triton", "fa3")
+    ]
     words = "{} by our kernel and {} by FlashAttention 3 with one selection for all heads; {} and {} with one for each"
     assert words.format(*verify) in text
     for case, words in (
@@ -87,8 +91,10 @@ def test_the_kernels_figures_are_those_measured():
         figures = [faster(case, size, against) for size in sizes for against in ("torch.sort", "torch.topk")]
         assert words.format(*figures) in text
     scored = "draft_attention + bf16 scores"
-    times = [row[scored, f"16x32k {heads}", "draft_attention"]["time_ratio"] for heads in
-             ("16/8h d128 q1", "16/8h d128 q7", "32/8h d64 q1", "32/8h d64 q7")]  # fmt: skip
+    times = [
+        row[scored, f"16x32k {heads}", "draft_attention"]["time_ratio"]
+        for heads in ("16/8h d128 q1", "16/8h d128 q7", "32/8h d64 q1", "32/8h d64 q7")
+    ]
     words = "{:.2f}x to {:.2f}x with head size 128; **{:.2f}x** with head size 64 and one query row, **{:.2f}x** with"
     assert words.format(*times) in text
     cells = {(r["case"], r["shape"].split(" ")[0]): r["ms"] for r in rows if r["group"] == "verify"}
@@ -133,9 +139,14 @@ def test_the_times_of_a_search_are_those_measured():
     rows = json.loads((ROOT / "docs/results/h200-sketch-kernels.json").read_text())["rows"]
     ms = {(row["shape"].split()[0], row["case"]): row["ms"] for row in rows}
     parts = (
-        "prepare_queries", "score_tokens", "cut_scores, 8%", "list_pages, 8%", "search of a layer, 8%",
-        "sparse_attention, 8%", "fa3 dense",
-    )  # fmt: skip
+        "prepare_queries",
+        "score_tokens",
+        "cut_scores, 8%",
+        "list_pages, 8%",
+        "search of a layer, 8%",
+        "sparse_attention, 8%",
+        "fa3 dense",
+    )
     for shape in ("16x32k", "4x32k", "1x32k", "4x128k"):
         times = " | ".join(f"{ms[shape, part]:.4f}" for part in parts)
         assert f"| {shape.replace('x', ' x ')} | {times} |" in page

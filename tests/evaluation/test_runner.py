@@ -98,8 +98,10 @@ def test_a_setting_that_changed_takes_the_place_of_the_old_one(engines, tmp_path
     changed = job(half.model_copy(update={"options": {"rule": "top_k", "ratio": 0.4}}))
     _, found = evaluate(path, [jobs[0], changed])
     assert [(r.name, r.options.get("ratio")) for r in found.results] == [
-        ("dense", None), ("half", 0.4), ("quarter", 0.25),
-    ]  # fmt: skip
+        ("dense", None),
+        ("half", 0.4),
+        ("quarter", 0.25),
+    ]
 
 
 def test_a_setting_that_fails_is_named_and_the_others_go_on(engines, tmp_path, evaluate):

@@ -34,9 +34,18 @@ def test_without_choice_as_many_tokens_are_kept_as_with_it_the_first_and_the_las
     mass = torch.rand(1, 400, generator=torch.Generator().manual_seed(0))
     bits, counts = torch.empty(1, 13, dtype=torch.int32), torch.empty(1, dtype=torch.int32)
     select_top_p(
-        mass / mass.sum(), torch.tensor([400], dtype=torch.int32), bits, counts, options["top_p"],
-        options["min_tokens"], -1, 1.0, options["sink_tokens"], options["recent_tokens"], False,
-    )  # fmt: skip
+        mass / mass.sum(),
+        torch.tensor([400], dtype=torch.int32),
+        bits,
+        counts,
+        options["top_p"],
+        options["min_tokens"],
+        -1,
+        1.0,
+        options["sink_tokens"],
+        options["recent_tokens"],
+        False,
+    )
     kept = unpack_bits(bits, 400)[0].nonzero().flatten().tolist()
     assert kept == [*range(4), *range(400 - 96, 400)]
 

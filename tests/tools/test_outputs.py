@@ -14,13 +14,17 @@ from specattn_vllm.tools.outputs import write_json
 WRITERS = pytest.mark.parametrize(
     "words",
     [
-        ["bench", "--out"], ["bench", "--plot"], ["bench", "kernels", "--out"],
+        ["bench", "--out"],
+        ["bench", "--plot"],
+        ["bench", "kernels", "--out"],
         ["bench", "table", "report.json", "--plot"],
-        ["eval", "methods", "--out"], ["report", "report.json", "--out"],
-        ["calibrate", "--out"], ["calibrate", "--out", "map.json", "--picture"],
+        ["eval", "methods", "--out"],
+        ["report", "report.json", "--out"],
+        ["calibrate", "--out"],
+        ["calibrate", "--out", "map.json", "--picture"],
     ],
     ids=" ".join,
-)  # fmt: skip
+)
 
 
 def refusal(words: list[str], capsys) -> str:

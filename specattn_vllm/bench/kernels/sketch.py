@@ -40,10 +40,15 @@ class Search:
         least = {"min_tokens": min(128, setup.context // 32), "recent_tokens": min(64, setup.context // 32)}
         options = {"method": "sketch", "sketch_bits": BITS, "ratio": setup.kept or KEPT, **least}
         shape = Shape(
-            layers=len(self.caches), num_heads=heads.query, num_kv_heads=heads.kv, head_size=heads.size,
-            dtype=setup.dtype, max_query_len=VERIFY_LEN, max_num_reqs=rows,
+            layers=len(self.caches),
+            num_heads=heads.query,
+            num_kv_heads=heads.kv,
+            head_size=heads.size,
+            dtype=setup.dtype,
+            max_query_len=VERIFY_LEN,
+            max_num_reqs=rows,
             max_model_len=-(-setup.context // 64) * 64,
-        )  # fmt: skip
+        )
         parsed = SpecAttnOptions.parse(options)
         budget = budget_of(parsed, parsed.shared_budget)
         self.sketch = Sketch(self.operations, budget, BITS, shape, Counters(device), device)
