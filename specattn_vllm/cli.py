@@ -7,10 +7,12 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from importlib import import_module
+from typing import Any, NamedTuple
 
 import specattn_vllm
-from specattn_vllm import cpu_runner, info
+from specattn_vllm import cpu_runner
 from specattn_vllm.installed import DEMO_ROLES, UserError, demo_folder
 from specattn_vllm.tools.interrupts import status_of
 
@@ -38,72 +40,12 @@ def _demo_path_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("role", choices=DEMO_ROLES)
 
 
-def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    from specattn_vllm.bench import command
-
-    command.add_arguments(parser)
-
-
-def bench(args: argparse.Namespace) -> int | None:
-    from specattn_vllm.bench import command
-
-    return command.run(args)
-
-
-def _eval_arguments(parser: argparse.ArgumentParser) -> None:
-    from specattn_vllm.evaluation import command
-
-    command.add_arguments(parser)
-
-
-def evaluate(args: argparse.Namespace) -> int | None:
-    from specattn_vllm.evaluation import command
-
-    return command.run(args)
-
-
-def _calibrate_arguments(parser: argparse.ArgumentParser) -> None:
-    from specattn_vllm.calibrate import command
-
-    command.add_arguments(parser)
-
-
-def calibrate(args: argparse.Namespace) -> int | None:
-    from specattn_vllm.calibrate import command
-
-    return command.run(args)
-
-
-def _report_arguments(parser: argparse.ArgumentParser) -> None:
-    from specattn_vllm.evaluation import page
-
-    page.add_arguments(parser)
-
-
-def report(args: argparse.Namespace) -> int | None:
-    from specattn_vllm.evaluation import page
-
-    return page.run(args)
-
-
 def _with_default_part(argv: Sequence[str]) -> list[str]:
     """`specattn bench --shape S` means `specattn bench engines --shape S`."""
     argv = list(argv)
     if argv[:1] == ["bench"] and not (len(argv) > 1 and (argv[1] in ("-h", "--help") or not argv[1].startswith("-"))):
         argv.insert(1, "engines")
     return argv
-
-
-def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
-    from specattn_vllm.doctor import command
-
-    command.add_arguments(parser)
-
-
-def doctor(args: argparse.Namespace) -> int:
-    from specattn_vllm.doctor import command
-
-    return command.run(args)
 
 
 def _methods_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,17 +80,26 @@ class Command(NamedTuple):
     arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
 
 
+def in_module(name: str, help: str) -> Command:
+    """A subcommand whose `add_arguments` and `run` are in a module, which is imported once they are called."""
+
+    def call(function: str, given: Any) -> Any:
+        return getattr(import_module(f"specattn_vllm.{name}"), function)(given)
+
+    return Command(partial(call, "run"), help, partial(call, "add_arguments"))
+
+
 # One line per subcommand. A `run` that needs torch or vLLM imports it inside.
 COMMANDS = {
-    "info": Command(info.run, "what is installed, and whether it fits together", info.add_arguments),
-    "doctor": Command(doctor, "tries what a server needs, and says what to do about what fails", _doctor_arguments),
+    "info": in_module("info", "what is installed, and whether it fits together"),
+    "doctor": in_module("doctor.command", "tries what a server needs, and says what to do about what fails"),
     "methods": Command(methods, "the methods that `method` may name, and what they choose by", _methods_arguments),
     "cpu-env": Command(cpu_env, "the variables that let vLLM use this plugin without a GPU", _cpu_env_arguments),
     "demo-path": Command(demo_path, "the folder of one of the two demo models", _demo_path_arguments),
-    "bench": Command(bench, "how fast it decodes, next to stock vLLM, on this machine", _bench_arguments),
-    "calibrate": Command(calibrate, "the layer map of a pair of models, measured on text", _calibrate_arguments),
-    "eval": Command(evaluate, "what pruning costs in quality, measured in engines", _eval_arguments),
-    "report": Command(report, "what `specattn eval methods` measured, as one HTML page", _report_arguments),
+    "bench": in_module("bench.command", "how fast it decodes, next to stock vLLM, on this machine"),
+    "calibrate": in_module("calibrate.command", "the layer map of a pair of models, measured on text"),
+    "eval": in_module("evaluation.command", "what pruning costs in quality, measured in engines"),
+    "report": in_module("evaluation.page", "what `specattn eval methods` measured, as one HTML page"),
 }
 
 

@@ -2,6 +2,5 @@
 
 `command` is the command line, and `runner` goes from its arguments to the map. `text` makes windows of token ids;
 `models` runs both models and shows their attention; `similarity` compares it; `maps` chooses layers and heads; `state`
-keeps what was measured in a run that is cut off, and `picture` draws it. `uniform` writes the maps that need none of
-this.
+keeps what was measured in a run that is cut off. `uniform` writes the maps that need none of this.
 """

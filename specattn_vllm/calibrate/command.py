@@ -30,7 +30,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layers.add_argument("--queries", type=int, default=64, metavar="N", help="rows compared a window [%(default)s]")
     run = parser.add_argument_group("running")
     run.add_argument("--out", type=output_file, required=True, metavar="FILE.json", help="the map")
-    run.add_argument("--picture", type=output_file, metavar="FILE.png", help="also draw what was measured")
     run.add_argument("--overwrite", action="store_true", help="throw away what --out holds or an earlier run left")
     run.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     run.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="[float32 on a CPU, else bfloat16]")
@@ -60,7 +59,7 @@ def check(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check(args)
-    require(("torch", "transformers", "rich", *(("matplotlib",) if args.picture else ())))
+    require(("torch", "transformers", "rich"))
     from specattn_vllm.calibrate.runner import calibrate
 
     try:
@@ -69,10 +68,6 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted; this goes on from {state_file(args.out)}: {resumed()}")
         return status_of(interrupt)
-    if args.picture:
-        from specattn_vllm.calibrate import picture
-
-        picture.save(found, args.picture)
     print(summary(args.out, found))
     return 0
 

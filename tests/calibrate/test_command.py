@@ -18,11 +18,10 @@ from specattn_vllm.calibrate.command import state_file  # noqa: E402
 def test_a_map_is_what_the_loader_takes_and_comes_out_the_same_again(pair, tmp_path, capsys, run):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
-        assert run(tmp_path / folder / "map.json", "--picture", str(tmp_path / folder / "map.png")) == 0
+        assert run(tmp_path / folder / "map.json") == 0
     written = (tmp_path / "one" / "map.json").read_bytes()
     assert written == (tmp_path / "two" / "map.json").read_bytes()
-    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["map.json", "map.png"]
-    assert (tmp_path / "one" / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["map.json"]
     data, read = json.loads(written), layer_map.read(tmp_path / "one" / "map.json")
     told = data["provenance"]
     assert read.calibrated and read.method == "specattn" and read.heads is None

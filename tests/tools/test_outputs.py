@@ -21,7 +21,6 @@ WRITERS = pytest.mark.parametrize(
         ["eval", "methods", "--out"],
         ["report", "report.json", "--out"],
         ["calibrate", "--out"],
-        ["calibrate", "--out", "map.json", "--picture"],
     ],
     ids=" ".join,
 )
