@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+
+GONE = ("refresh_rows", "audit_rows")
 
 
 @dataclass
@@ -46,6 +49,11 @@ class Counts:
     """Entries whose sketch was read once more before that, for the size of each query row's scores: a sample."""
     draft_kv_sampled: int = 0
     """The same before drafting read a part."""
+
+    @classmethod
+    def stored(cls, counts: Mapping[str, int]) -> Counts:
+        """Counts of a report; those of an older version have reasons that are gone."""
+        return cls(**{name: count for name, count in counts.items() if name not in GONE})
 
     def __sub__(self, other: Counts) -> Counts:
         return Counts(*(getattr(self, f.name) - getattr(other, f.name) for f in fields(self)))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from specattn_vllm.installed import UserError, require
+from specattn_vllm.methods import METHODS
 from specattn_vllm.tools.arguments import add_pair
 from specattn_vllm.tools.interrupts import ended_as_interrupted, resumed, status_of
 from specattn_vllm.tools.models import DEMO
@@ -46,7 +47,7 @@ def check(args: argparse.Namespace) -> None:
     for name, least in {"window": 64, "windows": 1, "queries": 1, "ranks": 1, "dense_layers": 0, "seed": 0}.items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
-    if args.ranks is not None and args.method != "sts":
+    if args.ranks is not None and not METHODS[args.method].per_head:
         raise UserError("--ranks is for --method sts: maps for specattn have no heads")
     if args.queries > (most := args.window - args.window // 16):
         raise UserError(f"--queries {args.queries}: a window of {args.window} has {most}")

@@ -23,6 +23,7 @@ from specattn_vllm.calibrate.state import State
 from specattn_vllm.fingerprint import fingerprint
 from specattn_vllm.installed import UserError
 from specattn_vllm.layer_map import SCHEMA, LayerMap
+from specattn_vllm.methods import METHODS
 from specattn_vllm.tools.outputs import write_whole
 
 SETTINGS = ("method", "window", "windows", "dense_layers", "ranks", "queries", "seed")
@@ -112,7 +113,7 @@ def _measure(
         task = progress.add_task("windows", total=len(ids), completed=state.windows)
         for index in range(state.windows, len(ids)):
             queries = sampled_queries(args.window, args.queries, args.seed, index)
-            found = similarity_of_window(target, draft, ids[index], queries, with_heads=args.method == "sts")
+            found = similarity_of_window(target, draft, ids[index], queries, with_heads=METHODS[args.method].per_head)
             if found["layers"].isnan().any():
                 raise UserError("the models' attention overflows: give --dtype bfloat16 or float32, or other weights")
             state.add(found)

@@ -106,7 +106,7 @@ def figures(
     """What the table shows. Shares of the cache's entries, and of bytes with what was searched, are those of the forced
     run; the change of perplexity is relative, 0.01 is one per cent more; KL above rounding is there where the `floor`,
     the dense run in other batches, is."""
-    counts, documents = Counts(**result.forced), len(result.documents)
+    counts, documents = Counts.stored(result.forced), len(result.documents)
     own, full = measured(result), measured(dense)
     found: dict[str, float | Estimate] = {
         "kv_read": counts.kv_fraction,

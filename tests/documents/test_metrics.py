@@ -61,7 +61,7 @@ def test_labels_in_queries_are_those_of_the_metrics(query):
 
 def test_reasons_and_kinds_of_the_page_are_the_code_s():
     code = (ROOT / "specattn_vllm/metrics/families.py").read_text()
-    for word in ("exact", "small batch", "short context", "no selection", "stale", "refresh", "audit"):
+    for word in ("exact", "small batch", "short context", "no selection", "stale"):
         assert f'"{word}"' in code and f"`{word}`" in PAGE
     for word in ("sparse", "dense", "prefill", "verification", "drafting"):
         assert f'"{word}"' in code and f"`{word}`" in PAGE

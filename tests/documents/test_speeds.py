@@ -65,7 +65,6 @@ def test_the_speed_of_choosing_by_the_draft_is_that_measured():
     assert drafted > speed["draft-v2"]
     words = f"at {ours:,.0f} tokens per second with 10% read, {ours / plain:.2f} times plain decoding and "
     assert words + f"{ours / drafted:.2f} times the better" in " ".join(BENCHMARKS.split())
-    assert f"({ours / plain:.1f} times plain decoding at 16 x 32k and 10%)" in " ".join(README.split())
 
 
 def test_the_kernels_figures_are_those_measured():
