@@ -73,7 +73,7 @@ def test_all_slips_are_told_at_once():
 def test_another_plugin_may_have_an_option_of_the_same_name():
     """What is set under our key too is no slip outside of it."""
     refuse_misplaced({"method": "theirs", "specattn": {"method": "dense"}}, ours=True)
-    assert "another plugin's" in refusal({"method": "theirs", "specattn": {"ratio": 0.5}})
+    assert "belongs to another plugin" in refusal({"method": "theirs", "specattn": {"ratio": 0.5}})
 
 
 def test_our_key_inside_of_another_object_is_refused():
