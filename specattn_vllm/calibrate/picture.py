@@ -1,4 +1,4 @@
-"""A calibration as a picture: how alike layers are, with the map through it."""
+"""Draws a calibration: the similarity of layers as an image, with the map as a line through it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from specattn_vllm.tools.outputs import write_whole
 
 
 def draw(found: dict[str, Any]) -> Figure:
-    """found: a calibrated map as it stands in its file."""
+    """found: a calibrated map, as in its file."""
     figure = Figure(figsize=(5, 4.5))
     axes = figure.subplots()
     image = axes.imshow(found["provenance"]["similarity"], aspect="auto", cmap="viridis", origin="lower")
@@ -30,7 +30,7 @@ def draw(found: dict[str, Any]) -> Figure:
 
 
 def save(found: dict[str, Any], path: Path) -> None:
-    """As PNG; raises UserError if it cannot be written."""
+    """Save the drawing as PNG. Raises UserError if the file cannot be written."""
     content = io.BytesIO()
     draw(found).savefig(content, dpi=160, format="png")
     write_whole(path, content.getvalue())
