@@ -1,4 +1,4 @@
-"""The `specattn` command. It imports neither torch nor vLLM, so that it answers at once and in a broken install too."""
+"""The `specattn` command. It imports neither torch nor vLLM, so it answers at once, even in a broken installation."""
 
 import argparse
 import json
@@ -157,11 +157,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"specattn: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as interrupt:  # of commands that leave nothing to go on with
+    except KeyboardInterrupt as interrupt:  # commands that can be resumed handle it themselves
         print("\nspecattn: interrupted", file=sys.stderr)
         return status_of(interrupt)
     except BrokenPipeError:
-        # Whoever read the output has enough of it, `head` for one; nor is Python to complain when it ends.
+        # The reader of the output has closed it, for example `head`. Python must not report an error at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
