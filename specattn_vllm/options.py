@@ -171,7 +171,7 @@ def owners() -> dict[str, list[str]]:
 
 
 def _explain(problem: ErrorDetails, method: Method) -> str:
-    """One pydantic error as: key, value, what is allowed, remedy."""
+    """One pydantic error as text: key, value, allowed values, remedy."""
     key = ".".join(str(part) for part in problem["loc"])
     fields = method.options.model_fields
     if problem["type"] == "extra_forbidden":

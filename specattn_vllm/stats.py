@@ -182,7 +182,7 @@ class Counters:
         return self._device[index : index + 1]
 
     def commit(self) -> None:
-        """Add what was staged."""
+        """Add the staged amounts."""
         for amounts in self._staged:
             self.add(**amounts)
         for first, amounts in self._vectors:
@@ -190,7 +190,7 @@ class Counters:
         self.discard()
 
     def discard(self) -> None:
-        """Forget what was staged."""
+        """Forget the staged amounts."""
         self._staged.clear()
         self._vectors.clear()
 

@@ -18,9 +18,9 @@ query            [T, Hq, D]     float32, float16 or bfloat16; D is 64 or 128; re
 kv_cache         [B, H, N, 2D]  query's dtype, any strides but the last (1): key = [..., :D], value = [..., D:]
 block_table      [R, nb]        int32; entries past ceil(seq_len / N) are stale and never followed
 seq_lens         [R]            int32, keys that the last token of the request sees; at most nb * N and the width L
-query_start_loc  [R + 1]        int32; q_len may be 0. Rows of ``out`` behind the last request are left untouched
+query_start_loc  [R + 1]        int32; q_len may be 0. Rows of ``out`` after the last request stay untouched
 scale            float          multiplies query . key
-out              [T, Hq, D]     query's dtype, or None when only scores or lse are wanted: then no value is read
+out              [T, Hq, D]     query's dtype; None if only scores or lse are wanted: then no values are read
 scored_rows      [R, C]         int64, a row of the request in ``query``, or -1: its scores and lse stay untouched. C is
                                 1 or 2; the two may be one row, whose scores are then written twice
 scores           [R, C * Hq, L] float32 or bfloat16, or None

@@ -140,8 +140,8 @@ def _reaches(
 def find_in_registers(
     q, need, lower, upper, WEIGHED: tl.constexpr, COUNTED: tl.constexpr, FUSED: tl.constexpr
 ):  # fmt: skip
-    """(threshold, skip) of a row that is held in registers, q [SIZE] int32, -1 where no free token is. One bit a step:
-    what a step costs is its compares and adds."""
+    """(threshold, skip) of a row that is held in registers, q [SIZE] int32, -1 for tokens that are not free. Each step
+    finds one bit, because its cost is its compares and adds."""
     bits = tl.full([], 0, tl.int32)
     for i in range(5):
         trial = bits + (16 >> i)

@@ -15,13 +15,14 @@ because the scores of later layers are not known yet. A request's first step has
 ``top_p``: each head takes the fewest free tokens that, with the forced ones, hold that share of its estimated attention
 (the sum of exp((bin + 1/2) / 12.75 - 16)); the number stays between the floor and n.
 
-histogram        [R, H, 256]       int32, of the free tokens of the context
-chunks           [R, H, C, 256]    int16, the same of each chunk of 2,048 tokens
+histogram        [R, H, 256]       int32, number of free tokens of the context by bin
+chunks           [R, H, C, 256]    int16, the same for each chunk of 2,048 tokens
 query_start_loc  [R+1]             int32
 seq_lens         [R]               int32, the step's own tokens included; 0 = padded row
 dense            [R]               int32, not 0: every token is read, as in rows whose budget is the whole context
 scores           [R, H, L]         uint8, only read with ``top_p``, for the weight of the forced tokens
-slots            [R]               int32, request slot of each row; negative: padded row, all of which use the last slot
+slots            [R]               int32, request slot of each row; negative: a padded row. Padded rows share the last
+                                   slot
 totals           [S, 258]          int32, by slot, updated if layers share: free tokens of this step by bin, summed over
                                    the layers so far; the number of their heads; and how many tokens these heads took
                                    beyond their share by the threshold. Zeros for a new request

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layers = parser.add_argument_group("layers and heads")
     method = "the method that will use the map; sts: with a head map [%(default)s]"
     layers.add_argument("--method", choices=("specattn", "sts"), default="specattn", help=method)
-    dense = "first target layers that read everything [%(default)s]"
+    dense = "number of first target layers that are dense [%(default)s]"
     layers.add_argument("--dense-layers", type=int, default=0, metavar="N", help=dense)
     ranks = "map heads within each of N tensor-parallel ranks (sts) [1]"
     layers.add_argument("--ranks", type=int, metavar="N", help=ranks)
@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
 
 def summary(out: Path, found: dict[str, Any]) -> str:
     layers = " ".join("-" if layer is None else str(layer) for layer in found["layers"])
-    lines = [f"{out}: '-' reads everything", f"  draft layer per target layer: {layers}"]
+    lines = [f"{out}: '-' is a dense layer", f"  draft layer per target layer: {layers}"]
     if found["heads"] is not None:
         heads = " ".join("-" if row is None else ",".join(map(str, row)) for row in found["heads"])
         lines.append(f"  draft KV head per target KV head: {heads}")

@@ -1,4 +1,4 @@
-"""Which code runs each operation on which device.
+"""Chooses the code that runs each operation, by the device and the options.
 
 `torch` is the PyTorch reference: it serves on CPUs, and the tests compare the kernels with it. `triton` is our kernels,
 on CUDA, or through Triton's interpreter for tests. `fa3` and `xformers` take sparse attention from another library

@@ -28,8 +28,8 @@ class Method:
     """Who may draft. 'any': any drafter of vLLM's, or none. 'draft model': a separate draft model is required, because
     the target's selection is made from its attention. 'target': the target drafts for itself."""
     target_reads: Reads
-    """What a verification reads. 'everything': it is dense. 'draft's choice': the tokens that the draft model attended
-    to, by a layer map. 'own choice': in each layer, the tokens that the step's own queries choose (see `attach`)."""
+    """The tokens that a verification reads. 'everything': it is dense. 'draft's choice': those that the draft model
+    attended to, by a layer map. 'own choice': in each layer, those that the step's own queries choose (`attach`)."""
     options: type[BaseModel]
     """Its options and their defaults: a subclass of `SpecAttnOptions`, its own or a shared one (`budget.py`). With
     'draft's choice', it is a `ByDraftOptions` (`by_draft.py`)."""

@@ -1,4 +1,4 @@
-"""The target's own queries choose what they read, over a small copy of its keys (docs/sketch.md)."""
+"""The target's own queries choose the tokens that they read, over a small copy of its keys (docs/sketch.md)."""
 
 from typing import Literal, Self
 

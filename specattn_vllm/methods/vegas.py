@@ -1,4 +1,5 @@
-"""The target drafts for itself, reading what its own last verification attended to (Yue et al., arXiv 2602.07223)."""
+"""The target drafts for itself, reading the tokens that its last verification attended to (Yue et al., arXiv
+2602.07223)."""
 
 from specattn_vllm.methods.base import Method
 from specattn_vllm.methods.budget import BudgetOptions

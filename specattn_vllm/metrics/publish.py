@@ -41,7 +41,7 @@ class Publisher:
         self._failed = False
 
     def write(self, counts: Counts, beside: Sequence[torch.Tensor]) -> None:
-        """`Reporter.publish`."""
+        """Write a snapshot with counts. It is used as `Reporter.publish`."""
         self._put(replace(self.blank, counts=counts, audited=audited(*beside) if beside else None))
 
     def write_blank(self) -> None:

@@ -40,7 +40,7 @@ class DraftSketch:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes by what they hold."""
+        """Bytes of each kind of buffer."""
         return self.sketch.nbytes
 
     def begin(

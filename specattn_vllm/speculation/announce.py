@@ -57,7 +57,7 @@ def announce(options: ByDraftOptions, found: LayerMap, speculator: RoundSpeculat
     if options.preset is not None:
         values = {name: getattr(options, name) for name in options.kind.paper}
         text = ", ".join(f"{name}={value}" for name, value in values.items())
-        logger.info("specattn: preset '%s', with the options set explicitly: %s", options.preset, text)
+        logger.info("specattn: preset '%s' (explicit options take precedence): %s", options.preset, text)
     kept = f"top_p={options.top_p} of the draft's attention"
     if options.fixed_budget:
         kept = f"ratio={options.ratio} of the context"
