@@ -1,4 +1,5 @@
-"""Triton kernels and their PyTorch references. Imports neither: CPU users have no Triton, and tools no torch.
+"""Triton kernels and their PyTorch references. This module imports neither, because CPU users may have no Triton, and
+tools no torch.
 
-``from specattn_vllm.kernels import reference`` or ``from specattn_vllm.kernels.top_p import select_top_p``.
+``from specattn_vllm.kernels import reference`` or ``from specattn_vllm.kernels.selection.top_p import select_top_p``.
 """

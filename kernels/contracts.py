@@ -1,8 +1,9 @@
-"""What argument checks (`contracts.py` of each room) are made of, for Triton launchers and PyTorch references alike.
+"""Helpers for the argument checks in `contracts.py` of each subfolder.
 
-Every operation has one function of its name there, so that both versions refuse the same arguments with the same words:
-a wrong shape that reaches a kernel reads or writes someone else's memory. Nothing here looks at the *contents* of a
-tensor, which on a GPU would wait for the device. All errors are ``ValueError("<name>: got ..., wanted ...")``.
+There, each operation has one check with its name. The Triton launcher and the PyTorch reference both call it, so both
+refuse the same arguments with the same message. A wrong shape in a kernel would read or write other memory. No check
+reads the *contents* of a tensor, because on a GPU that would wait for the device. All errors are ``ValueError("<name>:
+got ..., wanted ...")``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import torch
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-HEAD_SIZES = (64, 128)  # what the Triton kernels are tuned and tested for; the references take any
+HEAD_SIZES = (64, 128)  # the Triton kernels are tuned and tested for these; the references accept any size
 
 
 def expect(ok: bool, name: str, got: object, wanted: str) -> None:
@@ -19,8 +20,8 @@ def expect(ok: bool, name: str, got: object, wanted: str) -> None:
 
 
 def tensor(name: str, value, shape: tuple, dtypes, device=None) -> None:
-    """Check one tensor. ``None`` in ``shape`` is any size; the last dim has to be contiguous (kernels add plain
-    offsets along it); ``dtypes`` is one dtype or a tuple of them."""
+    """Check one tensor. ``None`` in ``shape`` means any size. The last dimension must be contiguous, because kernels
+    add plain offsets along it. ``dtypes``: one dtype or a tuple of them."""
     expect(isinstance(value, torch.Tensor), name, type(value).__name__, "a tensor")
     dtypes = dtypes if isinstance(dtypes, tuple) else (dtypes,)
     expect(value.dtype in dtypes, name, value.dtype, " or ".join(map(str, dtypes)))

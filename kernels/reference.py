@@ -1,10 +1,10 @@
-"""PyTorch versions of the kernels: the oracle of their tests, and the code that runs where there is no GPU.
+"""PyTorch versions of the kernels. The tests compare the kernels with them, and they run if there is no GPU.
 
-Each lies beside its Triton twin, has its signature, and keeps its contract, which is stated there, once.
-Scores and softmax are computed in fp32. They loop over requests, because requests differ in length and a padded batch
-would spend most of its time on padding, and over nothing else.
+Each is in the folder of its Triton kernel and has the same signature and contract; the kernel's file states the
+contract. Scores and softmax are computed in fp32. The only loops are over requests: requests differ in length, and a
+padded batch would spend most of its time on padding.
 
-They read lengths with ``.tolist()``, so they would wait for the device on a GPU; there they are for tests only.
+They read lengths with ``.tolist()``, which waits for the device. So on a GPU they are for tests only.
 """
 
 from .attention.reference import dense_attention, draft_attention, sparse_attention

@@ -1,4 +1,4 @@
-"""What an exception says, in one line for a terminal: the cause that it began with first, not the last wrapping."""
+"""The message of an exception in one line for a terminal, with the original cause first."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ LONGEST = 600
 
 
 def told(error: BaseException) -> str:
-    """The first cause in a chain of `raise ... from ...`, then what it led to.
+    """The original cause of a chain of `raise ... from ...`, followed by the last exception.
 
-    A message that begins with a heading ("cannot serve this:") and has its reasons in lines of their own is told with
-    the reasons first.
+    If a message begins with a heading ("cannot serve this:") and gives its reasons on separate lines, the reasons come
+    first.
     """
     chain = [error]
     while chain[-1].__cause__ is not None and chain[-1].__cause__ not in chain:
@@ -30,7 +30,7 @@ def _one(error: BaseException) -> str:
 
 
 def of_lines(name: str, lines: list[str]) -> str:
-    """A message by its lines, with the name of its exception."""
+    """One line from the lines of a message and the name of its exception."""
     lines = [line for line in lines if line.strip()]
     if len(lines) > 1 and lines[0].rstrip().endswith(":"):
         reasons = "; ".join(line.strip() for line in lines[1:])
@@ -39,7 +39,7 @@ def of_lines(name: str, lines: list[str]) -> str:
 
 
 def _problem(found: dict) -> str:
-    """One of pydantic's, without the address of its manual."""
+    """One of pydantic's errors, without the link to its manual."""
     place = ".".join(str(part) for part in found["loc"])
     message = " ".join(found["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ").split())
     return f"{place}: {message}" if place else message

@@ -1,4 +1,4 @@
-"""Start-up checks: what this plugin cannot serve is refused by name, before a model is loaded."""
+"""Start-up checks: they refuse what this plugin cannot serve, and say why, before a model is loaded."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 class UnsupportedError(ValueError):
-    """The engine's configuration cannot be served through this backend; one line per reason, each with a remedy."""
+    """This backend cannot serve the engine's configuration. The message has one line per reason, with a remedy."""
 
 
 def check(vllm_config: VllmConfig) -> None:
-    """Raise OptionsError or UnsupportedError for an engine that cannot work as asked."""
+    """Raise OptionsError or UnsupportedError for an engine that cannot work with its configuration."""
     if compat.is_ours_in_part(vllm_config):
         raise UnsupportedError(
             "attention_config.backend_per_kind beside or instead of the specattn backend: draft and target need it in "
@@ -65,11 +65,11 @@ def _engine(config: VllmConfig) -> Iterator[str]:
         yield "LoRA: layer maps and centres of keys are made for one set of weights; serve merged weights"
     if config.kv_transfer_config is not None:
         yield (
-            "a KV connector (kv_transfer_config, or --kv-offloading-size): it would move blocks without what goes with "
-            "them; remove it"
+            "a KV connector (kv_transfer_config, or --kv-offloading-size): it would move blocks without their "
+            "selections or sketches; remove it"
         )
     if config.model_config.enable_sleep_mode:
-        yield "enable_sleep_mode: waking up from level 2 loses what stands beside the weights; turn it off"
+        yield "enable_sleep_mode: waking up from level 2 loses the plugin's buffers beside the weights; turn it off"
     if parallel.use_ubatching:
         yield "microbatches (enable_dbo, ubatch_size): selections are made for whole batches; turn them off"
     if cache.kv_sharing_fast_prefill:
@@ -79,7 +79,7 @@ def _engine(config: VllmConfig) -> Iterator[str]:
 def _models(config: VllmConfig) -> Iterator[str]:
     models = {"target": config.model_config}
     spec = config.speculative_config
-    # Of n-grams, vLLM names the target as the draft model too.
+    # For n-gram drafting, vLLM sets draft_model_config to the target's config.
     if spec is not None and spec.draft_model_config not in (None, config.model_config):
         models["draft"] = spec.draft_model_config
     for side, model in models.items():
@@ -121,11 +121,11 @@ def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
     if options.drafts_for_itself and spec.draft_model_config.model != config.model_config.model:
         yield (
             f"method = {options.method!r} with --speculative-model {spec.draft_model_config.model}: the target drafts "
-            "for itself, and no draft model would be loaded; leave --speculative-model out, or set method='specattn'"
+            "for itself and loads no draft model; leave --speculative-model out, or set method='specattn'"
         )
     if options.drafts_for_itself and config.parallel_config.enable_eplb:
         yield f"method = {options.method!r} with enable_eplb: one model would be registered twice; turn EPLB off"
-    if spec.parallel_drafting and spec.uses_draft_model():  # DFlash and DSpark always draft so
+    if spec.parallel_drafting and spec.uses_draft_model():  # DFlash and DSpark always draft in parallel: allowed
         yield "parallel_drafting: selections need one draft step per token; turn it off"
     if spec.enable_adaptive_verification:
         yield "enable_adaptive_verification: turn it off"

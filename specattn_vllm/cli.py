@@ -1,4 +1,4 @@
-"""The `specattn` command. It imports neither torch nor vLLM, so that it answers at once and in a broken install too."""
+"""The `specattn` command. It imports neither torch nor vLLM, so it answers at once, even in a broken installation."""
 
 import argparse
 import json
@@ -93,7 +93,7 @@ def in_module(name: str, help: str) -> Command:
 COMMANDS = {
     "info": in_module("info", "what is installed, and whether it fits together"),
     "doctor": in_module("doctor.command", "tries what a server needs, and says what to do about what fails"),
-    "methods": Command(methods, "the methods that `method` may name, and what they choose by", _methods_arguments),
+    "methods": Command(methods, "the available methods, and how each of them chooses tokens", _methods_arguments),
     "cpu-env": Command(cpu_env, "the variables that let vLLM use this plugin without a GPU", _cpu_env_arguments),
     "demo-path": Command(demo_path, "the folder of one of the two demo models", _demo_path_arguments),
     "bench": in_module("bench.command", "how fast it decodes, next to stock vLLM, on this machine"),
@@ -121,11 +121,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"specattn: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt as interrupt:  # of commands that leave nothing to go on with
+    except KeyboardInterrupt as interrupt:  # commands that can be resumed handle it themselves
         print("\nspecattn: interrupted", file=sys.stderr)
         return status_of(interrupt)
     except BrokenPipeError:
-        # Whoever read the output has enough of it, `head` for one; nor is Python to complain when it ends.
+        # The reader of the output has closed it, for example `head`. Python must not report an error at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 

@@ -1,4 +1,4 @@
-"""What a model is, in facts that a layer map can be checked against."""
+"""The facts of a model that a layer map is checked against."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SAMPLE_BYTES = 4096
 
 
 class ModelFacts(BaseModel):
-    """Architecture of a model and, where its files are at hand, a digest sampled from its weights."""
+    """Architecture of a model, and a digest of samples of its weights if its files are available."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -28,7 +28,7 @@ class ModelFacts(BaseModel):
     weights: str | None = None
 
     def differences(self, other: ModelFacts) -> list[str]:
-        """Fields in which two models differ, as 'name: ours != theirs'; an unknown digest differs from nothing."""
+        """Fields in which two models differ, as 'name: ours != theirs'. An unknown digest counts as equal."""
         found = []
         for name in type(self).model_fields:
             ours, theirs = getattr(self, name), getattr(other, name)
@@ -60,7 +60,7 @@ def facts_from_config(config: Any, folder: Path | None = None) -> ModelFacts:
 
 
 def fingerprint(folder: str | Path) -> dict[str, Any]:
-    """The facts of the model in a local folder, as they stand in a layer map."""
+    """The facts of the model in a local folder, in the form that a layer map stores."""
     folder = Path(folder)
     config = json.loads((folder / "config.json").read_text())
     return facts_from_config(config, folder).model_dump()
@@ -69,7 +69,7 @@ def fingerprint(folder: str | Path) -> dict[str, Any]:
 def weights_digest(folder: Path) -> str | None:
     """SHA-256 over evenly spaced samples of the safetensors files; None if there are none.
 
-    Samples suffice to tell two fine-tunes apart, and a 16 GB checkpoint is not read twice at start-up.
+    Samples are enough to tell two fine-tuned models apart, and start-up does not read a 16 GB checkpoint twice.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:

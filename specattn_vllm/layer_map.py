@@ -1,6 +1,7 @@
-"""Layer maps: which draft layer's attention, and which of its heads', chooses the KV entries of each target layer.
+"""Layer maps. A map names, for each target layer, the draft layer (and its KV heads) whose attention chooses the KV
+entries that the target layer reads.
 
-A map is a JSON file (schema below) made for one pair of models and refused for any other. See `docs/layer-maps.md`.
+A map is a JSON file (`LayerMap`), made for one pair of models and refused for any other. See `docs/layer-maps.md`.
 """
 
 from __future__ import annotations
@@ -17,28 +18,28 @@ from specattn_vllm.fingerprint import ModelFacts
 SCHEMA = "specattn-layer-map/1"
 UNIFORM = "uniform"
 GONE = ("shares", "induction")
-"""Keys of older maps. What they say is no longer done, and to drop them in silence would serve something else."""
+"""Keys of older maps. Their features no longer exist, and ignoring the keys would silently change what is served."""
 
 
 class LayerMapError(ValueError):
-    """A layer map that is missing, malformed or made for other models; the message has the remedy."""
+    """A layer map is missing, malformed or made for other models. The message has the remedy."""
 
 
 class LayerMap(BaseModel):
-    """One calibrated (or uniform) pairing of target layers with draft layers."""
+    """One calibrated or uniform mapping of target layers to draft layers."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     schema_: Literal["specattn-layer-map/1"] = Field(alias="schema")
-    """`schema` in the file, which would hide a method of BaseModel."""
+    """Its key in the file is `schema`. That name would hide a method of BaseModel here."""
     method: Literal["specattn", "sts"]
     calibrated: bool
     target: ModelFacts
     draft: ModelFacts
     layers: tuple[int | None, ...]
-    """Draft layer for each target layer; None reads everything."""
+    """Draft layer for each target layer; None: the target layer is dense."""
     heads: tuple[tuple[int, ...] | None, ...] | None = None
-    """Draft KV head for each target layer and KV head, None where the layer reads everything; method 'sts' alone."""
+    """Draft KV head for each target layer and KV head; None for dense layers. Only for method 'sts'."""
     provenance: dict[str, Any] = {}
 
     @model_validator(mode="before")
@@ -78,7 +79,7 @@ class LayerMap(BaseModel):
                     raise ValueError(f"heads[{j}][{h}] = {head}, but the draft has KV heads 0 to {theirs - 1}")
 
     def with_dense(self, dense_layers: tuple[int, ...]) -> LayerMap:
-        """The same map with more target layers reading everything."""
+        """The same map with more dense target layers."""
         for j in dense_layers:
             if j >= len(self.layers):
                 raise LayerMapError(
@@ -89,18 +90,18 @@ class LayerMap(BaseModel):
         return self.model_copy(update={"layers": layers, "heads": heads})
 
     def local_heads(self, rank: int, ranks: int) -> tuple[tuple[int, ...] | None, ...]:
-        """The head map of one tensor-parallel rank: for each target layer and each of the rank's KV heads, which of its
-        own draft KV heads chooses. Without `heads`, heads are paired by proportion.
+        """The head map of one tensor-parallel rank: for each target layer and each KV head of the rank, the draft KV
+        head of the same rank that chooses. Without `heads`, heads are paired by proportion.
 
-        Raises LayerMapError if the ranks do not hold equal shares of both models' heads, or if a head is mapped to one
-        of another rank.
+        Raises LayerMapError if the ranks do not hold equal shares of both models' heads, or if a head is mapped to a
+        head of another rank.
         """
         ours, theirs = self.target.num_key_value_heads, self.draft.num_key_value_heads
         for side, count in (("target", ours), ("draft", theirs)):
             if count % ranks:
                 raise LayerMapError(
                     f"tensor_parallel_size = {ranks} does not divide the {count} KV heads of the {side}, and "
-                    "selections per head need as many on every rank: use a size that does, or method='specattn'"
+                    "selections per head need the same number on every rank: use a size that does, or method='specattn'"
                 )
         first, local = rank * (theirs // ranks), theirs // ranks
         rows: list[tuple[int, ...] | None] = []
@@ -127,20 +128,20 @@ class LayerMap(BaseModel):
 
 
 def uniform(target: ModelFacts, draft: ModelFacts) -> LayerMap:
-    """Pair layers by relative depth, the first target layer dense: a start, not a calibration."""
+    """Pair layers by relative depth; the first target layer is dense. This is a starting point, not a calibration."""
     m, n = target.num_hidden_layers, draft.num_hidden_layers
     layers = tuple(None if j == 0 else min(n - 1, (j * n) // m) for j in range(m))
     return LayerMap(schema_=SCHEMA, method="specattn", calibrated=False, target=target, draft=draft, layers=layers)
 
 
 def shipped() -> dict[str, Path]:
-    """Maps that come with the package, by name."""
+    """Name -> file of the maps that come with the package."""
     folder = Path(str(resources.files("specattn_vllm.configs")))
     return {path.stem: path for path in sorted(folder.glob("*.json"))}
 
 
 def read(path: Path) -> LayerMap:
-    """Parse one file; raises LayerMapError naming the file and each problem."""
+    """Parse one file. Raises LayerMapError, which names the file and each problem."""
     try:
         return LayerMap.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -157,7 +158,7 @@ def read(path: Path) -> LayerMap:
 
 
 def shipped_file(found: LayerMap) -> Path | None:
-    """The file of the package that a map was read from, whatever layers were made dense since; None for any other."""
+    """The shipped file from which a map was read, even if layers were made dense since; None if it is not shipped."""
     for path in shipped().values():
         theirs = read(path)
         if (theirs.target, theirs.draft, theirs.provenance) == (found.target, found.draft, found.provenance):
@@ -166,18 +167,18 @@ def shipped_file(found: LayerMap) -> Path | None:
 
 
 def _is_taken_for(found: LayerMap, target: ModelFacts, draft: ModelFacts) -> bool:
-    """Whether a shipped map is taken for these models without being asked for: one that was calibrated only for the
-    very weights that it was calibrated on, one of shapes alone for all weights of these shapes."""
+    """Whether a shipped map is used by default for these models. A calibrated map is used only for the weights on which
+    it was calibrated; a uniform map is used for all weights of the same shapes."""
     if found.calibrated:
         return (found.target, found.draft) == (target, draft)
     return not found.target.differences(target) and not found.draft.differences(draft)
 
 
 def resolve(name: str | None, target: ModelFacts, draft: ModelFacts, *, method: str = "specattn") -> LayerMap:
-    """The map an engine uses for a method: a named one must fit method and models; the default is the best that is
-    shipped for them, a calibrated one before any other, and else `uniform`.
+    """The map that an engine uses for a method. A named map must fit the method and the models. Without a name, it is
+    the best shipped map for them, calibrated ones first, or else `uniform`.
 
-    Raises LayerMapError if a map that was asked for was made for another method or other models.
+    Raises LayerMapError if a named map was made for another method or other models.
     """
     fits = methods.find(method).maps
     if name == UNIFORM:
@@ -190,7 +191,7 @@ def resolve(name: str | None, target: ModelFacts, draft: ModelFacts, *, method: 
     found = read(shipped().get(name, Path(name)))
     if found.method not in fits:
         raise LayerMapError(
-            f"layer_map = {name!r} was made for method {found.method!r}, and method = {method!r} takes maps for "
+            f"layer_map = {name!r} was made for method {found.method!r}, but method = {method!r} takes maps for "
             f"{' or '.join(map(repr, fits))}: use another map, or layer_map='uniform'"
         )
     problems = [

@@ -1,7 +1,7 @@
-"""Names that are nearly ours, or ours in another place: they are refused, because what was asked for would not happen.
+"""Finds misspelt keys of ours, and options of ours in the wrong place. They are refused: they would have no effect.
 
-`--additional-config` and a request's extra arguments are vLLM's, and other plugins put theirs there too. So only what
-can hardly be meant for anybody else counts.
+`--additional-config` and a request's extra arguments belong to vLLM, and other plugins put their keys there too. So a
+name is refused only if it can hardly be meant for another plugin.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 ALIKE = 0.82
-"""From which likeness on (difflib's ratio) a name is taken for a slip: 'specatn' (0.93), not 'sparse_attn' (0.78)."""
+"""Names that are at least this similar (difflib's ratio) count as misspelt: 'specatn' (0.93), not 'sparse_attn'
+(0.78)."""
 
 
 def spells(name: Any, key: str) -> bool:
-    """Whether a name is `key` in other letters, with other signs, or with more behind it: 'Spec-Attn', 'specattn.x'."""
+    """Whether a name is `key` but for case, punctuation or a longer ending: 'Spec-Attn', 'specattn.x'."""
     return isinstance(name, str) and name != key and _letters(name).startswith(_letters(key))
 
 
 def resembles(name: Any, key: str) -> bool:
-    """Whether a name is likely to be meant for `key`: also with letters missing, doubled or swapped."""
+    """Whether a name is probably meant to be `key`. Unlike `spells`, it allows missing, doubled and swapped letters."""
     if not isinstance(name, str) or name == key:
         return False
     ours, theirs = _letters(key), _letters(name)
@@ -35,9 +36,8 @@ def _letters(name: str) -> str:
 
 
 def in_config(config: Any, key: str, options: Iterable[str], *, ours: bool) -> list[str]:
-    """What of an `--additional-config` was meant for the object under `key`, each with its remedy.
-
-    `ours`: whether the engine uses our backend. If not, names of options are anybody's.
+    """Finds entries of an `--additional-config` that were meant for the object under `key`: one message with a remedy
+    for each. `ours`: whether the engine uses our backend. If not, option names may belong to any plugin.
     """
     if not isinstance(config, Mapping):
         return []
@@ -52,11 +52,11 @@ def in_config(config: Any, key: str, options: Iterable[str], *, ours: bool) -> l
         option = named.get(_letters(name)) if isinstance(name, str) else None
         if option is not None and option not in settled:
             found.append(
-                f"{name!r} is an option of '{key}' and stands outside of it, where it does nothing: give "
-                f"{_line({key: {option: value}})}. If it is another plugin's, set ours too, in '{key}'"
+                f"{name!r} is an option of '{key}' but stands outside of it, where it has no effect: give "
+                f"{_line({key: {option: value}})}. If it belongs to another plugin, also set ours in '{key}'"
             )
         elif isinstance(value, Mapping) and key in value and not resembles(name, key) and name != key:
-            found.append(f"'{key}' stands inside of {name!r}, where it does nothing: give {_line({key: value[key]})}")
+            found.append(f"'{key}' stands inside {name!r}, where it has no effect: give {_line({key: value[key]})}")
     return found
 
 

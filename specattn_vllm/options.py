@@ -1,7 +1,7 @@
 """The plugin's options, read from vLLM's own `--additional-config '{"specattn": {...}}'`.
 
-Each method has a model of its own (`Method.options`), made of what stands here and of the parts that it shares with
-others (`methods/budget.py`, `methods/by_draft.py`).
+Each method has a pydantic model of its own (`Method.options`). It extends `SpecAttnOptions`, often through a base class
+that methods share (`methods/budget.py`, `methods/by_draft.py`).
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ ExecutorName = Literal["auto", "torch", "triton", "fa3", "xformers"]
 
 
 def for_researchers(default: Any, **field: Any) -> Any:
-    """A field that is there to take a method apart, and not to serve with."""
+    """A field for studies of a method. Servers should keep its default."""
     return Field(default, json_schema_extra={"for": "researchers"}, **field)
 
 
 class OptionsError(ValueError):
-    """An option that cannot be used; the message names key, value, what is allowed and the remedy."""
+    """An option cannot be used. The message names the key, the value, the allowed values and the remedy."""
 
 
 class SpecAttnOptions(BaseModel):
-    """What every method has, and what may be asked of the options of any."""
+    """Options that every method has, and properties that every method's options answer."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: str = Field(description="Who chooses what is read: a name that `specattn methods` lists.")
     preset: Literal["paper"] | None = for_researchers(
         None,
-        description="'paper': the published setting of the method, for all options that are not given themselves.",
+        description="'paper': the published setting of the method, for all options that are not set explicitly.",
     )
     executor: ExecutorName = Field(
         "auto",
@@ -58,8 +58,8 @@ class SpecAttnOptions(BaseModel):
 
     @classmethod
     def parse(cls, raw: Any) -> SpecAttnOptions:
-        """The options of the method that `raw` names, from the value of the `specattn` key; raises OptionsError with
-        one line per problem."""
+        """Options from the value of the `specattn` key, for the method that `raw` names. Raises OptionsError with one
+        line per problem."""
         if not isinstance(raw, dict):
             raise OptionsError(
                 f"additional_config['{KEY}'] is {raw!r}; it must be an object such as "
@@ -88,40 +88,42 @@ class SpecAttnOptions(BaseModel):
 
     @classmethod
     def from_additional(cls, config: Any) -> SpecAttnOptions:
-        """The options in an `--additional-config`, for our backend; the one place where they are read."""
+        """The options in an `--additional-config`, for an engine that uses our backend. Only this function reads
+        them."""
         refuse_misplaced(config, ours=True)
         return cls.parse(config.get(KEY, {}) if isinstance(config, dict) else {})
 
     @property
     def kind(self) -> Method:
-        """The method, as it describes itself."""
+        """The description of the method."""
         from specattn_vllm import methods
 
         return methods.find(self.method)
 
     @property
     def usable(self) -> frozenset[str]:
-        """Options that change something beside these."""
+        """Names of the options that have an effect, given the values of the others."""
         return frozenset(type(self).model_fields)
 
     @property
     def amount(self) -> str:
-        """How much is read, for a label of the metrics."""
+        """The budget in words, for the metric label `budget`."""
         return "of the method"
 
     @property
     def needs_token_pages(self) -> bool:
-        """Whether some selection is of single tokens and heads, which an executor of whole blocks cannot read."""
+        """Whether some selection is made of single tokens of single heads. An executor that reads whole blocks cannot
+        serve it."""
         return self.kind.per_head or self.chooses_by_itself or self.drafts_by_sketch
 
     @property
     def chooses_by_itself(self) -> bool:
-        """Whether the target's own queries choose, layer by layer."""
+        """Whether the target's own queries choose the tokens that it reads, in each layer."""
         return self.kind.target_reads == "own choice"
 
     @property
     def chooses_by_draft(self) -> bool:
-        """Whether a draft model's attention decides what the target's verification reads."""
+        """Whether a draft model's attention chooses the tokens that the target's verification reads."""
         return self.kind.target_reads == "draft's choice"
 
     @property
@@ -131,34 +133,34 @@ class SpecAttnOptions(BaseModel):
 
     @property
     def drafts_by_sketch(self) -> bool:
-        """Whether the steps of a draft model, if there is one, read a part of its context, by a sketch of its keys."""
+        """Whether the steps of a draft model, if there is one, are sparse, through a sketch of its keys."""
         return False
 
     @property
     def bits_in_cache(self) -> int | None:
-        """Bits of each element of the sketches in the cache; None where there is no room for any."""
+        """Bits per element of the sketches in the cache; None if the cache has no room for sketches."""
         return None
 
     @property
     def goes_with_any_drafter(self) -> bool:
-        """Whether vLLM's own drafters will do, because nothing is asked of a draft model's attention."""
+        """Whether vLLM's own drafters can be used, because the method does not need a draft model's attention."""
         return self.kind.drafter == "any"
 
     def crossover(self, executor: str) -> int:
-        """Context tokens of a batch below which the target reads everything, or a lossless method drafts with
-        everything: what the method measured for the executor, else 0."""
+        """Context tokens of a batch below which the target is dense; for a lossless method, below which drafting is
+        dense. It is the method's number for this executor, else 0."""
         alone = self.kind.lossless and self.drafts_by_sketch
         return (self.kind.draft_crossover if alone else self.kind.crossover).get(executor, 0)
 
 
 def refuse_misplaced(config: Any, *, ours: bool) -> None:
-    """Raise OptionsError for options that were meant for us and would not reach us."""
+    """Raise OptionsError for options that were meant for this plugin but stand where it does not read them."""
     if found := misplaced.in_config(config, KEY, owners(), ours=ours):
         raise OptionsError("--additional-config:\n  " + "\n  ".join(found))
 
 
 def owners() -> dict[str, list[str]]:
-    """Every option -> the methods that have it."""
+    """Option -> the methods that have it."""
     from specattn_vllm import methods
 
     found: dict[str, list[str]] = {}
@@ -169,7 +171,7 @@ def owners() -> dict[str, list[str]]:
 
 
 def _explain(problem: ErrorDetails, method: Method) -> str:
-    """One pydantic error as: key, value, what is allowed, remedy."""
+    """One pydantic error as text: key, value, allowed values, remedy."""
     key = ".".join(str(part) for part in problem["loc"])
     fields = method.options.model_fields
     if problem["type"] == "extra_forbidden":

@@ -8,14 +8,14 @@ from pathlib import Path
 from specattn_vllm.versions import SUPPORTED, is_supported
 
 CHECKED = "SPECATTN_CHECKED_VLLM"
-"""Environment variable: the version whose private parts were looked for already."""
+"""Environment variable: the vLLM version whose private parts were already checked."""
 
 
 def register() -> None:
-    """Make the backend known to vLLM; called in every vLLM process, some call it twice.
+    """Register the backend with vLLM. Called in every vLLM process, in some of them twice.
 
-    Imports no CUDA and no kernel. Raises RuntimeError for a vLLM outside the supported range, or without something that
-    is leaned on: vLLM stops then, which is better than private hooks that fail later.
+    Imports neither CUDA nor kernels. Raises RuntimeError if vLLM is outside the supported range or lacks a part that
+    the plugin needs. vLLM stops then, which is better than private hooks that fail later.
     """
     import vllm
 
@@ -27,7 +27,7 @@ def register() -> None:
     from specattn_vllm import compat
     from specattn_vllm.compat import leaned_on
 
-    # The processes that this one starts have the same vLLM.
+    # Child processes have the same vLLM and inherit the variable, so they skip the check.
     if os.environ.get(CHECKED) != vllm.__version__:
         if problem := leaned_on.remedy(Path(vllm.__file__).parent, vllm.__version__):
             raise RuntimeError(problem)

@@ -1,4 +1,4 @@
-"""The line a minute in the log, and when totals are handed on to be published. Nothing here waits for the device."""
+"""Logs a line per interval, and publishes totals as metrics. Nothing here waits for the device."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.specattn")
 
 PUBLISH_S = 1.0
-"""Seconds between two publications, at least."""
+"""Minimum number of seconds between two publications."""
 RETRY_S = 0.1
 
 
 class Reporter:
-    """Logs one line per interval in which anything was verified, and publishes totals while requests run.
+    """Logs one line for each interval in which anything was verified, and publishes totals while requests run.
 
-    Called once a step, and when no request is left. A step begins a reading of the totals, and one of those that follow
-    finds it there. Where none follows, because the engine is idle, a timer looks for it.
+    Called once per step, and when no request is left. One step begins to copy the totals to the host, and a later step
+    uses the finished copy. If no step follows, because the engine is idle, a timer does.
     """
 
     def __init__(self, counters: Counters, interval_s: float, logs: bool = True) -> None:
@@ -33,13 +33,13 @@ class Reporter:
         self.interval_s = interval_s
         self.logs = logs
         self.more: list[Callable[[], str | None]] = []
-        """Asked for a further line whenever one is due."""
+        """Functions that return a further log line, or None. Called whenever a line is due."""
         self.publish: Callable[[Counts, list[torch.Tensor]], None] | None = None
-        """Given the totals, and what is read beside them. Set once there are requests."""
+        """Called with the totals, and the tensors of `beside` on the host. Set when the first request arrives."""
         self.beside: Callable[[], Sequence[torch.Tensor]] = tuple
-        """Tensors on the device to read with the totals."""
+        """Returns further tensors on the device, which are copied together with the totals."""
         self.fold: Callable[[], None] = lambda: None
-        """Counts the last step, where that is only done when another begins."""
+        """Counts the last step, for engines that otherwise count it only when the next step begins."""
         self._since = self._published = time.monotonic()
         self._last = Counts()
         self._reading: Reading | None = None
@@ -49,7 +49,7 @@ class Reporter:
         self._lock = threading.Lock()
 
     def tick(self) -> None:
-        """Called once a step."""
+        """Called once per step."""
         now = time.monotonic()
         with self._lock:
             self._trailing = None
@@ -68,7 +68,7 @@ class Reporter:
             self._log(counts, self._begun)
 
     def idle(self) -> None:
-        """Called when no request is left: what was counted since the last publication follows in time."""
+        """Called when no request is left. Publishes the final totals when PUBLISH_S has passed."""
         if self.publish is None:
             return
         self.fold()
@@ -93,7 +93,7 @@ class Reporter:
         with self._lock:
             self._timer, reading = None, self._trailing
             if reading is None:
-                return  # steps go on, and publish themselves
+                return  # new steps are running, and publish by themselves
             if not reading.ready():
                 return self._start_timer(RETRY_S)
             self._trailing = None

@@ -1,9 +1,9 @@
-"""What one request may ask for, in vLLM's own field for extra arguments.
+"""Options of a single request, in vLLM's own field for extra arguments.
 
     {"vllm_xargs": {"specattn": "exact"}}                       OpenAI API
     SamplingParams(extra_args={"specattn": "exact"})            offline
 
-An exact request is verified against all of its context, beside others in the same batch that are not.
+The verification of an exact request is dense. Other requests in the same batch may be sparse.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ EXACT = "exact"
 
 
 def problem(extra_args: Mapping[str, Any] | None) -> str | None:
-    """What is wrong with a request's extra arguments, as far as they are ours; None if nothing is."""
+    """The error in our part of a request's extra arguments; None if there is none."""
     if not extra_args:
         return None
     if KEY not in extra_args:
-        # Whoever asks for an exact answer must not get an approximate one for a slip in the name.
+        # A misspelt name must not turn an exact request into an approximate one.
         near = next((name for name in extra_args if resembles(name, KEY)), None)
         if near is None:
             return None
         return (
             f"{near!r} in the request's extra arguments is not a name that anything reads: for exact verification give "
-            f"{{'{KEY}': '{EXACT}'}}; leave it out for what the server was started with"
+            f"{{'{KEY}': '{EXACT}'}}; leave it out to use the server's setting"
         )
     if extra_args[KEY] == EXACT:
         return None
     return (
         f"{KEY} = {extra_args[KEY]!r} in the request's extra arguments: the only value is '{EXACT}' (verification "
-        "reads all of the context); leave it out for what the server was started with"
+        "reads all of the context); leave it out to use the server's setting"
     )
 
 

@@ -1,4 +1,4 @@
-"""What the plugin counts. Loads torch where something is counted: reports are read without it."""
+"""The plugin's counters. Imports torch only when something is counted, because reports are read without torch."""
 
 from __future__ import annotations
 
@@ -18,37 +18,38 @@ class Counts:
     """Totals since start-up. KV counts are in (token, KV head, layer) entries."""
 
     rounds: int = 0
-    """Rows whose drafts were verified: one request in one step."""
+    """Rows whose drafts were verified. A row is one request in one step."""
     sampled_tokens: int = 0
-    """Tokens those rows produced; divided by `rounds`, the acceptance length."""
+    """Tokens that these rows produced; divided by `rounds`, the acceptance length."""
     prefill_rows: int = 0
     verify_rows: int = 0
-    """Rows past their prompt, with drafts or without, of which these read a selection, ..."""
+    """All rows past their prompt, with or without drafts. The five `_rows` counters below are subsets of them."""
     sparse_rows: int = 0
+    """Rows that read a selection."""
     no_selection_rows: int = 0
-    """... these had none, where a draft model chooses: `exact_rows` and `small_batch_rows` are among them, ..."""
+    """Rows without a selection, if a draft model chooses; includes `exact_rows` and `small_batch_rows`."""
     stale_rows: int = 0
-    """... and these had one made for another length."""
+    """Rows with a selection that was made for another length."""
     kv_read: int = 0
     kv_full: int = 0
-    """Entries of the target's cache that rows past their prompt read, and that were there."""
+    """Entries of the target's cache for rows past their prompt: entries read, and entries present."""
     draft_kv_read: int = 0
     draft_kv_full: int = 0
-    """The same of the cache that drafting reads, over the draft steps of a round, where it reads a part (else 0)."""
+    """The same for the cache that drafting reads, summed over draft steps. 0 if drafting is dense."""
     audited_pairs: int = 0
     """Pairs of a layer and a row whose retained mass was measured."""
     kv_scanned: int = 0
-    """Entries whose sketch was searched before verification read a part of them."""
+    """Entries whose sketch was searched before a sparse verification."""
     draft_kv_scanned: int = 0
-    """The same before drafting read a part."""
+    """The same for sparse drafting."""
     exact_rows: int = 0
-    """Rows past their prompt whose request asked to read everything, ..."""
+    """Rows whose request asked for exactness."""
     small_batch_rows: int = 0
-    """... and others, of batches in which choosing does not pay."""
+    """Other rows, in batches below the crossover."""
     kv_sampled: int = 0
-    """Entries whose sketch was read once more before that, for the size of each query row's scores: a sample."""
+    """Entries whose sketch was also read in a sample before the search, to normalise the scores of the query rows."""
     draft_kv_sampled: int = 0
-    """The same before drafting read a part."""
+    """The same for sparse drafting."""
 
     @classmethod
     def stored(cls, counts: Mapping[str, int]) -> Counts:
@@ -60,12 +61,12 @@ class Counts:
 
     @property
     def acceptance_length(self) -> float:
-        """Mean tokens per verification, the bonus token included."""
+        """Mean number of tokens per verification, with the bonus token."""
         return self.sampled_tokens / self.rounds if self.rounds else 0.0
 
     @property
     def kv_fraction(self) -> float:
-        """Share of the KV entries of verification rows that verification read, dense layers included."""
+        """Share of the KV entries of rows past their prompt that were read, with dense layers."""
         return self.kv_read / self.kv_full if self.kv_full else 1.0
 
     @property
@@ -75,21 +76,21 @@ class Counts:
 
     @property
     def draft_kv_fraction(self) -> float:
-        """Share of the KV entries that drafting read, where it reads a part."""
+        """Share of the KV entries that drafting read; 1 if drafting is dense."""
         return self.draft_kv_read / self.draft_kv_full if self.draft_kv_full else 1.0
 
     @property
     def by_own_choice(self) -> bool:
-        """Whether rows were dense for the reasons of a target that chooses for itself, which none lacks a selection."""
+        """Whether these are counts of a target that chooses for itself. Its rows never lack a selection."""
         return not self.no_selection_rows and bool(self.kv_scanned or self.exact_rows or self.small_batch_rows)
 
     @property
     def unselected_rows(self) -> int:
-        """Rows without a selection that were to have one."""
+        """Rows without a selection that should have had one."""
         return max(self.no_selection_rows - self.exact_rows - self.small_batch_rows, 0)
 
     def line(self, seconds: float) -> str:
-        """The log line for these counts over a stretch of time."""
+        """The log line for these counts, which were made in `seconds`."""
         head = f"specattn: {self.rounds} rounds in {seconds:.0f} s, acceptance length {self.acceptance_length:.2f}, "
         drafting = f", drafting read {self.draft_kv_fraction:.1%} of KV" if self.draft_kv_full else ""
         if not self.verify_rows:
@@ -114,14 +115,14 @@ _NAMES = tuple(f.name for f in fields(Counts))
 
 
 class Reading:
-    """Totals on their way to the host, and other tensors with them. Nobody waits for them: ask whether they are there.
-    All of it is as it was when the reading began."""
+    """An asynchronous copy of the totals and of other tensors to the host, as they were when the copy began. Ask
+    `ready` before you use it; nothing waits."""
 
     def __init__(self, host: Sequence[int], device: torch.Tensor, beside: Sequence[torch.Tensor] = ()) -> None:
         import torch
 
         self._host = tuple(host)
-        # A copy of a GPU's tensor that does not wait goes to pinned memory.
+        # With non_blocking, PyTorch copies a GPU tensor to pinned memory.
         self._copies = [t.to("cpu", non_blocking=True, copy=True) for t in (device, *beside)]
         self._event = None
         if device.is_cuda:
@@ -129,15 +130,15 @@ class Reading:
             self._event.record()
 
     def ready(self) -> bool:
-        """Whether all of it is there; does not wait."""
+        """Whether the copy is complete; does not wait."""
         return self._event is None or self._event.query()
 
     def counts(self) -> Counts:
-        """The totals; only once they are there."""
+        """The totals. Call it only when `ready`."""
         return _sums(self._host, self._copies[0])
 
     def beside(self) -> list[torch.Tensor]:
-        """The other tensors, on the host; only once they are there."""
+        """The other tensors, on the host. Call it only when `ready`."""
         return self._copies[1:]
 
 
@@ -146,10 +147,10 @@ def _sums(host: Sequence[int], device: torch.Tensor) -> Counts:
 
 
 class Counters:
-    """Counts kept partly on the device, so that counting never waits for it; `read` does, and `begin_read` does not.
+    """Counts kept partly on the device, so that counting never waits for it. `read` waits, `begin_read` does not.
 
-    What a step counts on the device costs a launch for each amount, so kernels count into vectors (`stage_vector`) or
-    into the totals themselves (`on_device`).
+    Each amount that `add` adds on the device costs a kernel launch. So kernels count into vectors (`stage_vector`) or
+    directly into the totals (`on_device`).
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -167,29 +168,29 @@ class Counters:
         for name, amount in amounts.items():
             index = _NAMES.index(name)
             if isinstance(amount, torch.Tensor):
-                # One by one: gathering them in a tensor of indices would copy that from the host, and wait.
+                # One by one: a tensor of indices would have to be copied from the host, and the copy would wait.
                 self._device[index].add_(amount)
             else:
                 self._host[index] += amount
 
     def stage(self, **amounts: int | torch.Tensor) -> None:
-        """Hold amounts back until it is known whether the step was real: vLLM also runs steps to warm up."""
+        """Hold amounts back until it is known whether the step was real or a warm-up of vLLM's."""
         self._staged.append(amounts)
 
     def stage_vector(self, names: tuple[str, ...], amounts: torch.Tensor) -> None:
-        """Hold back amounts [len(names)] int64 on the device, of counters that follow one another in `Counts`."""
+        """Hold back amounts [len(names)] int64 on the device. `names` must be consecutive fields of `Counts`."""
         first = _NAMES.index(names[0])
         if _NAMES[first : first + len(names)] != names:
             raise ValueError(f"{names} do not follow one another in Counts")
         self._vectors.append((first, amounts))
 
     def on_device(self, name: str) -> torch.Tensor:
-        """The device's part of one total, [1] int64: what an operation adds there is counted."""
+        """The device's part of one total, [1] int64. Operations may add to it directly."""
         index = _NAMES.index(name)
         return self._device[index : index + 1]
 
     def commit(self) -> None:
-        """Add what was staged."""
+        """Add the staged amounts."""
         for amounts in self._staged:
             self.add(**amounts)
         for first, amounts in self._vectors:
@@ -197,7 +198,7 @@ class Counters:
         self.discard()
 
     def discard(self) -> None:
-        """Forget what was staged."""
+        """Forget the staged amounts."""
         self._staged.clear()
         self._vectors.clear()
 
@@ -212,5 +213,5 @@ class Counters:
         return _sums(self._host, self._device)
 
     def begin_read(self, beside: Sequence[torch.Tensor] = ()) -> Reading:
-        """Send the totals up to now to the host, and other tensors of the device with them; does not wait."""
+        """Begin to copy the current totals, and other tensors of the device, to the host. Does not wait."""
         return Reading(self._host, self._device, beside)

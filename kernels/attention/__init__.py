@@ -1,1 +1,1 @@
-"""Attention over a paged cache: of draft steps, whose scores stay behind, and over a list of pages."""
+"""Attention over a paged cache: draft attention, which also stores scores, and sparse attention over a page table."""

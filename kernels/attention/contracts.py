@@ -43,12 +43,12 @@ def draft_attention(
 
 
 def sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, max_query_len, lse) -> int:
-    """Also returns the rows (key and value of one token and head) between neighbouring heads of the cache."""
+    """Returns the stride between neighbouring heads of the cache, in rows (key and value of one token and head)."""
     tensor("query", query, (None, None, None), FLOATS)
     tokens, query_heads, size = query.shape
     dev = query.device
     tensor("kv_cache", kv_cache, (None, None, None, 2 * size), query.dtype, dev)
-    # A dimension of size 1 may have any stride; it is never stepped over.
+    # A dimension of size 1 may have any stride, because the stride is never used.
     dims = zip(kv_cache.shape[:3], kv_cache.stride()[:3], strict=True)
     strides = [0 if count == 1 else stride for count, stride in dims]
     in_rows = all(stride % (2 * size) == 0 for stride in strides)

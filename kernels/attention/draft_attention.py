@@ -1,4 +1,4 @@
-"""Attention of a draft step that hands out the scores of one query row per request.
+"""Attention of a draft step that also stores the scores of one or two query rows per request.
 
     token i of the q_len query tokens of request r sees p < seq_lens[r] - (q_len - 1 - i)
     logits[t, h, p] = scale * <query[t, h], key[r, p, h // (Hq / H)]>
@@ -6,35 +6,34 @@
     scores[r, s, p] = logits[scored_rows[r, c], h, p]                            p seen by that row; others untouched
     lse[r, s] = log sum_p exp(scores[r, s, p]), of the unrounded logits          -inf where the row sees nothing
 
-C rows of a request may be scored. Scored row c and head i of the GROUP = Hq / H query heads of KV head k have the index
-s = (k * C + c) * GROUP + i: what belongs to a KV head stays together, so that ``accumulate_mass`` takes C * Hq heads as
-it takes Hq. One row (a draft's sampled token) or two: the first and the last of a verification, from which
-self-speculation chooses what to read (Vegas, arXiv 2602.07223).
+C rows of a request may be scored: one row (a draft's sampled token), or two (the first and the last row of a
+verification, from which self-speculation makes its selection; Vegas, arXiv 2602.07223). Scored row c and head i of the
+GROUP = Hq / H query heads of KV head k have the index s = (k * C + c) * GROUP + i. So the rows of a KV head are
+consecutive, and ``accumulate_mass`` handles C * Hq heads in the same way as Hq.
 
-The query rows of a request and the query heads of a KV head share one tile, so every key is read once for all of them,
-and the scores are stored on the way: capturing costs no further pass over the keys. Split-KV over the context.
+The query rows of a request and the query heads of a KV head share one tile, so each key is read once for all of them.
+The scores are stored during attention, so capturing needs no further pass over the keys. Split-KV over the context.
 
 query            [T, Hq, D]     float32, float16 or bfloat16; D is 64 or 128; requests one after another
 kv_cache         [B, H, N, 2D]  query's dtype, any strides but the last (1): key = [..., :D], value = [..., D:]
 block_table      [R, nb]        int32; entries past ceil(seq_len / N) are stale and never followed
 seq_lens         [R]            int32, keys that the last token of the request sees; at most nb * N and the width L
-query_start_loc  [R + 1]        int32; q_len may be 0. Rows of ``out`` behind the last request are left untouched
+query_start_loc  [R + 1]        int32; q_len may be 0. Rows of ``out`` after the last request stay untouched
 scale            float          multiplies query . key
-out              [T, Hq, D]     query's dtype, or None when only scores or lse are wanted: then no value is read
+out              [T, Hq, D]     query's dtype; None if only scores or lse are wanted: then no values are read
 scored_rows      [R, C]         int64, a row of the request in ``query``, or -1: its scores and lse stay untouched. C is
                                 1 or 2; the two may be one row, whose scores are then written twice
 scores           [R, C * Hq, L] float32 or bfloat16, or None
 lse              [R, C * Hq]    float32, natural logarithm; required with scores
-max_query_len    int            bound of q_len; up to 16 is meant, more is right but reads the keys several times
+max_query_len    int            bound of q_len; meant for up to 16; larger is correct but reads the keys several times
+requests         [A]            int64, the requests to work on, each once, -1: none; the outputs of all other requests
+                                stay untouched. None: all requests. The grid depends on A
 
-Where few of many requests have work, as in an audit, a row without scored rows and output still takes its programs, and
-the keys are cut into as many parts as suit a full batch:
+``requests`` is for batches in which few requests have work, as in an audit. Without it, a row without scored rows and
+output still takes its programs, and the keys are cut into as many parts as suit a full batch.
 
-requests         [A]            int64, the requests that are worked on, each once, -1: none; all others are skipped, and
-                                what they would have written stays untouched. None: all. The grid follows A
-
-Products of 16-bit inputs are summed in fp32; the softmax weights are rounded to the cache's dtype for the second
-product, as in FlashAttention. Scores may be bfloat16 to halve their traffic.
+Products of 16-bit inputs are summed in fp32. The softmax weights are rounded to the cache's dtype for the second
+product, as in FlashAttention. Scores may be bfloat16, which halves their memory traffic.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ from .draft_config import FP32_CONFIG, LaunchConfig, launch_config
 from .draft_kernel import draft_kernel
 from .split_kv import COMBINE_ELEMENTS, num_splits
 
-# Rows of the tile: at 128, the accumulator of head size 128 takes half the registers of 8 warps.
+# Rows of a tile. With 128 rows, the accumulator of head size 128 takes half the registers of 8 warps.
 MAX_BLOCK_M = 128
 FP32_MAX_BLOCK_M = 16
 
@@ -60,8 +59,8 @@ def draft_attention(
     scored_rows: torch.Tensor | None = None, scores: torch.Tensor | None = None, lse: torch.Tensor | None = None,
     max_query_len: int = 1, requests: torch.Tensor | None = None, *, config: LaunchConfig | None = None,
 ) -> None:  # fmt: skip
-    """Launch on the current stream, without waiting for the device; arguments as in the module's text. The scratch
-    for the parts comes from torch's allocator, which a CUDA graph capture serves from the graph's own pool."""
+    """Launch on the current stream, without waiting for the device; arguments as in the module's text. Temporary
+    memory for the parts comes from torch's allocator, under CUDA graph capture from the graph's own pool."""
     contracts.draft_attention(
         query, kv_cache, block_table, seq_lens, query_start_loc, out, scored_rows, scores, lse, max_query_len, requests
     )  # fmt: skip
@@ -83,13 +82,13 @@ def draft_attention(
         config = FP32_CONFIG if exact else launch_config(size, block_m, programs)
     longest = block_table.shape[1] * block_size
     splits = num_splits(rows * heads * tiles, longest, config.block_n, query.device, config.waves)
-    # Unused pointers still have to be pointers, and of a dtype that the kernel may name.
+    # Unused pointers must still be pointers, with a dtype that the kernel can name.
     parts = (tokens if out is not None else rows * scored_tokens) if splits > 1 else 1
     part_lse = torch.empty(parts, query_heads, splits, dtype=torch.float32, device=query.device)
     part_acc = part_lse if out is None or splits == 1 else part_lse.new_empty(*part_lse.shape, size)
     listed = requests is not None
     none = part_lse
-    # Only tiles larger than the small one gain; and with several tiles, each would write the same scores again.
+    # The small product helps only beside a larger tile. With several tiles, each would write the same scores again.
     small_dot = scores is not None and out is not None and block_m > 16 and tiles == 1 and scored_tokens * group <= 16
     shared = {
         "HEADS": heads, "GROUP": group, "C": scored_tokens, "D": size, "SPLITS": splits,

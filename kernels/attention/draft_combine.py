@@ -1,4 +1,4 @@
-"""Parts of draft attention put together, and which row of the query is scored: what its two kernels agree on.
+"""Combines the parts of draft attention, and finds the scored rows of the query, for both kernels.
 
 Scored token c of a request and head i of KV head h are row (h * C + c) * GROUP + i of ``scores`` and ``lse``.
 """
@@ -13,7 +13,7 @@ from .split_kv import log_norm
 
 @triton.jit
 def scored_token(scored_rows, c, begin, q_len, C: tl.constexpr):
-    """Scored token c of a request, counted within the request, or -1; ``c`` may be a vector, and out of range."""
+    """Index of scored token c within its request, or -1. ``c`` may be a vector and may be out of range."""
     token = (tl.load(scored_rows + c, mask=c < C, other=-1) - begin).to(tl.int32)
     return tl.where((token >= 0) & (token < q_len), token, -1)
 
@@ -24,11 +24,11 @@ def combine_tokens(
     HEADS: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
     ROWS: tl.constexpr, HAS_OUT: tl.constexpr, SCORED: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of a request per program: ``out``, and ``lse`` of the scored ones.
+    """Each program writes ROWS rows of a request: ``out``, and ``lse`` of scored rows.
 
-    With output a row is a query token and a query head, and the parts are [T, Hq, SPLITS]; without, it is a row of
-    ``lse``, and the parts are [R, C * Hq, SPLITS], or with SOME by entries of ``requests``, of which those of scored
-    tokens alone are there.
+    With output, a row is a query token and a query head, and the parts are [T, Hq, SPLITS]. Without output, it is a row
+    of ``lse``, and the parts are [R, C * Hq, SPLITS]; with SOME, R counts the entries of ``requests``. Parts exist only
+    for scored tokens then.
     """
     entry = tl.program_id(1).to(tl.int64)
     r = entry
@@ -60,7 +60,7 @@ def combine_tokens(
     norm = tl.sum(weight, 1)
     if HAS_OUT:
         d = tl.arange(0, D)
-        # A part without keys was never written.
+        # The accumulator of a part without keys was never written.
         some = part_log > float("-inf")
         acc = tl.load(part_acc + part[:, :, None] * D + d[None, None, :], mask=some[:, :, None], other=0.0)
         result = tl.sum(acc * weight[:, :, None], 1) / tl.where(norm > 0.0, norm, 1.0)[:, None]

@@ -1,4 +1,4 @@
-"""The kernel of ``draft_attention``, whose file says what it computes and has the launcher."""
+"""The kernel of ``draft_attention``. The file of that name states what it computes and has the launcher."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from .split_kv import log_norm
 
 @triton.jit
 def _block_ids(table, step, length, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """The block-table entries of a step's positions: as few loads as the two sizes allow."""
-    if BLOCK_SIZE % BLOCK == 0:  # the step lies in one block
+    """The block-table entries for the positions of a step, with as few loads as the two sizes allow."""
+    if BLOCK_SIZE % BLOCK == 0:  # one block holds the whole step
         first = step * BLOCK
         ids = tl.load(table + first // BLOCK_SIZE, mask=first < length, other=0)
     elif BLOCK % BLOCK_SIZE == 0:  # whole blocks
@@ -26,7 +26,7 @@ def _block_ids(table, step, length, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexp
 
 @triton.jit
 def _spread_ids(ids, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """What ``_block_ids`` loaded, for each position (or for all of them alike), as int64."""
+    """The ids from ``_block_ids`` as int64, for each position, or one id for all positions."""
     if (BLOCK_SIZE % BLOCK != 0) and (BLOCK % BLOCK_SIZE == 0):
         ids = tl.reshape(tl.broadcast_to(ids[:, None], (BLOCK // BLOCK_SIZE, BLOCK_SIZE)), (BLOCK,))
     return ids.to(tl.int64)
@@ -34,7 +34,7 @@ def _spread_ids(ids, BLOCK: tl.constexpr, BLOCK_SIZE: tl.constexpr):
 
 @triton.jit
 def _store(target, value, rows, j, visible, whole):
-    """What the rows see of a step's scores. Without a mask along the columns the stores are vectors."""
+    """Store the scores of a step that the rows see. Without a mask along the columns, the stores are vectors."""
     if whole:
         tl.store(target, value, mask=rows[:, None])
     else:
@@ -51,7 +51,7 @@ def draft_kernel(
     SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, HAS_OUT: tl.constexpr,
     SCORED: tl.constexpr, HAS_SCORES: tl.constexpr, SMALL_DOT: tl.constexpr, SOME: tl.constexpr,
 ):  # fmt: skip
-    # Heads vary fastest: the heads of a token lie side by side in vLLM's cache, and run at the same time.
+    # Heads vary fastest: the heads of a token are neighbours in vLLM's cache, so they should run at the same time.
     head = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
     split = tl.program_id(1)
@@ -64,8 +64,8 @@ def draft_kernel(
     begin = tl.load(query_start_loc + r)
     q_len = tl.load(query_start_loc + r + 1) - begin
     length = tl.load(seq_lens + r)
-    # A tile row is a query token and a head of the group, tokens outermost; without output, of the scored tokens alone,
-    # which is the order of the scores.
+    # A tile row is a query token and a head of the group, tokens outermost. Without output there are rows of scored
+    # tokens only, in the order of the scores.
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     q_head = head * GROUP + m % GROUP
     scored_row = head * (C * GROUP)  # the first one of this KV head in ``scores`` and ``lse``
@@ -78,7 +78,7 @@ def draft_kernel(
         token = (begin + i).to(tl.int64)
         part = (token * (HEADS * GROUP) + q_head) * SPLITS + split
         if SCORED:
-            # A token may be scored twice, so each of the two has its own mask over the same rows of the tile.
+            # Both scored tokens may be the same, so each has its own mask over the rows of the tile.
             is_first = live & (i == scored_token(wanted, 0, begin, q_len, C))
             is_second = live & (i == scored_token(wanted, C - 1, begin, q_len, C))
             scored_row += m % GROUP
@@ -111,12 +111,12 @@ def draft_kernel(
     keys = kv_cache + head.to(tl.int64) * stride_h
     table = block_table + r * stride_tr
     if SMALL_DOT:
-        # The scored rows alone, once more: in a tile of their own their logits reach memory with less to rearrange than
-        # a few rows of the large tile would. 7 query rows of 4 heads: 0.298 ms, without this 0.348 (H200, 16 x 32k).
+        # The logits of the scored rows are computed a second time, in a small tile: they are then stored with less
+        # rearranging than a few rows of the large tile. 7 query rows of 4 heads: 0.298 ms, else 0.348 (H200, 16 x 32k).
         m_scored = tl.arange(0, 16)
         if C == 1:
-            # One token's rows see alike, and with a bound for each in the mask of the store the whole kernel takes half
-            # as long again: 7 query rows of 4 heads, 0.429 ms instead of 0.293 (H200, 16 x 32k, fp32 scores).
+            # All rows of one token have the same bound. With a bound for each row in the store's mask, the whole kernel
+            # takes 1.5 times as long: 7 query rows of 4 heads, 0.429 ms instead of 0.293 (H200, 16 x 32k, fp32 scores).
             only = scored_token(wanted, 0, begin, q_len, C)
             live_scored = m_scored < tl.where(only >= 0, GROUP, 0)
             visible_scored = length - (q_len - 1 - only)
@@ -135,12 +135,12 @@ def draft_kernel(
     elif HAS_SCORES:
         where = scores + r * stride_sr + scored_row.to(tl.int64) * stride_sh
 
-    # Block ids are loaded one step ahead, into registers that the loop carries: the loads of keys then never wait for
-    # them, and the pipeliner sees one level of loads.
+    # Block ids are loaded one step ahead, into loop-carried registers. So loads of keys never wait for them, and the
+    # pipeliner sees only one level of loads.
     ids = _block_ids(table, lo, length, BLOCK, BLOCK_SIZE)
 
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    # Summed over the columns at the end only: a sum across warps in every step would be a barrier in every step.
+    # Summed over the columns only at the end: a sum across warps in every step would need a barrier in every step.
     norm = tl.zeros([BLOCK_M, BLOCK], tl.float32)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     for step in range(lo, hi):
@@ -164,7 +164,7 @@ def draft_kernel(
                     _store(second, value, is_second, j, visible, (step + 1) * BLOCK <= all_visible)
         logits = tl.where(j[None, :] < visible[:, None], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
-        # A row that has seen only masked logits has maximum -inf, and -inf - -inf would be nan.
+        # The maximum of a row is -inf if all its logits so far are masked, and -inf - -inf would be nan.
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         weights = tl.exp(logits - safe[:, None])
         rescale = tl.exp(top - safe)

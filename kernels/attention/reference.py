@@ -1,4 +1,4 @@
-"""Attention and what is made of its scores, in PyTorch: one row at a time, in fp32."""
+"""Attention in PyTorch: one request at a time, in fp32."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from . import contracts
 
 
 def _gather(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Tensor:
-    """The first ``length`` tokens of the given blocks as [H, length, last dim]; ``blocks`` holds no stale entry.
+    """The first ``length`` tokens of the given blocks as [H, length, last dim]; ``blocks`` must have no stale entry.
 
-    The copy is most of the time of a decode step, so blocks that follow one another are sliced, not copied, where the
-    layout allows; a fresh cache hands its blocks out that way.
+    Copying takes most of the time of a decode step. So consecutive blocks are sliced, not copied, if the layout allows;
+    a fresh cache gives out consecutive blocks.
     """
     first = int(blocks[0])
     in_order = torch.arange(first, first + blocks.shape[0], dtype=blocks.dtype, device=blocks.device)
@@ -30,7 +30,7 @@ def draft_attention(
     query, kv_cache, block_table, seq_lens, query_start_loc, scale, out, scored_rows=None, scores=None, lse=None,
     max_query_len=1, requests=None,
 ) -> None:  # fmt: skip
-    """Attention of a draft step that hands out scores. See ``draft_attention.draft_attention``."""
+    """Attention of a draft step that also stores scores. See ``draft_attention.draft_attention``."""
     contracts.draft_attention(
         query, kv_cache, block_table, seq_lens, query_start_loc, out, scored_rows, scores, lse, max_query_len, requests
     )
@@ -101,7 +101,7 @@ def sparse_attention(query, kv_cache, page_table, kept, query_start_loc, scale, 
         have = kept[r, pick, None]
         uneven = min(counts[h] for h in live) < longest
         column = torch.arange(longest, device=query.device)
-        if uneven:  # entries past kept are undefined: read the head's first page again, the mask below drops it
+        if uneven:  # entries past kept are undefined: read the head's first page instead, the mask below drops it
             ids = torch.where(column < have, ids, ids[:, :1])
         if head_offsets is not None:
             ids = ids + head_offsets
@@ -125,7 +125,7 @@ def sparse_attention(query, kv_cache, page_table, kept, query_start_loc, scale, 
 
 
 def dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, scale, out) -> None:
-    """Causal attention of ragged query rows over the paged cache, in the query dtype. No Triton twin.
+    """Dense causal attention of ragged query rows over the paged cache, in the query dtype. Has no Triton version.
 
     query, out [T, Hq, D]; kv_cache [B, H, N, 2D]; block_table [R, nb] int32; seq_lens [R] int32, the new tokens
     included; query_start_loc [R + 1] int32. Query token i of the q_len tokens of request r attends positions
@@ -148,7 +148,7 @@ def dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, sca
             continue
         kv = _gather(kv_cache, block_table[r, : -(-length // block_size)], length)
         mask = None
-        if 1 < n < length:  # is_causal aligns top-left, which is right only for a square
+        if 1 < n < length:  # is_causal aligns top-left, which is correct only for a square
             mask = torch.ones(n, length, dtype=torch.bool, device=query.device).tril_(length - n)
         attended = F.scaled_dot_product_attention(
             query[None, begin:end].transpose(1, 2), kv[None, ..., :size], kv[None, ..., size:],

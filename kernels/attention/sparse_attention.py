@@ -4,12 +4,12 @@
     logits[t, hq, j] = scale * <query[t, hq], K[page(r, h, j)]>,  h = hq // (Hq / H)
     out[t, hq] = sum_j softmax(logits)_j * V[page(r, h, j)]
     page(r, h, j) = page_table[r, h, j]                       G = H: every head has a table of its own
-                  = page_table[r, 0, j] + h * head_stride     G = 1: all heads share one, which names head 0's pages
+                  = page_table[r, 0, j] + h * head_stride     G = 1: all heads share one, with the pages of head 0
 
-A page is the key and value of one token and one head: a row of 2D elements, counted from the start of the cache.
-Causal, aligned to the bottom right: the last q_len entries of a row of the table are the new tokens, in order. The
-query rows of a request and the query heads of a KV head are packed into one tile, so a gathered key is read once for
-all of them. Split-KV over the entries.
+A page is the key and value of one token and one head: a row of 2D elements. Page ids count rows from the start of the
+cache. Attention is causal, aligned to the bottom right: the last q_len entries of a table row are the new tokens, in
+order. The query rows of a request and the query heads of a KV head are packed into one tile, so each key is read once
+for all of them. Split-KV over the entries.
 
 query            [T, Hq, D]     float32, float16 or bfloat16; D is 64 or 128; requests one after another
 kv_cache         [B, H, N, 2D]  query's dtype; last stride 1, the others multiples of 2D; K = [..., :D], V = [..., D:]
@@ -19,7 +19,7 @@ query_start_loc  [R + 1]        int32; q_len may be 0
 scale            float          multiplies query . key
 out              [T, Hq, D]     query's dtype; rows of a (request, head) with kept <= 0 are left untouched. A token that
                                 sees no entry, which no valid table has, gets zeros
-max_query_len    int            bound of q_len; about 16 at most is meant, more is right but slow
+max_query_len    int            bound of q_len; meant for up to about 16; larger is correct but slow
 lse              [T, Hq]        float32, natural logarithm, or None; -inf for a token that sees no entry
 
 The Triton version also takes ``config``, a ``LaunchConfig``; None picks one by dtype and shapes.
@@ -40,38 +40,38 @@ from .split_kv import combine_splits, log_norm, num_splits, split_range
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """What to tune. Results do not depend on it, but for the order of summation."""
+    """Parameters to tune. They change results only by the order of summation."""
 
-    block_m: int  # least number of query rows in a tile, filled up with rows that are dropped; 16 is what tl.dot takes
+    block_m: int  # least number of query rows in a tile, padded with rows that are dropped; tl.dot needs at least 16
     block_n: int  # entries gathered per step
     num_warps: int
     num_stages: int  # depth of the pipeline; page ids take half of it, because keys can only be loaded after them
     waves: int  # programs wanted per multiprocessor: rows differ in length, and the longest one sets the pace
 
 
-# A taller tile spills its accumulator; further rows get tiles of their own, which read the keys again.
+# The accumulator of a taller tile would spill. Further rows get tiles of their own, which read the keys again.
 MAX_BLOCK_M = 64
 
 # For 16-bit inputs, by head size and whether a request has more than 32 query rows. Two warps cover 32 rows with 16
-# each; more would repeat their work. 64 rows are a tile for four, and on Hopper for wgmma. A step of 64 entries at head
-# size 128 is 32 KiB, double-buffered with 3 or 4 stages (three buffers with 5 or 6): five programs of two warps fit in
-# Hopper's 228 KiB, and two into Ada's 100. A step of fewer entries than threads loads its page ids more than once.
+# each; more warps would repeat work. 64 rows fit four warps, and wgmma on Hopper. A step of 64 entries at head size 128
+# is 32 KiB, double-buffered with 3 or 4 stages (three buffers with 5 or 6): five programs of two warps fit into
+# Hopper's 228 KiB, two into Ada's 100. A step of fewer entries than threads loads its page ids more than once.
 # Swept for 24 rows of head size 128 on an H200, 2026-11-26 (a tenth of 16x32k, 4x32k and 64x4k, shared and per head):
-# nothing takes less time by more than its noise of 1%. Of 16x32k, 4 warps take 6 to 7% more, 8 warps 36%; steps of 32
-# or 128 entries 8 and 12%; waves of 2 or 3, 23 to 27%, and of 8, 9%, of 64x4k 45%; tiles of 64 rows, twice the time. 2
-# or 4 stages, and waves of 6, are as fast within 2%.
+# no other configuration is faster by more than the noise of 1%. For 16x32k, 4 warps take 6 to 7% more time, 8 warps
+# 36%; steps of 32 or 128 entries 8 and 12%; waves of 2 or 3, 23 to 27%; waves of 8, 9% (45% for 64x4k); tiles of 64
+# rows twice the time. 2 or 4 stages, and waves of 6, are equal within 2%.
 CONFIGS = {
     (64, False): LaunchConfig(block_m=16, block_n=64, num_warps=2, num_stages=3, waves=4),
     (64, True): LaunchConfig(block_m=64, block_n=128, num_warps=4, num_stages=3, waves=4),
     (128, False): LaunchConfig(block_m=16, block_n=64, num_warps=2, num_stages=3, waves=4),
     (128, True): LaunchConfig(block_m=64, block_n=64, num_warps=4, num_stages=3, waves=4),
 }
-# For tests: without tensor cores, it only has to fit.
+# For tests only: it runs without tensor cores and only has to fit.
 FP32_CONFIG = LaunchConfig(block_m=16, block_n=32, num_warps=8, num_stages=2, waves=2)
 
 
 def default_config(query: torch.Tensor, query_rows: int) -> LaunchConfig:
-    """What ``sparse_attention`` takes when it is given none; query_rows: query tokens of a request x Hq / H."""
+    """The configuration if ``sparse_attention`` is given none; query_rows: query tokens of a request x Hq / H."""
     return FP32_CONFIG if query.element_size() == 4 else CONFIGS[query.shape[2], query_rows > 32]
 
 
@@ -83,7 +83,7 @@ def _sparse_kernel(
     GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    # Heads run fastest: in the usual layout the heads of a token are neighbours in memory.
+    # Heads vary fastest: in the usual layout the heads of a token are neighbours in memory.
     head = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
     r = tl.program_id(1).to(tl.int64)
@@ -108,20 +108,20 @@ def _sparse_kernel(
     page_table += r * stride_tr + head.to(tl.int64) * stride_th
     first_page = head * head_rows
 
-    # The softmax runs in powers of two, which is what the hardware has.
+    # The softmax uses powers of two, because the hardware computes these.
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, D], tl.float32)
     for start in range(lo, hi, BLOCK):
         j = start + tl.arange(0, BLOCK)
-        # The ragged end reads the last entry again: loads without masks pipeline best, and `visible` drops them.
+        # Past the end, the last entry is read again, and `visible` drops it: loads without masks pipeline best.
         page = tl.load(page_table + tl.minimum(j, hi - 1)) + first_page
         entry = kv_cache + page.to(tl.int64) * (2 * D)
         k = tl.load(entry[None, :] + d[:, None])
         logits = tl.dot(q, k, input_precision="ieee") * log2_scale
         logits = tl.where(j[None, :] < visible[:, None], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
-        # A row that has seen only masked logits has maximum -inf, and -inf - -inf would be nan.
+        # The maximum of a row is -inf if all its logits so far are masked, and -inf - -inf would be nan.
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         weights = tl.exp2(logits - safe[:, None])
         rescale = tl.exp2(top - safe)
@@ -141,7 +141,7 @@ def _sparse_kernel(
     else:
         part = (token * num_query_heads + q_head) * SPLITS + split
         tl.store(part_lse + part, total, mask=live)
-        if lo < hi:  # parts without entries are known by their lse and never read
+        if lo < hi:  # parts without entries have lse = -inf and are never read
             tl.store(part_acc + part[:, None] * D + d[None, :], acc, mask=live[:, None])
 
 
@@ -171,8 +171,8 @@ def sparse_attention(
     query_start_loc: torch.Tensor, scale: float, out: torch.Tensor, max_query_len: int,
     lse: torch.Tensor | None = None, config: LaunchConfig | None = None,
 ) -> None:  # fmt: skip
-    """Launch on the current stream, without waiting for the device; arguments as in the module's text. The scratch
-    for the parts comes from torch's allocator, which a CUDA graph capture serves from the graph's own pool."""
+    """Launch on the current stream, without waiting for the device; arguments as in the module's text. Temporary
+    memory for the parts comes from torch's allocator, under CUDA graph capture from the graph's own pool."""
     head_rows = contracts.sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, max_query_len, lse)
     tokens, query_heads, size = query.shape
     head_size(size)
@@ -189,7 +189,7 @@ def sparse_attention(
     block_m = max(config.block_m, min(triton.next_power_of_2(max_query_len * group), MAX_BLOCK_M))
     tiles = triton.cdiv(max_query_len * group, block_m)
     splits = num_splits(rows * heads * tiles, width, config.block_n, query.device, config.waves)
-    # Without parts the pointers are unused, but still have to be pointers.
+    # Without parts the pointers are unused, but must still be pointers.
     part_lse = part_acc = out
     if splits > 1:
         part_lse = torch.empty(tokens, query_heads, splits, dtype=torch.float32, device=query.device)

@@ -1,1 +1,1 @@
-"""What is done around a step: taking selections, counting, loading a round's inputs."""
+"""Small operations around a step: taking selections, counting, loading the inputs of a round."""

@@ -1,7 +1,7 @@
-"""What the operations of ``bookkeeping.py`` are given: the tensors of a round, and the checks of all arguments.
+"""The tensors of a round, and the argument checks of the operations in ``kernels.py``.
 
-The checks refuse what ``contracts.py`` would, in its words. They ask the common case first, because these operations
-run between steps, where the host's time is not hidden, and take a dozen small tensors each.
+The checks refuse the same arguments as those of ``../contracts.py``, with the same messages. They test the common case
+first, because these operations take a dozen small tensors each and run between steps, where the host's time counts.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from .. import contracts
 from ..contracts import expect
 
 INTEGERS = (torch.int32, torch.int64)
-NO_SELECTION = -1  # where a slot's length would stand
+NO_SELECTION = -1  # stored instead of the length of a slot's selection
 READ_COUNTS = ("sparse_rows", "no_selection_rows", "stale_rows", "kv_read", "kv_full")
-"""What ``count_reads`` counts, in the order in which it writes them."""
+"""Counters of ``count_reads``, in the order in which it writes them."""
 
 
 class Round(NamedTuple):
-    """What a round of drafting reads: by token, by row of the batch, and by request slot."""
+    """The inputs of a round of drafting: two by token, four by row of the batch, three by request slot."""
 
     input_ids: torch.Tensor
     positions: torch.Tensor
@@ -33,7 +33,7 @@ class Round(NamedTuple):
     seeds: torch.Tensor
 
 
-# As vLLM has them, and as a graph's round reads them; in the order of `Round`.
+# dtypes in the order of `Round`: those of vLLM's tensors, and those of the tensors that a captured round reads.
 GIVEN = (
     (torch.int32,), (torch.int64,), (torch.int32,), (torch.int64,), INTEGERS, INTEGERS, INTEGERS, (torch.float32,),
     (torch.int64,),
@@ -45,7 +45,7 @@ HELD = (
 
 
 def vector(name: str, value, length: int | None, dtypes: tuple[torch.dtype, ...], device, longer: bool = False) -> None:
-    """Check one vector: of a length (None: any), or with `longer` of that length or more."""
+    """Check one vector. length: its exact length (None: any), or with `longer` its minimum length."""
     if isinstance(value, torch.Tensor) and value.dtype in dtypes and value.dim() == 1 and value.device == device:
         size = value.shape[0]
         fits = length is None or size == length or (longer and size > length)
@@ -101,5 +101,5 @@ def load_round(given: Round, held: Round, reqs: int, rows: int, query_len: int) 
         vector("held " + name, ours, slots if by_slot else rows * per_row, HELD[i], dev, longer=not by_slot)
         near = dev
         if name in ("temperature", "seeds") and getattr(theirs, "is_cuda", False) == ours.is_cuda:
-            near = theirs.device  # a view of host memory, where the number of the device says nothing
+            near = theirs.device  # a view of host memory: its device index has no meaning
         vector(name, theirs, slots if by_slot else reqs * per_row, GIVEN[i], near, longer=True)

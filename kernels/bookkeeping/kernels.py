@@ -1,44 +1,44 @@
-"""What is done around a step, each in one launch: taking selections, counting, and loading a round's inputs.
+"""Small operations around a step: taking selections, counting, and loading the inputs of a round.
 
-Every tensor here is small. What they cost is launches, so each operation is one kernel, whatever it touches.
+All tensors here are small, and the launches are the main cost. So each operation is a single kernel.
 
-``take_selections``: the usable selection of each row, clearing the slots of prefilling rows.
+``take_selections``: finds the usable selection of each row, and clears the slots of prefilling rows.
 
 slots            [R]            int64, row of the store; -1 = padded row: usable and stored = -1, nothing is cleared.
-                                No two rows have the same slot, but for -1
+                                Except for -1, no two rows have the same slot
 query_start_loc  [R+1]          int32
-seq_lens         [R]            int32; the tokens a row had before this step are seq_lens less its query's
+seq_lens         [R]            int32; seq_lens minus the query length is the number of tokens before this step
 prefilling       [R]            bool
-prefix_lens      [num_slots+1]  int32; tokens each selection was made for, NO_SELECTION: none. Updated in place: -1
-                                where a row prefills. The last is nobody's
-usable           [R]            int32; what the slot held where that is what the row had and the row does not prefill,
-                                else -1
-stored           [R]            int32; what the slot held before
+prefix_lens      [num_slots+1]  int32; context length of each selection, or NO_SELECTION. Updated in place: -1 for
+                                prefilling rows. The last slot belongs to no request
+usable           [R]            int32; the slot's length, if it equals the row's number of tokens before this step and
+                                the row does not prefill; else -1
+stored           [R]            int32; the slot's length before this call
 
-``count_reads``: what the verifying rows of a step read. A row verifies if it has a slot and does not prefill.
+``count_reads``: counts the reads of a step's verifying rows. A row verifies if it has a slot and does not prefill.
 
 slots, seq_lens, prefilling, usable, stored  [R]  as above
-kept             [S, R, G]      int32, any outer strides; tokens read of source s by each head of group g
-layers_of        [S]            int64, layers that read source s
-heads, layers, dense_layers     KV heads (a multiple of G), layers in all, layers that read everything
-out              [5]            int64, written: rows that read a selection, rows that had none (stored is NO_SELECTION),
-                                rows whose selection was made for another length, and (token, KV head, layer) entries
-                                read, and present
+kept             [S, R, G]      int32, any outer strides; tokens that each head of group g reads with source s
+layers_of        [S]            int64, number of layers that read source s
+heads, layers, dense_layers     number of KV heads (a multiple of G), of all layers, of dense layers
+out              [5]            int64, written: rows that read a selection, rows without one (stored is NO_SELECTION),
+                                rows whose selection was made for another length, (token, KV head, layer) entries read,
+                                and such entries present
 
-``count_sampled``: total += num_sampled of verified rows.
+``count_sampled``: total += sum of num_sampled over verified rows.
 
 num_sampled      [R]            int32 or int64
 verified         [R]            bool, or None: all rows
 total            [1]            int64
 
-``load_round``: copies what a round reads to where a graph of ``rows`` rows of ``query_len`` tokens reads it. Rows from
-``reqs`` on have idx_mapping -1 and zeros in everything else by row or token. Tensors are longer than that as they like;
-what is behind stays. Dtypes are those of ``contracts.GIVEN`` and ``HELD``; 64-bit token ids and counts are
-held in 32.
+``load_round``: copies the inputs of a round from ``given`` to ``held``, where a CUDA graph of ``rows`` rows of
+``query_len`` tokens reads them. Rows from ``reqs`` on get idx_mapping -1, and zeros in all other tensors by row or
+token. Tensors may be longer; elements after these stay untouched. Dtypes are those of ``contracts.GIVEN`` and ``HELD``;
+64-bit token ids and counts become 32-bit.
 
-input_ids, positions                              [rows * query_len]; of the given, the first reqs * query_len are read
-seq_lens, idx_mapping, num_sampled, num_rejected  [rows]; of the given, the first reqs
-last_sampled, temperature, seeds                  [slots]: all that `held` has room for
+input_ids, positions                              [rows * query_len]; the first reqs * query_len of ``given`` are read
+seq_lens, idx_mapping, num_sampled, num_rejected  [rows]; the first reqs of ``given`` are read
+last_sampled, temperature, seeds                  [slots]: the size of ``held``
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ from . import contracts
 from .contracts import NO_SELECTION, Round
 
 BLOCK = 256
-# Rows and (source, group) pairs that the one counting program takes at a time, at most; 8 of a tile a thread. One
-# program, because several would need sums that are zero to begin with, which is another launch. Not yet measured.
+# Most rows and (source, group) pairs that the counting program takes at once; 8 elements of a tile per thread. There is
+# one program, because several would need zeroed sums, and zeroing is another launch. Not yet measured.
 COUNT_ROWS = 64
 COUNT_ENTRIES = 32
 
 
-# Numbers of rows and tokens change from step to step: a kernel made for 1, or for multiples of 16, would be one more to
-# compile while requests wait.
+# Numbers of rows and tokens change from step to step. Specialised kernels, for 1 or for multiples of 16, would have to
+# be compiled while requests wait.
 @triton.jit(do_not_specialize=["rows"])
 def _take_kernel(
     slots, query_start_loc, seq_lens, prefilling, prefix_lens, usable, stored, rows, BLOCK: tl.constexpr

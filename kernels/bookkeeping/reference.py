@@ -1,6 +1,6 @@
-"""PyTorch versions of ``bookkeeping.py``: the oracle of its tests, and the code that runs where there is no GPU.
+"""PyTorch versions of ``kernels.py``: the tests compare the kernels with them, and they run if there is no GPU.
 
-Shapes, dtypes, padding rules and errors are stated there, once.
+``kernels.py`` states shapes, dtypes and padding rules; ``contracts.py`` raises the errors.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from .contracts import NO_SELECTION, Round
 
 
 def take_selections(slots, query_start_loc, seq_lens, prefilling, prefix_lens, usable, stored) -> None:
-    """What each row may read. See ``bookkeeping.take_selections``."""
+    """The selection that each row may read. See ``kernels.take_selections``."""
     contracts.take_selections(slots, query_start_loc, seq_lens, prefilling, prefix_lens, usable, stored)
     ours = slots >= 0
     stored.copy_(torch.where(ours, prefix_lens[slots], -1))
@@ -22,7 +22,7 @@ def take_selections(slots, query_start_loc, seq_lens, prefilling, prefix_lens, u
 
 
 def count_reads(slots, seq_lens, prefilling, usable, stored, kept, layers_of, heads, layers, dense_layers, out) -> None:
-    """What verification reads. See ``bookkeeping.count_reads``."""
+    """Counts the reads of verification. See ``kernels.count_reads``."""
     contracts.count_reads(
         slots, seq_lens, prefilling, usable, stored, kept, layers_of, heads, layers, dense_layers, out
     )
@@ -41,13 +41,13 @@ def count_reads(slots, seq_lens, prefilling, usable, stored, kept, layers_of, he
 
 
 def count_sampled(num_sampled, verified, total) -> None:
-    """Tokens that verified rows produced. See ``bookkeeping.count_sampled``."""
+    """Counts the tokens that verified rows produced. See ``kernels.count_sampled``."""
     contracts.count_sampled(num_sampled, verified, total)
     total += (num_sampled if verified is None else num_sampled * verified).sum()
 
 
 def load_round(given: Round, held: Round, reqs: int, rows: int, query_len: int) -> None:
-    """A step's inputs where a graph reads them. See ``bookkeeping.load_round``."""
+    """Copies a round's inputs to where a CUDA graph reads them. See ``kernels.load_round``."""
     contracts.load_round(given, held, reqs, rows, query_len)
     for name, source, target in zip(Round._fields, given, held, strict=True):
         if name in ("last_sampled", "temperature", "seeds"):

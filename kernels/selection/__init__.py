@@ -1,1 +1,1 @@
-"""From a draft's or a target's scores to what is read: mass, top-p, page tables."""
+"""From the scores of a draft model or target to the page tables that attention reads: mass, top-p, page tables."""

@@ -4,15 +4,15 @@
     mass[r, g, p] = new                       combine "store"
                   = mass[r, g, p] + new       combine "add"
 
-With weight = G / Hq the mass of a row sums to at most 1 after "store"; the caller scales so that it still does after
-further calls, because ``select_top_p`` counts on it.
+With weight = G / Hq the mass of a row sums to at most 1 after "store". A caller that makes further calls must choose a
+smaller weight so that this still holds, because ``select_top_p`` requires it.
 
 scores     [R, Hq, L]  float32 or bfloat16, scaled logits as ``draft_attention`` stores them; with two scored
-                       rows, its 2 * Hq rows are Hq here, those of a KV head still consecutive
+                       rows, Hq here is twice the number of query heads, and the rows of a KV head are consecutive
 lse        [R, Hq]     float32, natural logarithm, finite wherever lens > 0
-lens       [R]         int32, at most the seq_len the scores were made for; 0 = padded row, which stays untouched
+lens       [R]         int32, at most the seq_len of the scores; 0 = padded row, which stays untouched
 mass       [R, G, L]   float32, in and out; G divides Hq, and the heads of a group are consecutive; positions from lens
-                       on are left untouched
+                       on stay untouched
 weight     float       on the host
 """
 
@@ -24,13 +24,13 @@ import triton.language as tl
 
 from . import contracts
 
-# Columns and heads per step; a warp loads 8 heads of them at once and sums over heads in registers. The best of 45 on
-# an H200, 16 requests of 32k with 32 heads, bf16 scores, 2026-11-22: 0.009 ms (0.012 before).
+# Columns and heads per step. A warp loads 8 heads of the columns at once and sums over heads in registers. The best of
+# 45 on an H200, 16 requests of 32k with 32 heads, bf16 scores, 2026-11-22: 0.009 ms (0.012 before).
 BLOCK = 256
 HEADS_PER_STEP = 8
 NUM_WARPS = 1
-# Programs wanted in all, about 16 for each of 132 multiprocessors. A program walks along its row, so that a buffer for
-# long contexts does not cost a program per block behind the end of every short row.
+# Programs wanted in total, about 16 for each of 132 multiprocessors. A program walks along its row, so that short rows
+# in a buffer for long contexts do not cost a program for every empty block.
 PROGRAMS = 2048
 
 
@@ -47,7 +47,7 @@ def _mass_kernel(
     for block in range(tl.program_id(0), blocks, tl.num_programs(0)):
         j = block * BLOCK + tl.arange(0, BLOCK)
         inside = j < length
-        # Rows of whole vectors are read in whole vectors: what lies behind the end is computed and then dropped.
+        # If rows consist of whole vectors, whole vectors are read. Elements past the end are computed and dropped.
         readable = (j // 8) * 8 < length if ALIGNED else inside
         new = tl.zeros([BLOCK], tl.float32)
         for i in range(0, HEADS, STEP):

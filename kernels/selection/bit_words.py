@@ -1,7 +1,7 @@
-"""Arithmetic on words of 32 flags, in int32; shared by the kernels that write and read selections.
+"""Arithmetic on int32 words of 32 flags, shared by the kernels that write and read selections.
 
-Flag p of a row is bit p % 32 of word p // 32. Only shifts, masks and adds, so that the interpreter runs it too; the
-compiler recognizes the population count and emits one instruction.
+Flag p of a row is bit p % 32 of word p // 32. It uses only shifts, masks and adds, so that the interpreter can run it
+too. The compiler recognizes the population count and emits one instruction.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def low_bits(n):
 
 @triton.jit
 def drop_lowest(words, n):
-    """The words without their n lowest set bits; n is a tensor like words, negative drops nothing."""
+    """The words without their n lowest set bits. n has the shape of words; a negative n drops nothing."""
     for i in range(32):
         words = tl.where(i < n, words & (words - 1), words)
     return words

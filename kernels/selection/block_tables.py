@@ -1,35 +1,35 @@
-"""Block tables of the selected tokens, for executors that read whole blocks of vLLM's cache; and their query rows.
+"""Block tables of the selected tokens, and packed query rows, for executors that read whole blocks of vLLM's cache.
 
-``build_block_tables`` has the signature of ``build_page_tables``, and is its twin at the granularity of a block:
+``build_block_tables`` has the signature of ``build_page_tables``, and does the same for whole blocks:
 
     kept blocks b of (s, r):  some position p of b, p < seq_lens[r], has p >= prefix_lens[r] or its bit set
     page_table[s, r, 0]       their ids block_table[r, b], ascending in b
-    kept[s, r, 0]             number of TOKENS in these blocks one after another: all of them full, but the sequence's
-                              last block, if kept, which holds (seq_len - 1) % N + 1
+    kept[s, r, 0]             number of TOKENS in these blocks: N in each, but (seq_len - 1) % N + 1 in the sequence's
+                              last block, if it is kept
 
-With one new token or more (prefix_len < seq_len) the sequence's last block is kept and comes last, so the new tokens
-are the last entries, in order, and causal masking needs no positions.
+If there is a new token (prefix_len < seq_len), the sequence's last block is kept and comes last. So the new tokens are
+the last entries, in order, and causal masking needs no positions.
 
 bits         [S, num_slots, 1, W]  int32, as ``select_top_p`` writes them; shared by all heads, as blocks are
-slots        [R]                   int64, row of ``bits`` of each request; -1 = padded row: kept = 0, nothing else
+slots        [R]                   int64, row of ``bits`` of each request; -1 = padded row: only kept = 0 is written
 prefix_lens  [R]                   int32; -1 = no selection, keep everything. Positions from 32 * W on have no bit, and
                                    are kept as if the prefix ended there
 seq_lens     [R]                   int32; 0 = padded row: kept = 0
 block_table  [R, nb]               int32, nb * N >= max(seq_lens); entries past ceil(seq_len / N) are stale, never read
 page_strides                       not used: block ids do not depend on the layout
 page_table   [S, R, 1, width]      int32, width >= ceil(max(seq_lens) / N); any outer strides; entries past the kept
-                                   blocks are left untouched, and nothing is ever written past width
+                                   blocks stay untouched, and nothing is ever written past width
 kept         [S, R, 1]             int32; any strides
-sources, groups                    None: maps per head would list other blocks for each head, and a block holds them all
+sources, groups                    None: with maps, heads would need different blocks, but a block holds all heads
 
 ``pack_queries`` and ``unpack_outputs`` turn the ragged query rows of a batch into M rows per request and back, for
-attention that wants as many of every request. A request's tokens come last among its M rows, where causal attention
-that is aligned to the bottom right has them; the rows before them are zeros.
+attention that needs the same number of rows from every request. A request's tokens are the last of its M rows, as
+causal attention aligned to the bottom right expects; the rows before them are zeros.
 
 query, out        [T, Hq, D]      requests one after another
-packed            [R, M, Hq, D]   every row is written; result: the same, of what came out for it, last stride 1
+packed            [R, M, Hq, D]   packed queries: every row is written; packed outputs: last stride 1
 query_start_loc   [R + 1]         int32; q_len may be 0, and is at most M
-kept              [R]             int32, any stride; rows of out of a request with kept <= 0 are left untouched
+kept              [R]             int32, any stride; rows of ``out`` stay untouched for requests with kept <= 0
 lse, packed_lse   [T, Hq], [Hq, R * M]  float32, packed_lse of any strides; or both None
 """
 
@@ -42,8 +42,8 @@ import triton.language as tl
 from ..contracts import FLOATS, expect, tensor
 from . import contracts
 
-# Blocks that one program compacts; each counts the kept blocks before its own, COUNT_BLOCKS a step. Bits are few (4 KiB
-# for 32k tokens), so counting them again is cheaper than a second launch. Not yet measured.
+# Blocks that one program compacts. Each program also counts the kept blocks before its own, COUNT_BLOCKS per step. Bits
+# are few (4 KiB for 32k tokens), so counting them again is cheaper than a second launch. Not yet measured.
 CHUNK = 512
 COUNT_BLOCKS = 2048
 # Elements of a query row that one program copies. Not yet measured.
@@ -53,18 +53,18 @@ NUM_WARPS = 4
 
 @triton.jit
 def _low_bits(n):
-    """A word with its n lowest bits set, for any n: none for 0 or less, all for 32 or more."""
+    """A word with its n lowest bits set: no bits for n <= 0, all bits for n >= 32."""
     some = (1 << tl.minimum(tl.maximum(n, 0), 31)) - 1
     return tl.where(n >= 32, -1, some)
 
 
 @triton.jit
 def _kept_blocks(bits, b, blocks, length, prefix, BLOCK_SIZE: tl.constexpr, WORDS: tl.constexpr):
-    """Which of the blocks b are kept; none from ``blocks`` on. prefix is at most 32 * W, blocks ceil(length / N)."""
+    """Which of the blocks b are kept; none from ``blocks`` on. prefix is at most 32 * W, blocks = ceil(length / N)."""
     first = b * BLOCK_SIZE
     end = tl.minimum(first + BLOCK_SIZE, length)
     keep = (b < blocks) & (end > prefix)
-    # The other blocks end within the prefix, so all their positions have bits.
+    # All other blocks end within the prefix, so each of their positions has a bit.
     selectable = (b < blocks) & (end <= prefix)
     for i in tl.static_range(WORDS):
         w = first // 32 + i
@@ -107,7 +107,7 @@ def _block_table_kernel(
     column = count + tl.cumsum(keep.to(tl.int32), 0) - 1
     block = tl.load(block_table + r * stride_tr + b, mask=keep, other=0)
     tl.store(page_table + s * stride_ps + r * stride_pr + column, block, mask=keep & (column < width))
-    # The program of the last block knows the sum.
+    # The program of the last block knows the total.
     count += tl.sum(keep.to(tl.int32), 0)
     last = tl.sum((keep & (b == blocks - 1)).to(tl.int32), 0)
     tokens = count * BLOCK_SIZE - last * (blocks * BLOCK_SIZE - length)
@@ -167,7 +167,8 @@ def build_block_tables(
     if tables == 0 or rows == 0:
         return
     chunks = max(1, triton.cdiv(block_table.shape[1], CHUNK))
-    # Words that a block can lie in: it starts anywhere in the first, unless its size is a power of two or so.
+    # Most words that a block can span. A block may start anywhere in a word, unless its size divides 32 or is a
+    # multiple of 32.
     spanned = max(1, block_size // 32) if 32 % block_size == 0 or block_size % 32 == 0 else (block_size + 30) // 32 + 1
     _block_table_kernel[(chunks, rows, tables)](
         bits, slots, prefix_lens, seq_lens, block_table, page_table, kept, words, width,

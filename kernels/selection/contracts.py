@@ -1,4 +1,4 @@
-"""Argument checks of what selects. All errors are ``ValueError("<name>: got ..., wanted ...")``."""
+"""Argument checks of the selection operations. All errors are ``ValueError("<name>: got ..., wanted ...")``."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def dilate_mass(mass, lens, out, steps, weight) -> None:
 
 
 def _overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether the stretches of memory between the first and the last element of two tensors meet."""
+    """Whether the memory ranges of two tensors, from their first to their last element, overlap."""
     if not a.numel() or not b.numel():
         return False
     spans = ((t.data_ptr(), sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1) for t in (a, b))

@@ -1,17 +1,17 @@
-"""Attention mass spread forward: a position takes over what the positions shortly before it hold.
+"""Spreads attention mass forward: each position gets the largest mass of itself and of the few positions before it.
 
     out[x, p] = weight * max_{0 <= d <= steps, d <= p} mass[x, p - d]        p < lens[x]
 
-A selection made from attention of the past misses what the next tokens turn to: heads that copy move on by one position
-with each token. Spread by as many steps as tokens follow, the mass covers where such a head will look.
+A selection made from past attention can miss the tokens to which the next tokens attend: heads that copy text move on
+by one position per token. If mass is spread by as many steps as tokens follow, it covers these positions.
 
 mass    [X, L]  float32, nonnegative; positions from lens on are never read
 lens    [X]     int32, at most L; 0 = padded row, which stays untouched
-out     [X, L]  float32, no memory shared with ``mass``; positions from lens on are left untouched
+out     [X, L]  float32, must not share memory with ``mass``; positions from lens on stay untouched
 steps   int     on the host, 0 to 64: every step reads the row once more, mostly from the L1 cache
 weight  float   on the host, positive. A maximum over steps + 1 positions is at most their sum, so the row's sum grows
-                at most (steps + 1)-fold: a weight of 1 / (steps + 1) or less keeps sums of at most 1, which
-                ``select_top_p`` counts on (its sums must stay below 2)
+                at most (steps + 1)-fold. With a weight of 1 / (steps + 1) or less, sums of at most 1 stay at most 1;
+                ``select_top_p`` requires this (its sums must stay below 2)
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import triton.language as tl
 
 from . import contracts
 
-# Positions per step of a program. Not measured: eight of each of 128 threads, so that the loads of a few shifts are in
-# flight at once.
+# Positions per step of a program: eight for each of 128 threads, so that the loads of a few shifts are in flight at
+# once. Not measured.
 BLOCK = 1024
 NUM_WARPS = 4
-# Programs wanted in all, about 16 for each of 132 multiprocessors, as in ``accumulate_mass``.
+# Programs wanted in total, about 16 for each of 132 multiprocessors, as in ``accumulate_mass``.
 PROGRAMS = 2048
 
 

@@ -1,16 +1,16 @@
-"""Which query rows of a verification leave their scores behind, and how much of the context they rank.
+"""Chooses the query rows of a verification whose scores are stored, and how many positions they rank.
 
-Of every request the first and the last row: the first attends for the token drafted next, the last for what follows the
-drafts, and neither depends on how many drafts will be accepted (Vegas, arXiv 2602.07223). Of rows longer than a
-verification, which are prompts, the last alone.
+For each request these are its first and its last query row: the first attends for the token that is drafted next, the
+last for the tokens after the drafts. The choice does not depend on how many drafts will be accepted (Vegas, arXiv
+2602.07223). Requests with more rows than a verification are prompts; for them it is the last row only.
 
 query_start_loc  [R+1]    int32
 seq_lens         [R]      int32, the step's own tokens included; 0 = padded row
-max_query_len    int      tokens of the longest verification
+max_query_len    int      most tokens of a verification
 scored_rows      [M, 2]   int64, written, M >= R: rows of the query for ``draft_attention``; -1 for padded rows and from
                           R on
-lens             [M]      int32, written: positions to rank, up to and with the first row's own token, or the last's of
-                          a prompt; what is newer may be rejected. 0 for padded rows and from R on
+lens             [M]      int32, written: number of positions to rank, up to the first row's own token (for a prompt,
+                          its last row's own token); newer tokens may be rejected. 0 for padded rows and from R on
 """
 
 from __future__ import annotations

@@ -3,31 +3,31 @@
     kept positions of (s, r, g): p < seq_lens[r] with p >= prefix_lens[r] or bit p of bits[s, slots[r], g] set
     page(p, g) = block_table[r, p // N] * block + g * head + (p % N) * token        page_strides = (block, head, token)
 
-The cache is read as one long array of pages of one token and one head. Which page holds a token depends on the cache
-layout, and the three strides say how: (N * H, 1, H) where tokens lie outermost in a block, (H * N, N, 1) where heads
-do. Positions from prefix_len on were not there when the selection was made, and are always kept.
+The cache is read as one long array of pages of one token and one head. The page of a token depends on the cache layout,
+which the three strides describe: (N * H, 1, H) if tokens are outermost in a block, (H * N, N, 1) if heads are.
+Positions from prefix_len on did not exist when the selection was made, and are always kept.
 
-``build_page_tables``: one table per score group. With G = 1 it holds the pages of head 0, and whoever reads it for head
-h adds h * head; with G = H, group g is head g.
+``build_page_tables``: one table per score group. With G = 1 it holds the pages of head 0, and the reader of head h adds
+h * head. With G = H, group g is head g.
 
 Without maps, table (s, r, g) is made from the bits of source s and group g. With both maps it is made from
-bits[sources[s], slots[r], groups[s, g]], and its pages are still those of head g: several layers may share the bits of
-a source, each head of each choosing among its groups (Xu et al., arXiv 2605.15508, head map).
+bits[sources[s], slots[r], groups[s, g]], and its pages are still those of head g. So several layers may share the bits
+of a source, and each head of each layer uses one of its groups (Xu et al., arXiv 2605.15508, head map).
 
-bits         [S, num_slots, G, W]  int32, as ``select_top_p`` writes them; G is 1 (all heads alike) or H without maps,
-                                   any number with them
-slots        [R]                   int64, row of ``bits`` of each request; -1 = padded row: kept = 0, nothing else
+bits         [S, num_slots, G, W]  int32, as ``select_top_p`` writes them; without maps G is 1 (shared by all heads) or
+                                   H; with maps any number
+slots        [R]                   int64, row of ``bits`` of each request; -1 = padded row: only kept = 0 is written
 prefix_lens  [R]                   int32; -1 = no selection, keep everything. Positions from 32 * W on have no bit, and
                                    are kept as if the prefix ended there
 seq_lens     [R]                   int32; 0 = padded row: kept = 0
 block_table  [R, nb]               int32; entries past ceil(seq_len / N) are stale and never read
-page_table   [S, R, G, width]      int32, width >= max(seq_lens); pages in ascending position; entries past kept are
-                                   left untouched, and nothing is ever written past width. With maps [T, R, H, width]
+page_table   [S, R, G, width]      int32, width >= max(seq_lens); pages in ascending position; entries past kept stay
+                                   untouched, and nothing is ever written past width. With maps [T, R, H, width]
 kept         [S, R, G]             int32; with maps [T, R, H]
 sources      [T]                   int32, 0 to S-1: the source of each table; or None
 groups       [T, H]                int32, 0 to G-1: the group of each table and head; None if and only if sources is
 
-Outer strides are arbitrary throughout.
+All outer strides are arbitrary.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ import triton.language as tl
 from . import contracts
 from .bit_words import low_bits, popcount
 
-# Positions per program, 16 a thread; few enough that a handful of rows fills the device, and many enough that counting
-# what comes before (4 KiB of bits at most per 32k positions) is a small part. Not yet measured.
+# Positions per program, 16 per thread. With so few, a small number of rows fills the device; with so many, counting the
+# bits before the chunk (at most 4 KiB per 32k positions) is a small part of the work. Not yet measured.
 CHUNK = 4096
-# Words counted per step on the way to the chunk.
+# Words before the chunk that are counted per step.
 COUNT_STEP = 1024
 NUM_WARPS = 8
 
 
 @triton.jit
 def _kept_words(bits, w, prefix, length):
-    """Words w of a row as they are kept: the bits below the prefix, ones from there up to the length, zeros after."""
+    """Words w of a row's kept positions: the bits before the prefix, ones from there to the length, then zeros."""
     first = w * 32
     word = tl.load(bits + w, mask=(first < prefix) & (first < length), other=0)
     return (word | ~low_bits(prefix - first)) & low_bits(length - first)
@@ -57,8 +57,8 @@ def _kept_words(bits, w, prefix, length):
 
 @triton.jit
 def _compact(bits, prefix, length, chunk, CHUNK: tl.constexpr, COUNT_STEP: tl.constexpr):
-    """The kept positions of one chunk of a row, as (position, column, is kept), each [CHUNK // 32, 32], and the number
-    of positions kept up to the end of the chunk. Every program counts for itself what comes before its chunk."""
+    """The positions of one chunk of a row, as (position, column, is kept), each [CHUNK // 32, 32], and the number of
+    positions kept up to the end of the chunk. Every program itself counts the kept positions before its chunk."""
     first_word = chunk * (CHUNK // 32)
     counts = tl.zeros([COUNT_STEP], tl.int32)
     for start in range(0, first_word, COUNT_STEP):
@@ -122,7 +122,7 @@ def build_page_tables(
     if tables == 0 or rows == 0:
         return
     mapped = sources is not None
-    # One chunk at least: the first also writes the zeros of padded rows.
+    # At least one chunk: the first one also writes the zeros of padded rows.
     _page_table_kernel[(max(triton.cdiv(width, CHUNK), 1), rows * heads, tables)](
         bits, slots, prefix_lens, seq_lens, block_table, page_table, kept,
         sources if mapped else slots, groups if mapped else slots,

@@ -1,4 +1,4 @@
-"""Choosing tokens and listing them, in PyTorch."""
+"""The selection operations in PyTorch."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ def select_top_p(
         inside = pos < length
         forced = inside & ((pos < sink) | (pos >= length - recent))
         quanta = (mass * float(1 << 30)).long().masked_fill_(~inside, 0)
-        # One integer per token that sorts the way tokens are taken: forced first, then by mass, then by position;
-        # what lies past the length sorts last. The position bits make every key unique, so any sort is exact.
+        # One integer per token that sorts tokens in the order of selection: forced ones, then by mass, then by
+        # position; tokens past the length last. The position bits make every key unique, so any sort is exact.
         key = (quanta << 31) | pos
         key = key.masked_fill_(forced, 1 << 62).masked_fill_(~inside, -1)
         order = key.sort(dim=-1, descending=True).indices
@@ -71,7 +71,7 @@ def select_top_p(
             wanted = length
         else:
             target = (total * round(top_p * 65536) + 65535) >> 16
-            # The shortest prefix that reaches the target is as long as the number of prefixes that do not.
+            # The length of the shortest prefix that reaches the target is the number of prefixes that do not.
             taken = quanta.gather(-1, order)
             wanted = ((taken.cumsum(-1) - taken) < target).logical_and_(inside).sum(-1, keepdim=True)
             wanted = wanted.maximum(n_forced)
@@ -92,7 +92,8 @@ def select_top_p(
 
 
 def _compact(flags: torch.Tensor):
-    """Of bool [X, length]: row, position and column (rank within the row) of each set flag, and flags set per row."""
+    """For flags bool [X, length]: row, position and column (rank in its row) of each set flag, and the number of set
+    flags per row."""
     counts = flags.sum(-1)
     row, pos = flags.nonzero(as_tuple=True)
     column = torch.arange(row.shape[0], device=flags.device) - (counts.cumsum(0) - counts)[row]
@@ -162,7 +163,7 @@ def build_block_tables(
 
 
 def mark_rows(query_start_loc, seq_lens, max_query_len, scored_rows, lens) -> None:
-    """Which rows leave their scores. See ``mark_rows.mark_rows``."""
+    """Chooses the rows whose scores are stored. See ``mark_rows.mark_rows``."""
     contracts.mark_rows(query_start_loc, seq_lens, max_query_len, scored_rows, lens)
     rows = seq_lens.shape[0]
     begin, end = query_start_loc[:-1], query_start_loc[1:]

@@ -1,17 +1,17 @@
-"""The threshold of a top-p selection: where the order of the free tokens is cut.
+"""Finds the threshold of a top-p selection, which separates the selected free tokens of a row from the others.
 
 A row's free tokens are taken by q descending. ``threshold`` is the largest t for which the tokens with q >= t are
-*enough*, and ``skip`` is how many of those with q == t have to be left out again. Enough is
+*enough*. ``skip`` is how many of the tokens with q == t must be left out again. Tokens are enough if
 
     count >= upper   or   count >= lower and weight >= need
 
-weight being the sum of their q. That is the shortest prefix of weight ``need``, clamped to [lower, upper], in one
-search: the weight of a prefix grows with its length. WEIGHED and COUNTED say which of the two sums are made; without
-WEIGHED only ``upper`` counts, without COUNTED only ``need`` does.
+where weight is the sum of their q. The result is the shortest prefix of weight ``need``, clamped to [lower, upper]. One
+search finds it, because the weight of a prefix grows with its length. WEIGHED and COUNTED say which of the two sums are
+computed: without WEIGHED only ``upper`` matters, without COUNTED only ``need``.
 
-The search finds the number of bits of the threshold first, then its bits: 5 + 13 steps for a threshold near 2^14, where
-going through all bits of an int32 takes 31. It stops after 24 bits: the threshold is the q of some token, which comes
-from a float32 and has no more. All sums are int32 and therefore the same in any order.
+The search first finds the number of bits of the threshold, then its bits: 5 + 13 steps for a threshold near 2^14, while
+trying all bits of an int32 takes 31. It stops after 24 bits: the threshold is the q of some token, which comes from a
+float32 and has at most 24 significant bits. All sums are int32, so the order of summation does not matter.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ NONE_TAKEN = tl.constexpr(0x7FFFFFFF)  # a threshold above every q
 
 @triton.jit
 def quanta(mass, p, length, head, tail, VECTOR: tl.constexpr):
-    """Fixed-point mass at positions p: of every token (0 past the row), and of the free ones (-1 elsewhere). Free are
-    head <= p < tail. The mask is rounded up to VECTOR tokens, because a finer one would split the 16-byte loads."""
+    """Fixed-point mass at positions p: of all tokens (0 past the row), and of free tokens (-1 elsewhere), which are
+    head <= p < tail. The mask is rounded up to VECTOR tokens, because a finer mask would split the 16-byte loads."""
     rounded = (length + VECTOR - 1) // VECTOR * VECTOR
     q = (tl.load(mass + p, mask=p < rounded, other=0.0) * 1073741824.0).to(tl.int32)
     # One unsigned comparison for both ends.
@@ -46,10 +46,10 @@ def _enough(weight, count, need, lower, upper, WEIGHED: tl.constexpr, COUNTED: t
 
 @triton.jit
 def _skip(t, weight, above, equal, need, lower, upper, WEIGHED: tl.constexpr, COUNTED: tl.constexpr):
-    """How many tokens at threshold t are too many; (weight, above) is the sum and number of those with q > t."""
+    """How many tokens at threshold t are too many; (weight, above): sum of q and number of the tokens with q > t."""
     taken = upper
     if WEIGHED:
-        # At t = 0 the weight is there already, and tokens of weight 0 are taken for the count only.
+        # At t = 0 the weight is already reached, and tokens of weight 0 only add to the count.
         missing = tl.maximum(need - weight, 0)
         taken = above + tl.where(missing > 0, (missing - 1) // tl.maximum(t, 1) + 1, 0)
         if COUNTED:
@@ -59,21 +59,21 @@ def _skip(t, weight, above, equal, need, lower, upper, WEIGHED: tl.constexpr, CO
 
 @triton.jit
 def _power(bits):
-    """The smallest number of so many bits; for more than 31 bits one that no q reaches."""
+    """The smallest number with this many bits; for more than 31 bits, a number that no q reaches."""
     return tl.where(bits > 31, NONE_TAKEN, 1 << tl.minimum(tl.maximum(bits - 1, 0), 30))
 
 
 @triton.jit
 def _first(bits):
-    """Smallest threshold with so many bits; 0 bits is 0."""
+    """The smallest threshold with this many bits; 0 for 0 bits."""
     return tl.where(bits > 0, _power(bits), 0)
 
 
 @triton.jit
 def _weight_from(q, candidate, FUSED: tl.constexpr):
-    """Sum of the q [SIZE] that are at least the candidate. FUSED adds under a predicate, four tokens at a time, where
-    the compiler selects and then adds: 44 instead of 74 operations of the integer pipe for 32 tokens, which is what a
-    step waits for. Every thread has to hold a multiple of four tokens."""
+    """Sum of all q [SIZE] that are at least the candidate. FUSED uses predicated adds, four tokens at a time, while the
+    compiler would select and then add: 44 instead of 74 operations of the integer pipe for 32 tokens, and this pipe
+    limits a step. Every thread must hold a multiple of four tokens."""
     if FUSED:
         parts = tl.inline_asm_elementwise(
             """{
@@ -99,7 +99,7 @@ def _weight_from(q, candidate, FUSED: tl.constexpr):
 
 @triton.jit
 def _count_from(q, candidate, FUSED: tl.constexpr):
-    """Number of the q [SIZE] that are at least the candidate; FUSED as above."""
+    """Number of q [SIZE] that are at least the candidate; FUSED as in ``_weight_from``."""
     if FUSED:
         parts = tl.inline_asm_elementwise(
             """{
@@ -140,8 +140,8 @@ def _reaches(
 def find_in_registers(
     q, need, lower, upper, WEIGHED: tl.constexpr, COUNTED: tl.constexpr, FUSED: tl.constexpr
 ):  # fmt: skip
-    """(threshold, skip) of a row that is held in registers, q [SIZE] int32, -1 where no free token is. One bit a step:
-    what a step costs is its compares and adds."""
+    """(threshold, skip) of a row that is held in registers, q [SIZE] int32, -1 for tokens that are not free. Each step
+    finds one bit, because its cost is its compares and adds."""
     bits = tl.full([], 0, tl.int32)
     for i in range(5):
         trial = bits + (16 >> i)
@@ -160,7 +160,7 @@ def find_in_registers(
 
 @triton.jit
 def _add_from(total, value, q, candidate, FUSED: tl.constexpr):
-    """total + value where q is at least the candidate, element by element; FUSED under a predicate as above."""
+    """total + value where q is at least the candidate, element by element; FUSED uses a predicated add."""
     if FUSED:
         total = tl.inline_asm_elementwise(
             "{ .reg .pred p; setp.ge.s32 p, $3, $4; mov.s32 $0, $1; @p add.s32 $0, $1, $2; }",
@@ -177,7 +177,7 @@ def _reached_of_three(
     WEIGHED: tl.constexpr, COUNTED: tl.constexpr, FUSED: tl.constexpr, VECTOR: tl.constexpr,
     TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """How many of the ascending candidates c1, c2, c3 are enough, in one pass over the row."""
+    """How many of the ascending candidates c1, c2, c3 give enough tokens, in one pass over the row."""
     zero = tl.zeros([TILE], tl.int32)
     w1, w2, w3 = zero, zero, zero
     n1, n2, n3 = zero, zero, zero
@@ -202,8 +202,8 @@ def find_in_memory(
     WEIGHED: tl.constexpr, COUNTED: tl.constexpr, FUSED: tl.constexpr, VECTOR: tl.constexpr,
     TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """(threshold, skip) of a row that is too long for registers. Two bits a pass: what a pass costs is reading the row
-    from L2. The last pass of each loop may try candidates that are known to fail, which is harmless."""
+    """(threshold, skip) of a row that is too long for registers. Each pass finds two bits, because its main cost is
+    reading the row from L2. The last pass of each loop may try candidates that must fail, which is harmless."""
     bits = tl.full([], 0, tl.int32)
     for i in range(3):
         step = tl.maximum(8 >> (2 * i), 1)

@@ -1,22 +1,22 @@
-"""Sorting-free top-p selection of context tokens, in integers.
+"""Top-p selection of context tokens without sorting, in integers.
 
-Top-p by bisection on the threshold instead of by sorting: Shah, arXiv 2510.27641, s.3. Here in fixed point, so that
+It finds the threshold by bisection instead of sorting (Shah, arXiv 2510.27641, s.3). Here it is in fixed point, so that
 the result is exact and does not depend on the order of summation:
 
     q_p = int(mass_p * 2^30)                       truncated; the product is exact
     T   = sum of q_p over [0, len)
     M   = (T * P + 65535) >> 16                    P = round(top_p * 65536), in 64 bits
 
-*Forced* tokens are p < sink and p >= len - recent. *Wanted* are the forced tokens and the shortest prefix of the
-others, in *order* - by q descending, at equal q by position descending (most recent first) - that brings the selected
-mass to M or more; top_p >= 1 wants every token. The number selected is then clamped to [lower, upper], by going on or
-stopping early in the same order:
+*Forced* tokens are p < sink and p >= len - recent. The other tokens are *free*, in order of q descending, at equal q of
+position descending (most recent first). The selection is the forced tokens and the shortest prefix of the free ones
+that brings the selected mass to M or more; with top_p >= 1 it is every token. The number of selected tokens is then
+clamped to [lower, upper], by taking more or fewer in the same order:
 
     share = (len * F + 65535) >> 16                F = round(max_fraction * 65536)
     upper = min(max_tokens, max(share, min_tokens)), at least the forced, at most len
     lower = min(min_tokens, upper)
 
-With top_p >= 1 that is a fixed budget, a share of the row between a floor and a cap.
+With top_p >= 1 this is a fixed budget: a share of the row between a floor and a cap.
 
 mass    [X, L]  float32, 0 or more; the sum of a row is at most 1, give or take rounding (sums are kept in int32, which
                 holds up to 2)
@@ -38,24 +38,24 @@ from . import contracts
 from .bit_words import drop_lowest, low_bits, pack, popcount
 from .threshold import NONE_TAKEN, find_in_memory, find_in_registers, quanta
 
-# Tuned by reasoning about an H200 and by what the compiler makes of it; not yet measured.
-# Longest row that is held in registers: 32 tokens a thread at 32 warps, which leaves as many registers for the work.
+# Chosen for an H200 by reasoning and from the compiler's output; not yet measured.
+# Longest row that is held in registers: 32 tokens per thread at 32 warps, which leaves as many registers for the work.
 RESIDENT = 32768
-# Tokens a thread holds of the longest resident row, as long as that makes no more than 32 warps.
+# Tokens of a resident row per thread, as long as that needs no more than 32 warps.
 PER_THREAD = 8
-# Tokens per step over a longer row, 8 a thread with one running sum per candidate, half as many with two: more spill.
+# Tokens per step over a longer row: 8 per thread with one running sum per candidate, 4 with two; more would spill.
 TILE = 8192
 STAGES = 3  # steps whose loads are in flight
-# Sums with predicated adds in PTX, which a kernel of NVIDIA takes and the interpreter does not.
+# Sums use predicated adds in PTX, which only NVIDIA's compiler supports, not the interpreter.
 FUSED = torch.version.hip is None
-PACK = 4  # tokens they take at a time: every thread has to hold a multiple
+PACK = 4  # tokens per predicated add: every thread must hold a multiple
 MIN_WARPS = 4
-ALL = 1 << 17  # passed for P when every token is wanted
+ALL = 1 << 17  # passed as P to select every token
 
 
 @triton.jit
 def _limits(length, forced, f_fixed, min_tokens, max_tokens):
-    """The fewest and the most free tokens that may be taken."""
+    """(fewest, most) free tokens that may be selected."""
     upper = tl.maximum(((length.to(tl.int64) * f_fixed + 65535) >> 16).to(tl.int32), min_tokens)
     if max_tokens >= 0:
         upper = tl.minimum(upper, max_tokens)
@@ -66,14 +66,14 @@ def _limits(length, forced, f_fixed, min_tokens, max_tokens):
 
 @triton.jit
 def _missing(total, free, p_fixed):
-    """Mass that the free tokens have to bring: the target less what is forced."""
+    """Mass that the selected free tokens must have: the target minus the mass of forced tokens."""
     target = ((total.to(tl.int64) * p_fixed + 65535) >> 16).to(tl.int32)
     return target - (total - free)
 
 
 @triton.jit
 def _search_needed(need, lower, upper, free_count, WEIGHED: tl.constexpr):
-    """(threshold, whether it has to be searched for): nothing and everything are known without."""
+    """(threshold, whether a search is needed). It is not needed if no free token, or every one, is selected."""
     if WEIGHED:
         nothing = (upper <= 0) | ((need <= 0) & (lower <= 0))
         everything = lower >= free_count
@@ -85,10 +85,11 @@ def _search_needed(need, lower, upper, free_count, WEIGHED: tl.constexpr):
 
 @triton.jit
 def _write(q, start, length, threshold, skip, seen, bits, words, UNION: tl.constexpr, SIZE: tl.constexpr):
-    """Writes the words of q [SIZE], which starts at position ``start``; returns the number of tied tokens seen and of
-    bits set. Of all tied tokens the first ``skip`` are left out, ``seen`` of which came before."""
+    """Writes the words of q [SIZE], which starts at position ``start``. Returns the number of tied tokens seen and of
+    bits set. The first ``skip`` tied tokens of the row are left out; ``seen``: tied tokens before ``start``."""
     w = start // 32 + tl.arange(0, SIZE // 32)
-    # Ties are all in, or added below. What is not free is -1, the largest unsigned number: in, if it is in the row.
+    # Tied tokens are all selected here, or added below. Tokens that are not free have q = -1, the largest unsigned
+    # number, so those inside the row are selected.
     cut = threshold + (skip > 0).to(tl.int32)
     word = pack(q.to(tl.uint32, bitcast=True) >= cut.to(tl.uint32, bitcast=True), SIZE) & low_bits(length - w * 32)
     if skip > 0:
@@ -105,7 +106,7 @@ def _write(q, start, length, threshold, skip, seen, bits, words, UNION: tl.const
 
 @triton.jit
 def _write_rest(first, bits, words, UNION: tl.constexpr, SIZE: tl.constexpr):
-    """Clears the words from ``first`` on, or leaves them for a union; returns the number of bits set in them."""
+    """Clears the words from ``first`` on, or keeps them for a union. Returns the number of bits set in them."""
     count = tl.full([], 0, tl.int32)
     for start in range(first, words, SIZE):
         w = start + tl.arange(0, SIZE)
@@ -122,7 +123,7 @@ def _resident_row(
     WEIGHED: tl.constexpr, COUNTED: tl.constexpr, UNION: tl.constexpr, FUSED: tl.constexpr, VECTOR: tl.constexpr,
     SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Selects in a row of at most SIZE tokens, read once; returns the number of bits set."""
+    """Selects in a row of at most SIZE tokens, which is read once. Returns the number of bits set."""
     whole, q = quanta(mass, tl.arange(0, SIZE), length, head, tail, VECTOR)
     need = tl.full([], 0, tl.int32)
     if WEIGHED:
@@ -142,7 +143,7 @@ def _streamed_row(
     WEIGHED: tl.constexpr, COUNTED: tl.constexpr, UNION: tl.constexpr, FUSED: tl.constexpr, VECTOR: tl.constexpr,
     TILE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Selects in a row of any length, read about a dozen times; returns the number of bits set."""
+    """Selects in a row of any length, which is read about a dozen times. Returns the number of bits set."""
     need = tl.full([], 0, tl.int32)
     if WEIGHED:
         whole = tl.zeros([TILE], tl.int32)
@@ -180,7 +181,7 @@ def _top_p_kernel(
     head = tl.minimum(sink, length)
     tail = tl.maximum(length - recent, head)
     lower, upper = _limits(length, head + length - tail, f_fixed, min_tokens, max_tokens)
-    # The width is that of the longest row a server takes; the work is that of the row at hand.
+    # The buffer is as wide as the longest row that a server accepts, but the work depends on this row's length.
     if length <= SMALL:
         count = _resident_row(
             mass, length, head, tail, bits, words, p_fixed, lower, upper, WEIGHED, COUNTED, UNION, FUSED, VECTOR, SMALL
@@ -210,12 +211,12 @@ def select_top_p(
         return
     p_fixed = ALL if top_p >= 1 else round(top_p * 65536)
     f_fixed = round(max_fraction * 65536)
-    # A threshold by weight, by number, or by both; a kernel is compiled for each.
+    # The threshold is by weight, by number, or by both; each has its own compiled kernel.
     weighed = top_p < 1
     counted = not weighed or min_tokens > 0 or max_tokens >= 0 or f_fixed < 65536
     size = min(max(triton.next_power_of_2(width), 32 * PACK * MIN_WARPS), RESIDENT)
     warps = min(max(size // (32 * PER_THREAD), MIN_WARPS), 32)
-    # Predicated adds take whole packs: with fewer tokens than that, threads would hold copies of each other's.
+    # Predicated adds need whole packs: with fewer tokens, threads would hold copies of the same tokens.
     fused = FUSED and isinstance(_top_p_kernel, triton.JITFunction) and size >= 32 * PACK * warps
     _top_p_kernel[(rows,)](
         mass, lens, bits, counts, mass.stride(0), bits.stride(0), bits.shape[1], p_fixed, f_fixed, min_tokens,

@@ -1,5 +1,5 @@
-"""A small copy of the keys in the cache, and what the target's queries choose by it.
+"""The sketch, a small copy of the keys in the cache, and the search by which queries choose tokens over it.
 
-``layout`` says where the copy lies, ``encode`` writes it, ``queries``, ``scores`` and ``pages`` choose. ``reference``
-has the same operations in PyTorch.
+``layout`` defines the sketch's place in memory, ``encode`` writes it, and ``queries``, ``scores``, ``cuts`` and
+``pages`` choose. ``reference`` has the same operations in PyTorch.
 """

@@ -1,4 +1,4 @@
-"""Argument checks of the sketch's operations, for kernels and references alike, in the words of ``contracts.py``."""
+"""Argument checks of the sketch's operations, for kernels and references, with the helpers of ``../contracts.py``."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .layout import BITS
 HEAD_SIZES = (64, 128, 256)
 BINS = 256
 LOWEST, PER_NAT = -16.0, 12.75
-"""A score s, in nats, is kept as the bin floor((s - LOWEST) * PER_NAT), 0 to 255: from -16 to 4, in steps of 0.078."""
+"""A score s in nats is stored as the bin floor((s - LOWEST) * PER_NAT), 0 to 255: from -16 to 4, in steps of 0.078."""
 MAX_SAMPLE = 512
-"""Tokens by which the normaliser of a query row is estimated, besides the first and the last ones."""
+"""Most tokens from which the normaliser of a query row is estimated, besides the last 16 to 31."""
 CHUNK = 2048
 """Tokens of the context that one program scans."""
 SAMPLE_BLOCK = 16
-"""Neighbouring tokens that are sampled together; a block of vLLM's cache holds a multiple of them."""
+"""Neighbouring tokens that are sampled together. The size of a block of vLLM's cache is a multiple of it."""
 
 
 def sampled_tokens(context: torch.Tensor) -> torch.Tensor:
-    """How many tokens the normalisers of a row are estimated from, of contexts [R] of so many tokens, integers: the
-    last 16 to 31, and of the blocks before them one in so many that they are MAX_SAMPLE tokens at most."""
+    """The number of tokens from which the normalisers of a row are estimated, for contexts [R], integers: the last 16
+    to 31 tokens, and blocks at equal distances before them, at most MAX_SAMPLE tokens."""
     stride = ((context + MAX_SAMPLE - 1) // MAX_SAMPLE).clamp(min=1)
     blocks = (context - SAMPLE_BLOCK).clamp(min=0) // SAMPLE_BLOCK
     return context - blocks * SAMPLE_BLOCK + (blocks + stride - 1) // stride * SAMPLE_BLOCK
@@ -32,13 +32,14 @@ def sampled_tokens(context: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Budget:
-    """How many tokens of the context each KV head reads. Counts are in tokens and hold the forced ones.
+    """How many tokens of the context each KV head reads. Counts are in tokens and include the forced ones.
 
-    The context are the tokens that a row had before this step; the step's own are always read. Forced are the first
-    ``sink`` and the last ``recent`` of the context. With top_p None, ``ratio`` of the context, shared by the KV heads
-    of a layer or of all ``layers``: that is their mean, and each gets more or less by its scores, but ``min_tokens`` at
-    least; ``none``: each gets as much. Else the fewest tokens that hold ``top_p`` of a head's estimated attention, and
-    no more than ``ratio`` of the context.
+    The context is the tokens that a row had before this step; the step's own tokens are always read. The first ``sink``
+    and the last ``recent`` tokens of the context are *forced*: always read. With top_p None, the budget is ``ratio`` of
+    the context. ``shared`` says which KV heads share it, those of one layer or of all layers: their mean is the budget,
+    and each head gets more or less by its scores, but at least ``min_tokens``. 'none': each head gets the same. With
+    top_p, a head gets the fewest tokens that hold ``top_p`` of its estimated attention, at most ``ratio`` of the
+    context.
     """
 
     ratio: float
@@ -57,12 +58,12 @@ class Budget:
 
     @property
     def amount(self) -> str:
-        """How much that is, in words."""
+        """The budget in words."""
         return f"{self.ratio:.1%} of the context" if self.top_p is None else f"top_p={self.top_p} of what is estimated"
 
     @property
     def reads_all_up_to(self) -> int:
-        """Contexts of so many tokens and fewer are read whole, and need no scan."""
+        """Contexts of up to this many tokens are dense, without a search."""
         if self.ratio >= 1 and self.top_p is None and self.max_tokens < 0:
             return 2**31 - 1
         return min(max(self.min_tokens, self.sink + self.recent), 2**31 - 1)
@@ -146,7 +147,7 @@ def score_tokens(
 
 
 TOTALS = BINS + 2
-"""What is kept of a request's step: tokens by bin, layers and heads that are in it, and tokens they took beyond."""
+"""Integers kept from a request's step: tokens by bin, the number of their heads, and tokens taken beyond the share."""
 
 
 def _carried(slots, totals, thresholds, rows, dev) -> None:

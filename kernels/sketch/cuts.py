@@ -1,36 +1,37 @@
-"""How much each KV head reads, from the histograms of a scan: a threshold for its scores. Nothing is sorted.
+"""Finds a score threshold for each KV head from the histograms of a scan, without sorting.
 
-A head's free tokens are taken from the highest bin down, and of the bin in which its number is reached the latest ones.
-Forced tokens (the first ``sink`` and the last ``recent`` of the context) and the step's own tokens are always read.
-With n tokens wanted of a context of c, f of which are forced:
+A head's free tokens are taken from the highest bin down; in the last bin, the most recent tokens are taken. Forced
+tokens (the first ``sink`` and the last ``recent`` of the context) and the step's own tokens are always read. With n
+tokens to read from a context of c tokens, f of them forced:
 
     share = (c * F + 65535) >> 16                                F = round(ratio * 65536)
     n     = min(max_tokens, max(share, min_tokens)), at least f, at most c
 
-``ratio`` alone: each head takes n - f free tokens. Shared by ``heads``: a layer's H heads take H (n - f) together, by
-one threshold over their scores, but each the floor, min(n, min_tokens) - f, at least. Shared by ``layers``: the heads
-of all layers take n - f on average, by one threshold for a request. It is what its last step would have needed
-(``carry_thresholds``, once a step, before the first layer), because what the layers to come weigh is not known yet; a
-request's first step, which has none, shares by heads. ``top_p``: each takes the fewest free tokens with which, and with
-the forced ones, it holds that share of its estimated attention (the sum of exp((bin + 1/2) / 12.75 - 16)); between the
-floor and n.
+Budget shared by ``none``: each head takes n - f free tokens. Shared by ``heads``: the H heads of a layer together take
+H (n - f), with one threshold over their scores, but each takes at least the floor, min(n, min_tokens) - f. Shared by
+``layers``: the heads of all layers take n - f on average, with one threshold per request. It is the threshold that
+would have met the budget in the request's last step (``carry_thresholds``, once per step, before the first layer),
+because the scores of later layers are not known yet. A request's first step has no such threshold and shares by heads.
+``top_p``: each head takes the fewest free tokens that, with the forced ones, hold that share of its estimated attention
+(the sum of exp((bin + 1/2) / 12.75 - 16)); the number stays between the floor and n.
 
-histogram        [R, H, 256]       int32, of the free tokens of the context
-chunks           [R, H, C, 256]    int16, the same of each chunk of 2,048 tokens
+histogram        [R, H, 256]       int32, number of free tokens of the context by bin
+chunks           [R, H, C, 256]    int16, the same for each chunk of 2,048 tokens
 query_start_loc  [R+1]             int32
 seq_lens         [R]               int32, the step's own tokens included; 0 = padded row
-dense            [R]               int32, not 0: every token is read; so it is where no head can do with less
-scores           [R, H, L]         uint8, read with ``top_p`` alone, for the weight of the forced tokens
-slots            [R]               int32, of each row's request; negative: nobody's, which share the last
-totals           [S, 258]          int32, by slot, added to where layers share: free tokens of the step by bin, over the
-                                   layers so far, how many heads that is, and by how much they took more than their
-                                   share by the threshold; zeros for a request that is new
-thresholds       [S, 2]            int32, by slot: (bin, part): tokens of higher bins are taken, and part / 65536 of
-                                   this one's; bin -1: there is none yet
-cuts             [R, H, 2]         int32, written: (threshold, skip): free tokens of bins above the threshold are read,
-                                   and of the threshold's own bin all but the first ``skip``; threshold -1: all tokens
-starts           [R, H, C, 2]      int32, written where the threshold is not -1: free tokens above the threshold, and in
-                                   its bin, in the chunks before each chunk that holds a part of the context
+dense            [R]               int32, not 0: every token is read, as in rows whose budget is the whole context
+scores           [R, H, L]         uint8, only read with ``top_p``, for the weight of the forced tokens
+slots            [R]               int32, request slot of each row; negative: a padded row. Padded rows share the last
+                                   slot
+totals           [S, 258]          int32, by slot, updated if layers share: free tokens of this step by bin, summed over
+                                   the layers so far; the number of their heads; and how many tokens these heads took
+                                   beyond their share by the threshold. Zeros for a new request
+thresholds       [S, 2]            int32, by slot: (bin, part): tokens in higher bins are taken, and part / 65536 of the
+                                   tokens in this bin; bin -1: no threshold yet
+cuts             [R, H, 2]         int32, written: (threshold, skip): free tokens in bins above the threshold are read,
+                                   and those in the threshold's bin but the first ``skip``; threshold -1: all tokens
+starts           [R, H, C, 2]      int32, written if the threshold is not -1, for each chunk with a part of the context:
+                                   free tokens above the threshold, and in its bin, in the chunks before it
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ import triton.language as tl
 from . import contracts
 from .contracts import CHUNK, LOWEST, PER_NAT, Budget
 
-CHUNKS = 16  # at a time
+CHUNKS = 16  # chunks that are read at once
 NUM_WARPS = 4
 
 
@@ -59,14 +60,14 @@ def _limits(context, fixed_ratio, min_tokens, max_tokens, sink, recent):
 
 @triton.jit
 def _shared_number(counts, from_bin, floor, number, h, heads, H: tl.constexpr, BINS: tl.constexpr):
-    """Free tokens of head h where all heads share ``number`` times their number; counts and from_bin [H, BINS]: tokens
-    of each bin, and of it and all higher ones."""
+    """Free tokens of head h if all heads share a budget of ``number`` times the number of heads. counts [H, BINS]:
+    tokens in each bin; from_bin [H, BINS]: tokens in this bin and all higher ones."""
     all_heads = tl.arange(0, H)
     live = all_heads < heads
     bins = tl.arange(0, BINS)[None, :]
     taken = tl.where(live[:, None], tl.maximum(from_bin, floor), 0)
     budget = number * heads
-    # The lowest bin from which on all tokens can be taken; BINS if not even those of the highest.
+    # The lowest bin from which on all tokens fit into the budget; BINS if not even those of the highest bin fit.
     cut = tl.sum((tl.sum(taken, 0) > budget).to(tl.int32), 0)
     sure = tl.where(live, tl.maximum(tl.sum(tl.where(bins >= cut, counts, 0), 1), floor), 0)
     more = tl.where(live, tl.maximum(tl.sum(tl.where(bins >= cut - 1, counts, 0), 1), floor), 0) - sure
@@ -78,12 +79,12 @@ def _shared_number(counts, from_bin, floor, number, h, heads, H: tl.constexpr, B
 
 @triton.jit
 def _number_that_holds(counts, from_bin, forced_weight, top_p, lowest, per_nat, BINS: tl.constexpr):
-    """The fewest free tokens that hold top_p of all weight together with the forced ones; counts, from_bin [BINS]."""
+    """The fewest free tokens that, with the forced ones, hold top_p of all weight; counts, from_bin [BINS]."""
     bins = tl.arange(0, BINS)
     weight = tl.exp((bins + 0.5) / per_nat + lowest)
     held = tl.cumsum(counts * weight, 0, reverse=True)
     need = (tl.sum(counts * weight, 0) + forced_weight) * top_p - forced_weight
-    cut = tl.sum((held >= need).to(tl.int32), 0) - 1  # the highest bin with which it is enough; -1: none is
+    cut = tl.sum((held >= need).to(tl.int32), 0) - 1  # the highest bin down to which tokens are enough; -1: none
     at = bins == cut
     above = tl.sum(tl.where(at, from_bin - counts, 0), 0)
     missing = need - tl.sum(tl.where(at, held - counts * weight, 0.0), 0)
@@ -95,7 +96,7 @@ def _number_that_holds(counts, from_bin, forced_weight, top_p, lowest, per_nat, 
 
 @triton.jit
 def _forced_weight(scores, context, sink, recent, lowest, per_nat, BLOCK: tl.constexpr):
-    """Weight of the tokens that are read anyway, from their bins."""
+    """Weight of the forced tokens, from their bins."""
     total = tl.zeros([BLOCK], tl.float32)
     forced = tl.minimum(context, tl.minimum(sink, context) + tl.minimum(recent, context))
     for start in range(0, forced, BLOCK):
@@ -135,7 +136,7 @@ def _carry_kernel(
     part = tl.minimum(tl.maximum(number - above, 0) * 65536 // tl.maximum(tied, 1), 65536)
     tl.store(thresholds + slot * 2, tl.where(heads > 0, threshold, -1))
     tl.store(thresholds + slot * 2 + 1, part.to(tl.int32))
-    tl.debug_barrier()  # all of it is loaded
+    tl.debug_barrier()  # all threads must have loaded the totals before they are zeroed
     tl.store(totals + bins, tl.zeros([BINS], tl.int32))
     tl.store(totals + BINS, 0)
     tl.store(totals + BINS + 1, 0)
@@ -145,8 +146,8 @@ def carry_thresholds(
     query_start_loc: torch.Tensor, seq_lens: torch.Tensor, slots: torch.Tensor, totals: torch.Tensor,
     thresholds: torch.Tensor, budget: Budget,
 ) -> None:  # fmt: skip
-    """Once a step: from the totals of a request's last step, which become zeros, the threshold of this one. Launch on
-    the current stream; arguments as in the module's text."""
+    """Once per step: find each request's threshold from the totals of its last step, and zero the totals. Launch on the
+    current stream; arguments as in the module's text."""
     contracts.carry_thresholds(query_start_loc, seq_lens, slots, totals, thresholds)
     if seq_lens.shape[0] == 0:
         return
@@ -170,7 +171,7 @@ def _cuts_kernel(
     context = tl.maximum(tl.load(seq_lens + r) - q_len, 0)
     most, floor, forced = _limits(context, fixed_ratio, min_tokens, max_tokens, sink, recent)
     cuts += r * stride_cr + h * 2
-    # With top_p, how much is read may still be less than what may be.
+    # With top_p, a head may read less than ``most``, so only the floor decides here.
     if (tl.load(dense + r) != 0) | ((floor if TOP_P else most) >= context):
         tl.store(cuts, -1)
         tl.store(cuts + 1, 0)

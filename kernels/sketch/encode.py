@@ -1,18 +1,18 @@
-"""Codes of new keys, written where the keys are written; with the values at hand, keys and values are written too.
+"""Writes codes of new keys beside the keys; if values are given, it writes keys and values to the cache too.
 
-A key is rotated, its centre subtracted, and each element rounded to 2^bits levels of a step that suits the key's own
-size. The rotation (random signs, then a Hadamard matrix) spreads what a few large elements hold over all of them; the
-centre is the mean key of the layer and head, which adds the same to every score of a query and only costs precision.
-A code is made from one key alone, so it is the same in whatever batch, chunk or order the key is written.
+A key is rotated, the centre is subtracted, and each element is rounded to 2^bits levels with a step size that suits the
+key's norm. The rotation (random signs, then a Hadamard matrix) spreads a few large elements over all elements. The
+centre is the mean key of the layer and head: it would change all scores of a query by the same amount and only cost
+precision. A code depends on one key only, so it is the same in any batch, chunk or order of writing.
 
 key           [T, H, D]        16-bit floats or float32
 slot_mapping  [S]              int64, S <= T; block * N + offset of each key in the cache, negative: not written
 rotation      [D, D]           dtype of key, +1 and -1: a key k becomes k @ rotation / sqrt(D)
 centre        [H, D]           float32, rotated
 codes         [B, H, N, C]     uint8, written; C = D * bits / 8, order of the elements as in ``layout``
-scales        [B, H, N]        float16, written: k.k / k.level, what one unit of a level is worth
-value         [T, H, D]        dtype of key; None: codes alone are written. One launch for both is what vLLM's cache
-                               write takes by itself
+scales        [B, H, N]        float16, written: k.k / k.level, the value of one unit of a level
+value         [T, H, D]        dtype of key; None: only codes are written. One launch for codes, keys and values takes
+                               as long as vLLM's cache write alone
 kv_cache      [B, H, N, 2D]    dtype of key, written; only with value
 """
 
@@ -24,8 +24,8 @@ import triton.language as tl
 
 from . import contracts
 
-BLOCK = 16  # keys per program, the fewest that a product of matrices takes
-# Steps between levels, in standard deviations, that make the squared error of a normal variable smallest (Max, 1960).
+BLOCK = 16  # keys per program, the fewest for a matrix product
+# Steps between levels, in standard deviations, that minimise the squared error for a normal variable (Max, 1960).
 STEPS = {1: 1.5958, 2: 0.9957, 4: 0.3352}
 
 
@@ -54,7 +54,7 @@ def _encode_kernel(
     step = tl.sqrt(tl.sum(x * x, 1) / D) * step_size
     HALF: tl.constexpr = 1 << (BITS - 1)
     level = tl.floor(x / tl.maximum(step, 1e-30)[:, None]) + HALF
-    # Not a number for a key that is none: any code will do, its scale says what it is.
+    # NaN keys get level 0: any code will do, because their scale is NaN.
     level = tl.where(level == level, tl.minimum(tl.maximum(level, 0.0), 2.0 * HALF - 1.0), 0.0).to(tl.int32)
     FIELDS: tl.constexpr = 8 // BITS
     field = tl.arange(0, FIELDS)
@@ -62,8 +62,8 @@ def _encode_kernel(
     j = tl.arange(0, C)
     where = codes + block[:, None] * stride_cb + h * stride_ch + offset[:, None] * stride_cn + j[None, :]
     tl.store(where, packed.to(tl.uint8), mask=live[:, None])
-    # The scale with which the estimate of the key's product with itself is right: too small a one would rank long keys
-    # too low.
+    # With this scale, the estimate of the key's product with itself is exact. A smaller scale would rank keys with a
+    # large norm too low.
     rounded = 2.0 * level.to(tl.float32) - (2.0 * HALF - 1.0)
     scale = tl.sum(x * x, 1) / tl.maximum(tl.sum(x * rounded, 1), 1e-30)
     tl.store(scales + block * stride_sb + h * stride_sh + offset, scale.to(tl.float16), mask=live)

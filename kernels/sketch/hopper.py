@@ -1,6 +1,5 @@
-"""The scan for GPUs of compute capability 9.0: what ``scores._scores_kernel`` does, in Gluon (``hopper_tile``).
-
-Arguments are as in ``scores``.
+"""The scan for GPUs of compute capability 9.0, in Gluon (``hopper_tile``). It does the same as
+``scores._scores_kernel``; arguments are as in ``scores``.
 """
 
 # ruff: noqa: RUF005 (the compiler does not take (*a, b))
@@ -17,12 +16,12 @@ from .contracts import CHUNK, LOWEST, PER_NAT
 from .hopper_tile import as_bytes, find_blocks, layout, load_query, load_tile, tile_bins, weight
 
 NUM_WARPS = 4
-MAX_REGISTERS = 128  # of a thread, so that four programs of 4 warps fit; more than 32 rows want more
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.6 has the other name
+MAX_REGISTERS = 128  # per thread, so that four programs of 4 warps fit; with more than 32 rows there is no limit
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # Triton 3.6 has the second name
 
 
 def takes(packed: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, scores: torch.Tensor) -> bool:
-    """Whether this form takes these: what it was made and measured for, and whose memory it can read as it does."""
+    """Whether this kernel supports these tensors: the sizes for which it was made and measured, and aligned memory."""
     tokens, code_bytes = codes.shape[2:]
     return (
         torch.cuda.get_device_capability(packed.device) == (9, 0)
@@ -33,7 +32,7 @@ def takes(packed: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, score
         and codes.stride()[2:] == (code_bytes, 1)
         and codes.stride(0) == 2 * scales.stride(0)
         and scales.stride(2) == 1
-        # Codes are read 16 bytes at a time, scales 8 and scores 4.
+        # Codes are read 16 bytes at a time, scales 8 bytes, and scores 4.
         and (codes.data_ptr() | codes.stride(0) | codes.stride(1)) % 16 == 0
         and (scales.data_ptr() | 2 * scales.stride(1)) % 8 == 0
         and (scores.data_ptr() | scores.stride(0) | scores.stride(1)) % 4 == 0
@@ -46,7 +45,7 @@ def _scan(
     D: gl.constexpr, BITS: gl.constexpr, C: gl.constexpr, M: gl.constexpr, N: gl.constexpr,
     BLOCK_SIZE: gl.constexpr, W: gl.constexpr,
 ):  # fmt: skip
-    """Writes the bins of tokens first to end, from N groups of 8 rows."""
+    """Writes the bins of tokens first to end - 1, using N groups of 8 query rows."""
     T: gl.constexpr = 32 * W
     MMA: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[W, 1], instr_shape=[16, 8])
     PARTS: gl.constexpr = D // C if C > 16 else D // 32
@@ -66,7 +65,7 @@ def _scan(
     scale_at = scales.to(gl.pointer_type(gl.uint8), bitcast=True) + (within * 2)[:, None]
     last = ((end - 1) // BLOCK_SIZE).to(gl.uint32)
     stride = stride_cb.to(gl.uint32).to(gl.uint64)
-    # Codes and scales are loaded a tile ahead and block ids two, in registers that the loop carries.
+    # Codes and scales are loaded one tile ahead, block ids two tiles, in loop-carried registers.
     word, scale = load_tile(code_at, scale_at, find_blocks(table, first + group, last, BLOCK_SIZE), stride, C, CODES)
     block = find_blocks(table, first + T + group, last, BLOCK_SIZE)
     lane = gl.arange(0, T, gl.BlockedLayout([1], [32], [W], [0]))
@@ -85,7 +84,7 @@ def _scan(
 
 @gluon.jit
 def _one_hot(word, value, X: gl.constexpr, W: gl.constexpr):
-    """32 where a byte of words [W, 1, 4, X] int32, 0 to 31, is value [1, 16, 1, 1]: [W, 16, 16 X] int8."""
+    """[W, 16, 16 X] int8: 32 where a byte (0 to 31) of words [W, 1, 4, X] int32 equals value [1, 16, 1, 1], else 0."""
     hot = gl.inline_asm_elementwise(
         "{ .reg .b32 t; xor.b32 t, $1, $2; sub.u32 t, 0x20202020, t; and.b32 $0, t, 0x20202020; }", "=r,r,r",
         [word, value], dtype=gl.int32, is_pure=True, pack=1,
@@ -95,9 +94,9 @@ def _one_hot(word, value, X: gl.constexpr, W: gl.constexpr):
 
 @gluon.jit
 def _count(scores, end, low, high, CHUNK: gl.constexpr, W: gl.constexpr, EDGE: gl.constexpr):
-    """Histogram [256] int32 of scores [CHUNK]; with EDGE of low to high alone, and from ``end`` there is none.
-
-    How often the upper half of a bin is i and the lower half j is a product of matrices, summed over tokens."""
+    """Histogram [256] int32 of scores [CHUNK]. With EDGE, only scores low to high - 1 count, and none from ``end`` on
+    are read. A matrix product, summed over tokens, counts how often the upper half of a bin is i and the lower half j.
+    """
     X: gl.constexpr = 4  # words that a lane reads at a time
     L: gl.constexpr = layout((W, 16, 4, X), ((3, 1, X), (1, 8, 2)), ((2, 1, 4), (1, 1, 8)), ((0, 1, W),))
     WORDS: gl.constexpr = gl.SliceLayout(1, L)
@@ -121,7 +120,7 @@ def _count(scores, end, low, high, CHUNK: gl.constexpr, W: gl.constexpr, EDGE: g
         if EDGE:
             for j in gl.static_range(4):
                 p = (at + i * (4 * X * W)) * 4 + j
-                upper = upper | gl.where((p >= low) & (p < high), 0, 16 << (8 * j))  # 16: none of the values
+                upper = upper | gl.where((p >= low) & (p < high), 0, 16 << (8 * j))  # 16 matches no value
         a = _one_hot(upper[:, None, :, :], value, X, W)
         b = gl.permute(_one_hot((words[i] & 0x0F0F0F0F)[:, None, :, :], value, X, W), (0, 2, 1))
         a = gl.convert_layout(a, gl.DotOperandLayout(0, MMA, 4), assert_trivial=True)
@@ -152,7 +151,7 @@ def _scores_kernel(
     scales += h * stride_sh
     scores += r * stride_or + h * stride_oh
     end = gl.minimum(first + CHUNK, context)
-    # Often the last quarter of the rows, or half of 16, are none: they fill up to a power of 2.
+    # The number of rows is padded to a power of 2. Often the last quarter of them, or half of 16, is only padding.
     FEWER: gl.constexpr = M // 4 * 3 if M > 16 else M // 2
     rest = factors + 2 * M + FEWER + gl.arange(0, M - FEWER, gl.BlockedLayout([1], [32], [W], [0]))
     if gl.min(gl.load(rest), 0) == float("inf"):
@@ -161,7 +160,7 @@ def _scores_kernel(
     else:
         _scan(packed, factors, block_table, codes, scales, scores, first, end, lowest, per_nat, stride_cb,
               D, BITS, C, M, M // 8, BLOCK_SIZE, W)  # fmt: skip
-    # What was stored is loaded again, in the order that a histogram wants.
+    # The stored scores are loaded again, in the order that the histogram needs.
     barrier()
     if (first >= sink) & (first + CHUNK <= context - recent):
         counts = _count(scores + first, CHUNK, 0, CHUNK, CHUNK, W, False)
@@ -178,7 +177,8 @@ def launch(
     dense: torch.Tensor, block_table: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sink: int, recent: int,
     read_whole: int, scores: torch.Tensor, histogram: torch.Tensor, chunks: torch.Tensor,
 ) -> None:  # fmt: skip
-    """Launch on the current stream what ``takes`` these; arguments as those of ``scores.score_tokens``, after bits."""
+    """Launch the kernel on the current stream, for tensors that ``takes`` accepts. Arguments after bits: as in
+    ``scores.score_tokens``."""
     rows, heads, width, size = packed.shape
     _scores_kernel[(heads, triton.cdiv(scores.shape[2], CHUNK), rows)](
         packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks,

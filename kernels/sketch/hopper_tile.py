@@ -1,13 +1,13 @@
-"""A tile of tokens in the scan for GPUs of compute capability 9.0, in Gluon, where layouts have names.
+"""A tile of tokens in the scan for GPUs of compute capability 9.0, in Gluon, where layouts are explicit.
 
-Codes go from memory into the registers of the product's operand, and scores from its result to memory: no tile passes
-through shared memory, and warps do not wait for each other. For that, elements and tokens are put in an order that
-suits the loads: a product does not mind in which order it sums, nor a scan in which it takes tokens.
+Codes go from memory directly into the operand registers of the product, and scores from its result to memory. No tile
+passes through shared memory, and warps do not wait for each other. For that, elements and tokens are in an order that
+suits the loads. This is allowed, because neither the sum of a product nor the scan of tokens depends on the order.
 
-In a tile of 32 W tokens, W warps, lane 4 g + t of warp w loads a quarter of the codes of tokens 32 w + 4 g to + 3:
-quarter t. So an array of codes is [w, g, half of four, token of two, quarter t, word, byte], and the operand of
-products wants the same bytes at row (half of four, w, token of two, g) and element (word, t, byte). Queries are loaded
-in the same order. C are the bytes of a token's codes. Rows of queries are taken in N groups of 8.
+A tile has 32 W tokens for W warps. Lane 4 g + t of warp w loads quarter t of the codes of four tokens, 32 w + 4 g to
+32 w + 4 g + 3. So an array of codes is [w, g, half of four, token of two, quarter t, word, byte]. The operand of the
+product needs the same bytes at row (half of four, w, token of two, g) and element (word, t, byte). Queries are loaded
+in the same order. C is the number of bytes of a token's codes. Query rows are processed in N groups of 8.
 """
 
 # ruff: noqa: RUF005 (the compiler does not take (*a, b))
@@ -19,22 +19,22 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-# Products begin at the bits of 1.5 * 2^23, so that as a float32 they are that number and the product: what converts an
-# integer is a subtraction, which is cheaper.
+# The accumulator of products starts with the bits of 1.5 * 2^23. Read as a float32, it is then that number plus the
+# product, so a subtraction converts it to a float, which is cheaper than an integer conversion.
 START = gl.constexpr(0x4B400000)
 START_FLOAT = gl.constexpr(12582912.0)
 
 
 @triton.constexpr_function
 def weight(bits):
-    """What a field is multiplied with where it stays in its byte: of 2 bits, bits 4 and 5. Shifts to the left cost less
-    than shifts to the right."""
+    """The factor of a field at its position in the byte after ``_take``; with 2 bits, a field is in bits 4 and 5. Left
+    shifts cost less than right shifts."""
     return {1: 64, 2: 16, 4: 1}[bits]
 
 
 @triton.constexpr_function
 def _take(i, bits):
-    """Field i of four bytes, in PTX. What a shift brings over from a neighbour, the mask takes away."""
+    """PTX that extracts field i of four bytes. The mask removes bits that the shift moves in from a neighbour."""
     mask = {1: "0x40404040", 2: "0x30303030", 4: "0x0F0F0F0F"}[bits]
     shift = i * bits - {1: 6, 2: 4, 4: 0}[bits]
     move = "shr.b32" if shift > 0 else "shl.b32"
@@ -43,8 +43,8 @@ def _take(i, bits):
 
 @triton.constexpr_function
 def layout(shape, registers, lanes, warps):
-    """Dimensions by which registers, lanes and warps count, the fastest first: (dimension, step, number), powers of 2;
-    dimension -1: all hold the same."""
+    """A layout from the dimensions along which registers, lanes and warps count, the fastest first: (dimension, step,
+    number), powers of 2; dimension -1: all hold the same."""
 
     def bases(counted):
         return [
@@ -66,7 +66,7 @@ def as_bytes(word):
 
 @gluon.jit
 def _field(word, i: gl.constexpr, BITS: gl.constexpr, C: gl.constexpr, W: gl.constexpr):
-    """Field i of codes, word [8 W, 4, C / 4] int32 -> [32 W, C] int8, in the order of the operand."""
+    """Field i of codes, word [8 W, 4, C / 4] int32 -> [32 W, C] int8, in the order of the product's operand."""
     field = gl.inline_asm_elementwise(_take(i, BITS), "=r,r", [word], dtype=gl.int32, is_pure=True, pack=1)
     field = gl.reshape(as_bytes(field), (W, 8, 2, 2, 4, C // 16, 4))
     return gl.reshape(gl.permute(field, (2, 0, 3, 1, 5, 4, 6)), (32 * W, C))
@@ -74,19 +74,19 @@ def _field(word, i: gl.constexpr, BITS: gl.constexpr, C: gl.constexpr, W: gl.con
 
 @gluon.jit
 def find_blocks(table, p, last, BLOCK_SIZE: gl.constexpr):
-    """Blocks of tokens p, uint32; block number ``last`` of those beyond the end."""
+    """Block ids of tokens p, uint32; tokens beyond the end get the block at index ``last``."""
     return gl.load(table + gl.minimum(p.to(gl.uint32) // BLOCK_SIZE, last)).to(gl.uint32, bitcast=True)
 
 
 @gluon.jit
 def load_tile(code_at, scale_at, block, stride, C: gl.constexpr, CODES: gl.constexpr):
-    """Codes [8 W, 4, C / 4] int32 and scales [8 W, 4] float16 of four tokens each in blocks [8 W]. code_at, scale_at:
-    where in block 0 those of the first of the four lie, pointers to bytes; stride: bytes from block to block."""
+    """Codes [8 W, 4, C / 4] int32 and scales [8 W, 4] float16 of four tokens in each of the blocks [8 W]. code_at,
+    scale_at: byte pointers to the first of the four tokens, as if in block 0; stride: bytes from block to block."""
     first = block.to(gl.uint64) * stride
     token = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(2, CODES)))[None, :]
     code = code_at + first[:, None, None] + gl.expand_dims(token, 2) * C
     scale = scale_at + first[:, None] + token * 2
-    # What the compiler does not see through pointers to bytes: that a lane's part is one piece.
+    # The compiler cannot see through byte pointers that the part of a lane is contiguous.
     code = gl.max_contiguous(code.to(gl.pointer_type(gl.int32), bitcast=True), [1, 1, C // 16])
     scale = gl.max_contiguous(scale.to(gl.pointer_type(gl.float16), bitcast=True), [1, 4])
     return gl.load(gl.multiple_of(code, [1, 1, C // 4])), gl.load(gl.multiple_of(scale, [1, 8]))
@@ -94,8 +94,7 @@ def load_tile(code_at, scale_at, block, stride, C: gl.constexpr, CODES: gl.const
 
 @gluon.jit
 def load_query(packed, D: gl.constexpr, C: gl.constexpr, W: gl.constexpr, OPERAND: gl.constexpr):
-    """What the fields of one product are multiplied with, of 8 rows: [max(C, 32), 8] int8. Where C is 16, two fields
-    make a product."""
+    """The query operand of one product, for 8 rows: [max(C, 32), 8] int8. If C is 16, two fields form one product."""
     H: gl.constexpr = C // 16 if C > 16 else 2
     L: gl.constexpr = layout((8, H, 4, 4), ((3, 1, 4), (1, 1, H)), ((2, 1, 4), (0, 1, 8)), ((-1, 1, W),))
     m = gl.arange(0, 8, gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, L))))[:, None, None, None]
@@ -109,9 +108,9 @@ def load_query(packed, D: gl.constexpr, C: gl.constexpr, W: gl.constexpr, OPERAN
 
 @gluon.jit
 def _largest_of_four(x):
-    """x [W, 8, 4, 2, 2] float32, of four neighbouring lanes and four tokens -> [W, 8, 4]: lane i has the largest of
-    token i over the lanes. A lane gives half of what it has away and keeps the other half: 3 shuffles in place of 8,
-    and what follows is done once for a token, not by four lanes."""
+    """x [W, 8, 4, 2, 2] float32, for four neighbouring lanes and four tokens -> [W, 8, 4]: lane i gets the maximum for
+    token i over the lanes. Each lane passes on half of its values and keeps the other half: 3 shuffles instead of 8,
+    and the following work is done once per token, not by four lanes."""
     even, odd = gl.split(x)
     x0, x2 = gl.split(even)
     x1, x3 = gl.split(odd)
@@ -136,8 +135,8 @@ def tile_bins(
     word, scale, q, a, b, n, lowest, per_nat,
     BITS: gl.constexpr, C: gl.constexpr, N: gl.constexpr, W: gl.constexpr, MMA: gl.constexpr,
 ):  # fmt: skip
-    """Bins [32 W] uint8, one a lane, of tokens with codes word [8 W, 4, C / 4] int32 and scale [8 W, 4] float16. q are
-    N times the operands of a group of 8 rows; a, b, n [8] float32 of each group."""
+    """Bins [32 W] uint8, one per lane, of tokens with codes word [8 W, 4, C / 4] int32 and scale [8 W, 4] float16. q:
+    the operands of N groups of 8 rows; a, b, n: [8] float32 for each group."""
     T: gl.constexpr = 32 * W
     PARTS: gl.constexpr = len(q) // N
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
@@ -161,7 +160,7 @@ def tile_bins(
         score = gl.maximum(score, x) if i > 0 else x
     score = gl.permute(gl.max(gl.reshape(score, (2, W, 2, 8, 4, 2)), 5), (1, 3, 4, 0, 2))
     bin = (gl.reshape(_largest_of_four(score), (T,)) - lowest) * per_nat
-    # The smaller of 255 and a score that is no number is 255. What is left is rounded down: by adding 2^23 to it.
+    # The minimum of 255 and NaN is 255. Adding 2^23 with rounding down leaves the floor in the low bits.
     bin = gl.maximum(gl.minimum(bin, 255.0), 0.0)
     bin = gl.inline_asm_elementwise(
         "add.rm.f32 $0, $1, 0f4B000000;", "=r,r", [bin], dtype=gl.int32, is_pure=True, pack=1

@@ -1,14 +1,14 @@
-"""Where the sketch of a layer's keys lies: behind the keys and values of each block of vLLM's paged cache.
+"""The layout of the sketch of a layer's keys: after the keys and values of each block of vLLM's paged cache.
 
-A block is one page of memory. Its first part holds the K and V of its tokens, as vLLM lays them out; the rest, which
+A block is one page of memory. Its first part holds keys and values of its tokens, in vLLM's layout. The rest, which
 vLLM calls padding, holds the sketch of the same tokens:
 
     codes   H x N x C bytes    C = D * bits / 8, the codes of one token and KV head
-    scales  H x N float16      what one unit of a token's codes is worth
+    scales  H x N float16      the value of one unit of a token's codes
 
-So the sketch of a block is wherever the block is. Prefix-cache hits, preemption, reuse of blocks and copies of whole
-pages need no bookkeeping. Byte j of a token's codes holds F = 8 / bits elements of the rotated key: element i * C + j
-in bits i * bits and up, for i = 0 to F - 1. A code u stands for the level 2 u - (2^bits - 1): odd numbers around 0.
+So a block always carries its sketch, and prefix-cache hits, preemption, reuse of blocks and copies of whole pages need
+no bookkeeping. Byte j of a token's codes holds F = 8 / bits elements of the rotated key: element i * C + j is in bits
+i * bits and up, for i = 0 to F - 1. A code u means the level 2 u - (2^bits - 1): odd numbers around 0.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SCALE_BYTES = 2
 
 @dataclass(frozen=True)
 class SketchLayout:
-    """Sizes of one layer's sketch. Units are bytes unless said."""
+    """Sizes of one layer's sketch, in bytes unless stated otherwise."""
 
     heads: int
     """KV heads of this rank."""
@@ -43,7 +43,7 @@ class SketchLayout:
 
     @property
     def token_bytes(self) -> int:
-        """Codes and scale of one token and KV head: what a scan reads of it."""
+        """Codes and scale of one token and KV head: the bytes that a scan reads."""
         return self.code_bytes + SCALE_BYTES
 
     @property
@@ -58,8 +58,8 @@ class SketchLayout:
 
     @property
     def tail_bytes(self) -> int:
-        """What is added to a page: the sketch, rounded up to whole keys and values of a token and head. Page ids count
-        in those, so a block has to begin at one."""
+        """The bytes added to a page: the sketch, rounded up to whole key-value rows of one token and head. Page ids
+        count such rows, so each block must begin at a whole row."""
         used = self.heads * self.block_size * self.token_bytes
         return -(-used // self.kv_bytes) * self.kv_bytes
 
@@ -67,7 +67,7 @@ class SketchLayout:
 def sketch_views(kv_cache: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes [B, H, N, C] uint8 and scales [B, H, N] float16 of a layer's cache [B, H, N, 2D], as views of its memory.
 
-    Raises ValueError where the blocks have no room for a sketch behind them.
+    Raises ValueError if the blocks have no room for a sketch.
     """
     blocks, heads, tokens, row = kv_cache.shape
     size = kv_cache.element_size()

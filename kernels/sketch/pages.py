@@ -1,20 +1,20 @@
-"""From scores and cuts to the page table of a step: which tokens each KV head reads.
+"""Makes the page table of a step from scores and cuts: it lists the tokens that each KV head reads.
 
 scores           [R, H, L]      uint8, of the context, from ``scores``
-cuts             [R, H, 2]      int32, from ``cuts``; so is starts
-starts           [R, H, C, 2]   int32
+cuts             [R, H, 2]      int32, from ``cuts``
+starts           [R, H, C, 2]   int32, from ``cuts``
 query_start_loc  [R+1]          int32
 seq_lens         [R]            int32, the step's own tokens included; 0 = padded row: kept = 0
 block_table      [R, nb]        int32
-page_strides                    rows of 2D elements between neighbouring blocks, heads and tokens of the cache
+page_strides                    strides between blocks, heads and tokens of the cache, in rows of 2D elements
 sink, recent     int            as in ``scores``
-ahead            int            tokens after the step's own whose pages are written too, behind those that count: steps
-                                to come read the same table and a little more of it
-page_table       [R, H, width]  int32, written: ids of the pages to read, one for each token and head, by position
-                                ascending; entries past kept + ahead stay, and nothing is written past width
-kept             [R, H]         int32, written; without those ahead
+ahead            int            number of tokens after the step's own whose pages are also written, after the kept ones:
+                                later steps read the same table and more of it
+page_table       [R, H, width]  int32, written: ids of the pages to read, one per token and head, in ascending position;
+                                entries past kept + ahead stay untouched, and nothing is written past width
+kept             [R, H]         int32, written: number of pages to read, without the ``ahead`` ones
 
-No row is longer than L. A table narrower than L will do where the cuts leave room for what they keep.
+No row is longer than L. A table may be narrower than L if the cuts never keep more than its width.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def _pages_kernel(
         return
     context = tl.maximum(length - (tl.load(query_start_loc + r + 1) - tl.load(query_start_loc + r)), 0)
     head, tail = tl.minimum(sink, context), tl.maximum(context - recent, 0)
-    # All that waits for nothing is loaded first. Where everything is read scores may be anything: none is below -1.
+    # Loads without dependencies come first. With threshold -1, scores may be undefined: all are above -1, so all are
+    # read.
     p = first + tl.arange(0, CHUNK)
     free = (p >= head) & (p < tail)
     scores += r * stride_sr + h * stride_sh
@@ -57,10 +58,10 @@ def _pages_kernel(
     block = tl.load(block_table + r * stride_tr + p // block_size, mask=p < listed, other=0)
     threshold = tl.load(cuts + r * stride_cr + h * 2)
     skip = tl.load(cuts + r * stride_cr + h * 2 + 1)
-    before, tied_before = first, 0  # what comes before this chunk: entries without ties, and ties
+    before, tied_before = first, 0  # tokens before this chunk: kept ones without ties, and tied ones
     if threshold >= 0:
         starts += r * stride_ar + h * stride_ah
-        # A chunk without a token of the context comes after the last that has one, which is short of it.
+        # ``starts`` covers chunks with a part of the context. For later chunks, add the tokens of the last such chunk.
         last = tl.maximum(context - 1, 0) // CHUNK
         c = tl.minimum(chunk, last)
         tied_before = tl.load(starts + c * 2 + 1)
@@ -74,13 +75,13 @@ def _pages_kernel(
             tied_before += tl.sum((free_there & (there == threshold)).to(tl.int32), 0)
     tie = free & (score == threshold)
     sure = (p < listed) & ((free == 0) | (score > threshold))
-    # Both counts in one sum: neither exceeds a chunk.
+    # One sum holds both counts, because neither exceeds the size of a chunk.
     counted = tl.cumsum(sure.to(tl.int32) + (tie.to(tl.int32) << 16), 0)
     rank = tied_before + (counted >> 16)  # counted from 1
     keep = sure | (tie & (rank > skip))
     column = before + (counted & 0xFFFF) + tl.maximum(rank - skip, 0) - 1
     page = block * per_block + (p % block_size) * per_token + h * per_head
-    # Whatever cuts say of scores that they were not made from, nothing is written past the table.
+    # Even if cuts do not belong to these scores, nothing is written past the table.
     tl.store(page_table + r * stride_pr + h * stride_ph + column, page, mask=keep & (column < width))
     if chunk == (length - 1) // CHUNK:
         last_column = tl.max(tl.where(keep & (p < length), column, -1), 0)
@@ -97,11 +98,11 @@ def list_pages(
         scores, cuts, starts, query_start_loc, seq_lens, block_table, block_size, page_strides, ahead, page_table, kept
     )
     rows, heads, width = page_table.shape
-    # What a block table has no blocks for is nobody's.
+    # Positions without an entry in the block table belong to no request.
     longest = min(scores.shape[2], block_table.shape[1] * block_size)
     if rows == 0:
         return
-    # One chunk at least: the first also writes the zeros of padded rows.
+    # At least one chunk: the first one also writes the zeros of padded rows.
     _pages_kernel[(heads, max(triton.cdiv(longest, CHUNK), 1), rows)](
         scores, cuts, starts, query_start_loc, seq_lens, block_table, page_table, kept,
         sink, recent, ahead, block_size, *page_strides, longest, width,

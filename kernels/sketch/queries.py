@@ -1,29 +1,30 @@
-"""Query rows as the scan wants them: rotated, in 8 bits, with what makes their scores comparable.
+"""Prepares query rows for the scan: rotated, in 8 bits, and with a normaliser that makes scores comparable.
 
 The rows of one KV head are the query tokens of a request times the query heads of the group, tokens outermost: M rows,
-of which q_len * Hq / H are live. The logit of row m and a token with codes u and scale s is
+q_len * Hq / H of them live. The logit of row m and a token with codes u and scale s is
 
     x = s (a_m sum_d q_md u_d + b_m)        a_m = 2 w scale    b_m = -(2^bits - 1) w scale sum_d q_md
 
-q_md being the rotated query in units of w, its largest element / 127. A token's score is the largest x - n_m over the
-rows: n_m is the logarithm of the row's summed exp(x), so x - n_m is the logarithm of its attention weight, and rows of
-large and of small logits are heard alike. The sum is estimated from a sample: the first 16 tokens, the last 16 to 31,
-and blocks of 16 at equal distances between them, about 512 tokens, each of which counts for all that it stands for.
+where q_md is the rotated query in units of w, its largest element / 127. A token's score is the largest x - n_m over
+the rows. The normaliser n_m is the logarithm of the row's sum of exp(x), so x - n_m is the logarithm of an attention
+weight, and rows with large logits do not outweigh rows with small ones. The sum is estimated from a sample: the first
+16 tokens, the last 16 to 31, and blocks of 16 at equal distances between them, about 512 tokens. Each sampled token is
+weighted by the number of tokens that it represents.
 
 query            [T, Hq, D]       16-bit floats or float32
 query_start_loc  [R+1]            int32
 seq_lens         [R]              int32, the step's own tokens included
-dense            [R]              int32, not 0: the row reads everything, and nothing is made for it
-heard            [R]              int32: tokens of the row, from its first, whose queries count; where drafts were
-                                  rejected, the last ones mean nothing
+dense            [R]              int32, not 0: the row is dense, and nothing is computed for it
+heard            [R]              int32: how many of the row's tokens, from its first, have queries that count; the last
+                                  ones do not if they are rejected drafts
 block_table      [R, nb]          int32
 codes, scales                     as in ``encode``
 rotation         [D, D]           dtype of query
-max_query_len    int              tokens of the longest row
-read_whole       int              contexts of so many tokens and fewer are read whole, as those of dense rows
+max_query_len    int              most tokens of a row
+read_whole       int              contexts of up to this many tokens are dense
 packed           [R, H, M, D]     int8, written
-factors          [R, H, 3, M]     float32, written: a, b and n; for rows that are none 0, 0 and infinity
-histogram        [R, H, 256]      int32, set to zero, of dense rows too
+factors          [R, H, 3, M]     float32, written: a, b and n; 0, 0 and infinity for padding rows
+histogram        [R, H, 256]      int32, set to zero, also for dense rows
 """
 
 from __future__ import annotations
@@ -36,15 +37,15 @@ from . import contracts
 from .contracts import MAX_SAMPLE, SAMPLE_BLOCK
 from .tiles import fused, load_blocks, load_codes, load_queries, load_scales, tile_products
 
-# H200, 16 requests of 32k, 2026-11-28: 0.0123 ms a layer; with 1,024 sampled tokens 0.0180, with tiles of 128 0.0148.
-TILE = 256  # sampled tokens at a time
+# H200, 16 requests of 32k, 2026-11-28: 0.0123 ms per layer; with 1,024 sampled tokens 0.0180, with tiles of 128 0.0148.
+TILE = 256  # sampled tokens per step
 NUM_WARPS = 8
 NUM_STAGES = 3
 
 
 @triton.jit
 def sample_stride(context, MOST: tl.constexpr):
-    """Of every how many blocks one is sampled, so that there are no more than MOST tokens."""
+    """Distance between sampled blocks, in blocks, so that at most MOST tokens are sampled."""
     return tl.maximum((context + MOST - 1) // MOST, 1)
 
 
@@ -83,7 +84,7 @@ def _queries_kernel(
     tl.store(packed + m[:, None] * D + d[None, :], level.to(tl.int8))
     a = tl.where(live, 2.0 * unit * scale, 0.0)
     b = tl.where(live, -((1 << BITS) - 1.0) * unit * scale * tl.sum(level, 1), 0.0)
-    # What was stored is loaded again, in the order that products want.
+    # The stored queries are loaded again, in the order that the products need.
     tl.debug_barrier()
     q0, q1, q2, q3 = load_queries(packed, D, BITS, C, M)
     codes += h * stride_ch
@@ -98,7 +99,7 @@ def _queries_kernel(
     total = tl.zeros([M], tl.float32)
     for start in tl.range(0, number, TILE, num_stages=STAGES):
         j = start + tl.arange(0, TILE)
-        # First the last tokens, then every so-manieth block, the first among them.
+        # First the last tokens, then every stride-th block, from the first one on.
         strided = (j // SAMPLE - 2) * stride * SAMPLE + j % SAMPLE
         p = tl.where(j < 2 * SAMPLE, last + j, strided)
         inside = (j < number) & (p < context) & ((j < 2 * SAMPLE) | (p < last))

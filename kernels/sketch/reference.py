@@ -1,4 +1,5 @@
-"""The sketch's operations in PyTorch, a request at a time: what runs on a CPU, and the oracle of the kernels' tests."""
+"""The sketch's operations in PyTorch, one request at a time. They run on a CPU, and tests compare the kernels with
+them."""
 
 from __future__ import annotations
 
@@ -55,7 +56,7 @@ def _logits(packed, factors, codes, scales) -> torch.Tensor:
 
 
 def _sample(context: int, device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions by which a row's normaliser is estimated, and how many tokens each stands for."""
+    """Positions from which a row's normaliser is estimated, and how many tokens each of them represents."""
     stride = max(-(-context // MAX_SAMPLE), 1)
     last = max(context - SAMPLE_BLOCK, 0) // SAMPLE_BLOCK * SAMPLE_BLOCK
     p = torch.arange(context, device=device)
@@ -129,7 +130,7 @@ def score_tokens(
 
 
 def _share_out(counts: torch.Tensor, floor: int, budget: int) -> list[int]:
-    """How many free tokens each head takes of a common budget. counts [H, BINS]."""
+    """How many free tokens each head takes from a common budget. counts [H, BINS]."""
     from_bin = counts.flip(-1).cumsum(-1).flip(-1)
     from_bin = torch.cat((from_bin, torch.zeros_like(from_bin[:, :1])), 1).clamp(min=floor)
     cut = int((from_bin.sum(0) > budget).sum())
@@ -143,7 +144,8 @@ def _share_out(counts: torch.Tensor, floor: int, budget: int) -> list[int]:
 
 
 def _that_hold(bins: torch.Tensor, forced: torch.Tensor, top_p: float) -> int:
-    """The fewest free tokens that hold top_p of the weight; bins [n] of the free, forced [f] of the other tokens."""
+    """The fewest free tokens that hold top_p of the weight. Bins of the free tokens: bins [n]; of the others: forced
+    [f]."""
     weights = torch.exp((torch.arange(BINS, device=bins.device) + 0.5) / PER_NAT + LOWEST)
     free = weights[bins.sort(descending=True).values].double()
     total = free.sum() + weights[forced].double().sum()

@@ -1,22 +1,22 @@
-"""The scan: how much each token of the context weighs for the query rows of a step, and how often each weight occurs.
+"""The scan: scores each token of the context for the query rows of a step, and makes histograms of the scores.
 
-A token's score is the largest logarithm of its estimated attention weight over the rows of a KV head (``queries``),
-kept as one of 256 bins: floor((score + 16) * 12.75), so that the scan writes one byte where it reads C + 2, and what is
-to be read can be found from histograms, without a sort: one of the context, and one of each chunk of 2,048 tokens, from
-which follows where a chunk's part of a page table begins.
+A token's score is the largest logarithm of its estimated attention weight over the rows of a KV head (``queries``). It
+is stored as one of 256 bins, floor((score + 16) * 12.75). So the scan writes one byte for each C + 2 bytes that it
+reads, and histograms replace a sort in choosing tokens: one histogram of the context, and one of each chunk of 2,048
+tokens. The latter give the start of each chunk's part in the page table.
 
-packed           [R, H, M, D]   int8, from ``queries``; so are factors
-factors          [R, H, 3, M]   float32
+packed           [R, H, M, D]   int8, from ``queries``
+factors          [R, H, 3, M]   float32, from ``queries``
 query_start_loc  [R+1]          int32
 seq_lens         [R]            int32, the step's own tokens included
 dense            [R]            int32, not 0: nothing is scanned for the row
 block_table      [R, nb]        int32
 codes, scales                   as in ``encode``
-sink, recent     int            tokens at both ends of the context that are read anyway: not in the histogram
+sink, recent     int            number of forced tokens at both ends of the context, which are not in the histograms
 read_whole       int            as in ``queries``
-scores           [R, H, L]      uint8, written: bin of each token of the context; a score that is no number is bin 255
-histogram        [R, H, 256]    int32, zero before: the free tokens of the context by bin
-chunks           [R, H, ceil(L / 2048), 256]  int16, written: the same of each chunk that holds a part of the context
+scores           [R, H, L]      uint8, written: bin of each token of the context; NaN scores get bin 255
+histogram        [R, H, 256]    int32, must be zero before: the number of free tokens of the context by bin
+chunks           [R, H, ceil(L / 2048), 256]  int16, written: the same for each chunk with a part of the context
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from .tiles import fused, load_blocks, load_codes, load_queries, load_scales, ti
 
 logger = logging.getLogger("vllm.specattn")
 
-TILE = 128  # tokens at a time
+TILE = 128  # tokens per step
 NUM_WARPS = 4
 NUM_STAGES = 3
-# H200, 16 requests of 32k, 8 KV heads of 128, 24 query rows, 2 bits, 2026-11-28, milliseconds of a layer: 0.1225; with
-# block ids left to the compiler's pipeline 0.1372, with codes a tile ahead too 0.1508. Tiles of 64 with 2 warps take
-# 0.1234, of 256 0.1350, of 32 with 1 warp 0.1832; fewer registers a thread (96, 80, 64) 0.1261 to 0.1654. Memory alone
-# would take 0.033: what binds is what a score costs besides, and waiting between the products of a tile.
+# H200, 16 requests of 32k, 8 KV heads of 128, 24 query rows, 2 bits, 2026-11-28, milliseconds per layer: 0.1225; with
+# block ids left to the compiler's pipeline 0.1372; with codes one tile ahead too 0.1508. Tiles of 64 with 2 warps take
+# 0.1234, of 256 0.1350, of 32 with 1 warp 0.1832; fewer registers per thread (96, 80, 64) 0.1261 to 0.1654. Memory
+# traffic alone would take 0.033: the limits are the other work per score, and waits between the products of a tile.
 
 
 @triton.jit
@@ -72,8 +72,8 @@ def _scores_kernel(
     block_table += r * stride_tr
     scores += r * stride_or + h * stride_oh
     end = tl.minimum(first + CHUNK, context)
-    # Block ids are loaded two tiles ahead and scales one, in registers that the loop carries: the load of codes then
-    # waits for no other.
+    # Block ids are loaded two tiles ahead and scales one tile, in loop-carried registers. So the load of codes waits
+    # for no other load.
     p = first + tl.arange(0, TILE)
     block = load_blocks(block_table, p, p < end, BLOCK_SIZE)
     next_block = load_blocks(block_table, p + TILE, p + TILE < end, BLOCK_SIZE)
@@ -92,7 +92,7 @@ def _scores_kernel(
         bin = tl.minimum(tl.maximum(tl.floor((score - lowest) * per_nat), 0.0), BINS - 1.0)
         bin = tl.where(score == score, bin, BINS - 1.0).to(tl.int32)
         tl.store(scores + p, bin.to(tl.uint8), mask=inside)
-    # What was stored is loaded again, in the order that a histogram wants.
+    # The stored scores are loaded again, in the order that the histogram needs.
     tl.debug_barrier()
     p = first + tl.arange(0, CHUNK)
     free = (p >= sink) & (p < context - recent)
@@ -105,8 +105,8 @@ def _scores_kernel(
 
 @functools.cache
 def _hopper() -> ModuleType | None:
-    """The form in Gluon, whose layouts leave no barrier in the loop; it runs in no interpreter. Gluon's names still
-    change from version to version: where they are others, the kernel above does the same, a half slower."""
+    """The kernel in Gluon, whose layouts need no barrier in the loop. The interpreter cannot run it. Gluon's names
+    still change between versions; if they do not fit, the kernel above does the same, but is slower by a half."""
     try:
         from . import hopper
     except (ImportError, AttributeError) as error:

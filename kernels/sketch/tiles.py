@@ -1,7 +1,7 @@
-"""Estimated logits of a tile of tokens: what the kernels that read codes share.
+"""Estimated logits of a tile of tokens, shared by the kernels that read codes.
 
-Products of 8-bit integers take vectors of 32 elements or more. A field of a byte (the elements that its codes i hold)
-makes one such vector where C >= 32, two fields together where C = 16; what is left is unpacked into whole keys.
+Products of 8-bit integers need vectors of 32 elements or more. Field i is code i of each byte. If C >= 32, one field is
+such a vector; if C = 16, two fields together are. In other cases codes are unpacked into whole keys.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import torch
 import triton
 import triton.language as tl
 
-# Four bytes at a time in PTX, which a kernel of NVIDIA takes and the interpreter does not.
+# PTX handles four bytes at a time; only NVIDIA's compiler supports it, not the interpreter.
 FUSED = torch.version.hip is None
 
 
 def fused(device: torch.device) -> bool:
-    """Whether kernels on this device take their fields four bytes at a time."""
+    """Whether kernels on this device extract fields from four bytes at a time."""
     return FUSED and device.type == "cuda"
 
 
 @triton.jit
 def _query_vectors(packed, first, D: tl.constexpr, C: tl.constexpr, TOGETHER: tl.constexpr, M: tl.constexpr):
-    """What fields first to first + TOGETHER - 1 are multiplied with, [TOGETHER * C, M] int8; fields vary fastest."""
+    """The query operand for fields first to first + TOGETHER - 1, [TOGETHER * C, M] int8; fields vary fastest."""
     k = tl.arange(0, TOGETHER * C)
     d = (first + k % TOGETHER) * C + k // TOGETHER
     return tl.load(packed + tl.arange(0, M)[None, :] * D + d[:, None])
@@ -29,7 +29,7 @@ def _query_vectors(packed, first, D: tl.constexpr, C: tl.constexpr, TOGETHER: tl
 
 @triton.jit
 def load_queries(packed, D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, M: tl.constexpr):
-    """Packed queries [M, D] in four parts, as ``tile_products`` wants them; parts that it does not want repeat one."""
+    """Packed queries [M, D] in four parts for ``tile_products``. Parts that it does not use repeat another part."""
     FIELDS: tl.constexpr = 8 // BITS
     if (C >= 32) and (FIELDS <= 4):
         q0 = _query_vectors(packed, 0, D, C, 1, M)
@@ -50,14 +50,14 @@ def load_queries(packed, D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, M
 
 @triton.jit
 def _word(byte, ASM: tl.constexpr):
-    """Four bytes at a time as one word, where the compiler would take each by itself: 2 operations instead of about 20.
-    What a shift brings over from a neighbour, the mask takes away."""
+    """Handles four bytes as one word, while the compiler would handle each byte alone: 2 operations instead of about
+    20. The mask removes bits that a shift moves in from a neighbour."""
     return tl.inline_asm_elementwise(ASM, "=r,r", [byte], dtype=tl.int8, is_pure=True, pack=4)
 
 
 @triton.jit
 def _field(byte, i: tl.constexpr, BITS: tl.constexpr, FUSED: tl.constexpr):
-    """Field i of each byte, int8, of codes of 2 or 4 bits."""
+    """Field i of each byte, int8, for codes of 2 or 4 bits."""
     if FUSED:
         if BITS == 4:
             if i == 0:
@@ -108,13 +108,13 @@ def tile_products(
 
 @triton.jit
 def load_blocks(block_table, p, live, BLOCK_SIZE: tl.constexpr):
-    """Blocks [BLOCK] int64 that hold tokens p, from a row of the block table; 0 for those that are not live."""
+    """Block ids [BLOCK] int64 of tokens p, from a row of the block table; 0 for tokens that are not live."""
     return tl.load(block_table + p // BLOCK_SIZE, mask=live, other=0).to(tl.int64)
 
 
 @triton.jit
 def load_codes(codes, block, p, live, stride_cb, stride_cn, C: tl.constexpr, BLOCK_SIZE: tl.constexpr):
-    """Codes [BLOCK, C] uint8 of a head's tokens p in their blocks; zeros for those that are not live."""
+    """Codes [BLOCK, C] uint8 of a head's tokens p in their blocks; zeros for tokens that are not live."""
     where = block * stride_cb + (p % BLOCK_SIZE) * stride_cn
     return tl.load(codes + where[:, None] + tl.arange(0, C)[None, :], mask=live[:, None], other=0)
 

@@ -1,4 +1,4 @@
-"""What every engine of the backend does once vLLM's model runner has loaded its models."""
+"""The setup of every engine of this backend after vLLM's model runner has loaded its models."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from specattn_vllm.speculation.counting import watch_drafter
 
 
 def attach(runner: Any) -> None:
-    """Join the engine's method to its target, or count the rounds of a drafter that is vLLM's own; publish what is
-    counted."""
+    """Join the engine's method to its target, or count the rounds of vLLM's own drafter. Publish the counts as
+    metrics."""
     options = SpecAttnOptions.from_vllm(runner.vllm_config)
     if options.kind.attach is None:
         watch_drafter(runner, options)

@@ -1,4 +1,4 @@
-"""Gives layers that read a selection an audit, where the options ask for one."""
+"""Adds an audit to the layers that read a selection, if the options ask for one."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def prepare_audit(
     max_num_reqs: int,
     device: torch.device,
 ) -> Audit | None:
-    """The audit of the target's layers that read a selection, by vLLM's names, buffers included; None without a share.
-    The reporter logs what it finds."""
+    """Make the audit, with its buffers, for the target's layers that read a selection. layers: keyed by vLLM's names.
+    Returns None if `audit_share` is 0. The reporter logs the results."""
     if not isinstance(options, AuditedOptions) or not options.audit_share:
         return None
     impl = next(iter(layers.values())).impl
@@ -47,7 +47,7 @@ def prepare_audit(
     if reporter is not None:
         reporter.more.append(audit.line)
     logger.warning(
-        "specattn: audit_share = %s: each step reads all keys once more in so many of its (layer, request) pairs, "
+        "specattn: audit_share = %s: each step reads all keys once more in this share of its (layer, request) pairs, "
         "which takes time; set it to 0 to measure speed",
         options.audit_share,
     )
@@ -55,6 +55,6 @@ def prepare_audit(
 
 
 def audit_of(runner: Any) -> Audit | None:
-    """The audit of vLLM's model runner: of a target that chooses for itself, or whose drafts choose for it."""
+    """The audit of an engine, from vLLM's model runner; None if there is none."""
     drafter = getattr(runner, "speculator", None)
     return getattr(runner, "specattn_audit", None) or getattr(drafter, "audit", None)

@@ -1,4 +1,4 @@
-"""The class that `--attention-backend specattn` names: what it supports and which parts it is made of."""
+"""The class behind `--attention-backend specattn`: its capabilities and its parts."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from specattn_vllm.kernels.sketch.layout import SketchLayout
 class SpecAttnBackend(AttentionBackend):
     """Paged attention whose verification rows read a selection of the cache.
 
-    Whatever is not declared here (MLA, sliding windows, sinks, fp8 caches, context parallelism, ...) vLLM refuses with
-    the backend's name, because the base class says no by default.
+    vLLM refuses every feature that is not declared here (MLA, sliding windows, sinks, fp8 caches, context parallelism,
+    ...) and names this backend, because the base class supports no feature by default.
     """
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
@@ -49,14 +49,15 @@ class SpecAttnBackend(AttentionBackend):
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        # Both keep the K and V of one token and head together, one page of the head-folded view. Token-major comes
-        # first: a token's heads are then neighbours, and gathering shared selections touches fewer lines.
+        # Both layouts keep key and value of one token and head together, as one page of the head-folded view. The
+        # token-major one is preferred: all heads of a token are neighbours, so shared selections touch fewer cache
+        # lines.
         return (KVCacheLayout.LBNHC, KVCacheLayout.LBHNC)
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Pages with room for the sketch of their keys: vLLM counts it as part of the cache, and whoever finds a block
-        finds its sketch."""
+        """Add room for the sketch of its keys to each page. vLLM counts this room as part of the cache, and a block is
+        always found together with its sketch."""
         bits = cls.get_impl_cls().sketch_bits
         if bits is None:
             return spec

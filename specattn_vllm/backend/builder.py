@@ -1,4 +1,4 @@
-"""Builds each step's metadata; for the target's builder, that includes pruning the page tables."""
+"""Builds each step's metadata. The target's builder also makes the pruned page tables."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
-    """One per attention group. The speculator hands the target's a pruner, or the capture of a target that drafts for
-    itself; all others stay plain."""
+    """One builder per attention group. The speculator gives the target's builder a pruner, or a capture if the target
+    drafts for itself. Other builders have neither."""
 
-    # Our steps need nothing refreshed between them: every operation takes its lengths from vLLM's own buffers.
+    # No metadata changes between draft steps: every operation reads its lengths from vLLM's own buffers.
     supports_draft_decode_metadata_update: ClassVar[bool] = True
 
     substitute: Callable[[CommonAttentionMetadata], LayerHook | None] | None = None
-    """Set by evaluations alone: makes what attends in a step in the place of all else."""
+    """Only set by evaluations: makes the hook that replaces all other attention in a step."""
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -43,14 +43,14 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
         impls = [layer.impl for layer in layers.values()]
         for impl in impls:
             if impl.choice is not None:
-                # Builders are made before each allocation of the cache, of which there are two.
+                # vLLM allocates the cache twice, and makes new builders before each allocation.
                 impl.choice.forget_cache()
         self.target_choice: TargetChoice | None = next((i.target_choice for i in impls if i.target_choice), None)
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config, kv_cache_spec) -> AttentionCGSupport:
-        """Full graphs of uniform batches: what a step's rows read stands in page tables, which `build` makes anew each
-        step outside the graph. Mixed batches are split on the host, which a graph would freeze."""
+        """Full CUDA graphs for uniform batches only. Rows read through page tables, which `build` makes before each
+        step, outside the graph. A mixed batch is split on the host, and a graph would freeze that split."""
         device = torch.device(vllm_config.device_config.device)
         if device.type != "cuda":
             return AttentionCGSupport.NEVER
@@ -83,7 +83,7 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
         )
 
     def _choose(self, common: CommonAttentionMetadata) -> ChoiceStep | None:
-        # Steps of a drafter carry no slots, and neither do profiling runs.
+        # Draft steps and profiling runs have no slots.
         if self.target_choice is None or common.req_idx is None or common.is_prefilling is None:
             return None
         return self.target_choice.begin(common)
@@ -91,7 +91,7 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
     def _hook(self, common: CommonAttentionMetadata) -> LayerHook | None:
         if self.substitute is not None:
             return self.substitute(common)
-        # Profiling runs carry no slots, and what they attended to means nothing.
+        # Profiling runs have no slots, and their attention is meaningless.
         if self.target_capture is None or common.req_idx is None:
             return None
         rows = common.num_reqs
@@ -99,10 +99,10 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
         return self.target_capture.begin(common.query_start_loc[: rows + 1], common.seq_lens[:rows], starts)
 
     def _prune(self, common: CommonAttentionMetadata) -> SparsePlan | None:
-        # The draft's own steps carry no slots, and neither do profiling runs.
+        # Draft steps and profiling runs have no slots.
         if self.pruner is None or common.req_idx is None or common.is_prefilling is None:
             return None
-        # A full graph's batch has more rows than requests; the tables of the rest must be empty.
+        # The batch of a full CUDA graph has padded rows; their tables must be empty.
         real, rows = len(common.req_idx), common.num_reqs
         slots = np.full(rows, -1, dtype=np.int64)
         slots[:real] = common.req_idx

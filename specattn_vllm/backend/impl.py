@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 
 class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
-    """Runs one layer through the executor of the options."""
+    """Runs the attention of one layer with the executor that the options name."""
 
     sketch_bits: ClassVar[int | None] = None
-    """Bits of the sketch for which each block of the cache has room behind it; None: none. Set by the layers of an
-    engine when they are made, because vLLM asks for the cache's shape with no configuration at hand."""
+    """Bits per element of the sketch after each block of the cache; None: no sketch. It is a class attribute, which the
+    layers set when they are made, because vLLM asks for the cache's shape without a configuration."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         self.audit: LayerAudit | None = None
         self.choice: LayerChoice | None = None
         self.target_choice: TargetChoice | None = None
-        """What a metadata builder of the layer announces its steps to."""
+        """The object to which the metadata builder of this layer announces each step."""
         SpecAttnImpl.sketch_bits = options.bits_in_cache
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
@@ -90,7 +90,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
     ) -> torch.Tensor:
         """query, output [T, Hq, D]; kv_cache [B, H, N, 2D]. Rows of T past num_actual_tokens are padding."""
         if attn_metadata is None:
-            # There is no cache to read yet: vLLM's memory profiling, or ours of the keys.
+            # There is no cache yet: vLLM profiles memory, or we measure the centre of the keys.
             if self.choice is not None and self.choice.probing:
                 self.choice.probe(query, key, value, self.scale, output)
                 return output
@@ -112,7 +112,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         return output
 
     def _choose_and_attend(self, query, kv_cache, md: SpecAttnMetadata, out) -> None:
-        """Short rows choose what they read and read it; the rows after them read everything."""
+        """Short rows choose and read their selection; the rows after them are dense."""
         step = md.choice
         rows, tokens = slice(0, step.num_rows), slice(0, step.num_tokens)
         starts = md.query_start_loc[: step.num_rows + 1]
@@ -124,7 +124,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
     def _read(
         self, query, kv_cache, md: SpecAttnMetadata, step: SparsePlan | ChoiceStep, page_table, kept, out
     ) -> None:
-        """The step's first rows read what their tables list, the rows after them everything."""
+        """The step's first rows read through their page tables; the rows after them are dense."""
         rows, tokens = step.num_rows, step.num_tokens
         lse = None
         if self.audit is not None:

@@ -1,4 +1,4 @@
-"""What one step's attention needs to know; built once per step, read by every layer."""
+"""The attention metadata of one step: built once per step, read by every layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class LayerHook(Protocol):
-    """What a step's layers are offered to before they attend: to capture their attention, or to attend instead."""
+    """Called in each layer of a step before it attends. It may capture the attention, or attend instead."""
 
     def attend(
         self,
@@ -31,7 +31,7 @@ class LayerHook(Protocol):
 
 @dataclass
 class SpecAttnMetadata(AttentionMetadata):
-    """vLLM's common metadata, and how this step's rows are to be read.
+    """vLLM's common metadata, and which KV entries the rows of this step read.
 
     On the device: query_start_loc [R+1] int32, seq_lens [R] int32, block_table [R, blocks] int32.
     """
@@ -44,9 +44,9 @@ class SpecAttnMetadata(AttentionMetadata):
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     sparse: SparsePlan | None = None
-    """Set for a target step with verification rows; the rows after them read everything."""
+    """Set for a target step with verification rows; the rows after them are dense."""
     choice: ChoiceStep | None = None
-    """Set for a step whose short rows choose for themselves, layer by layer; the rows after them read everything."""
+    """Set for a step whose short rows choose for themselves in each layer; the rows after them are dense."""
     hook: LayerHook | None = None
-    """Set for a step whose attention is captured: of a draft model, or of a target that drafts for itself; or for
-    one in which an evaluation attends."""
+    """Set for steps whose attention is captured (of a draft model, or of a target that drafts for itself), and for
+    steps in which an evaluation attends instead."""

@@ -1,4 +1,4 @@
-"""Joins a method by which the target chooses for itself to a model that vLLM has just loaded."""
+"""Joins a method whose target chooses for itself to a model that vLLM has just loaded."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ logger = init_logger("vllm.specattn")
 
 
 class TargetChoice:
-    """The target of an engine that chooses for itself: which rows of a step choose, and what was counted."""
+    """For a target that chooses for itself: decides which rows of each step choose, and counts steps."""
 
     def __init__(self, chooser: Chooser, crossover: int, max_num_reqs: int) -> None:
         self.chooser = chooser
         self.crossover = crossover
         self.exact = np.zeros(max_num_reqs, dtype=bool)
         self.dummy = False
-        """Whether the step at hand is one of vLLM's own, for warming up."""
+        """Whether the current step is one of vLLM's warm-up steps."""
         self.captured: bool | None = None
-        """While vLLM captures its graphs: whether rows choose in the steps that are captured. None at other times."""
+        """While vLLM captures CUDA graphs: whether rows choose in the captured steps. None at other times."""
         self.chooses = True
-        """Whether any row of the step at hand chooses. Where none does, nothing is searched."""
+        """Whether any row of the current step chooses. If none does, nothing is searched."""
         self.reporter: Reporter | None = None
-        """Set where no speculator of ours reports."""
+        """Set if no speculator of ours reports."""
         self.audit: Audit | None = None
         self._announced: tuple[tuple[Any, ...], ChoiceStep | None] = (), None
-        """The step that was announced last: what its metadata of all layers has in common, and what came of it."""
+        """The last announced step: the tensors that its metadata has in all groups, and the resulting `ChoiceStep`."""
 
     def enter(self, slot: int, request: Any) -> None:
-        """A request, new or resumed, is given a slot."""
+        """A new or resumed request gets a slot."""
         self.exact[slot] = asks_for_exactness(request.sampling_params)
         self.chooser.forget(slot)
 
@@ -57,11 +57,13 @@ class TargetChoice:
             self.audit.reset()
 
     def begin(self, common: Any) -> ChoiceStep | None:
-        """A step of the target, from vLLM's common metadata: on the host but for seq_lens and query_start_loc.
+        """Begin a step of the target. common: vLLM's common metadata, on the host except for seq_lens and
+        query_start_loc.
 
-        Where the target's layers are in several groups, each group's builder announces the same step. It begins once,
-        whoever comes first: counting the step before ends with it, and what a layer chose is not known yet."""
-        # vLLM makes these anew for each step, and hands the same ones to all groups. Held here, they are no others.
+        If the target's layers are in several groups, each group's builder announces the same step. Only the first call
+        begins it, because beginning a step also counts the step before."""
+        # vLLM makes new tensors for each step and gives the same ones to all groups. Holding references to them here
+        # ensures that a new step cannot reuse their identities.
         shared = common.query_start_loc_cpu, common.seq_lens, common.req_idx
         announced, step = self._announced
         if not announced or any(new is not old for new, old in zip(shared, announced, strict=True)):
@@ -73,7 +75,7 @@ class TargetChoice:
         rows = common.num_reqs
         starts = common.query_start_loc_cpu[: rows + 1]
         short = self.chooser.short_rows(starts)
-        # A full graph's batch has more rows than requests; the rest has no tokens to read.
+        # The batch of a full CUDA graph has padded rows, which have no tokens to read.
         real = min(len(common.req_idx), short)
         prefilling, exact = np.ones(short, dtype=bool), np.zeros(short, dtype=bool)
         prefilling[:real] = common.is_prefilling[:real].numpy()
@@ -85,7 +87,7 @@ class TargetChoice:
         dense = prefilling | exact | small
         self.chooses = not dense.all() if self.captured is None else self.captured
         if self.dummy:
-            # The step before it counts; this one does not.
+            # Count the step before; do not count this one.
             self.chooser.counts.fold()
         else:
             lengths = (starts[1 : short + 1] - starts[:short]).numpy()
@@ -113,23 +115,23 @@ class TargetChoice:
 
 
 def target_layers(runner: Any) -> dict[str, Any]:
-    """The attention layers of the target of vLLM's model runner, by vLLM's names, in order."""
+    """The attention layers of the model runner's target, keyed by vLLM's names, in order."""
     drafters = getattr(runner.speculator, "draft_attn_layer_names", None) or set()
     layers = get_layers_from_vllm_config(runner.vllm_config, AttentionLayerBase)
     return {name: layer for name, layer in layers.items() if name not in drafters}
 
 
 def counters_of(runner: Any) -> Counters:
-    """Where a target of vLLM's model runner counts: with a speculator of ours, which reports, or by itself."""
+    """The counters for the model runner's target: those of our speculator, which reports them, or new ones."""
     return getattr(runner.speculator, "counters", None) or Counters(runner.device)
 
 
 def join(
     runner: Any, options: SpecAttnOptions, operations: Operations, chooser: Chooser, choices: Mapping[str, LayerChoice]
 ) -> TargetChoice:
-    """Give the target's layers, by vLLM's names, their choices, and have each step announced to the chooser.
+    """Give the target's layers their choices (keyed by vLLM's names), and announce each step to the chooser.
 
-    Called by what `Method.attach` names, once vLLM's model runner has loaded its models."""
+    The function that `Method.attach` names calls this, when vLLM's model runner has loaded its models."""
     target = TargetChoice(chooser, options.crossover(operations.name), runner.max_num_reqs)
     layers = target_layers(runner)
     for name, choice in choices.items():

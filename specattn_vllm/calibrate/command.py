@@ -1,4 +1,4 @@
-"""The command line of `specattn calibrate`. Loads torch and transformers where they are used."""
+"""The command line of `specattn calibrate`. Imports torch and transformers only when they are used."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from specattn_vllm.tools.outputs import output_file
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("the pair and the text")
     add_pair(what)
-    text = "UTF-8, like what will be served, read in this order; the demo pair brings its own"
+    text = "UTF-8, similar to the text that will be served, read in this order; the demo pair has its own"
     what.add_argument("--text", type=Path, nargs="+", metavar="FILE", help=text)
-    what.add_argument("--window", type=int, default=4096, metavar="N", help="tokens at a time [%(default)s]")
-    what.add_argument("--windows", type=int, default=16, metavar="N", help="how many at most [%(default)s]")
+    what.add_argument("--window", type=int, default=4096, metavar="N", help="tokens per window [%(default)s]")
+    what.add_argument("--windows", type=int, default=16, metavar="N", help="number of windows at most [%(default)s]")
     layers = parser.add_argument_group("layers and heads")
-    method = "what the map is for; sts: with a head map [%(default)s]"
+    method = "the method that will use the map; sts: with a head map [%(default)s]"
     layers.add_argument("--method", choices=("specattn", "sts"), default="specattn", help=method)
-    dense = "first target layers that read everything [%(default)s]"
+    dense = "number of first target layers that are dense [%(default)s]"
     layers.add_argument("--dense-layers", type=int, default=0, metavar="N", help=dense)
     ranks = "map heads within each of N tensor-parallel ranks (sts) [1]"
     layers.add_argument("--ranks", type=int, metavar="N", help=ranks)
-    layers.add_argument("--queries", type=int, default=64, metavar="N", help="rows compared a window [%(default)s]")
+    layers.add_argument("--queries", type=int, default=64, metavar="N", help="rows compared per window [%(default)s]")
     run = parser.add_argument_group("running")
     run.add_argument("--out", type=output_file, required=True, metavar="FILE.json", help="the map")
-    run.add_argument("--overwrite", action="store_true", help="throw away what --out holds or an earlier run left")
+    run.add_argument("--overwrite", action="store_true", help="replace --out, and discard an interrupted run")
     run.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     run.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="[float32 on a CPU, else bfloat16]")
     run.add_argument("--seed", type=int, default=0, help="which rows are compared [%(default)s]")
 
 
 def state_file(out: Path) -> Path:
-    """What a run that was cut off has left, beside the map that is to be written."""
+    """The file in which an interrupted run keeps its measurements, beside the map."""
     return out.with_name(out.name + ".state")
 
 
 def check(args: argparse.Namespace) -> None:
-    """UserError for arguments that make no sense, by themselves or together."""
+    """Raise UserError for arguments that are invalid, alone or together."""
     for name, least in {"window": 64, "windows": 1, "queries": 1, "ranks": 1, "dense_layers": 0, "seed": 0}.items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
@@ -52,8 +52,8 @@ def check(args: argparse.Namespace) -> None:
     if args.queries > (most := args.window - args.window // 16):
         raise UserError(f"--queries {args.queries}: a window of {args.window} has {most}")
     if args.text is None and (args.target, args.draft) != (DEMO, DEMO):
-        raise UserError("--text: give files of text like what will be served; only the demo pair brings its own")
-    # Where both are there, the map is an earlier run's, and one that was to overwrite it was cut off: it goes on.
+        raise UserError("--text: give files of text like the text to be served; only the demo pair brings its own")
+    # If both files exist, an interrupted run was about to overwrite an earlier map: it is resumed.
     if args.out.exists() and not args.overwrite and not state_file(args.out).exists():
         raise UserError(f"--out {args.out} exists: give another, or --overwrite")
 
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         with ended_as_interrupted():
             found = calibrate(args, state_file(args.out))
     except KeyboardInterrupt as interrupt:
-        print(f"\ninterrupted; this goes on from {state_file(args.out)}: {resumed()}")
+        print(f"\ninterrupted; run this to go on from {state_file(args.out)}: {resumed()}")
         return status_of(interrupt)
     print(summary(args.out, found))
     return 0
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 def summary(out: Path, found: dict[str, Any]) -> str:
     layers = " ".join("-" if layer is None else str(layer) for layer in found["layers"])
-    lines = [f"{out}: '-' reads everything", f"  draft layer per target layer: {layers}"]
+    lines = [f"{out}: '-' is a dense layer", f"  draft layer per target layer: {layers}"]
     if found["heads"] is not None:
         heads = " ".join("-" if row is None else ",".join(map(str, row)) for row in found["heads"])
         lines.append(f"  draft KV head per target KV head: {heads}")

@@ -1,4 +1,4 @@
-"""From similarities to a map: which draft layer for each target layer, and which of its heads for each head."""
+"""Makes a map from similarities: a draft layer for each target layer, and a draft KV head for each target KV head."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import torch
 
 
 def layer_path(similarity: torch.Tensor) -> list[int]:
-    """Of the maps from target to draft layers that never step back in depth, the one with the greatest total similarity
-    (Shah, arXiv 2510.27641, section 3).
+    """The map from target layers to draft layers with the greatest total similarity, among maps in which the draft
+    layer never decreases from one target layer to the next (Shah, arXiv 2510.27641, section 3).
 
-    similarity: [m target layers, n draft layers]. A dynamic programme over target layers: the best total that ends in
-    each draft layer, O(m n^2). Among equals the smaller index wins, from the last target layer back.
+    similarity: [m target layers, n draft layers]. Dynamic programming over target layers keeps the best total that ends
+    in each draft layer, O(m n^2). Among equal totals the smaller index wins, from the last target layer back.
     """
     best, *rows = similarity.double().tolist()
     came_from: list[list[int]] = []
@@ -28,11 +28,11 @@ def layer_path(similarity: torch.Tensor) -> list[int]:
 
 
 def head_map(similarity: torch.Tensor, ranks: int = 1) -> list[int]:
-    """For each target KV head the draft KV head most similar to it, the first among equals (Xu et al., arXiv
+    """For each target KV head, the most similar draft KV head; the first one among equals (Xu et al., arXiv
     2605.15508).
 
-    similarity: [Ht, Hd]. With tensor-parallel `ranks`, which divide both, only heads of the same rank are considered;
-    the map then serves any number of ranks that divides that one.
+    similarity: [Ht, Hd]. `ranks`: number of tensor-parallel ranks, which must divide both. Only heads of the same rank
+    are considered. The map then also works with every number of ranks that divides `ranks`.
     """
     ours, theirs = (heads // ranks for heads in similarity.shape)
     first = [h // ours * theirs for h in range(len(similarity))]
@@ -40,7 +40,7 @@ def head_map(similarity: torch.Tensor, ranks: int = 1) -> list[int]:
 
 
 def as_json(found: dict[str, Any]) -> str:
-    """A map as it stands in its file: indented, with innermost lists on a line."""
+    """The text of a map file: indented JSON, with each innermost list on one line."""
 
     def on_a_line(match: re.Match) -> str:
         return "[" + " ".join(match[1].split()) + "]"

@@ -1,7 +1,7 @@
-"""Both models in transformers, and what is seen of them while they attend.
+"""Runs both models in transformers, and passes on their attention.
 
-transformers calls an attention function by its registered name with q and k as they are after RoPE. Ours attends as
-PyTorch does and also makes the rows of chosen queries, so that no full attention matrix ever stands in memory.
+transformers calls our registered attention function with q and k after RoPE. It attends as PyTorch does, and also makes
+the attention rows of chosen queries. So no full attention matrix is ever in memory.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from specattn_vllm.tools.models import model_folder
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 NAME = "specattn_calibrate"
 BLOCK = 64
-"""Rows that are made at a time: a block of all query heads is what stands in memory beside the rows themselves."""
+"""Rows that are made at once. Besides the results, only one block, of all query heads, is in memory."""
 
 
 def rows_of(query: torch.Tensor, key: torch.Tensor, queries: torch.Tensor, scaling: float) -> torch.Tensor:
-    """Attention of `queries` in the window: [KV heads, queries, tokens] float32, query heads averaged.
+    """Attention rows of `queries` in the window: [KV heads, queries, tokens] float32, averaged over query heads.
 
     query: [query heads, tokens, size], key: [KV heads, tokens, size].
     """
@@ -40,32 +40,32 @@ def rows_of(query: torch.Tensor, key: torch.Tensor, queries: torch.Tensor, scali
 
 
 def _attend(module, query, key, value, attention_mask, scaling, queries, see, **_):
-    """As transformers calls it: query [1, query heads, tokens, size], key and value [1, KV heads, tokens, size]. What
-    `look` passes on comes along."""
+    """transformers calls this: query [1, query heads, tokens, size], key and value [1, KV heads, tokens, size].
+    `queries` and `see` are the arguments of `look`."""
     see(rows_of(query[0], key[0], queries, scaling))
     out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return out.transpose(1, 2).contiguous(), None
 
 
 def load(folder: Path, device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """A model to `look` at. Its head, which nothing asks, stays behind."""
+    """A model for `look`, without its LM head, which is not needed."""
     from transformers import AttentionInterface, AutoModelForCausalLM
 
     AttentionInterface.register(NAME, _attend)
-    # Not AutoModel: it reports weights of a head as unexpected, and who reads that looks for a mistake.
+    # Not AutoModel: it reports the weights of the LM head as unexpected, which looks like an error.
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=NAME, local_files_only=True)
     return model.base_model.to(device).eval()
 
 
 @torch.inference_mode()
 def look(model: torch.nn.Module, ids: torch.Tensor, queries: torch.Tensor, see: Callable[[torch.Tensor], None]) -> None:
-    """One pass over a window `ids` [tokens] that shows the rows of `queries` [queries] layer after layer, as `rows_of`
-    makes them."""
+    """Run a window `ids` [tokens] through the model. For each layer in turn, `see` gets the attention rows of `queries`
+    [queries], as `rows_of` makes them."""
     model(input_ids=ids[None].to(model.device), use_cache=False, queries=queries.to(model.device), see=see)
 
 
 def find(role: str, name: str) -> Path:
-    """The folder of a model: the demo pair's, a folder, or one that the Hugging Face hub has."""
+    """The folder of a model: of the demo pair, a given folder, or one downloaded from the Hugging Face hub."""
     if (folder := Path(model_folder(role, name))).is_dir():
         return folder
     from huggingface_hub import snapshot_download
@@ -78,7 +78,7 @@ def find(role: str, name: str) -> Path:
 
 
 def check(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
-    """The configuration of each model; UserError for what cannot be calibrated."""
+    """The configuration of each model. Raises UserError for models that cannot be calibrated."""
     configs = {}
     for role, folder in folders.items():
         try:
@@ -96,14 +96,14 @@ def check(folders: dict[str, Path]) -> dict[str, dict[str, Any]]:
     sizes = [configs[role].get("vocab_size") for role in ("target", "draft")]
     if sizes[0] != sizes[1]:
         raise UserError(
-            f"target and draft have vocabularies of {sizes[0]} and {sizes[1]} tokens: drafting needs the same; use a "
+            f"target and draft have vocabularies of {sizes[0]} and {sizes[1]} tokens: drafting needs equal ones; use a "
             "draft of the target's family"
         )
     return configs
 
 
 def tokenizer_of(folders: dict[str, Path]) -> Any:
-    """The tokenizer that both models share; UserError if they do not."""
+    """The tokenizer that both models share. Raises UserError if their tokenizers differ."""
     from transformers import AutoTokenizer
 
     found = {}

@@ -1,4 +1,4 @@
-"""A calibration from its arguments to the map."""
+"""Runs a calibration: from the command's arguments to the map."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from specattn_vllm.methods import METHODS
 from specattn_vllm.tools.outputs import write_whole
 
 SETTINGS = ("method", "window", "windows", "dense_layers", "ranks", "queries", "seed")
-"""Arguments that a map depends on, beside models, text and dtype."""
+"""Arguments that change the map, besides models, text and dtype."""
 
 
 def calibrate(args: argparse.Namespace, state_file: Path) -> dict[str, Any]:
-    """Measure, write the map to `args.out`, and return it as it stands there; `state_file` has what an earlier run
-    measured before it was cut off. UserError for what cannot be done."""
+    """Measure, write the map to `args.out`, and return its contents. `state_file` may hold the measurements of an
+    interrupted run. Raises UserError if something cannot be done."""
     folders = {"target": models.find("target", args.target), "draft": models.find("draft", args.draft)}
     _check_fit(args, models.check(folders))
     device = _device(args.device)
@@ -99,7 +99,7 @@ def _windows(args: argparse.Namespace, tokenizer: Any) -> text.Windows:
     def tokenize(part: str) -> list[int]:
         return tokenizer(part, add_special_tokens=False, verbose=False).input_ids
 
-    # What the tokenizer puts before any text is what the models want there.
+    # The tokens that the tokenizer puts before every text, for example BOS.
     first = tokenizer("", verbose=False).input_ids
     return text.windows(args.text or [text.DEMO_TEXT], tokenize, first, args.window, args.windows)
 
@@ -107,7 +107,7 @@ def _windows(args: argparse.Namespace, tokenizer: Any) -> text.Windows:
 def _measure(
     args: argparse.Namespace, target: torch.nn.Module, draft: torch.nn.Module, ids: torch.Tensor, state: State
 ) -> None:
-    """Add the windows `ids` [windows, tokens] to the state, but for those that it has."""
+    """Measure the windows `ids` [windows, tokens] that the state does not have yet, and add them to it."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as progress:
         task = progress.add_task("windows", total=len(ids), completed=state.windows)
@@ -121,7 +121,7 @@ def _measure(
 
 
 def _command(args: argparse.Namespace, settings: dict[str, Any]) -> str:
-    """The command that makes this map: names, not paths, since where folders lay tells a reader nothing."""
+    """The command that makes this map, with names instead of paths, because paths would tell a reader nothing."""
     words = ["specattn", "calibrate", "--target", Path(args.target).name, "--draft", Path(args.draft).name]
     if args.text:
         words += ["--text", *(path.name for path in args.text)]

@@ -1,4 +1,4 @@
-"""Windows of token ids from files, read as far as they are needed."""
+"""Makes windows of token ids from text files, and reads only as much text as needed."""
 
 from __future__ import annotations
 
@@ -13,25 +13,26 @@ from specattn_vllm.evaluation.texts import held_out
 from specattn_vllm.installed import DEMO, UserError
 
 DEMO_TEXT = DEMO / "calibration.txt"
-"""Source of this package as it was at one time: shipped, so that everybody calibrates the demo pair on the same."""
+"""Source code of an earlier state of this package. It is shipped, so that all calibrations of the demo pair use the
+same text."""
 PART = 1 << 16
-"""Characters that are tokenized at a time."""
+"""Characters that are tokenized at once."""
 
 
 class Windows(NamedTuple):
     ids: torch.Tensor
     """[windows, tokens] int64."""
     files: list[dict[str, str]]
-    """Name and SHA-256 of each file that was read from."""
+    """Name and SHA-256 of each file that was read."""
 
     @property
     def digest(self) -> str:
-        """SHA-256 over the ids, four bytes each, the lowest first."""
+        """SHA-256 over the ids, as little-endian int32."""
         return hashlib.sha256(self.ids.numpy().astype("<i4").tobytes()).hexdigest()
 
 
 def parts(path: Path) -> Iterator[str]:
-    """The text of a file in parts that end with a line, unless a line is longer."""
+    """The text of a file in parts. A part ends at the end of a line, unless the line is longer than PART."""
     try:
         with path.open(encoding="utf-8") as file:
             while part := file.read(PART) + file.readline(PART):
@@ -51,7 +52,7 @@ def file_digest(path: Path) -> str:
 
 
 def refuse_held_out(digests: dict[Path, str]) -> None:
-    """What `specattn eval methods` evaluates on must not be calibrated on: its figures would flatter the map."""
+    """Refuse text on which `specattn eval methods` evaluates, because its results would favour the map."""
     evaluated = {hashlib.sha256(text.encode()).hexdigest(): name for name, text in held_out()}
     for path, digest in digests.items():
         if digest in evaluated:
@@ -64,11 +65,10 @@ def refuse_held_out(digests: dict[Path, str]) -> None:
 def windows(
     paths: list[Path], tokenize: Callable[[str], list[int]], first: Iterable[int], size: int, most: int
 ) -> Windows:
-    """Up to `most` windows of `size` tokens, cut one after the other from the files in their order; each begins with
-    the `first` tokens, that of the text's beginning if the models want one. Files too short for one are strung
-    together.
+    """Up to `most` windows of `size` tokens, cut one after the other from the files in their order. Each window begins
+    with the tokens `first`, for example BOS if the models use one. Files that are shorter than a window are joined.
 
-    tokenize: without special tokens. Raises UserError if the text is not enough for one window.
+    tokenize: must add no special tokens. Raises UserError if the text is not enough for one window.
     """
     digests = {path: file_digest(path) for path in paths}
     refuse_held_out(digests)

@@ -1,7 +1,7 @@
-"""The uniform layer maps of well-known pairs that ship with the package, as files.
+"""Writes the uniform layer maps of well-known pairs, which ship with the package.
 
-Nothing was measured for them. They are what an engine makes by itself for a pair without a map, and say in a file that
-can be copied and changed which layers are paired, for which models, and which command makes a calibrated one.
+Nothing was measured for them. An engine makes the same map itself for a pair without a map. The file can be copied and
+changed; it shows the paired layers, the models, and the command that makes a calibrated map.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from specattn_vllm.tools.models import ROLES, load_shape
 
 
 class Pair(NamedTuple):
-    """Models on the hub, the instruct ones first, and the shape that the benchmark knows them by."""
+    """Pairs of models on the hub, the instruct ones first, and the name of their shape in the benchmark."""
 
     shape: str
     models: tuple[tuple[str, str], ...]
-    """(target, draft): those that the file names; it serves any others of their architecture."""
+    """(target, draft) pairs that the file names. The map also serves other models of the same architecture."""
 
 
 PAIRS = {
@@ -34,11 +34,11 @@ PAIRS = {
     ),
     "qwen3-8b-qwen3-0.6b": Pair("qwen3-8b-0.6b", (("Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B"),)),
 }
-"""By the name of the shipped map."""
+"""Name of the shipped map -> its pair."""
 
 
 def map_text(pair: Pair) -> str:
-    """The file's text. Its models have no digest of their weights, so it fits all weights of these shapes."""
+    """The text of the file. Its models have no digest of weights, so the map fits all weights of these shapes."""
     configs = load_shape(pair.shape).configs
     found = layer_map.uniform(*(facts_from_config(configs[role]) for role in ROLES))
     target, draft = pair.models[0]

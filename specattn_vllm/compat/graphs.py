@@ -11,8 +11,9 @@ from specattn_vllm.compat.names import MARK
 
 
 def capture_twice(model: Any, target: Any) -> None:
-    """Have vLLM's full graphs of `model` captured once with target.captured true and once with it false, and replayed
-    as target.chooses says. vLLM makes a manager of graphs after the model is loaded, and one to profile before that."""
+    """Make vLLM capture its full CUDA graphs of `model` twice, with target.captured true and false, and replay those
+    that match target.chooses. vLLM makes one graph manager for profiling and then the final one, both after this call.
+    """
     model.specattn_target = target
     from vllm.v1.worker.gpu.cudagraph_utils import ModelCudaGraphManager
 
@@ -38,7 +39,7 @@ def capture_twice(model: Any, target: Any) -> None:
         finally:
             self.graphs, self._capture_descs = graphs, wanted
         if samples is not None:
-            # vLLM reckons with a graph for each batch size, which takes a MiB at least: its memory is that of both.
+            # vLLM estimates memory per batch size, at least a MiB for each graph: here a size counts both graphs.
             pairs = zip(before, samples[len(before) :], strict=True)
             samples[:] = [sum(pair) if n == 0 else sum(max(x, 1 << 20) for x in pair) for n, pair in enumerate(pairs)]
 

@@ -1,7 +1,7 @@
-"""What the plugin leans on in vLLM beside its public interface: looked for at start-up, before anything is patched.
+"""The private parts of vLLM that the plugin depends on. At start-up, before any patch, we check that they exist.
 
-vLLM's files are parsed and not imported, so that the check costs a fraction of a second, needs no GPU, and runs on any
-version whose files are at hand.
+vLLM's files are parsed, not imported. So the check takes a fraction of a second, needs no GPU, and can check any vLLM
+version whose files are available.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ LEANED_ON = (
     f"{GPU}.attn_utils:build_slot_mappings_by_layer(slot_mappings, kv_cache_config)",
     "model_executor.layers.attention_layer_base:AttentionLayerBase",
     "forward_context:set_forward_context(attn_metadata, vllm_config, num_tokens, slot_mapping, skip_compiled)",
-    # The speculator that ours are made of: what they override, call and read.
+    # The base class of our speculators: the members that they override, call and read.
     f"{STANDALONE}.load_model(target_model)",
     f"{STANDALONE}.load_draft_model(target_model, target_attn_layer_names)",
     f"{STANDALONE}.set_attn(model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups)",
@@ -118,27 +118,27 @@ LEANED_ON = (
         )
     ),
 )
-"""'module:symbol', or 'module:symbol(arguments)': arguments that are given by name, or in this order."""
+"""'module:symbol', or 'module:symbol(arguments)': the arguments must exist, in this order."""
 
 
 def missing(vllm: Path) -> list[str]:
-    """What of `LEANED_ON` the vLLM in a folder does not have, in words."""
+    """Describes each entry of `LEANED_ON` that the vLLM in this folder does not have."""
     return [told for lean in LEANED_ON if (told := problem(lean, signature(vllm, lean))) is not None]
 
 
 def remedy(vllm: Path, version: str) -> str | None:
-    """Why the plugin cannot run on the vLLM in a folder, and what to do; None if it can."""
+    """Why the plugin cannot run on the vLLM in this folder, with the remedy; None if it can."""
     if not (lost := missing(vllm)):
         return None
     return (
-        f"specattn-vllm leans on what vLLM {version} does not have: {'; '.join(lost)}. Install a vLLM that this "
-        "version of the plugin was run on, or a newer specattn-vllm; or remove specattn-vllm (or leave 'specattn' out "
+        f"specattn-vllm needs parts that vLLM {version} does not have: {'; '.join(lost)}. Install a vLLM on which this "
+        "version of the plugin was tested, or a newer specattn-vllm; or remove specattn-vllm (or leave 'specattn' out "
         "of VLLM_PLUGINS)"
     )
 
 
 def signature(vllm: Path, lean: str) -> str | None:
-    """The arguments of what an entry names, as 'a, b'; '' of what is no function, None where the name is not there."""
+    """The arguments of the function that an entry names, as 'a, b'; '' if it is no function, None if it is missing."""
     module, symbol, _ = _parts(lean)
     found = _find(vllm, module, symbol)
     if not isinstance(found, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -147,7 +147,7 @@ def signature(vllm: Path, lean: str) -> str | None:
 
 
 def problem(lean: str, found: str | None) -> str | None:
-    """What is missing of an entry, given the signature that was found; None if nothing is."""
+    """Describes what is missing for an entry, given the signature that was found; None if nothing is missing."""
     module, symbol, arguments = _parts(lean)
     name = f"vllm.{module}.{symbol}"
     if found is None:
@@ -169,7 +169,7 @@ def _parts(lean: str) -> tuple[str, str, str | None]:
 
 @functools.cache
 def _tree(vllm: Path, module: str) -> dict[str, ast.stmt] | None:
-    """What a module defines or imports at its top, by name; None where there is no such file."""
+    """Name -> the top-level definition or import of a module; None if there is no such file."""
     path = vllm.joinpath(*module.split("."))
     file = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
     if not file.is_file():
@@ -181,7 +181,7 @@ def _tree(vllm: Path, module: str) -> dict[str, ast.stmt] | None:
 
 
 def _statements(body: list[ast.stmt]):
-    """Those of a body, and of what stands under its conditions."""
+    """The statements of a body, and those inside its `if` and `try` statements."""
     for node in body:
         yield node
         if isinstance(node, ast.If | ast.Try):
@@ -210,7 +210,7 @@ def _find(vllm: Path, module: str, symbol: str) -> ast.AST | None:
 
 
 def _member(vllm: Path, module: str, cls: ast.ClassDef, member: str) -> ast.AST | None:
-    """A method, a field, or an attribute that some method sets; also of the classes that it is made of."""
+    """A method, a field, or an attribute that some method sets, of a class or of its base classes."""
     for node in _statements(cls.body):
         if member in _names(node):
             return node

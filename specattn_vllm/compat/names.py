@@ -1,4 +1,4 @@
-"""Whether an engine is ours, and the names by which vLLM finds our classes."""
+"""Whether an engine uses our backend, and the names by which vLLM finds our classes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 BACKEND_NAME = "SPECATTN"
-# By name, as vLLM keeps classes itself: they import this package, and are not needed before an engine starts.
+# Import paths instead of classes, as in vLLM: these modules are not needed before an engine starts.
 BACKEND_PATH = "specattn_vllm.backend.backend.SpecAttnBackend"
 SKETCH_SPECULATOR_PATH = "specattn_vllm.speculation.sketch_speculator.SketchSpeculator"
 ATTACH_PATH = "specattn_vllm.backend.attach.attach"
@@ -19,13 +19,13 @@ MARK = "_specattn_patched"
 
 
 def is_ours(vllm_config: VllmConfig) -> bool:
-    """Whether an engine was asked to use our backend."""
+    """Whether an engine is configured to use our backend."""
     backend = vllm_config.attention_config.backend
     return backend is not None and backend.name == BACKEND_NAME
 
 
 def is_ours_in_part(vllm_config: VllmConfig) -> bool:
-    """Whether our backend was asked for in some kinds of layers only, which it is not made for."""
+    """Whether an engine is configured to use our backend for some kinds of layers only, which is not supported."""
     per_kind = getattr(vllm_config.attention_config, "backend_per_kind", None) or {}
     names = {backend.name for backend in per_kind.values() if backend is not None}
     return BACKEND_NAME in names or (bool(names) and is_ours(vllm_config))

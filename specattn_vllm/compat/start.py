@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 _ALIASES = {"--spec-model": "--speculative-model", "--spec-tokens": "--num-speculative-tokens"}
 DEFAULT_DRAFT_LENGTH = 4
 SELF_DRAFT_LENGTH = 6
-"""Drafts that cost as much as the target's own steps are accepted nearly always: more of them than of a small model's.
-Vegas drafts 5 to 9 (arXiv 2602.07223)."""
+"""Default number of draft tokens if the target drafts for itself. It is larger than for a small draft model, because
+nearly all of these drafts are accepted. Vegas drafts 5 to 9 (arXiv 2602.07223)."""
 
 logger = logging.getLogger("vllm.specattn")
 
@@ -60,7 +60,7 @@ def allow_on_cpu() -> None:
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
         if selected_backend is None or selected_backend.name != BACKEND_NAME:
             return original(cls, selected_backend, attn_selector_config, num_heads)
-        # The check that CudaPlatform makes for every backend; CPU has no device capability to check.
+        # The same check as in CudaPlatform, but a CPU has no device capability to check.
         backend = selected_backend.get_class()
         reasons = backend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
         if reasons:
@@ -106,7 +106,7 @@ def check_engine_config() -> None:
         vllm_config = original(self, *args, **kwargs)
         resolve(CHECK_PATH)(vllm_config)
         if is_ours(vllm_config) and not self.disable_log_stats:
-            # Before any other process of the engine is started.
+            # This must happen before any other process of the engine is started.
             resolve(METRICS_FOLDER_PATH)()
         return vllm_config
 
@@ -115,8 +115,8 @@ def check_engine_config() -> None:
 
 
 def complete_speculation(engine_args: Any) -> None:
-    """Fill in what our backend needs not be told: that a target that drafts for itself is its own draft model, and how
-    many tokens are drafted."""
+    """Fill in two settings that users of our backend may omit: the number of draft tokens, and the target as its own
+    draft model if it drafts for itself."""
     backend = engine_args.attention_backend or getattr(engine_args.attention_config, "backend", None)
     if str(getattr(backend, "name", backend)).upper() != BACKEND_NAME:
         return
@@ -128,11 +128,11 @@ def complete_speculation(engine_args: Any) -> None:
     if options.drafts_for_itself and not has_model:
         engine_args.spec_model, has_model = engine_args.model, True
         if engine_args.spec_method is None and "method" not in given:
-            # vLLM would guess from the model's name.
+            # Otherwise vLLM would guess the method from the model's name.
             engine_args.spec_method = "draft_model"
     if has_model and engine_args.spec_tokens is None and "num_speculative_tokens" not in given:
         engine_args.spec_tokens = SELF_DRAFT_LENGTH if options.drafts_for_itself else DEFAULT_DRAFT_LENGTH
-        logger.info("specattn: drafting %d tokens a round (--num-speculative-tokens)", engine_args.spec_tokens)
+        logger.info("specattn: drafting %d tokens per round (--num-speculative-tokens)", engine_args.spec_tokens)
 
 
 def check_request() -> None:
@@ -149,7 +149,7 @@ def check_request() -> None:
         if reason := problem(self.extra_args):
             raise VLLMValidationError(reason, parameter="extra_args")
         if asks_for_exactness(self):
-            # Cached blocks may hold entries of another request's pruned steps, also after a preemption.
+            # Cached blocks may hold entries from pruned steps of another request. This also matters after a preemption.
             self.skip_reading_prefix_cache = True
 
     setattr(verify_args, MARK, True)
@@ -171,6 +171,6 @@ def serve_metrics() -> None:
 
     setattr(get_prometheus_registry, MARK, True)
     prometheus.get_prometheus_registry = get_prometheus_registry
-    # Has the function by name, where it is imported already.
+    # If this module is already imported, it holds its own reference to the function.
     if (server := sys.modules.get("vllm.entrypoints.serve.instrumentator.metrics")) is not None:
         server.get_prometheus_registry = get_prometheus_registry

@@ -1,4 +1,4 @@
-"""Patches of a process that runs the model: its drafter, its steps, its requests, and what it answers."""
+"""Patches of a process that runs the model: its drafter, its steps, its requests, and its RPC methods."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def choose_speculator() -> None:
 
 
 def stock_speculator() -> type:
-    """Upstream's class, whether or not its name has been taken over in this process."""
+    """vLLM's own class, even if `choose_speculator` has replaced its name in this process."""
     from vllm.v1.worker.gpu.spec_decode.standalone_ar import speculator as upstream
 
     return getattr(upstream.StandaloneARSpeculator, "stock", upstream.StandaloneARSpeculator)
 
 
 def prepare_cpu_worker() -> None:
-    """Called by the metadata builder: in a worker that uses the backend, before it samples."""
+    """Called by the metadata builder, so only in a worker that uses the backend, and before it samples."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -61,7 +61,7 @@ def attach_to_runner() -> None:
     try:
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     except ImportError:
-        return  # runner V2 cannot be imported where Triton does not work, and is refused there by name
+        return  # without a working Triton, runner V2 cannot be imported; the start-up checks refuse runner V1
 
     original = GPUModelRunner.load_model
     if getattr(original, MARK, False):
@@ -78,7 +78,8 @@ def attach_to_runner() -> None:
 
 
 def count_rounds(runner: Any, seen: Callable[[Any, Any], None]) -> None:
-    """Call seen(input batch, sampled tokens by row) for each round of a drafter, if there is one; not for dummies."""
+    """Call seen(input batch, sampled tokens by row) for each round of a drafter, if there is one, but not in dummy
+    runs."""
     drafter = runner.speculator
     if drafter is None or not hasattr(drafter, "propose"):
         return
@@ -96,7 +97,7 @@ def count_rounds(runner: Any, seen: Callable[[Any, Any], None]) -> None:
 
 
 def mark_dummy_runs(runner: Any, target: Any) -> None:
-    """Keep target.dummy true while vLLM runs a step for warming up."""
+    """Keep target.dummy true while vLLM runs a warm-up step."""
     original = runner._dummy_run
 
     @functools.wraps(original)
@@ -111,13 +112,13 @@ def mark_dummy_runs(runner: Any, target: Any) -> None:
 
 
 def is_warm_up(request: Any) -> bool:
-    """Whether a request is one of those by which vLLM warms its kernels up."""
+    """Whether a request is one of vLLM's warm-up requests."""
     return request.req_id.startswith(("_warmup_", "_v2_mixed_warmup"))
 
 
 def watch_new_requests(model_state: Any, name: str, seen: Callable[[int, Any], None]) -> None:
-    """Call seen(slot, request data) for each request that the worker takes up, a resumed one included. Of one name the
-    last is called: vLLM calls `set_attn` again after profiling."""
+    """Call seen(slot, request data) for each new or resumed request of the worker. A second watcher of the same name
+    replaces the first: vLLM calls `set_attn` again after profiling."""
     if not hasattr(model_state, "specattn_watchers"):
         original, watchers = model_state.add_request, {}
 
@@ -144,8 +145,8 @@ def at_first_request(model_state: Any, act: Callable[[], None]) -> None:
 
 
 def watch_steps(runner: Any, seen: Callable[[Any], None]) -> None:
-    """Call seen(scheduler output) for each step of a runner as it begins, those without a token included; not for
-    dummies. vLLM runs one without a token once the last request has ended."""
+    """Call seen(scheduler output) at the start of each step of a runner, also of steps without tokens, but not of dummy
+    runs. vLLM runs one step without tokens after the last request has ended."""
     original = runner.finish_requests
 
     @functools.wraps(original)
@@ -173,7 +174,7 @@ def add_worker_method() -> None:
         return vars(counters.read()) if counters is not None else None
 
     def specattn_audit(self) -> dict[str, dict[str, float]] | None:
-        """What this worker's audits found since start-up, by layer; None without an audit. For `collective_rpc`."""
+        """Audit results of this worker since start-up, by layer; None without an audit. For `collective_rpc`."""
         from specattn_vllm.backend.audits import audit_of
 
         audit = audit_of(self.model_runner)

@@ -1,4 +1,4 @@
-"""Gaps in Triton 3.9's interpreter that vLLM's kernels fall into, and what makes it slower than it has to be."""
+"""Corrections of Triton 3.9's interpreter: errors in vLLM's kernels, and unnecessary work that makes it slow."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _MARK = "_specattn_mended"
 
 
 def accept_integer_masks() -> None:
-    """Let loads and stores take boolean masks that arrive as integers.
+    """Let loads and stores accept boolean masks that are stored as integers.
 
-    Combining a scalar condition with a block of conditions leaves NumPy integers behind, which a compiled kernel never
-    sees and the interpreter refuses: "mask has unsupported dtype". It stops a server at its first request with
-    structured output. Goes when Triton's interpreter casts masks itself.
+    Combining a scalar condition with a block of conditions gives NumPy integers. A compiled kernel never sees these,
+    but the interpreter refuses them: "mask has unsupported dtype". This stops a server at its first request with
+    structured output. Remove when Triton's interpreter casts masks itself.
     """
     import numpy as np
     from triton.runtime.interpreter import InterpreterBuilder
@@ -24,7 +24,7 @@ def accept_integer_masks() -> None:
 
     def as_bool(mask):
         if mask.data.dtype != np.bool_:
-            # The value of a one-bit integer is its lowest bit, whatever the width it was computed in.
+            # The value of a one-bit integer is its lowest bit, in whatever width it was computed.
             mask.data = (mask.data & 1).astype(np.bool_)
         return mask
 
@@ -40,9 +40,9 @@ def accept_integer_masks() -> None:
 
 
 def compute_log1p() -> None:
-    """Let kernels take the logarithm of 1 + x from the device's library, which has no code for the interpreter: its
-    functions give None there. vLLM's rejection sampling does so for drafts that were drawn from a draft model's
-    distribution. Goes when Triton's interpreter runs that library's functions.
+    """Implement log1p of the device library (`libdevice`) for the interpreter, where its functions return None. vLLM's
+    rejection sampling uses it for drafts that were sampled from a draft model's distribution. Remove when Triton's
+    interpreter runs that library's functions.
     """
     import numpy as np
     import triton.language as tl
@@ -53,7 +53,7 @@ def compute_log1p() -> None:
         return
 
     def log1p(x):
-        with np.errstate(divide="ignore", invalid="ignore"):  # as on a GPU: what comes of -1 and less is left out later
+        with np.errstate(divide="ignore", invalid="ignore"):  # as on a GPU; results for x <= -1 are not used
             return tl.core.tensor(TensorHandle(np.log1p(x.handle.data), x.handle.dtype.scalar), x.type)
 
     libdevice.log1p = log1p
@@ -63,16 +63,16 @@ def compute_log1p() -> None:
 def leave_out_needless_work() -> None:
     """Let the interpreter run kernels in about a third of the time, with the same results.
 
-    What costs it as much as the kernels' own arithmetic, and more:
+    The interpreter spends more time on the following than on the kernels' own arithmetic:
 
-    - It lists all members of `triton.language` at each launch and at each call of a device function, to replace a few
-      dozen of them. Here what replaces them is made once, and put in their place for a launch and all that it calls.
-    - It computes each sum, difference and product of integers a second time in 64 bits, to find an overflow, and then
-      throws the finding away, because it reports one in debug mode only.
-    - It writes down the table of NumPy's types anew each time that it looks one up.
-    - It wraps the shape of each value anew, number by number.
+    - At each launch and each call of a device function, it lists all members of `triton.language` to replace a few
+      dozen of them. Here the replacements are made once, and installed once for a launch and all functions it calls.
+    - It computes each sum, difference and product of integers a second time in 64 bits to detect overflow, and then
+      discards the result, because it reports overflow in debug mode only.
+    - It rebuilds the table of NumPy's types for each lookup.
+    - It wraps the shape of each value again, number by number.
 
-    Goes when Triton's interpreter does none of these.
+    Remove when Triton's interpreter does none of these.
     """
     from triton.runtime import interpreter
 
@@ -96,7 +96,7 @@ def _replace_members_once(interpreter) -> None:
 
         return call
 
-    # While no kernel runs, so before any member is replaced.
+    # Collected while no kernel runs, so before any member is replaced.
     packages = (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)
     members = [(p, name, m) for p in packages for name, m in inspect.getmembers(p) if tl.core.is_builtin(m)]
     replacements = [(package, name, interpreted(member)) for package, name, member in members]
@@ -108,14 +108,14 @@ def _replace_members_once(interpreter) -> None:
             running.clear()
 
     def patch_lang(fn):
-        if running:  # a device function, which finds everything replaced by the kernel that calls it
+        if running:  # a device function: the kernel that calls it has already replaced all members
             return interpreter._LangPatchScope()
         running.append(fn)
         scope = Scope()
         for package, name, replacement in replacements:
             scope.set_attr(package, name, replacement)
         interpreter._patch_lang_tensor(tl.tensor, scope)
-        # Kernels see the first, Triton's own device functions the second.
+        # Kernels use `tl`, Triton's own device functions use `tl.core`.
         interpreter._patch_lang_core(tl, scope)
         interpreter._patch_lang_core(tl.core, scope)
         return scope

@@ -1,10 +1,9 @@
-"""Which code runs each operation on which device.
+"""Chooses the code that runs each operation, by the device and the options.
 
-`torch` is the PyTorch reference, in production on CPU and the oracle of the tests; `triton` is our kernels, on CUDA or,
-for tests, through Triton's interpreter; `fa3` and `xformers` put another library's attention in place of ours where the
-target reads a selection (unless `auto` keeps ours there) and where everything is read, and leave the rest to the
-kernels. All have the same signatures (`kernels/README.md`). An executor that is asked for and cannot run is an error;
-only `auto` chooses.
+`torch` is the PyTorch reference: it serves on CPUs, and the tests compare the kernels with it. `triton` is our kernels,
+on CUDA, or through Triton's interpreter for tests. `fa3` and `xformers` take sparse attention from another library
+(except that `auto` may keep our sparse kernel), and `fa3` dense attention too; the rest is that of `triton`. All have
+the same signatures (`kernels/README.md`). A named executor that cannot run is an error; only `auto` chooses.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ BLOCKS = ("xformers",)
 
 
 class ExecutorError(ValueError):
-    """The executor asked for does not run here; the message has the remedy."""
+    """The named executor does not run here. The message has the remedy."""
 
 
 @dataclass(frozen=True)
@@ -53,15 +52,15 @@ class Operations:
     dense_attention: Callable[..., None]
     write_kv: Callable[..., None]
     granularity: Literal["token", "block"] = "token"
-    """What `build_page_tables` lists; 'block' reads whole blocks of vLLM's cache, and no selections per head."""
+    """The unit that `build_page_tables` lists. 'block': whole blocks of vLLM's cache, so no selections per head."""
     graphs: bool = False
     """Whether verification can be captured in a full CUDA graph."""
     label: str = ""
-    """What the log calls it, where that is not its name."""
+    """The name in the log, if it differs from `name`."""
 
 
 def of_engine(options: SpecAttnOptions, device: torch.device, dtype: torch.dtype) -> Operations:
-    """The operations that an engine's options name, for models of a dtype."""
+    """The operations of an engine with these options, for models of this dtype."""
     return resolve(options.executor, device, dtype, per_head=options.needs_token_pages)
 
 
@@ -72,15 +71,15 @@ def resolve(
     *,
     per_head: bool = False,
 ) -> Operations:
-    """The operations for an executor name (one of CHOICES) on a device, for models of a dtype; `per_head`: for
-    selections of which each KV head has its own."""
+    """The operations for an executor name (one of CHOICES) on a device, for models of this dtype. `per_head`: whether
+    each KV head has a selection of its own."""
     chooses = name == "auto"
     if chooses:
         name = _best(device, dtype)
     if name in BLOCKS and per_head:
         raise ExecutorError(
-            f"executor = {name!r} reads whole blocks, which hold all KV heads, and methods 'sketch' and 'sts' "
-            "choose for each: use 'auto' or 'triton', or method='specattn'"
+            f"executor = {name!r} reads whole blocks, which hold all KV heads, but methods 'sketch' and 'sts' "
+            "choose for each head: use 'auto' or 'triton', or method='specattn'"
         )
     if name == "torch":
         if device.type != "cpu":
@@ -101,13 +100,13 @@ def resolve(
 def _best(device: torch.device, dtype: torch.dtype) -> str:
     if device.type != "cuda":
         return "torch"
-    # Without FlashAttention 3, our kernels: xformers reads whole blocks, and took four times as long for a tenth of
-    # 16x32k on an H200 (docs/results/h200-kernels.json). Other GPUs were not measured.
+    # Without FlashAttention 3, our kernels are faster: xformers reads whole blocks, and took four times as long for a
+    # tenth of 16x32k on an H200 (docs/results/h200-kernels.json). Other GPUs were not measured.
     return "triton" if _unavailable("fa3", device, dtype) else "fa3"
 
 
 def _unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why an executor made of another library does not run, with the remedy."""
+    """Why an executor from another library does not run, with the remedy; None if it runs."""
     if device.type != "cuda":
         return f"runs on NVIDIA GPUs, not on {device.type}"
     if dtype not in (torch.float16, torch.bfloat16):
@@ -193,11 +192,11 @@ def _triton_operations(device: torch.device) -> Operations:
 
 
 def _borrowed_operations(name: str, device: torch.device, *, own_sparse: bool = False) -> Operations:
-    """Another library's attention, and ours of the rest; `own_sparse`: ours of selections too, which 'auto' takes in
-    the place of FlashAttention 3's where each KV head has a selection. It takes 6 to 60% less time then, from 1x32k to
-    64x4k and 4x128k with 5 to 25% kept (H200, head size 128, 2026-11-26, docs/results/h200-kernels.json); with one
-    selection for all heads, of four requests of 32k or more, 4 to 10% more. All of this with 24 query rows for each KV
-    head: 48, of 8 query heads and 5 drafts, were not measured."""
+    """Attention of another library, and our kernels for the rest. `own_sparse`: our kernel for sparse attention too.
+    'auto' uses it instead of FlashAttention 3's if each KV head has a selection: it takes 6 to 60% less time then, from
+    1x32k to 64x4k and 4x128k with 5 to 25% kept (H200, head size 128, 2026-11-26, docs/results/h200-kernels.json). With
+    one selection for all heads it takes 4 to 10% more, for four requests of 32k or more. All of this was measured with
+    24 query rows per KV head; 48 query rows (8 query heads, 5 drafts) were not measured."""
     base = _triton_operations(device)
     if name == "fa3":
         from specattn_vllm.executors import fa3
@@ -230,7 +229,7 @@ def _dense_attention(
     max_query_len: int,
     max_seq_len: int,
 ) -> None:
-    """Causal attention over everything; the bounds serve CUDA kernels, which cannot read lengths on the host."""
+    """Dense causal attention. The two bounds are for CUDA kernels, which cannot read lengths on the host."""
     from specattn_vllm.kernels import reference
 
     reference.dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, scale, out)

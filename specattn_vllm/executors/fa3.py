@@ -1,12 +1,12 @@
-"""FlashAttention 3, as vLLM ships it, over the cache as it lies: pages of one token.
+"""FlashAttention 3, as vLLM ships it, over vLLM's cache, seen as pages of one token.
 
 A page table of token ids turns FA3's paged attention into token-sparse attention: K and V are a view of vLLM's cache in
-which every row of 2D elements starts a page of one token. A selection that all heads share needs one table per request,
-and FA3 steps over the heads by their stride. Selections per KV head make a batch of requests x KV heads, each with its
-own table and one group of query heads ("head-folded").
+which every row of 2D elements starts a page of one token. If all heads share a selection, each request needs one table,
+and FA3 reaches the heads by their stride. With selections per KV head, the batch is requests x KV heads: each pair has
+its own table and one group of query heads ("head-folded").
 
-No schedule is computed ahead: FA3's own is made on the device at each call, from the lengths of that call. A captured
-CUDA graph follows page tables and lengths that change under it.
+No schedule is computed in advance. FA3 makes its schedule on the device in each call, from the lengths of that call. So
+page tables and lengths may change between replays of a captured CUDA graph.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def dense_attention(
     max_query_len: int,
     max_seq_len: int,
 ) -> None:
-    """Causal attention over everything, on vLLM's own blocks; arguments as in `specattn_vllm.executors`."""
+    """Dense causal attention on vLLM's own blocks; arguments as in `specattn_vllm.executors`."""
     size = query.shape[-1]
     blocks, heads, tokens, _ = kv_cache.shape
     block, head, token = (stride * 2 * size for stride in page_strides(kv_cache))
-    # FA3 hands strides to the tensor memory accelerator, which refuses the zero stride of a dimension of size 1.
+    # FA3 passes strides to the tensor memory accelerator, which refuses stride 0. A dimension of size 1 may have it.
     strides = (block or 2 * size, token or 2 * size, head or 2 * size, 1)
     pages = kv_cache.as_strided((blocks, tokens, heads, 2 * size), strides)
     _flash_attention()(
@@ -79,10 +79,9 @@ def sparse_attention(
     max_query_len: int,
     lse: torch.Tensor | None = None,
 ) -> None:
-    """Attention over the pages of a table; contract of `kernels/attention/sparse_attention.py`, but for three things.
-
-    A (request, head) with kept = 0 gets zeros, where our kernel leaves its rows alone; FA3 refuses fp32;
-    and `query` holds no padding, unless every request of a graph's batch has max_query_len tokens.
+    """Attention over the pages of a table. The contract is that of `kernels/attention/sparse_attention.py`, with three
+    differences: a (request, head) with kept = 0 gets zeros, while our kernel leaves its rows unchanged; FA3 refuses
+    fp32; `query` has no padding, unless every request of a CUDA graph's batch has max_query_len tokens.
     """
     contracts.sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, max_query_len, lse)
     tokens, query_heads, size = query.shape
@@ -144,13 +143,13 @@ def _attend(query, pages, page_table, kept, query_start_loc, scale, out, max_que
 def _head_major(
     query_start_loc: torch.Tensor, tokens: int, rows: int, heads: int, max_query_len: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Order of the (token, head) rows in which each (request, head) is one stretch, and where the stretches start.
+    """An order of the (token, head) rows in which the rows of each (request, head) are contiguous.
 
-    Returns order [T * H] int64 (order[i] = token * H + head) and starts [R * H + 1] int32.
+    Returns order [T * H] int64 (order[i] = token * H + head) and starts [R * H + 1] int32, the start of each pair.
     """
     device = query_start_loc.device
     if tokens == rows * max_query_len:
-        # Every request has as many tokens, padded ones included, which the host knows.
+        # All requests have the same number of tokens, padded ones too, and the host knows it.
         order = torch.arange(tokens * heads, device=device).view(rows, max_query_len, heads).transpose(1, 2).flatten()
         return order, torch.arange(0, tokens * heads + 1, max_query_len, dtype=torch.int32, device=device)
     lens = query_start_loc.diff()
@@ -160,7 +159,7 @@ def _head_major(
     token = torch.arange(tokens, device=device)
     row = torch.searchsorted(query_start_loc[1:].contiguous(), token, right=True).clamp_(max=rows - 1)
     where = query_start_loc[row, None] * heads + head * lens[row, None] + (token - query_start_loc[row])[:, None]
-    # Tokens past the last request are padding: they keep their place, outside every stretch.
+    # Tokens after the last request are padding. They keep their place, after the rows of all requests.
     where = torch.where(token[:, None] < query_start_loc[-1], where, token[:, None] * heads + head)
     order = torch.empty(tokens * heads, dtype=torch.int64, device=device)
     order[where.flatten().long()] = torch.arange(tokens * heads, device=device)

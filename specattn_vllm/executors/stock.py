@@ -1,4 +1,4 @@
-"""vLLM's own attention and cache write, in our terms, for the `triton` executor on CUDA."""
+"""vLLM's own attention and cache write with our signatures, for the `triton` executor on CUDA."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def dense_attention(
     max_query_len: int,
     max_seq_len: int,
 ) -> None:
-    """Causal attention over everything by vLLM's own Triton kernel; signature of the executors' dense attention."""
+    """Dense causal attention by vLLM's own Triton kernel; arguments as in `specattn_vllm.executors`."""
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
     key_cache, value_cache = kv_cache.transpose(1, 2).split(query.shape[-1], dim=-1)
@@ -44,12 +44,12 @@ def dense_attention(
 
 @functools.cache
 def _one(device: torch.device) -> torch.Tensor:
-    """The scale of a cache that is not quantised."""
+    """The scale 1, for a cache that is not quantised."""
     return torch.ones((), dtype=torch.float32, device=device)
 
 
 def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-    """Write new keys and values by vLLM's own CUDA kernel; signature of the executors' write_kv."""
+    """Write new keys and values by vLLM's own CUDA kernel; arguments as in the executors' `write_kv`."""
     from vllm import _custom_ops as ops
 
     key_cache, value_cache = kv_cache.transpose(1, 2).split(key.shape[-1], dim=-1)

@@ -1,18 +1,19 @@
 """Sparse attention through xformers, for NVIDIA GPUs without FlashAttention 3.
 
-xformers' Triton split-K forward reads vLLM's cache through a block table (`PagedBlockDiagonalCausalWithOffset...`), so
-what is chosen are whole blocks: `kernels/selection/block_tables.py` makes the tables. Three things in xformers shape
-this module:
+xformers' Triton split-K forward reads vLLM's cache through a block table (`PagedBlockDiagonalCausalWithOffset...`). So
+selections are made of whole blocks, and `kernels/selection/block_tables.py` makes the tables. Three properties of
+xformers shape this module:
 
-- Causal masks take the same number of query tokens of every request, at most 16. Ragged rows are packed to the longest
-  and unpacked again, two small kernels.
-- Its constructors of a bias take lengths as lists of the host. Here they stay on the device: the bias is put together
-  from its parts, and of the host's lists the forward reads only their ends. Nothing waits, so a CUDA graph can hold it.
-- `op.apply` is called without the checks of `memory_efficient_attention`, which refuse a build whose C++ part does not
-  fit torch. The Triton forward does not use that part. What they would check is checked here.
+- Causal masks need the same number of query tokens from every request, at most 16. Two small kernels pack ragged rows
+  to the length of the longest, and unpack the results.
+- xformers' constructors of a bias take lengths as host lists. Here lengths stay on the device: the bias is assembled
+  from its parts, and the forward reads only the ends of the host lists. So the host never waits, and a CUDA graph can
+  hold the forward.
+- `op.apply` is called without the checks of `memory_efficient_attention`. These refuse a build whose C++ part does not
+  fit torch, but the Triton forward does not use that part. This module makes the other checks itself.
 
-The forward is compiled anew for each number of rows and width of the table: serve with CUDA graphs, which have a fixed
-set of both, or expect a pause whenever a new number of requests comes up.
+Triton compiles the forward again for each number of rows and each table width. With CUDA graphs, both come from a fixed
+set. Without, expect a pause whenever a new number of requests occurs.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ OLDEST = (0, 0, 35)
 MAX_QUERY_LEN = 16
 MAX_BLOCK_M = 64
 
-# Splits lie at fixed places of the table, which is as wide as the longest sequence may be: where a tenth is kept, nine
-# in ten have no keys, and cost a write and a read of their empty part. Not yet measured: SPLIT_TOKENS 256..4096,
-# PROGRAMS 512..8192.
+# Splits have fixed positions in the table, which is as wide as the longest sequence may be. If a tenth is kept, nine of
+# ten splits have no keys, and each costs a write and a read of an empty result. Not yet measured: SPLIT_TOKENS
+# 256..4096, PROGRAMS 512..8192.
 SPLIT_TOKENS = 512
 PROGRAMS = 2048
 MAX_SPLITS = 64
 NUM_WARPS = 4
-# Depth of the pipeline by keys per step, which are at most a block. Not yet measured: 1..5.
+# Keys per step (at most a block) -> depth of the pipeline. Not yet measured: 1..5.
 NUM_STAGES = {16: 4, 32: 3, 64: 2}
 
 
@@ -66,7 +67,7 @@ def unavailable() -> str | None:
 
 @functools.cache
 def _xformers() -> SimpleNamespace:
-    """What is used of xformers; the two with an underscore are not public there."""
+    """The parts of xformers that this module uses. The two with an underscore are not public."""
     from xformers.ops.fmha import attn_bias, common, triton_splitk
 
     return SimpleNamespace(
@@ -91,12 +92,11 @@ def sparse_attention(
 ) -> None:
     """Causal attention over the blocks of a table; launches on the current stream and never waits for the device.
 
-    As `specattn_vllm.kernels.attention.sparse_attention`, but for this:
-    page_table [R, 1, width] names blocks of the cache, in ascending order of position, and kept [R, 1] counts tokens in
-    them one after another, of which the last q_len are the new ones (`build_block_tables`). dtypes are float16 and
-    bfloat16; the cache's block size is a multiple of 16 and its tokens lie evenly, block after block, as in the LBNHC
-    layout; max_query_len is at most 16. The context is split evenly over the table's width, so a table wider than the
-    longest sequence has blocks is right but slow.
+    As `specattn_vllm.kernels.attention.sparse_attention`, with these differences. page_table [R, 1, width] lists blocks
+    of the cache in ascending order of position. kept [R, 1] counts the tokens in these blocks; the last q_len are the
+    new ones (`build_block_tables`). dtypes are float16 and bfloat16. The cache's block size is a multiple of 16, and
+    its tokens have equal distances across blocks, as in the LBNHC layout. max_query_len is at most 16. The work is
+    split evenly over the table's width, so a table that is wider than the longest sequence is correct but slow.
     """
     contracts.sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, max_query_len, lse)
     expect(page_table.shape[1] == 1, "page_table", f"{page_table.shape[1]} groups", "1: blocks hold all heads")
@@ -135,14 +135,14 @@ def sparse_attention(
 
 
 def _as_sequence(kv_cache: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values as xformers takes them, [1, B * N, H, Hq / H, D] each: views, the query heads by stride 0."""
+    """Keys and values as xformers takes them, [1, B * N, H, Hq / H, D] each. Views; query heads have stride 0."""
     blocks, heads, block_size, row = kv_cache.shape
     per_block, per_head, per_token = kv_cache.stride()[:3]
     expect(block_size % 16 == 0, "kv_cache", f"block size {block_size}", "a multiple of 16 (--block-size)")
     if blocks > 1 and per_block != block_size * per_token:
         raise ValueError(
-            f"kv_cache: got strides {kv_cache.stride()} for shape {tuple(kv_cache.shape)}, wanted tokens at even "
-            "distances from block to block: the xformers executor needs the LBNHC layout (VLLM_KV_CACHE_LAYOUT)"
+            f"kv_cache: got strides {kv_cache.stride()} for shape {tuple(kv_cache.shape)}, wanted tokens at equal "
+            "distances across blocks: the xformers executor needs the LBNHC layout (VLLM_KV_CACHE_LAYOUT)"
         )
     size = row // 2
     shape = (1, blocks * block_size, heads, group, size)
@@ -153,8 +153,8 @@ def _as_sequence(kv_cache: torch.Tensor, group: int) -> tuple[torch.Tensor, torc
 def _bias(blocks: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, query_len: int, block_size: int) -> object:
     """The mask of `query_len` tokens per row over the first `lengths` tokens of its blocks.
 
-    Put together by hand, because the constructors copy lists from the host. Of the fields, the forward reads `seqlen`
-    on the device, and on the host `max_seqlen` and `min_seqlen` of the queries; the rest is consistent and unused.
+    It is assembled by hand, because the constructors copy lists from the host. The forward reads `seqlen` on the
+    device, and `max_seqlen` and `min_seqlen` of the queries on the host. The other fields are consistent but unused.
     """
     parts = _xformers()
     rows, width = blocks.shape
@@ -181,12 +181,13 @@ def _bias(blocks: torch.Tensor, lengths: torch.Tensor, starts: torch.Tensor, que
 
 
 def _operator(tiles: int, query_rows: int, tokens: int, block_size: int) -> type:
-    """The forward with its launch parameters: `tiles` (request, KV head) pairs of `query_rows` rows over a table of
-    `tokens` tokens. From shapes alone. From Ada on, xformers sets block_m and warps itself at head size 128."""
+    """The forward with its launch parameters, which depend on shapes only: `tiles` (request, KV head) pairs of
+    `query_rows` rows over a table of `tokens` tokens. On Ada and newer GPUs, xformers sets block_m and warps itself for
+    head size 128."""
     block_m = min(max(16, 1 << (query_rows - 1).bit_length()), MAX_BLOCK_M)
     block_n = next(n for n in (64, 32, 16) if block_size % n == 0)
     splits = min(PROGRAMS // (tiles * -(-query_rows // block_m)), tokens // SPLIT_TOKENS, MAX_SPLITS)
-    # A power of two, to bound the number of compiled variants.
+    # A power of two limits the number of compiled variants.
     return _xformers().FwOp.get_operator(
         1 << (max(splits, 1).bit_length() - 1),
         block_m=block_m,

@@ -1,8 +1,8 @@
-"""The methods, by name: one file each, and its line here. `base.py` says what a method is; options that several share
-are in `budget.py` and `by_draft.py`.
+"""The registry of methods. Each method has one file in this folder and is listed once in this module. `base.py` says
+what a method is. Options that several methods share are in `budget.py` and `by_draft.py`.
 
-Other packages add theirs by an entry point of the group `specattn_vllm.methods`, by the method's name, which leads to a
-`Method`.
+Another package adds a method through an entry point of the group `specattn_vllm.methods`. The entry point has the
+method's name and leads to a `Method`.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ GROUP = "specattn_vllm.methods"
 
 
 def register(method: Method) -> None:
-    """Make a method one that `--additional-config` may name; of a name that is taken, ValueError."""
+    """Add a method, so that `--additional-config` may name it. Raises ValueError if its name is taken."""
     if METHODS.setdefault(method.name, method) is not method:
-        raise ValueError(f"there is a method {method.name!r} already: give another name")
+        raise ValueError(f"a method named {method.name!r} already exists: choose another name")
 
 
 for _module in (sketch, specattn, sts, vegas, streamingllm, dense):
@@ -30,8 +30,8 @@ for _module in (sketch, specattn, sts, vegas, streamingllm, dense):
 
 
 def load_others() -> list[str]:
-    """Register the methods of other packages, and return what could not be loaded, in words. Not done before a name is
-    unknown: they may import all of this package, torch and vLLM."""
+    """Register the methods of other packages. Returns one sentence for each that could not be loaded. `find` calls this
+    only for an unknown name, because these packages may import all of this package, torch and vLLM."""
     failed = []
     for entry in entry_points(group=GROUP):
         if entry.name in METHODS:
@@ -39,7 +39,7 @@ def load_others() -> list[str]:
         try:
             method = entry.load()
             if method.name != entry.name:
-                raise ValueError(f"the entry point is called {entry.name!r}, and the method {method.name!r}")
+                raise ValueError(f"the entry point is named {entry.name!r}, but the method {method.name!r}")
             register(method)
         except Exception as error:
             failed.append(f"{entry.name!r} of another package ({entry.value}) cannot be loaded: {error}")
@@ -47,7 +47,7 @@ def load_others() -> list[str]:
 
 
 def find(name: Any) -> Method:
-    """The method of a name; ValueError where there is none, and for what is no name."""
+    """The method with this name. Raises ValueError if there is none, or if `name` is not a string."""
     failed = [] if name in [*METHODS] else load_others()
     if name not in [*METHODS]:
         told = f"method = {name!r}: there is no such method: choose from {', '.join(METHODS)}"
@@ -56,8 +56,8 @@ def find(name: Any) -> Method:
 
 
 def published(method: Method) -> Mapping[str, Any]:
-    """The published setting of a method, as options: only what the paper states, or what third parties report of it;
-    what it leaves open keeps the defaults. ValueError where there is none."""
+    """The published setting of a method, as options. It holds only what the paper states, or what third parties report
+    about it; all other options keep their defaults. Raises ValueError if the method has no published setting."""
     if isinstance(method.paper, str):
         others = [other.name for other in METHODS.values() if not isinstance(other.paper, str)]
         raise ValueError(

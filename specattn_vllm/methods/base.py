@@ -1,8 +1,8 @@
-"""What a method is: a way to choose which entries of the KV cache are read, described once.
+"""What a method is: a way to choose which KV entries are read, with its whole description in one place.
 
-A method is a file of this folder with one `Method` and the model of its options, and a line in the registry
-(`__init__.py`). Everything outside that has to know something of a method asks its `Method`, or its options, and
-compares no names. docs/add-a-method.md shows how to write one.
+A method is one file of this folder, with one `Method` and the pydantic model of its options, and one line in the
+registry (`__init__.py`). Code elsewhere asks the `Method` or its options, and never compares method names.
+docs/add-a-method.md shows how to write a method.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ Reads = Literal["everything", "draft's choice", "own choice"]
 
 @dataclass(frozen=True)
 class Method:
-    """One way to choose. Everything is data; code is named by its path and loaded in the worker alone."""
+    """One method. All fields are data. Code is named by its import path, and only the worker loads it."""
 
     name: str
     summary: str
-    """One sentence for the command line and the documents: who chooses what is read."""
+    """One sentence for the command line and the documents: who chooses the KV entries that are read."""
     drafter: Drafter
-    """Who may draft. 'any': a drafter of vLLM's, or nobody; 'draft model': one is needed, because its attention is
-    what the target's choice is made of; 'target': the target drafts for itself."""
+    """Who may draft. 'any': any drafter of vLLM's, or none. 'draft model': a separate draft model is required, because
+    the target's selection is made from its attention. 'target': the target drafts for itself."""
     target_reads: Reads
-    """What a verification reads. 'draft's choice': what the draft model attended to, by a layer map; 'own choice': what
-    the step's own queries choose, layer by layer, through `attach`."""
+    """The tokens that a verification reads. 'everything': it is dense. 'draft's choice': those that the draft model
+    attended to, by a layer map. 'own choice': in each layer, those that the step's own queries choose (`attach`)."""
     options: type[BaseModel]
-    """Its options, with their defaults: a `SpecAttnOptions` of its own, or one that it shares (`budget.py`). With
+    """Its options and their defaults: a subclass of `SpecAttnOptions`, its own or a shared one (`budget.py`). With
     'draft's choice', it is a `ByDraftOptions` (`by_draft.py`)."""
     per_head: bool = False
     """Whether each KV head of the target reads a selection of its own."""
@@ -40,20 +40,20 @@ class Method:
     window: bool = False
     """Whether a target that drafts for itself reads the first and the last tokens, whatever it attended to."""
     crossover: Mapping[str, int] = field(default_factory=dict)
-    """Executor -> context tokens of a batch below which reading everything is faster; 0 where it is not named."""
+    """Executor -> context tokens of a batch below which dense attention is faster; 0 for executors that are missing."""
     draft_crossover: Mapping[str, int] = field(default_factory=dict)
-    """The same of drafting, where it is the draft model alone that reads a part."""
+    """As `crossover`, for drafting in engines in which only the draft model is sparse."""
     paper: Mapping[str, Any] | str = "nobody published one"
-    """The published setting, as options; or why there is none."""
+    """The published setting, as options; or the reason why there is none."""
     maps: tuple[str, ...] = ("specattn", "sts")
-    """Methods whose layer maps serve this one, the best first."""
+    """Methods whose layer maps this method can use, the best first."""
     speculator: str = "specattn_vllm.speculation.speculator.SpecAttnSpeculator"
-    """Path of the class that drafts in the place of vLLM's draft-model speculator."""
+    """Import path of the class that replaces vLLM's draft-model speculator."""
     attach: str | None = None
-    """Path of a function(runner, options), called once vLLM's model runner has loaded its models and before it measures
-    what is left for the KV cache."""
+    """Import path of a function(runner, options). It is called when vLLM's model runner has loaded its models, before
+    the runner measures the memory that is left for the KV cache."""
 
     @property
     def lossless(self) -> bool:
-        """Whether the output is the target's own: its verification reads everything."""
+        """Whether the output is the target's own, because its verification is dense."""
         return self.target_reads == "everything"

@@ -1,4 +1,4 @@
-"""Options that say how much is read, by the target or by its draft; methods add their own to them."""
+"""Options that say how much of the context the target or its draft model reads. Methods add their own options."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def sparse_draft_field(default: bool) -> Any:
 
 
 class ShareOptions(SpecAttnOptions):
-    """A fixed share of the context, between a floor and a cap. Counts are in tokens."""
+    """A budget that is a fixed share of the context, between a floor and a cap. Counts are in tokens."""
 
     ratio: float = ratio_field(0.1)
     min_tokens: int = Field(
@@ -78,12 +78,12 @@ class ShareOptions(SpecAttnOptions):
 
 
 class BudgetOptions(ShareOptions):
-    """A fixed share of the context, or as much as holds a share of the attention mass."""
+    """A budget that is a fixed share of the context, or as many tokens as hold a share of the attention mass."""
 
     rule: Literal["top_p", "top_k"] | None = Field(
         None,
         description="'top_p': as many tokens as hold `top_p` of the attention mass. 'top_k': a fixed share of the "
-        "context, `ratio`. Default: that of the one of the two that is given, else 'top_k'.",
+        "context, `ratio`. Default: 'top_p' if only `top_p` is given, else 'top_k'.",
     )
     top_p: float = Field(
         0.9, gt=0.0, le=1.0, description="Share of the attention mass on the context that the kept tokens hold."
@@ -108,19 +108,19 @@ class BudgetOptions(ShareOptions):
 
 
 class AuditedOptions(SpecAttnOptions):
-    """Of methods whose target reads a part of the context."""
+    """Options of methods whose target is sparse."""
 
     audit_share: float = for_researchers(
         0.0,
         ge=0.0,
         le=1.0,
-        description="Share of the (layer, request) pairs of each step that read a selection in which the target's "
-        "attention mass on what was read is measured, at the cost of one more pass over the keys.",
+        description="Share of each step's (layer, request) pairs with a selection that are audited: the target's "
+        "attention mass on the selection is measured. An audited pair costs one more pass over the keys.",
     )
 
 
 class SketchedDraftOptions(BudgetOptions):
-    """A budget that a draft model may be held to as well, by a sketch of its keys in the cache."""
+    """A budget that a draft model may have too, through a sketch of its keys in the cache."""
 
     sparse_draft: bool = sparse_draft_field(False)
     draft_ratio: float | None = Field(
@@ -149,7 +149,7 @@ class SketchedDraftOptions(BudgetOptions):
 
     @property
     def goes_with_any_drafter(self) -> bool:
-        # A default is for drafts that can: one that is asked for needs a draft model.
+        # The default of sparse_draft suits any drafter; only a user who sets it asks for a draft model.
         return super().goes_with_any_drafter and not (self.sparse_draft and "sparse_draft" in self.model_fields_set)
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Options of methods whose target reads what a draft model attended to."""
+"""Options of methods whose target reads the tokens that a draft model attended to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from specattn_vllm.options import for_researchers
 
 
 class ByDraftOptions(BudgetOptions, AuditedOptions):
-    """Which layer of the draft chooses, and how its steps become one selection."""
+    """Which layers of the draft model choose, and how the steps of a round become one selection."""
 
     layer_map: str | None = Field(
         None,
@@ -23,6 +23,6 @@ class ByDraftOptions(BudgetOptions, AuditedOptions):
     )
     combine: Literal["sum", "union"] = for_researchers(
         "sum",
-        description="How the K draft steps of a round become one selection: it is chosen by the 'sum' of their mass, "
-        "or is the 'union' of each step's own (Shah, arXiv 2510.27641).",
+        description="How the K draft steps of a round become one selection: 'sum' chooses by the sum of their "
+        "attention mass, 'union' unites the selections of the steps (Shah, arXiv 2510.27641).",
     )

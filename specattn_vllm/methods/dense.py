@@ -1,4 +1,4 @@
-"""Full attention: the control, and speculation with a cheaper draft model (`sparse_draft`)."""
+"""Dense attention: for comparison, and for speculation with a cheaper draft model (`sparse_draft`)."""
 
 from typing import Self
 
@@ -9,11 +9,11 @@ from specattn_vllm.methods.budget import SketchedDraftOptions
 from specattn_vllm.options import SpecAttnOptions
 
 AMOUNT = frozenset({"rule", "top_p", "ratio", "max_fraction"})
-"""What `draft_ratio` stands in for."""
+"""Options that `draft_ratio` replaces."""
 
 
 class DenseOptions(SketchedDraftOptions):
-    """What a draft model reads, if it reads a part."""
+    """The budget of a sparse draft model; without `sparse_draft`, budget options are refused."""
 
     @property
     def usable(self) -> frozenset[str]:
@@ -38,7 +38,7 @@ METHOD = Method(
     drafter="any",
     target_reads="everything",
     options=DenseOptions,
-    # By the times of its kernels: a 1B model's round of six steps and one search (docs/sketch.md).
+    # Derived from kernel times, for a round of a 1B model with six steps and one search (docs/sketch.md).
     draft_crossover={"fa3": 16384},
     paper="it reads everything",
 )

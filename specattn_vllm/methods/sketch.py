@@ -1,4 +1,4 @@
-"""The target's own queries choose what they read, over a small copy of its keys (docs/sketch.md)."""
+"""The target's own queries choose the tokens that they read, over a small copy of its keys (docs/sketch.md)."""
 
 from typing import Literal, Self
 
@@ -10,15 +10,15 @@ from specattn_vllm.options import for_researchers
 
 
 class SketchOptions(SketchedDraftOptions, AuditedOptions):
-    """What is read of the context, and how small the copy is."""
+    """The budget, how the KV heads share it, and the bits of the sketch."""
 
     ratio: float = ratio_field(0.125)
     sparse_draft: bool = sparse_draft_field(True)
     shared_budget: Literal["layers", "heads", "none"] = for_researchers(
         "layers",
-        description="With a fixed share, who shares what is read, so that `ratio` is the mean: the KV heads of all "
-        "'layers', by a threshold that a request's last choosing step would have needed; the 'heads' of each layer; or "
-        "'none', each reads as much.",
+        description="With a fixed share: the KV heads that share one budget, so that `ratio` is their mean. 'layers': "
+        "the heads of all layers, with the score threshold that would have met the budget in the request's last sparse "
+        "step. 'heads': the heads of each layer. 'none': every head reads the same amount.",
     )
 
     @model_validator(mode="after")
@@ -39,8 +39,8 @@ METHOD = Method(
     options=SketchOptions,
     per_head=True,
     keeps_sketch=True,
-    # H200, Llama-8B shape, bf16, 2026-11-28 (docs/results/h200-sketch-alone.json): 16 requests of 4k, 65,536 tokens,
-    # take 6.75 ms instead of 7.01 without speculation; shorter batches were not measured with a search.
+    # H200, Llama-8B shape, bf16, no speculation, 2026-11-28 (docs/results/h200-sketch-alone.json): 16 requests of 4k,
+    # 65,536 tokens together, take 6.75 ms instead of 7.01. Smaller batches were not measured with a search.
     crossover={"fa3": 65536},
     paper="it is this package's own",
     attach="specattn_vllm.sketch.attach.attach",

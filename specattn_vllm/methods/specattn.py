@@ -5,14 +5,14 @@ from specattn_vllm.methods.budget import ratio_field
 from specattn_vllm.methods.by_draft import ByDraftOptions
 
 # H200, Llama-8B with 1B shapes, bf16, K = 5, 2026-11-26 (docs/benchmarks.md, "Stepping aside"). Milliseconds of a round
-# that verifies everything and of one that is pruned, with a draft that reads as much: of a tenth 11.37 and 11.56 for
-# one request of 4k, 12.23 and 12.21 for four, 12.86 and 12.44 for one of 32k; of a quarter 11.45 and 11.67, and 12.48
-# and 12.52. With a draft that reads everything, one of 32k takes 13.79 and with a quarter 13.70.
+# with dense verification -> with pruned verification; the draft model reads the same share. Ratio 0.1: one request of
+# 4k 11.37 -> 11.56, four of 4k 12.23 -> 12.21, one of 32k 12.86 -> 12.44. Ratio 0.25: 11.45 -> 11.67 and 12.48 ->
+# 12.52. With a dense draft, one request of 32k takes 13.79 with dense verification and 13.70 with ratio 0.25.
 CROSSOVER = {"fa3": 32768}
 
 
 class SpecattnOptions(ByDraftOptions):
-    """As `sts`, and a larger share: all heads of a layer read the same."""
+    """As `sts`, with a larger default ratio, because all heads of a layer read the same tokens."""
 
     ratio: float = ratio_field(0.25)
 
@@ -25,7 +25,7 @@ METHOD = Method(
     options=SpecattnOptions,
     maps=("specattn",),
     crossover=CROSSOVER,
-    # Top-p of each draft step, united; the first two layers dense; no token always kept.
+    # The union of each draft step's top-p selection; the first two layers are dense; no token is always kept.
     paper={
         "rule": "top_p",
         "top_p": 0.97,

@@ -12,6 +12,6 @@ METHOD = Method(
     options=ShareOptions,
     window=True,
     crossover=CROSSOVER,
-    paper="here it is a baseline of the same budget as 'vegas'",
+    paper="here it is a baseline with the same budget as 'vegas'",
     speculator=SPECULATOR,
 )

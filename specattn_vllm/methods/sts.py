@@ -1,4 +1,5 @@
-"""As `specattn`, for each KV head what the draft head it is mapped to attended to (Xu et al., arXiv 2605.15508)."""
+"""As `specattn`, but each KV head of the target reads the tokens that one KV head of the draft model attended to (Xu et
+al., arXiv 2605.15508). The layer map names that draft head."""
 
 from specattn_vllm.methods.base import Method
 from specattn_vllm.methods.by_draft import ByDraftOptions
@@ -6,14 +7,14 @@ from specattn_vllm.methods.specattn import CROSSOVER
 
 METHOD = Method(
     name="sts",
-    summary="each KV head reads what the draft head it is mapped to attended to (approximate)",
+    summary="each KV head reads the tokens that its mapped KV head of the draft model attended to (approximate)",
     drafter="draft model",
     target_reads="draft's choice",
     options=ByDraftOptions,
     per_head=True,
     maps=("sts", "specattn"),
     crossover=CROSSOVER,
-    # A fixed budget of tokens for each head, whatever the context.
+    # A fixed number of tokens for each head, independent of the context length.
     paper={
         "rule": "top_k",
         "ratio": 1.0,

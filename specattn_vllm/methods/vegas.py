@@ -1,29 +1,31 @@
-"""The target drafts for itself, reading what its own last verification attended to (Yue et al., arXiv 2602.07223)."""
+"""The target drafts for itself, reading the tokens that its last verification attended to (Yue et al., arXiv
+2602.07223)."""
 
 from specattn_vllm.methods.base import Method
 from specattn_vllm.methods.budget import BudgetOptions
 from specattn_vllm.options import for_researchers
 
 SPECULATOR = "specattn_vllm.speculation.self_speculator.SelfSpeculator"
-# Not measured: below it, drafts that read nothing at all would save a thirtieth of what a step of an 8B model reads.
+# An estimate, not measured: below this, even a draft step that read no KV entry would save only a thirtieth of the
+# bytes that a step of an 8B model reads.
 CROSSOVER = {"fa3": 4096}
 
-MAX_DILATION = 64  # as far as the kernel spreads
+MAX_DILATION = 64  # the kernel's limit
 
 
 class VegasOptions(BudgetOptions):
-    """What drafting reads."""
+    """The budget of draft steps, and the dilation of the attention mass."""
 
     dilation: int | None = for_researchers(
         None,
         ge=0,
         le=MAX_DILATION,
-        description="Positions by which attention is spread forward before tokens are chosen: heads that copy move on "
-        "by a token a step. Default: K + 1, which covers a round of K draft tokens.",
+        description="Positions by which attention mass is spread forward before tokens are chosen, because heads that "
+        "copy text move on by one token per step. Default: K + 1, which covers a round of K draft tokens.",
     )
 
     def dilation_of(self, draft_tokens: int) -> int:
-        """Positions by which attention is spread forward, in rounds of so many draft tokens."""
+        """Positions by which attention mass is spread forward, for rounds of `draft_tokens` tokens."""
         return min(draft_tokens + 1, MAX_DILATION) if self.dilation is None else self.dilation
 
 
@@ -34,7 +36,7 @@ METHOD = Method(
     target_reads="everything",
     options=VegasOptions,
     crossover=CROSSOVER,
-    # 7% of the context and 256 tokens at least, one set for all heads of a layer; the class's own default is 5%.
+    # 7% of the context, at least 256 tokens, one selection for all heads of a layer. The authors' code defaults to 5%.
     paper={
         "rule": "top_k",
         "ratio": 0.07,

@@ -1,4 +1,4 @@
-"""In a server's process: what workers published last, for the registry behind `/metrics`."""
+"""In a server's process: gives the last snapshots of all workers to the registry behind `/metrics`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ KINDS = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram"
 
 
 class SnapshotCollector(Collector):
-    """Reads the files of a folder each time it is asked: workers write them once a second, and they are small."""
+    """Reads the small files of a folder on each request. Workers write them at most once per second."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -55,11 +55,12 @@ def _add(metric: Metric, family: Family, found: Snapshot) -> None:
 
 
 def add_to(registry) -> None:
-    """Have a registry of prometheus_client, which `/metrics` of this process serves, serve our metrics too, where
-    workers publish any; once for each.
+    """Add our metrics to the prometheus_client registry that `/metrics` of this process serves, if workers publish any.
+    A second call for the same registry has no effect.
 
-    With several servers, or one told to do as if, the registry is none that lasts: one is made for each request, with a
-    `MultiProcessCollector` of the numbers of all servers. Ours are collected with those."""
+    With several servers, or if PROMETHEUS_MULTIPROC_DIR is set, there is no permanent registry: a new one is made for
+    each request, with a `MultiProcessCollector` of the metrics of all servers. Ours are then added to that collector's
+    metrics."""
     folder = snapshot.folder()
     if folder is None:
         return

@@ -1,6 +1,7 @@
-"""The metrics, one by one: name, kind, what it says, and how it is made of a snapshot.
+"""The metrics: name, kind, description, and how each is made from a snapshot.
 
-What an engine does not count has no series: a zero would say that it was counted. docs/metrics.md has the same table.
+A metric that an engine does not count has no series, because a zero would mean that it was counted. docs/metrics.md has
+the same table.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ INFO = ("method", "lossless", "budget", "executor", "version", "vllm", "model_na
 
 @dataclass(frozen=True)
 class Family:
-    """One metric. `labels` stand behind `engine`, and behind `rank` where there is one."""
+    """One metric. `labels` come after the label `engine`, and after `rank` if `every_rank`."""
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
     text: str
     labels: tuple[str, ...]
     values: Callable[[Snapshot], Values]
-    """Label values -> value. Of a histogram: upper bounds -> how many up to them, as text."""
+    """Label values -> value. For a histogram: upper bound, as text -> number of samples up to it."""
     every_rank: bool = False
-    """Whether ranks differ, because each holds KV heads of its own. Else the first one's is the engine's."""
+    """Whether each rank has its own value, because it holds its own KV heads. Else rank 0 has the engine's value."""
 
     @property
     def all_labels(self) -> tuple[str, ...]:
@@ -93,7 +94,7 @@ FAMILIES = (
     Family(
         "specattn:info",
         "gauge",
-        "What serves: always 1, the labels say it.",
+        "Method, budget, executor and versions of the engine, as labels. The value is always 1.",
         INFO,
         lambda found: {tuple(found.info[label] for label in INFO): 1},
     ),
@@ -107,22 +108,22 @@ FAMILIES = (
     Family(
         "specattn:sampled_tokens_total",
         "counter",
-        "Tokens that verifications gave; over rounds, the acceptance length.",
+        "Tokens that verifications produced; divided by rounds, the acceptance length.",
         (),
         lambda found: _rounds(found, found.counts.sampled_tokens),
     ),
     Family(
         "specattn:rows_total",
         "counter",
-        "Requests in steps of the target: past their prompt, and read a part (sparse) or all (dense) of their KV "
-        "cache, or inside their prompt (prefill).",
+        "Requests in steps of the target: past their prompt, reading a part (sparse) or all (dense) of their KV cache, "
+        "or inside their prompt (prefill).",
         ("kind",),
         _rows,
     ),
     Family(
         "specattn:dense_rows_total",
         "counter",
-        "Rows of kind dense by why they read all of their KV cache.",
+        "Rows of kind dense, by the reason why they read all of their KV cache.",
         ("reason",),
         _dense_rows,
     ),

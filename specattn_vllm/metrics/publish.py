@@ -1,4 +1,4 @@
-"""In a worker: writes what it counted where servers look for it."""
+"""In a worker: writes its counts to the folder that servers read."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.specattn")
 
 EDGES = (16, 32, 40, 48, 52, 56, 58, 60, 61, 62, 63, 64)
-"""Bins of an audit up to which the histogram of the metrics counts."""
+"""Bins of an audit whose edges are the bucket bounds of the metrics' histogram."""
 
 
 class Publisher:
-    """One worker's file. It never stops the engine: what cannot be written is said once."""
+    """Writes one worker's file. It never stops the engine: an error is logged once."""
 
     def __init__(self, folder: Path, blank: Snapshot) -> None:
         self.folder = folder
@@ -41,11 +41,11 @@ class Publisher:
         self._failed = False
 
     def write(self, counts: Counts, beside: Sequence[torch.Tensor]) -> None:
-        """`Reporter.publish`."""
+        """Write a snapshot with counts. It is used as `Reporter.publish`."""
         self._put(replace(self.blank, counts=counts, audited=audited(*beside) if beside else None))
 
     def write_blank(self) -> None:
-        """What serves, before anything was counted."""
+        """Write a snapshot without counts: only the description of the engine."""
         self._put(self.blank)
 
     def _put(self, found: Snapshot) -> None:
@@ -58,14 +58,14 @@ class Publisher:
 
 
 def audited(histogram: torch.Tensor, total: torch.Tensor) -> Audited:
-    """From the totals of an audit on the host (`Audit.totals`): histogram [BINS], and the sum of its samples."""
+    """Convert totals of an audit (`Audit.totals`), on the host: histogram [BINS], and the sum of all samples."""
     up_to = histogram.cumsum(0).tolist()
     return Audited([(round(lower_edge(edge), 4), up_to[edge - 1]) for edge in EDGES], float(total))
 
 
 def start(runner: Any, options: SpecAttnOptions) -> None:
-    """Publish what vLLM's model runner counts, once its models are loaded and our parts are made. What steps of vLLM's
-    own count is not published: it begins with the first request."""
+    """Publish the counts of vLLM's model runner. Called when its models are loaded and our parts are made. Counts are
+    published from the first real request on, so warm-up steps are not."""
     folder = snapshot.folder()
     if folder is None:
         return
@@ -92,7 +92,7 @@ def start(runner: Any, options: SpecAttnOptions) -> None:
 
 
 def blank(runner: Any, options: SpecAttnOptions) -> Snapshot:
-    """What a worker is, with nothing counted."""
+    """A snapshot that describes a worker, without counts."""
     import vllm
 
     config = runner.vllm_config
@@ -119,7 +119,8 @@ def blank(runner: Any, options: SpecAttnOptions) -> Snapshot:
 
 
 def _caches(runner: Any, options: SpecAttnOptions) -> dict[str, Cache]:
-    """Where a part is read, what an entry is worth. A cache in another type than the model's is refused at start-up."""
+    """The sparse caches, by their reader, with the bytes of an entry. The cache has the model's dtype: the start-up
+    checks refuse any other."""
     layers = get_layers_from_vllm_config(runner.vllm_config, AttentionLayerBase)
     drafters = getattr(runner.speculator, "draft_attn_layer_names", None) or set()
     target = next(layer for name, layer in layers.items() if name not in drafters)

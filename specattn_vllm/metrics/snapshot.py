@@ -1,7 +1,8 @@
-"""What a worker counted, as a file: a server reads it when it is asked for metrics.
+"""A worker's counts as a file, which a server reads when metrics are requested.
 
-Counters live in the worker's process, and `/metrics` is answered by another. The first process of an engine makes a
-folder and names it in the environment, which the processes that it starts inherit. Each worker has one file there.
+Counters are in the worker's process, but another process answers `/metrics`. The first process of an engine makes a
+folder and puts its path into the environment, which all processes that it starts inherit. Each worker has one file in
+it.
 """
 
 from __future__ import annotations
@@ -19,49 +20,50 @@ from typing import Any
 from specattn_vllm.stats import Counts
 
 FOLDER = "SPECATTN_METRICS_DIR"
-"""Environment variable: the folder of the snapshots. Where it is not set nothing is published."""
+"""Environment variable: the folder of the snapshots. If it is not set, nothing is published."""
 
 
 @dataclass(frozen=True)
 class Cache:
-    """What reading from a cache costs, for one token, KV head and layer."""
+    """Bytes that are read from a cache, for one token, KV head and layer."""
 
     entry: int
     """Bytes of a key and a value."""
     code: int = 0
-    """Bytes of the sketch that is searched before a part of the entries is read; 0: nothing is searched."""
+    """Bytes of the sketch that is searched to choose entries; 0: there is no search."""
 
 
 @dataclass(frozen=True)
 class Audited:
-    """The retained mass that audits measured, by query head of a pair of layer and request."""
+    """Retained mass from audits. A sample is one query head of a (layer, request) pair."""
 
     buckets: list[tuple[float, int]]
-    """(upper bound, how many up to it)."""
+    """(upper bound, number of samples up to it)."""
     total: float
+    """Sum over all samples."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One worker at one moment. Totals are since its start."""
+    """The state of one worker at one moment. Totals are since its start."""
 
     engine: int
-    """Index of the engine among data-parallel ones."""
+    """Index of the engine among data-parallel engines."""
     rank: int
-    """The worker among those of its engine."""
+    """Rank of the worker in its engine."""
     pid: int
     info: Mapping[str, str]
     rows: str
-    """What chooses for the target: 'own choice', "draft's choice", or 'everything', where rows are not counted."""
+    """`Method.target_reads`. Rows are not counted if it is 'everything'."""
     drafts: bool
-    """Whether there is a drafter, and so rounds."""
+    """Whether there is a drafter. Without one there are no rounds."""
     caches: Mapping[str, Cache]
-    """The caches of which a part is read, by what reads it: 'verification' and 'drafting'."""
+    """The caches that are read sparsely, by their reader: 'verification' or 'drafting'."""
     counts: Counts = field(default_factory=Counts)
     audited: Audited | None = None
 
     def write(self, folder: Path) -> None:
-        """Into the worker's file, whole: whoever reads finds this one or the one before."""
+        """Replace the worker's file atomically: a reader finds either this snapshot or the one before."""
         path = folder / f"{self.engine}-{self.rank}-{self.pid}.json"
         part = path.with_suffix(".part")
         part.write_text(json.dumps(asdict(self)))
@@ -82,14 +84,14 @@ class Snapshot:
 
 
 def folder() -> Path | None:
-    """Where workers publish; None where they do not."""
+    """The folder in which workers publish; None if they do not publish."""
     named = os.environ.get(FOLDER)
     return Path(named) if named else None
 
 
 def make_folder() -> None:
-    """Make the folder, unless there is one, and name it for the processes that are started from here on. It goes when
-    this process ends."""
+    """Make the folder, unless there is one, and put its path into the environment for processes that are started later.
+    The folder is removed when this process ends."""
     if os.environ.get(FOLDER):
         return
     made = tempfile.mkdtemp(prefix="specattn-metrics-")
@@ -97,7 +99,7 @@ def make_folder() -> None:
     owner = os.getpid()
 
     def remove() -> None:
-        # A process that was forked off is not the owner.
+        # A forked process must not remove the folder of its parent.
         if os.getpid() == owner:
             shutil.rmtree(made, ignore_errors=True)
 
@@ -105,7 +107,7 @@ def make_folder() -> None:
 
 
 def read_all(where: Path) -> list[Snapshot]:
-    """The snapshots of workers that are alive, by engine and rank."""
+    """The snapshots of all live workers, sorted by engine and rank."""
     return sorted(_read(where), key=lambda found: (found.engine, found.rank, found.pid))
 
 
@@ -114,7 +116,7 @@ def _read(where: Path) -> Iterator[Snapshot]:
         try:
             found = Snapshot.parse(path.read_text())
         except (OSError, ValueError, TypeError, KeyError):
-            continue  # gone, or not ours
+            continue  # the file has been removed, or is not a snapshot
         if _lives(found.pid):
             yield found
 

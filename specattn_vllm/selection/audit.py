@@ -1,12 +1,14 @@
-"""How much of the target's attention its pruned steps hold, measured on a share of them.
+"""Measures how much of the target's attention mass its selections hold, on a share of all selections.
 
-For a row of one layer, with s the softmax weight that the selection holds under full attention, and o the two outputs,
+For one row of one layer: s is the softmax weight that the selection holds under dense attention; o_full and o_selected
+are the outputs of dense attention and of attention over the selection. Then
 
     s = exp(lse_selected - lse_full)        |o_full - o_selected| <= 2 (1 - s) max |v|
 
-because o_full is s times o_selected and (1 - s) times a mean of other values. A share of a draft's attention, or of
-what a sketch estimates, bounds neither: s has to be measured. lse_selected comes with the attention over the selection;
-lse_full takes one more pass over the keys, which only the audited pairs of (layer, request) pay for.
+because o_full is the sum of s times o_selected and (1 - s) times a mean of other values. The mass of a draft model's
+attention, or of a sketch's estimate, is no bound for s or for the error, so s has to be measured. lse_selected comes
+with the attention over the selection. lse_full costs one more pass over the keys, only for the audited (layer, request)
+pairs.
 """
 
 from __future__ import annotations
@@ -23,24 +25,24 @@ from specattn_vllm.stats import Counters
 if TYPE_CHECKING:
     from specattn_vllm.backend.metadata import SpecAttnMetadata
 
-# Odd factors of a multiplicative hash, below 2^63; any would do whose bits look random.
+# Odd factors of a multiplicative hash, below 2^63. Any factors whose bits look random would do.
 _BY_LAYER, _BY_SLOT, _BY_LENGTH, _MIX = 0x5851F42D4C957F2D, 0x369DEA0F31A53F85, 0x27BB2EE687B0B0FD, 0x106689D45497FDB5
 _HASH_BITS = 31
 
 
 class Audit:
-    """Which (layer, request) pairs of a step are audited, what was measured in them, and the totals of that.
+    """Chooses the (layer, request) pairs of each step that are audited, and keeps their measurements and the totals.
 
-    Per step: `choose` outside of any graph, one `observe` of each layer (`LayerAudit`), then `fold`. Only `observe`
-    runs in CUDA graphs, on buffers that last: each replay audits the pairs chosen for its own step. Nothing waits for
-    the device but `read`.
+    Order of calls in a step: `choose` outside of any CUDA graph, `LayerAudit.observe` in each layer, then `fold`. Only
+    `observe` runs in CUDA graphs. It uses permanent buffers, so a replay audits the pairs chosen for its own step. Only
+    `read` and `line` wait for the device.
 
     A layers, R requests, Hq query heads, H KV heads of this rank:
 
-    scored_rows             [A, max_num_reqs, 1] int64: the first query row of an audited pair, -1 of any other
-    requests                [A, `at_most(max_num_reqs)`] int64: the audited rows of each layer, -1 behind them
-    lse_selected, lse_full  [A, max_num_reqs, Hq] float32: of that row; of other pairs undefined
-    largest_values          [A, H] float32: the largest norm of a value written so far
+    scored_rows             [A, max_num_reqs, 1] int64: the first query row of each audited pair, -1 for other pairs
+    requests                [A, `at_most(max_num_reqs)`] int64: the audited rows of each layer, followed by -1
+    lse_selected, lse_full  [A, max_num_reqs, Hq] float32: for the scored row; undefined for pairs that are not audited
+    largest_values          [A, H] float32: the largest norm of all values written so far
     """
 
     def __init__(
@@ -55,8 +57,8 @@ class Audit:
         share: float,
         device: torch.device,
     ) -> None:
-        """layers: names of the target layers that read a selection. share: of their pairs with a request that reads
-        one, 0 to 1."""
+        """layers: names of the target layers that read a selection. share: share of the (layer, request) pairs with a
+        selection that is audited, 0 to 1."""
         self.operations = operations
         self.counters = counters
         self.layers = layers
@@ -72,7 +74,7 @@ class Audit:
         self._first_rows = torch.zeros(max_num_reqs, dtype=torch.int64, device=device)
         self._layer = torch.arange(a, device=device)
         self._rows = 0
-        """Rows from which the last step's pairs were chosen."""
+        """Number of rows among which `choose` has chosen pairs that are not folded yet."""
         self._histogram = torch.zeros((a, BINS), dtype=torch.int64, device=device)
         self._pairs = torch.zeros(a, dtype=torch.int64, device=device)
         self._retained = torch.zeros(a, dtype=torch.float64, device=device)
@@ -81,28 +83,28 @@ class Audit:
         self._reported = self.read()
 
     def of_layer(self, name: str) -> LayerAudit:
-        """What the attention of one layer is given."""
+        """The part of this audit for one layer, by vLLM's layer name."""
         return LayerAudit(self, self.layers.index(name))
 
     def at_most(self, rows: int) -> int:
-        """Rows of so many that may be audited in one layer of a step."""
+        """The most rows, out of `rows`, that are audited in one layer of a step."""
         return math.ceil(self.share * rows)
 
     def choose(self, slots: torch.Tensor, usable: torch.Tensor, starts: torch.Tensor, seq_lens: torch.Tensor) -> None:
         """Choose the pairs of a step whose first R rows may read a selection.
 
-        slots [R] int64; usable [R] int32, negative for a row that reads everything; starts [R] int32, each row's first
-        token in the batch; seq_lens [R] int32. By a hash of layer, slot and length: another length is another choice.
+        slots [R] int64; usable [R] int32, negative for a dense row; starts [R] int32, each row's first token in the
+        batch; seq_lens [R] int32. The choice is by a hash of layer, slot and length, so it changes with the length.
 
-        Of n rows that read a selection a layer audits `share` times n, rounded up as often as makes that the mean, and
-        so each row as often as the share says, but never more than `at_most`: the programs of a captured graph cannot
-        wait to see how many there are.
+        If n rows read a selection, each layer audits `share` times n of them, rounded up or down at random so that this
+        is the mean. No layer audits more than `at_most` rows: the size of a captured graph's launch is fixed before the
+        number is known.
         """
         rows, sparse = slots.shape[0], usable >= 0
         layer = self._layer * _BY_LAYER
         drawn = _drawn(layer[:, None] + (slots * _BY_SLOT + seq_lens * _BY_LENGTH))
         wanted = self.share * sparse.sum().double()
-        # One more than the whole part where the draw of layer and step is below the rest.
+        # Adds a random number in [0, 1), drawn for layer and step, and rounds down.
         step = torch.where(sparse, slots * _BY_SLOT ^ seq_lens * _BY_LENGTH, 0).sum()
         wanted = (wanted + _drawn(layer + step).double() / 2**_HASH_BITS).floor()
         order = torch.where(sparse, drawn, 2**_HASH_BITS).topk(self.at_most(rows), largest=False).indices
@@ -111,24 +113,24 @@ class Audit:
         self.requests[:, : order.shape[1]] = torch.where(chosen, order, -1)
         self.scored_rows.fill_(-1)
         self.scored_rows[:, :rows, 0].scatter_(1, order, torch.where(chosen, starts[order].long(), -1))
-        # A row that only fills a batch may start behind its last token.
+        # The start of a padded row may lie after the batch's last token.
         self._first_rows[:rows] = torch.where(sparse, starts, 0)
         self._rows = rows
 
     def fold(self) -> None:
-        """Add what the step's layers measured to the totals; nothing where no rows were chosen from."""
+        """Add the measurements of the last step to the totals. Does nothing without a `choose` since the last fold."""
         if not self._rows:
             return
         rows, self._rows = self._rows, 0
         audited = self.scored_rows[:, :rows, 0] >= 0
         by_head = audited[..., None].expand(-1, -1, self.num_heads)
         retained = (self.lse_selected[:, :rows] - self.lse_full[:, :rows]).exp().clamp_(max=1.0)
-        # What was not measured is undefined, and undefined times zero need not be zero.
+        # Unmeasured elements are undefined. Multiplying by 0 would not remove a NaN.
         retained = torch.where(by_head, retained, 1.0)
         lost = 1.0 - retained
         largest = self.largest_values.repeat_interleave(self.num_heads // self.largest_values.shape[1], dim=1)
         bound = 2.0 * lost * largest[:, None]
-        # Narrow bins where s is near 1: see `audit_report`.
+        # The bins are narrow near s = 1: see `audit_report`.
         bins = ((1.0 - lost.sqrt()) * BINS).long().clamp_(max=BINS - 1) + self._layer[:, None, None] * BINS
         self._histogram.view(-1).scatter_add_(0, bins.flatten(), by_head.long().flatten())
         pairs = audited.sum(1)
@@ -139,7 +141,7 @@ class Audit:
         self.counters.add(audited_pairs=pairs.sum())
 
     def discard(self) -> None:
-        """Forget what was chosen: the step was run to warm up."""
+        """Forget the chosen pairs: the step was a warm-up."""
         self._rows = 0
 
     def reset(self) -> None:
@@ -152,17 +154,17 @@ class Audit:
 
     def read(self) -> AuditTotals:
         """Totals up to now; waits for the device."""
-        # Copies, on a CPU too: the totals go on.
+        # Copies also on a CPU, because the totals keep changing.
         tensors = (self._histogram, self._pairs, self._retained, self._bound, self._largest_bound)
         return AuditTotals(tuple(self.layers), self.num_heads, *(t.to("cpu", copy=True) for t in tensors))
 
     def totals(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of all layers, on the device: samples by retained mass [BINS] int64, and the sum of their mass. Does not
-        wait."""
+        """Totals over all layers, on the device: a histogram of samples by retained mass [BINS] int64, and the sum of
+        their retained mass. Does not wait for the device."""
         return self._histogram.sum(0), self._retained.sum()
 
     def line(self) -> str | None:
-        """The log line for what was audited since it was last asked for; None if nothing was. Waits for the device."""
+        """The log line for the audits since the last call; None if there were none. Waits for the device."""
         totals = self.read()
         new, self._reported = totals.since(self._reported), totals
         return new.line()
@@ -170,7 +172,7 @@ class Audit:
 
 def _drawn(x: torch.Tensor) -> torch.Tensor:
     """Hash of int64 numbers, below 2^_HASH_BITS."""
-    # The shifts are arithmetic; what they bring in is as good as any bits.
+    # The shifts are arithmetic. The sign bits that they shift in do no harm to the hash.
     x = (x ^ (x >> 32)) * _MIX
     x = (x ^ (x >> 29)) * _BY_LAYER
     return (x >> 32) & (2**_HASH_BITS - 1)
@@ -184,7 +186,8 @@ class LayerAudit:
         self._index = index
 
     def note_values(self, value: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        """Values [T or more, H, D] go to the cache's slot_mapping [T] int64; those of negative slots nowhere."""
+        """Note the largest norm of values [T or more, H, D], which go to the cache's slots slot_mapping [T] int64.
+        Values with negative slots are not written and do not count."""
         tokens = slot_mapping.shape[0]
         if tokens == 0:
             return
@@ -202,8 +205,8 @@ class LayerAudit:
         scale: float,
         lse: torch.Tensor,
     ) -> None:
-        """Measure the pairs that were chosen; query [T, Hq, D] and lse [T, Hq] are those of the step's first `rows`
-        rows, which may read a selection."""
+        """Measure the chosen pairs. query [T, Hq, D] and lse [T, Hq] are those of the step's first `rows` rows, which
+        may read a selection."""
         audit, i = self._audit, self._index
         audit.operations.draft_attention(
             query,

@@ -1,4 +1,4 @@
-"""What audits found, as numbers to read: quantiles of the retained mass and the error bound, by layer."""
+"""The results of audits as readable numbers: quantiles of the retained mass and the error bound, by layer."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ QUANTILES = (0.01, 0.10, 0.50)
 
 
 def lower_edge(bin_index: int) -> float:
-    """Least retained mass in a bin. Bins are even in the square root of the mass that is missing, so that they are
-    narrow where most of it is retained: the last one begins at 0.9998, the first ends at 0.03."""
+    """Smallest retained mass in a bin. Bins have equal widths in the square root of the missing mass, so they are
+    narrow near a retained mass of 1: the last one begins at 0.9998, the first ends at 0.03."""
     return 1.0 - (1.0 - bin_index / BINS) ** 2
 
 
 def quantile(histogram: torch.Tensor, q: float) -> float:
-    """The lower edge of the bin in which a share `q` of a histogram [BINS] is reached; nan of an empty one."""
+    """The lower edge of the bin that contains quantile `q` of a histogram [BINS]; nan for an empty histogram."""
     total = int(histogram.sum())
     if total == 0:
         return float("nan")
@@ -27,29 +27,29 @@ def quantile(histogram: torch.Tensor, q: float) -> float:
 
 @dataclass(frozen=True)
 class AuditTotals:
-    """Totals by layer, on the host. Samples are query heads of audited pairs, of which a pair has `heads`."""
+    """Totals by layer, on the host. A sample is one query head of an audited pair; each pair has `heads` samples."""
 
     layers: tuple[str, ...]
     heads: int
     histogram: torch.Tensor
-    """[A, BINS] int64: samples by retained mass."""
+    """[A, BINS] int64: number of samples by retained mass."""
     pairs: torch.Tensor
-    """[A] int64."""
+    """[A] int64: number of audited pairs."""
     retained: torch.Tensor
     bound: torch.Tensor
     """[A] float64: sums over samples."""
     largest_bound: torch.Tensor
-    """[A] float32, since the start."""
+    """[A] float32: maximum since the start."""
 
     def since(self, earlier: AuditTotals) -> AuditTotals:
-        """What came after earlier totals; the largest bound remains that since the start."""
+        """These totals minus earlier ones. Only the largest bound remains the maximum since the start."""
         changed = {
             name: getattr(self, name) - getattr(earlier, name) for name in ("histogram", "pairs", "retained", "bound")
         }
         return replace(self, **changed)
 
     def by_layer(self) -> dict[str, dict[str, float]]:
-        """Layer name -> what its audits found; layers of which none was audited are left out."""
+        """Layer name -> results of its audits. Layers without an audit are left out."""
         found = {}
         for i, layer in enumerate(self.layers):
             if pairs := int(self.pairs[i]):

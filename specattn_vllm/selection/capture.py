@@ -1,4 +1,4 @@
-"""The draft's attention over one round, and the selections made from it."""
+"""The draft model's attention over one round, and the selections that are made from it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from specattn_vllm.methods.by_draft import ByDraftOptions
 from specattn_vllm.selection.choose import Limits
 from specattn_vllm.selection.ranking import Ranking
 
-# Query rows per request up to which one kernel does a draft layer's attention and leaves the scores behind. Longer rows
-# are prompts: another kernel attends, and only the sampled row's scores are made here.
+# Up to this many query rows per request, one kernel both attends in a draft layer and stores the scores. Requests with
+# more rows are prompts: another kernel attends, and this module makes only the scores of the sampled row.
 MAX_FUSED_QUERY = 16
 
 
 @dataclass(frozen=True)
 class DraftBatch:
-    """How the rows of a draft step lie: vLLM's metadata, as the operations take it."""
+    """The layout of a draft step's batch: vLLM's metadata in the form that the operations take."""
 
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
@@ -27,16 +27,16 @@ class DraftBatch:
 
 
 class DraftCapture:
-    """Collects the draft's attention mass while it drafts, then turns it into bitmasks.
+    """Collects the draft model's attention mass during a round, then turns it into bitmasks.
 
-    One instance lives as long as the engine; a round is `begin_round`, then for each draft step `begin_step`, one
-    `attend` per captured layer and `end_step`, then `select`. Nothing waits for the device and every buffer lasts, so a
-    round of a fixed number of rows can be captured in a CUDA graph.
+    One instance lives as long as the engine. A round is `begin_round`; then, for each draft step, `begin_step`, one
+    `attend` per captured layer and `end_step`; then `select`. The host never waits for the device and buffers keep
+    their addresses, so a round with a fixed number of rows can be captured in a CUDA graph.
 
-    The mass of a layer is its softmax attention averaged over query heads: over all of them, one vector per layer
-    (Shah, arXiv 2510.27641, s.3), or over those of each KV head, one vector per head (Xu et al., arXiv 2605.15508).
-    Only positions of the committed context are ranked; what is newer is always read, so the K draft tokens need no
-    place in the selection.
+    The mass of a layer is its softmax attention averaged over query heads: over all query heads, for one vector per
+    layer (Shah, arXiv 2510.27641, s.3), or over the query heads of each KV head, for one vector per KV head (Xu et al.,
+    arXiv 2605.15508). Only positions of the committed context are ranked. Newer positions are always read, so the
+    selection needs no place for the K draft tokens.
     """
 
     def __init__(
@@ -52,15 +52,15 @@ class DraftCapture:
         device: torch.device,
         groups: int = 1,
     ) -> None:
-        """`layer_sources`: vLLM layer name of each captured draft layer -> its index, in `groups` score groups: 1, or
-        the draft's KV heads."""
+        """`layer_sources`: vLLM's name of each captured draft layer -> its index. `groups`: score groups per layer, 1
+        or the number of the draft model's KV heads."""
         self.limits = Limits.of(options)
         self.union = options.combine == "union"
         self.operations = operations
         self.layer_sources = layer_sources
-        # Every row of mass sums to at most 1, which is what the fixed-point top-p needs.
+        # With this weight each row of mass sums to at most 1, as the fixed-point top-p requires.
         self.weight = groups / (num_heads * (1 if self.union else num_steps))
-        # Halving the scores costs a mass nothing: their rounding moves it by less than a hundredth.
+        # bfloat16 scores are precise enough: their rounding changes a mass by less than a hundredth.
         score_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.scores = torch.empty((max_num_reqs, num_heads, max_model_len), dtype=score_dtype, device=device)
         self.lse = torch.empty((max_num_reqs, num_heads), dtype=torch.float32, device=device)
@@ -71,11 +71,11 @@ class DraftCapture:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers."""
+        """Bytes of all buffers."""
         return sum(part.nbytes for part in (self.scores, self.lse, self._rows, self._starts, self.ranking))
 
     def begin_round(self, wanted: torch.Tensor) -> None:
-        """Start a round of R rows; wanted [R] bool marks those whose next step is a verification."""
+        """Start a round of R rows. wanted [R] bool: rows whose next step is a verification."""
         self.num_reqs = wanted.shape[0]
         self.wanted = wanted
         self.step = -1
@@ -84,9 +84,9 @@ class DraftCapture:
     def begin_step(self, step: int, query_rows: torch.Tensor | None, row_lens: torch.Tensor | None) -> None:
         """Announce a draft step.
 
-        query_rows [R] int64: row of the batch's query that is sampled for each request, None if row r is request r's
-        only one. row_lens [R]: keys that row attends, at step 0, where they fix the context length of the round: the
-        sampled token is the first that verification will recompute.
+        query_rows [R] int64: for each request, the row of the batch's query from which a token is sampled; None if each
+        request has one row. row_lens [R]: number of keys that this row attends to; given at step 0 only. It fixes the
+        context length of the round, because the sampled row's token is the first that verification will recompute.
         """
         self.step = step
         self.query_rows = self._rows[: self.num_reqs] if query_rows is None else query_rows
@@ -104,7 +104,7 @@ class DraftCapture:
         scale: float,
         out: torch.Tensor,
     ) -> bool:
-        """Capture one layer of a step; returns whether `out` was filled too."""
+        """Capture one layer of a step. Returns whether it also filled `out`."""
         layer = self.layer_sources.get(layer_name)
         if layer is None:
             return False
@@ -143,13 +143,13 @@ class DraftCapture:
         return fused
 
     def end_step(self) -> None:
-        """Close a draft step: the union rule selects after each."""
+        """Close a draft step. With combine = 'union', a selection is made after each step."""
         if self.union:
             self.ranking.choose(self.operations, self.limits, self.prefix_lens, union=self.step > 0)
 
     def select(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The round's selections, of each source: bits [S, R, G, W], and prefix_lens [R] int32 (0 for unwanted rows). A
-        round in which nothing was drafted selects nothing."""
+        """The selections of the round for each source: bits [S, R, G, W], and prefix_lens [R] int32 (0 for rows that
+        are not wanted). A round without draft steps selects nothing."""
         if self.step < 0:
             return self.ranking.bits.zero_(), torch.zeros_like(self.wanted, dtype=torch.int32)
         if not self.union:

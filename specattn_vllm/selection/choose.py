@@ -1,4 +1,4 @@
-"""From attention mass to the set of tokens that is kept: one rule for every method."""
+"""From attention mass to the set of tokens that are kept: one rule for all methods."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from specattn_vllm.methods.budget import BudgetOptions, ShareOptions
 
 @dataclass(frozen=True)
 class Limits:
-    """What `select_top_p` is told besides the mass; counts are in tokens.
+    """The budget arguments of `select_top_p`. Counts are in tokens.
 
-    A fixed budget (rule 'top_k') is a top-p of everything under a cap: the heaviest tokens up to the cap, which is a
-    share of the context, but no less than `min_tokens` and no more than `max_tokens`.
+    A fixed budget (rule 'top_k') is top_p = 1 with a cap: the heaviest tokens up to the cap. The cap is a share of the
+    context, at least `min_tokens` and at most `max_tokens`.
     """
 
     top_p: float
@@ -49,10 +49,10 @@ def choose(
     *,
     union: bool = False,
 ) -> None:
-    """Bits of every row of mass, whatever its first dimensions are.
+    """Choose tokens for every row of mass, with any leading dimensions.
 
-    mass [..., L] float32, bits [..., W] and counts [...] int32, contiguous; lens int32, of a shape that spreads to that
-    of counts: tokens of each row that are ranked.
+    mass [..., L] float32, bits [..., W] and counts [...] int32, contiguous; lens int32: how many tokens of each row are
+    ranked; its shape must broadcast to that of counts.
     """
     rows = counts.numel()
     if rows == 0:

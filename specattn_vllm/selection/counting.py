@@ -1,4 +1,4 @@
-"""What a step read, counted once the step is over: which entries a layer reads is decided while it runs."""
+"""Counts what a step has read. It counts after the step, because layers choose what they read during the step."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ class _Pending:
     chooses: bool
     verifies: torch.Tensor  # [R] int64 on the device, 1 or 0
     lens: torch.Tensor  # [R] int32, a copy
-    context: torch.Tensor  # [R] int32: tokens that were scanned if the row chose
+    context: torch.Tensor  # [R] int32: tokens before the step's own; a row that chose has scanned them
     on_host: dict[str, int]
 
 
 class StepCounts:
-    """Counts the last step when the next one begins, so that nothing waits for the device."""
+    """Counts the last step when the next one begins, so that the host never waits for the device."""
 
     def __init__(
         self, counters: Counters, kept: torch.Tensor, dense: torch.Tensor, reads_all_up_to: int, searches: bool
     ) -> None:
-        """kept [layers, R, H] int32, entries that each KV head read in the last step; dense [R] int32, rows that read
-        everything; contexts of up to reads_all_up_to tokens are read whole; searches: whether a sketch of the others
-        is read."""
+        """kept [layers, R, H] int32: entries that each KV head read in the last step. dense [R] int32: 1 for dense
+        rows. reads_all_up_to: contexts of up to this many tokens are dense. searches: whether longer contexts are
+        searched through a sketch."""
         self.counters = counters
         self._kept, self._dense, self._reads_all_up_to, self._searches = kept, dense, reads_all_up_to, searches
         self._pending: _Pending | None = None
@@ -45,21 +45,22 @@ class StepCounts:
         query_start_loc: torch.Tensor,
         chooses: bool,
     ) -> None:
-        """A step of R short rows begins. On the host, [R] bool: those past their prompt, of these the exact ones, and
-        how many rows of the whole step are inside their prompt. On the device: seq_lens [R], query_start_loc [R+1].
-        Where `chooses` is false, nothing is searched, and all rows read everything."""
+        """A step of R short rows begins. On the host: verifies [R] bool, rows past their prompt; exact [R] bool, rows
+        whose request asked for exactness; prefilling, how many rows of the whole step are inside their prompt. On the
+        device: seq_lens [R], query_start_loc [R+1]. If `chooses` is false, nothing is searched and all rows are
+        dense."""
         self.fold()
         number = int(verifies.sum())
         self.counters.add(prefill_rows=prefilling)
         if not number:
             return
-        # What these hold changes with the next step.
+        # The next step overwrites vLLM's seq_lens and query_start_loc.
         lens = seq_lens.clone()
         context = lens - (query_start_loc[1:] - query_start_loc[:-1])
         mask = torch.from_numpy(verifies.astype(np.int64))
         mask = mask.pin_memory().to(seq_lens.device, non_blocking=True) if seq_lens.is_cuda else mask
         exact_rows = int((exact & verifies).sum())
-        # Counted with the rows that chose: what neither is must never become less.
+        # Added together with sparse_rows in `fold`: rows that are in no group must never decrease.
         on_host = {
             "verify_rows": number,
             "exact_rows": exact_rows,
@@ -95,5 +96,5 @@ class StepCounts:
             )
 
     def discard(self) -> None:
-        """The last step was none that anybody asked for."""
+        """Forget the last step: it was a warm-up."""
         self._pending = None

@@ -11,17 +11,18 @@ from specattn_vllm.selection.plan import SparsePlan
 
 
 class DraftTables:
-    """One table per source and row for a whole round, and how much of it each draft step sees.
+    """One table per source and row for a whole round, and the number of its entries that each draft step reads.
 
-    The table is made once, for the context as it will be when the last token has been drafted. New tokens come last in
-    it, so an earlier step reads the same table but for its end.
+    The table is made once per round, for the context length of the round's last step. New tokens are at its end, so an
+    earlier step reads the same table without the last entries.
     """
 
     def __init__(
         self, operations: Operations, layer_sources: dict[str, int], page_table: torch.Tensor, nbytes: int
     ) -> None:
-        """layer_sources: vLLM's name of each target layer -> its table; page_table [S, max_num_reqs, 1, width] int32:
-        where the tables are made, whatever it serves before; nbytes: what of it is to be counted as memory."""
+        """layer_sources: vLLM's name of each target layer -> its table. page_table [S, max_num_reqs, 1, width] int32:
+        memory for the tables, which may have another use before. nbytes: bytes of it to count as this object's, 0 if
+        they are counted elsewhere."""
         self.operations = operations
         self.layer_sources = layer_sources
         self.nbytes = nbytes
@@ -30,7 +31,7 @@ class DraftTables:
         self._rows = torch.arange(page_table.shape[1], device=page_table.device)
 
     def attach(self, block_size: int, page_strides: Callable[[], tuple[int, int, int]]) -> None:
-        """Tell how the cache is laid out; page_strides is asked in each round, as vLLM allocates the cache later."""
+        """Set the layout of the cache. page_strides is called in each round, because vLLM allocates the cache later."""
         self.block_size = block_size
         self.page_strides = page_strides
 
@@ -39,9 +40,9 @@ class DraftTables:
     ) -> torch.Tensor:
         """Make the tables of a round.
 
-        bits [S, R, 1, W] int32 with any strides; prefix_lens [R] int32: positions from there on are kept; step_lens
-        [K, R] int32: tokens that each step sees, its own included, 0 for rows that read nothing; block_table
-        [R, blocks] int32. Returns kept [K, S, R, 1] int32, entries that each step reads.
+        bits [S, R, 1, W] int32 with any strides; prefix_lens [R] int32: all later positions are kept; step_lens [K, R]
+        int32: context length in each step, with the step's own token, 0 for rows that read nothing; block_table
+        [R, blocks] int32. Returns kept [K, S, R, 1] int32: entries that each step reads.
         """
         rows = prefix_lens.shape[0]
         self.width = self._page_table.shape[3]
@@ -64,7 +65,7 @@ class DraftTables:
         return self.kept
 
     def plan(self, step: int) -> SparsePlan:
-        """What draft step `step` of the round reads, a token per row."""
+        """The plan of draft step `step` of the round, with one token per row."""
         rows = self.kept.shape[2]
         return SparsePlan(
             num_rows=rows,

@@ -1,11 +1,11 @@
 """The contract of methods whose target chooses for itself, in each step and layer (`Method.target_reads`).
 
-A step is announced before it runs: on the host it is known which rows may choose (short ones, past their prompt). Each
-layer then turns its queries into a page table, which attention reads. Nothing may wait for the device, and what is
-read or written in a step lies in buffers that last, so that the step can be captured in a CUDA graph.
+A step is announced before it runs, because the host knows which rows may choose: short rows past their prompt. Each
+layer then turns its queries into a page table, and attention reads through it. The host must never wait for the device,
+and a step may only use buffers that keep their addresses, so that it can be captured in a CUDA graph.
 
-    Chooser      what all layers share: buffers, and what is known of the step at hand
-    LayerChoice  one layer: what it keeps beside the cache, and its choice
+    Chooser      shared by all layers: buffers, and the state of the current step
+    LayerChoice  for one layer: the data that it keeps beside the cache, and its selection
     ChoiceStep   the rows of one step that choose
 """
 
@@ -22,25 +22,26 @@ from specattn_vllm.stats import Counters
 
 @dataclass(frozen=True)
 class ChoiceStep:
-    """The rows of a step that choose: rows 0..num_rows-1 of the batch, num_tokens tokens; the rest reads everything."""
+    """The rows of a step that may choose: rows 0..num_rows-1 of the batch, with num_tokens tokens. All later rows are
+    dense."""
 
     num_rows: int
     num_tokens: int
     max_query_len: int
     follows: bool = False
-    """Whether the rows read what they chose in an earlier step, and what is newer."""
+    """Whether the rows read their selection of an earlier step and all newer tokens, instead of choosing again."""
 
 
 class Chooser:
-    """What the layers of a target share. A subclass adds buffers, and what else a new request or a step changes.
+    """The state that the layers of a target share. A subclass adds buffers and may extend `forget` and `step`.
 
     kept   [layers, R, H] int32: entries that each KV head read in the last step; layers write it, counting reads it
-    dense  [R] int32: rows of the step at hand that read everything
-    slots  [R] int32: vLLM's slots of their requests, -1 for rows that are nobody's
+    dense  [R] int32: 1 for dense rows of the current step
+    slots  [R] int32: vLLM's request slot of each row, -1 for padded rows
     """
 
     searches = False
-    """Whether a sketch of the context is read before anything is chosen (`kernels/sketch/`), which is counted apart."""
+    """Whether choosing reads a sketch of the context (`kernels/sketch/`). These reads are counted separately."""
 
     def __init__(
         self,
@@ -53,8 +54,8 @@ class Chooser:
         reads_all_up_to: int,
         device: torch.device,
     ) -> None:
-        """max_query_len: tokens of the longest row that chooses; contexts of up to reads_all_up_to tokens are read
-        whole, without a search."""
+        """max_query_len: most tokens of a row that chooses. reads_all_up_to: contexts of up to this many tokens are
+        dense, without a search."""
         new = {"dtype": torch.int32, "device": device}
         self.device = device
         self.num_kv_heads = num_kv_heads
@@ -66,22 +67,22 @@ class Chooser:
         self.counts = StepCounts(counters, self.kept, self.dense, reads_all_up_to, self.searches)
 
     def forget(self, slot: int) -> None:
-        """Another request enters a slot. Does not wait for the device."""
+        """A new request enters a slot. Does not wait for the device."""
 
     def choose_among(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
-        """Which rows of the step at hand choose [R] bool, from their seq_lens [R] and query_start_loc [R+1] int32."""
+        """The rows of the current step that choose, [R] bool. seq_lens [R] and query_start_loc [R+1] int32."""
         context = seq_lens - (query_start_loc[1:] - query_start_loc[:-1])
         return (self.dense[: seq_lens.shape[0]] == 0) & (context > self.reads_all_up_to)
 
     def short_rows(self, query_start_loc_cpu: torch.Tensor) -> int:
-        """Rows before the first that is longer than any that chooses. vLLM puts rows with drafts first and sorts the
-        rest by length, so these hold all that are past their prompt."""
+        """Number of rows before the first row of more than max_query_len tokens. vLLM puts rows with drafts first and
+        sorts the other rows by length, so these include all rows past their prompt."""
         long = (query_start_loc_cpu[1:] - query_start_loc_cpu[:-1] > self.max_query_len).nonzero()
         return int(long[0, 0]) if long.numel() else query_start_loc_cpu.shape[0] - 1
 
     def begin(self, dense: np.ndarray, slots: np.ndarray, query_start_loc_cpu: torch.Tensor) -> ChoiceStep | None:
-        """Announce a step; on the host: dense [R] bool, rows that read everything, and slots [R] int32 of their
-        requests, -1 for nobody's. None where no row is short."""
+        """Announce a step. On the host: dense [R] bool, rows that do not choose; slots [R] int32, their request slots,
+        -1 for padded rows. Returns None if no row is short."""
         rows = self.short_rows(query_start_loc_cpu)
         if rows == 0:
             return None
@@ -93,7 +94,7 @@ class Chooser:
         return self.step(query_start_loc_cpu)
 
     def step(self, query_start_loc_cpu: torch.Tensor) -> ChoiceStep | None:
-        """A step in which rows choose, as it lies; query_start_loc_cpu [R+1] on the host."""
+        """The step in which the short rows choose; None if no row is short. query_start_loc_cpu [R+1] on the host."""
         rows = self.short_rows(query_start_loc_cpu)
         if rows == 0:
             return None
@@ -102,10 +103,10 @@ class Chooser:
 
 
 class LayerChoice:
-    """What the implementation of a target's layer holds."""
+    """The state of a method in one layer; the layer's attention implementation holds it."""
 
     probing = False
-    """Whether a forward pass without a cache is a measurement of this object's (`probe`)."""
+    """Whether forward passes without a cache are measurements for this object (`probe`)."""
 
     def probe(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, output: torch.Tensor
@@ -114,12 +115,12 @@ class LayerChoice:
         raise NotImplementedError
 
     def write(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> bool:
-        """Keep what choosing needs of new keys. key, value [T, H, D]; kv_cache [B, H, N, 2D]; slot_mapping [S] int64.
-        Returns whether keys and values are in the cache now; if not, they are written by the caller."""
+        """Store the data about new keys that choosing needs. key, value [T, H, D]; kv_cache [B, H, N, 2D]; slot_mapping
+        [S] int64. Returns whether this call also wrote keys and values to the cache; if not, the caller does."""
         return False
 
     def forget_cache(self) -> None:
-        """vLLM is about to allocate the cache anew: no view of the one before may be left."""
+        """Drop all views of the cache: vLLM is about to allocate a new one."""
 
     def select(
         self,
@@ -131,9 +132,10 @@ class LayerChoice:
         query_start_loc: torch.Tensor,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the step's rows read of this layer, for each KV head: page table [R, H, width] int32, and kept [R, H]
-        int32, which is written into `Chooser.kept` too. A page is one token's entry of one head: block, head and offset
-        times `selection.pages.page_strides(kv_cache)`. The tokens of the step itself come last, in order.
+        """The entries of this layer that the step's rows read, for each KV head: page table [R, H, width] int32, and
+        kept [R, H] int32, which this also writes into `Chooser.kept`. A page is the entry of one token and one head;
+        its id is the sum of block, head and offset, each times its `selection.pages.page_strides(kv_cache)`. The tokens
+        of the step itself are last, in order.
 
         query [T, Hq, D] of those rows; block_table [R, blocks], seq_lens [R] and query_start_loc [R+1] int32.
         """

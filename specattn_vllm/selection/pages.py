@@ -1,8 +1,8 @@
 """The paged cache seen as single-token, single-head pages.
 
-vLLM hands a layer its cache as `[B, H, N, 2D]` (blocks, KV heads, tokens in a block, key then value) with the strides
-of whatever layout is in force. Key and value of one token and head always lie together, so the cache is also a flat
-list of rows of 2D elements, and a page table of row ids can pick any token for any head.
+vLLM gives each layer its cache as `[B, H, N, 2D]` (blocks, KV heads, tokens in a block, key then value), with strides
+that depend on the cache layout. The key and value of one token and head always lie together. So the cache is also a
+flat list of rows of 2D elements, and a page table of row ids can pick any token for any head.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import torch
 
 
 def page_strides(kv_cache: torch.Tensor) -> tuple[int, int, int]:
-    """Rows between neighbouring blocks, heads and tokens: id = block * s[0] + head * s[1] + token * s[2].
+    """Strides between blocks, heads and tokens, in rows: id = block * s[0] + head * s[1] + token * s[2].
 
-    Raises ValueError for a layout whose strides are no multiple of a row.
+    Raises ValueError for a layout whose strides are not multiples of a row.
     """
     row = kv_cache.shape[3]
-    # A dimension of size 1 may have any stride; it is never stepped over.
+    # A dimension of size 1 may have any stride, because the stride is never used.
     dims = zip(kv_cache.shape[:3], kv_cache.stride()[:3], strict=True)
     strides = [0 if size == 1 else stride for size, stride in dims]
     if kv_cache.stride(3) != 1 or any(stride % row for stride in strides):
@@ -31,8 +31,8 @@ def page_strides(kv_cache: torch.Tensor) -> tuple[int, int, int]:
 def token_pages(kv_cache: torch.Tensor, heads: int) -> torch.Tensor:
     """The cache as pages [P, 1, heads, 2D] of one token, a view on the same storage.
 
-    Page p starts at row p of the cache. With heads = 1 it is one token of one head; with heads = H it is all heads of a
-    token, and only the ids of head 0's rows are pages.
+    Page p starts at row p of the cache. With heads = 1 a page is one token of one head. With heads = H it is all heads
+    of one token, and only the row ids of head 0 are valid pages.
     """
     blocks, all_heads, tokens, row = kv_cache.shape
     if heads not in (1, all_heads):
@@ -40,6 +40,6 @@ def token_pages(kv_cache: torch.Tensor, heads: int) -> torch.Tensor:
     block, head, token = page_strides(kv_cache)
     first_of_last = (blocks - 1) * block + (tokens - 1) * token
     rows = first_of_last + 1 if heads == all_heads else first_of_last + (all_heads - 1) * head + 1
-    # Dimensions of size 1 get the stride of a row: zero strides, which a cache may have there, are refused by Hopper's
-    # tensor memory accelerator.
+    # Dimensions of size 1 get the stride of a row. A cache may have stride 0 there, which Hopper's tensor memory
+    # accelerator refuses.
     return kv_cache.as_strided((rows, 1, heads, row), (row, row, head * row or row, 1))

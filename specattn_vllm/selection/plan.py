@@ -1,4 +1,4 @@
-"""What attention reads in a step where a plan of all layers is made before it."""
+"""The plan of a step: which KV entries each layer reads, for methods that choose them before the step."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 @dataclass
 class SparsePlan:
-    """Page tables of a step's short rows, which are rows 0..num_rows-1 of the batch and hold all that verify.
+    """Page tables of a step's short rows. These are rows 0..num_rows-1 of the batch and include all that verify.
 
-    page_table [T, R, G, width] int32, kept [T, R, G] int32: ids into the head-folded view of a layer's cache, those of
-    the first KV head where all heads share a selection (G = 1), else those of each (G = H). Both lie in buffers that
-    last, at the same addresses for every step, so a captured graph reads the tables of the step it is replayed in.
-    layer_sources: vLLM layer name -> T index, for the target layers that read a selection.
+    page_table [T, R, G, width] int32: ids into the head-folded view of a layer's cache (`pages.py`), for the first KV
+    head if all heads share a selection (G = 1), else for each head (G = H). kept [T, R, G] int32: number of ids. Both
+    have the same addresses in every step, so a captured CUDA graph reads the tables of the step in which it is
+    replayed. layer_sources: vLLM's layer name -> index in T, for the target layers that read a selection.
     """
 
     num_rows: int

@@ -17,25 +17,26 @@ from specattn_vllm.stats import Counters
 
 
 class TableMaps(NamedTuple):
-    """From what each page table is made, where each KV head reads a selection of its own; on the pruner's device."""
+    """The stored selection from which each page table is made, for methods with one selection per KV head. On the
+    pruner's device."""
 
     sources: torch.Tensor
-    """[T] int32: source of the store."""
+    """[T] int32: index of the source in the store, for each table."""
     groups: torch.Tensor
-    """[T, H] int32: group of the store for each KV head."""
+    """[T, H] int32: index of the score group in the store, for each table and KV head."""
 
     @classmethod
     def of(cls, made_from: list[tuple[int, tuple[int, ...]]], device: torch.device) -> TableMaps:
-        """From (source, groups) of each table."""
+        """Make the maps from the (source, groups) of each table."""
         sources, groups = zip(*made_from, strict=True)
         return cls(*(torch.tensor(m, dtype=torch.int32, device=device) for m in (sources, groups)))
 
 
 class Pruner:
-    """Prunes block tables for the rows that verify; owns the page tables that attention reads.
+    """Makes the page tables for the rows that verify, from block tables and stored selections.
 
-    A row without a usable selection keeps all of its tokens in the table: which rows those are is only known on the
-    device, and the host never waits to find out.
+    The table of a row without a usable selection lists all of its tokens. Only the device knows which rows these are,
+    and the host never waits for that answer.
     """
 
     def __init__(
@@ -51,9 +52,9 @@ class Pruner:
         page_table: torch.Tensor,
         maps: TableMaps | None = None,
     ) -> None:
-        """layer_sources: target layer name -> table; num_layers: target layers in all; max_query_len: tokens of the
-        longest verification, K + 1. page_table [T, max_num_reqs, G, width] int32: where the tables are made. Without
-        maps there is a table for each source and group of the store."""
+        """layer_sources: target layer name -> table. num_layers: number of all target layers. max_query_len: tokens of
+        the longest verification, K + 1. page_table [T, max_num_reqs, G, width] int32: memory for the tables. Without
+        maps there is one table for each source and group of the store."""
         self.store = store
         self.operations = operations
         self.counters = counters
@@ -76,8 +77,8 @@ class Pruner:
         return self._kept.nbytes
 
     def attach(self, block_size: int, page_strides: Callable[[], tuple[int, int, int]]) -> None:
-        """Tell how the cache is laid out. page_strides is asked at each step: vLLM allocates the cache after this, and
-        when it profiles CUDA graphs, twice."""
+        """Set the layout of the cache. page_strides is called in each step, because vLLM allocates the cache after this
+        call, and twice if it profiles CUDA graphs."""
         self.block_size = block_size
         self.page_strides = page_strides
 
@@ -93,22 +94,22 @@ class Pruner:
         seq_lens: torch.Tensor,
         block_table: torch.Tensor,
     ) -> SparsePlan | None:
-        """The plan of a step with R rows, None if the first is longer than any verification.
+        """The plan of a step with R rows; None if the first row is longer than any verification.
 
-        On the device: slots [R] int64, -1 for rows that only fill a graph's batch; prefilling [R] bool, query_start_loc
-        [R+1] int32, seq_lens [R] int32, block_table [R, blocks] int32. On the host: slots_cpu [R], the same,
-        prefilling_cpu [R] bool, query_start_loc_cpu [R+1].
+        On the device: slots [R] int64, -1 for padded rows; prefilling [R] bool, query_start_loc [R+1] int32, seq_lens
+        [R] int32, block_table [R, blocks] int32. On the host: the same slots as slots_cpu [R], prefilling_cpu [R] bool,
+        query_start_loc_cpu [R+1].
         """
         prefix_lens, stored = self.store.take(self.operations, slots, query_start_loc, seq_lens, prefilling)
         rows = self._short_rows(query_start_loc_cpu)
         self.counters.stage(prefill_rows=int(prefilling_cpu.sum()))
-        # Rows that all prefill are no reason to stop here: vLLM runs a prompt's last token through the same graph as
-        # verifications, and that graph reads the tables whatever this returns.
+        # Tables are made even if all rows prefill: vLLM may run the last token of a prompt in the same CUDA graph as
+        # verifications, and that graph always reads the tables.
         if rows == 0:
             return None
         slots, prefilling, seq_lens = slots[:rows], prefilling[:rows], seq_lens[:rows]
         prefix_lens, stored = prefix_lens[:rows], stored[:rows]
-        # A table of blocks is as wide as the longest sequence has blocks: some executors split their work by the width.
+        # A table of blocks is only as wide as the blocks of the longest sequence: some executors split work by width.
         width = self._page_table.shape[3]
         if self.operations.granularity == "block":
             width = -(-width // self.block_size)
@@ -143,10 +144,10 @@ class Pruner:
         )
 
     def _short_rows(self, query_start_loc_cpu: torch.Tensor) -> int:
-        """Rows before the first that is longer than a verification.
+        """Number of rows before the first row that is longer than a verification.
 
-        vLLM puts rows with drafts first and sorts the rest by length, so these hold every verification; short prefill
-        chunks among them keep their whole table like any row without a selection.
+        vLLM puts rows with drafts first and sorts the other rows by length, so these include every verification. Short
+        prefill chunks among them get a full table, as any row without a selection.
         """
         long = (query_start_loc_cpu[1:] - query_start_loc_cpu[:-1] > self.max_query_len).nonzero()
         return int(long[0, 0]) if long.numel() else query_start_loc_cpu.shape[0] - 1

@@ -1,8 +1,8 @@
 """The target's own attention in its last verification.
 
-Where the target drafts for itself (Vegas, arXiv 2602.07223), verification reads everything, and leaves the scores of
-two query rows per request behind. What they attended to is what the target reads while it drafts the next round.
-Selections are made and read within one step, so they stay in the order of the batch and nothing is kept by request.
+If the target drafts for itself (Vegas, arXiv 2602.07223), its verification is dense and stores the scores of two query
+rows per request. The tokens that these rows attended to are the ones that the target reads while it drafts the next
+round. A selection is made and used within one step, so it stays in batch order and nothing is stored by request.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ SCORED = 2  # query rows per request
 
 
 class TargetCapture:
-    """Attention mass of the target's layers in one step, and the bitmasks made of it.
+    """Attention mass of the target's layers in one step, and the bitmasks made from it.
 
-    Per step: `begin` outside of any graph, one `attend` of what it returned per layer, then `select`. Buffers last, so
-    that verification and drafting can be captured in CUDA graphs, each by itself.
+    Order of calls in a step: `begin` outside of any CUDA graph, `attend` of the returned `TargetStep` in each layer,
+    then `select`. Buffers keep their addresses, so verification and drafting can each be captured in a CUDA graph.
 
     The mass of a layer is the softmax weight of the scored rows, averaged over both rows and over all query heads.
     """
@@ -43,8 +43,8 @@ class TargetCapture:
         dilation: int,
         device: torch.device,
     ) -> None:
-        """layer_sources: vLLM's name of each target layer -> its index. max_query_len: tokens of the longest
-        verification, K + 1. dilation: positions by which the mass is spread forward."""
+        """layer_sources: vLLM's name of each target layer -> its index. max_query_len: most tokens of a verification,
+        K + 1. dilation: positions by which the mass is spread forward."""
         self.operations = operations
         self.limits = limits
         self.layer_sources = layer_sources
@@ -56,7 +56,7 @@ class TargetCapture:
         rows = SCORED * num_heads
         self.scores = torch.empty((max_num_reqs, rows, max_model_len), dtype=score_dtype, device=device)
         self.lse = torch.empty((max_num_reqs, rows), dtype=torch.float32, device=device)
-        # By request first: the rows of any batch are then one block, in a graph that pads it and outside.
+        # Requests are the first dimension, so that the rows of any batch, padded or not, are one contiguous block.
         shape = (max_num_reqs, layers, 1)
         self.mass = torch.empty((*shape, max_model_len), dtype=torch.float32, device=device)
         if dilation:
@@ -69,7 +69,7 @@ class TargetCapture:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes by what they hold."""
+        """Bytes of each kind of buffer."""
         return {
             "scores": self.scores.nbytes + self.lse.nbytes,
             "mass": self.mass.nbytes + (self._sharp.nbytes if self.dilation else 0),
@@ -79,10 +79,10 @@ class TargetCapture:
     def begin(
         self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor, query_start_loc_cpu: torch.Tensor
     ) -> TargetStep:
-        """Announce a step of R rows: query_start_loc [R+1] and seq_lens [R] int32, the former on the host as well.
+        """Announce a step of R rows: query_start_loc [R+1] and seq_lens [R] int32; query_start_loc also on the host.
 
-        vLLM puts rows with drafts first and sorts the rest by length: those before the first long one go through the
-        kernel that leaves its scores as it attends.
+        vLLM puts rows with drafts first and sorts the other rows by length. Rows before the first long one use the
+        kernel that stores scores while it attends.
         """
         self.operations.mark_rows(query_start_loc, seq_lens, self.max_query_len, self.scored_rows, self.lens)
         lengths = query_start_loc_cpu[1:] - query_start_loc_cpu[:-1]
@@ -92,7 +92,7 @@ class TargetCapture:
         return TargetStep(self, rows, int(query_start_loc_cpu[rows]), max(longest, 1))
 
     def record(self, layer: int, rows: int) -> None:
-        """Mass of a layer from the scores of the first rows of the batch."""
+        """Make the mass of a layer from the stored scores of the first `rows` rows of the batch."""
         lens, mass = self.lens[:rows], self.mass[:rows, layer]
         target = self._sharp[:rows] if self.dilation else mass
         self.operations.accumulate_mass(self.scores[:rows], self.lse[:rows], lens, target, self.weight, "store")
@@ -100,11 +100,11 @@ class TargetCapture:
             self.operations.dilate_mass(target[:, 0], lens, mass[:, 0], self.dilation, 1.0 / (self.dilation + 1))
 
     def select(self, wanted: torch.Tensor, committed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Selections of the step that has just been verified.
+        """Make the selections from the verification that has just run.
 
-        wanted [R] bool: rows for which tokens are drafted next. committed [R] int32: tokens each row has now, accepted
-        ones included. Returns bits [R, S, 1, W] and prefix_lens [R] int32; positions from there on are not ranked, and
-        to be kept.
+        wanted [R] bool: rows for which tokens are drafted next. committed [R] int32: tokens of each row, with the newly
+        accepted ones. Returns bits [R, S, 1, W] and prefix_lens [R] int32. Positions from prefix_lens on are not
+        ranked; the reader must keep them.
         """
         rows = wanted.shape[0]
         lens = torch.where(wanted, torch.minimum(self.lens[:rows], committed), 0)
@@ -115,7 +115,8 @@ class TargetCapture:
 
 @dataclass(frozen=True)
 class TargetStep:
-    """One step of the target: the first `num_rows` rows of the batch, `num_tokens` tokens, are no prompts."""
+    """One step of the target. The first `num_rows` rows of the batch, with `num_tokens` tokens, are short rows; the
+    others are prompts."""
 
     capture: TargetCapture
     num_rows: int
@@ -131,8 +132,8 @@ class TargetStep:
         scale: float,
         out: torch.Tensor,
     ) -> bool:
-        """Attention of one layer, scores left behind; False for a layer that is not captured. `batch` is the step's
-        metadata; query and out [T, Hq, D] without padding."""
+        """Attend in one layer and store its scores. Returns False, and does nothing, for a layer that is not captured.
+        `batch`: the step's metadata; query and out [T, Hq, D] without padding."""
         capture, md = self.capture, batch
         layer = capture.layer_sources.get(layer_name)
         if layer is None:
@@ -191,7 +192,7 @@ class TargetStep:
             md.max_query_len,
             md.max_seq_len,
         )
-        # The last row of each prompt by itself: another pass over the keys, for one row of very many.
+        # The scores of each prompt's last row need another pass over the keys, for this one row only.
         last = capture.alone[:rows, None].long().expand(-1, SCORED).contiguous()
         capture.operations.draft_attention(
             query[capture.scored_rows[long, -1]],

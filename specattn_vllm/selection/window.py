@@ -1,4 +1,4 @@
-"""The first and the last tokens of the context, whatever is attended to: StreamingLLM's window, as a baseline."""
+"""Selections of the first and the last tokens of the context, without attention: StreamingLLM's window, a baseline."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from specattn_vllm.selection.choose import Limits, choose
 
 
 class Window:
-    """Selections without attention: `sink_tokens` at the start, and the rest of the budget at the end.
+    """Selections without attention: the first `sink_tokens`, and the last tokens with the rest of the budget.
 
-    They come from a mass of zeros, of which the most recent tokens are taken first.
+    They are made from a mass of zeros. At equal mass, the choice prefers the most recent tokens.
     """
 
     def __init__(
@@ -25,7 +25,7 @@ class Window:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes by what they hold."""
+        """Bytes of each kind of buffer."""
         return {"mass": self.mass.nbytes, "bitmasks": self.bits.nbytes + self.counts.nbytes}
 
     def select(self, wanted: torch.Tensor, committed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

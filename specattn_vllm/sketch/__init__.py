@@ -1,5 +1,5 @@
-"""Method 'sketch': the target's own queries choose what they read, over a small copy of its keys.
+"""Method 'sketch': the target's own queries choose the KV entries that they read, over a small copy of its keys.
 
-``step.Sketch`` is the engine's, ``layer.LayerSketch`` one layer's; ``attach`` joins them to a loaded model, and
-``centre`` measures what is subtracted from the keys.
+``step.Sketch`` belongs to the engine, ``layer.LayerSketch`` to one layer. ``attach`` joins both to a loaded model, and
+``centre`` measures the mean key that is subtracted from all keys.
 """

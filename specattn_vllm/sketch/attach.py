@@ -1,4 +1,4 @@
-"""Joins the sketch to a model that vLLM has just loaded: before it measures what is left for the KV cache."""
+"""Joins the sketch to a model that vLLM has just loaded, before vLLM measures the memory left for the KV cache."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from specattn_vllm.speculation.wiring import refuse_if_too_large, row_width
 
 logger = init_logger("vllm.specattn")
 
-SHARED = {"layers": ", shared out over all layers' heads", "heads": ", shared out over a layer's heads", "none": ""}
+SHARED = {"layers": ", shared by the heads of all layers", "heads": ", shared by the heads of each layer", "none": ""}
 
 
 def attach(runner: Any, options: SketchOptions) -> None:
-    """Called with vLLM's model runner once its model and its drafter are loaded."""
+    """Give the target's layers their sketch. Called when vLLM's model runner has loaded its model and its drafter."""
     vllm_config = runner.vllm_config
     layers = target_layers(runner)
     operations = executors.of_engine(options, runner.device, vllm_config.model_config.dtype)
@@ -71,7 +71,7 @@ def _announce(options: SketchOptions, sketch: Sketch, crossover: int, nbytes: di
     )
     if crossover:
         logger.info(
-            "specattn: batches of fewer than %d context tokens read everything, in graphs of their own",
+            "specattn: batches of fewer than %d context tokens are dense, with CUDA graphs of their own",
             crossover,
         )
     spec = vllm_config.speculative_config

@@ -1,4 +1,4 @@
-"""How much is read, from the options."""
+"""The budget of a sketch, from the options."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from specattn_vllm.methods.budget import BudgetOptions, SketchedDraftOptions
 
 
 def budget_of(options: BudgetOptions, shared: str) -> Budget:
-    """What is read, and who shares it (`SketchOptions.shared_budget`)."""
+    """The target's budget. `shared`: the heads that share it (`SketchOptions.shared_budget`)."""
     fixed = options.fixed_budget
     return Budget(
         ratio=min(options.ratio, options.max_fraction) if fixed else options.max_fraction,
@@ -23,7 +23,7 @@ def budget_of(options: BudgetOptions, shared: str) -> Budget:
 
 
 def draft_budget_of(options: SketchedDraftOptions) -> Budget:
-    """What drafting by a sketch reads. Heads share nothing: page tables that stay for a round are then narrow."""
+    """The budget of a sparse draft model. Its heads share nothing, which keeps the page tables of a round narrow."""
     budget = budget_of(options, "none")
     if options.draft_ratio is None:
         return budget

@@ -1,8 +1,8 @@
-"""Drafting by a sketch: what a round's first draft step chooses, its other steps read too.
+"""Drafting by a sketch: all draft steps of a round read the selection that its first step makes.
 
-A search costs a draft model about as much as what it spares one step, so it is made once a round. A draft step sees a
-token more than the one before, and nothing else in its context is new: the page tables of the first step list those
-tokens already, behind what it read itself.
+A search costs a draft model about as much time as sparse attention saves in one step, so there is one search per round.
+Each later step has one more token in its context, and no other new token. The page tables of the first step already
+list these tokens, after the entries that the first step reads.
 """
 
 from __future__ import annotations
@@ -29,25 +29,25 @@ if TYPE_CHECKING:
 
 
 class DraftSketch:
-    """What the layers that draft choose with; no host wait, and every buffer lasts, so that a round can be captured."""
+    """The sketch of a draft model. The host never waits and buffers keep their addresses, for CUDA graph capture."""
 
     def __init__(self, sketch: Sketch, counters: Counters) -> None:
         self.sketch = sketch
         self.counters = counters
         self.first_lens = torch.zeros_like(sketch.dense)
-        """[R] int32: tokens that the first step saw."""
+        """[R] int32: context length of each row in the first step."""
         self._first: ChoiceStep | None = None
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes by what they hold."""
+        """Bytes of each kind of buffer."""
         return self.sketch.nbytes
 
     def begin(
         self, metadata: SpecAttnMetadata, query_start_loc_cpu: torch.Tensor, heard: torch.Tensor | None = None
     ) -> ChoiceStep | None:
-        """A round's first step, in which short rows choose; query_start_loc_cpu [R+1] on the host; heard [R]: how many
-        tokens of each row are not rejected drafts, None where there are none."""
+        """Begin a round: in its first step the short rows choose. query_start_loc_cpu [R+1] on the host; heard [R]: how
+        many tokens of each row are not rejected drafts, None if no row has rejected drafts."""
         self._first = self.sketch.step(query_start_loc_cpu)
         if self._first is not None:
             rows = self._first.num_rows
@@ -57,19 +57,19 @@ class DraftSketch:
         return self._first
 
     def follow(self, metadata: SpecAttnMetadata) -> ChoiceStep | None:
-        """A later step of the round, a token a row."""
+        """A later step of the round, with one token per row."""
         if self._first is None:
             return None
         rows, sketch = self._first.num_rows, self.sketch
         newer = metadata.seq_lens[:rows] - self.first_lens[:rows]
         kept = sketch.kept[:, :rows]
-        # Rows of a graph's batch that are nobody's read nothing.
+        # Padded rows of a CUDA graph's batch read nothing.
         torch.mul(kept + newer[:, None], kept > 0, out=sketch.following[:, :rows])
         return replace(self._first, num_tokens=rows, max_query_len=1, follows=True)
 
     def count(self, last_lens: torch.Tensor, query_lens: torch.Tensor, num_steps: int) -> None:
-        """Count a round that is over: last_lens [R] int32, tokens that its last step saw, and query_lens [R] int32,
-        tokens of each row in its first."""
+        """Count a finished round. last_lens [R] int32: context length of each row in its last step; query_lens [R]
+        int32: tokens of each row in its first step."""
         if self._first is None:
             return
         rows, sketch = self._first.num_rows, self.sketch
@@ -77,7 +77,7 @@ class DraftSketch:
         kept, first = sketch.kept[:, :rows], self.first_lens[:rows]
         live = kept[0, :, 0] > 0
         later = num_steps - 1
-        # Steps after the first see a token more each, up to what the last one saw.
+        # The context grows by one token per step, up to last_lens.
         seen = last_lens[:rows] * later - later * (later - 1) // 2
         seen = torch.where(live, seen, 0).sum(dtype=torch.int64)
         first_seen = torch.where(live, first, 0)
@@ -96,12 +96,13 @@ class DraftSketch:
 def prepare_drafting(
     speculator: RoundSpeculator, layers: dict[str, Any], model: Callable[..., object], max_query_len: int
 ) -> DraftSketch:
-    """Give the layers that draft, by vLLM's names, their sketch. Called once `model`, whose layers they are, is loaded:
-    vLLM measures what is left for the KV cache after that. max_query_len: tokens of a row in a round's first step."""
+    """Give the draft model's layers, keyed by vLLM's names, their sketch. Called when `model`, the draft model, is
+    loaded, before vLLM measures the memory left for the KV cache. max_query_len: most tokens of a row in a round's
+    first step."""
     options, names = speculator.options, list(layers)
     if not isinstance(options, SketchedDraftOptions):
         raise TypeError(
-            f"method {options.method!r} drafts by a sketch, and its options say nothing of one: make them a "
+            f"method {options.method!r} drafts by a sketch, but its options do not describe one: make them a "
             "SketchedDraftOptions"
         )
     impl = layers[names[0]].impl

@@ -1,4 +1,4 @@
-"""The sketch of one layer's keys: written with them, and searched by the layer's queries."""
+"""The sketch of one layer's keys: it is written together with the keys, and the layer's queries search it."""
 
 from __future__ import annotations
 
@@ -19,28 +19,29 @@ if TYPE_CHECKING:
 def attend_densely(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, output: torch.Tensor
 ) -> None:
-    """Causal attention of a sequence that is in no cache. query, output [T, Hq, D]; key, value [T, H, D]."""
+    """Causal attention of one sequence without a KV cache. query, output [T, Hq, D]; key, value [T, H, D]."""
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
     output.copy_(attended[0].transpose(0, 1))
 
 
 class LayerSketch(LayerChoice):
-    """What a layer's implementation holds. ``index`` is the layer's place among those that share a ``Sketch``."""
+    """The sketch that a layer's implementation holds. ``index``: the layer's place among those that share a
+    ``Sketch``."""
 
     def __init__(self, sketch: Sketch, index: int) -> None:
         self.sketch = sketch
         self.index = index
         shape = (sketch.num_kv_heads, sketch.head_size)
         self.centre = torch.zeros(shape, dtype=torch.float32, device=sketch.device)
-        """[H, D], rotated; measured once, before anything is written, and never changed after that."""
+        """[H, D], rotated. It is measured once, before any key is written, and never changes."""
         self.probing = False
-        """Whether a forward pass without a cache measures the centre."""
+        """Whether a forward pass without a cache is the measurement of the centre."""
         self._cache: tuple[int, int] | None = None
 
     def set_centre(self, mean_key: torch.Tensor) -> None:
-        """Take the mean key [H, D] float32 of the layer as what is subtracted from all keys."""
-        # A model whose weights are not there yet may give anything.
+        """Set the centre, which is subtracted from all keys, to the mean key [H, D] float32 of the layer."""
+        # A model whose weights are not loaded yet may give NaN or infinity.
         mean_key = mean_key.nan_to_num(0.0, 0.0, 0.0)
         turned = mean_key @ self.sketch.rotation.float() * self.sketch.head_size**-0.5
         self.centre.copy_(turned)
@@ -48,15 +49,15 @@ class LayerSketch(LayerChoice):
     def probe(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, output: torch.Tensor
     ) -> None:
-        """Attend without a cache, and take the keys' mean as the centre. query, output [T, Hq, D] or flat; key, value
-        [T, H, D] or flat."""
+        """Attend without a cache, and set the centre to the mean of the keys. query, output [T, Hq, D] or flat; key,
+        value [T, H, D] or flat."""
         size = self.sketch.head_size
         query, key, value, out = (x.view(x.shape[0], -1, size) for x in (query, key, value, output))
         attend_densely(query, key, value, scale, out)
         self.set_centre(key.float().mean(0))
 
     def _views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        # vLLM allocates the cache twice where it profiles CUDA graphs.
+        # vLLM allocates the cache twice if it profiles CUDA graphs.
         key = (kv_cache.data_ptr(), kv_cache.shape[0])
         if self._cache != key:
             self.codes, self.scales = sketch_views(kv_cache, self.sketch.bits)
@@ -85,7 +86,7 @@ class LayerSketch(LayerChoice):
         query_start_loc: torch.Tensor,
         scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the step's short rows read of this layer: page table [R, H, width] and kept [R, H], int32.
+        """The entries of this layer that the step's short rows read: page table [R, H, width] and kept [R, H], int32.
 
         query [T, Hq, D] of those rows; block_table [R, blocks], seq_lens [R] and query_start_loc [R+1] int32.
         """

@@ -8,10 +8,10 @@ SEED = 20260828
 
 
 def rotation(head_size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """[D, D] of +1 and -1; divided by sqrt(D) it is orthogonal. The same in every process: codes outlive none of them,
-    but ranks and restarts should choose alike.
+    """[D, D] of +1 and -1; divided by sqrt(D) it is orthogonal. It is the same in every process: no code outlives its
+    process, but all ranks and all restarts should choose the same tokens.
 
-    Raises ValueError for a head size that is no power of two, for which there is no such matrix.
+    Raises ValueError if the head size is not a power of two, because then there is no such matrix.
     """
     if head_size & (head_size - 1):
         raise ValueError(f"a sketch needs head sizes that are powers of two, not {head_size}: use another method")

@@ -1,4 +1,4 @@
-"""What all layers of a model share while they choose: options, buffers, and the step at hand."""
+"""What all layers of a model share while they choose: options, buffers and the state of the current step."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from specattn_vllm.sketch.rotation import rotation
 from specattn_vllm.stats import Counters
 
 ROW_MULTIPLE = 128
-LEAST_ROWS = 16  # the narrowest product of matrices
+LEAST_ROWS = 16  # the narrowest matrix product of the kernels
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The model's attention on this rank, and the largest batch."""
+    """Sizes of the model's attention on this rank, and of the largest batch."""
 
     layers: int
     num_heads: int
@@ -28,18 +28,19 @@ class Shape:
     head_size: int
     dtype: torch.dtype
     max_query_len: int
-    """Tokens of the longest row that chooses."""
+    """Most tokens of a row that chooses."""
     max_num_reqs: int
     max_model_len: int
 
 
 class Sketch(Chooser):
-    """Buffers that last, one set for all layers: they lie at the same addresses in every step, so that a captured graph
-    follows what the host writes into them.
+    """Permanent buffers, one set for all layers. Their addresses are the same in every step, so a captured CUDA graph
+    reads what the host has written into them.
 
-    heard [R] int32 says how many of a row's queries count; page_table [T, R, H, width] serves one layer after the other
-    where T is 1, and stays for steps that follow where there is one for each; scores [R, H, L] serve one layer after
-    the other. By request slot, the last of which is nobody's: totals and thresholds, of what layers share.
+    heard [R] int32: how many queries of each row count in the search. page_table [T, R, H, width]: with T = 1 the
+    layers use it one after the other; with one table per layer it stays for the steps that follow. scores [R, H, L]:
+    the layers use them one after the other. totals and thresholds, by request slot: the budget that layers share; the
+    last slot belongs to no request.
     """
 
     searches = True
@@ -54,7 +55,8 @@ class Sketch(Chooser):
         device: torch.device,
         steps_ahead: int | None = None,
     ) -> None:
-        """With steps_ahead, so many steps may follow one that chooses, each a token longer; nothing is shared."""
+        """steps_ahead: how many steps, each one token longer, may follow a step that chooses. With it, heads must not
+        share a budget."""
         super().__init__(
             counters,
             layers=shape.layers,
@@ -83,7 +85,7 @@ class Sketch(Chooser):
         self.scores = torch.empty((requests, heads, shape.max_model_len), dtype=torch.uint8, **new)
         self.ahead = steps_ahead or 0
         tables, longest = (1, shape.max_model_len) if steps_ahead is None else (shape.layers, self._most())
-        # Zeros: rows that chose nothing have nothing there that can be followed.
+        # Zeros: a later step must find no pages for rows that have not chosen.
         self.page_table = torch.zeros((tables, requests, heads, longest), dtype=torch.int32, **new)
         self.following = torch.zeros_like(self.kept)
         self.totals = torch.zeros((requests + 1, TOTALS), dtype=torch.int32, **new)
@@ -95,17 +97,17 @@ class Sketch(Chooser):
         self.layout = SketchLayout(heads, 16, shape.head_size, bits, shape.dtype.itemsize)
 
     def _most(self) -> int:
-        """The widest page table of a head, where heads share nothing."""
+        """Width of the largest page table of a head, for heads that share no budget."""
         shape, budget = self.shape, self.budget
         if budget.shared != "none" and budget.top_p is None:
-            raise ValueError("page tables that stay are as wide as a head may read: heads cannot share what they read")
+            raise ValueError("with steps_ahead, page tables are as wide as one head's budget: heads cannot share it")
         most = max(math.ceil(budget.ratio * shape.max_model_len), budget.reads_all_up_to)
         most += shape.max_query_len + self.ahead
         return min(-(-most // ROW_MULTIPLE) * ROW_MULTIPLE, shape.max_model_len)
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes by what they hold; the sketches themselves lie in the cache."""
+        """Bytes of each kind of buffer. The sketches themselves lie in the KV cache and are not counted."""
         return {
             "queries": self.packed.nbytes + self.factors.nbytes,
             "scores": self.scores.nbytes + self.histogram.nbytes + self.chunks.nbytes,
@@ -114,5 +116,5 @@ class Sketch(Chooser):
         }
 
     def forget(self, slot: int) -> None:
-        """Another request enters a slot. Does not wait for the device."""
+        """A new request enters a slot. Does not wait for the device."""
         self.totals[slot].zero_()

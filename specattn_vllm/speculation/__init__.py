@@ -1,1 +1,1 @@
-"""The draft side: vLLM's speculator for a separate draft model, with its attention captured."""
+"""The draft side: speculators based on vLLM's, which capture attention or draft through a sparse cache."""

@@ -1,4 +1,4 @@
-"""What an engine says of itself in the log once its parts are made."""
+"""Log lines that describe an engine once its parts are made."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 logger = init_logger("vllm.specattn")
 
-LARGE = 4 * 2**30  # bytes of buffers from which on the log says what to do about them
+LARGE = 4 * 2**30  # above this many bytes of buffers, the log says how to reduce them
 
 
 def sizes(nbytes: dict[str, int]) -> str:
@@ -23,9 +23,9 @@ def sizes(nbytes: dict[str, int]) -> str:
 
 
 def announce_buffers(speculator: RoundSpeculator, nbytes: dict[str, int]) -> None:
-    """Say what was allocated, and what to do where it is much."""
+    """Log the sizes of the buffers, and a remedy if they are large."""
     logger.info(
-        "specattn: executor=%s, buffers %.1f MiB (%s), taken before vLLM measures what is left for the KV cache",
+        "specattn: executor=%s, buffers %.1f MiB (%s), allocated before vLLM measures the memory for the KV cache",
         speculator.operations.label or speculator.operations.name,
         sum(nbytes.values()) / 2**20,
         sizes(nbytes),
@@ -33,7 +33,7 @@ def announce_buffers(speculator: RoundSpeculator, nbytes: dict[str, int]) -> Non
     if sum(nbytes.values()) > LARGE:
         logger.warning(
             "specattn: its buffers take %.1f GiB from the KV cache, because they are sized for max_num_seqs = %d "
-            "requests of max_model_len = %d tokens: lower either to what you serve",
+            "requests of max_model_len = %d tokens: lower either to what you need",
             sum(nbytes.values()) / 2**30,
             speculator.max_num_reqs,
             speculator.max_model_len,
@@ -41,11 +41,11 @@ def announce_buffers(speculator: RoundSpeculator, nbytes: dict[str, int]) -> Non
 
 
 def announce(options: ByDraftOptions, found: LayerMap, speculator: RoundSpeculator, nbytes: dict[str, int]) -> None:
-    """All of it, for a draft model and a target that reads by a layer map, if it does."""
+    """Log the whole description of an engine whose target reads through a layer map."""
     announce_buffers(speculator, nbytes)
     if speculator.crossover_tokens:
         logger.info(
-            "specattn: in batches of fewer than %d context tokens a round reads everything",
+            "specattn: batches of fewer than %d context tokens are dense, in drafting and in verification",
             speculator.crossover_tokens,
         )
     pairs = " ".join("-" if i is None else str(i) for i in found.layers)
@@ -57,12 +57,12 @@ def announce(options: ByDraftOptions, found: LayerMap, speculator: RoundSpeculat
     if options.preset is not None:
         values = {name: getattr(options, name) for name in options.kind.paper}
         text = ", ".join(f"{name}={value}" for name, value in values.items())
-        logger.info("specattn: preset '%s', with what was given beside it: %s", options.preset, text)
+        logger.info("specattn: preset '%s' (explicit options take precedence): %s", options.preset, text)
     kept = f"top_p={options.top_p} of the draft's attention"
     if options.fixed_budget:
         kept = f"ratio={options.ratio} of the context"
     logger.info(
-        "specattn: %s, combine=%s, selections %s, draft layer per target layer [%s] ('-' reads everything)",
+        "specattn: %s, combine=%s, selections %s, draft layer per target layer [%s] ('-' is dense)",
         kept,
         options.combine,
         "per KV head" if options.kind.per_head else "shared by all heads",

@@ -1,4 +1,4 @@
-"""What a round of drafting tells about the one before: how many of its tokens were accepted."""
+"""Counts rounds. When a round of drafting begins, it is known how many tokens of the round before were accepted."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from specattn_vllm.stats import Counters
 
 
 def count_round(counters: Counters, operations: Operations, batch: Any, num_sampled: torch.Tensor) -> None:
-    """Count the verified rows of vLLM's batch and the tokens that they sampled, num_sampled [R]."""
+    """Count the rows of vLLM's batch that verified drafts, and the tokens that they sampled, num_sampled [R]."""
     drafts, num_reqs = batch.num_draft_tokens_per_req, batch.num_reqs
     if drafts is None:
         return
-    # vLLM pads a request with one prompt token left to the length of a verification: those drafts are none.
+    # vLLM pads a request with one prompt token left to the length of a verification. Its drafts are not real.
     verified = (drafts[:num_reqs] > 0) & ~batch.is_prefilling_np[:num_reqs]
     rounds = int(verified.sum())
     counters.add(rounds=rounds)
     if rounds:
-        # Most batches only verify: which rows do need not be sent.
+        # In most batches all rows verify; no mask is sent to the device then.
         mask = None if rounds == num_reqs else async_tensor_h2d(verified, device=num_sampled.device)
         operations.count_sampled(num_sampled[:num_reqs], mask, counters.on_device("sampled_tokens"))
 
 
 def watch_drafter(runner: Any, options: SpecAttnOptions) -> None:
-    """Count the rounds of a drafter that is vLLM's own, where the target reads everything; called once it is loaded.
-    What is read is not counted then, and without a drafter there are no rounds. A speculator of ours counts already."""
+    """Count the rounds of vLLM's own drafter beside a dense target; called when the drafter is loaded. The KV entries
+    read are not counted then, and without a drafter there are no rounds. A speculator of ours counts by itself."""
     if getattr(runner.speculator, "counters", None) is not None:
         return
     config = runner.vllm_config

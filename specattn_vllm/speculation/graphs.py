@@ -1,11 +1,11 @@
 """A whole round of drafting as one CUDA graph.
 
-vLLM's standalone speculator launches every kernel of its K draft steps from Python. Here its `propose` is run once per
-batch size under capture, on buffers of our own, and afterwards replayed: a round is then a few copies and one launch.
-What is captured with it: the draft model's forward passes, sampling, slot mappings, and the selection.
+vLLM's standalone speculator launches every kernel of its K draft steps from Python. Here its `propose` is captured once
+per batch size, on buffers of our own, and replayed later: a round is then a few copies and one graph launch. A graph
+contains the draft model's forward passes, sampling, slot mappings and the selection.
 
-Only uniform batches, in which every request was just verified with its K draft tokens, have a graph; others, and sizes
-beyond vLLM's largest capture size, run as upstream does.
+Only uniform batches have a graph: every request has just been verified with its K draft tokens. Other batches, and
+batches beyond vLLM's largest capture size, run as in vLLM.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from specattn_vllm.kernels.bookkeeping.contracts import Round
 
 
 class RoundInputs:
-    """What a round reads, at addresses that last; rows past the batch's requests have slot -1 and no context."""
+    """The inputs of a round, at fixed addresses. Rows after the batch's requests have slot -1 and no context."""
 
     def __init__(self, max_num_reqs: int, query_len: int, device: torch.device) -> None:
         self.query_len = query_len
@@ -35,8 +35,8 @@ class RoundInputs:
         self.idx_mapping = torch.full((max_num_reqs,), -1, dtype=torch.int64, device=device)
         self.num_sampled = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
         self.num_rejected = torch.zeros(max_num_reqs, dtype=torch.int32, device=device)
-        # One element before the first: upstream's kernel reads the last token of slot -1 before it masks it.
-        # And int32, so that upstream takes this tensor and not a copy of it.
+        # One more element before the first: vLLM's kernel reads the last token of slot -1 before it masks the row.
+        # The dtype is int32, so that vLLM uses this tensor and not a copy.
         self._last_sampled = torch.zeros(max_num_reqs + 1, dtype=torch.int32, device=device)
         self.last_sampled = self._last_sampled[1:]
         self.temperature = torch.zeros(max_num_reqs, dtype=torch.float32, device=device)
@@ -53,11 +53,11 @@ class RoundInputs:
             self.temperature,
             self.seeds,
         )
-        # Executors differ in attention alone.
+        # All executors share this operation; they differ only in attention.
         self._load_round = executors.resolve("triton" if device.type == "cuda" else "torch", device).load_round
 
     def batch(self, rows: int) -> InputBatch:
-        """A batch of `rows` verifications, as upstream's `propose` wants it; its host side tells no contents."""
+        """A batch of `rows` verifications for vLLM's `propose`. Its host tensors hold no real contents."""
         dummy = InputBatch.make_dummy(rows, rows * self.query_len, self.buffers, max_query_len=self.query_len)
         return replace(
             dummy,
@@ -67,13 +67,13 @@ class RoundInputs:
         )
 
     def clear(self) -> None:
-        """No request in any row."""
+        """Remove the requests from all rows."""
         self.idx_mapping.fill_(-1)
         for tensor in (self.num_sampled, self.num_rejected, self.buffers.seq_lens, self.buffers.positions):
             tensor.zero_()
 
     def load(self, batch: InputBatch, rows: int, num_sampled, num_rejected, last_sampled, temperature, seeds) -> None:
-        """Copy a step's inputs in, for a graph of `rows` rows, in stream order."""
+        """Copy the inputs of a step, for a graph of `rows` rows, in stream order."""
         given = Round(
             batch.input_ids,
             batch.positions,
@@ -89,12 +89,12 @@ class RoundInputs:
 
 
 def thinned(sizes: list[int], query_len: int) -> list[int]:
-    """Of vLLM's capture sizes, in tokens, those that a round gets a graph for.
+    """The subset of vLLM's capture sizes, in tokens, for which a round gets a graph.
 
-    vLLM has one for every eight tokens or so. Capturing a round takes as long as running it a few times, and a row too
-    many costs next to nothing: it has no context to read. So a graph is made where it has at least a third more rows
-    than the one before, and for the largest size. vLLM drops sizes that exceed the largest once rounded up to whole
-    rows.
+    vLLM has about one size for every eight tokens. Capturing a round takes as long as running it a few times, and a
+    padded row costs almost nothing, because it has no context to read. So a size gets a graph if it has at least a
+    third more rows than the size before; the largest usable size always gets one. Sizes that exceed the largest when
+    rounded up to whole rows are not usable, because vLLM drops them.
     """
     rows_of = {size: -(-size // query_len) for size in sorted(sizes)}
     usable = [size for size, rows in rows_of.items() if rows * query_len <= max(sizes)]
@@ -107,7 +107,7 @@ def thinned(sizes: list[int], query_len: int) -> list[int]:
 
 
 class RoundGraphs(CudaGraphManager):
-    """Graphs of a round, one per number of rows; vLLM's manager keeps sizes, dispatch, memory pool and profiling."""
+    """CUDA graphs of a round, one per number of rows. vLLM's base class does sizes, dispatch, memory and profiling."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, query_len: int, inputs: RoundInputs) -> None:
         super().__init__(vllm_config, device, CUDAGraphMode.FULL_DECODE_ONLY, decode_query_len=query_len)
@@ -123,7 +123,7 @@ class RoundGraphs(CudaGraphManager):
             config.cudagraph_capture_sizes = sizes
 
     def capture_rounds(self, run: Callable[[InputBatch], None], block_tables: BlockTables, description: str) -> None:
-        """Capture run(batch) for every size. Only what `run` does is replayed later."""
+        """Capture run(batch) for every size. A replay repeats only the work of `run`."""
 
         def create(desc: BatchExecutionDescriptor, warmup: bool) -> Callable[[CUDAGraphMode], None]:
             del warmup
@@ -135,7 +135,7 @@ class RoundGraphs(CudaGraphManager):
         self.capture(create, description)
 
     def find(self, batch: InputBatch) -> BatchExecutionDescriptor | None:
-        """The graph for a batch, None if there is none."""
+        """The graph for a batch; None if there is none."""
         query_len = self.inputs.query_len
         if batch.num_tokens != batch.num_reqs * query_len or int(batch.num_scheduled_tokens.max()) != query_len:
             return None

@@ -1,4 +1,4 @@
-"""Which draft layer, and which of its heads, each target layer is mapped to in an engine."""
+"""The mapping of an engine's target layers to draft layers, and to their KV heads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from specattn_vllm.methods.by_draft import ByDraftOptions
 
 
 def model_facts(model_config: ModelConfig) -> ModelFacts:
-    """The facts of a model vLLM has configured; the weights' digest only for local folders."""
+    """The facts of a model that vLLM has configured. The digest of its weights is made for local folders only."""
     folder = Path(model_config.model)
     try:
         return facts_from_config(model_config.hf_text_config, folder if folder.is_dir() else None)
@@ -38,25 +38,25 @@ def resolve_layer_map(vllm_config: VllmConfig, options: ByDraftOptions) -> Layer
     if options.kind.per_head:
         ranks = vllm_config.parallel_config.tensor_parallel_size
         for rank in range(ranks):
-            found.local_heads(rank, ranks)  # or a refusal
+            found.local_heads(rank, ranks)  # raises if the map does not fit
     return found
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which draft layers are captured, and which target layer reads what."""
+    """The draft layers that are captured, and the page table that each target layer reads."""
 
     sources: tuple[int, ...]
-    """Draft layers that are captured, each of which makes one selection, or one for each of its KV heads."""
+    """Draft layers that are captured. Each makes one selection, or one for each of its KV heads."""
     layer_tables: dict[str, int]
     """vLLM's name of each target layer that reads a selection -> its table."""
     made_from: tuple[tuple[int, tuple[int, ...]], ...] | None = None
-    """Of each table, where every KV head reads a selection of its own: the index of its source, and the group of each
-    of this rank's KV heads. Without: there is a table for each source."""
+    """For methods with one selection per KV head, for each table: the index of its source, and the score group of each
+    of this rank's KV heads. None: there is one table for each source."""
 
 
 def plan_of(found: LayerMap, target: dict[int, str], local_kv_heads: int, options: ByDraftOptions) -> Plan:
-    """The plan of a layer map. Target layers of the same source, mapped alike by heads, read the same table."""
+    """The plan of a layer map. Target layers with the same source and the same mapping of heads share a table."""
     chosen = {j: found.sources.index(i) for j, i in enumerate(found.layers) if i is not None}
     if not options.kind.per_head:
         return Plan(found.sources, {target[j]: source for j, source in chosen.items()})

@@ -1,4 +1,4 @@
-"""What both speculators share: rounds of drafting, replayed from CUDA graphs where there is one, and counted."""
+"""The common base of our speculators: rounds of drafting are counted, and replayed from CUDA graphs if possible."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from specattn_vllm.speculation.graphs import RoundGraphs, RoundInputs
 from specattn_vllm.stats import Counters
 
 GRAPHS = {False: "plain_graphs", True: "recording_graphs"}
-"""Whether a round is recorded -> the speculator's attribute that holds the graphs of such rounds. Attributes, because
-vLLM finds graph managers there when it discards those it made to measure their memory."""
+"""Whether a round is recorded -> the speculator's attribute with the graphs of such rounds. They must be attributes,
+because vLLM looks for graph managers there when it discards the ones that it made to measure their memory."""
 
 
 class RoundSpeculator(compat.stock_speculator()):
-    """vLLM's standalone speculator with its rounds in CUDA graphs, of which upstream has none for it.
+    """vLLM's standalone speculator, with CUDA graphs for its rounds. vLLM itself has none for this speculator.
 
-    A subclass says what a round is (`_round`). With a `selection`, rounds of large batches are recorded: attention is
-    captured and a selection made of it, or drafting reads through one. Others run as upstream's do. Both have graphs.
+    A subclass defines a round (`_round`). With a `selection`, rounds of large batches are *recorded*: a selection is
+    made from captured attention, or drafting reads through one. Other rounds run as in vLLM. Both kinds have graphs.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -39,7 +39,7 @@ class RoundSpeculator(compat.stock_speculator()):
                 f"executor = 'xformers' verifies at most 15 draft tokens, not {self.num_speculative_steps}: lower "
                 "--num-speculative-tokens, or set executor='triton'"
             )
-        # Of a target that chooses for itself, the steps stand aside; a draft that reads everything has nothing to.
+        # If only the target chooses, its steps apply the crossover themselves and the dense draft needs none.
         alone = self.options.chooses_by_itself and not self.options.drafts_by_sketch
         self.crossover_tokens = 0 if alone else self.options.crossover(self.operations.name)
         self.counters = Counters(device)
@@ -59,28 +59,28 @@ class RoundSpeculator(compat.stock_speculator()):
         recording: bool,
         **kwargs,
     ) -> torch.Tensor:
-        """Draft for a batch, arguments as upstream's `propose`. Runs as it is or under CUDA graph capture: then every
-        argument lies in `RoundInputs`."""
+        """Draft for a batch; arguments as in vLLM's `propose`. It runs directly or under CUDA graph capture. Under
+        capture, all arguments are tensors of `RoundInputs`."""
         raise NotImplementedError
 
     def _upstream_round(self, *args, **kwargs) -> torch.Tensor:
-        """A round as upstream drafts it; arguments of its `propose`."""
+        """A round as vLLM drafts it; arguments as in its `propose`."""
         return super().propose(*args, **kwargs)
 
     def _step_aside(self, batch: InputBatch) -> None:
-        """Called before a round of a batch that is small: the target is to read everything."""
+        """Called before a round of a small batch. The target's next step must be dense."""
 
     def _step_in(self, batch: InputBatch) -> None:
-        """Called before any other round that is recorded."""
+        """Called before each recorded round."""
 
     def _kinds(self) -> list[bool]:
-        """Of this engine's rounds: whether they are recorded."""
+        """The kinds of rounds of this engine: recorded (True), not recorded (False), or both."""
         if self.selection is None:
             return [False]
         return [True, False] if self.crossover_tokens else [True]
 
     def _records(self, batch: InputBatch) -> bool:
-        """Whether the round of a batch, which is none of vLLM's dummies, is recorded."""
+        """Whether the round of a batch is recorded. The batch must not be one of vLLM's dummies."""
         if self.selection is None:
             return False
         small = self._too_small(batch)
@@ -100,7 +100,7 @@ class RoundSpeculator(compat.stock_speculator()):
         super().init_cudagraph_manager(cudagraph_mode)
         full = cudagraph_mode.decode_mode() == CUDAGraphMode.FULL
         supported = self.attn_cg_support.min_cg_support.value >= AttentionCGSupport.UNIFORM_BATCH.value
-        # Watermarks and ranks in lockstep bring tensors of their own to each step.
+        # Data parallelism and watermarking pass new tensors to each step, which a graph cannot read.
         if not (full and supported) or self.dp_size > 1 or self.draft_watermarker is not None:
             return
         query_len = self.num_speculative_steps + 1
@@ -118,11 +118,11 @@ class RoundSpeculator(compat.stock_speculator()):
                 graphs.capture_rounds(self._captured(graphs.inputs, recording), self.block_tables, what)
 
     def _graphs(self, recording: bool) -> RoundGraphs | None:
-        """None where there are none: without CUDA graphs."""
+        """The graphs for recorded or other rounds; None if CUDA graphs are off."""
         return getattr(self, GRAPHS[recording], None)
 
     def _captured(self, given: RoundInputs, recording: bool) -> Callable[[InputBatch], Any]:
-        """A round on inputs that last."""
+        """A function that runs a round on the inputs `given`, which have fixed addresses."""
         return lambda batch: self._round(
             batch,
             {},
@@ -155,7 +155,7 @@ class RoundSpeculator(compat.stock_speculator()):
         dummy_run: bool = False,
         **kwargs,
     ) -> torch.Tensor:
-        # A dummy batch names slots of real requests: nothing of it may be stored or counted.
+        # A dummy batch names slots of real requests, so it must not be stored or counted.
         recording = not dummy_run and self._records(input_batch)
         graphs = None if dummy_run else self._graphs(recording)
         desc = None if graphs is None else graphs.find(input_batch)
@@ -188,7 +188,7 @@ class RoundSpeculator(compat.stock_speculator()):
         return drafts
 
     def _too_small(self, batch: InputBatch) -> bool:
-        """Whether a batch is below the crossover; lengths on the host are bounds, which is near enough."""
+        """Whether a batch is below the crossover. The host only knows upper bounds of lengths, which is good enough."""
         return int(batch.seq_lens_cpu_upper_bound[: batch.num_reqs].sum()) < self.crossover_tokens
 
     def _count(self, input_batch, num_sampled: torch.Tensor) -> None:

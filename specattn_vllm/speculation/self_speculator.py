@@ -17,11 +17,11 @@ from specattn_vllm.speculation.self_wiring import SelfSelection, prepare_self
 
 
 class SelfSpeculator(RoundSpeculator):
-    """Drafts with the target's own weights and cache, against a part of the context (Vegas, arXiv 2602.07223).
+    """Drafts with the target's own weights and cache, over a selection of the context (Vegas, arXiv 2602.07223).
 
-    The cache holds every accepted token when drafting begins, so a draft step is a plain decoding step: no expanded
-    first step as for a separate draft model. Its keys and values land where the next verification writes, which reads
-    everything: what it leaves in the cache, and what it accepts, is the target's own.
+    The cache holds every accepted token when drafting begins. So a draft step is a plain decoding step, without the
+    expanded first step of a separate draft model. The next verification is dense and overwrites the keys and values of
+    the draft steps. So the cache contents and the accepted tokens are the target's own.
     """
 
     num_extra_query_per_req = 0
@@ -38,8 +38,8 @@ class SelfSpeculator(RoundSpeculator):
         self.selection = prepare_self(self)
 
     def set_attn(self, model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups) -> None:
-        # Metadata builders are made for the draft's layers. Only here are those the target's: vLLM takes what is named
-        # as the draft's to have a cache of its own.
+        # vLLM makes the speculator's metadata builders for the layers in draft_attn_layer_names. They are the target's
+        # layers here, but only during this call: otherwise vLLM would give them a second KV cache.
         self.draft_attn_layer_names = set(get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase))
         try:
             super().set_attn(model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups)
@@ -72,11 +72,11 @@ class SelfSpeculator(RoundSpeculator):
         skip_attn_for_dummy_run: bool = False,
         **kwargs,
     ) -> torch.Tensor:
-        """K decoding steps of the target; against a selection in a recording round, else against everything."""
+        """K decoding steps of the target: sparse in a recorded round, else dense."""
         rows = batch.num_reqs
         self._copy_request_inputs(rows, batch.idx_mapping, temperature, seeds, dummy_run=dummy_run)
         committed = batch.seq_lens[:rows] - num_rejected[:rows].int()
-        # What each step's token sees, itself included.
+        # Context length in each step, with the step's own token.
         steps = torch.arange(1, self.num_speculative_steps + 1, dtype=torch.int32, device=self.device)
         step_lens = (committed + steps[:, None]).clamp_(max=self.max_model_len)
         if recording:
@@ -108,13 +108,13 @@ class SelfSpeculator(RoundSpeculator):
         return self.draft_tokens[:rows]
 
     def _select(self, wanted: torch.Tensor, committed: torch.Tensor, step_lens: torch.Tensor) -> None:
-        """Tables for a round. A row that sampled nothing is inside its prompt, or fills a graph's batch: what it drafts
-        is thrown away, and it reads nothing."""
+        """Make the page tables of a round. A row that sampled no token is inside its prompt, or it is padding: its
+        drafts are discarded, and it reads nothing."""
         bits, prefix_lens = self.selection.source.select(wanted, committed)
         seen = torch.where(wanted, step_lens, 0)
         block_table = self.block_tables.input_block_tables[0][: wanted.shape[0]]
         kept = self.selection.tables.build(bits.transpose(0, 1), prefix_lens, seen, block_table)
-        # Of what each step sees, what it reads; a table serves all heads, and may serve several layers.
+        # One table serves all heads, and may serve several layers.
         layers, heads = len(self.selection.tables.layer_sources), self.selection.num_kv_heads
         self.counters.on_device("draft_kv_full").add_(seen.sum(dtype=torch.int64), alpha=layers * heads)
         read = kept.sum(dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What a target needs to draft for itself: a capture of its verifications, and tables to draft by."""
+"""The parts with which a target drafts for itself: a capture of its verifications, and page tables for drafting."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ logger = init_logger("vllm.specattn")
 
 @dataclass(frozen=True)
 class SelfSelection:
-    """Where the tokens come from that drafting reads, and the tables made of them."""
+    """The source of the selections for drafting, and the page tables that are made from them."""
 
     source: TargetCapture | Window
     tables: DraftTables
@@ -34,11 +34,11 @@ class SelfSelection:
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes by what they hold; the tables lie in the mass they are made from, where there is any."""
+        """Bytes of each kind of buffer. With a `TargetCapture`, the tables share the memory of its mass."""
         return self.source.nbytes | {"page tables": self.tables.nbytes}
 
     def attach(self, target_attn_groups: list) -> None:
-        """Hand the capture to the target's metadata builder. vLLM makes new ones after it has profiled CUDA graphs."""
+        """Give the capture to the target's metadata builder. vLLM makes new builders after it profiles CUDA graphs."""
         names = self.tables.layer_sources
         builder = target_builder(target_attn_groups, names)
         cache = cache_of(builder, next(iter(names)))
@@ -48,8 +48,8 @@ class SelfSelection:
 
 
 def prepare_self(speculator: RoundSpeculator) -> SelfSelection:
-    """Everything that drafting for itself needs, its buffers included; called as soon as the target is loaded, because
-    vLLM measures what is left for the KV cache after that."""
+    """Make all parts for self-speculation, with their buffers. Called when the target is loaded, before vLLM measures
+    the memory left for the KV cache."""
     options = speculator.options
     layers = get_layers_from_vllm_config(speculator.vllm_config, AttentionLayerBase)
     names, first = list(layers), next(iter(layers.values()))
@@ -73,7 +73,7 @@ def prepare_self(speculator: RoundSpeculator) -> SelfSelection:
             dilation=options.dilation_of(speculator.num_speculative_steps),
             device=device,
         )
-        # The mass has been chosen from when the tables are made.
+        # The tables may overwrite the mass: when they are made, the selection from it is finished.
         tables = capture.mass.view(torch.int32).view(len(names), requests, 1, width)
         return SelfSelection(capture, _tables(sources, tables, 0), heads)
 
@@ -92,11 +92,11 @@ def prepare_self(speculator: RoundSpeculator) -> SelfSelection:
 
 
 def announce_self(speculator: RoundSpeculator, nbytes: dict[str, int], budget: str) -> None:
-    """Say what was allocated, and what drafting reads."""
+    """Log the sizes of the buffers, and the budget of draft steps."""
     announce_buffers(speculator, nbytes)
     logger.info(
-        "specattn: method '%s': the target drafts for itself, %d tokens a round, against %s; its verification reads "
-        "everything, so the output is the target model's own",
+        "specattn: method '%s': the target drafts for itself, %d tokens per round, reading %s; its verification is "
+        "dense, so the output is the target model's own",
         speculator.options.method,
         speculator.num_speculative_steps,
         budget,

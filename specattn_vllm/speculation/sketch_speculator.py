@@ -1,4 +1,5 @@
-"""A draft model that chooses for itself what it reads, over a sketch of its own keys. Lossless: only drafts change."""
+"""A draft model whose own queries choose the KV entries that it reads, over a sketch of its keys. It is lossless: only
+drafts change."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ logger = init_logger("vllm.specattn")
 
 
 class SketchSpeculator(RoundSpeculator):
-    """Drafts with a draft model as vLLM does; around upstream's `propose` it marks the metadata of each draft step, so
-    that the layers choose in a round's first step and follow it in the others."""
+    """Drafts with a draft model as vLLM does. During vLLM's `propose` it marks the metadata of each draft step: the
+    layers choose in the first step of a round, and reuse that selection in the other steps."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
@@ -29,14 +30,14 @@ class SketchSpeculator(RoundSpeculator):
         super().load_model(target_model)
         layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase)
         layers = {name: layer for name, layer in layers.items() if name in self.draft_attn_layer_names}
-        # In its first step a request has its verified tokens, the target's own, and one more.
+        # In the first step of a round a row has K verified drafts, the target's own token, and one more token.
         self.selection = prepare_drafting(self, layers, self.model, self.num_speculative_steps + 2)
         announce_buffers(self, self.selection.nbytes)
         if self.crossover_tokens:
-            logger.info("specattn: in batches of fewer than %d tokens drafting reads everything", self.crossover_tokens)
+            logger.info("specattn: drafting is dense in batches of fewer than %d tokens", self.crossover_tokens)
         logger.info(
-            "specattn: draft steps read %s, chosen in the first of a round by its own queries over a %d-bit copy of "
-            "the draft's keys",
+            "specattn: draft steps read %s, chosen in the first step of a round by its own queries over a %d-bit copy "
+            "of the draft's keys",
             self.selection.sketch.budget.amount,
             self.options.sketch_bits,
         )
@@ -53,13 +54,13 @@ class SketchSpeculator(RoundSpeculator):
         recording: bool,
         **kwargs,
     ) -> torch.Tensor:
-        """Upstream's `propose`, with its steps marked."""
+        """vLLM's `propose`, with marked draft steps."""
         self._recording = recording
         try:
             drafts = self._upstream_round(
                 batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args, **kwargs
             )
-            if self._recording and self.num_speculative_steps == 1:  # there are no steps after the first
+            if self._recording and self.num_speculative_steps == 1:  # `_multi_step_decode` does not run then
                 self._count_reads(batch.num_reqs)
             return drafts
         finally:

@@ -1,4 +1,4 @@
-"""vLLM's standalone speculator that leaves a selection behind each time it drafts."""
+"""vLLM's standalone speculator, which also stores a selection after each round of drafting."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from specattn_vllm.speculation.wiring import Selection, prepare
 
 
 class SpecAttnSpeculator(RoundSpeculator):
-    """Drafts with a draft model as vLLM does, and watches.
+    """Drafts with a draft model as vLLM does, and captures its attention.
 
-    Around upstream's `propose` (step 0 over the verified tokens, then K-1 single-token steps) it marks each draft
-    step's metadata with the capture, and at the end stores the selection by request slot. What is drafted is upstream's
-    affair, but for the attention of captured layers, which comes from the kernel that also leaves its scores.
+    During vLLM's `propose` (step 0 over the verified tokens, then K-1 single-token steps) it adds the capture to the
+    metadata of each draft step. At the end it stores the selection by request slot. All drafting is vLLM's own, except
+    for the attention of captured layers: a kernel of ours attends there and also stores the scores.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -59,7 +59,7 @@ class SpecAttnSpeculator(RoundSpeculator):
 
     def propose(self, input_batch, *args, dummy_run: bool = False, **kwargs) -> torch.Tensor:
         if self.audit is not None:
-            # The target's step is over; this round stores what its next one may read.
+            # The target's step is over, and this round stores the selections for its next step.
             if dummy_run:
                 self.audit.discard()
             else:
@@ -67,7 +67,7 @@ class SpecAttnSpeculator(RoundSpeculator):
         return super().propose(input_batch, *args, dummy_run=dummy_run, **kwargs)
 
     def _enter(self, slot: int, request: Any) -> None:
-        """A request, new or resumed, is given a slot."""
+        """A new or resumed request gets a slot."""
         self.selection.store.hold(slot, asks_for_exactness(request.sampling_params))
 
     def _step_aside(self, batch: InputBatch) -> None:
@@ -89,11 +89,11 @@ class SpecAttnSpeculator(RoundSpeculator):
         recording: bool,
         **kwargs,
     ) -> torch.Tensor:
-        """Upstream's `propose`, with its attention captured and a selection stored."""
+        """vLLM's `propose`, with captured attention and a stored selection."""
         self._recording = recording
         if recording:
-            # A row that sampled nothing is inside its prompt, or fills a graph's batch: it will not be verified next.
-            # Nor is anything to be selected for requests that asked for exactness.
+            # A row that sampled no token is inside its prompt, or it is padding: its next step is no verification.
+            # Nothing is selected for requests that asked for exactness.
             slots = batch.idx_mapping[: batch.num_reqs]
             wanted = (num_sampled[: batch.num_reqs] > 0) & ~self.selection.store.exact[slots]
             self.selection.capture.begin_round(wanted)
@@ -118,7 +118,7 @@ class SpecAttnSpeculator(RoundSpeculator):
     def _begin_step(self, num_reqs: int, *, first: bool) -> None:
         capture = self.selection.capture
         if first:
-            # Rejected tokens follow the sampled row inside each request's stretch, so the row is not the last one.
+            # A request's rejected tokens follow its sampled row, so the sampled row is not always its last one.
             rows = self.last_token_indices[:num_reqs]
             capture.begin_step(0, rows, self.expanded_positions[rows] + 1)
         else:

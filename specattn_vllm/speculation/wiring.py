@@ -1,4 +1,4 @@
-"""Joins draft and target once both are loaded: the layer map becomes a capture, a store and a pruner."""
+"""Joins draft model and target when both are loaded: makes a capture, a store and a pruner from the layer map."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ ROW_MULTIPLE = 128
 
 
 def row_width(max_model_len: int) -> int:
-    """Elements of a row of scores, mass or pages: a whole number of vectors. A row that begins anywhere is read and
-    written one number at a time, which made a round a quarter slower (H200, 16 requests of 32k)."""
+    """Elements of a row of scores, mass or pages, rounded up so that each row starts aligned. Unaligned rows are read
+    and written one number at a time, which made a round a quarter slower (H200, 16 requests of 32k)."""
     return -(-max_model_len // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
@@ -43,24 +43,24 @@ def target_builder(target_attn_groups: list, names: Container[str]) -> Any:
 
 
 def cache_of(builder: Any, layer_name: str) -> Callable[[], torch.Tensor]:
-    """A layer's KV cache, which vLLM allocates later, and when it profiles CUDA graphs, twice."""
+    """A function that returns a layer's KV cache. vLLM allocates it later, and twice if it profiles CUDA graphs."""
     layer = get_layers_from_vllm_config(builder.vllm_config, AttentionLayerBase)[layer_name]
     return lambda: layer.kv_cache
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The parts that one engine's selections pass through."""
+    """The parts of an engine that make, store and apply its selections."""
 
     capture: DraftCapture
     store: SelectionStore
     pruner: Pruner
     tables: torch.Tensor
-    """[tables, requests, G, width] int32: page tables in the target's step."""
+    """[tables, requests, G, width] int32: the page tables of the target's step."""
 
     @property
     def nbytes(self) -> dict[str, int]:
-        """Bytes by what they hold."""
+        """Bytes of each kind of buffer."""
         capture = self.capture
         return {
             "scores": capture.scores.nbytes,
@@ -70,7 +70,7 @@ class Selection:
         }
 
     def attach(self, target_attn_groups: list) -> None:
-        """Hand the pruner to the target's metadata builders. vLLM makes new ones after it has profiled CUDA graphs."""
+        """Give the pruner to the target's metadata builder. vLLM makes new builders after it profiles CUDA graphs."""
         names = self.pruner.layer_sources
         builder = target_builder(target_attn_groups, names)
         cache = cache_of(builder, next(iter(names)))
@@ -79,9 +79,9 @@ class Selection:
 
 
 def prepare(speculator: RoundSpeculator) -> Selection:
-    """Everything a selection needs, its buffers included.
+    """Make all parts of the selection, with their buffers.
 
-    Called as soon as both models are loaded: vLLM measures what is left for the KV cache after that.
+    Called when both models are loaded, before vLLM measures the memory left for the KV cache.
     """
     vllm_config, options = speculator.vllm_config, speculator.options
     layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase)
@@ -89,7 +89,7 @@ def prepare(speculator: RoundSpeculator) -> Selection:
     target = {extract_layer_index(n): n for n in layers if n not in speculator.draft_attn_layer_names}
     found = resolve_layer_map(vllm_config, options)
     plan = plan_of(found, target, layers[target[0]].impl.num_kv_heads, options)
-    # The bits of a source are those of the draft's KV heads, a table has those of the target's.
+    # Bits of a source have one group per KV head of the draft model; tables have one row per KV head of the target.
     groups = layers[draft[0]].impl.num_kv_heads if options.kind.per_head else 1
     sources, made_from = len(plan.sources), plan.made_from
     num_tables, heads = (sources, 1) if made_from is None else (len(made_from), len(made_from[0][1]))
@@ -123,7 +123,7 @@ def prepare(speculator: RoundSpeculator) -> Selection:
         )
         return Selection(capture, store, pruner, tables)
 
-    # Without memory first: an allocation that fails names no option.
+    # First without memory: the error of a failed allocation would not name an option to change.
     refuse_if_too_large(allocate(torch.device("meta")).nbytes, speculator)
     selection = allocate(speculator.device)
     announce(options, found, speculator, selection.nbytes)
@@ -131,10 +131,10 @@ def prepare(speculator: RoundSpeculator) -> Selection:
 
 
 def refuse_if_too_large(nbytes: dict[str, int], runner: Any) -> None:
-    """Raise ValueError where the buffers would take most of a GPU. runner: our speculator or vLLM's model runner, which
-    both say for how much they are made."""
+    """Raise ValueError if the buffers would take more than half of the free GPU memory. runner: our speculator or
+    vLLM's model runner; both have max_num_reqs and max_model_len."""
     if runner.device.type != "cuda":
-        return  # pages of a CPU's memory are taken when they are written
+        return  # on a CPU, memory is only taken when it is first written
     free, _ = torch.cuda.mem_get_info(runner.device)
     total = sum(nbytes.values())
     if total > free // 2:

@@ -98,7 +98,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_map(tmp_path, monkeypatch
         patch.setattr(runner, "similarity_of_window", cut)
         patch.setattr(runner, "layer_path", interrupted)
         assert run(out, *more) == 130
-    assert "this goes on from" in capsys.readouterr().out
+    assert "to go on from" in capsys.readouterr().out
     assert not out.exists()
     assert state_file(out).exists() == (at > 0)
     again = []
@@ -125,7 +125,7 @@ def test_what_an_earlier_run_left_is_not_mixed_with_other_settings(tmp_path, mon
         assert "other models, text or settings" in capsys.readouterr().err
     state_file(out).write_text("{")
     assert run(out) == 2
-    assert "cannot be gone on from" in capsys.readouterr().err
+    assert "cannot be resumed" in capsys.readouterr().err
     assert run(out, "--overwrite") == 0 and not state_file(out).exists()
     with monkeypatch.context() as patch:
         patch.setattr(runner, "layer_path", interrupted)

@@ -43,8 +43,8 @@ def test_lora_is_refused(reasons):
 
 def test_a_kv_connector_is_refused(reasons):
     assert reasons(kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"}) == [
-        "a KV connector (kv_transfer_config, or --kv-offloading-size): it would move blocks without what goes with "
-        "them; remove it",
+        "a KV connector (kv_transfer_config, or --kv-offloading-size): it would move blocks without their "
+        "selections or sketches; remove it",
     ]
 
 

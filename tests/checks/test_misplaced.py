@@ -34,7 +34,7 @@ def test_an_option_beside_our_key_is_refused_at_start_up(configure):
     with pytest.raises(OptionsError) as caught:
         configure(others={"method": "dense"}, bare=True)
     message = str(caught.value)
-    assert "'method' is an option of 'specattn' and stands outside of it" in message
+    assert "'method' is an option of 'specattn' but stands outside of it" in message
     assert """give --additional-config '{"specattn": {"method": "dense"}}'""" in message
 
 
@@ -73,12 +73,12 @@ def test_all_slips_are_told_at_once():
 def test_another_plugin_may_have_an_option_of_the_same_name():
     """What is set under our key too is no slip outside of it."""
     refuse_misplaced({"method": "theirs", "specattn": {"method": "dense"}}, ours=True)
-    assert "another plugin's" in refusal({"method": "theirs", "specattn": {"ratio": 0.5}})
+    assert "belongs to another plugin" in refusal({"method": "theirs", "specattn": {"ratio": 0.5}})
 
 
 def test_our_key_inside_of_another_object_is_refused():
     message = refusal({"additional_config": {"specattn": {"method": "dense"}}})
-    assert "'specattn' stands inside of 'additional_config'" in message
+    assert "'specattn' stands inside 'additional_config'" in message
 
 
 def test_without_our_backend_only_our_own_name_counts(configure):

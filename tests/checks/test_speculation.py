@@ -73,8 +73,8 @@ def test_drafters_that_always_draft_at_once_are_accepted(method):
 @SELF
 def test_a_draft_model_beside_a_target_that_drafts_for_itself_is_refused(reasons, models, method):
     assert reasons(options={"method": method}) == [
-        f"method = {method!r} with --speculative-model {models['draft']}: the target drafts for itself, and no draft "
-        "model would be loaded; leave --speculative-model out, or set method='specattn'",
+        f"method = {method!r} with --speculative-model {models['draft']}: the target drafts for itself and "
+        "loads no draft model; leave --speculative-model out, or set method='specattn'",
     ]
 
 

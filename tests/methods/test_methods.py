@@ -67,7 +67,7 @@ def source_of(module: str) -> str:
 
 def test_a_name_is_given_once():
     again = dataclasses.replace(methods.METHODS["dense"], summary="another (lossless)")
-    with pytest.raises(ValueError, match="there is a method 'dense' already"):
+    with pytest.raises(ValueError, match="a method named 'dense' already exists"):
         methods.register(again)
     methods.register(methods.METHODS["dense"])
 
@@ -111,7 +111,7 @@ def test_a_package_whose_method_cannot_be_loaded_is_named_and_keeps_no_other_fro
     told = str(caught.value)
     assert "no such method: choose from sketch, " in told
     assert "'theirs' of another package (pkg:METHOD) cannot be loaded: no module named 'xyz'" in told
-    assert "the entry point is called 'called', and the method 'others'" in told
+    assert "the entry point is named 'called', but the method 'others'" in told
 
 
 def test_a_method_of_another_package_has_a_preset_and_maps_as_ours_have(another):

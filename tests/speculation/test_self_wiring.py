@@ -68,9 +68,9 @@ def test_vegas_captures_every_layer_of_the_target(monkeypatch, options, dilation
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"method": "vegas"}, "against 10.0% of the context, dilation 5;"),
-        ({"method": "vegas", "dilation": 0, "top_p": 0.8}, "against top_p=0.8 of its attention, dilation 0;"),
-        ({"method": "streamingllm"}, "against 10.0% of the context;"),
+        ({"method": "vegas"}, "reading 10.0% of the context, dilation 5;"),
+        ({"method": "vegas", "dilation": 0, "top_p": 0.8}, "reading top_p=0.8 of its attention, dilation 0;"),
+        ({"method": "streamingllm"}, "reading 10.0% of the context;"),
     ],
     ids=str,
 )
@@ -78,7 +78,7 @@ def test_the_log_says_what_is_drafted_against(monkeypatch, options, told):
     lines = []
     monkeypatch.setattr(self_wiring.logger, "info", lambda message, *args: lines.append(message % args))
     prepared(monkeypatch, **options)
-    assert f"drafts for itself, {STEPS} tokens a round, {told}" in lines[-1]
+    assert f"drafts for itself, {STEPS} tokens per round, {told}" in lines[-1]
 
 
 def test_streamingllm_has_one_table_for_all_layers(monkeypatch):
