@@ -18,18 +18,32 @@ from .selection.reference import (
     select_top_p,
     unpack_bits,
 )
+from .sketch.reference import (
+    carry_thresholds,
+    cut_scores,
+    encode_keys,
+    list_pages,
+    prepare_queries,
+    score_tokens,
+)
 
 __all__ = [
     "accumulate_mass",
     "build_block_tables",
     "build_page_tables",
+    "carry_thresholds",
     "count_reads",
     "count_sampled",
+    "cut_scores",
     "dense_attention",
     "dilate_mass",
     "draft_attention",
+    "encode_keys",
+    "list_pages",
     "load_round",
     "mark_rows",
+    "prepare_queries",
+    "score_tokens",
     "select_top_p",
     "sparse_attention",
     "take_selections",

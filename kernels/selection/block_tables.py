@@ -1,4 +1,4 @@
-"""Block tables of the selected tokens, and packed query rows, for executors that read whole blocks of vLLM's cache.
+"""Block tables of the selected tokens, for executors that read whole blocks of vLLM's cache.
 
 ``build_block_tables`` has the signature of ``build_page_tables``, and does the same for whole blocks:
 
@@ -21,16 +21,6 @@ page_table   [S, R, 1, width]      int32, width >= ceil(max(seq_lens) / N); any 
                                    blocks stay untouched, and nothing is ever written past width
 kept         [S, R, 1]             int32; any strides
 sources, groups                    None: with maps, heads would need different blocks, but a block holds all heads
-
-``pack_queries`` and ``unpack_outputs`` turn the ragged query rows of a batch into M rows per request and back, for
-attention that needs the same number of rows from every request. A request's tokens are the last of its M rows, as
-causal attention aligned to the bottom right expects; the rows before them are zeros.
-
-query, out        [T, Hq, D]      requests one after another
-packed            [R, M, Hq, D]   packed queries: every row is written; packed outputs: last stride 1
-query_start_loc   [R + 1]         int32; q_len may be 0, and is at most M
-kept              [R]             int32, any stride; rows of ``out`` stay untouched for requests with kept <= 0
-lse, packed_lse   [T, Hq], [Hq, R * M]  float32, packed_lse of any strides; or both None
 """
 
 from __future__ import annotations
@@ -39,15 +29,12 @@ import torch
 import triton
 import triton.language as tl
 
-from ..contracts import FLOATS, expect, tensor
 from . import contracts
 
 # Blocks that one program compacts. Each program also counts the kept blocks before its own, COUNT_BLOCKS per step. Bits
 # are few (4 KiB for 32k tokens), so counting them again is cheaper than a second launch. Not yet measured.
 CHUNK = 512
 COUNT_BLOCKS = 2048
-# Elements of a query row that one program copies. Not yet measured.
-PACK_BLOCK = 1024
 NUM_WARPS = 4
 
 
@@ -114,45 +101,6 @@ def _block_table_kernel(
     tl.store(kept, tokens, mask=begin + CHUNK >= blocks)
 
 
-@triton.jit
-def _pack_kernel(
-    query, query_start_loc, packed, stride_qt, stride_qh, rows_each, elements, D: tl.constexpr, BLOCK: tl.constexpr
-):
-    row = tl.program_id(0).to(tl.int64)
-    r = row // rows_each
-    begin = tl.load(query_start_loc + r)
-    token = (tl.load(query_start_loc + r + 1) - rows_each + row % rows_each).to(tl.int64)
-    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    there = tl.where(token >= begin, elements, 0)
-    value = tl.load(query + token * stride_qt + (e // D) * stride_qh + e % D, mask=e < there, other=0.0)
-    tl.store(packed + row * elements + e, value, mask=e < elements)
-
-
-@triton.jit
-def _unpack_kernel(
-    packed, packed_lse, query_start_loc, kept, out, lse,
-    stride_pr, stride_pm, stride_ph, stride_lh, stride_lr, stride_k, stride_ot, stride_oh, stride_lt, rows_each, heads,
-    D: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, HAS_LSE: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    r = row // rows_each
-    m = row % rows_each
-    begin = tl.load(query_start_loc + r)
-    token = (tl.load(query_start_loc + r + 1) - rows_each + m).to(tl.int64)
-    if (token < begin) | (tl.load(kept + r * stride_k) <= 0):
-        return
-    e = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    h = e // D
-    mine = h < heads
-    value = tl.load(packed + r * stride_pr + m * stride_pm + h * stride_ph + e % D, mask=mine, other=0.0)
-    tl.store(out + token * stride_ot + h * stride_oh + e % D, value.to(out.dtype.element_ty), mask=mine)
-    if HAS_LSE:
-        h = tl.arange(0, HEADS)
-        mine = h < tl.where(tl.program_id(1) == 0, heads, 0)
-        total = tl.load(packed_lse + h.to(tl.int64) * stride_lh + row * stride_lr, mask=mine, other=0.0)
-        tl.store(lse + token * stride_lt + h, total, mask=mine)
-
-
 def build_block_tables(
     bits: torch.Tensor, slots: torch.Tensor, prefix_lens: torch.Tensor, seq_lens: torch.Tensor,
     block_table: torch.Tensor, block_size: int, page_strides: tuple[int, int, int], page_table: torch.Tensor,
@@ -174,44 +122,4 @@ def build_block_tables(
         bits, slots, prefix_lens, seq_lens, block_table, page_table, kept, words, width,
         *bits.stride()[:2], block_table.stride(0), *page_table.stride()[:2], *kept.stride()[:2],
         BLOCK_SIZE=block_size, WORDS=spanned, CHUNK=CHUNK, COUNT=COUNT_BLOCKS, num_warps=NUM_WARPS,
-    )  # fmt: skip
-
-
-def pack_queries(query: torch.Tensor, query_start_loc: torch.Tensor, packed: torch.Tensor) -> None:
-    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    rows, rows_each, heads, size = packed.shape
-    tensor("query", query, (None, heads, size), FLOATS)
-    tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, query.device)
-    tensor("packed", packed, (None, None, None, None), query.dtype, query.device)
-    expect(packed.is_contiguous(), "packed", f"strides {packed.stride()}", "a contiguous tensor")
-    if packed.numel() == 0:
-        return
-    _pack_kernel[(rows * rows_each, triton.cdiv(heads * size, PACK_BLOCK))](
-        query, query_start_loc, packed, *query.stride()[:2], rows_each, heads * size, D=size, BLOCK=PACK_BLOCK,
-        num_warps=NUM_WARPS,
-    )  # fmt: skip
-
-
-def unpack_outputs(
-    packed: torch.Tensor, packed_lse: torch.Tensor | None, query_start_loc: torch.Tensor, kept: torch.Tensor,
-    out: torch.Tensor, lse: torch.Tensor | None,
-) -> None:  # fmt: skip
-    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    rows, rows_each, heads, size = packed.shape
-    tensor("packed", packed, (None, None, None, None), FLOATS)
-    tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, packed.device)
-    expect(kept.shape == (rows,), "kept", f"shape {tuple(kept.shape)}", f"shape {(rows,)}")
-    tensor("out", out, (None, heads, size), FLOATS, packed.device)
-    if lse is not None:
-        fits = packed_lse.shape == (heads, rows * rows_each)
-        expect(fits, "packed_lse", f"shape {tuple(packed_lse.shape)}", f"shape {(heads, rows * rows_each)}")
-        tensor("lse", lse, (out.shape[0], heads), torch.float32, packed.device)
-    if packed.numel() == 0:
-        return
-    has_lse = lse is not None
-    _unpack_kernel[(rows * rows_each, triton.cdiv(heads * size, PACK_BLOCK))](
-        packed, packed_lse if has_lse else packed, query_start_loc, kept, out, lse if has_lse else out,
-        *packed.stride()[:3], *(packed_lse.stride() if has_lse else (0, 0)), kept.stride(0), *out.stride()[:2],
-        lse.stride(0) if has_lse else 0, rows_each, heads,
-        D=size, HEADS=triton.next_power_of_2(heads), BLOCK=PACK_BLOCK, HAS_LSE=has_lse, num_warps=NUM_WARPS,
     )  # fmt: skip

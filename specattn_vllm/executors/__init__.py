@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, fields, replace
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -118,77 +119,27 @@ def _unavailable(name: str, device: torch.device, dtype: torch.dtype) -> str | N
     return module.unavailable()
 
 
+def _of(module: ModuleType, **more: Any) -> Operations:
+    """Operations whose kernels, or their references, are in a module under their own names; `more` goes first."""
+    ours = {field.name for field in fields(Operations)} & {*module.__all__}
+    return Operations(**({name: getattr(module, name) for name in ours} | more))
+
+
 def _torch_operations() -> Operations:
     from specattn_vllm.kernels import reference
-    from specattn_vllm.kernels.sketch import reference as sketch
 
-    return Operations(
-        name="torch",
-        draft_attention=reference.draft_attention,
-        accumulate_mass=reference.accumulate_mass,
-        dilate_mass=reference.dilate_mass,
-        select_top_p=reference.select_top_p,
-        build_page_tables=reference.build_page_tables,
-        sparse_attention=reference.sparse_attention,
-        take_selections=reference.take_selections,
-        count_reads=reference.count_reads,
-        count_sampled=reference.count_sampled,
-        load_round=reference.load_round,
-        mark_rows=reference.mark_rows,
-        encode_keys=sketch.encode_keys,
-        prepare_queries=sketch.prepare_queries,
-        score_tokens=sketch.score_tokens,
-        carry_thresholds=sketch.carry_thresholds,
-        cut_scores=sketch.cut_scores,
-        list_pages=sketch.list_pages,
-        dense_attention=_dense_attention,
-        write_kv=write_kv,
-    )
+    return _of(reference, name="torch", dense_attention=_dense_attention, write_kv=write_kv)
 
 
 def _triton_operations(device: torch.device) -> Operations:
-    from specattn_vllm.kernels.attention.draft_attention import draft_attention
-    from specattn_vllm.kernels.attention.sparse_attention import sparse_attention
-    from specattn_vllm.kernels.bookkeeping import kernels as bookkeeping
-    from specattn_vllm.kernels.selection.accumulate_mass import accumulate_mass
-    from specattn_vllm.kernels.selection.dilate_mass import dilate_mass
-    from specattn_vllm.kernels.selection.mark_rows import mark_rows
-    from specattn_vllm.kernels.selection.page_tables import build_page_tables
-    from specattn_vllm.kernels.selection.top_p import select_top_p
-    from specattn_vllm.kernels.sketch.cuts import carry_thresholds, cut_scores
-    from specattn_vllm.kernels.sketch.encode import encode_keys
-    from specattn_vllm.kernels.sketch.pages import list_pages
-    from specattn_vllm.kernels.sketch.queries import prepare_queries
-    from specattn_vllm.kernels.sketch.scores import score_tokens
+    from specattn_vllm.kernels import launchers
 
     dense, write = _dense_attention, write_kv
     if device.type == "cuda":
         from specattn_vllm.executors import stock
 
         dense, write = stock.dense_attention, stock.write_kv
-    return Operations(
-        name="triton",
-        draft_attention=draft_attention,
-        accumulate_mass=accumulate_mass,
-        dilate_mass=dilate_mass,
-        select_top_p=select_top_p,
-        build_page_tables=build_page_tables,
-        sparse_attention=sparse_attention,
-        take_selections=bookkeeping.take_selections,
-        count_reads=bookkeeping.count_reads,
-        count_sampled=bookkeeping.count_sampled,
-        load_round=bookkeeping.load_round,
-        mark_rows=mark_rows,
-        encode_keys=encode_keys,
-        prepare_queries=prepare_queries,
-        score_tokens=score_tokens,
-        carry_thresholds=carry_thresholds,
-        cut_scores=cut_scores,
-        list_pages=list_pages,
-        dense_attention=dense,
-        write_kv=write,
-        graphs=device.type == "cuda",
-    )
+    return _of(launchers, name="triton", dense_attention=dense, write_kv=write, graphs=device.type == "cuda")
 
 
 def _borrowed_operations(name: str, device: torch.device, *, own_sparse: bool = False) -> Operations:

@@ -4,8 +4,8 @@ xformers' Triton split-K forward reads vLLM's cache through a block table (`Page
 selections are made of whole blocks, and `kernels/selection/block_tables.py` makes the tables. Three properties of
 xformers shape this module:
 
-- Causal masks need the same number of query tokens from every request, at most 16. Two small kernels pack ragged rows
-  to the length of the longest, and unpack the results.
+- Causal masks need the same number of query tokens from every request, at most 16. `pack_queries` brings ragged rows to
+  the length of the longest, and `unpack_outputs` undoes it.
 - xformers' constructors of a bias take lengths as host lists. Here lengths stay on the device: the bias is assembled
   from its parts, and the forward reads only the ends of the host lists. So the host never waits, and a CUDA graph can
   hold the forward.
@@ -119,9 +119,6 @@ def sparse_attention(
         scale=scale,
     )
     op = _operator(rows * heads, max_query_len * group, width * block_size, block_size)
-
-    from specattn_vllm.kernels.selection.block_tables import pack_queries, unpack_outputs
-
     pack_queries(query, query_start_loc, packed)
     result, context = op.apply(inputs, needs_gradient=lse is not None)
     unpack_outputs(
@@ -132,6 +129,42 @@ def sparse_attention(
         out,
         lse,
     )
+
+
+def _tokens(query_start_loc: torch.Tensor, rows_each: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which token each of the `rows_each` rows of a request is, and whether it is one, [R, M] each. A request's tokens
+    are the last of its rows, as causal attention aligned to the bottom right expects."""
+    token = query_start_loc[1:, None].long() - rows_each + torch.arange(rows_each, device=query_start_loc.device)
+    return token, token >= query_start_loc[:-1, None]
+
+
+def pack_queries(query: torch.Tensor, query_start_loc: torch.Tensor, packed: torch.Tensor) -> None:
+    """packed [R, M, Hq, D] = the tokens of each request, zeros in the rows before them. query [T, Hq, D];
+    query_start_loc [R + 1] int32, at most M tokens for each request. Does not wait for the device."""
+    token, there = _tokens(query_start_loc, packed.shape[1])
+    packed.copy_(torch.where(there[..., None, None], query[token.clamp(min=0)], 0.0))
+
+
+def unpack_outputs(
+    packed: torch.Tensor,
+    packed_lse: torch.Tensor | None,
+    query_start_loc: torch.Tensor,
+    kept: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+) -> None:
+    """Write the tokens' rows of packed [R, M, Hq, D] to out [T, Hq, D], and those of packed_lse [Hq, R * M] to lse
+    [T, Hq]. Requests with kept [R] int32 of 0 or less keep what `out` and `lse` hold. Does not wait for the device."""
+    token, there = _tokens(query_start_loc, packed.shape[1])
+    # Rows that are no tokens go to a row behind the last: to leave them out, their number would have to be known.
+    target = torch.where(there & (kept > 0)[:, None], token, out.shape[0]).flatten()
+    pairs = [(out, packed.flatten(0, 1))]
+    if lse is not None and packed_lse is not None:
+        pairs.append((lse, packed_lse.T))
+    for to, values in pairs:
+        longer = torch.cat((to, to[:1]))
+        longer[target] = values.to(to.dtype)
+        to.copy_(longer[:-1])
 
 
 def _as_sequence(kv_cache: torch.Tensor, group: int) -> tuple[torch.Tensor, torch.Tensor]:

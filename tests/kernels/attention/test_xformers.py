@@ -249,3 +249,35 @@ def test_says_why_it_is_unavailable(monkeypatch, capability, version, message):
 def test_is_unavailable_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert executor.unavailable() == "needs an NVIDIA GPU, and torch sees none"
+
+
+@pytest.mark.parametrize("heads, size", [(6, 64), (3, 128), (10, 128)])
+def test_query_rows_packed_and_unpacked(heads, size, place, poisoned):
+    """Tokens come last among a request's rows; back in place they are equal, and nothing else is touched."""
+    device, dtype = place
+    q_lens, counts, each = [3, 0, 1, 4, 2], [9, 9, 0, 8, -1], 4
+    starts = torch.tensor([0, *q_lens]).cumsum(0).int().to(device)
+    query = poisoned((13, heads + 1, size), dtype, device)[:, :heads]  # three rows of padding, and a stride between
+    query[:10] = torch.randn(10, heads, size).to(dtype)
+    packed = poisoned((5, each, heads, size), dtype, device)
+    executor.pack_queries(query, starts, packed)
+    for r, n in enumerate(q_lens):
+        assert torch.equal(packed[r, each - n :], query[starts[r] : starts[r + 1]])
+        assert (packed[r, : each - n] == 0).all()
+
+    kept = torch.tensor(counts, dtype=torch.int32, device=device)
+    packed_lse = torch.randn(5 * each, heads, device=device).T
+    out, lse = poisoned((13, heads, size), dtype, device), poisoned((13, heads), torch.float32, device)
+    # What comes out of attention may have another order of dimensions in memory.
+    executor.unpack_outputs(packed.transpose(1, 2).contiguous().transpose(1, 2), packed_lse, starts, kept, out, lse)
+    alone = poisoned((13, heads, size), dtype, device)
+    executor.unpack_outputs(packed, None, starts, kept[:, None].expand(-1, 2).contiguous()[:, 0], alone, None)
+    assert torch.equal(alone.nan_to_num(-9.0), out.nan_to_num(-9.0))
+    owner = [r for r, n in enumerate(q_lens) for _ in range(n)] + [-1] * 3
+    for t, r in enumerate(owner):
+        if r < 0 or counts[r] <= 0:
+            assert out[t].isnan().all() and lse[t].isnan().all()
+            continue
+        row = r * each + each - int(starts[r + 1]) + t
+        assert torch.equal(out[t], query[t])
+        assert torch.equal(lse[t], packed_lse[:, row])

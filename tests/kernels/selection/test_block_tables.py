@@ -7,7 +7,7 @@ import torch
 
 from specattn_vllm.kernels import reference
 from specattn_vllm.kernels.selection import block_tables
-from specattn_vllm.kernels.selection.block_tables import build_block_tables, pack_queries, unpack_outputs
+from specattn_vllm.kernels.selection.block_tables import build_block_tables
 
 OPS = pytest.mark.parametrize("op", [build_block_tables, reference.build_block_tables], ids=["kernel", "reference"])
 UNTOUCHED = -858993460
@@ -171,35 +171,3 @@ def test_refuses(op, change, message):
     }  # fmt: skip
     with pytest.raises(ValueError, match=message):
         op(**{**good, **change})
-
-
-@pytest.mark.parametrize("heads, size", [(6, 64), (3, 128), (10, 128)])
-def test_query_rows_packed_and_unpacked(heads, size, place, poisoned):
-    """Tokens come last among a request's rows; back in place they are equal, and nothing else is touched."""
-    device, dtype = place
-    q_lens, counts, each = [3, 0, 1, 4, 2], [9, 9, 0, 8, -1], 4
-    starts = torch.tensor([0, *q_lens]).cumsum(0).int().to(device)
-    query = poisoned((13, heads + 1, size), dtype, device)[:, :heads]  # three rows of padding, and a stride between
-    query[:10] = torch.randn(10, heads, size).to(dtype)
-    packed = poisoned((5, each, heads, size), dtype, device)
-    pack_queries(query, starts, packed)
-    for r, n in enumerate(q_lens):
-        assert torch.equal(packed[r, each - n :], query[starts[r] : starts[r + 1]])
-        assert (packed[r, : each - n] == 0).all()
-
-    kept = torch.tensor(counts, dtype=torch.int32, device=device)
-    packed_lse = torch.randn(5 * each, heads, device=device).T
-    out, lse = poisoned((13, heads, size), dtype, device), poisoned((13, heads), torch.float32, device)
-    # What comes out of attention may have another order of dimensions in memory.
-    unpack_outputs(packed.transpose(1, 2).contiguous().transpose(1, 2), packed_lse, starts, kept, out, lse)
-    alone = poisoned((13, heads, size), dtype, device)
-    unpack_outputs(packed, None, starts, kept[:, None].expand(-1, 2).contiguous()[:, 0], alone, None)
-    assert torch.equal(alone.nan_to_num(-9.0), out.nan_to_num(-9.0))
-    owner = [r for r, n in enumerate(q_lens) for _ in range(n)] + [-1] * 3
-    for t, r in enumerate(owner):
-        if r < 0 or counts[r] <= 0:
-            assert out[t].isnan().all() and lse[t].isnan().all()
-            continue
-        row = r * each + each - int(starts[r + 1]) + t
-        assert torch.equal(out[t], query[t])
-        assert torch.equal(lse[t], packed_lse[:, row])
