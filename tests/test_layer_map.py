@@ -228,7 +228,7 @@ def test_other_weights_are_refused_unless_the_map_names_none(write, side):
 
 def test_a_map_for_another_method_is_refused(write):
     path = write(with_heads())
-    with pytest.raises(LayerMapError, match=r"made for method 'sts', and method = 'specattn' takes .*'uniform'"):
+    with pytest.raises(LayerMapError, match=r"made for method 'sts', but method = 'specattn' takes .*'uniform'"):
         resolve(str(path), TARGET, DRAFT, method="specattn")
     # A control run differs from what it controls by its method alone.
     for method in ("dense", "sts"):
