@@ -62,7 +62,7 @@ class Budget:
         return f"{self.ratio:.1%} of the context" if self.top_p is None else f"top_p={self.top_p} of what is estimated"
 
     @property
-    def reads_all_up_to(self) -> int:
+    def dense_up_to(self) -> int:
         """Contexts of up to this many tokens are dense, without a search."""
         if self.ratio >= 1 and self.top_p is None and self.max_tokens < 0:
             return 2**31 - 1

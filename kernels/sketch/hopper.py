@@ -131,7 +131,7 @@ def _count(scores, end, low, high, CHUNK: gl.constexpr, W: gl.constexpr, EDGE: g
 @gluon.jit
 def _scores_kernel(
     packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks,
-    sink, recent, read_whole, lowest, per_nat, stride_pr, stride_fr, stride_tr, stride_cb, stride_ch, stride_sh,
+    sink, recent, dense_up_to, lowest, per_nat, stride_pr, stride_fr, stride_tr, stride_cb, stride_ch, stride_sh,
     stride_or, stride_oh, stride_hr, stride_kr, stride_kh,
     D: gl.constexpr, BITS: gl.constexpr, C: gl.constexpr, M: gl.constexpr, CHUNK: gl.constexpr,
     BLOCK_SIZE: gl.constexpr, W: gl.constexpr,
@@ -142,7 +142,7 @@ def _scores_kernel(
     q_len = gl.load(query_start_loc + r + 1) - gl.load(query_start_loc + r)
     context = gl.load(seq_lens + r) - q_len
     first = chunk * CHUNK
-    if (gl.load(dense + r) != 0) | (first >= context) | (context <= read_whole) | (q_len <= 0):
+    if (gl.load(dense + r) != 0) | (first >= context) | (context <= dense_up_to) | (q_len <= 0):
         return
     packed += r * stride_pr + h * (M * D)
     factors += r * stride_fr + h * (3 * M)
@@ -175,14 +175,14 @@ def _scores_kernel(
 def launch(
     bits: int, packed: torch.Tensor, factors: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor,
     dense: torch.Tensor, block_table: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sink: int, recent: int,
-    read_whole: int, scores: torch.Tensor, histogram: torch.Tensor, chunks: torch.Tensor,
+    dense_up_to: int, scores: torch.Tensor, histogram: torch.Tensor, chunks: torch.Tensor,
 ) -> None:  # fmt: skip
     """Launch the kernel on the current stream, for tensors that ``takes`` accepts. Arguments after bits: as in
     ``scores.score_tokens``."""
     rows, heads, width, size = packed.shape
     _scores_kernel[(heads, triton.cdiv(scores.shape[2], CHUNK), rows)](
         packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks,
-        sink, recent, max(read_whole, 0), LOWEST, PER_NAT, packed.stride(0), factors.stride(0), block_table.stride(0),
+        sink, recent, max(dense_up_to, 0), LOWEST, PER_NAT, packed.stride(0), factors.stride(0), block_table.stride(0),
         *codes.stride()[:2], scales.stride(1), *scores.stride()[:2], histogram.stride(0), *chunks.stride()[:2],
         D=size, BITS=bits, C=codes.shape[3], M=width, CHUNK=CHUNK, BLOCK_SIZE=codes.shape[2], W=NUM_WARPS,
         num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS if width <= 32 else None,

@@ -21,7 +21,7 @@ block_table      [R, nb]          int32
 codes, scales                     as in ``encode``
 rotation         [D, D]           dtype of query
 max_query_len    int              most tokens of a row
-read_whole       int              contexts of up to this many tokens are dense
+dense_up_to       int              contexts of up to this many tokens are dense
 packed           [R, H, M, D]     int8, written
 factors          [R, H, 3, M]     float32, written: a, b and n; 0, 0 and infinity for padding rows
 histogram        [R, H, 256]      int32, set to zero, also for dense rows
@@ -52,7 +52,7 @@ def sample_stride(context, MOST: tl.constexpr):
 @triton.jit
 def _queries_kernel(
     query, query_start_loc, seq_lens, dense, heard, block_table, codes, scales, rotation, packed, factors, histogram,
-    scale, norm, read_whole, stride_qt, stride_qh, stride_tr, stride_cb, stride_ch, stride_cn, stride_sb, stride_sh,
+    scale, norm, dense_up_to, stride_qt, stride_qh, stride_tr, stride_cb, stride_ch, stride_cn, stride_sb, stride_sh,
     stride_fr, stride_pr, stride_hr,
     GROUP: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
     BINS: tl.constexpr, SAMPLE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -65,7 +65,7 @@ def _queries_kernel(
     begin = tl.load(query_start_loc + r)
     q_len = tl.load(query_start_loc + r + 1) - begin
     context = tl.load(seq_lens + r) - q_len
-    if (tl.load(dense + r) != 0) | (context <= read_whole) | (q_len <= 0):
+    if (tl.load(dense + r) != 0) | (context <= dense_up_to) | (q_len <= 0):
         return
     m = tl.arange(0, M)
     d = tl.arange(0, D)
@@ -125,7 +125,7 @@ def prepare_queries(
     query: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor, dense: torch.Tensor,
     heard: torch.Tensor, block_table: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor,
     rotation: torch.Tensor, scale: float,
-    max_query_len: int, read_whole: int, packed: torch.Tensor, factors: torch.Tensor, histogram: torch.Tensor,
+    max_query_len: int, dense_up_to: int, packed: torch.Tensor, factors: torch.Tensor, histogram: torch.Tensor,
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
     group, bits = contracts.prepare_queries(
@@ -137,7 +137,7 @@ def prepare_queries(
         return
     _queries_kernel[(heads, rows)](
         query, query_start_loc, seq_lens, dense, heard, block_table, codes, scales, rotation, packed, factors,
-        histogram, scale, size**-0.5, max(read_whole, 0), *query.stride()[:2], block_table.stride(0),
+        histogram, scale, size**-0.5, max(dense_up_to, 0), *query.stride()[:2], block_table.stride(0),
         *codes.stride()[:3], *scales.stride()[:2], factors.stride(0), packed.stride(0), histogram.stride(0),
         GROUP=group, D=size, BITS=bits, C=codes.shape[3], M=width, TILE=TILE, BINS=contracts.BINS, SAMPLE=SAMPLE_BLOCK,
         BLOCK_SIZE=codes.shape[2], MOST=MAX_SAMPLE, FUSED=fused(query.device), STAGES=NUM_STAGES, num_warps=NUM_WARPS,

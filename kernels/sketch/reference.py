@@ -68,7 +68,7 @@ def _sample(context: int, device) -> tuple[torch.Tensor, torch.Tensor]:
 
 def prepare_queries(
     query, query_start_loc, seq_lens, dense, heard, block_table, codes, scales, rotation, scale, max_query_len,
-    read_whole, packed, factors, histogram,
+    dense_up_to, packed, factors, histogram,
 ) -> None:  # fmt: skip
     """Query rows for the scan. See ``queries.prepare_queries``."""
     group, bits = contracts.prepare_queries(
@@ -81,7 +81,7 @@ def prepare_queries(
     for r, (length, skip) in enumerate(zip(lengths, skipped, strict=True)):
         begin, end = starts[r], starts[r + 1]
         context = length - (end - begin)
-        if skip or context <= max(read_whole, 0) or end <= begin:
+        if skip or context <= max(dense_up_to, 0) or end <= begin:
             continue
         end = min(end, begin + int(heard[r]))
         rows = (end - begin) * group
@@ -101,7 +101,7 @@ def prepare_queries(
 
 
 def score_tokens(
-    packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, sink, recent, read_whole, scores,
+    packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, sink, recent, dense_up_to, scores,
     histogram, chunks,
 ) -> None:  # fmt: skip
     """The scan. See ``scores.score_tokens``."""
@@ -111,7 +111,7 @@ def score_tokens(
     starts, lengths, skipped = query_start_loc.tolist(), seq_lens.tolist(), dense.tolist()
     for r, (length, skip) in enumerate(zip(lengths, skipped, strict=True)):
         context = length - (starts[r + 1] - starts[r])
-        if skip or context <= max(read_whole, 0) or starts[r + 1] <= starts[r]:
+        if skip or context <= max(dense_up_to, 0) or starts[r + 1] <= starts[r]:
             continue
         live = factors[r, 0, 2] != torch.inf
         p = torch.arange(context, device=packed.device)

@@ -13,7 +13,7 @@ dense            [R]            int32, not 0: nothing is scanned for the row
 block_table      [R, nb]        int32
 codes, scales                   as in ``encode``
 sink, recent     int            number of forced tokens at both ends of the context, which are not in the histograms
-read_whole       int            as in ``queries``
+dense_up_to       int            as in ``queries``
 scores           [R, H, L]      uint8, written: bin of each token of the context; NaN scores get bin 255
 histogram        [R, H, 256]    int32, must be zero before: the number of free tokens of the context by bin
 chunks           [R, H, ceil(L / 2048), 256]  int16, written: the same for each chunk with a part of the context
@@ -47,7 +47,7 @@ NUM_STAGES = 3
 @triton.jit
 def _scores_kernel(
     packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks,
-    sink, recent, read_whole, lowest, per_nat, stride_pr, stride_fr, stride_tr, stride_cb, stride_ch, stride_cn,
+    sink, recent, dense_up_to, lowest, per_nat, stride_pr, stride_fr, stride_tr, stride_cb, stride_ch, stride_cn,
     stride_sb, stride_sh, stride_or, stride_oh, stride_hr, stride_kr, stride_kh,
     D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BINS: tl.constexpr, STAGES: tl.constexpr, FUSED: tl.constexpr,
@@ -58,7 +58,7 @@ def _scores_kernel(
     q_len = tl.load(query_start_loc + r + 1) - tl.load(query_start_loc + r)
     context = tl.load(seq_lens + r) - q_len
     first = chunk * CHUNK
-    if (tl.load(dense + r) != 0) | (first >= context) | (context <= read_whole) | (q_len <= 0):
+    if (tl.load(dense + r) != 0) | (first >= context) | (context <= dense_up_to) | (q_len <= 0):
         return
     m = tl.arange(0, M)
     packed += r * stride_pr + h * (M * D)
@@ -118,7 +118,7 @@ def _hopper() -> ModuleType | None:
 def score_tokens(
     packed: torch.Tensor, factors: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor,
     dense: torch.Tensor, block_table: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sink: int, recent: int,
-    read_whole: int, scores: torch.Tensor, histogram: torch.Tensor, chunks: torch.Tensor,
+    dense_up_to: int, scores: torch.Tensor, histogram: torch.Tensor, chunks: torch.Tensor,
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
     bits = contracts.score_tokens(
@@ -130,12 +130,12 @@ def score_tokens(
     if fused(packed.device) and (hopper := _hopper()) and hopper.takes(packed, codes, scales, scores):
         hopper.launch(
             bits, packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, sink, recent,
-            read_whole, scores, histogram, chunks,
+            dense_up_to, scores, histogram, chunks,
         )  # fmt: skip
         return
     _scores_kernel[(heads, triton.cdiv(scores.shape[2], CHUNK), rows)](
         packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks,
-        sink, recent, max(read_whole, 0), LOWEST, PER_NAT, packed.stride(0), factors.stride(0), block_table.stride(0),
+        sink, recent, max(dense_up_to, 0), LOWEST, PER_NAT, packed.stride(0), factors.stride(0), block_table.stride(0),
         *codes.stride()[:3], *scales.stride()[:2], *scores.stride()[:2], histogram.stride(0), *chunks.stride()[:2],
         D=size, BITS=bits, C=codes.shape[3], M=width, TILE=TILE, CHUNK=CHUNK,
         BLOCK_SIZE=codes.shape[2], BINS=contracts.BINS, STAGES=NUM_STAGES, FUSED=fused(packed.device),

@@ -25,13 +25,13 @@ class StepCounts:
     """Counts the last step when the next one begins, so that the host never waits for the device."""
 
     def __init__(
-        self, counters: Counters, kept: torch.Tensor, dense: torch.Tensor, reads_all_up_to: int, searches: bool
+        self, counters: Counters, kept: torch.Tensor, dense: torch.Tensor, dense_up_to: int, searches: bool
     ) -> None:
         """kept [layers, R, H] int32: entries that each KV head read in the last step. dense [R] int32: 1 for dense
-        rows. reads_all_up_to: contexts of up to this many tokens are dense. searches: whether longer contexts are
+        rows. dense_up_to: contexts of up to this many tokens are dense. searches: whether longer contexts are
         searched through a sketch."""
         self.counters = counters
-        self._kept, self._dense, self._reads_all_up_to, self._searches = kept, dense, reads_all_up_to, searches
+        self._kept, self._dense, self._dense_up_to, self._searches = kept, dense, dense_up_to, searches
         self._pending: _Pending | None = None
 
     def begin(
@@ -82,7 +82,7 @@ class StepCounts:
             self.counters.add(kv_full=full, kv_read=full)
             return
         read = self._kept[:, : pending.rows].sum(dim=(0, 2), dtype=torch.int64)
-        chosen = (self._dense[: pending.rows] == 0) & (pending.context > self._reads_all_up_to)
+        chosen = (self._dense[: pending.rows] == 0) & (pending.context > self._dense_up_to)
         chose = verifies * chosen
         self.counters.add(
             kv_full=full,

@@ -51,20 +51,20 @@ class Chooser:
         num_kv_heads: int,
         max_query_len: int,
         max_num_reqs: int,
-        reads_all_up_to: int,
+        dense_up_to: int,
         device: torch.device,
     ) -> None:
-        """max_query_len: most tokens of a row that chooses. reads_all_up_to: contexts of up to this many tokens are
+        """max_query_len: most tokens of a row that chooses. dense_up_to: contexts of up to this many tokens are
         dense, without a search."""
         new = {"dtype": torch.int32, "device": device}
         self.device = device
         self.num_kv_heads = num_kv_heads
         self.max_query_len = max_query_len
-        self.reads_all_up_to = reads_all_up_to
+        self.dense_up_to = dense_up_to
         self.kept = torch.zeros((layers, max_num_reqs, num_kv_heads), **new)
         self.dense = torch.ones(max_num_reqs, **new)
         self.slots = torch.full((max_num_reqs,), -1, **new)
-        self.counts = StepCounts(counters, self.kept, self.dense, reads_all_up_to, self.searches)
+        self.counts = StepCounts(counters, self.kept, self.dense, dense_up_to, self.searches)
 
     def forget(self, slot: int) -> None:
         """A new request enters a slot. Does not wait for the device."""
@@ -72,7 +72,7 @@ class Chooser:
     def choose_among(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> torch.Tensor:
         """The rows of the current step that choose, [R] bool. seq_lens [R] and query_start_loc [R+1] int32."""
         context = seq_lens - (query_start_loc[1:] - query_start_loc[:-1])
-        return (self.dense[: seq_lens.shape[0]] == 0) & (context > self.reads_all_up_to)
+        return (self.dense[: seq_lens.shape[0]] == 0) & (context > self.dense_up_to)
 
     def short_rows(self, query_start_loc_cpu: torch.Tensor) -> int:
         """Number of rows before the first row of more than max_query_len tokens. vLLM puts rows with drafts first and

@@ -84,7 +84,7 @@ class DraftSketch:
         read = kept.sum(dtype=torch.int64) * num_steps
         newer = seen - first_seen.sum(dtype=torch.int64) * later
         scanned = first_seen - query_lens[:rows]
-        searched = scanned > sketch.budget.reads_all_up_to
+        searched = scanned > sketch.budget.dense_up_to
         sampled = torch.where(searched, sampled_tokens(scanned), 0).sum(dtype=torch.int64)
         scanned = torch.where(searched, scanned, 0).sum(dtype=torch.int64)
         self.counters.on_device("draft_kv_full").add_(first_seen.sum(dtype=torch.int64) + seen, alpha=per_token)

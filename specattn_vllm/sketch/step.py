@@ -63,7 +63,7 @@ class Sketch(Chooser):
             num_kv_heads=shape.num_kv_heads,
             max_query_len=shape.max_query_len,
             max_num_reqs=shape.max_num_reqs,
-            reads_all_up_to=budget.reads_all_up_to,
+            dense_up_to=budget.dense_up_to,
             device=device,
         )
         self.operations = operations
@@ -101,7 +101,7 @@ class Sketch(Chooser):
         shape, budget = self.shape, self.budget
         if budget.shared != "none" and budget.top_p is None:
             raise ValueError("with steps_ahead, page tables are as wide as one head's budget: heads cannot share it")
-        most = max(math.ceil(budget.ratio * shape.max_model_len), budget.reads_all_up_to)
+        most = max(math.ceil(budget.ratio * shape.max_model_len), budget.dense_up_to)
         most += shape.max_query_len + self.ahead
         return min(-(-most // ROW_MULTIPLE) * ROW_MULTIPLE, shape.max_model_len)
 

@@ -71,7 +71,7 @@ class Audit:
         per_block, per_head, per_token = layer.page_strides
         budget, numbers = sketch.budget, []
         self.chosen[layer, row] = [], context
-        whole = bool(sketch.dense[row]) or context <= budget.reads_all_up_to
+        whole = bool(sketch.dense[row]) or context <= budget.dense_up_to
         for head in range(sketch.num_kv_heads):
             pages = table[row, head, : kept[row, head]]
             of_page = {int(blocks[i] * per_block + offsets[i] * per_token + head * per_head): i for i in range(length)}

@@ -104,9 +104,9 @@ def sketched():
 
 @pytest.fixture(scope="session")
 def prepared():
-    """prepared(op, batch, read_whole) -> packed, factors, histogram, into poisoned buffers."""
+    """prepared(op, batch, dense_up_to) -> packed, factors, histogram, into poisoned buffers."""
 
-    def run(op, batch: Batch, read_whole: int = 0):
+    def run(op, batch: Batch, dense_up_to: int = 0):
         group = batch.query.shape[1] // batch.heads
         width = max(16, 1 << (batch.max_query_len * group - 1).bit_length())
         outer, device = (batch.rows, batch.heads), batch.query.device
@@ -115,7 +115,7 @@ def prepared():
         histogram = torch.full((*outer, contracts.BINS), 99, dtype=torch.int32, device=device)
         op(
             batch.query, *batch.step[:3], batch.heard, batch.step[3], batch.codes, batch.scales, batch.rotation,
-            batch.query.shape[2] ** -0.5, batch.max_query_len, read_whole, packed, factors, histogram,
+            batch.query.shape[2] ** -0.5, batch.max_query_len, dense_up_to, packed, factors, histogram,
         )  # fmt: skip
         return packed, factors, histogram
 
@@ -124,15 +124,27 @@ def prepared():
 
 @pytest.fixture(scope="session")
 def scored():
-    """scored(op, batch, packed, factors, sink, recent, read_whole) -> scores, histogram, chunks."""
+    """scored(op, batch, packed, factors, sink, recent, dense_up_to) -> scores, histogram, chunks."""
 
-    def run(op, batch: Batch, packed, factors, sink=4, recent=64, read_whole=0):
+    def run(op, batch: Batch, packed, factors, sink=4, recent=64, dense_up_to=0):
         outer, device = (batch.rows, batch.heads), packed.device
         scores = torch.full((*outer, batch.width), 201, dtype=torch.uint8, device=device)
         histogram = torch.zeros((*outer, contracts.BINS), dtype=torch.int32, device=device)
         number = -(-batch.width // contracts.CHUNK)
         chunks = torch.full((*outer, number, contracts.BINS), -5, dtype=torch.int16, device=device)
-        op(packed, factors, *batch.step, batch.codes, batch.scales, sink, recent, read_whole, scores, histogram, chunks)
+        op(
+            packed,
+            factors,
+            *batch.step,
+            batch.codes,
+            batch.scales,
+            sink,
+            recent,
+            dense_up_to,
+            scores,
+            histogram,
+            chunks,
+        )
         return scores, histogram, chunks
 
     return run

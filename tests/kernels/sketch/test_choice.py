@@ -212,10 +212,10 @@ def test_contexts_that_are_read_whole_are_not_scanned(place, sketched, prepared,
     device, dtype = place
     data = sketched([600, 90], [2, 2], 1, 2, 64, 2, 16, "LBNHC", device, dtype)
     for op, scan in ((prepare_queries, score_tokens), (reference.prepare_queries, reference.score_tokens)):
-        packed, factors, histogram = prepared(op, data, read_whole=100)
+        packed, factors, histogram = prepared(op, data, dense_up_to=100)
         assert (packed[1] == 77).all()
         assert (histogram == 0).all()
-        scores, _, _ = scored(scan, data, packed, factors, read_whole=100)
+        scores, _, _ = scored(scan, data, packed, factors, dense_up_to=100)
         assert (scores[1] == 201).all()
 
 
