@@ -5,6 +5,7 @@ It has to stand before any test imports triton or vLLM, which read it once.
 
 import os
 import shutil
+import signal
 import sys
 
 from specattn_vllm import cpu_runner
@@ -14,3 +15,7 @@ if shutil.which("nvidia-smi") is None:
     if str(cpu_runner.OVERLAY) not in sys.path:
         # PYTHONPATH is for processes that tests start; this one has begun without it.
         sys.path.insert(0, str(cpu_runner.OVERLAY))
+
+# A shell that starts the suite in the background has it ignore Ctrl-C, and Python then keeps ignoring it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -105,7 +105,7 @@ def test_the_offline_example_runs(tmp_path):
     script.write_text(f"def main():\n{indented}\n\nif __name__ == '__main__':\n    main()\n")
     environment = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     run = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=600, cwd=tmp_path, env=environment
     )
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout.strip()
