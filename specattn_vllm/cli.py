@@ -103,17 +103,21 @@ COMMANDS = {
 }
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(chosen: str | None) -> argparse.ArgumentParser:
+    """Arguments of the chosen subcommand only: those of another need modules that a broken installation may lack."""
     parser = argparse.ArgumentParser(prog="specattn", description="specattn-vllm's own command, next to `vllm`.")
     parser.add_argument("--version", action="version", version=f"specattn-vllm {specattn_vllm.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
-        command.arguments(subparsers.add_parser(name, help=command.help, description=command.help))
+        added = subparsers.add_parser(name, help=command.help, description=command.help)
+        if name == chosen:
+            command.arguments(added)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(_with_default_part(sys.argv[1:] if argv is None else argv))
+    words = _with_default_part(sys.argv[1:] if argv is None else argv)
+    args = build_parser(next((word for word in words if word in COMMANDS), None)).parse_args(words)
     try:
         status = COMMANDS[args.command].run(args) or 0
         sys.stdout.flush()

@@ -48,6 +48,12 @@ class Reporter:
         self._timer: threading.Timer | None = None
         self._lock = threading.Lock()
 
+    def reset(self) -> None:
+        """Begin anew, because the counters do. Drops readings of earlier totals."""
+        with self._lock:
+            self._reading = self._trailing = None
+            self._last, self._since = Counts(), time.monotonic()
+
     def tick(self) -> None:
         """Called once per step."""
         now = time.monotonic()

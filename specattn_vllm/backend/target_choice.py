@@ -56,6 +56,12 @@ class TargetChoice:
         if self.audit is not None:
             self.audit.reset()
 
+    def fold(self) -> None:
+        """Count the last step, which is otherwise counted when the next step begins."""
+        self.chooser.counts.fold()
+        if self.audit is not None:
+            self.audit.fold()
+
     def begin(self, common: Any) -> ChoiceStep | None:
         """Begin a step of the target. common: vLLM's common metadata, on the host except for seq_lens and
         query_start_loc.
@@ -148,10 +154,15 @@ def join(
     audit = prepare_audit(options, sought, operations, counters, reporter, runner.max_num_reqs, runner.device)
     target.audit = runner.specattn_audit = audit
     compat.watch_new_requests(runner.model_state, "target", target.enter)
-    compat.at_first_request(runner.model_state, target.reset)
+
+    def reset() -> None:
+        target.reset()
+        reporter.reset()
+
+    compat.at_first_request(runner.model_state, reset)
     compat.mark_dummy_runs(runner, target)
     compat.capture_twice(runner.model, target)
-    runner.specattn_chooser = chooser
+    runner.specattn_chooser, runner.specattn_target = chooser, target
     logger.warning(
         "specattn: method '%s' is APPROXIMATE: the target reads a selection of the KV cache, so the output is not the "
         "target model's own. For exact attention set method='dense'.",

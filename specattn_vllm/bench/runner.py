@@ -13,9 +13,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from pydantic import ValidationError
+
 from specattn_vllm.bench.jobs import MODES
 from specattn_vllm.bench.schema import NO_ROOM, EngineResult, Job, Report
 from specattn_vllm.causes import LONGEST, of_lines
+from specattn_vllm.installed import UserError
 from specattn_vllm.tools import engines
 from specattn_vllm.tools.outputs import check_same
 
@@ -70,7 +73,10 @@ def earlier_engines(path: Path, report: Report) -> dict[str, EngineResult]:
     """Engine name -> result of an earlier run with the same settings, to go on with."""
     if not path.is_file():
         return {}
-    earlier = Report.model_validate_json(path.read_text())
+    try:
+        earlier = Report.model_validate_json(path.read_text())
+    except ValidationError:
+        raise UserError(f"{path} is no report of `specattn bench`: give another --out, or --overwrite") from None
     check_same(path, earlier.settings, report.settings)
     return {engine.name: engine for engine in earlier.engines}
 
@@ -92,9 +98,11 @@ def run_all(
     found = dict(earlier)
 
     def write() -> None:
-        # Columns in a fixed order: modes as listed, and of one mode what keeps most first.
+        # Columns in a fixed order: modes as listed, then those of older versions; of one mode what keeps most first.
         place = {mode: number for number, mode in enumerate(MODES)}
-        report.engines = sorted(found.values(), key=lambda of: (place[of.job.mode], -(of.job.kept or 0)))
+        report.engines = sorted(
+            found.values(), key=lambda of: (place.get(of.job.mode, len(place)), -(of.job.kept or 0))
+        )
         report.write(path)
 
     def keep(result: EngineResult) -> None:

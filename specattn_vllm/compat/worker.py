@@ -167,10 +167,10 @@ def add_worker_method() -> None:
         """Counts of this worker since start-up; None without our backend. For `collective_rpc`."""
         counters = getattr(self.model_runner, "specattn_counters", None)
         counters = getattr(getattr(self.model_runner, "speculator", None), "counters", counters)
-        chooser = getattr(self.model_runner, "specattn_chooser", None)
-        if chooser is not None:
-            chooser.counts.fold()
-            counters = chooser.counts.counters
+        target = getattr(self.model_runner, "specattn_target", None)
+        if target is not None:
+            target.fold()
+            counters = target.chooser.counts.counters
         return vars(counters.read()) if counters is not None else None
 
     def specattn_audit(self) -> dict[str, dict[str, float]] | None:

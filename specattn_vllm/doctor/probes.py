@@ -9,9 +9,10 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from specattn_vllm.causes import told
+from specattn_vllm.installed import UserError
 
 
 def plugin() -> dict[str, Any]:
@@ -29,18 +30,29 @@ def plugin() -> dict[str, Any]:
 def config(*serve: str) -> dict[str, Any]:
     """The configuration that `vllm serve` would make, or what it is refused for, and what it would take."""
     from vllm.engine.arg_utils import EngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.plugins import load_general_plugins
     from vllm.usage.usage_lib import UsageContext
     from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from specattn_vllm import compat
 
     load_general_plugins()
     model, *rest = serve
     if not any(argument.startswith(("--attention-backend", "--attention-config")) for argument in rest):
         rest += ["--attention-backend", "specattn"]
-    parser = FlexibleArgumentParser()
-    EngineArgs.add_cli_args(parser)
-    parsed = parser.parse_args(["--model", model, *rest])
-    made = EngineArgs.from_cli_args(parsed).create_engine_config(UsageContext.OPENAI_API_SERVER)
+    parser = make_arg_parser(FlexibleArgumentParser())
+    parser.error = _refused
+    made = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *rest])).create_engine_config(
+        UsageContext.OPENAI_API_SERVER
+    )
+    if not compat.is_ours(made):
+        chosen = made.attention_config.backend
+        named = chosen.name if chosen else "left to vLLM"
+        return {
+            "error": f"the attention backend is {named}, so the plugin does nothing",
+            "remedy": "give --attention-backend specattn in its place",
+        }
 
     from specattn_vllm.doctor.sizes import sizes
     from specattn_vllm.options import SpecAttnOptions
@@ -51,6 +63,10 @@ def config(*serve: str) -> dict[str, Any]:
     lossless = "lossless" if options.kind.lossless else "approximate"
     says = f"{model} can be served: method {options.method} ({lossless}), {options.amount}, {drafter}"
     return {"says": says, **sizes(made, options)}
+
+
+def _refused(message: str) -> NoReturn:
+    raise UserError(f"vllm serve: {message}")
 
 
 def generate(target: str, draft: str) -> dict[str, Any]:
@@ -84,8 +100,6 @@ PROBES: dict[str, Callable[..., dict[str, Any]]] = {"plugin": plugin, "config": 
 def main(name: str, answer: str, *arguments: str) -> None:
     try:
         found = PROBES[name](*arguments)
-    except SystemExit as error:  # vLLM's parser, which has printed why
-        found = {"error": f"vllm serve does not take these arguments ({error})"}
     except Exception as error:
         found = {"error": told(error)}
     Path(answer).write_text(json.dumps(found))

@@ -75,11 +75,11 @@ def start(runner: Any, options: SpecAttnOptions) -> None:
     reporter = reporter or getattr(runner, "specattn_reporter", None)
     if reporter is None:
         return
-    audit, chooser = audit_of(runner), getattr(runner, "specattn_chooser", None)
+    audit, target = audit_of(runner), getattr(runner, "specattn_target", None)
     if audit is not None:
         reporter.beside = audit.totals
-    if chooser is not None:
-        reporter.fold = chooser.counts.fold
+    if target is not None:
+        reporter.fold = target.fold
 
     def step(scheduled: Any) -> None:
         if reporter.publish is None:

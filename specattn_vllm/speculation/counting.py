@@ -44,5 +44,10 @@ def watch_drafter(runner: Any, options: SpecAttnOptions) -> None:
         reporter.tick()
 
     compat.count_rounds(runner, count)
-    compat.at_first_request(runner.model_state, counters.reset)
+
+    def reset() -> None:
+        counters.reset()
+        reporter.reset()
+
+    compat.at_first_request(runner.model_state, reset)
     runner.specattn_counters, runner.specattn_reporter = counters, reporter

@@ -95,6 +95,7 @@ class RoundSpeculator(compat.stock_speculator()):
     def _reset(self) -> None:
         """Count from zero: rounds until now were vLLM's own."""
         self.counters.reset()
+        self.reporter.reset()
 
     def init_cudagraph_manager(self, cudagraph_mode: CUDAGraphMode) -> None:
         super().init_cudagraph_manager(cudagraph_mode)

@@ -29,7 +29,7 @@ def test_the_demo_pairs_text_is_none_that_is_evaluated_on():
 @pytest.mark.parametrize("name", COMMANDS)
 def test_the_commands_are_those_of_the_documentation_and_of_the_maps_themselves(name):
     assert f"\nspecattn calibrate {COMMANDS[name]}--out {name}.json\n" in DOCUMENT.read_text()
-    given = cli.build_parser().parse_args(["calibrate", *COMMANDS[name].split(), "--out", f"{name}.json"])
+    given = cli.build_parser("calibrate").parse_args(["calibrate", *COMMANDS[name].split(), "--out", f"{name}.json"])
     told = json.loads(layer_map.shipped()[name].read_text())["provenance"]["settings"]
     assert {field: getattr(given, field) for field in runner.SETTINGS} | {"dtype": "float32"} == told
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -84,7 +86,7 @@ def test_without_a_model_and_without_a_generation_nothing_is_asked_for_them(answ
 def test_a_broken_installation_is_all_that_is_told(answers):
     answers["told"]["problems"] = ["vLLM is not installed (this plugin supports it): pip install it"]
     made = found("M")
-    assert made["installation"].remedy == "pip install it"
+    assert made["installation"].says.endswith("pip install it")
     assert statuses(made) == {"installation": "problem", "everything else": "skipped"}
     assert not answers["asked"]
 
@@ -124,10 +126,13 @@ def test_a_plugin_that_does_not_load(answers):
 
 
 def test_what_is_refused_is_told_with_its_remedy(answers):
-    answers["config"] = {"error": "kv_cache_dtype = 'fp8': not supported; use 'auto'"}
+    answers["config"] = {"error": "kv_cache_dtype = 'fp8': not supported; use 'auto' (ValueError: cannot serve this)"}
     made = found("M")
-    assert made["model and options"].status == "problem" and "use 'auto'" in made["model and options"].remedy
+    assert made["model and options"].status == "problem" and "use 'auto'" in made["model and options"].says
+    assert made["model and options"].remedy == "change what is named"
     assert made["generation"].status == "ok"
+    answers["config"] |= {"remedy": "give another backend"}
+    assert found("M")["model and options"].remedy == "give another backend"
 
 
 def test_a_gpu_that_is_too_small(answers):
@@ -152,8 +157,20 @@ def test_the_command(answers, capsys):
     text = capsys.readouterr().out
     assert text.startswith("ok       installation: specattn-vllm 0.1.0") and "memory: 2.5 GiB of buffers" in text
     assert max(map(len, text.splitlines())) <= command.WIDTH
+    assert cli.main(["doctor", "M", "--no-generation", "--json", "--port", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["healthy"] is True
+    assert answers["asked"][-1] == ("config", "M", "--port", "1")
+    assert cli.main(["doctor", "--", "--port", "1"]) == 2
+    assert "name the model first" in capsys.readouterr().err
     answers["generate"] = {"error": "CUDA error"}
     assert cli.main(["doctor", "--json"]) == 1
     told = json.loads(capsys.readouterr().out)
     assert told["healthy"] is False
     assert told["findings"][-1]["status"] == "problem" and told["findings"][-1]["says"] == "CUDA error"
+
+
+def test_the_command_answers_without_what_it_needs(tmp_path):
+    """In an installation without pydantic, whose absence is not all that is wrong there."""
+    program = "import sys; sys.modules['pydantic'] = None; from specattn_vllm import cli; sys.exit(cli.main(['info']))"
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True)
+    assert "specattn-vllm" in done.stdout, done.stderr[-2000:]

@@ -35,10 +35,12 @@ def test_what_a_server_would_refuse_is_refused(demo_pair):
 
     target, draft = demo_pair
     good = (target, "--speculative-model", draft, "--num-speculative-tokens", "4", "--dtype", "float32")
-    found = probe("config", *good)
+    found = probe("config", *good, "--port", "8000", "--api-key", "x")  # of the server too
     assert "can be served: method sketch (approximate), ratio=0.125, drafter: draft_model" in found["says"]
-    assert "multiple" not in found and found["room"] > 2**30
-    assert "head" not in found.get("error", "")
+    assert found["room"] > 2**30 and found["weights"] > 10**6
     refused = probe("config", *good, "--pipeline-parallel-size", "2")
     assert "pipeline_parallel_size = 2" in refused["error"]
-    assert "does not take" in probe("config", *good, "--no-such-option", "2")["error"]
+    assert "--no-such-option" in probe("config", *good, "--no-such-option", "2")["error"]
+    other = probe("config", target, "--attention-backend", "CPU_ATTN", "--dtype", "float32")
+    assert "CPU_ATTN, so the plugin does nothing" in other["error"]
+    assert other["remedy"] == "give --attention-backend specattn in its place"
