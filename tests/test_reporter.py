@@ -236,3 +236,21 @@ def test_nothing_is_published_before_there_are_requests(quick):
     quick.publish = None
     quick.idle()
     assert quick.counters.readings == [] and quick._timer is None
+
+
+def test_it_begins_anew_when_the_counters_do(lines, clock):
+    """What was counted of warm-up is in no later line."""
+    counters = Counters(torch.device("cpu"))
+    report = Reporter(counters, interval_s=10)
+    counters.add(rounds=6, sampled_tokens=6)
+    clock.now += 11
+    report.tick()
+    counters.reset()
+    report.reset()
+    counters.add(rounds=2, sampled_tokens=6)
+    clock.now += 5
+    report.tick()
+    assert len(lines()) == 1
+    clock.now += 6
+    report.tick()
+    assert lines()[1].startswith("specattn: 2 rounds in 11 s, acceptance length 3.00")

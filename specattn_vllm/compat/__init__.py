@@ -69,6 +69,7 @@ from specattn_vllm.compat.start import (
     load_backend_member,
     register_backend,
     serve_metrics,
+    serve_parser,
 )
 from specattn_vllm.compat.worker import (
     add_worker_method,
@@ -107,6 +108,7 @@ __all__ = [
     "prepare_cpu_worker",
     "register_backend",
     "serve_metrics",
+    "serve_parser",
     "stock_speculator",
     "watch_new_requests",
     "watch_steps",

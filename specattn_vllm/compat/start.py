@@ -174,3 +174,16 @@ def serve_metrics() -> None:
     # If this module is already imported, it holds its own reference to the function.
     if (server := sys.modules.get("vllm.entrypoints.serve.instrumentator.metrics")) is not None:
         server.get_prometheus_registry = get_prometheus_registry
+
+
+def serve_parser() -> Any:
+    """The parser of `vllm serve`, which is in another module in each version."""
+    from importlib import import_module, util
+
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    places = ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.common.cli_args")
+    place = next((name for name in places if util.find_spec(name) is not None), None)
+    if place is None:
+        raise ImportError(f"this vLLM has its `make_arg_parser` in none of {', '.join(places)}")
+    return import_module(place).make_arg_parser(FlexibleArgumentParser())

@@ -30,10 +30,8 @@ def plugin() -> dict[str, Any]:
 def config(*serve: str) -> dict[str, Any]:
     """The configuration that `vllm serve` would make, or what it is refused for, and what it would take."""
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.plugins import load_general_plugins
     from vllm.usage.usage_lib import UsageContext
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     from specattn_vllm import compat
 
@@ -41,7 +39,7 @@ def config(*serve: str) -> dict[str, Any]:
     model, *rest = serve
     if not any(argument.startswith(("--attention-backend", "--attention-config")) for argument in rest):
         rest += ["--attention-backend", "specattn"]
-    parser = make_arg_parser(FlexibleArgumentParser())
+    parser = compat.serve_parser()
     parser.error = _refused
     made = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *rest])).create_engine_config(
         UsageContext.OPENAI_API_SERVER

@@ -58,8 +58,8 @@ def plainly(monkeypatch):
 def test_every_pair_is_measured_as_it_is(method, engine, greedy, prompts, counts, plainly):
     llm = engine(method | {"audit_share": 1.0})
     greedy(llm, prompts([200, 420]), 20)
+    seen = counts(llm)  # asked first: the last step is in them all the same
     [report] = llm.collective_rpc("specattn_audit")
-    seen = counts(llm)
     assert sorted(report) == sorted(plainly)
     # All layers that read a selection, in every row that did.
     assert seen.sparse_rows > 4 and seen.audited_pairs == seen.sparse_rows * len(report)

@@ -93,9 +93,12 @@ def test_selections_in_graphs_equal_those_of_eager_steps(options, engine, greedy
     assert replayed["draft"] > 5
 
 
-def test_audits_in_graphs_find_what_those_of_eager_steps_find(engine, greedy, prompts, counts, replayed):
+@pytest.mark.parametrize(
+    "options", [{"top_p": 0.8}, {"method": "sketch", "ratio": 0.2, "min_tokens": 32}], ids=["specattn", "sketch"]
+)
+def test_audits_in_graphs_find_what_those_of_eager_steps_find(options, engine, greedy, prompts, counts, replayed):
     """A replay that measured the pairs of the step it was captured in would measure none."""
-    options = {"top_p": 0.8, "audit_share": 1.0}
+    options = options | {"audit_share": 1.0}
     eager = engine(options)
     greedy(eager, prompts(LENGTHS), NEW_TOKENS)
     [expected] = eager.collective_rpc("specattn_audit")
