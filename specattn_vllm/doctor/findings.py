@@ -141,7 +141,8 @@ def _engine(serve: Sequence[str]) -> Iterator[Finding]:
         f"({_bytes(found['kv_per_token'])} for each token, {found['sketch_share']:.1%} of it the sketch); "
         f"vLLM would use {_bytes(found['room'])}"
     )
-    fits = buffers + weights + cache <= found["room"]
+    # An engine refuses buffers of one model of more than half of what the weights leave, too.
+    fits = buffers + weights + cache <= found["room"] and found["largest"] <= (found["room"] - weights) // 2
     lower = "lower --max-model-len or --max-num-seqs, or use more GPUs (--tensor-parallel-size) or larger ones"
     yield Finding("memory", "ok" if fits else "problem", says, None if fits else lower)
 

@@ -27,7 +27,7 @@ def sizes(config: VllmConfig, options: SpecAttnOptions) -> dict[str, Any]:
     spec = config.speculative_config
     drafts = spec.num_speculative_tokens if spec is not None else 0
     model, buffers, kv, sketched = config.model_config, {}, 0, 0
-    models = [(model, None)]
+    models, largest = [(model, None)], 0
     if spec is not None and spec.uses_draft_model():
         models.append((spec.draft_model_config, drafts - 1))
     for of, ahead in models:
@@ -40,12 +40,14 @@ def sizes(config: VllmConfig, options: SpecAttnOptions) -> dict[str, Any]:
         if chooses:
             for what, size in made.nbytes.items():
                 buffers[what] = buffers.get(what, 0) + size
+            largest = max(largest, sum(made.nbytes.values()))
         entries = shape.layers * shape.num_kv_heads
         kv += entries * 2 * shape.head_size * shape.dtype.itemsize
         if options.bits_in_cache is not None:
             sketched += entries * made.layout.token_bytes
     return {
         "buffers": buffers,
+        "largest": largest,
         "weights": sum(_weights(of) for of, _ in models) // config.parallel_config.tensor_parallel_size,
         "kv_per_token": kv + sketched,
         "sketch_share": sketched / (kv + sketched),

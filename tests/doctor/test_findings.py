@@ -17,6 +17,7 @@ SIZES = {
     "says": "M can be served",
     "buffers": {"scores": 2 * 2**30, "pages": 2**29},
     "weights": 15 * 2**30,
+    "largest": 2**31,
     "kv_per_token": 140_000,
     "sketch_share": 0.066,
     "max_num_seqs": 64,
@@ -139,6 +140,8 @@ def test_a_gpu_that_is_too_small(answers):
     answers["config"] = SIZES | {"room": 30 * 2**30}
     made = found("M")["memory"]
     assert made.status == "problem" and "lower --max-model-len or --max-num-seqs" in made.remedy
+    answers["config"] = SIZES | {"largest": 28 * 2**30}
+    assert found("M")["memory"].status == "problem"
 
 
 def test_a_method_whose_buffers_are_not_known_beforehand(answers):
