@@ -52,8 +52,8 @@ for dtype, size, group in (("bf16", 128, 4), ("fp16", 64, 1)):
     for lse, splits, tiles in ((False, 4, 1), (True, 4, 2), (True, 1, 1), (False, 1, 2)):
         config = sparse_attention.CONFIGS[size, False]
         more = {"GROUP": group, "D": size, "SPLITS": splits, "HAS_LSE": lse}
-        compiled(sparse_attention._sparse_kernel, dtype, config.num_warps, {"groups": "i32"}, TILES=tiles, BLOCK_M=config.block_m,
-                 BLOCK=config.block_n, **more)
+        compiled(sparse_attention._sparse_kernel, dtype, config.num_warps, {"groups": "i32"}, TILES=tiles,
+                 BLOCK_M=config.block_m, BLOCK=config.block_n, **more)
         if splits > 1:
             compiled(sparse_attention._combine_kernel, dtype, 1, {"groups": "i32"}, **more)
     # A draft's step, the same in parts, a verification with two scored rows, and an audit.
