@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -50,7 +52,8 @@ def test_codes_stand_for_the_rotated_key_less_its_centre(bits, error):
     turn = rotation(size, torch.float32, torch.device("cpu"))
     codes, scales = _written(reference.encode_keys, key, torch.arange(100), turn, centre, (7, heads, 16, size), bits)
     want = key @ turn / 8 - centre
-    for t, h in ((0, 0), (17, 1), (99, 0)):
+    errors = []
+    for t, h in itertools.product(range(100), range(heads)):
         block, offset = divmod(t, 16)
         levels = []
         for element in range(size):
@@ -59,7 +62,9 @@ def test_codes_stand_for_the_rotated_key_less_its_centre(bits, error):
             levels.append(2 * code - ((1 << bits) - 1))
         estimate = torch.tensor(levels) * float(scales[block, h, offset])
         assert torch.dot(estimate, want[t, h]) == pytest.approx(float(want[t, h].square().sum()), rel=2e-3)
-        assert (estimate - want[t, h]).norm() / want[t, h].norm() < 1.3 * error
+        errors.append(float((estimate - want[t, h]).norm() / want[t, h].norm()))
+    # One key with one outlier can be far off: the bound is the mean's.
+    assert sum(errors) / len(errors) < 1.1 * error
 
 
 def test_a_code_does_not_depend_on_what_is_written_beside_it(place):
