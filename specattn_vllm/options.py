@@ -37,15 +37,16 @@ class SpecAttnOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: str = Field(description="Who chooses what is read: a name that `specattn methods` lists.")
+    method: str = Field(description="Who chooses what is read; `specattn methods` lists them.")
     preset: Literal["paper"] | None = for_researchers(
         None,
         description="'paper': the published setting of the method, for all options that are not set explicitly.",
     )
     executor: ExecutorName = Field(
         "auto",
-        description="'fa3' (FlashAttention 3, Hopper), 'triton' (CUDA; on CPU through the interpreter), 'torch' (CPU), "
-        "or 'auto', the first of these that runs; 'xformers' (CUDA, whole blocks) has to be named.",
+        description="Which code runs the operations: 'fa3' (FlashAttention 3, Hopper), 'triton' (CUDA; on CPU through "
+        "the interpreter), 'torch' (CPU), or 'auto', the first of these that runs; 'xformers' (CUDA, whole blocks) has "
+        "to be named.",
     )
     stats_interval_s: float = Field(60.0, gt=0.0, description="Seconds between the statistics lines in the log.")
 

@@ -36,7 +36,8 @@ def examine(serve: Sequence[str], *, generate: bool) -> Iterator[Finding]:
     told = info.gather()
     if told["problems"]:
         for problem in told["problems"]:
-            yield Finding("installation", "problem", problem, "mend that first")
+            says, _, remedy = problem.partition(": ")
+            yield Finding("installation", "problem", says, remedy or "mend that first")
         yield Finding("everything else", "skipped", "the installation has to be mended first")
         return
     versions = ", ".join(f"{name} {version}" for name, version in told["versions"].items() if version)
@@ -123,6 +124,11 @@ def _machine(told: dict[str, Any]) -> Iterator[Finding]:
 
 def _engine(serve: Sequence[str]) -> Iterator[Finding]:
     """What the engine's configuration is refused for, and what it would take."""
+    model = serve[0]
+    if model.startswith(("/", ".", "~")) and not Path(model).expanduser().is_dir():
+        remedy = "give a folder that holds a model, or a name on the hub"
+        yield Finding("model and options", "problem", f"there is no folder {model}", remedy)
+        return
     found = probe("config", *serve)
     if "error" in found:
         yield Finding("model and options", "problem", found["error"], found.get("remedy", "change what is named"))

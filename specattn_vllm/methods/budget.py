@@ -33,9 +33,17 @@ class ShareOptions(SpecAttnOptions):
         le=INT32,
         description="Floor on kept tokens, sink and recent ones included; `ratio` and `max_fraction` yield to it.",
     )
-    max_tokens: int | None = Field(None, ge=1, le=INT32, description="Cap on kept tokens; none by default.")
+    max_tokens: int | None = Field(
+        None,
+        ge=1,
+        le=INT32,
+        description="Cap on kept tokens, at least `min_tokens` and at least sink and recent tokens together.",
+    )
     max_fraction: float = for_researchers(
-        1.0, gt=0.0, le=1.0, description="Cap on kept tokens as a share of the request's context."
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="Cap on kept tokens as a share of the request's context; `min_tokens` goes first.",
     )
     sink_tokens: int = for_researchers(
         4, ge=0, le=INT32, description="First tokens of the context that are always kept."
@@ -48,7 +56,8 @@ class ShareOptions(SpecAttnOptions):
         ge=0,
         le=INT32,
         description="Context tokens of a batch, summed over its requests, below which everything is read, because "
-        "choosing would cost more than it saves. Default: what was measured for the executor, 0 where nothing was.",
+        "choosing would cost more than it saves. Of a lossless method it is drafting that reads everything. Default: "
+        "what was measured for the executor, 0 where nothing was.",
     )
 
     @property
@@ -86,7 +95,11 @@ class BudgetOptions(ShareOptions):
         "context, `ratio`. Default: 'top_p' if only `top_p` is given, else 'top_k'.",
     )
     top_p: float = Field(
-        0.9, gt=0.0, le=1.0, description="Share of the attention mass on the context that the kept tokens hold."
+        0.9,
+        gt=0.0,
+        le=1.0,
+        description="In the place of `ratio`: share of the attention mass on the context that the kept tokens hold. 1 "
+        "keeps everything, but for a cap.",
     )
 
     @property

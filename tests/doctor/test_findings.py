@@ -87,7 +87,8 @@ def test_without_a_model_and_without_a_generation_nothing_is_asked_for_them(answ
 def test_a_broken_installation_is_all_that_is_told(answers):
     answers["told"]["problems"] = ["vLLM is not installed (this plugin supports it): pip install it"]
     made = found("M")
-    assert made["installation"].says.endswith("pip install it")
+    assert made["installation"].says == "vLLM is not installed (this plugin supports it)"
+    assert made["installation"].remedy == "pip install it"
     assert statuses(made) == {"installation": "problem", "everything else": "skipped"}
     assert not answers["asked"]
 
@@ -134,6 +135,12 @@ def test_what_is_refused_is_told_with_its_remedy(answers):
     assert made["generation"].status == "ok"
     answers["config"] |= {"remedy": "give another backend"}
     assert found("M")["model and options"].remedy == "give another backend"
+
+
+def test_a_folder_that_is_not_there(answers):
+    made = found("/no/such/folder", "--max-num-seqs", "4", generate=False)
+    assert made["model and options"].says == "there is no folder /no/such/folder"
+    assert answers["asked"] == [("plugin",)]
 
 
 def test_a_gpu_that_is_too_small(answers):

@@ -47,8 +47,6 @@ def test_the_quality_on_a_real_model_is_what_was_measured():
     assert f"top-1 tokens the same, perplexity {perplexity};" in words
     bytes_, kl, same, perplexity = (less[i].split()[0] for i in (2, 4, 6, 7))
     assert f"with {bytes_} it is {kl}, {same} and {perplexity}." in words
-    by_draft = [rows[f"{method} 20%"][4].split()[0] for method in ("specattn", "sts")]
-    assert f"read the wrong tokens: KL {by_draft[0]} and {by_draft[1]} at a fifth" in words
     for context, found in (("4,096", rows), ("7,000", longer)):
         for ratio, name in (("0.127", "sketch 20%"), ("0.077", "sketch 15%")):
             row = found[name]

@@ -1,0 +1,135 @@
+"""Writes the tables of docs/options.md from the models of the methods' options (`specattn_vllm/methods/`).
+
+python scripts/options_page.py            # after an option was added or changed
+python scripts/options_page.py --check    # exit status 1 if the page is not what would be written
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from specattn_vllm.methods import DEFAULT, METHODS
+from specattn_vllm.options import SpecAttnOptions
+
+PAGE = Path(__file__).parents[1] / "docs" / "options.md"
+SECTION = re.compile(r"(<!-- made by scripts/options_page.py: (\w+) -->\n).*?(<!-- end -->)", re.S)
+MORE = {
+    "method": "[each of them](methods.md)",
+    "crossover_tokens": "[what was measured](benchmarks.md#stepping-aside)",
+    "executor": "[which runs where](hardware.md#executors)",
+    "layer_map": "[layer maps](layer-maps.md)",
+    "preset": "[what it sets](methods.md#presets)",
+    "audit_share": "[what it measures](metrics.md#audits)",
+    "sparse_draft": "[drafting by a sketch](sketch.md#drafting-by-a-sketch)",
+    "sketch_bits": "[what each costs](sketch.md#what-it-costs)",
+    "dilation": "[self-speculation](methods.md#self-speculation)",
+}
+"""Where the documents say more of an option."""
+
+
+def fields() -> dict[str, dict[str, FieldInfo]]:
+    """Option -> method -> its field. `method` stands first, what all methods have by inheritance last."""
+    shared = [key for key in SpecAttnOptions.model_fields if key != "method"]
+    found: dict[str, dict[str, FieldInfo]] = {"method": {}}
+    for name, method in METHODS.items():
+        for key, field in method.options.model_fields.items():
+            found.setdefault(key, {})[name] = field
+    return {key: found[key] for key in sorted(found, key=lambda key: key in shared)}
+
+
+def is_for_researchers(field: FieldInfo) -> bool:
+    return isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("for") == "researchers"
+
+
+def as_text(value: Any) -> str:
+    if value is None or value == ():
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else f"`{value}`" if isinstance(value, str) else str(value)
+
+
+def defaults(key: str, by_method: dict[str, FieldInfo]) -> str:
+    """'0.125', or '0.125 `sketch`, else 0.1': the most common one last."""
+    if key == "method":
+        return as_text(DEFAULT)
+    told = {method: as_text(field.default) for method, field in by_method.items()}
+    if len(told) == 2 and len(set(told.values())) == 2:
+        return ", ".join(f"{default} `{method}`" for method, default in told.items())
+    common = max(told.values(), key=list(told.values()).count)
+    others = [f"{default} `{method}`" for method, default in told.items() if default != common]
+    return ", ".join([*others, f"else {common}"]) if others else common
+
+
+def methods_of(by_method: dict[str, FieldInfo]) -> str:
+    if by_method.keys() == METHODS.keys():
+        return "all"
+    if len(missing := METHODS.keys() - by_method.keys()) == 1:
+        return f"all but `{missing.pop()}`"
+    return ", ".join(f"`{method}`" for method in by_method)
+
+
+def allowed(key: str, field: FieldInfo) -> str:
+    if key == "method":
+        return ", ".join(f"`{name}`" for name in METHODS)
+    kinds = [field.annotation]
+    if get_origin(field.annotation) in (Union, types.UnionType):
+        kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
+    if get_origin(kinds[0]) is Literal:
+        return ", ".join(as_text(value) for value in get_args(kinds[0]))
+    if kinds[0] is bool:
+        return "true, false"
+    if kinds[0] is str:
+        return "text"
+    if get_origin(kinds[0]) is tuple:
+        return "a list of numbers"
+    bounds = {name: value for limit in field.metadata for name, value in vars_of(limit).items()}
+    low = next((f"{sign} {bounds[name]:g}" for name, sign in (("gt", ">"), ("ge", ">=")) if name in bounds), "")
+    high = f"<= {bounds['le']:g}" if bounds.get("le", 2**31 - 1) < 2**31 - 1 else ""
+    return ", ".join(filter(None, (low, high)))
+
+
+def vars_of(limit: Any) -> dict[str, Any]:
+    return {name: getattr(limit, name) for name in ("gt", "ge", "le") if hasattr(limit, name)}
+
+
+def table(researchers: bool) -> str:
+    rows = ["| key | methods | default | allowed | meaning |", "| --- | --- | --- | --- | --- |"]
+    for key, by_method in fields().items():
+        field = next(iter(by_method.values()))
+        if is_for_researchers(field) != researchers:
+            continue
+        meaning = " ".join(filter(None, (field.description, f"More: {MORE[key]}." if key in MORE else "")))
+        cells = (f"`{key}`", methods_of(by_method), defaults(key, by_method), allowed(key, field), meaning)
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def written(page: str) -> str:
+    tables = {"users": table(researchers=False), "researchers": table(researchers=True)}
+    return SECTION.sub(lambda found: f"{found[1]}\n{tables[found[2]]}\n{found[3]}", page)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    check = parser.parse_args().check
+    page = PAGE.read_text()
+    if (new := written(page)) == page:
+        return 0
+    if check:
+        print(f"options_page: error: {PAGE.name} is not what the models say: run it without --check", file=sys.stderr)
+        return 1
+    PAGE.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
