@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from specattn_vllm import compat
+from specattn_vllm.layer_kinds import full_layers, is_chunked
 from specattn_vllm.options import KEY, OptionsError, SpecAttnOptions, refuse_misplaced
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ModelConfig, VllmConfig
 
 
 class UnsupportedError(ValueError):
@@ -21,7 +22,7 @@ def check(vllm_config: VllmConfig) -> None:
     if compat.is_ours_in_part(vllm_config):
         raise UnsupportedError(
             "attention_config.backend_per_kind beside or instead of the specattn backend: draft and target need it in "
-            "every layer; use --attention-backend specattn alone"
+            "every layer; use --attention-backend specattn, and name another backend for sliding_window alone"
         )
     given = isinstance(vllm_config.additional_config, dict) and KEY in vllm_config.additional_config
     if not compat.is_ours(vllm_config):
@@ -35,7 +36,7 @@ def check(vllm_config: VllmConfig) -> None:
         refuse_misplaced(vllm_config.additional_config, ours=False)
         return
     options = SpecAttnOptions.from_vllm(vllm_config)
-    reasons = [*_engine(vllm_config), *_models(vllm_config), *_speculation(vllm_config, options)]
+    reasons = [*_engine(vllm_config), *_models(vllm_config, options), *_speculation(vllm_config, options)]
     if reasons:
         raise UnsupportedError("--attention-backend specattn cannot serve this:\n  " + "\n  ".join(reasons))
     if options.chooses_by_draft:
@@ -76,7 +77,7 @@ def _engine(config: VllmConfig) -> Iterator[str]:
         yield "kv_sharing_fast_prefill: remove it"
 
 
-def _models(config: VllmConfig) -> Iterator[str]:
+def _models(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
     models = {"target": config.model_config}
     spec = config.speculative_config
     # For n-gram drafting, vLLM sets draft_model_config to the target's config.
@@ -91,12 +92,32 @@ def _models(config: VllmConfig) -> Iterator[str]:
             yield f"{side}: encoder-decoder models are not supported"
         if model.is_hybrid or model.is_attention_free:
             yield f"{side}: models with layers other than attention are not supported"
-        if model.get_sliding_window() is not None:
-            yield f"{side}: sliding-window attention is not supported; use a model with full attention in every layer"
+        yield from _windows(side, model, config, options)
         if model.runner_type not in ("generate", "draft"):
             yield f"{side}: runner {model.runner_type!r} does not decode; use a generating model"
         if not model.use_mla and model.get_head_size() not in (64, 128):
             yield f"{side}: head size {model.get_head_size()} is not supported; 64 and 128 are"
+
+
+def _windows(side: str, model: ModelConfig, config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
+    if is_chunked(model):
+        yield f"{side}: chunked local attention is not supported; serve this model with vLLM's own backends"
+    if model.get_sliding_window() is None:
+        return
+    if side == "draft":
+        if config.speculative_config.uses_draft_model():  # vLLM's other drafters run as they are
+            yield (
+                "draft: sliding-window attention is not supported; use a draft model with full attention in every "
+                "layer, another drafter, or none"
+            )
+    elif options.kind.drafter != "any":
+        named = f"target: sliding-window attention is not supported by method {options.method!r}"
+        yield f"{named}; methods 'sketch' and 'dense' go with it"
+    elif not full_layers(model, 1):
+        yield (
+            "target: every layer has a sliding window, so there is nothing to choose; serve this model with vLLM's own "
+            "backends"
+        )
 
 
 def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
@@ -125,6 +146,8 @@ def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
         )
     if options.drafts_for_itself and config.parallel_config.enable_eplb:
         yield f"method = {options.method!r} with enable_eplb: one model would be registered twice; turn EPLB off"
+    if spec.uses_draft_model() and not options.drafts_for_itself:
+        yield from _positions(config.model_config, spec.draft_model_config)
     if spec.parallel_drafting and spec.uses_draft_model():  # DFlash and DSpark always draft in parallel: allowed
         yield "parallel_drafting: selections need one draft step per token; turn it off"
     if spec.enable_adaptive_verification:
@@ -134,6 +157,17 @@ def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
     target_tp, draft_tp = config.parallel_config.tensor_parallel_size, spec.draft_parallel_config.tensor_parallel_size
     if target_tp != draft_tp:
         yield f"draft_tensor_parallel_size = {draft_tp}: must equal the target's, {target_tp}"
+
+
+def _positions(target: ModelConfig, draft: ModelConfig) -> Iterator[str]:
+    """vLLM 0.32 would draft past the draft's last position. 0.33 cuts the target's length to the draft's, so what the
+    user asked for counts too; without a length of the user's it warns by itself."""
+    asked = max(target.max_model_len, target.original_max_model_len or 0)
+    if draft.max_model_len < asked:
+        yield (
+            f"the draft model has {draft.max_model_len} positions, and contexts may have {asked} tokens: give "
+            f"--max-model-len {draft.max_model_len}, or a draft model with more positions, another drafter, or none"
+        )
 
 
 def _on_cpu() -> bool:

@@ -15,6 +15,8 @@ ATTACH_PATH = "specattn_vllm.backend.attach.attach"
 CHECK_PATH = "specattn_vllm.checks.check"
 METRICS_FOLDER_PATH = "specattn_vllm.metrics.snapshot.make_folder"
 METRICS_PATH = "specattn_vllm.metrics.collect.add_to"
+WINDOWED = "sliding_window"
+"""vLLM's name of this kind of layers (`KVCacheSpecKind`)."""
 MARK = "_specattn_patched"
 
 
@@ -25,10 +27,18 @@ def is_ours(vllm_config: VllmConfig) -> bool:
 
 
 def is_ours_in_part(vllm_config: VllmConfig) -> bool:
-    """Whether an engine is configured to use our backend for some kinds of layers only, which is not supported."""
-    per_kind = getattr(vllm_config.attention_config, "backend_per_kind", None) or {}
-    names = {backend.name for backend in per_kind.values() if backend is not None}
-    return BACKEND_NAME in names or (bool(names) and is_ours(vllm_config))
+    """Whether an engine is configured to use our backend for some kinds of layers only, which is not supported. Layers
+    with a sliding window are never ours, so another backend may be named for them."""
+    per_kind = dict(getattr(vllm_config.attention_config, "backend_per_kind", None) or {})
+    ours = any(backend is not None and backend.name == BACKEND_NAME for backend in per_kind.values())
+    per_kind.pop(WINDOWED, None)
+    return ours or (bool(per_kind) and is_ours(vllm_config))
+
+
+def leave_windows_to_vllm(vllm_config: VllmConfig) -> None:
+    """Layers with a sliding window get the backend that vLLM would choose if none were named, or the one that the user
+    named for them."""
+    vllm_config.attention_config.backend_per_kind.setdefault(WINDOWED, None)
 
 
 def resolve(path: str) -> Any:

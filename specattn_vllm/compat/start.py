@@ -15,6 +15,7 @@ from specattn_vllm.compat.names import (
     METRICS_FOLDER_PATH,
     METRICS_PATH,
     is_ours,
+    leave_windows_to_vllm,
     resolve,
 )
 from specattn_vllm.request import asks_for_exactness, problem
@@ -105,6 +106,8 @@ def check_engine_config() -> None:
         complete_speculation(self)
         vllm_config = original(self, *args, **kwargs)
         resolve(CHECK_PATH)(vllm_config)
+        if is_ours(vllm_config):
+            leave_windows_to_vllm(vllm_config)
         if is_ours(vllm_config) and not self.disable_log_stats:
             # This must happen before any other process of the engine is started.
             resolve(METRICS_FOLDER_PATH)()

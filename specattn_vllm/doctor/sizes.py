@@ -11,6 +11,7 @@ from vllm.config import ModelConfig, VllmConfig
 
 from specattn_vllm import executors
 from specattn_vllm.kernels.sketch.contracts import Budget
+from specattn_vllm.layer_kinds import full_layers
 from specattn_vllm.methods.budget import SketchedDraftOptions
 from specattn_vllm.methods.sketch import SketchOptions
 from specattn_vllm.options import SpecAttnOptions
@@ -60,7 +61,7 @@ def sizes(config: VllmConfig, options: SpecAttnOptions) -> dict[str, Any]:
 def _shape(config: VllmConfig, model: ModelConfig, query_len: int) -> Shape:
     parallel = config.parallel_config
     return Shape(
-        layers=model.get_num_layers(parallel),
+        layers=full_layers(model, model.get_num_layers(parallel)),
         num_heads=model.get_num_attention_heads(parallel),
         num_kv_heads=model.get_num_kv_heads(parallel),
         head_size=model.get_head_size(),

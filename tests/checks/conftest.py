@@ -37,6 +37,13 @@ def models(tmp_path_factory):
         "target": LlamaConfig(**shape),
         "draft": LlamaConfig(**shape | {"num_hidden_layers": 2}),
         "narrow": LlamaConfig(**shape | {"head_dim": 32}),
+        "short": LlamaConfig(**shape | {"num_hidden_layers": 2, "max_position_embeddings": 64}),
+        "alternating": Qwen2Config(
+            **shape,
+            use_sliding_window=True,
+            sliding_window=64,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        ),
         "windowed": MistralConfig(**shape, sliding_window=64),
         "windowed-narrow": MistralConfig(**shape | {"head_dim": 32}, sliding_window=64),
         # Qwen2 configurations name a window that is switched off.

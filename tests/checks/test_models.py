@@ -9,12 +9,44 @@ import pytest
 pytest.importorskip("vllm")
 
 from specattn_vllm import checks
+from specattn_vllm.options import SpecAttnOptions
 
 
-@pytest.mark.parametrize("side", ["target", "draft"])
-def test_a_sliding_window_is_refused(reasons, side):
-    assert reasons(**{side: "windowed"}) == [
-        f"{side}: sliding-window attention is not supported; use a model with full attention in every layer",
+def test_a_window_is_refused_for_methods_that_watch_a_draft(reasons):
+    assert reasons(target="alternating") == [
+        "target: sliding-window attention is not supported by method 'specattn'; methods 'sketch' and 'dense' go with "
+        "it"
+    ]
+
+
+@pytest.mark.parametrize("method", ["sketch", "dense"])
+def test_a_window_in_some_layers_is_accepted(configure, method):
+    assert configure(target="alternating", options={"method": method}).model_config.get_sliding_window() == 64
+
+
+@pytest.mark.parametrize("method", ["sketch", "dense"])
+def test_a_window_in_every_layer_leaves_nothing_to_choose(reasons, method):
+    assert reasons(target="windowed", options={"method": method}) == [
+        "target: every layer has a sliding window, so there is nothing to choose; serve this model with vLLM's own "
+        "backends"
+    ]
+
+
+@pytest.mark.parametrize("method", ["sketch", "dense", "specattn"])
+def test_a_draft_model_with_a_window_is_refused(reasons, method):
+    assert reasons(draft="windowed", options={"method": method}) == [
+        "draft: sliding-window attention is not supported; use a draft model with full attention in every layer, "
+        "another drafter, or none"
+    ]
+
+
+@pytest.mark.parametrize(
+    "text", [{"layer_types": ["chunked_attention", "full_attention"]}, {"attention_chunk_size": 8}]
+)
+def test_chunks_are_refused(text):
+    config = SimpleNamespace(model_config=model(hf_text_config=SimpleNamespace(**text)), speculative_config=None)
+    assert list(checks._models(config, SpecAttnOptions.parse({}))) == [
+        "target: chunked local attention is not supported; serve this model with vLLM's own backends"
     ]
 
 
@@ -33,6 +65,7 @@ def model(**changes):
         "is_hybrid": False,
         "is_attention_free": False,
         "get_sliding_window": lambda: None,
+        "hf_text_config": SimpleNamespace(),
         "get_head_size": lambda: 128,
         "runner_type": "generate",
     }
@@ -61,11 +94,11 @@ def test_each_kind_of_model_is_named(changes, reason, side):
     config = SimpleNamespace(
         model_config=pair["target"], speculative_config=SimpleNamespace(draft_model_config=pair["draft"])
     )
-    (found,) = checks._models(config)
+    (found,) = checks._models(config, SpecAttnOptions.parse({}))
     assert found.startswith(f"{side}: ")
     assert reason in found
 
 
 def test_a_multimodal_model_that_is_served_for_text_only_is_accepted():
     config = SimpleNamespace(model_config=model(is_multimodal_model=True), speculative_config=None)
-    assert list(checks._models(config)) == []
+    assert list(checks._models(config, SpecAttnOptions.parse({}))) == []

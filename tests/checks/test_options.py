@@ -22,14 +22,25 @@ def test_options_without_the_backend_are_refused(configure, backend, shown, opti
 
 @pytest.mark.parametrize("options", [None, {"top_p": 0.5}])
 def test_the_backend_for_some_kinds_of_layers_is_refused(configure, options):
-    with pytest.raises(UnsupportedError, match=r"backend_per_kind .*use --attention-backend specattn alone"):
+    refused = r"backend_per_kind .*use --attention-backend specattn, and name another backend for sliding_window alone"
+    with pytest.raises(UnsupportedError, match=refused):
         configure(backend=None, options=options, attention_config={"backend_per_kind": {"full_attention": "specattn"}})
-    with pytest.raises(UnsupportedError, match=r"backend_per_kind .*use --attention-backend specattn alone"):
+    with pytest.raises(UnsupportedError, match=refused):
         configure(
             backend=None,
             options=options,
             attention_config={"backend": "specattn", "backend_per_kind": {"full_attention": "TRITON_ATTN"}},
         )
+
+
+def test_layers_with_a_window_are_vllm_s_own_or_those_of_the_backend_that_is_named_for_them(configure):
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    assert configure().attention_config.backend_per_kind == {"sliding_window": None}
+    given = {"backend": "specattn", "backend_per_kind": {"sliding_window": "TRITON_ATTN"}}
+    made = configure(backend=None, options={}, attention_config=given).attention_config.backend_per_kind
+    assert made == {"sliding_window": AttentionBackendEnum.TRITON_ATTN}
+    assert configure(backend=None, bare=True, draft=None).attention_config.backend_per_kind == {}
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,9 @@ def test_a_draft_model_beside_a_target_that_drafts_for_itself_is_refused(reasons
 
 @SELF
 def test_experts_that_move_are_refused_for_a_target_that_drafts_for_itself(method):
-    config = speculation(draft_model_config=SimpleNamespace(model="target"))
-    config.model_config = SimpleNamespace(model="target")
+    target = SimpleNamespace(model="target", max_model_len=128, original_max_model_len=None)
+    config = speculation(draft_model_config=target)
+    config.model_config = target
     assert list(checks._speculation(config, SpecAttnOptions.parse({"method": method}))) == []
     config.parallel_config.enable_eplb = True
     (reason,) = checks._speculation(config, SpecAttnOptions.parse({"method": method}))
@@ -106,12 +107,26 @@ def speculation(**changes):
         "enable_adaptive_verification": False,
         "kv_cache_dtype": None,
         "draft_parallel_config": SimpleNamespace(tensor_parallel_size=4),
+        "draft_model_config": SimpleNamespace(max_model_len=128),
     }
     return SimpleNamespace(
         speculative_config=SimpleNamespace(**base | changes),
         parallel_config=SimpleNamespace(tensor_parallel_size=4, enable_eplb=False),
         cache_config=SimpleNamespace(cache_dtype="bfloat16"),
+        model_config=SimpleNamespace(max_model_len=128, original_max_model_len=None),
     )
+
+
+@pytest.mark.parametrize("method", ["specattn", "sketch", "dense"])
+def test_a_draft_with_fewer_positions_than_the_target_is_refused(reasons, configure, method):
+    said = "give --max-model-len 64, or a draft model with more positions, another drafter, or none"
+    assert reasons(draft="short", options={"method": method}) == [
+        f"the draft model has 64 positions, and contexts may have 128 tokens: {said}"
+    ]
+    # vLLM 0.33 lowers the target's length by itself.
+    cut = SimpleNamespace(max_model_len=64, original_max_model_len=128)
+    assert list(checks._positions(cut, SimpleNamespace(max_model_len=64)))
+    assert not list(checks._positions(cut, SimpleNamespace(max_model_len=128)))
 
 
 @pytest.mark.parametrize("dtype", [None, "auto", "bfloat16"])

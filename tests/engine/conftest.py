@@ -73,6 +73,14 @@ def tiny_model(tmp_path_factory):
     return functools.cache(lambda name: module.MODELS[name](folder / name))
 
 
+@pytest.fixture(scope="session")
+def family(tmp_path_factory):
+    """family(name) -> folder of that model of `families.py`, made when it is first asked for."""
+    module = _beside("families")
+    folder = tmp_path_factory.mktemp("families")
+    return functools.cache(lambda name: module.make(name, folder / name))
+
+
 @pytest.fixture
 def small_pool():
     """Arguments of an engine with blocks for the prompts of four requests, `lengths`, and few more: some of them lose

@@ -1,0 +1,78 @@
+"""Tiny models of the architectures that people serve, with random weights, made by transformers.
+
+python tests/engine/families.py FOLDER
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+VOCABULARY = 512
+WINDOW = 32
+ALTERNATING = ["sliding_attention", "sliding_attention", "full_attention"] * 2
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+WINDOWED = {"num_hidden_layers": 6, "sliding_window": WINDOW, "layer_types": ALTERNATING}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {}),
+    "qwen3-moe": ("Qwen3MoeConfig", EXPERTS),
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "phi": ("Phi3Config", {"partial_rotary_factor": 0.5}),
+    "glm4": ("Glm4Config", {"partial_rotary_factor": 0.5}),
+    "olmo2": ("Olmo2Config", {}),
+    "olmo3": ("Olmo3Config", WINDOWED),
+    "gemma3": ("Gemma3TextConfig", WINDOWED | {"query_pre_attn_scalar": 64, "tie_word_embeddings": True}),
+    "cohere2": ("Cohere2Config", WINDOWED | {"tie_word_embeddings": True}),
+    "exaone4": ("Exaone4Config", WINDOWED),
+}
+"""Name -> the class of its configuration in transformers, and what differs from SHAPE."""
+
+
+def _randomise(model: torch.nn.Module) -> None:
+    """Attention that is far from uniform, and layers that add more than the embedding, so that tokens differ."""
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        if weight.dim() < 2 or "norm" in name:
+            continue
+        gain = 1.6 if any(part in name for part in ("q_proj", "k_proj", "qkv_proj")) else 1.0
+        gain *= 0.1 if "embed" in name else 1.0
+        weight.data.copy_(torch.randn(weight.shape, generator=generator) * gain * weight.shape[-1] ** -0.5)
+
+
+def make(name: str, folder: Path) -> str:
+    import transformers
+
+    config_class, changes = FAMILIES[name]
+    config = getattr(transformers, config_class)(**SHAPE | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    _randomise(model)
+    model.float().save_pretrained(folder)
+    return str(folder)
+
+
+MODELS: dict[str, Callable[[Path], str]] = {name: (lambda folder, name=name: make(name, folder)) for name in FAMILIES}
+
+if __name__ == "__main__":
+    for name in FAMILIES:
+        print(make(name, Path(sys.argv[1]) / name))

@@ -1,0 +1,63 @@
+"""Architectures that people serve: exact requests get plain decoding's tokens, and the others what a sketch chooses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+VOCABULARY = 512
+NEW_TOKENS = 16
+SHAPE = {"skip_tokenizer_init": True, "max_model_len": 512, "max_num_batched_tokens": 256, "max_num_seqs": 4}
+NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+OPTIONS = {"method": "sketch", "ratio": 0.2, "min_tokens": 40, "recent_tokens": 16}
+
+# Of six layers, those that see all of the context; the others have a sliding window, and are vLLM's own.
+FULL = {"olmo3": 2, "gemma3": 2, "cohere2": 2, "exaone4": 2}
+# Llama is what all other tests have.
+FAMILIES = ["qwen2", "qwen3", "qwen3-moe", "mistral", "phi", "glm4", "olmo2", *FULL]
+
+
+@pytest.fixture
+def random_prompts():
+    generator = torch.Generator().manual_seed(0)
+    lengths = [9, 127, 128, 200, 260]
+    return [{"prompt_token_ids": torch.randint(2, VOCABULARY, (n,), generator=generator).tolist()} for n in lengths]
+
+
+def answers(llm, prompts, *, exact: bool) -> list[tuple[list[int], list[float]]]:
+    """Greedy tokens of each prompt, and their log-probabilities."""
+    from vllm import SamplingParams
+
+    parameters = SamplingParams(
+        temperature=0,
+        max_tokens=NEW_TOKENS,
+        ignore_eos=True,
+        detokenize=False,
+        logprobs=0,
+        extra_args={"specattn": "exact"} if exact else None,
+    )
+    made = [output.outputs[0] for output in llm.generate(prompts, parameters, use_tqdm=False)]
+    return [
+        (list(one.token_ids), [step[token].logprob for step, token in zip(one.logprobs, one.token_ids, strict=True)])
+        for one in made
+    ]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_is_served(name, family, engine, random_prompts, counts, sketch_audit):
+    plain = answers(engine(None, target=family(name), **SHAPE), random_prompts, exact=False)
+    assert len({token for tokens, _ in plain for token in tokens}) > 4  # else every mistake would look right
+    llm = engine(OPTIONS, target=family(name), speculative_config=NGRAMS, **SHAPE)
+    exact = answers(llm, random_prompts, exact=True)
+    assert sketch_audit.pruned == 0
+    assert [tokens for tokens, _ in exact] == [tokens for tokens, _ in plain]
+    for (_, expected), (_, found) in zip(plain, exact, strict=True):
+        assert found == pytest.approx(expected, abs=2e-4)
+    answers(llm, random_prompts, exact=False)
+    assert sketch_audit.pruned > 20
+    seen = counts(llm)
+    assert 0 < seen.sparse_rows < seen.verify_rows
+    [runner] = llm.llm_engine.collective_rpc(lambda worker: [worker.model_runner])[0]
+    assert runner.specattn_chooser.shape.layers == FULL.get(name, 3)
