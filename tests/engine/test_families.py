@@ -45,6 +45,18 @@ def answers(llm, prompts, *, exact: bool) -> list[tuple[list[int], list[float]]]
     ]
 
 
+def test_a_draft_model_beside_layers_with_a_window(family, tiny_model, engine, random_prompts, counts, sketch_audit):
+    """Target and draft choose, each in layers of its own kind of cache."""
+    plain = answers(engine(None, target=family("olmo3"), **SHAPE), random_prompts, exact=False)
+    draft = {"method": "draft_model", "model": tiny_model("draft_model"), "num_speculative_tokens": 3}
+    llm = engine(OPTIONS, target=family("olmo3"), speculative_config=draft, **SHAPE)
+    assert [t for t, _ in answers(llm, random_prompts, exact=True)] == [tokens for tokens, _ in plain]
+    answers(llm, random_prompts, exact=False)
+    assert sketch_audit.pruned > 20 and sketch_audit.followed > 20
+    seen = counts(llm)
+    assert 0 < seen.kv_fraction < 1 and 0 < seen.draft_kv_fraction < 1
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_it_is_served(name, family, engine, random_prompts, counts, sketch_audit):
     plain = answers(engine(None, target=family(name), **SHAPE), random_prompts, exact=False)
