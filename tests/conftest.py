@@ -1,13 +1,20 @@
-"""The environment of the suite: on a machine without a GPU, that of `specattn cpu-env`.
+"""The environment of the suite: on a machine without a GPU, that of `specattn cpu-env`; and servers for tests.
 
-It has to stand before any test imports triton or vLLM, which read it once.
+The environment has to stand before any test imports triton or vLLM, which read it once.
 """
 
 import os
 import shutil
 import signal
+import socket
+import subprocess
 import sys
+import time
+import urllib.request
 import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Self
 
 import pytest
 
@@ -30,3 +37,64 @@ def seeded(request):
     import torch  # here, not above: after the environment is set
 
     torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+class Server:
+    """A process that answers on a port of this machine, which nobody else has. Its output goes into a file."""
+
+    def __init__(self, log: Path, command: Callable[[int], Sequence[str]], ready: str = "/health", **environment: str):
+        """command: of the port; ready: the path that is answered once the server is up."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.log, self.ready = log, ready
+        environment = {**os.environ, **environment}
+        # Tests set them for engines of their own. A server's is another process, with another folder of metrics.
+        for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "SPECATTN_METRICS_DIR"):
+            environment.pop(name, None)
+        with log.open("w") as output:
+            self.process = subprocess.Popen(
+                command(self.port), stdout=output, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+
+    def ask(self, path: str, body: bytes | None = None, seconds: float = 300) -> str:
+        """The answer to a GET, or to a POST of JSON."""
+        address = f"http://127.0.0.1:{self.port}{path}"
+        request = urllib.request.Request(address, body, {"Content-Type": "application/json"} if body else {})
+        with urllib.request.urlopen(request, timeout=seconds) as answer:
+            return answer.read().decode()
+
+    def wait_until_ready(self, seconds: float = 400) -> None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                self.ask(self.ready, seconds=2)
+                return
+            except OSError:
+                time.sleep(0.5)
+        state = "did not answer" if self.process.poll() is None else f"stopped with {self.process.returncode}"
+        pytest.fail(f"the server {state}:\n{self.text()[-3000:]}")
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def server_class() -> type[Server]:
+    """A fixture, because tests are no package: none can import from here."""
+    return Server

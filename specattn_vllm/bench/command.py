@@ -155,12 +155,9 @@ def engines(args: argparse.Namespace) -> int:
 
 def table(args: argparse.Namespace) -> None:
     from specattn_vllm.bench import report as reports
-    from specattn_vllm.bench.schema import Report
+    from specattn_vllm.bench.schema import read
 
-    try:
-        report = Report.model_validate_json(args.file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{args.file} is no report of `specattn bench`: {str(error).splitlines()[0]}") from None
+    report = read(args.file)
     print(reports.markdown(report), end="")
     if args.plot:
         require(("matplotlib",))

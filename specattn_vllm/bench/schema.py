@@ -12,7 +12,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from specattn_vllm.bench.grid import Cell
+from specattn_vllm.installed import UserError
 from specattn_vllm.tools.outputs import write_json
+
+COMMAND = "specattn bench engines"
+KIND = "specattn-bench-engines"
 
 NO_ROOM = "no cell fits in the KV cache"
 """Reason of an engine that ran and had nothing to measure; its cells say how much they need."""
@@ -121,7 +125,7 @@ class EngineResult(BaseModel):
 
 
 class Report(BaseModel):
-    kind: Literal["specattn-bench-engines"] = "specattn-bench-engines"
+    kind: Literal["specattn-bench-engines"] = KIND
     version: int = 1
     provenance: dict[str, Any]
     settings: dict[str, Any]
@@ -134,3 +138,11 @@ class Report(BaseModel):
 
     def write(self, path: Path) -> None:
         write_json(path, self.model_dump(mode="json", exclude_none=True))
+
+
+def read(path: Path) -> Report:
+    """The report in a file, refused where it is none."""
+    try:
+        return Report.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no report of `specattn bench`: {str(error).splitlines()[0]}") from None

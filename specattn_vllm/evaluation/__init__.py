@@ -10,6 +10,6 @@ peers.py      other work's selections in the place of ours
 runner.py     an engine for each setting, in a process of its own
 scan.py       what is searched before anything is chosen, in bytes
 figures.py    what was found as figures with intervals; report.py as tables
-page.py       `specattn report`: all of it as an HTML page, with charts
+page.py       `specattn report`: all of it as an HTML page, and reports of speed too; charts.py draws
 command.py    the command line; models.py where the two models are
 """

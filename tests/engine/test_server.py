@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
-import signal
-import socket
-import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -28,69 +22,40 @@ LINE = re.compile(
 )
 
 
-class Server:
-    def __init__(self, log: Path, *arguments: str, interval: float = 5) -> None:
-        """interval: seconds between the plugin's lines in the log."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.log = log
-        command = [
-            str(ROOT / "scripts" / "serve"),
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            # Two at a time, and the engine of a test beside them, have to fit on one GPU.
-            "--gpu-memory-utilization",
-            "0.3",
-            "--additional-config.specattn.stats_interval_s",
-            str(interval),
-            *arguments,
-        ]
+@pytest.fixture(scope="module")
+def serve(server_class):
+    """serve(log, *arguments of scripts/serve, interval=seconds between the plugin's lines in the log) -> the server."""
+
+    def start(log: Path, *arguments: str, interval: float = 5):
+        def command(port: int) -> list[str]:
+            return [
+                str(ROOT / "scripts" / "serve"),
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+                # Two at a time, and the engine of a test beside them, have to fit on one GPU.
+                "--gpu-memory-utilization",
+                "0.3",
+                "--additional-config.specattn.stats_interval_s",
+                str(interval),
+                *arguments,
+            ]
+
         # The environment that runs this test is the one to serve from.
-        environment = {**os.environ, "SPECATTN_VENV": sys.prefix, "VLLM_LOGGING_LEVEL": "INFO"}
-        environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-        self.process = subprocess.Popen(
-            command, stdout=log.open("w"), stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
+        return server_class(log, command, SPECATTN_VENV=sys.prefix, VLLM_LOGGING_LEVEL="INFO")
 
-    def wait_until_ready(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                pytest.fail(f"the server stopped with {self.process.returncode}:\n{self.text()[-3000:]}")
-            try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=2):
-                    return
-            except (urllib.error.URLError, OSError):
-                time.sleep(1)
-        pytest.fail(f"the server was not ready in {seconds} s:\n{self.text()[-3000:]}")
-
-    def text(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            try:
-                self.process.wait(30)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
+    return start
 
 
 SHARED = pytest.mark.xdist_group("server")
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    started = Server(tmp_path_factory.mktemp("server") / "log")
-    try:
-        started.wait_until_ready(300)
+def server(serve, tmp_path_factory):
+    with serve(tmp_path_factory.mktemp("server") / "log") as started:
+        started.wait_until_ready()
         yield started
-    finally:
-        started.stop()
 
 
 @pytest.fixture
@@ -264,7 +229,7 @@ def test_start_up_says_that_the_method_is_approximate(server):
 
 # One of each kind: engines show that specattn and streamingllm are as good as these.
 @pytest.mark.parametrize("method", ["sts", "vegas", "dense"])
-def test_other_methods_are_served_alike(method, tmp_path, demo_pair, prompts, plain):
+def test_other_methods_are_served_alike(method, serve, tmp_path, demo_pair, prompts, plain):
     """The same command with another method; a target that drafts for itself is its own draft model."""
     import openai
 
@@ -273,11 +238,9 @@ def test_other_methods_are_served_alike(method, tmp_path, demo_pair, prompts, pl
     expected = plain(given, NEW_TOKENS) if options.kind.lossless else None
     models = ["--speculative-model", demo_pair[0]] if options.drafts_for_itself else []
     # As exact as plain decoding is: on a GPU, bfloat16 rounds other batches otherwise.
-    other = Server(
-        tmp_path / "log", "--additional-config.specattn.method", method, "--dtype", "float32", *models, interval=0.5
-    )
-    try:
-        other.wait_until_ready(300)
+    arguments = ["--additional-config.specattn.method", method, "--dtype", "float32", *models]
+    with serve(tmp_path / "log", *arguments, interval=0.5) as other:
+        other.wait_until_ready()
         assert ("is APPROXIMATE" in other.text()) == (not options.kind.lossless)
         client = openai.OpenAI(base_url=f"http://127.0.0.1:{other.port}/v1", api_key="none", timeout=600)
 
@@ -296,9 +259,8 @@ def test_other_methods_are_served_alike(method, tmp_path, demo_pair, prompts, pl
         assert [len(tokens) for tokens in made] == [NEW_TOKENS] * 2
         if expected is not None:
             assert made == expected
-        with urllib.request.urlopen(f"http://127.0.0.1:{other.port}/metrics", timeout=10) as page:
-            metrics = page.read().decode()
-        [accepted] = re.findall(r"^vllm:spec_decode_num_accepted_tokens_total\{.*\} (\S+)$", metrics, re.M)
+        accepted_tokens = r"^vllm:spec_decode_num_accepted_tokens_total\{.*\} (\S+)$"
+        [accepted] = re.findall(accepted_tokens, other.ask("/metrics"), re.M)
         assert float(accepted) > NEW_TOKENS / 2
         # A line comes with a step, once its interval is over; the last verifications may wait for somebody's next.
         time.sleep(1)
@@ -312,16 +274,11 @@ def test_other_methods_are_served_alike(method, tmp_path, demo_pair, prompts, pl
         drafting = [float(share) for share in re.findall(r"drafting read ([\d.]+)% of KV", "\n".join(lines))]
         assert bool(drafting) == options.drafts_for_itself
         assert all(share < 30 for share in drafting)
-    finally:
-        other.stop()
 
 
-def test_a_method_that_makes_no_sense_is_refused_at_start(tmp_path):
+def test_a_method_that_makes_no_sense_is_refused_at_start(serve, tmp_path):
     """A target that drafts for itself, beside the draft model that `scripts/serve` names."""
-    other = Server(tmp_path / "log", "--additional-config.specattn.method", "vegas")
-    try:
+    with serve(tmp_path / "log", "--additional-config.specattn.method", "vegas") as other:
         assert other.process.wait(300) != 0
-    finally:
-        other.stop()
     assert "method = 'vegas' with --speculative-model" in other.text()
     assert "leave --speculative-model out" in other.text()

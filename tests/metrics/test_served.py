@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -28,67 +23,48 @@ ROOT = Path(__file__).parents[2]
 LENGTHS = (900, 700)
 
 
-class Server:
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.log = folder / "log"
+class Served:
+    """A server of the demo pair, and what an operator and a client ask of it."""
+
+    def __init__(self, server_class, folder: Path, *arguments: str) -> None:
         # Not in pytest's folder: a Unix socket's path has at most 107 characters, of which vLLM needs 37.
         self.temporary = Path(tempfile.mkdtemp(prefix="served-"))
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "vllm.entrypoints.cli.main",
-            "serve",
-            str(demo_folder("target")),
-            "--attention-backend",
-            "specattn",
-            "--served-model-name",
-            "demo",
-            "--max-model-len",
-            "2048",
-            "--dtype",
-            "float32",
-            "--enforce-eager",
-            "--max-num-seqs",
-            "4",
-            "--max-num-batched-tokens",
-            "2048",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(self.port),
-            "--gpu-memory-utilization",
-            "0.3",
-            *arguments,
-        ]
-        # The development mode has the calls of workers by which the numbers are checked.
-        environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "TMPDIR": str(self.temporary)}
-        environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-        environment.pop("SPECATTN_METRICS_DIR", None)
-        self.process = subprocess.Popen(
-            command, stdout=self.log.open("w"), stderr=subprocess.STDOUT, env=environment, start_new_session=True
-        )
 
-    def wait_until_ready(self) -> None:
-        deadline = time.monotonic() + 400
-        while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                self.ask("/health")
-                return
-            except OSError:
-                time.sleep(1)
-        pytest.fail(f"no server ({self.process.poll()}):\n{self.log.read_text(errors='replace')[-3000:]}")
+        def command(port: int) -> list[str]:
+            return [
+                sys.executable,
+                "-P",
+                "-m",
+                "vllm.entrypoints.cli.main",
+                "serve",
+                str(demo_folder("target")),
+                "--attention-backend",
+                "specattn",
+                "--served-model-name",
+                "demo",
+                "--max-model-len",
+                "2048",
+                "--dtype",
+                "float32",
+                "--enforce-eager",
+                "--max-num-seqs",
+                "4",
+                "--max-num-batched-tokens",
+                "2048",
+                "--host",
+                "127.0.0.1",
+                "--port",
+                str(port),
+                "--gpu-memory-utilization",
+                "0.3",
+                *arguments,
+            ]
+
+        # The development mode has the calls of workers by which the numbers are checked.
+        self.server = server_class(folder / "log", command, VLLM_SERVER_DEV_MODE="1", TMPDIR=str(self.temporary))
 
     def ask(self, path: str, **given) -> str:
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}{path}")
-        if given:
-            request.data = json.dumps(given).encode()
-            request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=300) as answer:
-            return answer.read().decode()
+        return self.server.ask(path, json.dumps(given).encode() if given else None)
 
     def complete(self, length: int, **extra) -> None:
         self.ask(
@@ -124,28 +100,19 @@ class Server:
             assert time.monotonic() < deadline, different
             time.sleep(0.2)
 
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(60)
-            except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait()
-
     def remove(self) -> None:
-        self.stop()
+        self.server.stop()
         shutil.rmtree(self.temporary)
 
 
 @pytest.fixture
-def server(tmp_path):
+def server(server_class, tmp_path):
     """server(*arguments) -> a server that answers."""
     started = []
 
-    def start(*arguments: str) -> Server:
-        started.append(Server(tmp_path, *arguments))
-        started[-1].wait_until_ready()
+    def start(*arguments: str) -> Served:
+        started.append(Served(server_class, tmp_path, *arguments))
+        started[-1].server.wait_until_ready()
         return started[-1]
 
     yield start
@@ -220,7 +187,7 @@ def test_metrics_say_what_workers_count(server):
     one.complete(900)
     one.metrics_once(of(one.counts()))
     assert [p for p in one.temporary.glob("specattn-metrics-*") if p.is_dir()]
-    one.stop()
+    one.server.stop()
     assert not list(one.temporary.glob("specattn-metrics-*"))
 
 
