@@ -22,6 +22,9 @@ BENCH = ("rich", "jinja2", "matplotlib", "numpy")
 GET_VLLM = (
     "pip install 'specattn-vllm[gpu]'; without a GPU, `scripts/serve` in a clone installs a vLLM for CPUs (docs/cpu.md)"
 )
+GET_DEMO = (
+    "the wheel leaves the demo pair out; `pip install -e .` in a clone or in the unpacked source distribution brings it"
+)
 
 
 def require(modules: Sequence[str]) -> None:
@@ -59,7 +62,7 @@ def demo_folder(role: str) -> Path:
     folder = DEMO / role
     if not (folder / "config.json").is_file():
         raise UserError(
-            f"the demo {role} model is not in this installation (looked for {folder / 'config.json'}): install "
-            "specattn-vllm again from its wheel or a complete clone, or give `vllm serve` a model of your own"
+            f"the demo {role} model is not in this installation (looked for {folder / 'config.json'}): {GET_DEMO}, or "
+            "name a model of your own"
         )
     return folder

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from specattn_vllm import info
 from specattn_vllm.cpu_runner import OVERLAY
-from specattn_vllm.installed import DEMO_ROLES, UserError, demo_folder
+from specattn_vllm.installed import DEMO_ROLES, GET_DEMO, UserError, demo_folder
 from specattn_vllm.tools import engines
 
 PROBE_SECONDS = 600
@@ -26,7 +26,7 @@ class Finding:
     status: Literal["ok", "warning", "problem", "skipped"]
     says: str
     remedy: str | None = None
-    """What to do; always there for a problem."""
+    """What to do; always there for a problem, and for what is skipped where there is something to do."""
 
 
 def examine(serve: Sequence[str], *, generate: bool) -> Iterator[Finding]:
@@ -159,8 +159,8 @@ def _generation() -> Finding:
     """A few tokens of the demo pair, in an engine whose worker says what it read."""
     try:
         folders = [str(demo_folder(role)) for role in DEMO_ROLES]
-    except UserError as error:
-        return Finding("generation", "skipped", str(error))
+    except UserError:
+        return Finding("generation", "skipped", "not tried: the demo pair is not in this installation", GET_DEMO)
     found = probe("generate", *folders)
     if "error" in found:
         return Finding("generation", "problem", found["error"], "mend what is named; the line above is vLLM's own")

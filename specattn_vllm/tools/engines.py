@@ -62,8 +62,8 @@ def run_watched(
     stop: threading.Event | None = None,
     seconds: float | None = None,
 ) -> tuple[bool, int]:
-    """Runs a command, what it prints in `log`, until it ends, is told to `stop`, or `seconds` are over. Then ends all its
-    children too: vLLM's own processes do not end with the one they serve. Returns (was it interrupted, exit status)."""
+    """Runs a command, what it prints in `log`, until it ends, is told to `stop`, or `seconds` are over. Then ends
+    all its children too: vLLM's own processes do not end with the one they serve. (was it interrupted, exit status)"""
     stop = stop or threading.Event()
     with log.open("w") as file:
         process = subprocess.Popen(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from specattn_vllm import cli
+from specattn_vllm import cli, installed
 from specattn_vllm.compat import leaned_on
 from specattn_vllm.doctor import command, findings
 from specattn_vllm.doctor.findings import Finding, examine
@@ -175,6 +175,16 @@ def test_a_probe_that_hangs_is_told_and_leaves_no_child_behind(monkeypatch, tmp_
     while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":  # Z: ended, and nobody took note
         assert time.monotonic() < deadline, "the probe's child is still there"
         time.sleep(0.1)
+
+
+def test_without_the_demo_pair_no_generation_is_tried_and_that_is_no_failure(answers, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(installed, "DEMO", tmp_path)
+    made = found()["generation"]
+    assert made.status == "skipped" and made.says.startswith("not tried: the demo pair is not in this installation")
+    assert "`pip install -e .` in a clone" in made.remedy
+    assert answers["asked"] == [("plugin",)]
+    assert cli.main(["doctor"]) == 0
+    assert "do: the wheel leaves the demo pair out" in capsys.readouterr().out
 
 
 def test_the_command(answers, capsys):
