@@ -17,8 +17,8 @@ class UserError(Exception):
     """An error that the user can correct. It is printed without a traceback; exit code 2, as in argparse."""
 
 
-BENCH = ("rich", "jinja2", "matplotlib", "numpy")
-"""Modules that the extra 'bench' installs. All other modules that commands need come with vLLM."""
+EXTRAS = {**dict.fromkeys(("rich", "jinja2", "matplotlib", "numpy"), "bench"), "shtab": "completion"}
+"""Modules of our extras. All other modules that commands need come with vLLM."""
 GET_VLLM = (
     "pip install 'specattn-vllm[gpu]'; without a GPU, `scripts/serve` in a clone installs a vLLM for CPUs (docs/cpu.md)"
 )
@@ -30,15 +30,16 @@ GET_DEMO = (
 def require(modules: Sequence[str]) -> None:
     """Raise UserError if one of these modules is missing. The message says what to install."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    ours = [name for name in missing if name in BENCH]
-    theirs = [name for name in missing if name not in BENCH]
+    ours = [name for name in missing if name in EXTRAS]
+    theirs = [name for name in missing if name not in EXTRAS]
     remedies = []
     if "vllm" in theirs:
         remedies.append(f"vLLM is not installed: {GET_VLLM}")
     elif theirs:
         remedies.append(f"{_listed(theirs)} not installed, which vLLM brings: {GET_VLLM}")
     if ours:
-        remedies.append(f"{_listed(ours)} not installed: pip install 'specattn-vllm[bench]'")
+        extras = ",".join(sorted({EXTRAS[name] for name in ours}))
+        remedies.append(f"{_listed(ours)} not installed: pip install 'specattn-vllm[{extras}]'")
     if remedies:
         raise UserError("; ".join(remedies))
 
