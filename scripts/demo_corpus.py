@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from refusal import Refused
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -154,7 +155,7 @@ def train_tokenizer(documents, vocab, context, seed, sample_mb=60):
         ),
     )
     if tok.get_vocab_size() != vocab:
-        raise SystemExit(f"the text gives {tok.get_vocab_size()} tokens, not {vocab}: more text or a smaller --vocab")
+        raise Refused(f"the text gives {tok.get_vocab_size()} tokens, not {vocab}: more text or a smaller --vocab")
     tok.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tok.token_to_id(BOS))]
     )
@@ -194,4 +195,4 @@ def write_tokenizer(tokenizer, config, folder):
     again = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ids = again(probe)["input_ids"]
     if ids != tokenizer(probe)["input_ids"] or again.decode(ids[1:]) != probe or ids[0] != config.bos_token_id:
-        raise SystemExit(f"the tokenizer in {folder} does not load as it was saved")
+        raise Refused(f"the tokenizer in {folder} does not load as it was saved")

@@ -68,8 +68,9 @@ The pair shows and tests `specattn-vllm`; it is far too small to be useful as a 
 - Data: Python source of {packages} installed Python packages, {stream:.1f}M tokens. Held out: the Python standard
   library, and every package whose name hashes into one part of twenty.
 - Training: {steps} steps of {batch} x {context} tokens ({seen:.0f}M tokens), {seconds:.0f} s on {device}{distilled}.
-- Licence: the weights are released under Apache-2.0; they were trained on installed Python packages, each under
-  its own licence (names in `training.json`).
+- Licence: weights and tokenizer are released under Apache-2.0. They were trained on the source of those packages, each
+  under its own licence: `training.json` names them, their licences were not recorded. None of their text is in this
+  repository.
 """
 
 

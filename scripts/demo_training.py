@@ -6,6 +6,7 @@ import traceback
 import numpy as np
 import torch
 import torch.nn.functional as F
+from refusal import Refused
 
 
 def batches(stream, batch, context, bos, seed):
@@ -15,7 +16,7 @@ def batches(stream, batch, context, bos, seed):
         phase = int(torch.randint(context, (1,), generator=generator))
         count = (len(stream) - phase) // context
         if count < batch:
-            raise SystemExit(f"{len(stream)} training tokens do not fill a batch of {batch} x {context}")
+            raise Refused(f"{len(stream)} training tokens do not fill a batch of {batch} x {context}")
         starts = phase + torch.randperm(count, generator=generator) * context
         for part in starts.split(batch):
             if len(part) == batch:
@@ -99,7 +100,7 @@ def train(kind, model, stream, args, seconds, steps, lr, teacher=None):
             loss, speed = torch.stack(window).mean().item(), (step * tokens - tokens_then) / (now - reported)
             print(f"{kind}: step {step} loss {loss:.4f} {speed / 1e3:.0f}k tokens/s {now - start:.0f} s", flush=True)
             if not np.isfinite(loss):
-                raise SystemExit(f"{kind}: the loss is not finite; lower the learning rate")
+                raise Refused(f"{kind}: the loss is not finite; lower the learning rate")
             curve.append({"step": step, "loss": round(loss, 4), "seconds": round(now - start, 1)})
             window, reported, tokens_then = [], now, step * tokens
     if window:

@@ -9,6 +9,7 @@ import numpy as np
 from demo_corpus import encode
 from real_chats import conversation
 from real_text import CODE, PROSE, File, default_roots, find, headed, training
+from refusal import Refused
 
 END_OF_TEXT = "<|endoftext|>"  # SmolLM2's mark between documents; its <bos> and <eos> are those of a turn in a chat
 
@@ -70,7 +71,7 @@ def read(args, tokenizer) -> tuple[np.ndarray, dict[str, np.ndarray], dict]:
     files = find(args.roots or default_roots())
     held, learnt = [f for f in files if f.held_out], training(files)
     if not learnt or not held:
-        raise SystemExit(
+        raise Refused(
             f"found {len(learnt)} files to train on and {len(held)} held out: name folders with more text with --roots"
         )
     print(f"text: {len(files)} files, {len(learnt)} to train on, {len(held)} held out", flush=True)

@@ -5,6 +5,7 @@ import time
 import torch
 import torch.nn.functional as F
 from demo_training import batches
+from refusal import Refused
 from tqdm import tqdm
 from transformers import LlamaConfig
 
@@ -12,7 +13,7 @@ from transformers import LlamaConfig
 def draft_config(target, args) -> LlamaConfig:
     """The target's vocabulary, positions and special tokens, with the draft's own sizes."""
     if args.hidden > target.hidden_size:
-        raise SystemExit(
+        raise Refused(
             f"--hidden {args.hidden}: at most the target's {target.hidden_size}, because the draft's "
             "embedding starts from the target's"
         )
@@ -97,7 +98,7 @@ def train(draft, target, stream, first: int, args) -> dict:
         if step == 1 or step % 20 == 0:  # reading the loss waits for the device, so that the clock does not run ahead
             loss, seconds = torch.stack(window).mean().item(), time.monotonic() - began
             if loss != loss:
-                raise SystemExit(f"the loss is not a number at step {step}: lower --learning-rate")
+                raise Refused(f"the loss is not a number at step {step}: lower --learning-rate")
             curve.append({"step": step, "kl": round(loss, 4), "seconds": round(seconds, 1)})
             bar.set_postfix_str(f"KL {loss:.3f}, {step * args.batch * args.context / seconds / 1e3:.0f}k tokens/s")
             window = []

@@ -170,7 +170,7 @@ def run_apart(mode: str) -> dict:
     run = subprocess.run(command, capture_output=True, text=True, env=environment(mode))
     lines = [line for line in run.stdout.splitlines() if line.startswith("RESULT ")]
     if run.returncode or not lines:
-        raise SystemExit(f"{mode} failed:\n{run.stderr[-3000:]}")
+        raise SystemExit(f"measure_cpu.py: error: {mode} failed:\n{run.stderr[-3000:]}")
     return json.loads(lines[-1].removeprefix("RESULT "))
 
 

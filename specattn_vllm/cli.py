@@ -56,7 +56,7 @@ def methods(args: argparse.Namespace) -> None:
     from specattn_vllm.methods import METHODS, load_others
 
     for line in load_others():
-        print(line, file=sys.stderr)
+        print(f"specattn: warning: {line}", file=sys.stderr)
     if args.json:
         told = {
             name: {
@@ -100,24 +100,25 @@ COMMANDS = {
     "calibrate": in_module("calibrate.command", "the layer map of a pair of models, measured on text"),
     "eval": in_module("evaluation.command", "what pruning costs in quality, measured in engines"),
     "report": in_module("evaluation.page", "what `specattn eval` and `specattn bench` measured, as one HTML page"),
+    "completion": in_module("completion", "the script by which a shell completes this command's words"),
 }
 
 
-def build_parser(chosen: str | None) -> argparse.ArgumentParser:
-    """Arguments of the chosen subcommand only: those of another need modules that a broken installation may lack."""
+def build_parser(*chosen: str) -> argparse.ArgumentParser:
+    """Arguments of the chosen subcommands only: those of another need modules that a broken installation may lack."""
     parser = argparse.ArgumentParser(prog="specattn", description="specattn-vllm's own command, next to `vllm`.")
     parser.add_argument("--version", action="version", version=f"specattn-vllm {specattn_vllm.__version__}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         added = subparsers.add_parser(name, help=command.help, description=command.help)
-        if name == chosen:
+        if name in chosen:
             command.arguments(added)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = _with_default_part(sys.argv[1:] if argv is None else argv)
-    args = build_parser(next((word for word in words if word in COMMANDS), None)).parse_args(words)
+    args = build_parser(*[word for word in words if word in COMMANDS][:1]).parse_args(words)
     try:
         status = COMMANDS[args.command].run(args) or 0
         sys.stdout.flush()

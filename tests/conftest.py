@@ -13,6 +13,7 @@ import time
 import urllib.request
 import zlib
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Self
 
@@ -98,3 +99,21 @@ class Server:
 def server_class() -> type[Server]:
     """A fixture, because tests are no package: none can import from here."""
     return Server
+
+
+@pytest.fixture
+def made_venv(tmp_path):
+    """An environment that the scripts take for finished: this one's Python and `specattn`. SPECATTN_VENV names it."""
+    root, venv = Path(__file__).parents[1], tmp_path / "venv"
+    mode = "cpu" if subprocess.run(["bash", "-c", "nvidia-smi -L"], capture_output=True).returncode else "gpu"
+    (venv / "bin").mkdir(parents=True)
+    (venv / "specattn-setup").mkdir()
+    names = ("pyproject.toml", "scripts/lib/setup.sh", "scripts/lib/constraints-cpu.txt")
+    stamp = f"{sha256(b''.join((root / name).read_bytes() for name in names)).hexdigest()}  -\n"
+    for want in ("run", "dev"):
+        (venv / "specattn-setup" / want).write_text(stamp)
+    (venv / "specattn-setup/made-for").write_text(f"{mode} {root} {venv}\n")
+    for name, program in (("python", sys.executable), ("specattn", f"{sys.executable} -P -m specattn_vllm.cli")):
+        (venv / "bin" / name).write_text(f'#!/bin/sh\nexec {program} "$@"\n')
+        (venv / "bin" / name).chmod(0o755)
+    return venv

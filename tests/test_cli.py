@@ -149,7 +149,7 @@ def test_demo_path_that_is_missing_names_the_remedy(capsys, demo):
     out, err = capsys.readouterr()
     assert out == ""  # scripts capture it
     assert str(demo / "draft" / "config.json") in err
-    assert "install specattn-vllm again" in err
+    assert "the wheel leaves the demo pair out; `pip install -e .` in a clone" in err
 
 
 @pytest.mark.parametrize("arguments", [[], ["demo-path"], ["demo-path", "teacher"], ["no-such"], ["cpu-env", "--fish"]])

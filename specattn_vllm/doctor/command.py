@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from specattn_vllm.doctor.findings import Finding, examine
 from specattn_vllm.installed import UserError
+from specattn_vllm.tools.interrupts import ended_as_interrupted
 
 MARKS = {"ok": "ok", "warning": "warning", "problem": "PROBLEM", "skipped": "skipped"}
 WIDTH = 100
@@ -32,12 +33,13 @@ def run(args: argparse.Namespace) -> int:
     serve = [word for word in args.serve if word not in ("--", "--json", "--no-generation")]
     as_json, generate = args.json or "--json" in args.serve, not (args.no_generation or "--no-generation" in args.serve)
     if serve and serve[0].startswith("-"):
-        raise UserError(f"specattn doctor: {serve[0]} before the model: name the model first")
+        raise UserError(f"doctor: {serve[0]} before the model: name the model first")
     found = []
-    for finding in examine(serve, generate=generate):
-        found.append(finding)
-        if not as_json:
-            print(as_text(finding), flush=True)
+    with ended_as_interrupted():  # so that SIGTERM ends the process of a probe too
+        for finding in examine(serve, generate=generate):
+            found.append(finding)
+            if not as_json:
+                print(as_text(finding), flush=True)
     healthy = not any(finding.status == "problem" for finding in found)
     if as_json:
         print(json.dumps({"healthy": healthy, "findings": [asdict(finding) for finding in found]}, indent=2))

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +13,8 @@ from typing import Any, Literal
 
 from specattn_vllm import info
 from specattn_vllm.cpu_runner import OVERLAY
-from specattn_vllm.installed import DEMO_ROLES, UserError, demo_folder
+from specattn_vllm.installed import DEMO_ROLES, GET_DEMO, UserError, demo_folder
+from specattn_vllm.tools import engines
 
 PROBE_SECONDS = 600
 CPU_REMEDY = 'eval "$(specattn cpu-env)" in this shell'
@@ -27,7 +26,7 @@ class Finding:
     status: Literal["ok", "warning", "problem", "skipped"]
     says: str
     remedy: str | None = None
-    """What to do; always there for a problem."""
+    """What to do; always there for a problem, and for what is skipped where there is something to do."""
 
 
 def examine(serve: Sequence[str], *, generate: bool) -> Iterator[Finding]:
@@ -166,8 +165,8 @@ def _generation() -> Finding:
     """A few tokens of the demo pair, in an engine whose worker says what it read."""
     try:
         folders = [str(demo_folder(role)) for role in DEMO_ROLES]
-    except UserError as error:
-        return Finding("generation", "skipped", str(error))
+    except UserError:
+        return Finding("generation", "skipped", "not tried: the demo pair is not in this installation", GET_DEMO)
     found = probe("generate", *folders)
     if "error" in found:
         return Finding("generation", "problem", found["error"], "mend what is named; the line above is vLLM's own")
@@ -175,19 +174,15 @@ def _generation() -> Finding:
 
 
 def probe(name: str, *arguments: str) -> dict[str, Any]:
-    """What a probe of `probes.py` answers, {'error': ...} if it dies without an answer."""
+    """What a probe of `probes.py` answers, {'error': ...} if it dies without an answer or takes too long."""
     with tempfile.TemporaryDirectory(prefix="specattn-doctor-") as folder:
         answer, log = Path(folder) / "answer.json", Path(folder) / "log"
-        command = [sys.executable, "-P", "-m", "specattn_vllm.doctor.probes", name, str(answer), *arguments]
-        with log.open("w") as output:
-            try:
-                status = subprocess.run(
-                    command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, timeout=PROBE_SECONDS
-                ).returncode
-            except subprocess.TimeoutExpired:
-                return {"error": f"no answer within {PROBE_SECONDS} s"}
+        command = [*engines.MODULE, "specattn_vllm.doctor.probes", name, str(answer), *arguments]
+        interrupted, status = engines.run_watched(command, log, os.environ, seconds=PROBE_SECONDS)
         if answer.is_file():
             return json.loads(answer.read_text())
+        if interrupted:
+            return {"error": f"no answer within {PROBE_SECONDS} s"}
         lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
         last = lines[-1].strip() if lines else "it said nothing"
         return {"error": f"the process ended with status {status}: {last}"}

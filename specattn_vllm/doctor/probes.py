@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from specattn_vllm.causes import told
 from specattn_vllm.installed import UserError
+from specattn_vllm.tools.engines import end_with_the_parent
 
 
 def plugin() -> dict[str, Any]:
@@ -96,6 +97,7 @@ PROBES: dict[str, Callable[..., dict[str, Any]]] = {"plugin": plugin, "config": 
 
 
 def main(name: str, answer: str, *arguments: str) -> None:
+    end_with_the_parent()
     try:
         found = PROBES[name](*arguments)
     except Exception as error:

@@ -55,32 +55,28 @@ def path_of(name: str, folder: Path, kind: str) -> Path:
     return folder / f"{re.sub(r'[^a-z0-9.]+', '-', name.lower()).strip('-')}.{kind}"
 
 
-def run_job(
+def run_watched(
     command: Sequence[str],
-    name: str,
-    job: BaseModel,
-    folder: Path,
+    log: Path,
     variables: Mapping[str, str],
-    stop: threading.Event,
-    *more: Path,
-) -> Ended:
-    """Runs `command JOB RESULT more...`, files of JSON in `folder`, where its log is too, until it ends or is told to
-    `stop`, and ends it then with all its children: vLLM's own processes do not end with the one they serve."""
-    folder.mkdir(parents=True, exist_ok=True)
-    given, found, log = (path_of(name, folder, kind) for kind in ("job.json", "result.json", "log"))
-    found.unlink(missing_ok=True)
-    given.write_text(job.model_dump_json() + "\n")
+    stop: threading.Event | None = None,
+    seconds: float | None = None,
+) -> tuple[bool, int]:
+    """Runs a command, what it prints in `log`, until it ends, is told to `stop`, or `seconds` are over. Then ends
+    all its children too: vLLM's own processes do not end with the one they serve. (was it interrupted, exit status)"""
+    stop = stop or threading.Event()
     with log.open("w") as file:
         process = subprocess.Popen(
-            [*command, *map(str, (given, found, *more))],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
             env=variables,
             start_new_session=True,
         )
+    end = None if seconds is None else time.monotonic() + seconds
     try:
-        while process.poll() is None and not stop.wait(POLL_SECONDS):
+        while process.poll() is None and not stop.wait(POLL_SECONDS) and (end is None or time.monotonic() < end):
             pass
     finally:
         interrupted = process.poll() is None
@@ -91,7 +87,25 @@ def run_job(
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    return Ended(interrupted, process.returncode, json.loads(found.read_text()) if found.exists() else None, log)
+    return interrupted, process.returncode
+
+
+def run_job(
+    command: Sequence[str],
+    name: str,
+    job: BaseModel,
+    folder: Path,
+    variables: Mapping[str, str],
+    stop: threading.Event,
+    *more: Path,
+) -> Ended:
+    """Runs `command JOB RESULT more...`, files of JSON in `folder`, where its log is too, as `run_watched` does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    given, found, log = (path_of(name, folder, kind) for kind in ("job.json", "result.json", "log"))
+    found.unlink(missing_ok=True)
+    given.write_text(job.model_dump_json() + "\n")
+    interrupted, status = run_watched([*command, *map(str, (given, found, *more))], log, variables, stop)
+    return Ended(interrupted, status, json.loads(found.read_text()) if found.exists() else None, log)
 
 
 def end_with_the_parent(seconds: float = 2.0) -> None:
@@ -103,7 +117,7 @@ def end_with_the_parent(seconds: float = 2.0) -> None:
             time.sleep(seconds)
         os.killpg(0, signal.SIGKILL)
 
-    if os.getpgrp() == os.getpid():  # as `run_job` starts it: the group is its own
+    if os.getpgrp() == os.getpid():  # as `run_watched` starts it: the group is its own
         threading.Thread(target=watch, daemon=True).start()
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from specattn_vllm import cli
+from specattn_vllm import cli, installed
 from specattn_vllm.compat import leaned_on
 from specattn_vllm.doctor import command, findings
 from specattn_vllm.doctor.findings import Finding, examine
@@ -157,9 +159,39 @@ def test_a_method_whose_buffers_are_not_known_beforehand(answers):
 
 
 def test_a_probe_that_dies_is_told_by_its_last_line(monkeypatch):
-    monkeypatch.setattr(findings.sys, "executable", "/bin/sh")
+    monkeypatch.setattr(findings.engines, "MODULE", ("/bin/sh", "-c", "echo; exit 3"))
     answer = findings.probe("plugin")
-    assert answer["error"].startswith("the process ended with status ")
+    assert answer["error"] == "the process ended with status 3: it said nothing"
+
+
+HANGING = """
+import subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+open({pids!r}, "w").write(f"{{child.pid}} ")
+time.sleep(60)
+"""
+
+
+def test_a_probe_that_hangs_is_told_and_leaves_no_child_behind(monkeypatch, tmp_path):
+    pids = tmp_path / "pids"
+    monkeypatch.setattr(findings.engines, "MODULE", (sys.executable, "-c", HANGING.format(pids=str(pids))))
+    monkeypatch.setattr(findings, "PROBE_SECONDS", 2)
+    assert findings.probe("plugin") == {"error": "no answer within 2 s"}
+    state = Path(f"/proc/{pids.read_text().strip()}/stat")
+    deadline = time.monotonic() + 10
+    while state.exists() and state.read_text().rpartition(")")[2].split()[0] != "Z":  # Z: ended, and nobody took note
+        assert time.monotonic() < deadline, "the probe's child is still there"
+        time.sleep(0.1)
+
+
+def test_without_the_demo_pair_no_generation_is_tried_and_that_is_no_failure(answers, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(installed, "DEMO", tmp_path)
+    made = found()["generation"]
+    assert made.status == "skipped" and made.says.startswith("not tried: the demo pair is not in this installation")
+    assert "`pip install -e .` in a clone" in made.remedy
+    assert answers["asked"] == [("plugin",)]
+    assert cli.main(["doctor"]) == 0
+    assert "do: the wheel leaves the demo pair out" in capsys.readouterr().out
 
 
 def test_the_command(answers, capsys):

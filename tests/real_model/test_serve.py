@@ -3,8 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -14,24 +12,11 @@ NAME = "SmolLM2-135M-Instruct"
 
 
 @pytest.fixture
-def serve(tmp_path):
+def serve(tmp_path, made_venv):
     """serve(*arguments) -> (return code, what vLLM was given, all output), in an environment whose vLLM echoes."""
-    mode = "cpu" if subprocess.run(["bash", "-c", "nvidia-smi -L"], capture_output=True).returncode else "gpu"
-    venv = tmp_path / "venv"
-    (venv / "bin").mkdir(parents=True)
-    (venv / "specattn-setup").mkdir()
-    setup = b"".join((ROOT / name).read_bytes() for name in ("pyproject.toml", "scripts/lib/setup.sh"))
-    (venv / "specattn-setup/run").write_text(f"{sha256(setup).hexdigest()}  -\n")
-    (venv / "specattn-setup/made-for").write_text(f"{mode} {ROOT} {venv}\n")
-    echo = '#!/bin/sh\nprintf "GIVEN %s\\n" "$@"\n'
-    programs = {
-        "vllm": echo,
-        "python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
-        "specattn": f'#!/bin/sh\nexec {Path(sys.executable).parent}/specattn "$@"\n',
-    }
-    for name, text in programs.items():
-        (venv / "bin" / name).write_text(text)
-        (venv / "bin" / name).chmod(0o755)
+    vllm = made_venv / "bin/vllm"
+    vllm.write_text('#!/bin/sh\nprintf "GIVEN %s\\n" "$@"\n')
+    vllm.chmod(0o755)
     made = tmp_path / "cache/specattn" / NAME
     made.mkdir(parents=True)
     (made / "conversion.json").write_text("{}")
@@ -42,7 +27,7 @@ def serve(tmp_path):
             capture_output=True,
             text=True,
             timeout=60,
-            env={**os.environ, "SPECATTN_VENV": str(venv), "XDG_CACHE_HOME": str(tmp_path / "cache")},
+            env={**os.environ, "SPECATTN_VENV": str(made_venv), "XDG_CACHE_HOME": str(tmp_path / "cache")},
         )
         given = [line.removeprefix("GIVEN ") for line in done.stdout.splitlines() if line.startswith("GIVEN ")]
         return done.returncode, given, done.stdout + done.stderr
