@@ -7,7 +7,7 @@ from pydantic import ValidationError
 LONGEST = 600
 
 
-def told(error: BaseException) -> str:
+def summary(error: BaseException) -> str:
     """The original cause of a chain of `raise ... from ...`, followed by the last exception.
 
     If a message begins with a heading ("cannot serve this:") and gives its reasons on separate lines, the reasons come

@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel, ValidationError, model_validator
 
 from specattn_vllm.bench import runner
-from specattn_vllm.causes import LONGEST, told
+from specattn_vllm.causes import LONGEST, summary
 
 
 def raised(make) -> BaseException:
@@ -29,7 +29,7 @@ class Length(BaseModel):
 
 def test_reasons_stand_before_their_heading():
     error = ValueError("cannot serve this:\n  target: no window\n  LoRA: merge it\n")
-    assert told(error) == "target: no window; LoRA: merge it (ValueError: cannot serve this)"
+    assert summary(error) == "target: no window; LoRA: merge it (ValueError: cannot serve this)"
 
 
 def test_the_first_cause_stands_before_what_it_led_to():
@@ -39,7 +39,7 @@ def test_the_first_cause_stands_before_what_it_led_to():
         except OSError as error:
             raise RuntimeError("engine did not start\nsee above") from error
 
-    assert told(raised(fail)) == "OSError: disk is full (which led to RuntimeError: engine did not start)"
+    assert summary(raised(fail)) == "OSError: disk is full (which led to RuntimeError: engine did not start)"
 
 
 def test_what_was_only_handled_meanwhile_is_no_cause():
@@ -49,7 +49,7 @@ def test_what_was_only_handled_meanwhile_is_no_cause():
         except OSError:
             raise RuntimeError("no engine") from None
 
-    assert told(raised(fail)) == "RuntimeError: no engine"
+    assert summary(raised(fail)) == "RuntimeError: no engine"
 
 
 @pytest.mark.parametrize(
@@ -59,16 +59,16 @@ def test_what_was_only_handled_meanwhile_is_no_cause():
 def test_of_a_validation_what_is_wrong_is_told(given, text):
     error = raised(lambda: Length(**given))
     assert isinstance(error, ValidationError)
-    assert told(error).startswith(text) and "pydantic.dev" not in told(error)
+    assert summary(error).startswith(text) and "pydantic.dev" not in summary(error)
 
 
 def test_one_without_a_message_has_its_name():
-    assert told(KeyboardInterrupt()) == "KeyboardInterrupt"
-    assert told(ValueError("only a heading:")) == "ValueError: only a heading:"
+    assert summary(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert summary(ValueError("only a heading:")) == "ValueError: only a heading:"
 
 
 def test_it_is_never_endless():
-    assert len(told(ValueError("x" * 5000))) == LONGEST
+    assert len(summary(ValueError("x" * 5000))) == LONGEST
 
 
 def test_of_a_validation_error_what_is_wrong_is_reported():

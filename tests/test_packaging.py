@@ -162,10 +162,18 @@ def test_builds_are_the_same_byte_for_byte_and_the_source_is_whole(built):
     with tarfile.open(archive) as source:
         names = {name.removeprefix(f"{top}/") for name in source.getnames()}
         executable = source.getmember(f"{top}/scripts/serve").mode
+        readme = source.extractfile(f"{top}/README.md").read().decode()
+        shown = source.extractfile(f"{top}/PKG-INFO").read().decode()
     there = subprocess.run(["git", "ls-files", "--cached"], cwd=ROOT, capture_output=True, text=True, check=True)
     missing = {name for name in there.stdout.splitlines() if (ROOT / name).exists()} - names
     assert not missing, "name them in MANIFEST.in"
     assert executable == 0o755
+    # A package index shows README alone.
+    links = re.findall(r"\]\(([^)]*)\)", readme)
+    home = "https://github.com/specattn-vllm/specattn-vllm"
+    assert f"{home}/blob/main/docs/tuning.md" in links and f"{home}/raw/main/docs/images/speed.svg" in links
+    assert all(link.startswith("https://") for link in links), links
+    assert readme in shown
 
 
 def locked() -> dict[str, Requirement]:

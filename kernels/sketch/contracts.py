@@ -111,14 +111,14 @@ def _rows(query_start_loc, seq_lens, dense, block_table, dev) -> int:
 
 
 def prepare_queries(
-    query, query_start_loc, seq_lens, dense, heard, block_table, codes, scales, rotation, max_query_len, packed,
+    query, query_start_loc, seq_lens, dense, valid_lens, block_table, codes, scales, rotation, max_query_len, packed,
     factors, histogram,
 ) -> tuple[int, int]:  # fmt: skip
     """Returns the query heads of a KV head and the bits of a code."""
     tensor("query", query, (None, None, None), FLOATS)
     dev, size = query.device, query.shape[2]
     rows = _rows(query_start_loc, seq_lens, dense, block_table, dev)
-    tensor("heard", heard, (rows,), torch.int32, dev)
+    tensor("valid_lens", valid_lens, (rows,), torch.int32, dev)
     heads, block_size, code_bytes, _ = views(dev, codes, scales)
     group = group_size(query.shape[1], heads, "codes")
     expect(block_size % SAMPLE_BLOCK == 0, "codes", f"blocks of {block_size}", f"a multiple of {SAMPLE_BLOCK} tokens")

@@ -15,8 +15,8 @@ query            [T, Hq, D]       16-bit floats or float32
 query_start_loc  [R+1]            int32
 seq_lens         [R]              int32, the step's own tokens included
 dense            [R]              int32, not 0: the row is dense, and nothing is computed for it
-heard            [R]              int32: how many of the row's tokens, from its first, have queries that count; the last
-                                  ones do not if they are rejected drafts
+valid_lens       [R]              int32: how many of the row's tokens, from its first, have queries that count; the
+                                  last ones do not if they are rejected drafts
 block_table      [R, nb]          int32
 codes, scales                     as in ``encode``
 rotation         [D, D]           dtype of query
@@ -51,9 +51,9 @@ def sample_stride(context, MOST: tl.constexpr):
 
 @triton.jit
 def _queries_kernel(
-    query, query_start_loc, seq_lens, dense, heard, block_table, codes, scales, rotation, packed, factors, histogram,
-    scale, norm, dense_up_to, stride_qt, stride_qh, stride_tr, stride_cb, stride_ch, stride_cn, stride_sb, stride_sh,
-    stride_fr, stride_pr, stride_hr,
+    query, query_start_loc, seq_lens, dense, valid_lens, block_table, codes, scales, rotation, packed, factors,
+    histogram, scale, norm, dense_up_to, stride_qt, stride_qh, stride_tr, stride_cb, stride_ch, stride_cn, stride_sb,
+    stride_sh, stride_fr, stride_pr, stride_hr,
     GROUP: tl.constexpr, D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr,
     BINS: tl.constexpr, SAMPLE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     MOST: tl.constexpr, FUSED: tl.constexpr, STAGES: tl.constexpr,
@@ -70,7 +70,7 @@ def _queries_kernel(
     m = tl.arange(0, M)
     d = tl.arange(0, D)
     i = m // GROUP
-    live = i < tl.minimum(q_len, tl.load(heard + r))
+    live = i < tl.minimum(q_len, tl.load(valid_lens + r))
     token = (begin + tl.where(live, i, 0)).to(tl.int64)
     head = h * GROUP + m % GROUP
     where = query + token[:, None] * stride_qt + head[:, None] * stride_qh + d[None, :]
@@ -123,20 +123,20 @@ def _queries_kernel(
 
 def prepare_queries(
     query: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor, dense: torch.Tensor,
-    heard: torch.Tensor, block_table: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor,
+    valid_lens: torch.Tensor, block_table: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor,
     rotation: torch.Tensor, scale: float,
     max_query_len: int, dense_up_to: int, packed: torch.Tensor, factors: torch.Tensor, histogram: torch.Tensor,
 ) -> None:  # fmt: skip
     """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
     group, bits = contracts.prepare_queries(
-        query, query_start_loc, seq_lens, dense, heard, block_table, codes, scales, rotation, max_query_len, packed,
-        factors, histogram,
+        query, query_start_loc, seq_lens, dense, valid_lens, block_table, codes, scales, rotation, max_query_len,
+        packed, factors, histogram,
     )  # fmt: skip
     rows, heads, width, size = packed.shape
     if rows == 0:
         return
     _queries_kernel[(heads, rows)](
-        query, query_start_loc, seq_lens, dense, heard, block_table, codes, scales, rotation, packed, factors,
+        query, query_start_loc, seq_lens, dense, valid_lens, block_table, codes, scales, rotation, packed, factors,
         histogram, scale, size**-0.5, max(dense_up_to, 0), *query.stride()[:2], block_table.stride(0),
         *codes.stride()[:3], *scales.stride()[:2], factors.stride(0), packed.stride(0), histogram.stride(0),
         GROUP=group, D=size, BITS=bits, C=codes.shape[3], M=width, TILE=TILE, BINS=contracts.BINS, SAMPLE=SAMPLE_BLOCK,

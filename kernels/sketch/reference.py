@@ -67,13 +67,13 @@ def _sample(context: int, device) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def prepare_queries(
-    query, query_start_loc, seq_lens, dense, heard, block_table, codes, scales, rotation, scale, max_query_len,
+    query, query_start_loc, seq_lens, dense, valid_lens, block_table, codes, scales, rotation, scale, max_query_len,
     dense_up_to, packed, factors, histogram,
 ) -> None:  # fmt: skip
     """Query rows for the scan. See ``queries.prepare_queries``."""
     group, bits = contracts.prepare_queries(
-        query, query_start_loc, seq_lens, dense, heard, block_table, codes, scales, rotation, max_query_len, packed,
-        factors, histogram,
+        query, query_start_loc, seq_lens, dense, valid_lens, block_table, codes, scales, rotation, max_query_len,
+        packed, factors, histogram,
     )  # fmt: skip
     histogram.zero_()
     heads, size = packed.shape[1], packed.shape[3]
@@ -83,7 +83,7 @@ def prepare_queries(
         context = length - (end - begin)
         if skip or context <= max(dense_up_to, 0) or end <= begin:
             continue
-        end = min(end, begin + int(heard[r]))
+        end = min(end, begin + int(valid_lens[r]))
         rows = (end - begin) * group
         q = query[begin:end].unflatten(1, (heads, group)).transpose(0, 1).reshape(heads, rows, size)
         y = (q.float() @ rotation.float()) * size**-0.5

@@ -13,7 +13,6 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from specattn_vllm import compat
 from specattn_vllm.backend.audits import prepare_audit
-from specattn_vllm.backend.impl import SpecAttnImpl
 from specattn_vllm.executors import Operations
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.reporter import Reporter
@@ -126,11 +125,7 @@ def target_layers(runner: Any) -> dict[str, Any]:
     sliding window are vLLM's own. Raises ValueError if there is none."""
     drafters = getattr(runner.speculator, "draft_attn_layer_names", None) or set()
     layers = get_layers_from_vllm_config(runner.vllm_config, AttentionLayerBase)
-    found = {
-        name: layer
-        for name, layer in layers.items()
-        if name not in drafters and isinstance(getattr(layer, "impl", None), SpecAttnImpl)
-    }
+    found = {name: layer for name, layer in layers.items() if name not in drafters and compat.is_our_layer(layer)}
     if not found:
         raise ValueError("no layer of the target sees all of the context: serve this model with vLLM's own backends")
     return found

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from specattn_vllm.bench.jobs import SETTLING_ROUNDS
 from specattn_vllm.bench.schema import NO_ROOM, CellResult, EngineResult, Job, Sample
-from specattn_vllm.causes import told
+from specattn_vllm.causes import summary
 from specattn_vllm.tools import models
 from specattn_vllm.tools.engines import end_with_the_parent
 from specattn_vllm.tools.outputs import write_json
@@ -101,7 +101,7 @@ class Worker:
                 self.result.status, self.result.reason = "ok", None
         except Exception as error:
             traceback.print_exc()  # into the log
-            self.result.reason = told(error)
+            self.result.reason = summary(error)
         self.result.seconds = round(time.perf_counter() - start, 2)
         self.write()
 

@@ -57,7 +57,7 @@ Applying a patch a second time has no effect.
 """
 
 from specattn_vllm.compat.graphs import capture_twice
-from specattn_vllm.compat.names import is_ours, is_ours_in_part
+from specattn_vllm.compat.names import is_our_layer, is_ours, is_ours_in_part
 from specattn_vllm.compat.start import (
     DEFAULT_DRAFT_LENGTH,
     SELF_DRAFT_LENGTH,
@@ -100,6 +100,7 @@ __all__ = [
     "choose_speculator",
     "complete_speculation",
     "count_rounds",
+    "is_our_layer",
     "is_ours",
     "is_ours_in_part",
     "is_warm_up",

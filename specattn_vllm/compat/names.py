@@ -26,6 +26,12 @@ def is_ours(vllm_config: VllmConfig) -> bool:
     return backend is not None and backend.name == BACKEND_NAME
 
 
+def is_our_layer(layer: Any) -> bool:
+    """Whether an attention layer of a model uses our backend."""
+    backend = getattr(layer, "attn_backend", None)
+    return backend is not None and backend.get_name() == BACKEND_NAME
+
+
 def is_ours_in_part(vllm_config: VllmConfig) -> bool:
     """Whether an engine is configured to use our backend for some kinds of layers only, which is not supported. Layers
     with a sliding window are never ours, so another backend may be named for them."""

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from specattn_vllm.causes import told
+from specattn_vllm.causes import summary
 from specattn_vllm.installed import UserError
 from specattn_vllm.tools.engines import end_with_the_parent
 
@@ -101,7 +101,7 @@ def main(name: str, answer: str, *arguments: str) -> None:
     try:
         found = PROBES[name](*arguments)
     except Exception as error:
-        found = {"error": told(error)}
+        found = {"error": summary(error)}
     Path(answer).write_text(json.dumps(found))
 
 

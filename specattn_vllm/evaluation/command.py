@@ -124,7 +124,7 @@ def plan(args: argparse.Namespace, settings: list[Setting]) -> tuple[dict[str, A
     from specattn_vllm.tools.provenance import has_gpu
 
     engine_options = dict(args.engine_argument)
-    refuse_graphs_with_peers(engine_options, settings)
+    refuse_graphs_with_baselines(engine_options, settings)
     device = args.device if args.device != "auto" else ("cuda" if has_gpu() else "cpu")
     names = {"target": args.target, "draft": args.draft}
     folders = {role: model_folder(role, name) for role, name in names.items()}
@@ -148,12 +148,12 @@ def plan(args: argparse.Namespace, settings: list[Setting]) -> tuple[dict[str, A
     return common | {"documents": named}, jobs
 
 
-def refuse_graphs_with_peers(engine_options: dict[str, Any], settings: list[Setting]) -> None:
-    peers = [setting.name for setting in settings if setting.peer is not None]
-    if peers and engine_options.get("enforce_eager") is False:
+def refuse_graphs_with_baselines(engine_options: dict[str, Any], settings: list[Setting]) -> None:
+    baselines = [setting.name for setting in settings if setting.baseline is not None]
+    if baselines and engine_options.get("enforce_eager") is False:
         raise UserError(
-            f"--engine-argument enforce_eager=false: {peers[0]!r} is a peer, which waits for the device in each layer "
-            "and runs in engines without graphs; leave the argument out, or the peers (--only)"
+            f"--engine-argument enforce_eager=false: {baselines[0]!r} is a baseline, which waits for the device in "
+            "each layer and runs in engines without graphs; leave the argument out, or the baselines (--only)"
         )
 
 

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from specattn_vllm.causes import told
-from specattn_vllm.evaluation import peers
+from specattn_vllm.causes import summary
+from specattn_vllm.evaluation import baselines
 from specattn_vllm.evaluation.acceptance import Acceptance
 from specattn_vllm.evaluation.forcing import Forcing, ForcingError
 from specattn_vllm.evaluation.job import Job
@@ -60,7 +60,7 @@ def run(job: Job, reference: Path) -> Run:
     result = SettingResult(
         name=setting.name,
         options=setting.options,
-        peer=None if setting.peer is None else setting.peer.model_dump(),
+        baseline=None if setting.baseline is None else setting.baseline.model_dump(),
         other_batches=setting.other_batches,
         lossless=setting.lossless,
         scan_share=setting.scan_share(head_size),
@@ -80,7 +80,7 @@ def run(job: Job, reference: Path) -> Run:
 
 @contextmanager
 def engine(job: Job) -> Iterator[Any]:
-    """The vLLM engine of a job's setting, peers included, and an end to all it holds."""
+    """The vLLM engine of a job's setting, baselines included, and an end to all it holds."""
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -88,8 +88,8 @@ def engine(job: Job) -> Iterator[Any]:
         raise RuntimeError("VLLM_ENABLE_V1_MULTIPROCESSING has to be 0: the engine must run in this process")
     llm = LLM(**job.engine_arguments())
     try:
-        if job.setting.peer is not None:
-            llm.collective_rpc(peers.install, args=(job.setting.peer,))
+        if job.setting.baseline is not None:
+            llm.collective_rpc(baselines.install, args=(job.setting.baseline,))
         yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
@@ -198,7 +198,7 @@ def main(arguments: list[str]) -> None:
             write_json(complete, {"job_key": job.key})
     except Exception as error:
         traceback.print_exc()  # into the log
-        found = {"failed": told(error)}
+        found = {"failed": summary(error)}
     write_json(result, found)
 
 

@@ -78,8 +78,8 @@ class Job(StrictModel):
         }
         if self.device == "cpu":
             arguments |= {"enforce_eager": True, "max_num_batched_tokens": 2048}
-        if self.setting.peer is not None:
-            arguments["enforce_eager"] = True  # a peer waits for the device
+        if self.setting.baseline is not None:
+            arguments["enforce_eager"] = True  # a baseline waits for the device
         arguments |= self.engine_options
         if self.setting.other_batches:
             fewer = max(1, self.batch // 2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from specattn_vllm.causes import told
+from specattn_vllm.causes import summary
 from specattn_vllm.fingerprint import weights_digest
 from specattn_vllm.installed import UserError
 from specattn_vllm.tools.models import DEMO
@@ -42,4 +42,4 @@ def _loaded(kind: Any, model: str, what: str) -> Any:
     except Exception as error:
         where = "this folder" if Path(model).is_dir() else "a name on the Hugging Face hub, nor a folder here"
         remedy = "see that its files are whole" if Path(model).is_dir() else "give a folder that holds a model"
-        raise UserError(f"--target {model}: no {what} in {where} ({told(error)}): {remedy}") from None
+        raise UserError(f"--target {model}: no {what} in {where} ({summary(error)}): {remedy}") from None

@@ -104,7 +104,7 @@ def _told(result: SettingResult) -> dict[str, Any]:
     """What a setting is, beyond its name."""
     if result.other_batches:
         return {**result.options, "other_batches": True}
-    return result.peer or result.options
+    return result.baseline or result.options
 
 
 def _provenance(report: Report) -> list[dict[str, Any]]:

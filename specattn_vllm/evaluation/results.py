@@ -46,8 +46,8 @@ class SettingResult(BaseModel):
 
     name: str
     options: dict[str, Any]
-    """As they were when it was measured, like the peer's: a report may have options that this version has not."""
-    peer: dict[str, Any] | None = None
+    """As they were when it was measured, like the baseline's: a report may have options that this version has not."""
+    baseline: dict[str, Any] | None = None
     other_batches: bool = False
     lossless: bool
     scan_share: float
@@ -66,7 +66,7 @@ class SettingResult(BaseModel):
     @property
     def is_reference(self) -> bool:
         """Whether the others are compared with it (`Setting.is_reference`)."""
-        return self.options == DENSE_OPTIONS and self.peer is None and not self.other_batches
+        return self.options == DENSE_OPTIONS and self.baseline is None and not self.other_batches
 
 
 class Report(BaseModel):

@@ -1,4 +1,4 @@
-"""A setting, one row of the table, as JSON: the plugin's options, or a peer in their place. Loads no torch."""
+"""A setting, one row of the table, as JSON: the plugin's options, or a baseline in their place. Loads no torch."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
-class _Peer(StrictModel):
-    """Another work's selection. What each does is told in `peers/selections.py`."""
+class _Baseline(StrictModel):
+    """Another work's selection; `baselines.py` says what each does."""
 
     ratio: float = Field(gt=0, le=1)
     """Share of the context that is read, in whole pages where pages are chosen."""
@@ -31,7 +31,7 @@ class _Peer(StrictModel):
         return 0.0
 
 
-class _Pages(_Peer):
+class _Pages(_Baseline):
     page_size: int = Field(16, ge=1)
 
     def scan_share(self, head_size: int) -> float:
@@ -49,7 +49,7 @@ class Quest(_Pages):
     """Two as published."""
 
 
-class Channels(_Peer):
+class Channels(_Baseline):
     name: Literal["channels"]
     channels: int = Field(16, ge=1)
     """Of a key's elements, in 16 bits each."""
@@ -59,14 +59,14 @@ class Channels(_Peer):
         return self.channels / (2 * head_size)
 
 
-class Oracle(_Peer):
+class Oracle(_Baseline):
     """It cannot be served, since whoever has read everything has nothing left to save; what it reads to find the
     heaviest tokens is not counted."""
 
     name: Literal["oracle"]
 
 
-PeerOptions = Annotated[Quest | MeanStd | Channels | Oracle, Field(discriminator="name")]
+BaselineOptions = Annotated[Quest | MeanStd | Channels | Oracle, Field(discriminator="name")]
 
 
 class Setting(StrictModel):
@@ -74,7 +74,7 @@ class Setting(StrictModel):
 
     name: str = Field(min_length=1)
     options: dict[str, Any]
-    peer: PeerOptions | None = None
+    baseline: BaselineOptions | None = None
     other_batches: bool = False
     """Whether this is the dense run once more, with half as many requests at a time and prompts in other chunks. It
     differs by nothing but what rounding makes of other shapes, which no other setting's KL can be told from."""
@@ -87,29 +87,30 @@ class Setting(StrictModel):
 
     @model_validator(mode="after")
     def _one_method(self) -> Setting:
-        if self.peer is not None and self.options != DENSE_OPTIONS:
+        if self.baseline is not None and self.options != DENSE_OPTIONS:
             raise ValueError(
-                f"a peer ({self.peer.name!r}) reads in the place of the plugin, not beside it: its options are "
+                f"a baseline ({self.baseline.name!r}) reads in the place of the plugin, not beside it: its options are "
                 f"{json.dumps(DENSE_OPTIONS)}, got {json.dumps(self.options)}"
             )
-        if self.other_batches and (self.options != DENSE_OPTIONS or self.peer is not None):
+        if self.other_batches and (self.options != DENSE_OPTIONS or self.baseline is not None):
             raise ValueError(
-                f"'other_batches' is the dense run once more: options are {json.dumps(DENSE_OPTIONS)}, without a peer"
+                f"'other_batches' is the dense run once more: options are {json.dumps(DENSE_OPTIONS)}, without a "
+                "baseline"
             )
         return self
 
     @property
     def is_reference(self) -> bool:
         """Whether this is what the others are compared with: the target alone, with all of its KV."""
-        return self.options == DENSE_OPTIONS and self.peer is None and not self.other_batches
+        return self.options == DENSE_OPTIONS and self.baseline is None and not self.other_batches
 
     @property
     def lossless(self) -> bool:
-        return self.peer is None and SpecAttnOptions.parse(self.options).kind.lossless
+        return self.baseline is None and SpecAttnOptions.parse(self.options).kind.lossless
 
     def scan_share(self, head_size: int) -> float:
         """Bytes read of what is searched, for each byte of the entries searched; 0 where nothing is."""
-        if self.peer is not None:
-            return self.peer.scan_share(head_size)
+        if self.baseline is not None:
+            return self.baseline.scan_share(head_size)
         options = SpecAttnOptions.parse(self.options)
         return scan.of_sketch(options.sketch_bits, head_size) if options.kind.keeps_sketch else 0.0

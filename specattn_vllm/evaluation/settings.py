@@ -8,7 +8,7 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from specattn_vllm import layer_map
-from specattn_vllm.causes import told
+from specattn_vllm.causes import summary
 from specattn_vllm.evaluation.schema import DENSE_OPTIONS, Setting
 from specattn_vllm.installed import UserError
 from specattn_vllm.options import SpecAttnOptions
@@ -19,7 +19,7 @@ SINK = 4
 
 def default_settings(context: int) -> list[Setting]:
     """For prompts of `context` tokens: what a budget without any choice takes is a number of tokens in the options."""
-    peers = {"quest": "quest", "mean_std": "mean and std", "channels": "channels", "oracle": "oracle"}
+    baselines = {"quest": "quest", "mean_std": "mean and std", "channels": "channels", "oracle": "oracle"}
     return [
         DENSE,
         Setting(name="dense, another batch shape", options=DENSE_OPTIONS, other_batches=True),
@@ -33,8 +33,8 @@ def default_settings(context: int) -> list[Setting]:
         Setting(name="vegas 10%", options={"method": "vegas", "ratio": 0.1, "min_tokens": 0}),
         Setting(name="streamingllm 10%", options={"method": "streamingllm", "ratio": 0.1, "min_tokens": 0}),
         *(
-            Setting(name=f"{name} 25%", options=DENSE_OPTIONS, peer={"name": peer, "ratio": 0.25})
-            for peer, name in peers.items()
+            Setting(name=f"{name} 25%", options=DENSE_OPTIONS, baseline={"name": baseline, "ratio": 0.25})
+            for baseline, name in baselines.items()
         ),
     ]
 
@@ -54,7 +54,7 @@ def read_settings(path: Path) -> list[Setting]:
         raise UserError(f"--settings {path}: {error.strerror}") from None
     except ValidationError as error:
         raise UserError(
-            f"--settings {path}: {told(error)} It is a list of settings: "
+            f"--settings {path}: {summary(error)} It is a list of settings: "
             f"{json.dumps([{'name': 'half', 'options': {'rule': 'top_k', 'ratio': 0.5}}])} (docs/evaluation.md)"
         ) from None
 
@@ -68,7 +68,7 @@ def with_layer_map(settings: list[Setting], path: Path) -> list[Setting]:
 
     def mapped(setting: Setting) -> Setting:
         options = SpecAttnOptions.parse(setting.options)
-        if setting.peer is not None or not options.chooses_by_draft or options.layer_map is not None:
+        if setting.baseline is not None or not options.chooses_by_draft or options.layer_map is not None:
             return setting
         return setting.model_copy(update={"options": {**setting.options, "layer_map": str(path)}})
 

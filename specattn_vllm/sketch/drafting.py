@@ -44,16 +44,16 @@ class DraftSketch:
         return self.sketch.nbytes
 
     def begin(
-        self, metadata: SpecAttnMetadata, query_start_loc_cpu: torch.Tensor, heard: torch.Tensor | None = None
+        self, metadata: SpecAttnMetadata, query_start_loc_cpu: torch.Tensor, valid_lens: torch.Tensor | None = None
     ) -> ChoiceStep | None:
-        """Begin a round: in its first step the short rows choose. query_start_loc_cpu [R+1] on the host; heard [R]: how
-        many tokens of each row are not rejected drafts, None if no row has rejected drafts."""
+        """Begin a round: in its first step the short rows choose. query_start_loc_cpu [R+1] on the host;
+        valid_lens [R]: how many tokens of each row are not rejected drafts, None if no row has rejected drafts."""
         self._first = self.sketch.step(query_start_loc_cpu)
         if self._first is not None:
             rows = self._first.num_rows
             self.first_lens[:rows].copy_(metadata.seq_lens[:rows])
-            if heard is not None:
-                self.sketch.heard[:rows].copy_(heard[:rows])
+            if valid_lens is not None:
+                self.sketch.valid_lens[:rows].copy_(valid_lens[:rows])
         return self._first
 
     def follow(self, metadata: SpecAttnMetadata) -> ChoiceStep | None:

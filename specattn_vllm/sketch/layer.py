@@ -107,7 +107,7 @@ class LayerSketch(LayerChoice):
             query,
             *batch,
             dense,
-            sketch.heard[:rows],
+            sketch.valid_lens[:rows],
             block_table,
             codes,
             scales,

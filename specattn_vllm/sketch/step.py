@@ -37,7 +37,7 @@ class Sketch(Chooser):
     """Permanent buffers, one set for all layers. Their addresses are the same in every step, so a captured CUDA graph
     reads what the host has written into them.
 
-    heard [R] int32: how many queries of each row count in the search. page_table [T, R, H, width]: with T = 1 the
+    valid_lens [R] int32: how many queries of each row count in the search. page_table [T, R, H, width]: with T = 1 the
     layers use it one after the other; with one table per layer it stays for the steps that follow. scores [R, H, L]:
     the layers use them one after the other. totals and thresholds, by request slot: the budget that layers share; the
     last slot belongs to no request.
@@ -90,7 +90,7 @@ class Sketch(Chooser):
         self.following = torch.zeros_like(self.kept)
         self.totals = torch.zeros((requests + 1, TOTALS), dtype=torch.int32, **new)
         self.thresholds = torch.full((requests + 1, 2), -1, dtype=torch.int32, **new)
-        self.heard = torch.full((requests,), shape.max_query_len, dtype=torch.int32, **new)
+        self.valid_lens = torch.full((requests,), shape.max_query_len, dtype=torch.int32, **new)
         self.rotation = (
             torch.empty(0, **new) if device.type == "meta" else rotation(shape.head_size, shape.dtype, device)
         )

@@ -117,13 +117,13 @@ def command_runs(begins: str, document: str, measured, capsys) -> None:
         r.name for r in measured.results
     )
 
-    def told(options: dict, peer: dict | None) -> tuple[dict, dict]:
-        peer = {key: value for key, value in (peer or {}).items() if key not in ("top_p", "shared", "spread")}
-        return {key: value for key, value in options.items() if key not in GONE}, peer
+    def told(options: dict, baseline: dict | None) -> tuple[dict, dict]:
+        baseline = {key: value for key, value in (baseline or {}).items() if key not in ("top_p", "shared", "spread")}
+        return {key: value for key, value in options.items() if key not in GONE}, baseline
 
     settings = read_settings(ROOT / re.search(r"--settings (\S+)", command)[1])
-    now = {s.name: told(s.options, None if s.peer is None else s.peer.model_dump()) for s in settings}
-    assert now == {result.name: told(result.options, result.peer) for result in measured.results}
+    now = {s.name: told(s.options, None if s.baseline is None else s.baseline.model_dump()) for s in settings}
+    assert now == {result.name: told(result.options, result.baseline) for result in measured.results}
 
 
 def test_what_the_script_s_draft_agrees_on_is_what_was_measured():

@@ -50,7 +50,7 @@ def test_the_tree_names_what_is_there():
         else:
             assert (ROOT / name).is_dir(), name
     there = {p.name for p in folder.iterdir() if not p.name.startswith("__")}
-    unlisted = {"completion.py", "fingerprint.py", "py.typed", "versions.py"}
+    unlisted = {"fingerprint.py", "py.typed", "versions.py"}
     assert there - listed == unlisted, "named in a line of another, or too small to name"
 
 

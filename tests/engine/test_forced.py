@@ -187,7 +187,7 @@ def test_figures_are_those_of_plain_pytorch(demo_pair, prompts, tmp_path):
     texts = [prompt["prompt_token_ids"] for prompt in prompts([length] * 3)]
     jobs = [
         Job(
-            setting=Setting(name=name, options=options, peer=peer),
+            setting=Setting(name=name, options=options, baseline=baseline),
             target=demo_pair[0],
             draft=demo_pair[1],
             models={},
@@ -200,7 +200,7 @@ def test_figures_are_those_of_plain_pytorch(demo_pair, prompts, tmp_path):
             device="cpu",
             dtype="float32",
         )
-        for name, options, peer in (
+        for name, options, baseline in (
             ("dense", {"method": "dense"}, None),
             ("pruned", PRUNED, None),
             ("oracle", {"method": "dense"}, {"name": "oracle", "ratio": RATIO}),

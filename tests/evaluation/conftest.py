@@ -19,7 +19,7 @@ def half() -> Setting:
 
 @pytest.fixture
 def quest() -> Setting:
-    return Setting(name="quest", options={"method": "dense"}, peer={"name": "quest", "ratio": 0.5})
+    return Setting(name="quest", options={"method": "dense"}, baseline={"name": "quest", "ratio": 0.5})
 
 
 @pytest.fixture

@@ -33,13 +33,13 @@ def test_what_the_user_gives_the_engine_goes_before_ours(job):
     assert job(engine_options={"max_num_batched_tokens": 64}).engine_arguments()["max_num_batched_tokens"] == 64
 
 
-def test_a_peer_is_neither_the_reference_nor_lossless_and_runs_without_graphs(half, quest, job, result_of):
+def test_a_baseline_is_neither_the_reference_nor_lossless_and_runs_without_graphs(half, quest, job, result_of):
     assert not quest.is_reference and not quest.lossless
-    assert not result_of(job(quest)).model_copy(update={"peer": quest.peer.model_dump()}).is_reference
+    assert not result_of(job(quest)).model_copy(update={"baseline": quest.baseline.model_dump()}).is_reference
     arguments = job(quest, device="cuda").engine_arguments()
     assert arguments["enforce_eager"] and arguments["additional_config"]["specattn"]["method"] == "dense"
     assert "enforce_eager" not in job(half, device="cuda").engine_arguments()
-    other = quest.model_copy(update={"peer": quest.peer.model_copy(update={"page_size": 8})})
+    other = quest.model_copy(update={"baseline": quest.baseline.model_copy(update={"page_size": 8})})
     assert job(other).key != job(quest).key
 
 

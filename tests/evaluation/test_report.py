@@ -126,7 +126,7 @@ def cells_of(results: list) -> dict[str, dict[str, str]]:
 
 def test_the_picture_joins_budgets_of_one_kind_and_leaves_out_what_is_lossless(half, job, result_of):
     pytest.importorskip("matplotlib")
-    from specattn_vllm.evaluation import page
+    from specattn_vllm.evaluation import charts
 
     budgets = [Setting(name=f"kept {share}%", options={"rule": "top_k", "ratio": share / 100}) for share in (5, 25)]
     results = [result_of(job()), result_of(job(half), kept=0.5)]
@@ -134,8 +134,9 @@ def test_the_picture_joins_budgets_of_one_kind_and_leaves_out_what_is_lossless(h
     # What is searched counts.
     results[1].forced |= {"kv_scanned": 1000}
     results[1].scan_share = 0.125
-    axes, *_ = page.draw(Report(provenance={}, setup={}, results=results)).axes
-    drawn = {bars.get_label(): list(bars[0].get_xdata()) for bars in axes.containers}
+    families = charts.families(Report(provenance={}, setup={}, results=results))
+    [axes] = charts.draw(families, "kl").axes
+    drawn = {name: list(bars[0].get_xdata()) for name, bars in zip(families, axes.containers, strict=True)}
     assert drawn == {"half": [0.625], "kept": [0.05, 0.25]}
 
 

@@ -10,20 +10,20 @@ from specattn_vllm.kernels.sketch.layout import SketchLayout
 from specattn_vllm.stats import Counts
 
 
-def peer(**options) -> Setting:
-    return Setting(name="x", options={"method": "dense"}, peer=options)
+def baseline(**options) -> Setting:
+    return Setting(name="x", options={"method": "dense"}, baseline=options)
 
 
 @pytest.mark.parametrize(
     ("setting", "size", "searched", "entries"),
     [
         # Bytes of a head's entries, K and V, and of what is read to choose among them: of 16 tokens, two keys.
-        (peer(name="quest", ratio=0.1), 128, 2 * 128 * 2, 16 * 2 * 128 * 2),
-        (peer(name="quest", ratio=0.1, page_size=8), 64, 2 * 64 * 2, 8 * 2 * 64 * 2),
-        (peer(name="mean_std", ratio=0.1), 64, 2 * 64 * 2, 16 * 2 * 64 * 2),
-        (peer(name="channels", ratio=0.1), 64, 16 * 2, 2 * 64 * 2),
-        (peer(name="channels", ratio=0.1, channels=8), 128, 8 * 2, 2 * 128 * 2),
-        (peer(name="oracle", ratio=0.1), 64, 0, 1),
+        (baseline(name="quest", ratio=0.1), 128, 2 * 128 * 2, 16 * 2 * 128 * 2),
+        (baseline(name="quest", ratio=0.1, page_size=8), 64, 2 * 64 * 2, 8 * 2 * 64 * 2),
+        (baseline(name="mean_std", ratio=0.1), 64, 2 * 64 * 2, 16 * 2 * 64 * 2),
+        (baseline(name="channels", ratio=0.1), 64, 16 * 2, 2 * 64 * 2),
+        (baseline(name="channels", ratio=0.1, channels=8), 128, 8 * 2, 2 * 128 * 2),
+        (baseline(name="oracle", ratio=0.1), 64, 0, 1),
         (Setting(name="x", options={"method": "sketch"}), 128, 128 * 2 / 8 + 2, 2 * 128 * 2),
         (Setting(name="x", options={"method": "sketch", "sketch_bits": 1}), 64, 64 / 8 + 2, 2 * 64 * 2),
         (Setting(name="x", options={"method": "specattn"}), 64, 0, 1),

@@ -127,18 +127,18 @@ def test_counts_that_make_no_evaluation_are_refused(name, capsys):
     assert f"--{name}: 0: a whole number, at least" in capsys.readouterr().err
 
 
-def test_graphs_are_refused_with_peers(capsys):
+def test_graphs_are_refused_with_baselines(capsys):
     arguments = ["eval", "methods", "--only", "quest 25%", "--engine-argument", "enforce_eager=false"]
     assert cli.main(arguments) == 2
-    assert "enforce_eager=false: 'quest 25%' is a peer" in capsys.readouterr().err
+    assert "enforce_eager=false: 'quest 25%' is a baseline" in capsys.readouterr().err
 
 
 def test_a_layer_map_is_for_those_that_choose_by_a_draft_and_name_none(capsys, tmp_path):
     path = tmp_path / "settings.json"
     own = Setting(name="own", options={"method": "specattn", "layer_map": "uniform"})
     others = [Setting(name="vegas", options={"method": "vegas"}), Setting(name="sketch", options={"method": "sketch"})]
-    peer = Setting(name="oracle", options={"method": "dense"}, peer={"name": "oracle", "ratio": 0.5})
-    given = [HALF, Setting(name="sts", options={"method": "sts"}), own, *others, peer]
+    baseline = Setting(name="oracle", options={"method": "dense"}, baseline={"name": "oracle", "ratio": 0.5})
+    given = [HALF, Setting(name="sts", options={"method": "sts"}), own, *others, baseline]
     path.write_text(json.dumps([setting.model_dump() for setting in given]))
     arguments = ["eval", "methods", "--settings", str(path), "--list", "--layer-map"]
     assert cli.main([*arguments, str(DEMO_MAP)]) == 0
@@ -155,8 +155,13 @@ def test_the_settings_of_the_real_model_read_as_many_bytes_as_they_are_called_by
     assert found[0].is_reference and found[1].other_batches
     named = [(setting, re.search(r"([\d.]+)%$", setting.name)) for setting in found]
     for setting, share in named:
-        ratio = setting.options.get("ratio") if setting.peer is None else setting.peer.ratio
+        ratio = setting.options.get("ratio") if setting.baseline is None else setting.baseline.ratio
         if share is not None and ratio is not None:
             # Less what a round reads of itself, and whole pages round up.
             assert setting.scan_share(64) + ratio == pytest.approx(float(share[1]) / 100, abs=1e-3), setting.name
-    assert {setting.peer.name for setting in found if setting.peer} == {"quest", "mean_std", "channels", "oracle"}
+    assert {setting.baseline.name for setting in found if setting.baseline} == {
+        "quest",
+        "mean_std",
+        "channels",
+        "oracle",
+    }

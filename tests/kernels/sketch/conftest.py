@@ -27,7 +27,7 @@ class Batch:
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     dense: torch.Tensor
-    heard: torch.Tensor
+    valid_lens: torch.Tensor
     query: torch.Tensor
     rotation: torch.Tensor
     centre: torch.Tensor
@@ -52,10 +52,10 @@ class Batch:
 
 
 def build(
-    lens, q_lens, heads, group, size, bits, block_size, layout, device, dtype, dense=(), seed=0, unheard=0
+    lens, q_lens, heads, group, size, bits, block_size, layout, device, dtype, dense=(), seed=0, rejected=0
 ) -> Batch:
     """Rows of ``lens`` tokens, the last ``q_lens`` of which are the step's own; rows in ``dense`` read everything. The
-    last ``unheard`` of a row's own, but never the first, have queries that are no numbers."""
+    last ``rejected`` of a row's own, but never the first, have queries that are no numbers."""
     generator = torch.Generator().manual_seed(seed)
     sizes = SketchLayout(heads, block_size, size, bits, dtype.itemsize)
     page = (sizes.page_bytes + sizes.tail_bytes) // dtype.itemsize
@@ -83,16 +83,16 @@ def build(
             reference.encode_keys(key, slots.to(device), turn, centre, codes, scales)
     query = (3 * torch.randn(sum(q_lens) + 2, heads * group, size, generator=generator)).to(dtype)
     query[sum(q_lens) :] = torch.nan
-    heard = torch.tensor([max(n - unheard, min(n, 1)) for n in q_lens], dtype=torch.int32)
+    valid_lens = torch.tensor([max(n - rejected, min(n, 1)) for n in q_lens], dtype=torch.int32)
     for row, n in enumerate(q_lens):
-        query[sum(q_lens[:row]) + int(heard[row]) : sum(q_lens[:row]) + n] = torch.nan
+        query[sum(q_lens[:row]) + int(valid_lens[row]) : sum(q_lens[:row]) + n] = torch.nan
     flags = torch.zeros(len(lens), dtype=torch.int32)
     flags[list(dense)] = 1
     row_strides = (page // (2 * size), *(stride // (2 * size) for stride in inner))
     return Batch(
         kv_cache, codes, scales, table.to(device),
         torch.tensor([0, *q_lens], dtype=torch.int32).cumsum(0).int().to(device),
-        torch.tensor(lens, dtype=torch.int32, device=device), flags.to(device), heard.to(device),
+        torch.tensor(lens, dtype=torch.int32, device=device), flags.to(device), valid_lens.to(device),
         query.to(device), turn, centre, max(1, *q_lens), -(-max(lens) // 64) * 64, row_strides,
     )  # fmt: skip
 
@@ -114,7 +114,7 @@ def prepared():
         factors = torch.full((*outer, 3, width), torch.nan, device=device)
         histogram = torch.full((*outer, contracts.BINS), 99, dtype=torch.int32, device=device)
         op(
-            batch.query, *batch.step[:3], batch.heard, batch.step[3], batch.codes, batch.scales, batch.rotation,
+            batch.query, *batch.step[:3], batch.valid_lens, batch.step[3], batch.codes, batch.scales, batch.rotation,
             batch.query.shape[2] ** -0.5, batch.max_query_len, dense_up_to, packed, factors, histogram,
         )  # fmt: skip
         return packed, factors, histogram

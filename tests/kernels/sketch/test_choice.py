@@ -36,12 +36,12 @@ BUDGETS = [
 
 
 # The last of a row's own tokens that were rejected drafts.
-@pytest.mark.parametrize(("batch", "unheard"), [(BATCHES[0].values[0], 2), *((b.values[0], 0) for b in BATCHES)])
-def test_kernels_do_what_the_references_do(place, sketched, prepared, scored, selected, batch, unheard):
+@pytest.mark.parametrize(("batch", "rejected"), [(BATCHES[0].values[0], 2), *((b.values[0], 0) for b in BATCHES)])
+def test_kernels_do_what_the_references_do(place, sketched, prepared, scored, selected, batch, rejected):
     device, dtype = place
     if device.type == "cuda" and dtype == torch.float32 and batch[4] == 256:
         pytest.skip("products of 256 x 256 float32 do not fit in a GPU's shared memory")
-    data = sketched(*batch[:8], device, dtype, dense=batch[8], unheard=unheard)
+    data = sketched(*batch[:8], device, dtype, dense=batch[8], rejected=rejected)
     got, want = prepared(prepare_queries, data), prepared(reference.prepare_queries, data)
     assert (got[0] != want[0]).float().mean() < 1e-3  # a query on the border between two levels
     torch.testing.assert_close(got[1], want[1], rtol=2e-3, atol=2e-3, equal_nan=True)

@@ -1,4 +1,4 @@
-"""The evaluation's peers against the same in plain loops, on caches whose blocks lie in no order."""
+"""The evaluation's baselines against the same in plain loops, on caches whose blocks lie in no order."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from specattn_vllm import executors
-from specattn_vllm.evaluation.peers import Peer
+from specattn_vllm.evaluation.baselines import Baseline
 from specattn_vllm.evaluation.schema import Channels, MeanStd, Oracle, Quest, Setting
 from specattn_vllm.stats import Counters
 
@@ -57,9 +57,9 @@ class Step:
 
     def attend(self, options, layer: str = "layer 2") -> torch.Tensor:
         operations = executors.resolve("torch", CPU)
-        peer = Peer(options, operations, self.counters, ["layer 0", "layer 1", "layer 2"])
+        baseline = Baseline(options, operations, self.counters, ["layer 0", "layer 1", "layer 2"])
         out = torch.full_like(self.query, torch.nan)
-        assert peer.begin(self.common).attend(layer, self.query, self.cache, self.common, SCALE, out)
+        assert baseline.begin(self.common).attend(layer, self.query, self.cache, self.common, SCALE, out)
         self.counters.commit()
         return out
 
@@ -232,11 +232,11 @@ def test_half_precision_is_rounded_at_the_end():
 
 
 def test_prompts_and_profiling_are_left_alone():
-    peer = Peer(Oracle(name="oracle", ratio=0.5), executors.resolve("torch", CPU), Counters(CPU), ["a"])
-    assert peer.begin(Step([(30, 30, True), (2, 40, True)]).common) is None
+    baseline = Baseline(Oracle(name="oracle", ratio=0.5), executors.resolve("torch", CPU), Counters(CPU), ["a"])
+    assert baseline.begin(Step([(30, 30, True), (2, 40, True)]).common) is None
     profiling = Step().common
     profiling.req_idx = None
-    assert peer.begin(profiling) is None
+    assert baseline.begin(profiling) is None
 
 
 def test_channels_that_a_key_does_not_have_are_refused():
@@ -246,11 +246,11 @@ def test_channels_that_a_key_does_not_have_are_refused():
 
 def test_dense_layers_leave_something_to_select_in():
     with pytest.raises(ValueError, match="dense_layers 2 leaves none of the target's 2 layers"):
-        Peer(Quest(name="quest", ratio=0.5), executors.resolve("torch", CPU), Counters(CPU), ["a", "b"])
+        Baseline(Quest(name="quest", ratio=0.5), executors.resolve("torch", CPU), Counters(CPU), ["a", "b"])
 
 
 @pytest.mark.parametrize(
-    ("peer", "options", "message"),
+    ("baseline", "options", "message"),
     [
         ({"name": "oracle"}, {"method": "dense"}, "Field required"),
         ({"name": "quest", "ratio": 0.5}, {"method": "specattn"}, "reads in the place of the plugin, not beside it"),
@@ -260,6 +260,6 @@ def test_dense_layers_leave_something_to_select_in():
         ({"name": "h2o", "ratio": 0.5}, {"method": "dense"}, "'quest', 'mean_std', 'channels', 'oracle'"),
     ],
 )
-def test_peers_that_make_no_sense_are_refused(peer, options, message):
+def test_baselines_that_make_no_sense_are_refused(baseline, options, message):
     with pytest.raises(ValidationError, match=message):
-        Setting(name="x", options=options, peer=peer)
+        Setting(name="x", options=options, baseline=baseline)

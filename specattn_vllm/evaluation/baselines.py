@@ -1,12 +1,12 @@
 """Other work's selections in the place of ours, for comparison: same text, positions, rows and accounting.
 
-A peer attends for the rows that verify, in plain PyTorch over the paged cache, in engines without graphs; prompts stay
-dense. As with our methods, one selection serves all K + 1 rows of a verification, is made of the tokens before them
-(the prefix), and the rows read each other besides, causally. Whatever chooses per query in its paper chooses here by
-the mean over the rows, and over the query heads of a KV head, of a distribution, since that is what is read together.
+A baseline attends for the rows that verify, in plain PyTorch over the paged cache, in engines without graphs; prompts
+stay dense. As with our methods, one selection serves all K + 1 rows of a verification. It is made of the tokens before
+them (the prefix); the rows also read each other, causally. A method that chooses per query in its paper chooses here by
+the mean distribution over the rows and the query heads of a KV head, because these are read together.
 
-What each keeps of the prefix is told by a function (options, Row) -> Chosen, in `SELECT`; its options, with the bytes
-that it searches, are in `schema.py`:
+`SELECT` has for each a function (options, Row) -> Selected, which says what is kept of the prefix. Options, and the
+bytes that are searched, are in `schema.py`:
 
 quest     whole pages, by an upper bound of their scores (Tang et al., ICML 2024, arXiv 2406.10774):
               score(q, page) = scale * sum_d max(q_d least_d, q_d largest_d)
@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from specattn_vllm.evaluation.schema import Channels, MeanStd, Oracle, PeerOptions, Quest
+from specattn_vllm.evaluation.schema import BaselineOptions, Channels, MeanStd, Oracle, Quest
 from specattn_vllm.executors import Operations
 from specattn_vllm.stats import Counters
 
@@ -43,7 +43,7 @@ class Row(NamedTuple):
     scale: float
 
 
-class Chosen(NamedTuple):
+class Selected(NamedTuple):
     kept: torch.Tensor
     """[H, L] bool, tokens of the prefix that each KV head reads."""
     searched: int
@@ -70,7 +70,7 @@ def pages_of(keys: torch.Tensor, size: int) -> torch.Tensor:
     return F.pad(keys, (0, 0, 0, -keys.shape[1] % size), value=torch.nan).unflatten(1, (-1, size))
 
 
-def best_pages(options: Quest | MeanStd, row: Row, scores: torch.Tensor, *, first: bool = False) -> Chosen:
+def best_pages(options: Quest | MeanStd, row: Row, scores: torch.Tensor, *, first: bool = False) -> Selected:
     """Those with the largest scores [H, G, Q, P], up to a share of the prefix, in whole pages, and among them always
     the page that the prefix ends in, and the `first` where asked for, if there is room for two. The order for a single
     query is that of its scores."""
@@ -79,10 +79,10 @@ def best_pages(options: Quest | MeanStd, row: Row, scores: torch.Tensor, *, firs
         weights[:, 0] = 2.0
     weights[:, -1] = torch.inf
     kept = heaviest(weights, -(-budget(options.ratio, length) // size))
-    return Chosen(kept.repeat_interleave(size, dim=1)[:, :length], weights.shape[1] * size)
+    return Selected(kept.repeat_interleave(size, dim=1)[:, :length], weights.shape[1] * size)
 
 
-def quest(options: Quest, row: Row) -> Chosen:
+def quest(options: Quest, row: Row) -> Selected:
     pages = pages_of(row.keys, options.page_size)
     least, largest = pages.nan_to_num(torch.inf).amin(2), pages.nan_to_num(-torch.inf).amax(2)
     bounds = torch.einsum("hgqd,hpd->hgqp", row.query.clamp(min=0), largest)
@@ -90,7 +90,7 @@ def quest(options: Quest, row: Row) -> Chosen:
     return best_pages(options, row, bounds)
 
 
-def mean_std(options: MeanStd, row: Row) -> Chosen:
+def mean_std(options: MeanStd, row: Row) -> Selected:
     """The first page is always read: what all queries attend to there is a token or two, which a mean does not show."""
     pages = pages_of(row.keys, options.page_size)
     means = pages.nanmean(2)
@@ -100,28 +100,28 @@ def mean_std(options: MeanStd, row: Row) -> Chosen:
     return best_pages(options, row, scores, first=True)
 
 
-def channels(options: Channels, row: Row) -> Chosen:
+def channels(options: Channels, row: Row) -> Selected:
     """The channels of a KV head are those with the largest |q_d| |k_d|, mean over the round's queries times mean over
     the context's keys. The paper calibrates that before; of the very round, no calibration could know better."""
     length, size = row.keys.shape[1:]
     if options.channels > size:
-        raise ValueError(f"peer 'channels': channels {options.channels}, but keys have {size} elements: lower it")
+        raise ValueError(f"baseline 'channels': channels {options.channels}, but keys have {size} elements: lower it")
     chosen = (row.keys.abs().mean(1) * row.query.abs().mean((1, 2))).topk(options.channels).indices
     keys = row.keys.gather(2, chosen[:, None].expand(-1, length, -1))
     query = row.query.gather(3, chosen[:, None, None].expand(*row.query.shape[:3], -1))
     scores = torch.einsum("hgqd,hld->hgql", query, keys) * row.scale
-    return Chosen(heaviest(mean(scores.softmax(-1)), budget(options.ratio, length)), length)
+    return Selected(heaviest(mean(scores.softmax(-1)), budget(options.ratio, length)), length)
 
 
-def oracle(options: Oracle, row: Row) -> Chosen:
-    return Chosen(heaviest(mean(row.weights), budget(options.ratio, row.keys.shape[1])), 0)
+def oracle(options: Oracle, row: Row) -> Selected:
+    return Selected(heaviest(mean(row.weights), budget(options.ratio, row.keys.shape[1])), 0)
 
 
 SELECT = {"quest": quest, "mean_std": mean_std, "channels": channels, "oracle": oracle}
 
 
-def install(worker: Any, options: PeerOptions) -> None:
-    """Put a peer into the target of a worker whose options are method 'dense'."""
+def install(worker: Any, options: BaselineOptions) -> None:
+    """Put a baseline into the target of a worker whose options are method 'dense'."""
     from vllm.model_executor.models.utils import extract_layer_index
 
     from specattn_vllm.speculation.wiring import target_builder
@@ -130,19 +130,19 @@ def install(worker: Any, options: PeerOptions) -> None:
     names = {name for of in groups for group in of for name in group.layer_names}
     names = sorted(names - speculator.draft_attn_layer_names, key=extract_layer_index)
     builder = target_builder(groups, names)
-    builder.substitute = Peer(options, speculator.operations, speculator.counters, names).begin
+    builder.substitute = Baseline(options, speculator.operations, speculator.counters, names).begin
 
 
-class Peer:
-    """One peer in one engine: tells which rows of a step verify, and attends for them."""
+class Baseline:
+    """One baseline in one engine: tells which rows of a step verify, and attends for them."""
 
     def __init__(
-        self, options: PeerOptions, operations: Operations, counters: Counters, layer_names: list[str]
+        self, options: BaselineOptions, operations: Operations, counters: Counters, layer_names: list[str]
     ) -> None:
         """layer_names: the target's, in order."""
         if options.dense_layers >= len(layer_names):
             raise ValueError(
-                f"peer {options.name!r}: dense_layers {options.dense_layers} leaves none of the target's "
+                f"baseline {options.name!r}: dense_layers {options.dense_layers} leaves none of the target's "
                 f"{len(layer_names)} layers to select in: lower it"
             )
         self.options = options
@@ -150,7 +150,7 @@ class Peer:
         self.counters = counters
         self.selecting = set(layer_names[options.dense_layers :])
 
-    def begin(self, common: Any) -> PeerStep | None:
+    def begin(self, common: Any) -> BaselineStep | None:
         """The step of vLLM's common metadata; None where nothing verifies, as in profiling runs and prompts."""
         if common.req_idx is None or common.is_prefilling is None:
             return None
@@ -161,29 +161,29 @@ class Peer:
         if not spans:
             return None
         self.counters.stage(verify_rows=len(spans), sparse_rows=len(spans))
-        return PeerStep(self, spans)
+        return BaselineStep(self, spans)
 
 
-class PeerStep(NamedTuple):
+class BaselineStep(NamedTuple):
     """One step of the target in which rows verify: row of the batch -> its tokens."""
 
-    peer: Peer
+    baseline: Baseline
     spans: dict[int, slice]
 
     def attend(self, layer_name: str, query, kv_cache, batch, scale: float, out) -> bool:
         """Attention of one layer, for all rows; arguments as `TargetStep.attend`, kv_cache [B, H, N, 2D]."""
         lengths, longest = (batch.seq_lens, batch.query_start_loc), (batch.max_query_len, batch.max_seq_len)
-        self.peer.operations.dense_attention(query, kv_cache, batch.block_table, *lengths, scale, out, *longest)
+        self.baseline.operations.dense_attention(query, kv_cache, batch.block_table, *lengths, scale, out, *longest)
         heads, tokens = kv_cache.shape[1], batch.seq_lens.tolist()
         read = full = heads * sum(tokens[row] for row in self.spans)
         searched = 0
-        if layer_name in self.peer.selecting:
+        if layer_name in self.baseline.selecting:
             read = 0
             for row, span in self.spans.items():
                 blocks = batch.block_table[row]
                 kept, looked_at = self._attend(query[span], kv_cache, blocks, tokens[row], scale, out[span])
                 read, searched = read + kept, searched + heads * looked_at
-        self.peer.counters.stage(kv_read=read, kv_full=full, kv_scanned=searched)
+        self.baseline.counters.stage(kv_read=read, kv_full=full, kv_scanned=searched)
         return True
 
     def _attend(self, query, kv_cache, blocks, length: int, scale: float, out) -> tuple[torch.Tensor, int]:
@@ -197,7 +197,9 @@ class PeerStep(NamedTuple):
         logits = torch.einsum("hgqd,hld->hgql", query, keys) * scale
         logits = logits.masked_fill(there > there[prefix:, None], -torch.inf)
         given = logits.softmax(-1)[..., :prefix]
-        kept, searched = SELECT[self.peer.options.name](self.peer.options, Row(query, keys[:, :prefix], given, scale))
+        kept, searched = SELECT[self.baseline.options.name](
+            self.baseline.options, Row(query, keys[:, :prefix], given, scale)
+        )
         logits[..., :prefix] = logits[..., :prefix].masked_fill(~kept[:, None, None], -torch.inf)
         found = torch.einsum("hgql,hld->qhgd", logits.softmax(-1), values)
         out.copy_(found.flatten(1, 2))
