@@ -35,8 +35,8 @@ class Reporter:
         self.more: list[Callable[[], str | None]] = []
         """Functions that return a further log line, or None. Called whenever a line is due."""
         self.publish: Callable[[Counts, list[torch.Tensor]], None] | None = None
-        """Called with the totals, and the tensors of `beside` on the host. Set when the first request arrives."""
-        self.beside: Callable[[], Sequence[torch.Tensor]] = tuple
+        """Called with the totals, and the tensors of `extra` on the host. Set when the first request arrives."""
+        self.extra: Callable[[], Sequence[torch.Tensor]] = tuple
         """Returns further tensors on the device, which are copied together with the totals."""
         self.fold: Callable[[], None] = lambda: None
         """Counts the last step, for engines that otherwise count it only when the next step begins."""
@@ -84,10 +84,10 @@ class Reporter:
                 self._start_timer(self._published + PUBLISH_S - time.monotonic())
 
     def _read(self) -> Reading:
-        return self.counters.begin_read(() if self.publish is None else self.beside())
+        return self.counters.begin_read(() if self.publish is None else self.extra())
 
     def _hand_on(self, reading: Reading, counts: Counts) -> None:
-        self.publish(counts, reading.beside())
+        self.publish(counts, reading.extra())
         self._published = time.monotonic()
 
     def _start_timer(self, seconds: float) -> None:

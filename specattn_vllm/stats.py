@@ -118,12 +118,12 @@ class Reading:
     """An asynchronous copy of the totals and of other tensors to the host, as they were when the copy began. Ask
     `ready` before you use it; nothing waits."""
 
-    def __init__(self, host: Sequence[int], device: torch.Tensor, beside: Sequence[torch.Tensor] = ()) -> None:
+    def __init__(self, host: Sequence[int], device: torch.Tensor, extra: Sequence[torch.Tensor] = ()) -> None:
         import torch
 
         self._host = tuple(host)
         # With non_blocking, PyTorch copies a GPU tensor to pinned memory.
-        self._copies = [t.to("cpu", non_blocking=True, copy=True) for t in (device, *beside)]
+        self._copies = [t.to("cpu", non_blocking=True, copy=True) for t in (device, *extra)]
         self._event = None
         if device.is_cuda:
             self._event = torch.cuda.Event()
@@ -137,7 +137,7 @@ class Reading:
         """The totals. Call it only when `ready`."""
         return _sums(self._host, self._copies[0])
 
-    def beside(self) -> list[torch.Tensor]:
+    def extra(self) -> list[torch.Tensor]:
         """The other tensors, on the host. Call it only when `ready`."""
         return self._copies[1:]
 
@@ -212,6 +212,6 @@ class Counters:
         """Totals up to now; waits for the device."""
         return _sums(self._host, self._device)
 
-    def begin_read(self, beside: Sequence[torch.Tensor] = ()) -> Reading:
+    def begin_read(self, extra: Sequence[torch.Tensor] = ()) -> Reading:
         """Begin to copy the current totals, and other tensors of the device, to the host. Does not wait."""
-        return Reading(self._host, self._device, beside)
+        return Reading(self._host, self._device, extra)

@@ -90,7 +90,7 @@ def test_an_idle_interval_is_silent_and_not_added_to_the_next(lines, clock):
 
 def test_nothing_is_read_before_something_is_due(clock):
     class Unread:
-        def begin_read(self, beside):
+        def begin_read(self, extra):
             raise AssertionError("read before the interval was over")
 
     report = Reporter(Unread(), interval_s=10)
@@ -109,7 +109,7 @@ class SlowCounters:
     def __init__(self):
         self.readings, self.steps = [], 0
 
-    def begin_read(self, beside):
+    def begin_read(self, extra):
         self.readings.append(SlowReading(Counts(rounds=self.steps)))
         return self.readings[-1]
 
@@ -125,7 +125,7 @@ class SlowReading:
         assert self.arrived, "waited for the device"
         return self.total
 
-    def beside(self):
+    def extra(self):
         assert self.arrived, "waited for the device"
         return []
 

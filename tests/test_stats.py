@@ -92,7 +92,7 @@ def test_a_reading_is_of_the_moment_at_which_it_began():
     beside += 1
     assert reading.ready()
     assert reading.counts() == Counts(rounds=1, kv_full=9)
-    assert [t.tolist() for t in reading.beside()] == [[1, 2]]
+    assert [t.tolist() for t in reading.extra()] == [[1, 2]]
 
 
 def test_every_count_has_its_own_counter():

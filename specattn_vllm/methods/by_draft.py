@@ -19,7 +19,7 @@ class ByDraftOptions(BudgetOptions, AuditedOptions):
         "calibrated). Default: the shipped map for this pair of models if there is one, else 'uniform'.",
     )
     dense_layers: tuple[NonNegativeInt, ...] = for_researchers(
-        (), description="Target layers (from 0) that read everything, besides those the layer map leaves unmapped."
+        (), description="Target layers (from 0) that are dense, besides those the layer map leaves unmapped."
     )
     combine: Literal["sum", "union"] = for_researchers(
         "sum",

@@ -40,9 +40,9 @@ class Publisher:
         self.blank = blank
         self._failed = False
 
-    def write(self, counts: Counts, beside: Sequence[torch.Tensor]) -> None:
+    def write(self, counts: Counts, extra: Sequence[torch.Tensor]) -> None:
         """Write a snapshot with counts. It is used as `Reporter.publish`."""
-        self._put(replace(self.blank, counts=counts, audited=audited(*beside) if beside else None))
+        self._put(replace(self.blank, counts=counts, audited=audited(*extra) if extra else None))
 
     def write_blank(self) -> None:
         """Write a snapshot without counts: only the description of the engine."""
@@ -77,7 +77,7 @@ def start(runner: Any, options: SpecAttnOptions) -> None:
         return
     audit, target = audit_of(runner), getattr(runner, "specattn_target", None)
     if audit is not None:
-        reporter.beside = audit.totals
+        reporter.extra = audit.totals
     if target is not None:
         reporter.fold = target.fold
 

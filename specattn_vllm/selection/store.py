@@ -30,7 +30,7 @@ class SelectionStore:
         self.prefix_lens = torch.full((slots + 1,), NO_SELECTION, dtype=torch.int32, device=device)
         self.exact = torch.zeros(slots + 1, dtype=torch.bool, device=device)
         self._exact_on_host = np.zeros(slots, dtype=bool)
-        self._aside_on_host = np.zeros(slots, dtype=bool)
+        self._small_on_host = np.zeros(slots, dtype=bool)
 
     @property
     def nbytes(self) -> int:
@@ -42,16 +42,16 @@ class SelectionStore:
             self._exact_on_host[slot] = exact
             self.exact[slot].fill_(exact)
 
-    def step_aside(self, slots: np.ndarray, aside: bool) -> None:
+    def note_small_batch(self, slots: np.ndarray, small: bool) -> None:
         """Note whether rounds store no selections for requests in slots [R], because their batch is small. This is only
         noted on the host, to tell why a row is dense."""
-        self._aside_on_host[slots] = aside
+        self._small_on_host[slots] = small
 
     def dense_on_purpose(self, slots: np.ndarray) -> tuple[int, int]:
         """How many of the requests in slots [R] have no selection because they asked for exactness, and how many others
         because their batch was small. Only uses the host's notes."""
         exact = self._exact_on_host[slots]
-        return int(exact.sum()), int((self._aside_on_host[slots] & ~exact).sum())
+        return int(exact.sum()), int((self._small_on_host[slots] & ~exact).sum())
 
     def put(self, slots: torch.Tensor, bits: torch.Tensor, prefix_lens: torch.Tensor) -> None:
         """Store the selections of a batch.

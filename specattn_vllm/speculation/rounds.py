@@ -67,10 +67,10 @@ class RoundSpeculator(compat.stock_speculator()):
         """A round as vLLM drafts it; arguments as in its `propose`."""
         return super().propose(*args, **kwargs)
 
-    def _step_aside(self, batch: InputBatch) -> None:
+    def _round_is_dense(self, batch: InputBatch) -> None:
         """Called before a round of a small batch. The target's next step must be dense."""
 
-    def _step_in(self, batch: InputBatch) -> None:
+    def _round_records(self, batch: InputBatch) -> None:
         """Called before each recorded round."""
 
     def _kinds(self) -> list[bool]:
@@ -84,7 +84,7 @@ class RoundSpeculator(compat.stock_speculator()):
         if self.selection is None:
             return False
         small = self._too_small(batch)
-        (self._step_aside if small else self._step_in)(batch)
+        (self._round_is_dense if small else self._round_records)(batch)
         return not small
 
     def set_attn(self, model_state, *args: Any, **kwargs: Any) -> None:

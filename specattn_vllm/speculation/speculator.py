@@ -70,12 +70,12 @@ class SpecAttnSpeculator(RoundSpeculator):
         """A new or resumed request gets a slot."""
         self.selection.store.hold(slot, asks_for_exactness(request.sampling_params))
 
-    def _step_aside(self, batch: InputBatch) -> None:
+    def _round_is_dense(self, batch: InputBatch) -> None:
         self.selection.store.clear(batch.idx_mapping)
-        self.selection.store.step_aside(batch.idx_mapping_np, True)
+        self.selection.store.note_small_batch(batch.idx_mapping_np, True)
 
-    def _step_in(self, batch: InputBatch) -> None:
-        self.selection.store.step_aside(batch.idx_mapping_np, False)
+    def _round_records(self, batch: InputBatch) -> None:
+        self.selection.store.note_small_batch(batch.idx_mapping_np, False)
 
     def _round(
         self,

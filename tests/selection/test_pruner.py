@@ -290,13 +290,13 @@ def test_the_counters_equal_numbers_worked_out_by_hand(setup):
 def test_rows_that_are_dense_on_purpose_are_counted_apart(setup):
     """On the host: nothing was selected for them, whatever their slots held."""
     setup.store.hold(0, exact=True)
-    setup.store.step_aside(np.array([0, 1, 3]), True)
+    setup.store.note_small_batch(np.array([0, 1, 3]), True)
     setup.select(2, 9, {0}, {1})
     setup.prune(Row(0, 9), Row(1, 8, query=2), Row(2, 9, query=1), Row(3, 9, prefilling=True), Row(FILL, 0, query=0))
     counts = setup.counters.read()
     assert (counts.verify_rows, counts.sparse_rows, counts.no_selection_rows) == (3, 1, 2)
     assert (counts.exact_rows, counts.small_batch_rows, counts.unselected_rows) == (1, 1, 0)
-    setup.store.step_aside(np.array([1]), False)
+    setup.store.note_small_batch(np.array([1]), False)
     setup.prune(Row(1, 8, query=2))
     counts = setup.counters.read()
     assert (counts.exact_rows, counts.small_batch_rows, counts.unselected_rows) == (1, 1, 1)
