@@ -122,6 +122,8 @@ def _windows(side: str, model: ModelConfig, config: VllmConfig, options: SpecAtt
 
 def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
     spec = config.speculative_config
+    if spec is None or not spec.uses_draft_model():
+        yield from _useless_without_draft_model(options, drafts=spec is not None)
     if spec is None:
         if options.drafts_for_itself:
             yield f"method = {options.method!r} without speculation: give --num-speculative-tokens K"
@@ -157,6 +159,17 @@ def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
     target_tp, draft_tp = config.parallel_config.tensor_parallel_size, spec.draft_parallel_config.tensor_parallel_size
     if target_tp != draft_tp:
         yield f"draft_tensor_parallel_size = {draft_tp}: must equal the target's, {target_tp}"
+
+
+def _useless_without_draft_model(options: SpecAttnOptions, *, drafts: bool) -> Iterator[str]:
+    given = options.model_fields_set & {"draft_ratio"}
+    if options.drafts_by_sketch and not drafts:  # beside another drafter, a sentence of its own says so
+        given |= options.model_fields_set & {"sparse_draft"}
+    if given:
+        yield (
+            f"{' and '.join(sorted(given))} without a draft model, whose steps alone they are about: leave it out, or "
+            "give --speculative-model DRAFT"
+        )
 
 
 def _positions(target: ModelConfig, draft: ModelConfig) -> Iterator[str]:

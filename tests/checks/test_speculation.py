@@ -117,6 +117,22 @@ def speculation(**changes):
     )
 
 
+@pytest.mark.parametrize(
+    ("spec", "options", "named"),
+    [
+        (None, {"draft_ratio": 0.3}, "draft_ratio"),
+        (None, {"sparse_draft": True}, "sparse_draft"),
+        (None, {"method": "dense", "sparse_draft": True, "draft_ratio": 0.3}, "draft_ratio and sparse_draft"),
+        ({"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 2}, {"draft_ratio": 0.3}, "draft_ratio"),
+    ],
+)
+def test_options_of_a_draft_model_that_is_not_there_are_refused(reasons, spec, options, named):
+    assert reasons(draft=None, spec=spec, options={"method": "sketch"} | options) == [
+        f"{named} without a draft model, whose steps alone they are about: leave it out, or give --speculative-model "
+        "DRAFT"
+    ]
+
+
 @pytest.mark.parametrize("method", ["specattn", "sketch", "dense"])
 def test_a_draft_with_fewer_positions_than_the_target_is_refused(reasons, configure, method):
     said = "give --max-model-len 64, or a draft model with more positions, another drafter, or none"
