@@ -63,9 +63,11 @@ def run_job(
     variables: Mapping[str, str],
     stop: threading.Event,
     *more: Path,
+    watch: Callable[[dict[str, Any]], None] | None = None,
 ) -> Ended:
     """Runs `command JOB RESULT more...`, files of JSON in `folder`, where its log is too, until it ends or is told to
-    `stop`, and ends it then with all its children: vLLM's own processes do not end with the one they serve."""
+    `stop`, and ends it then with all its children: vLLM's own processes do not end with the one they serve. `watch` is
+    called with what RESULT holds whenever it has changed meanwhile."""
     folder.mkdir(parents=True, exist_ok=True)
     given, found, log = (path_of(name, folder, kind) for kind in ("job.json", "result.json", "log"))
     found.unlink(missing_ok=True)
@@ -80,8 +82,11 @@ def run_job(
             start_new_session=True,
         )
     try:
+        seen = 0
         while process.poll() is None and not stop.wait(POLL_SECONDS):
-            pass
+            if watch is not None and found.exists() and (written := found.stat().st_mtime_ns) != seen:
+                seen = written
+                watch(json.loads(found.read_text()))
     finally:
         interrupted = process.poll() is None
         if interrupted:
