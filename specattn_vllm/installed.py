@@ -17,7 +17,7 @@ class UserError(Exception):
     """An error that the user can correct. It is printed without a traceback; exit code 2, as in argparse."""
 
 
-BENCH = ("rich", "jinja2", "matplotlib", "numpy")
+BENCH = ("rich", "jinja2", "matplotlib", "numpy", "pandas")
 """Modules that the extra 'bench' installs. All other modules that commands need come with vLLM."""
 GET_VLLM = (
     "pip install 'specattn-vllm[gpu]'; without a GPU, `scripts/serve` in a clone installs a vLLM for CPUs (docs/cpu.md)"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from specattn_vllm.bench import grid, jobs
 from specattn_vllm.bench.kernels import command as kernels
+from specattn_vllm.bench.serve import command as serve
 from specattn_vllm.installed import UserError, require
 from specattn_vllm.tools import models
 from specattn_vllm.tools.arguments import (
@@ -137,13 +138,20 @@ def engines(args: argparse.Namespace) -> int:
 def table(args: argparse.Namespace) -> None:
     from specattn_vllm.bench import report as reports
     from specattn_vllm.bench.schema import Report
+    from specattn_vllm.bench.serve import report as serve_reports
+    from specattn_vllm.bench.serve.schema import ServeReport
 
+    kinds = {"specattn-bench-serve": (ServeReport, serve_reports.markdown)}
     try:
-        report = Report.model_validate_json(args.file.read_bytes())
-    except (OSError, ValueError) as error:
+        text = args.file.read_bytes()
+        kind, markdown = kinds.get(json.loads(text).get("kind"), (Report, reports.markdown))
+        report = kind.model_validate_json(text)
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{args.file} is no report of `specattn bench`: {str(error).splitlines()[0]}") from None
-    print(reports.markdown(report), end="")
+    print(markdown(report), end="")
     if args.plot:
+        if not isinstance(report, Report):
+            raise UserError(f"--plot: {args.file} is of servers; only reports of `specattn bench engines` are drawn")
         require(("matplotlib",))
         from specattn_vllm.bench.plot import draw
 
@@ -153,6 +161,7 @@ def table(args: argparse.Namespace) -> None:
 # Name -> what runs it, its arguments, its help.
 PARTS = {
     "engines": (engines, engines_arguments, "decoding speed of whole engines, side by side (the default)"),
+    "serve": (serve.run, serve.add_arguments, "servers under load, as clients see them, next to stock vLLM's"),
     "kernels": (kernels.run, kernels.add_arguments, "single kernels, next to what else would do their work"),
     "table": (table, table_arguments, "the table of a report, as Markdown"),
 }
