@@ -192,8 +192,8 @@ def settings_of(
     if shape is not None:
         about = {"shape": shape.name, "description": shape.description}
     else:
-        found = {role: identity(role, named[role], folder) for role, folder in folders.items()}
-        about = {"target": found["target"], "description": ", ".join(each["name"] for each in found.values())}
+        found = identity("target", named["target"], folders["target"])  # drafters are a server's own
+        about = {"target": found, "description": found["name"]}
     return about | {
         "device": args.device,
         "input_len": {str(tokens): share for tokens, share in args.input_len.items()},

@@ -123,6 +123,8 @@ def remarks(report: ServeReport) -> list[str]:
     if "‡" in text:
         found.append("‡ not all requests completed; the figures are of those that did.")
     for engine in report.engines:
+        if drafts := _drafts(engine):
+            found.append(f"{engine.name}: {drafts}.")
         if engine.status != "ok":
             found.append(f"{engine.name}: {engine.status}, {engine.reason}.")
         for of in engine.rounds:
@@ -143,6 +145,17 @@ def remarks(report: ServeReport) -> list[str]:
             "On a CPU, where the plugin is for trying: these figures show what the command does, and no speed."
         )
     return found
+
+
+def _drafts(engine: ServerResult) -> str | None:
+    """How a server speculates, if it does."""
+    speculation = engine.job.engine_arguments.get("speculative_config")
+    if speculation is None:
+        return None
+    text = f"{speculation['num_speculative_tokens']} draft tokens a round"
+    if (length := speculation.get("synthetic_acceptance_length")) is not None:
+        text += f", of which vLLM accepts at random so many that a round gives {length:g} tokens on average"
+    return text
 
 
 def caption(report: ServeReport) -> str:

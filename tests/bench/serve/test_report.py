@@ -25,7 +25,7 @@ TRAFFIC = Traffic(rounds=[], output_tokens=10, burstiness=1, seed=0, goodput=[])
 
 
 def server(mode: str, ttft: float, speed: float, drafter: str | None = None, **more) -> ServerResult:
-    arguments = {"speculative_config": {"model": drafter}} if drafter else {}
+    arguments = {"speculative_config": {"model": drafter, "num_speculative_tokens": 5}} if drafter else {}
     if mode.startswith("sketch"):
         arguments["additional_config"] = {"specattn": {"method": "sketch"}}
     job = ServeJob(
@@ -58,6 +58,13 @@ def test_ours_loses_to_stock_speculation_with_the_same_drafter_too():
     assert row(found, "TTFT mean, ms") == ["100", "50.0 (2.00x)", "75.0 (1.33x)†"]
     other = made(server("plain", 100, 50), stock, server("sketch-eagle", 75, 75, "{eagle}"))
     assert row(other, "TTFT mean, ms")[2] == "75.0 (1.33x)"
+
+
+def test_how_a_server_speculates_stands_below():
+    ours = server("sketch", 75, 75, "{draft}")
+    assert "sketch: 5 draft tokens a round." in report.remarks(made(ours))
+    ours.job.engine_arguments["speculative_config"]["synthetic_acceptance_length"] = 3.5
+    assert any("gives 3.5 tokens on average" in line for line in report.remarks(made(ours)))
 
 
 def test_nothing_good_is_a_loss():
