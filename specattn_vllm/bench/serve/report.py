@@ -160,10 +160,7 @@ def _drafts(engine: ServerResult) -> str | None:
 
 def caption(report: ServeReport) -> str:
     settings, source = report.settings, report.provenance
-    text = (
-        "`vllm bench serve` against `vllm serve`. Beside a figure how many times better than plain decoding's it is: "
-    )
-    text += "above 1 is better. "
+    text = "`vllm bench serve` against `vllm serve`; in brackets how many times better than plain decoding. "
     text += f"{settings['num_prompts']} requests at each rate, {_arrivals(settings['burstiness'])}, of "
     text += f"{lengths_name({int(tokens): share for tokens, share in settings['input_len'].items()})} tokens, "
     text += f"{settings['output_len']} tokens of answer each; at most {settings['max_num_seqs']} at a time. "
