@@ -155,14 +155,11 @@ def counters(llm) -> dict | None:
 
 def environment(mode: str) -> dict[str, str]:
     """Of stock vLLM without what `specattn cpu-env` sets, and without the plugin."""
-    found = dict(os.environ)
-    if mode == "stock":
-        from specattn_vllm import cpu_runner
+    if mode != "stock":
+        return dict(os.environ)
+    from specattn_vllm import cpu_runner
 
-        found.pop("TRITON_INTERPRET", None)
-        paths = [path for path in found.pop("PYTHONPATH", "").split(os.pathsep) if path != str(cpu_runner.OVERLAY)]
-        found |= {"VLLM_PLUGINS": "", **({"PYTHONPATH": os.pathsep.join(paths)} if any(paths) else {})}
-    return found
+    return cpu_runner.without(os.environ) | {"VLLM_PLUGINS": ""}
 
 
 def run_apart(mode: str) -> dict:

@@ -1,6 +1,9 @@
-"""The message of an exception in one line for a terminal, with the original cause first."""
+"""The message of an exception, or of the log of what it ended, in one line for a terminal, the original cause first."""
 
 from __future__ import annotations
+
+import itertools
+import re
 
 from pydantic import ValidationError
 
@@ -20,6 +23,22 @@ def summary(error: BaseException) -> str:
     if len(chain) > 1:
         text += f" (which led to {_one(error)})"
     return text if len(text) <= LONGEST else text[: LONGEST - 4] + " ..."
+
+
+def of_log(log: str) -> str | None:
+    """The first error that a log names: what follows it, "engine core initialization failed", tells less."""
+    # In front of a line may stand which process and which of its lines of code it is from.
+    lines = [re.sub(r"^(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?", "", line) for line in log.splitlines()]
+    for index, line in enumerate(lines):
+        if re.match(r"[\w.]*(?:Error|Exception): .", line):
+            # pydantic's own first line says how many errors there are, the two after it which one and where.
+            if "ValidationError: " in line:
+                return " ".join(part.strip() for part in lines[index + 1 : index + 3])[:300]
+            # A heading has its reasons in indented lines below it.
+            below = itertools.takewhile(lambda part: part.startswith("  "), lines[index + 1 :])
+            name, message = line.split(": ", 1)
+            return of_lines(name.rpartition(".")[2], [message, *(below if line.endswith(":") else ())])[:LONGEST]
+    return None
 
 
 def _one(error: BaseException) -> str:

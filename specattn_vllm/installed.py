@@ -17,7 +17,7 @@ class UserError(Exception):
     """An error that the user can correct. It is printed without a traceback; exit code 2, as in argparse."""
 
 
-EXTRAS = {**dict.fromkeys(("rich", "jinja2", "matplotlib", "numpy"), "bench"), "shtab": "completion"}
+EXTRAS = {**dict.fromkeys(("rich", "jinja2", "matplotlib", "numpy", "pandas"), "bench"), "shtab": "completion"}
 """Modules of our extras. All other modules that commands need come with vLLM."""
 GET_VLLM = (
     "pip install 'specattn-vllm[gpu]'; without a GPU, `scripts/serve` in a clone installs a vLLM for CPUs (docs/cpu.md)"

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import BaseModel, ValidationError, model_validator
 
-from specattn_vllm.bench import runner
-from specattn_vllm.causes import LONGEST, summary
+from specattn_vllm.causes import LONGEST, of_log, summary
 
 
 def raised(make) -> BaseException:
@@ -78,8 +77,8 @@ def test_of_a_validation_error_what_is_wrong_is_reported():
 (EngineCore pid=7)   Value error, K is too large: use less [type=value_error, input_value=1]
 (EngineCore pid=7)     For further information visit https://errors.pydantic.dev
 RuntimeError: Engine core initialization failed."""
-    assert runner._cause(log).startswith("Value error, K is too large: use less")
-    assert runner._cause("INFO 11-22 all is well") is None
+    assert of_log(log).startswith("Value error, K is too large: use less")
+    assert of_log("INFO 11-22 all is well") is None
 
 
 def test_of_a_refusal_its_reasons_are_reported():
@@ -88,7 +87,7 @@ specattn_vllm.checks.UnsupportedError: --attention-backend specattn cannot serve
   target: head size 32 is not supported; 64 and 128 are
   LoRA: serve merged weights
 RuntimeError: Engine core initialization failed."""
-    assert runner._cause(log) == (
+    assert of_log(log) == (
         "target: head size 32 is not supported; 64 and 128 are; LoRA: serve merged weights (UnsupportedError: "
         "--attention-backend specattn cannot serve this)"
     )

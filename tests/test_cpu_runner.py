@@ -27,9 +27,7 @@ needs_cpu_build = pytest.mark.skipif(
 
 def without_overlay() -> dict[str, str]:
     """This process's environment as it was before scripts/test prepared it."""
-    paths = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and path != str(OVERLAY)]
-    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
-    return env | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})
+    return cpu_runner.without(os.environ)
 
 
 def test_environment_from_nothing():
@@ -52,6 +50,12 @@ def test_environment_keeps_what_the_user_set():
 def test_environment_applied_twice_is_the_same():
     once = environment({"PYTHONPATH": "/mine"})
     assert environment(once) == once
+
+
+def test_without_takes_back_what_it_set():
+    before = {"PYTHONPATH": "/mine", "HOME": "/nowhere", "VLLM_CPU_KVCACHE_SPACE": "7"}
+    assert cpu_runner.without(before | environment(before)) == before
+    assert cpu_runner.without(environment({})) == {"VLLM_CPU_KVCACHE_SPACE": "2"}
 
 
 def test_environment_reads_the_process_by_default(monkeypatch):

@@ -1,4 +1,5 @@
-"""`specattn bench`: decoding speed of several engines side by side (docs/benchmarks.md), and of single kernels.
+"""`specattn bench`: decoding speed of several engines side by side, servers under load, and single kernels
+(docs/benchmarks.md).
 
 grid.py     cells: requests at a time, and tokens of each (standard library only)
 jobs.py     modes, and from what is asked for to one job per engine: exact vLLM arguments and environment
@@ -8,4 +9,5 @@ runner.py   starts workers, says what they do, and writes the report
 report.py   the report as a table, plot.py as a picture, page.py as a section of `specattn report`
 command.py  the command line
 kernels/    single kernels (`specattn bench kernels`)
+serve/      servers under load (`specattn bench serve`)
 """

@@ -5,18 +5,22 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from specattn_vllm.bench import grid, jobs
 from specattn_vllm.bench.kernels import command as kernels
+from specattn_vllm.bench.serve import command as serve
 from specattn_vllm.installed import UserError, require
 from specattn_vllm.tools import models
-from specattn_vllm.tools.arguments import add_commit, add_engine_argument, add_gpus, at_least, parse_option, share
-from specattn_vllm.tools.interrupts import ended_as_interrupted, resumed, status_of
+from specattn_vllm.tools.arguments import (
+    add_commit,
+    add_engine_argument,
+    add_gpus,
+    add_running,
+    at_least,
+    parse_option,
+    share,
+)
 from specattn_vllm.tools.outputs import output_file
-
-if TYPE_CHECKING:
-    pass
 
 
 def engines_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,17 +88,8 @@ def engines_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_argument(how, "for every mode")
 
     run = parser.add_argument_group("running")
-    run.add_argument(
-        "--out",
-        type=output_file,
-        default=Path("specattn-bench.json"),
-        metavar="FILE.json",
-        help="written after every engine; logs go into a folder beside it [%(default)s]",
-    )
+    add_running(run, "engines", Path("specattn-bench.json"))
     run.add_argument("--plot", type=output_file, metavar="FILE.png", help="also draw it")
-    run.add_argument("--list", action="store_true", help="show what would run, with every argument, and stop")
-    run.add_argument("--resume", action="store_true", help="go on with --out: engines measured there are not run again")
-    run.add_argument("--overwrite", action="store_true", help="throw away what --out holds")
     add_gpus(run, "engines")
     add_commit(run)
 
@@ -132,34 +127,25 @@ def engines(args: argparse.Namespace) -> int:
     from specattn_vllm.bench.schema import Report
 
     report = Report(provenance=provenance(args.commit), settings=jobs.settings_of(args, shape), engines=[])
-    if args.out.exists() and not (args.resume or args.overwrite):
-        raise UserError(f"{args.out} is there already: --resume goes on with it, --overwrite starts anew")
-    earlier = runner.earlier_engines(args.out, report) if args.resume else {}
-    folder, interrupt = args.out.with_suffix(".logs"), None
-    try:
-        with ended_as_interrupted():
-            runner.run_all(wanted, report, args.out, folder, earlier, args.gpus)
-    except KeyboardInterrupt as found:
-        interrupt = found
-    print(f"\n{reports.markdown(report)}\n{args.out}; logs in {folder}")
-    if interrupt is not None:
-        print(f"interrupted; this goes on with it: {resumed('--resume')}")
-        return status_of(interrupt)
-    if args.plot:
+    status = runner.carry_out(wanted, report, args, reports.markdown, gpus=args.gpus)
+    if args.plot and status in (0, 1):
         from specattn_vllm.bench.plot import draw
 
         draw(report).savefig(args.plot, dpi=160)
-    ran = {engine.name for engine in report.engines if engine.status == "ok"}
-    return 0 if {job.name for job in wanted} <= ran else 1
+    return status
 
 
 def table(args: argparse.Namespace) -> None:
     from specattn_vllm.bench import report as reports
-    from specattn_vllm.bench.schema import read
+    from specattn_vllm.bench.schema import Report, read
+    from specattn_vllm.bench.serve import report as serve_reports
+    from specattn_vllm.bench.serve.schema import ServeReport
 
-    report = read(args.file)
-    print(reports.markdown(report), end="")
+    report = read(args.file, Report, ServeReport)
+    print((reports if isinstance(report, Report) else serve_reports).markdown(report), end="")
     if args.plot:
+        if not isinstance(report, Report):
+            raise UserError(f"--plot: {args.file} is of servers; only reports of `specattn bench engines` are drawn")
         require(("matplotlib",))
         from specattn_vllm.bench.plot import draw
 
@@ -169,6 +155,7 @@ def table(args: argparse.Namespace) -> None:
 # Name -> what runs it, its arguments, its help.
 PARTS = {
     "engines": (engines, engines_arguments, "decoding speed of whole engines, side by side (the default)"),
+    "serve": (serve.run, serve.add_arguments, "servers under load, as clients see them, next to stock vLLM's"),
     "kernels": (kernels.run, kernels.add_arguments, "single kernels, next to what else would do their work"),
     "table": (table, table_arguments, "the table of a report, as Markdown"),
 }

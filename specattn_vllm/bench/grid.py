@@ -16,15 +16,21 @@ class Cell(NamedTuple):
     def parse(cls, text: str) -> Cell:
         """'16x32k' -> Cell(16, 32768); k is 1024 and M is 1024 squared."""
         batch, sign, context = text.strip().lower().partition("x")
-        units = {"k": 1024, "m": 1024 * 1024}
-        factor = units.get(context[-1:], 1)
-        number = context[:-1] if factor != 1 else context
-        if not (sign and batch.isdecimal() and number.isdecimal() and int(batch) and int(number)):
+        tokens = parse_context(context)
+        if not (sign and batch.isdecimal() and int(batch) and tokens):
             raise argparse.ArgumentTypeError(f"'{text}' is not a cell: write BATCHxCONTEXT, e.g. 16x32k or 4x2048")
-        return cls(int(batch), int(number) * factor)
+        return cls(int(batch), tokens)
 
     def __str__(self) -> str:
         return f"{self.batch}x{context_name(self.context)}"
+
+
+def parse_context(text: str) -> int | None:
+    """'32k' -> 32768; None for what is no number of tokens."""
+    text = text.strip().lower()
+    factor = {"k": 1024, "m": 1024 * 1024}.get(text[-1:], 1)
+    number = text[:-1] if factor != 1 else text
+    return int(number) * factor or None if number.isdecimal() else None
 
 
 def context_name(context: int) -> str:

@@ -159,18 +159,9 @@ def _job(
         arguments |= {"dtype": "bfloat16", "gpu_memory_utilization": args.gpu_memory_utilization}
         arguments["compilation_config"] = {"cudagraph_capture_sizes": sizes}
     if drafter:
-        arguments["speculative_config"] = {
-            "model": f"{{{drafter}}}",
-            "method": "eagle3" if drafter == "eagle" else "draft_model",
-            "num_speculative_tokens": draft_tokens,
-            # vLLM then accepts drafts at random, so that a round gives so many tokens on average whatever the models
-            # say: random weights agree on nothing, and what agreement a method costs is not a matter of speed.
-            "rejection_sample_method": "synthetic",
-            "synthetic_acceptance_length": length,
-        }
+        arguments["speculative_config"] = speculation(drafter, draft_tokens, length)
     if options is not None:
-        arguments["attention_backend"] = "specattn"
-        arguments["additional_config"] = {"specattn": options_of(mode, kept, dict(args.option))}
+        arguments |= backend(options_of(mode, kept, dict(args.option)))
     return Job(
         name=name,
         mode=mode,
@@ -178,14 +169,7 @@ def _job(
         shape=shape.name,
         cells=cells,
         engine_arguments=arguments | dict(args.engine_argument),
-        environment={
-            # Of runner V1 there is nothing but the draft mode that asks for it: everything else is compared on V2.
-            "VLLM_USE_V2_MODEL_RUNNER": "0" if mode == "draft-v1" else "1",
-            # Stock vLLM without hooks of this package: an empty name matches no plugin.
-            "VLLM_PLUGINS": "" if options is None else "specattn",
-            "VLLM_NO_USAGE_STATS": "1",
-            "HF_HUB_OFFLINE": "1",
-        },
+        environment=environment(mode) | {"HF_HUB_OFFLINE": "1"},
         on_cpu=args.device == "cpu",
         draft_tokens=draft_tokens if drafter else 0,
         acceptance_length=length,
@@ -193,6 +177,36 @@ def _job(
         repeats=args.repeats,
         max_warmups=args.max_warmups,
     )
+
+
+def speculation(drafter: str, draft_tokens: int, length: float | None) -> dict[str, Any]:
+    """vLLM's configuration of speculation. `length`: mean tokens of a round; None: the models' own."""
+    found = {
+        "model": f"{{{drafter}}}",
+        "method": "eagle3" if drafter == "eagle" else "draft_model",
+        "num_speculative_tokens": draft_tokens,
+    }
+    if length is not None:
+        # vLLM then accepts drafts at random, so that a round gives so many tokens on average whatever the models say:
+        # random weights agree on nothing, and what agreement a method costs is not a matter of speed.
+        found |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": length}
+    return found
+
+
+def backend(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of an engine that runs on this plugin."""
+    return {"attention_backend": "specattn", "additional_config": {"specattn": dict(options)}}
+
+
+def environment(mode: str) -> dict[str, str]:
+    """Variables of an engine's process."""
+    return {
+        # Of runner V1 there is nothing but the draft mode that asks for it: everything else is compared on V2.
+        "VLLM_USE_V2_MODEL_RUNNER": "0" if mode == "draft-v1" else "1",
+        # Stock vLLM without hooks of this package: an empty name matches no plugin.
+        "VLLM_PLUGINS": "" if MODES[mode].options is None else "specattn",
+        "VLLM_NO_USAGE_STATS": "1",
+    }
 
 
 def options_of(mode: str, kept: float | None, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,25 +1,26 @@
 """Runs jobs, each in a process of its own, one at a time or one per GPU, and keeps the report up to date after each.
 
 An engine that fails is a result like others: the report says so and why, with what it had measured
-until then.
+until then. Reports and jobs may be others with the same fields: those of servers (`serve/schema.py`).
 """
 
 from __future__ import annotations
 
-import itertools
-import re
+import argparse
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from specattn_vllm.bench.jobs import MODES
-from specattn_vllm.bench.schema import NO_ROOM, EngineResult, Job, Report
-from specattn_vllm.causes import LONGEST, of_lines
+from specattn_vllm.bench.schema import NO_ROOM, EngineResult, Job
+from specattn_vllm.causes import of_log
 from specattn_vllm.installed import UserError
 from specattn_vllm.tools import engines
+from specattn_vllm.tools.interrupts import ended_as_interrupted, resumed, status_of
 from specattn_vllm.tools.outputs import check_same
 
 WORKER = (*engines.MODULE, "specattn_vllm.bench.worker")
@@ -38,26 +39,10 @@ def run_job(job: Job, folder: Path, gpu: str | None = None, stop: threading.Even
     elif result.status != "ok" and result.reason != NO_ROOM:  # of which the log would tell nothing
         # Killed from outside, e.g. for its memory: the worker itself could not say so.
         killed = f"ended with exit status {ended.status}" if ended.status else None
-        result.reason = _cause(ended.log.read_text(errors="replace")) or killed or result.reason or "left no result"
+        result.reason = of_log(ended.log.read_text(errors="replace")) or killed or result.reason or "left no result"
     result.log = f"{folder.name}/{ended.log.name}"  # the report may travel to another machine, with the folder
     result.seconds = round(time.monotonic() - start, 1)
     return result
-
-
-def _cause(log: str) -> str | None:
-    """The first error that the log names: what follows it, "engine core initialization failed", tells less."""
-    # In front of a line may stand which process and which of its lines of code it is from.
-    lines = [re.sub(r"^(?:\([^)]*\) )?(?:ERROR [^\]]*\] )?", "", line) for line in log.splitlines()]
-    for index, line in enumerate(lines):
-        if re.match(r"[\w.]*(?:Error|Exception): .", line):
-            # pydantic's own first line says how many errors there are, the two after it which one and where.
-            if "ValidationError: " in line:
-                return " ".join(part.strip() for part in lines[index + 1 : index + 3])[:300]
-            # A heading has its reasons in indented lines below it.
-            below = itertools.takewhile(lambda part: part.startswith("  "), lines[index + 1 :])
-            name, message = line.split(": ", 1)
-            return of_lines(name.rpartition(".")[2], [message, *(below if line.endswith(":") else ())])[:LONGEST]
-    return None
 
 
 def outcome(result: EngineResult) -> str:
@@ -69,33 +54,46 @@ def outcome(result: EngineResult) -> str:
     return "; ".join([*parts, *(f"{cell.name} {cell.skipped}" for cell in result.cells if cell.skipped)])
 
 
-def earlier_engines(path: Path, report: Report) -> dict[str, EngineResult]:
+def earlier_engines(path: Path, report: Any) -> dict[str, Any]:
     """Engine name -> result of an earlier run with the same settings, to go on with."""
     if not path.is_file():
         return {}
     try:
-        earlier = Report.model_validate_json(path.read_text())
+        earlier = type(report).model_validate_json(path.read_text())
     except ValidationError:
-        raise UserError(f"{path} is no report of `specattn bench`: give another --out, or --overwrite") from None
+        raise UserError(f"{path} is no such report of `specattn bench`: give another --out, or --overwrite") from None
     check_same(path, earlier.settings, report.settings)
     return {engine.name: engine for engine in earlier.engines}
 
 
+Run = Callable[[Any, Path, str | None, threading.Event, Callable[[Any], None]], Any]
+"""Runs a job, with its logs in a folder, on a GPU, until it is told to stop; what is called last keeps what there is of
+the result meanwhile."""
+
+
+def _run_engine(job: Job, folder: Path, gpu: str | None, stop: threading.Event, keep: Callable) -> EngineResult:
+    return run_job(job, folder, gpu, stop)
+
+
 def run_all(
-    jobs: list[Job],
-    report: Report,
+    jobs: Sequence[Any],
+    report: Any,
     path: Path,
     folder: Path,
-    earlier: Mapping[str, EngineResult],
+    earlier: Mapping[str, Any],
     gpus: Sequence[str] = (),
     say: Callable[[str], None] = print,
+    *,
+    what: str = "engine",
+    run: Run = _run_engine,
+    told: Callable[[Any], str] = outcome,
 ) -> None:
     """Runs what is not measured yet, and writes `report` to `path` after each engine.
 
     After Ctrl-C it writes what there is, and passes it on. Engines of `earlier` that no job names stay in the report: a
     table may grow by a mode at a time. `gpus`: as many engines at a time, each on a GPU of its own.
     """
-    found = dict(earlier)
+    found, lock = dict(earlier), threading.Lock()
 
     def write() -> None:
         # Columns in a fixed order: modes as listed, then those of older versions; of one mode what keeps most first.
@@ -105,17 +103,43 @@ def run_all(
         )
         report.write(path)
 
-    def keep(result: EngineResult) -> None:
+    def keep(result: Any) -> None:
         result.provenance = report.provenance
-        found[result.name] = result
-        write()
-        say(f"{result.name}: {outcome(result)}")
+        with lock:  # of an engine that runs, in its thread
+            found[result.name] = result
+            write()
 
-    def run(job: Job, gpu: str | None, stop: threading.Event) -> EngineResult:
-        return run_job(job, folder, gpu, stop)
+    def ended(result: Any) -> None:
+        keep(result)
+        say(f"{result.name}: {told(result)}")
 
-    def is_measured(job: Job) -> bool:
+    def one(job: Any, gpu: str | None, stop: threading.Event) -> Any:
+        return run(job, folder, gpu, stop, keep)
+
+    def is_measured(job: Any) -> bool:
         return job.name in found and found[job.name].status == "ok" and found[job.name].job == job
 
     write()
-    engines.run_each("engine", [job for job in jobs if not is_measured(job)], run, keep, say, gpus)
+    engines.run_each(what, [job for job in jobs if not is_measured(job)], one, ended, say, gpus)
+
+
+def carry_out(
+    jobs: Sequence[Any], report: Any, args: argparse.Namespace, markdown: Callable[[Any], str], **how: Any
+) -> int:
+    """`run_all` as a command does it, by the arguments of `tools.arguments.add_running`. Prints the table; returns the
+    exit status."""
+    if args.out.exists() and not (args.resume or args.overwrite):
+        raise UserError(f"{args.out} is there already: --resume goes on with it, --overwrite starts anew")
+    earlier = earlier_engines(args.out, report) if args.resume else {}
+    folder, interrupt = args.out.with_suffix(".logs"), None
+    try:
+        with ended_as_interrupted():
+            run_all(jobs, report, args.out, folder, earlier, **how)
+    except KeyboardInterrupt as found:
+        interrupt = found
+    print(f"\n{markdown(report)}\n{args.out}; logs in {folder}")
+    if interrupt is not None:
+        print(f"interrupted; this goes on with it: {resumed('--resume')}")
+        return status_of(interrupt)
+    ran = {engine.name for engine in report.engines if engine.status == "ok"}
+    return 0 if {job.name for job in jobs} <= ran else 1

@@ -5,6 +5,7 @@ Reports of other versions have fields that are not here; they are passed over.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -140,9 +141,13 @@ class Report(BaseModel):
         write_json(path, self.model_dump(mode="json", exclude_none=True))
 
 
-def read(path: Path) -> Report:
-    """The report in a file, refused where it is none."""
+def read(path: Path, *kinds: type[BaseModel]) -> Any:
+    """The report in a file, of one of these kinds (by default `Report`), refused where it is none of them."""
+    kinds = kinds or (Report,)
     try:
-        return Report.model_validate_json(path.read_bytes())
-    except (OSError, ValueError) as error:
+        text = path.read_bytes()
+        named = json.loads(text).get("kind")
+        kind = next((kind for kind in kinds if kind.model_fields["kind"].default == named), kinds[0])
+        return kind.model_validate_json(text)
+    except (OSError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is no report of `specattn bench`: {str(error).splitlines()[0]}") from None

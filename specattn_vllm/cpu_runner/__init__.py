@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 OVERLAY = Path(__file__).parent / "overlay"
+VERSION = "vllm-*.dist-info"
+"""The overlay's part that is about the version alone."""
 
 
 def environment(current: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -30,3 +32,10 @@ def environment(current: Mapping[str, str] | None = None) -> dict[str, str]:
         # In GiB. Without it vLLM takes 40% of the machine's memory for the KV cache.
         "VLLM_CPU_KVCACHE_SPACE": current.get("VLLM_CPU_KVCACHE_SPACE", "2"),
     }
+
+
+def without(current: Mapping[str, str]) -> dict[str, str]:
+    """`current` as it was before `environment` was applied to it: stock vLLM, which picks runner V1 on a CPU."""
+    paths = [path for path in current.get("PYTHONPATH", "").split(os.pathsep) if path and path != str(OVERLAY)]
+    found = {name: value for name, value in current.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    return found | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from specattn_vllm.tools.models import DEMO
+from specattn_vllm.tools.outputs import output_file
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -23,6 +26,15 @@ def at_least(least: int) -> Callable[[str], int]:
         return value
 
     return convert
+
+
+def positive(text: str) -> float:
+    try:
+        if 0 < (found := float(text)) < math.inf:
+            return found
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"'{text}': a number above 0")
 
 
 def share(text: str) -> float:
@@ -71,6 +83,22 @@ def add_gpus(group: argparse._ArgumentGroup, what: str) -> None:
         help=f"as many {what} at a time, each on one of these GPUs (as in CUDA_VISIBLE_DEVICES); default: one at a "
         "time, on the first",
     )
+
+
+def add_running(group: argparse._ArgumentGroup, what: str, out: Path) -> None:
+    """Where a report of `what`, which run one after the other, goes, and what becomes of an earlier one."""
+    group.add_argument(
+        "--out",
+        type=output_file,
+        default=out,
+        metavar="FILE.json",
+        help=f"written after every one of the {what}; logs go into a folder beside it [%(default)s]",
+    )
+    group.add_argument("--list", action="store_true", help="show what would run, with every argument, and stop")
+    group.add_argument(
+        "--resume", action="store_true", help=f"go on with --out: {what} measured there do not run again"
+    )
+    group.add_argument("--overwrite", action="store_true", help="throw away what --out holds")
 
 
 def add_commit(group: argparse._ArgumentGroup) -> None:

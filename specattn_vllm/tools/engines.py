@@ -61,9 +61,11 @@ def run_watched(
     variables: Mapping[str, str],
     stop: threading.Event | None = None,
     seconds: float | None = None,
+    watch: Callable[[], None] = lambda: None,
 ) -> tuple[bool, int]:
     """Runs a command, what it prints in `log`, until it ends, is told to `stop`, or `seconds` are over. Then ends
-    all its children too: vLLM's own processes do not end with the one they serve. (was it interrupted, exit status)"""
+    all its children too: vLLM's own processes do not end with the one they serve. `watch` is called again and again
+    meanwhile. (was it interrupted, exit status)"""
     stop = stop or threading.Event()
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -77,7 +79,7 @@ def run_watched(
     end = None if seconds is None else time.monotonic() + seconds
     try:
         while process.poll() is None and not stop.wait(POLL_SECONDS) and (end is None or time.monotonic() < end):
-            pass
+            watch()
     finally:
         interrupted = process.poll() is None
         if interrupted:
@@ -98,13 +100,24 @@ def run_job(
     variables: Mapping[str, str],
     stop: threading.Event,
     *more: Path,
+    watch: Callable[[dict[str, Any]], None] | None = None,
 ) -> Ended:
-    """Runs `command JOB RESULT more...`, files of JSON in `folder`, where its log is too, as `run_watched` does."""
+    """Runs `command JOB RESULT more...`, files of JSON in `folder`, where its log is too, as `run_watched` does.
+    `watch` is called with what RESULT holds whenever it has changed meanwhile."""
     folder.mkdir(parents=True, exist_ok=True)
     given, found, log = (path_of(name, folder, kind) for kind in ("job.json", "result.json", "log"))
     found.unlink(missing_ok=True)
     given.write_text(job.model_dump_json() + "\n")
-    interrupted, status = run_watched([*command, *map(str, (given, found, *more))], log, variables, stop)
+    seen = 0
+
+    def look() -> None:
+        nonlocal seen
+        if watch is not None and found.exists() and (written := found.stat().st_mtime_ns) != seen:
+            seen = written
+            watch(json.loads(found.read_text()))
+
+    whole = [*command, *map(str, (given, found, *more))]
+    interrupted, status = run_watched(whole, log, variables, stop, watch=look)
     return Ended(interrupted, status, json.loads(found.read_text()) if found.exists() else None, log)
 
 

@@ -68,6 +68,31 @@ def test_the_speed_of_choosing_by_the_draft_is_that_measured():
     assert words + f"{ours / drafted:.2f} times the better" in " ".join(BENCHMARKS.split())
 
 
+def test_the_table_of_servers_is_what_was_measured(capsys):
+    """And the command above it serves them; so do the others of that section, with what their shapes have."""
+    from specattn_vllm import cli
+    from specattn_vllm.bench.serve.report import markdown
+    from specattn_vllm.bench.serve.schema import ServeReport
+
+    section = BENCHMARKS.split("## Serving\n")[1].split("\n## ")[0]
+    measured = ServeReport.model_validate_json((ROOT / "docs/results/cpu-serve.json").read_text())
+    assert markdown(measured) in section
+    commands = re.findall(r"^    specattn (bench serve (?:.*\\\n)*.*)$", section, re.M)
+    listed = []
+    for command in commands:
+        words = command.replace("\\\n", " ").replace("--target TARGET --draft DRAFT ", "").split()
+        assert cli.main([*words, "--list"]) == 0
+        listed.append(re.findall(r"^(\S.*)\n  vllm serve ", capsys.readouterr().out, re.M))
+    assert listed == [
+        ["plain", "draft-v2", "sketch", "sketch-alone"],
+        ["plain", "sketch", "sketch-alone"],
+        ["plain", "draft-v2", "sketch 8%", "sketch-alone 8%"],
+        ["plain", "sketch 8%"],
+    ]
+    assert measured.provenance["command"] == f"specattn {' '.join(commands[1].replace(chr(92), ' ').split())}"
+    assert [engine.name for engine in measured.engines] == listed[1]
+
+
 def test_the_kernels_figures_are_those_measured():
     rows = json.loads((ROOT / "docs/results/h200-kernels.json").read_text())["rows"]
     row = {(r["case"], r["shape"], (r["against"] or "").split(" ")[0]): r for r in rows}

@@ -1,0 +1,152 @@
+"""From what is asked for to one job per server: exact arguments of `vllm serve`, and environment."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from specattn_vllm.bench.jobs import (
+    ACCEPTANCE_LENGTH,
+    DRAFT_TOKENS,
+    MODES,
+    backend,
+    environment,
+    parse_mode,
+    slack_tokens,
+    speculation,
+)
+from specattn_vllm.bench.serve.schema import ServeJob, Traffic
+from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.tools.models import DEMO, EAGLE, Shape
+
+DEFAULT_MODES = ("plain", "sketch-alone")
+
+
+def parse_serve_mode(text: str) -> str:
+    """'draft' is the one whose runner vLLM takes by itself."""
+    return parse_mode("draft-v2" if text == "draft" else text)
+
+
+def models_of(args: argparse.Namespace) -> dict[str, str]:
+    """Role -> model, for real weights. ValueError where a mode lacks the model that it drafts with."""
+    target = args.target or DEMO
+    drafts = {"draft": args.draft or (DEMO if target == DEMO else None), EAGLE: args.eagle}
+    found = {"target": target}
+    for mode in args.modes:
+        role = MODES[mode].drafter
+        if role in drafts:
+            if drafts[role] is None:
+                without = ", ".join(name for name, other in MODES.items() if other.drafter not in drafts)
+                raise ValueError(f"--modes {mode}: it has a drafter: give --{role} MODEL, or take {without}")
+            found[role] = drafts[role]
+    return found
+
+
+def make_jobs(
+    args: argparse.Namespace, models: Mapping[str, str], shape: Shape | None, traffic: Traffic
+) -> list[ServeJob]:
+    """One per mode, and per kept share of the modes that keep one. ValueError for what no server does."""
+    drafted = {"": DRAFT_TOKENS} | dict(args.draft_tokens)
+    lengths = {"": ACCEPTANCE_LENGTH} | dict(args.acceptance_length)
+    for flag, given in (("draft-tokens", drafted), ("acceptance-length", lengths)):
+        if unknown := given.keys() - {"", *args.modes}:
+            raise ValueError(f"--{flag} {unknown.pop()}: no such mode in this run (--modes)")
+    if args.acceptance_length and shape is None:
+        raise ValueError("--acceptance-length is for --shape: models with weights accept what they accept")
+    jobs = [
+        _job(args, models, shape, traffic, mode, kept, drafted, lengths)
+        for mode in args.modes
+        for kept in (args.kept if MODES[mode].kept else None) or (None,)
+    ]
+    used = {
+        name
+        for job in jobs
+        for key in job.engine_arguments.get("additional_config", {}).get("specattn", {})
+        for name in (key, f"{job.mode}:{key}")
+    }
+    if unused := [key for key, _ in args.option if key not in used]:
+        raise ValueError(f"--option {unused[0]}: no mode of this run has a use for it (--modes; docs/options.md)")
+    return jobs
+
+
+def _job(
+    args: argparse.Namespace,
+    models: Mapping[str, str],
+    shape: Shape | None,
+    traffic: Traffic,
+    mode: str,
+    kept: float | None,
+    drafted: Mapping[str, int],
+    lengths: Mapping[str, float],
+) -> ServeJob:
+    kind = MODES[mode]
+    if shape is not None and kind.drafter == EAGLE and EAGLE not in shape.configs:
+        raise ValueError(f"--modes {mode}: the shape {shape.name} has no head of EAGLE-3's")
+    draft_tokens = drafted.get(mode, drafted[""])
+    most = max(drafted.values())
+    length = lengths.get(mode, lengths[""]) if shape is not None else None
+    if kind.drafter and length is not None and not 1 <= length <= draft_tokens + 1:
+        raise ValueError(
+            f"--acceptance-length {length:g} for {mode}: between 1 and --draft-tokens + 1 = {draft_tokens + 1}"
+        )
+    arguments: dict[str, Any] = {
+        "max_num_seqs": args.max_num_seqs,
+        "max_model_len": max(args.input_len) + args.output_len + slack_tokens(most),
+    }
+    if shape is not None:
+        arguments["load_format"] = "dummy"
+    if args.device == "cpu":  # as scripts/serve
+        arguments |= {"dtype": "float32", "enforce_eager": True, "max_num_batched_tokens": 2048}
+    if kind.drafter:
+        arguments["speculative_config"] = speculation(kind.drafter, draft_tokens, length)
+    if kind.options is not None:
+        arguments |= backend(options_of(mode, kept, dict(args.option), shape))
+    variables = environment(mode) | {"VLLM_LOGGING_LEVEL": "INFO"}  # the log says which runner it is
+    if mode == "plain":
+        del variables["VLLM_USE_V2_MODEL_RUNNER"]  # as vLLM comes
+    if all(name == DEMO or Path(name).expanduser().is_dir() for name in models.values()):
+        variables["HF_HUB_OFFLINE"] = "1"
+    return ServeJob(
+        name=mode if kept is None else f"{mode} {kept * 100:g}%",
+        mode=mode,
+        kept=kept,
+        shape=shape.name if shape is not None else None,
+        models={role: models[role] for role in ("target", kind.drafter) if role in models},
+        engine_arguments=arguments | dict(args.engine_argument),
+        environment=variables,
+        on_cpu=args.device == "cpu",
+        stock=mode == "plain",
+        traffic=traffic,
+        ready_check_timeout_sec=args.ready_check_timeout_sec,
+    )
+
+
+def options_of(mode: str, kept: float | None, given: Mapping[str, Any], shape: Shape | None) -> dict[str, Any]:
+    """Of the plugin: its defaults, as users have them, but for what is given. 'MODE:KEY' is for one mode, 'KEY' for all
+    that can use it."""
+    kind = MODES[mode]
+    options = {"method": kind.options["method"]}
+    if shape is not None and "layer_map" in kind.options:
+        options["layer_map"] = kind.options["layer_map"]  # none is made for random weights
+    if kept is not None:
+        options[kind.kept] = kept
+    own = {key.removeprefix(f"{mode}:"): value for key, value in given.items() if key.startswith(f"{mode}:")}
+    usable = SpecAttnOptions.parse(options | own).usable
+    options |= {key: value for key, value in given.items() if key in usable} | own
+    SpecAttnOptions.parse(options)  # a server would refuse them too, but after minutes
+    return options
+
+
+def flags(arguments: Mapping[str, Any]) -> list[str]:
+    """Of `vllm serve`: {'enforce_eager': True, 'max_num_seqs': 8} -> ['--enforce-eager', '--max-num-seqs', '8']."""
+    found = []
+    for name, value in arguments.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{'' if value else 'no-'}{flag}")
+        else:
+            found += [f"--{flag}", json.dumps(value) if isinstance(value, dict | list) else str(value)]
+    return found
