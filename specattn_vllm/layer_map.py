@@ -17,6 +17,8 @@ from specattn_vllm.fingerprint import ModelFacts
 
 SCHEMA = "specattn-layer-map/1"
 UNIFORM = "uniform"
+LARGEST = 8 * 2**20
+"""Bytes of a map's file. A map with heads of 200 layers of 128 KV heads has a tenth of them."""
 GONE = ("shares", "induction")
 """Keys of older maps. Their features no longer exist, and ignoring the keys would silently change what is served."""
 
@@ -143,6 +145,12 @@ def shipped() -> dict[str, Path]:
 def read(path: Path) -> LayerMap:
     """Parse one file. Raises LayerMapError, which names the file and each problem."""
     try:
+        if path.stat().st_size > LARGEST:
+            raise LayerMapError(
+                f"layer map {path} has {path.stat().st_size:,} bytes, and none has more than {LARGEST:,}"
+            )
+        if not path.is_file():
+            raise OSError(None, "no regular file")
         return LayerMap.model_validate_json(path.read_bytes())
     except OSError as error:
         raise LayerMapError(

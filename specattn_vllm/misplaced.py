@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+LONGEST = 80
 ALIKE = 0.82
 """Names that are at least this similar (difflib's ratio) count as misspelt: 'specatn' (0.93), not 'sparse_attn'
 (0.78)."""
@@ -27,8 +28,16 @@ def resembles(name: Any, key: str) -> bool:
     if not isinstance(name, str) or name == key:
         return False
     ours, theirs = _letters(key), _letters(name)
-    begins = theirs.startswith(ours[:-1])  # 'spec_attention'
-    return begins or difflib.SequenceMatcher(None, theirs, ours).ratio() >= ALIKE
+    if theirs.startswith(ours[:-1]):  # 'spec_attention'
+        return True
+    # A client may send a name of any length, and so long a one is not alike.
+    return len(theirs) <= 2 * len(ours) and difflib.SequenceMatcher(None, theirs, ours).ratio() >= ALIKE
+
+
+def shown(value: Any) -> str:
+    """A value that somebody sent, short enough for an error and a log."""
+    text = repr(value)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
 
 
 def _letters(name: str) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from specattn_vllm.misplaced import resembles
+from specattn_vllm.misplaced import resembles, shown
 
 KEY = "specattn"
 EXACT = "exact"
@@ -27,13 +27,13 @@ def problem(extra_args: Mapping[str, Any] | None) -> str | None:
         if near is None:
             return None
         return (
-            f"{near!r} in the request's extra arguments is not a name that anything reads: for exact verification give "
-            f"{{'{KEY}': '{EXACT}'}}; leave it out to use the server's setting"
+            f"{shown(near)} in the request's extra arguments is not a name that anything reads: for exact verification "
+            f"give {{'{KEY}': '{EXACT}'}}; leave it out to use the server's setting"
         )
     if extra_args[KEY] == EXACT:
         return None
     return (
-        f"{KEY} = {extra_args[KEY]!r} in the request's extra arguments: the only value is '{EXACT}' (verification "
+        f"{KEY} = {shown(extra_args[KEY])} in the request's extra arguments: the only value is '{EXACT}' (verification "
         "reads all of the context); leave it out to use the server's setting"
     )
 

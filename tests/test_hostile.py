@@ -1,0 +1,123 @@
+"""Options, request arguments and map files from anybody: each is taken, or refused with a message that is ours."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from specattn_vllm import layer_map, request
+from specattn_vllm.layer_map import LayerMap, LayerMapError
+from specattn_vllm.methods import METHODS
+from specattn_vllm.options import OptionsError, SpecAttnOptions
+
+# The same examples in each run, and no clock: other tests run at the same time.
+FIXED = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+KEYS = sorted({key for method in METHODS.values() for key in method.options.model_fields})
+NUMBERS = st.integers() | st.floats() | st.sampled_from([0, 1, -1, 0.5, 1.0, 2**31, 2**63, 1e308, -0.0])
+SCALARS = (
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=20) | st.sampled_from([*METHODS, "paper", "top_p", "auto"])
+)
+JSON = st.recursive(SCALARS, lambda of: st.lists(of, max_size=4) | st.dictionaries(st.text(max_size=8), of, max_size=4))
+NAMES = st.sampled_from([*KEYS, "specattn", "spec_attn", "Specattn", "method "]) | st.text(max_size=12)
+OBJECTS = st.dictionaries(NAMES, JSON, max_size=6)
+
+
+@settings(FIXED, max_examples=400)
+@given(st.fixed_dictionaries({}, optional={"specattn": OBJECTS | JSON, "other": JSON}))
+def test_options_are_taken_or_refused_in_words(config):
+    try:
+        options = SpecAttnOptions.from_additional(config)
+    except OptionsError as error:
+        assert len(str(error)) > 20
+        return
+    assert options.method in METHODS
+    # What was taken means the same again.
+    assert SpecAttnOptions.parse(options.model_dump(include=options.model_fields_set | {"method"})) == options
+
+
+@settings(FIXED, max_examples=200)
+@given(st.dictionaries(st.sampled_from(["specattn", "spec_attn"]) | st.text(max_size=12), JSON, max_size=4))
+def test_a_request_is_exact_only_if_it_says_exact(given_arguments):
+    class Parameters:
+        extra_args = given_arguments
+
+    if request.asks_for_exactness(Parameters):
+        assert given_arguments["specattn"] == "exact" and request.problem(given_arguments) is None
+    elif "specattn" in given_arguments:
+        assert request.problem(given_arguments)
+
+
+def test_what_a_client_sends_is_cheap_to_refuse_and_told_in_short():
+    name, value = "sparse_atn" * 500_000, "x" * 5_000_000
+    start = time.monotonic()
+    assert request.problem({name: 1}) is None
+    told = request.problem({"specattn": value})
+    near = request.problem({"spec_attn" + name: 1})
+    assert time.monotonic() - start < 5
+    assert len(told) < 500 and len(near) < 500
+
+
+MAP = json.loads(layer_map.shipped()["demo-sts"].read_text())
+
+
+@settings(FIXED, max_examples=200)
+@given(data=st.data())
+def test_a_map_with_something_else_in_it_is_taken_or_refused_in_words(data, tmp_path):
+    changed = json.loads(json.dumps(MAP))
+    for _ in range(data.draw(st.integers(1, 3))):
+        key = data.draw(st.sampled_from(list(changed)))
+        if isinstance(changed[key], list) and changed[key] and data.draw(st.booleans()):
+            changed[key][data.draw(st.integers(0, len(changed[key]) - 1))] = data.draw(JSON)
+        else:
+            changed[key] = data.draw(JSON)
+    path = tmp_path / "map.json"
+    path.write_text(json.dumps(changed))
+    try:
+        found = layer_map.read(path)
+    except LayerMapError as error:
+        assert str(path) in str(error)
+        return
+    assert len(found.layers) == found.target.num_hidden_layers
+    assert all(0 <= source < found.draft.num_hidden_layers for source in found.sources)
+
+
+@settings(FIXED, max_examples=100)
+@given(st.binary(max_size=200))
+def test_bytes_that_are_no_map_are_refused(content):
+    with pytest.raises(LayerMapError):
+        layer_map.read(_file(content))
+
+
+def _file(content: bytes):
+    from pathlib import Path
+    from tempfile import NamedTemporaryFile
+
+    with NamedTemporaryFile(delete=False) as file:
+        file.write(content)
+    return Path(file.name)
+
+
+def test_files_that_are_too_large_or_none_are_not_read(tmp_path):
+    large = tmp_path / "large.json"
+    with large.open("wb") as file:
+        file.truncate(2**34)  # takes no room on the disk
+    with pytest.raises(LayerMapError, match="17,179,869,184 bytes"):
+        layer_map.read(large)
+    os.mkfifo(tmp_path / "pipe")  # whose reader would wait for ever
+    for path in (tmp_path / "pipe", tmp_path, tmp_path / "missing"):
+        with pytest.raises(LayerMapError, match="cannot be read"):
+            layer_map.read(path)
+    nested = tmp_path / "nested.json"
+    nested.write_text("[" * 200_000)
+    with pytest.raises(LayerMapError, match="not valid"):
+        layer_map.read(nested)
+
+
+def test_a_whole_map_is_read():
+    assert isinstance(layer_map.read(layer_map.shipped()["demo-sts"]), LayerMap)
