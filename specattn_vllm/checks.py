@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from specattn_vllm import compat
-from specattn_vllm.layer_kinds import full_layers, is_chunked
+from specattn_vllm.layer_kinds import full_layers, has_windows, unsupported_attention
 from specattn_vllm.options import KEY, OptionsError, SpecAttnOptions, refuse_misplaced
 
 if TYPE_CHECKING:
@@ -100,9 +100,9 @@ def _models(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
 
 
 def _windows(side: str, model: ModelConfig, config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
-    if is_chunked(model):
-        yield f"{side}: chunked local attention is not supported; serve this model with vLLM's own backends"
-    if model.get_sliding_window() is None:
+    for what in unsupported_attention(model):
+        yield f"{side}: {what} are not supported; serve this model with vLLM's own backends"
+    if not has_windows(model):
         return
     if side == "draft":
         if config.speculative_config.uses_draft_model():  # vLLM's other drafters run as they are
@@ -118,6 +118,18 @@ def _windows(side: str, model: ModelConfig, config: VllmConfig, options: SpecAtt
             "target: every layer has a sliding window, so there is nothing to choose; serve this model with vLLM's own "
             "backends"
         )
+    elif options.bits_in_cache is not None and (draft := _drafting_model(config)) is not None:
+        ours, theirs = ((m.get_total_num_kv_heads(), m.get_head_size()) for m in (model, draft))
+        if ours != theirs:  # vLLM cannot make the pages of their caches equally large
+            yield (
+                f"a target with sliding windows and {ours[0]} KV heads of {ours[1]} beside a drafter with "
+                f"{theirs[0]} of {theirs[1]}: use a drafter with the target's KV heads, or none"
+            )
+
+
+def _drafting_model(config: VllmConfig) -> ModelConfig | None:
+    spec = config.speculative_config
+    return None if spec is None or spec.draft_model_config is config.model_config else spec.draft_model_config
 
 
 def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:

@@ -6,7 +6,8 @@
 #
 # Afterwards: ROOT (the project), VENV, MODE (gpu or cpu), and on a machine without an NVIDIA GPU the variables of
 # `specattn cpu-env`. `dev` adds what the tests and the linter need.
-# SPECATTN_VENV names another folder than .venv, PYTHON another interpreter than the first suitable one.
+# SPECATTN_VENV names another folder than .venv, PYTHON another interpreter than the first suitable one, and SPECATTN_MODE
+# (gpu or cpu) decides which vLLM is installed; by default nvidia-smi does.
 #
 # Without a GPU every version is that of constraints-cpu.txt beside this file, so an install of today is that of tomorrow;
 # with the Python that it was made for. scripts/lock renews it.
@@ -92,7 +93,8 @@ specattn_setup() {
     esac
     [ "$(uname -s)" = Linux ] || specattn_die "vLLM and Triton have wheels for Linux only: use docker/Dockerfile.cpu"
     # Not just whether the command is there: it also stands on machines whose driver is broken or whose GPU is gone.
-    if nvidia-smi -L >/dev/null 2>&1; then MODE=gpu; else MODE=cpu; fi
+    MODE=${SPECATTN_MODE:-} # an image for CPUs stays one beside a GPU
+    [ "$MODE" ] || if nvidia-smi -L >/dev/null 2>&1; then MODE=gpu; else MODE=cpu; fi
     hash=$(cat "$ROOT/pyproject.toml" "$ROOT"/scripts/lib/{setup.sh,constraints-cpu.txt} | sha256sum)
     # A dev install serves `run` as well; it writes both stamps.
     [ "$(cat "$state/$want" 2>/dev/null)" = "$hash" ] && [ "$(cat "$state/made-for" 2>/dev/null)" = "$MODE $ROOT $VENV" ] &&

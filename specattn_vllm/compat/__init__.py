@@ -8,8 +8,10 @@ register_backend      `AttentionBackendEnum` members that are registered at run 
 choose_speculator     Runner V2 chooses its speculator in a fixed chain and imports the class by name inside it. There
                       is no extension point (`method="custom_class"` exists on runner V1 only). Remove when vLLM has a
                       registry.
-allow_on_cpu          `CpuPlatform.get_attn_backend_cls` replaces every backend by CPU_ATTN without an error. Remove
-                      when it accepts registered backends.
+select_backend        Wraps `get_attn_backend_cls` of the platform. Layers with a sliding window get the backend that
+                      vLLM would choose if none were named; `backend_per_kind` can name one for them, and has no word
+                      for vLLM's own choice. Remove when a backend may decline layers. And `CpuPlatform` replaces every
+                      backend by CPU_ATTN without an error. Remove when it accepts registered backends.
 prepare_cpu_worker    vLLM's Triton kernel for top-k/top-p sampling does not run in Triton's interpreter ("'int' object
                       has no attribute 'to'"), and the first such request stops the server. This selects vLLM's PyTorch
                       version. It also corrects masks and log1p of the interpreter, and halves its time
@@ -62,12 +64,12 @@ from specattn_vllm.compat.start import (
     DEFAULT_DRAFT_LENGTH,
     SELF_DRAFT_LENGTH,
     add_cli_aliases,
-    allow_on_cpu,
     check_engine_config,
     check_request,
     complete_speculation,
     load_backend_member,
     register_backend,
+    select_backend,
     serve_metrics,
     serve_parser,
 )
@@ -90,7 +92,6 @@ __all__ = [
     "SELF_DRAFT_LENGTH",
     "add_cli_aliases",
     "add_worker_method",
-    "allow_on_cpu",
     "apply_all",
     "at_first_request",
     "attach_to_runner",
@@ -108,6 +109,7 @@ __all__ = [
     "mark_dummy_runs",
     "prepare_cpu_worker",
     "register_backend",
+    "select_backend",
     "serve_metrics",
     "serve_parser",
     "stock_speculator",
@@ -120,7 +122,7 @@ def apply_all() -> None:
     """Apply every patch to this process."""
     register_backend()
     choose_speculator()
-    allow_on_cpu()
+    select_backend()
     add_cli_aliases()
     check_engine_config()
     check_request()

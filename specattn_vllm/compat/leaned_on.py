@@ -28,7 +28,7 @@ LEANED_ON = (
     "engine.arg_utils:EngineArgs.attention_backend",
     "engine.arg_utils:EngineArgs.disable_log_stats",
     "config.attention:AttentionConfig.backend_per_kind",
-    "v1.attention.selector:get_attn_spec_kind(use_mla, has_sliding_window, attn_type)",
+    "v1.attention.selector:AttentionSelectorConfig.has_sliding_window",
     "v1.kv_cache_interface:KVCacheSpecKind.SLIDING_WINDOW",
     "sampling_params:SamplingParams._verify_args",
     "sampling_params:SamplingParams.extra_args",

@@ -41,12 +41,6 @@ def is_ours_in_part(vllm_config: VllmConfig) -> bool:
     return ours or (bool(per_kind) and is_ours(vllm_config))
 
 
-def leave_windows_to_vllm(vllm_config: VllmConfig) -> None:
-    """Layers with a sliding window get the backend that vLLM would choose if none were named, or the one that the user
-    named for them."""
-    vllm_config.attention_config.backend_per_kind.setdefault(WINDOWED, None)
-
-
 def resolve(path: str) -> Any:
     from vllm.utils.import_utils import resolve_obj_by_qualname
 

@@ -15,7 +15,6 @@ from specattn_vllm.compat.names import (
     METRICS_FOLDER_PATH,
     METRICS_PATH,
     is_ours,
-    leave_windows_to_vllm,
     resolve,
 )
 from specattn_vllm.request import asks_for_exactness, problem
@@ -49,17 +48,21 @@ def register_backend() -> None:
     member.__reduce_ex__ = lambda protocol: (load_backend_member, (BACKEND_NAME,))
 
 
-def allow_on_cpu() -> None:
+def select_backend() -> None:
     from vllm.platforms import current_platform
 
     platform = type(current_platform)
-    if not current_platform.is_cpu() or getattr(platform.get_attn_backend_cls, MARK, False):
+    if getattr(platform.get_attn_backend_cls, MARK, False):
         return
     original = platform.get_attn_backend_cls.__func__
 
     @functools.wraps(original)
     def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
         if selected_backend is None or selected_backend.name != BACKEND_NAME:
+            return original(cls, selected_backend, attn_selector_config, num_heads)
+        if attn_selector_config.has_sliding_window:
+            return original(cls, None, attn_selector_config, num_heads)
+        if not current_platform.is_cpu():
             return original(cls, selected_backend, attn_selector_config, num_heads)
         # The same check as in CudaPlatform, but a CPU has no device capability to check.
         backend = selected_backend.get_class()
@@ -106,8 +109,6 @@ def check_engine_config() -> None:
         complete_speculation(self)
         vllm_config = original(self, *args, **kwargs)
         resolve(CHECK_PATH)(vllm_config)
-        if is_ours(vllm_config):
-            leave_windows_to_vllm(vllm_config)
         if is_ours(vllm_config) and not self.disable_log_stats:
             # This must happen before any other process of the engine is started.
             resolve(METRICS_FOLDER_PATH)()

@@ -137,13 +137,14 @@ def _engine(serve: Sequence[str]) -> Iterator[Finding]:
         yield Finding("memory", "skipped", found["unknown"])
         return
     buffers, weights, longest = sum(found["buffers"].values()), found["weights"], found["max_model_len"]
-    cache = found["kv_per_token"] * longest
+    cache = found["kv_per_token"] * longest + found["kv_in_windows"]
+    windows = f" and {_bytes(found['kv_in_windows'])} in layers with a sliding window" * bool(found["kv_in_windows"])
     parts = ", ".join(f"{what} {_bytes(size)}" for what, size in found["buffers"].items())
     of_weights = _bytes(weights) if weights else "an unknown size (not in a local folder)"
     says = (
         f"{_bytes(buffers)} of buffers for {found['max_num_seqs']} requests of {longest:,} tokens ({parts}), "
         f"{of_weights} of weights, {_bytes(cache)} of KV cache for one longest request "
-        f"({_bytes(found['kv_per_token'])} for each token, {found['sketch_share']:.1%} of it the sketch); "
+        f"({_bytes(found['kv_per_token'])} for each token, {found['sketch_share']:.1%} of it the sketch{windows}); "
         f"vLLM would use {_bytes(found['room'])}"
     )
     # An engine refuses buffers of one model of more than half of what the weights leave, too.

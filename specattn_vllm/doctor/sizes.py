@@ -27,7 +27,7 @@ def sizes(config: VllmConfig, options: SpecAttnOptions) -> dict[str, Any]:
         return {"unknown": f"buffers of method {options.method} are known once it starts: its log names them"}
     spec = config.speculative_config
     drafts = spec.num_speculative_tokens if spec is not None else 0
-    model, buffers, kv, sketched = config.model_config, {}, 0, 0
+    model, buffers, kv, sketched, in_windows = config.model_config, {}, 0, 0, 0
     models, largest = [(model, None)], 0
     if spec is not None and spec.uses_draft_model():
         models.append((spec.draft_model_config, drafts - 1))
@@ -44,18 +44,31 @@ def sizes(config: VllmConfig, options: SpecAttnOptions) -> dict[str, Any]:
             largest = max(largest, sum(made.nbytes.values()))
         entries = shape.layers * shape.num_kv_heads
         kv += entries * 2 * shape.head_size * shape.dtype.itemsize
+        page = 2 * shape.head_size * shape.dtype.itemsize
         if options.bits_in_cache is not None:
             sketched += entries * made.layout.token_bytes
+            page += made.layout.token_bytes
+        windowed = of.get_num_layers(config.parallel_config) - shape.layers
+        in_windows += windowed * shape.num_kv_heads * page * _tokens_in_a_window(config, of)
     return {
         "buffers": buffers,
         "largest": largest,
         "weights": sum(_weights(of) for of, _ in models) // config.parallel_config.tensor_parallel_size,
         "kv_per_token": kv + sketched,
+        "kv_in_windows": in_windows,
         "sketch_share": sketched / (kv + sketched),
         "max_num_seqs": config.scheduler_config.max_num_seqs,
         "max_model_len": model.max_model_len,
         "room": _room(config),
     }
+
+
+def _tokens_in_a_window(config: VllmConfig, model: ModelConfig) -> int:
+    """Tokens of one request that a layer with a sliding window holds at most."""
+    longest = config.model_config.max_model_len
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        return longest
+    return min(longest, (model.get_sliding_window() or 0) - 1 + config.scheduler_config.max_num_batched_tokens)
 
 
 def _shape(config: VllmConfig, model: ModelConfig, query_len: int) -> Shape:

@@ -123,7 +123,7 @@ def _caches(runner: Any, options: SpecAttnOptions) -> dict[str, Cache]:
     checks refuse any other."""
     layers = get_layers_from_vllm_config(runner.vllm_config, AttentionLayerBase)
     drafters = getattr(runner.speculator, "draft_attn_layer_names", None) or set()
-    target = next(layer for name, layer in layers.items() if name not in drafters)
+    target = next(layer for name, layer in layers.items() if name not in drafters and compat.is_our_layer(layer))
     draft = next((layer for name, layer in layers.items() if name in drafters), target)
     element = runner.vllm_config.model_config.dtype.itemsize
 

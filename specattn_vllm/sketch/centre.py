@@ -10,11 +10,18 @@ of another document, 0.0060 with the document's own, and 0.0071 without a centre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import get_layers_from_vllm_config
 from vllm.forward_context import set_forward_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+from specattn_vllm import compat
+from specattn_vllm.sketch.layer import attend_densely
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -41,9 +48,42 @@ def measure_centres(
         layer.probing = True
     try:
         context = set_forward_context(None, vllm_config, num_tokens=tokens, slot_mapping={}, skip_compiled=True)
-        with torch.inference_mode(), context:
+        with torch.inference_mode(), context, _others_attend(vllm_config):
             positions = torch.arange(tokens, dtype=torch.int64, device=device)
             model(input_ids=ids.to(device), positions=positions)
     finally:
         for layer in layers:
             layer.probing = False
+
+
+@contextmanager
+def _others_attend(vllm_config: VllmConfig) -> Iterator[None]:
+    """Layers with a sliding window are vLLM's own. Without a cache they leave their output empty, so they are made to
+    attend here: the keys of the layers behind them are then those of the model."""
+    layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase).values()
+    others = [layer for layer in layers if hasattr(layer, "impl") and not compat.is_our_layer(layer)]
+    for layer in others:
+        layer.impl.forward = partial(_attend_in_window, layer)
+    try:
+        yield
+    finally:
+        for layer in others:
+            del layer.impl.forward  # the class has it
+
+
+def _attend_in_window(
+    layer: Any,
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    attn_metadata: Any,
+    output: torch.Tensor,
+    **scales: Any,
+) -> torch.Tensor:
+    """In the place of an implementation's `forward`, whose arguments it takes after `layer`."""
+    del module, kv_cache, attn_metadata, scales
+    window, size = layer.sliding_window, layer.impl.head_size
+    attend_densely(query, key, value, layer.impl.scale, output, head_size=size, window=window)
+    return output

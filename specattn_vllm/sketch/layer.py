@@ -17,11 +17,26 @@ if TYPE_CHECKING:
 
 
 def attend_densely(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, output: torch.Tensor
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    output: torch.Tensor,
+    *,
+    head_size: int,
+    window: int | None = None,
 ) -> None:
-    """Causal attention of one sequence without a KV cache. query, output [T, Hq, D]; key, value [T, H, D]."""
+    """Causal attention of one sequence without a KV cache. query, output [T, Hq, D] or flat; key, value [T, H, D] or
+    flat. window: how many tokens a row sees, its own included; None for all."""
+    tokens = query.shape[0]
+    query, key, value, output = (x.view(tokens, -1, head_size) for x in (query, key, value, output))
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-    attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+    seen = None
+    if window is not None:
+        seen = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril_().triu_(1 - window)
+    attended = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=True
+    )
     output.copy_(attended[0].transpose(0, 1))
 
 
@@ -52,9 +67,8 @@ class LayerSketch(LayerChoice):
         """Attend without a cache, and set the centre to the mean of the keys. query, output [T, Hq, D] or flat; key,
         value [T, H, D] or flat."""
         size = self.sketch.head_size
-        query, key, value, out = (x.view(x.shape[0], -1, size) for x in (query, key, value, output))
-        attend_densely(query, key, value, scale, out)
-        self.set_centre(key.float().mean(0))
+        attend_densely(query, key, value, scale, output, head_size=size)
+        self.set_centre(key.view(key.shape[0], -1, size).float().mean(0))
 
     def _views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # vLLM allocates the cache twice if it profiles CUDA graphs.

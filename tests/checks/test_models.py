@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("vllm")
 
 from specattn_vllm import checks
+from specattn_vllm.layer_kinds import full_layers
 from specattn_vllm.options import SpecAttnOptions
 
 
@@ -41,13 +42,48 @@ def test_a_draft_model_with_a_window_is_refused(reasons, method):
 
 
 @pytest.mark.parametrize(
-    "text", [{"layer_types": ["chunked_attention", "full_attention"]}, {"attention_chunk_size": 8}]
+    ("text", "what"),
+    [
+        ({"layer_types": ["chunked_attention", "full_attention"]}, "layers with chunked local attention"),
+        ({"attention_chunk_size": 8}, "layers with chunked local attention"),
+        ({"attn_logit_softcapping": 50.0}, "soft caps on attention logits"),
+        ({"model_type": "gpt_oss"}, "attention sinks"),
+    ],
 )
-def test_chunks_are_refused(text):
+def test_attention_that_the_kernels_do_not_compute_is_refused(text, what):
     config = SimpleNamespace(model_config=model(hf_text_config=SimpleNamespace(**text)), speculative_config=None)
     assert list(checks._models(config, SpecAttnOptions.parse({}))) == [
-        "target: chunked local attention is not supported; serve this model with vLLM's own backends"
+        f"target: {what} are not supported; serve this model with vLLM's own backends"
     ]
+
+
+def test_a_window_that_no_layer_has_is_none():
+    """As Qwen2 says it, where all layers are below `max_window_layers`."""
+    kinds = SimpleNamespace(layer_types=["full_attention"] * 3)
+    config = SimpleNamespace(
+        model_config=model(get_sliding_window=lambda: 64, hf_text_config=kinds), speculative_config=None
+    )
+    for method in ("sketch", "specattn"):
+        assert list(checks._models(config, SpecAttnOptions.parse({"method": method}))) == []
+    assert full_layers(config.model_config, 3) == 3
+    kinds.layer_types = ["sliding_attention", "full_attention", "indexed_attention"]
+    assert full_layers(config.model_config, 3) == 2
+
+
+@pytest.mark.parametrize(("method", "refused"), [("sketch", True), ("dense", False)])
+def test_pages_of_a_windowed_target_and_a_drafter_have_to_be_alike(method, refused):
+    """The sketch makes them larger, and vLLM then cannot join caches of other sizes."""
+    kinds = SimpleNamespace(layer_types=["sliding_attention", "full_attention"])
+    target = model(get_sliding_window=lambda: 64, hf_text_config=kinds, get_total_num_kv_heads=lambda: 16)
+    draft = model(runner_type="draft", get_total_num_kv_heads=lambda: 8)
+    config = SimpleNamespace(model_config=target, speculative_config=SimpleNamespace(draft_model_config=draft))
+    found = list(checks._models(config, SpecAttnOptions.parse({"method": method})))
+    assert found == refused * [
+        "a target with sliding windows and 16 KV heads of 128 beside a drafter with 8 of 128: use a drafter with the "
+        "target's KV heads, or none"
+    ]
+    draft.get_total_num_kv_heads = lambda: 16
+    assert not list(checks._models(config, SpecAttnOptions.parse({"method": method})))
 
 
 @pytest.mark.parametrize("side", ["target", "draft"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("vllm")
@@ -36,11 +38,25 @@ def test_the_backend_for_some_kinds_of_layers_is_refused(configure, options):
 def test_layers_with_a_window_are_vllm_s_own_or_those_of_the_backend_that_is_named_for_them(configure):
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    assert configure().attention_config.backend_per_kind == {"sliding_window": None}
+    assert configure().attention_config.backend_per_kind == {}
     given = {"backend": "specattn", "backend_per_kind": {"sliding_window": "TRITON_ATTN"}}
     made = configure(backend=None, options={}, attention_config=given).attention_config.backend_per_kind
     assert made == {"sliding_window": AttentionBackendEnum.TRITON_ATTN}
-    assert configure(backend=None, bare=True, draft=None).attention_config.backend_per_kind == {}
+    # What a drafter's configuration is made anew of has no name in it that vLLM does not know.
+    assert replace(configure().attention_config, use_non_causal=True).backend_per_kind == {}
+
+
+@pytest.mark.parametrize(("windowed", "path"), [(False, "SpecAttnBackend"), (True, "CPUAttentionBackend")])
+def test_who_attends_in_a_window(configure, windowed, path):
+    import torch
+    from vllm.config import set_current_vllm_config
+    from vllm.v1.attention.selector import get_attn_backend
+
+    if torch.cuda.is_available():
+        pytest.skip("vLLM's own choice is another on a GPU")
+    with set_current_vllm_config(configure()):
+        found = get_attn_backend(64, torch.float32, "auto", num_heads=2, has_sliding_window=windowed)
+    assert found.__name__ == path
 
 
 @pytest.mark.parametrize(

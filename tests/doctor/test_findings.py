@@ -21,6 +21,7 @@ SIZES = {
     "weights": 15 * 2**30,
     "largest": 2**31,
     "kv_per_token": 140_000,
+    "kv_in_windows": 0,
     "sketch_share": 0.066,
     "max_num_seqs": 64,
     "max_model_len": 131_072,

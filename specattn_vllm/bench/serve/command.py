@@ -150,14 +150,16 @@ def run(args: argparse.Namespace) -> int:
     from specattn_vllm.bench.serve import report as reports
     from specattn_vllm.bench.serve import runner
 
-    refuse_what_is_too_long(args, shape, folders)
+    refuse_what_is_too_long(args, shape, folders, max(job.engine_arguments["max_model_len"] for job in planned))
     if args.out.exists() and not (args.resume or args.overwrite):  # before the requests beside it are overwritten
         raise UserError(f"{args.out} is there already: --resume goes on with it, --overwrite starts anew")
     folder = args.out.with_suffix(".logs")
     make = random_words(shape.vocab_size) if shape is not None else corpus(args.text, folders["target"])
+    settings = settings_of(args, shape, named, folders, goodput)
+    if args.resume:  # before the requests of the earlier run are overwritten
+        runners.earlier_engines(args.out, ServeReport(provenance={}, settings=settings, engines=[]))
     rounds, digests = write_rounds(make, args.input_len, counts, args.output_len, args.seed, folder)
-    settings = settings_of(args, shape, named, folders, goodput) | {"requests": digests}
-    report = ServeReport(provenance=provenance(args.commit), settings=settings, engines=[])
+    report = ServeReport(provenance=provenance(args.commit), settings=settings | {"requests": digests}, engines=[])
     wanted = jobs.make_jobs(args, named, shape, asked(rounds))
     return runners.carry_out(
         wanted, report, args, reports.markdown, what="server", run=runner.run_job, told=runner.outcome
@@ -172,14 +174,17 @@ def corpus(files: list[Path] | None, target: str) -> Make:
     return Corpus(evaluated.tokenizer_of(target), [text for _, text in found])
 
 
-def refuse_what_is_too_long(args: argparse.Namespace, shape: Shape | None, folders: dict[str, str]) -> None:
+def refuse_what_is_too_long(args: argparse.Namespace, shape: Shape | None, folders: dict[str, str], asked: int) -> None:
+    """asked: positions of the servers, those that drafts in flight may take included."""
     from specattn_vllm.evaluation.models import positions_of
 
     most = shape.max_position if shape is not None else positions_of(folders["target"])
     longest = max(args.input_len)
-    if most is not None and longest + args.output_len > most:
+    if most is not None and asked > most:
+        drafts = asked - longest - args.output_len
         raise UserError(
-            f"--input-len {longest:,} and --output-len {args.output_len:,}: there are {most:,} positions: ask for less"
+            f"--input-len {longest:,} and --output-len {args.output_len:,}, and {drafts} for drafts: there are {most:,} positions: "
+            "ask for less"
         )
 
 

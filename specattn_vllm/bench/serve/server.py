@@ -78,6 +78,11 @@ class Server:
             found[what, by] = found.get((what, by), 0.0) + float(value)
         return found
 
+    def settled_kv_bytes(self, seconds: float = 2.5) -> dict[tuple[str, str], float]:
+        """The same once nothing more is published: totals are up to two seconds late."""
+        time.sleep(seconds)
+        return self.kv_bytes()
+
     def stop(self, seconds: float = 60.0) -> None:
         """As Ctrl-C does, by force where it takes longer."""
         if self.process.poll() is None:

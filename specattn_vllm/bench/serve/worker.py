@@ -87,7 +87,7 @@ class Worker:
     def measure(self, server: Server, model: str, of: Round) -> RoundResult:
         log, path = (path_of(f"{self.job.name} {of.rate}", self.folder, kind) for kind in ("client.log", "client.json"))
         path.unlink(missing_ok=True)
-        before = server.kv_bytes() if self.job.ours else {}
+        before = server.settled_kv_bytes() if self.job.ours else {}
         words = client.command(model, server.port, of, self.job.traffic, self.folder, path)
         with log.open("w") as file:
             process = subprocess.Popen(
@@ -104,7 +104,7 @@ class Worker:
         if process.returncode or not path.exists():
             return client.failed(log, of, process.returncode)
         found = client.read(path, of)
-        after = server.kv_bytes() if self.job.ours else {}
+        after = server.settled_kv_bytes() if self.job.ours else {}
         for by in sorted({by for _, by in after}):
             read, present = (after[what, by] - before.get((what, by), 0.0) for what in ("read", "present"))
             if present:
