@@ -22,7 +22,7 @@ SIZES = {
     "weights": 15 * 2**30,
     "largest": 2**31,
     "kv_per_token": 140_000,
-    "sketch_share": 0.066,
+    "sketch_share": 0.062,
     "max_num_seqs": 64,
     "max_model_len": 131_072,
     "room": int(21.6 * 2**30),
