@@ -22,7 +22,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "options.md"
 SECTION = re.compile(r"(<!-- made by scripts/options_page.py: (\w+) -->\n).*?(<!-- end -->)", re.S)
 MORE = {
     "method": "[each of them](methods.md)",
-    "crossover_tokens": "[what was measured](benchmarks.md#stepping-aside)",
+    "crossover_tokens": "[small batches](tuning.md#small-batches)",
     "executor": "[which runs where](hardware.md#executors)",
     "layer_map": "[layer maps](layer-maps.md)",
     "preset": "[what it sets](methods.md#presets)",

@@ -37,18 +37,18 @@ class SpecAttnOptions(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: str = Field(description="Who chooses what is read; `specattn methods` lists them.")
+    method: str = Field(description="Who selects the tokens that are read. `specattn methods` lists them.")
     preset: Literal["paper"] | None = for_researchers(
         None,
-        description="'paper': the published setting of the method, for all options that are not set explicitly.",
+        description="'paper': the published setting of the method. Options that are set explicitly take precedence.",
     )
     executor: ExecutorName = Field(
         "auto",
-        description="Which code runs the operations: 'fa3' (FlashAttention 3, Hopper), 'triton' (CUDA; on CPU through "
-        "the interpreter), 'torch' (CPU), or 'auto', the first of these that runs; 'xformers' (CUDA, whole blocks) has "
-        "to be named.",
+        description="Which code runs attention and selection: 'fa3' (FlashAttention 3, Hopper GPUs), 'triton' (CUDA "
+        "GPUs; a CPU through Triton's interpreter), 'xformers' (NVIDIA GPUs, whole blocks) or 'torch' (CPU). 'auto' "
+        "takes 'fa3' on a GPU where it runs and else 'triton', and 'torch' on a CPU.",
     )
-    stats_interval_s: float = Field(60.0, gt=0.0, description="Seconds between the statistics lines in the log.")
+    stats_interval_s: float = Field(60.0, gt=0.0, description="Seconds between two statistics lines in the log.")
 
     @field_validator("*", mode="before")
     @classmethod

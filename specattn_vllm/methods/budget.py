@@ -12,14 +12,14 @@ INT32 = 2**31 - 1  # the kernels count tokens in 32 bits
 
 
 def ratio_field(default: float) -> Any:
-    return Field(default, gt=0.0, le=1.0, description="Share of the context that is kept.")
+    return Field(default, gt=0.0, le=1.0, description="The budget: share of the context's tokens that are read.")
 
 
 def sparse_draft_field(default: bool) -> Any:
     return Field(
         default,
-        description="Whether the steps of a draft model read a part of its context: what its own queries choose in the "
-        "first step of a round, over a small copy of its keys.",
+        description="Whether a draft model reads only a part of its context, too. The queries of its first step in a "
+        "round select the tokens, by a sketch of the draft's keys; the other steps of the round read the same tokens.",
     )
 
 
@@ -31,33 +31,35 @@ class ShareOptions(SpecAttnOptions):
         128,
         ge=0,
         le=INT32,
-        description="Floor on kept tokens, sink and recent ones included; `ratio` and `max_fraction` yield to it.",
+        description="Lower limit of the budget, in tokens, with sink and recent tokens. It takes precedence over "
+        "`ratio` and `max_fraction`.",
     )
     max_tokens: int | None = Field(
         None,
         ge=1,
         le=INT32,
-        description="Cap on kept tokens, at least `min_tokens` and at least sink and recent tokens together.",
+        description="Upper limit of the budget, in tokens. It must be at least `min_tokens`, and at least "
+        "`sink_tokens` plus `recent_tokens`.",
     )
     max_fraction: float = for_researchers(
         1.0,
         gt=0.0,
         le=1.0,
-        description="Cap on kept tokens as a share of the request's context; `min_tokens` goes first.",
+        description="Upper limit of the budget, as a share of the request's context. `min_tokens` takes precedence.",
     )
     sink_tokens: int = for_researchers(
-        4, ge=0, le=INT32, description="First tokens of the context that are always kept."
+        4, ge=0, le=INT32, description="Number of tokens at the start of the context that are always read."
     )
     recent_tokens: int = for_researchers(
-        64, ge=0, le=INT32, description="Last tokens of the context that are always kept."
+        64, ge=0, le=INT32, description="Number of tokens at the end of the context that are always read."
     )
     crossover_tokens: int | None = Field(
         None,
         ge=0,
         le=INT32,
-        description="Context tokens of a batch, summed over its requests, below which everything is read, because "
-        "choosing would cost more than it saves. Of a lossless method it is drafting that reads everything. Default: "
-        "what was measured for the executor, 0 where nothing was.",
+        description="If the contexts of all requests in a batch have fewer tokens than this together, everything is "
+        "read, because a selection would cost more than it saves. With a lossless method this concerns drafting alone. "
+        "Default: a value of the method for the executor 'fa3'; for other executors 0, which means never.",
     )
 
     @property
@@ -91,15 +93,15 @@ class BudgetOptions(ShareOptions):
 
     rule: Literal["top_p", "top_k"] | None = Field(
         None,
-        description="'top_p': as many tokens as hold `top_p` of the attention mass. 'top_k': a fixed share of the "
-        "context, `ratio`. Default: 'top_p' if only `top_p` is given, else 'top_k'.",
+        description="'top_k': read a fixed share of the context, `ratio`. 'top_p': read as many tokens as hold "
+        "`top_p` of the attention mass. Default: 'top_p' if only `top_p` is given, else 'top_k'.",
     )
     top_p: float = Field(
         0.9,
         gt=0.0,
         le=1.0,
-        description="In the place of `ratio`: share of the attention mass on the context that the kept tokens hold. 1 "
-        "keeps everything, but for a cap.",
+        description="Instead of `ratio`: share of the attention mass that the selected tokens hold. 1 reads "
+        "everything, unless an upper limit is set.",
     )
 
     @property
@@ -127,8 +129,9 @@ class AuditedOptions(SpecAttnOptions):
         0.0,
         ge=0.0,
         le=1.0,
-        description="Share of each step's (layer, request) pairs with a selection that are audited: the target's "
-        "attention mass on the selection is measured. An audited pair costs one more pass over the keys.",
+        description="Share of the pairs of layer and request that are audited in each step, of those that read a "
+        "selection. An audit measures how much of the target's attention mass the selection holds. It costs one more "
+        "pass over the keys of the pair.",
     )
 
 
@@ -140,11 +143,11 @@ class SketchedDraftOptions(BudgetOptions):
         None,
         gt=0.0,
         le=1.0,
-        description="With `sparse_draft`, share of the context that the draft's own steps keep. Default: as much as "
-        "the other options say.",
+        description="Share of the context that the draft model reads; needs `sparse_draft`. Default: the budget that "
+        "the other options set.",
     )
     sketch_bits: Literal[1, 2, 4] = for_researchers(
-        2, description="Bits of each element of the copy of the keys that is searched."
+        2, description="Bits per element of the sketch, the small copy of the keys that is searched."
     )
 
     @property

@@ -15,14 +15,15 @@ class ByDraftOptions(BudgetOptions, AuditedOptions):
 
     layer_map: str | None = Field(
         None,
-        description="Name of a shipped layer map, path of a JSON file, or 'uniform' (layers paired by depth, not "
-        "calibrated). Default: the shipped map for this pair of models if there is one, else 'uniform'.",
+        description="The layer map: name of a shipped one, path of a JSON file, or 'uniform' (layers are paired by "
+        "depth, without calibration). Default: the shipped map for this pair of models if there is one, else "
+        "'uniform'.",
     )
     dense_layers: tuple[NonNegativeInt, ...] = for_researchers(
-        (), description="Target layers (from 0) that are dense, besides those the layer map leaves unmapped."
+        (), description="Target layers, counted from 0, that are dense in addition to those that the map leaves dense."
     )
     combine: Literal["sum", "union"] = for_researchers(
         "sum",
-        description="How the K draft steps of a round become one selection: 'sum' chooses by the sum of their "
-        "attention mass, 'union' unites the selections of the steps (Shah, arXiv 2510.27641).",
+        description="How the K draft steps of a round become one selection. 'sum': select by the sum of their "
+        "attention mass. 'union': select for each step, and read the union (Shah, arXiv 2510.27641).",
     )

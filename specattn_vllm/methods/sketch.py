@@ -16,9 +16,10 @@ class SketchOptions(SketchedDraftOptions, AuditedOptions):
     sparse_draft: bool = sparse_draft_field(True)
     shared_budget: Literal["layers", "heads", "none"] = for_researchers(
         "layers",
-        description="With a fixed share: the KV heads that share one budget, so that `ratio` is their mean. 'layers': "
-        "the heads of all layers, with the score threshold that would have met the budget in the request's last sparse "
-        "step. 'heads': the heads of each layer. 'none': every head reads the same amount.",
+        description="Which KV heads share one budget: `ratio` is then their mean, and one head may read more than "
+        "another. 'layers': the heads of all layers, by the score threshold that would have met the budget in the "
+        "request's last sparse step. 'heads': the heads of each layer. 'none': every head reads the same amount. Not "
+        "with `top_p`.",
     )
 
     @model_validator(mode="after")

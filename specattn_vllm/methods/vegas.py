@@ -20,8 +20,9 @@ class VegasOptions(BudgetOptions):
         None,
         ge=0,
         le=MAX_DILATION,
-        description="Positions by which attention mass is spread forward before tokens are chosen, because heads that "
-        "copy text move on by one token per step. Default: K + 1, which covers a round of K draft tokens.",
+        description="Number of positions by which attention mass is spread forward before tokens are selected. Heads "
+        "that copy text attend to the next token in each step, and so find it selected. Default: K + 1, which covers a "
+        "round of K draft tokens.",
     )
 
     def dilation_of(self, draft_tokens: int) -> int:

@@ -101,29 +101,29 @@ FAMILIES = (
     Family(
         "specattn:rounds_total",
         "counter",
-        "Verifications of drafts: one request in one step.",
+        "Rounds: verifications of drafts, each of one request in one step.",
         (),
         lambda found: _rounds(found, found.counts.rounds),
     ),
     Family(
         "specattn:sampled_tokens_total",
         "counter",
-        "Tokens that verifications produced; divided by rounds, the acceptance length.",
+        "Tokens that verifications produced. Divided by rounds, this is the acceptance length.",
         (),
         lambda found: _rounds(found, found.counts.sampled_tokens),
     ),
     Family(
         "specattn:rows_total",
         "counter",
-        "Requests in steps of the target: past their prompt, reading a part (sparse) or all (dense) of their KV cache, "
-        "or inside their prompt (prefill).",
+        "Rows, each a request in a step of the target: past its prompt, reading a part (sparse) or all (dense) of its "
+        "KV cache, or inside its prompt (prefill).",
         ("kind",),
         _rows,
     ),
     Family(
         "specattn:dense_rows_total",
         "counter",
-        "Rows of kind dense, by the reason why they read all of their KV cache.",
+        "Rows of the kind dense, by the reason why they read all of their KV cache.",
         ("reason",),
         _dense_rows,
     ),
@@ -154,7 +154,7 @@ FAMILIES = (
     Family(
         "specattn:kv_bytes_read_total",
         "counter",
-        "Bytes of the KV cache that were read, with the sketches that were searched and sampled.",
+        "Bytes of the KV cache that were read, including the sketches that were searched and sampled.",
         ("by",),
         _bytes_read,
         every_rank=True,
@@ -170,8 +170,7 @@ FAMILIES = (
     Family(
         "specattn:audit_retained_mass",
         "histogram",
-        "Share of a query head's attention that the selection held, in the pairs of layer and request that were "
-        "audited.",
+        "Share of a query head's attention mass that the selection held, in the audited pairs of layer and request.",
         (),
         _audited,
         every_rank=True,

@@ -42,11 +42,10 @@ def test_the_quality_on_a_real_model_is_what_was_measured():
     fifth, less, floor = (rows[name] for name in ("sketch 20%", "sketch 15%", "dense, another batch shape"))
     bytes_, kl, same, perplexity = (fifth[i].split()[0] for i in (2, 4, 6, 7))
     rounding = floor[4].split()[0]
-    assert f"with {bytes_} of the KV cache's bytes KL {kl} to dense, of which {rounding} is" in words
-    assert f"is rounding, {same} of top-1 tokens the same" in words
-    assert f"top-1 tokens the same, perplexity {perplexity};" in words
+    assert f"reading {bytes_} of the KV cache's bytes gives KL {kl} to dense attention ({rounding} of it" in words
+    assert f"of it is rounding), {same} top-1 agreement, and perplexity {perplexity}." in words
     bytes_, kl, same, perplexity = (less[i].split()[0] for i in (2, 4, 6, 7))
-    assert f"with {bytes_} it is {kl}, {same} and {perplexity}." in words
+    assert f"Reading {bytes_} gives KL {kl}, {same} and {perplexity}." in words
     for context, found in (("4,096", rows), ("7,000", longer)):
         for ratio, name in (("0.127", "sketch 20%"), ("0.077", "sketch 15%")):
             row = found[name]

@@ -207,8 +207,9 @@ def test_what_the_readme_says_is_gained_is_what_was_measured():
     drafted, head, stock, plain = (
         speed[name] for name in ("sketch 8%", "sketch-eagle 8%, 2.5 a round", "eagle, 2.5 a round", "plain")
     )
-    assert f"decode at {drafted / plain:.2f} times plain decoding with a 1B draft model, and at" in words
-    assert f"at {head / plain:.2f} times with a head of EAGLE-3's shape, {head / stock:.2f} times stock vLLM" in words
+    assert f"decode {drafted / plain:.2f} times as fast as plain decoding with a 1B draft model." in words
+    words_of_head = f"it is {head / plain:.2f} times, which is {head / stock:.2f} times stock vLLM with that head."
+    assert f"With a head of EAGLE-3's shape {words_of_head}" in words
     assert f"Without a drafter it is {alone['sketch-alone 8%'] / alone['plain']:.2f} times." in words
 
 

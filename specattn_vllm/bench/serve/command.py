@@ -183,8 +183,8 @@ def refuse_what_is_too_long(args: argparse.Namespace, shape: Shape | None, folde
     if most is not None and asked > most:
         drafts = asked - longest - args.output_len
         raise UserError(
-            f"--input-len {longest:,} and --output-len {args.output_len:,}, and {drafts} for drafts: there are {most:,} positions: "
-            "ask for less"
+            f"--input-len {longest:,}, --output-len {args.output_len:,} and {drafts} for drafts: there are {most:,} "
+            "positions: ask for less"
         )
 
 
