@@ -115,8 +115,8 @@ FAMILIES = (
     Family(
         "specattn:rows_total",
         "counter",
-        "Rows, each a request in a step of the target: past its prompt, reading a part (sparse) or all (dense) of its "
-        "KV cache, or inside its prompt (prefill).",
+        "Rows, each a request in a step of the target: inside its prompt (prefill), or past it and reading a part "
+        "(sparse) or all (dense) of its KV cache.",
         ("kind",),
         _rows,
     ),
