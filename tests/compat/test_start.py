@@ -117,6 +117,12 @@ def test_the_cpu_platform_answers_as_before_for_other_backends(backend):
 
 
 @on_cpu
+def test_a_layer_with_a_window_gets_what_vllm_would_choose(ours):
+    found = current_platform.get_attn_backend_cls(ours, selector(has_sliding_window=True))
+    assert found == AttentionBackendEnum.CPU_ATTN.get_path()
+
+
+@on_cpu
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -125,7 +131,6 @@ def test_the_cpu_platform_answers_as_before_for_other_backends(backend):
         ({"block_size": 8}, "block_size not supported"),
         ({"use_mla": True}, "MLA not supported"),
         ({"has_sink": True}, "attention sinks not supported"),
-        ({"has_sliding_window": True}, "sliding window not supported"),
         ({"use_non_causal": True}, "non-causal attention not supported"),
         ({"use_kv_connector": True}, "KV connector not supported"),
     ],
