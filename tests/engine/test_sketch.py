@@ -53,10 +53,15 @@ def test_a_step_is_counted_once_in_however_many_groups_the_layers_are(
     drafts, engine, greedy, tiny_model, counts, sketch_audit, monkeypatch
 ):
     """vLLM takes layers apart where a drafter's differ from the target's; here each is in a group of its own."""
-    from vllm.v1.core import kv_cache_utils
+    from vllm.v1.kv_cache_interface import KVCacheGroupSpec
+
+    try:
+        from vllm.v1.core import kv_cache_planning as planning  # vLLM 0.33
+    except ImportError:
+        from vllm.v1.core import kv_cache_utils as planning
 
     def one_each(vllm_config, specs):
-        return [kv_cache_utils.KVCacheGroupSpec([name], spec) for name, spec in specs.items()]
+        return [KVCacheGroupSpec([name], spec) for name, spec in specs.items()]
 
     speculation = {"method": "eagle", "model": tiny_model("eagle"), "num_speculative_tokens": 3} if drafts else None
     shape = {"target": tiny_model("target"), "speculative_config": speculation, "skip_tokenizer_init": True}
@@ -64,9 +69,9 @@ def test_a_step_is_counted_once_in_however_many_groups_the_layers_are(
     generator = torch.Generator().manual_seed(0)
     given = [{"prompt_token_ids": torch.randint(2, 512, (n,), generator=generator).tolist()} for n in (300, 30, 400)]
     seen = []
-    together = kv_cache_utils.get_kv_cache_groups
+    together = planning.get_kv_cache_groups
     for groups in (together, one_each):
-        monkeypatch.setattr(kv_cache_utils, "get_kv_cache_groups", groups)
+        monkeypatch.setattr(planning, "get_kv_cache_groups", groups)
         llm = engine(OPTIONS, **shape)
         seen.append((greedy(llm, given, NEW_TOKENS), counts(llm)))
     assert sketch_audit.pruned > 20
