@@ -102,11 +102,8 @@ def settings_of(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
 def make_jobs(args: argparse.Namespace, shape: Shape) -> list[Job]:
     """One per mode, per kept share of the modes that keep one, and per acceptance length of those that speculate, from
     the arguments of `specattn bench engines` with a device. ValueError where they ask for what no engine would do."""
-    drafted = {"": DRAFT_TOKENS} | dict(args.draft_tokens)
-    lengths = {"": [ACCEPTANCE_LENGTH]} | dict(args.acceptance_length)
-    for flag, given in (("draft-tokens", drafted), ("acceptance-length", lengths)):
-        if unknown := given.keys() - {"", *args.modes}:
-            raise ValueError(f"--{flag} {unknown.pop()}: no such mode in this run (--modes)")
+    drafted = by_mode(args, "draft-tokens", DRAFT_TOKENS)
+    lengths = by_mode(args, "acceptance-length", [ACCEPTANCE_LENGTH])
     jobs = []
     for mode in args.modes:
         for kept in args.kept if MODES[mode].kept else (None,):
@@ -114,10 +111,23 @@ def make_jobs(args: argparse.Namespace, shape: Shape) -> list[Job]:
             for length in own:
                 suffix = "" if len(own) == 1 else f", {length:g} a round"
                 jobs.append(_job(args, shape, mode, kept, drafted, length, suffix))
+    refuse_unused_options(args, jobs)
+    return jobs
+
+
+def by_mode(args: argparse.Namespace, flag: str, default: Any) -> dict[str, Any]:
+    """The values of `--flag [MODE:]VALUE`, the one for all modes under ''. ValueError for a mode that does not run."""
+    found = {"": default} | dict(getattr(args, flag.replace("-", "_")))
+    if unknown := found.keys() - {"", *args.modes}:
+        raise ValueError(f"--{flag} {unknown.pop()}: no such mode in this run (--modes)")
+    return found
+
+
+def refuse_unused_options(args: argparse.Namespace, jobs: Sequence[Any]) -> None:
+    """ValueError for an `--option` that no job has."""
     used = {name for job in jobs for key in job.options for name in (key, f"{job.mode}:{key}")}
     if unused := [key for key, _ in args.option if key not in used]:
         raise ValueError(f"--option {unused[0]}: no mode of this run has a use for it (--modes; docs/options.md)")
-    return jobs
 
 
 def _job(

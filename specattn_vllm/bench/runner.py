@@ -123,13 +123,17 @@ def run_all(
     engines.run_each(what, [job for job in jobs if not is_measured(job)], one, ended, say, gpus)
 
 
+def refuse_to_overwrite(args: argparse.Namespace) -> None:
+    if args.out.exists() and not (args.resume or args.overwrite):
+        raise UserError(f"{args.out} is there already: --resume goes on with it, --overwrite starts anew")
+
+
 def carry_out(
     jobs: Sequence[Any], report: Any, args: argparse.Namespace, markdown: Callable[[Any], str], **how: Any
 ) -> int:
     """`run_all` as a command does it, by the arguments of `tools.arguments.add_running`. Prints the table; returns the
     exit status."""
-    if args.out.exists() and not (args.resume or args.overwrite):
-        raise UserError(f"{args.out} is there already: --resume goes on with it, --overwrite starts anew")
+    refuse_to_overwrite(args)
     earlier = earlier_engines(args.out, report) if args.resume else {}
     folder, interrupt = args.out.with_suffix(".logs"), None
     try:

@@ -75,7 +75,27 @@ class CellResult(BaseModel):
             self.kv_read = round(self.counts["kv_read"] / full, 4)
 
 
-class Job(BaseModel):
+class OfEngine:
+    """What the arguments of an engine, or of a server of one, say."""
+
+    engine_arguments: dict[str, Any]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the plugin; none for stock vLLM."""
+        return self.engine_arguments.get("additional_config", {}).get("specattn", {})
+
+    @property
+    def drafter(self) -> str | None:
+        """'{draft}', '{eagle}', '{target}' where it drafts for itself; None without speculation."""
+        return self.engine_arguments.get("speculative_config", {}).get("model")
+
+    @property
+    def ours(self) -> bool:
+        return bool(self.options)
+
+
+class Job(OfEngine, BaseModel):
     """One engine: how to start it, and what to time on it. Nothing in it depends on the machine or on the time."""
 
     name: str
@@ -96,20 +116,6 @@ class Job(BaseModel):
     generated_tokens: int
     repeats: int
     max_warmups: int
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of the plugin; none for stock vLLM."""
-        return self.engine_arguments.get("additional_config", {}).get("specattn", {})
-
-    @property
-    def drafter(self) -> str | None:
-        """'{draft}', '{eagle}', '{target}' where it drafts for itself; None without speculation."""
-        return self.engine_arguments.get("speculative_config", {}).get("model")
-
-    @property
-    def ours(self) -> bool:
-        return bool(self.options)
 
 
 class EngineResult(BaseModel):

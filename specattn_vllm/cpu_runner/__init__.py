@@ -24,9 +24,8 @@ VERSION = "vllm-*.dist-info"
 def environment(current: Mapping[str, str] | None = None) -> dict[str, str]:
     """The variables to set before Python starts. Existing values are taken from `current` (default `os.environ`)."""
     current = os.environ if current is None else current
-    paths = [p for p in current.get("PYTHONPATH", "").split(os.pathsep) if p and p != str(OVERLAY)]
     return {
-        "PYTHONPATH": os.pathsep.join([str(OVERLAY), *paths]),
+        "PYTHONPATH": os.pathsep.join([str(OVERLAY), *_other_paths(current)]),
         # Triton reads it once, at import, so it must be set before any process starts.
         "TRITON_INTERPRET": "1",
         # In GiB. Without it vLLM takes 40% of the machine's memory for the KV cache.
@@ -36,6 +35,11 @@ def environment(current: Mapping[str, str] | None = None) -> dict[str, str]:
 
 def without(current: Mapping[str, str]) -> dict[str, str]:
     """`current` as it was before `environment` was applied to it: stock vLLM, which picks runner V1 on a CPU."""
-    paths = [path for path in current.get("PYTHONPATH", "").split(os.pathsep) if path and path != str(OVERLAY)]
     found = {name: value for name, value in current.items() if name not in ("PYTHONPATH", "TRITON_INTERPRET")}
+    paths = _other_paths(current)
     return found | ({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})
+
+
+def _other_paths(current: Mapping[str, str]) -> list[str]:
+    """The folders on PYTHONPATH besides the overlay."""
+    return [path for path in current.get("PYTHONPATH", "").split(os.pathsep) if path and path != str(OVERLAY)]

@@ -143,20 +143,6 @@ def test_engines_run_at_the_same_time_each_on_a_gpu_of_its_own(bench, monkeypatc
     assert sorted(used) == ["2", "5"]
 
 
-def not_running(pid: int) -> bool:
-    """Gone, or dead and waiting for whoever inherited it."""
-    for _ in range(50):
-        try:
-            with open(f"/proc/{pid}/stat") as file:
-                state = file.read().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.1)
-    return False
-
-
 def test_resuming_runs_what_is_missing(bench):
     first, _ = bench({"draft-v2": "raise"})
     second, ran = bench(earlier="resume")
@@ -221,7 +207,7 @@ def test_the_exit_status_says_whether_all_ran(bench, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_end_by_signal_ends_the_engine_and_leaves_a_report(bench, monkeypatch, capsys, number):
+def test_an_end_by_signal_ends_the_engine_and_leaves_a_report(bench, not_running, monkeypatch, capsys, number):
     child = bench.folder / "child"
 
     def terminate():

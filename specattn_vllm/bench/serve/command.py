@@ -151,8 +151,7 @@ def run(args: argparse.Namespace) -> int:
     from specattn_vllm.bench.serve import runner
 
     refuse_what_is_too_long(args, shape, folders, max(job.engine_arguments["max_model_len"] for job in planned))
-    if args.out.exists() and not (args.resume or args.overwrite):  # before the requests beside it are overwritten
-        raise UserError(f"{args.out} is there already: --resume goes on with it, --overwrite starts anew")
+    runners.refuse_to_overwrite(args)  # here already: the requests beside it would be overwritten
     folder = args.out.with_suffix(".logs")
     make = random_words(shape.vocab_size) if shape is not None else corpus(args.text, folders["target"])
     settings = settings_of(args, shape, named, folders, goodput)

@@ -13,8 +13,10 @@ from specattn_vllm.bench.jobs import (
     DRAFT_TOKENS,
     MODES,
     backend,
+    by_mode,
     environment,
     parse_mode,
+    refuse_unused_options,
     slack_tokens,
     speculation,
 )
@@ -49,11 +51,8 @@ def make_jobs(
     args: argparse.Namespace, models: Mapping[str, str], shape: Shape | None, traffic: Traffic
 ) -> list[ServeJob]:
     """One per mode, and per kept share of the modes that keep one. ValueError for what no server does."""
-    drafted = {"": DRAFT_TOKENS} | dict(args.draft_tokens)
-    lengths = {"": ACCEPTANCE_LENGTH} | dict(args.acceptance_length)
-    for flag, given in (("draft-tokens", drafted), ("acceptance-length", lengths)):
-        if unknown := given.keys() - {"", *args.modes}:
-            raise ValueError(f"--{flag} {unknown.pop()}: no such mode in this run (--modes)")
+    drafted = by_mode(args, "draft-tokens", DRAFT_TOKENS)
+    lengths = by_mode(args, "acceptance-length", ACCEPTANCE_LENGTH)
     if args.acceptance_length and shape is None:
         raise ValueError("--acceptance-length is for --shape: models with weights accept what they accept")
     jobs = [
@@ -61,14 +60,7 @@ def make_jobs(
         for mode in args.modes
         for kept in (args.kept if MODES[mode].kept else None) or (None,)
     ]
-    used = {
-        name
-        for job in jobs
-        for key in job.engine_arguments.get("additional_config", {}).get("specattn", {})
-        for name in (key, f"{job.mode}:{key}")
-    }
-    if unused := [key for key, _ in args.option if key not in used]:
-        raise ValueError(f"--option {unused[0]}: no mode of this run has a use for it (--modes; docs/options.md)")
+    refuse_unused_options(args, jobs)
     return jobs
 
 

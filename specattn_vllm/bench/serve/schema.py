@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
+from specattn_vllm.bench.schema import OfEngine
 from specattn_vllm.tools.outputs import write_json
 
 WARM_UP = "warm-up"
@@ -34,7 +35,7 @@ class Traffic(BaseModel):
     goodput: list[str]
 
 
-class ServeJob(BaseModel):
+class ServeJob(OfEngine, BaseModel):
     """One server: how to start it, and what to send it."""
 
     name: str
@@ -52,15 +53,6 @@ class ServeJob(BaseModel):
     """As vLLM comes: on a CPU without what lets it use runner V2."""
     traffic: Traffic
     ready_check_timeout_sec: int
-
-    @property
-    def ours(self) -> bool:
-        return "additional_config" in self.engine_arguments
-
-    @property
-    def drafter(self) -> str | None:
-        """'{draft}', '{eagle}', '{target}' where it drafts for itself; None without speculation."""
-        return self.engine_arguments.get("speculative_config", {}).get("model")
 
 
 class RoundResult(BaseModel):

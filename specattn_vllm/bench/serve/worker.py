@@ -36,6 +36,8 @@ class Worker:
     def __init__(self, job: ServeJob, result_path: Path) -> None:
         self.job, self.folder = job, result_path.parent
         self._result_path = result_path
+        self.kv_bytes: dict[tuple[str, str], float] | None = {}
+        """Read and present after the last round; None where that is not known."""
         status, reason = UNTIL_IT_IS_DONE
         # With the names of the models as they were given: their folders are this machine's.
         names = {role: job.models.get(role) or f"{job.shape}/{role}" for role in ("target", "draft", "eagle")}
@@ -87,7 +89,9 @@ class Worker:
     def measure(self, server: Server, model: str, of: Round) -> RoundResult:
         log, path = (path_of(f"{self.job.name} {of.rate}", self.folder, kind) for kind in ("client.log", "client.json"))
         path.unlink(missing_ok=True)
-        before = server.settled_kv_bytes() if self.job.ours else {}
+        before = self.kv_bytes
+        if before is None:
+            before = server.settled_kv_bytes()
         words = client.command(model, server.port, of, self.job.traffic, self.folder, path)
         with log.open("w") as file:
             process = subprocess.Popen(
@@ -102,9 +106,10 @@ class Worker:
                 process.kill()
             process.wait()
         if process.returncode or not path.exists():
+            self.kv_bytes = None if self.job.ours else {}
             return client.failed(log, of, process.returncode)
         found = client.read(path, of)
-        after = server.settled_kv_bytes() if self.job.ours else {}
+        self.kv_bytes = after = server.settled_kv_bytes() if self.job.ours else {}
         for by in sorted({by for _, by in after}):
             read, present = (after[what, by] - before.get((what, by), 0.0) for what in ("read", "present"))
             if present:

@@ -196,22 +196,10 @@ def test_resuming_runs_what_is_missing(bench, capsys):
     assert "measured with another seed" in capsys.readouterr().err
 
 
-def not_running(pid: int) -> bool:
-    """Gone, or dead and waiting for whoever inherited it."""
-    for _ in range(50):
-        try:
-            with open(f"/proc/{pid}/stat") as file:
-                state = file.read().rpartition(")")[2].split()[0]
-        except FileNotFoundError:
-            return True
-        if state == "Z":
-            return True
-        time.sleep(0.1)
-    return False
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_end_by_signal_keeps_what_was_measured_and_leaves_nothing_running(bench, monkeypatch, capsys, number):
+def test_an_end_by_signal_keeps_what_was_measured_and_leaves_nothing_running(
+    bench, not_running, monkeypatch, capsys, number
+):
     pids = bench.folder / "pids"
 
     def end():
