@@ -3,6 +3,8 @@
 
     .venv/bin/python scripts/real_corpus.py TEXTS            # TEXTS/prose, TEXTS/code, TEXTS/chat, and texts.json
     specattn eval methods --text TEXTS/chat/*.txt ...
+    .venv/bin/python scripts/real_corpus.py OTHERS --training    # of what the draft was trained on
+    specattn calibrate --text OTHERS/*/*.txt ...
 
 The texts are found on the machine (scripts/real_text.py), so that another machine gives others: texts.json names the
 files and their hashes. Each document has at least --tokens tokens of the model's tokenizer, and is of one package where
@@ -21,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself 
 from demo_corpus import digest
 from real_chats import conversation
 from real_model import default_folder
-from real_text import CODE, HELD_OUT_ONE_IN, PROSE, File, default_roots, find, headed
+from real_text import CODE, HELD_OUT_ONE_IN, PROSE, File, default_roots, find, headed, training
 from refusal import Refused
 from transformers import AutoTokenizer
 
@@ -116,24 +118,27 @@ def main(argv=None):
     add("--documents", type=int, default=16, metavar="N", help="of each kind, at most [%(default)s]")
     add("--tokens", type=int, default=8192, metavar="N", help="in each document, at least [%(default)s]")
     add("--roots", type=Path, nargs="+", metavar="FOLDER", help="where to look [Python's packages, manuals]")
+    add("--training", action="store_true", help="of the text for training, to calibrate on; never evaluate on it")
     args = parser.parse_args(argv)
     if not (args.model / "tokenizer.json").is_file():
         parser.error(f"{args.model} holds no tokenizer: run scripts/real_model, or name a model with --model")
     if args.out.exists() and any(args.out.iterdir()):
         parser.error(f"{args.out} is not empty: name another folder, or remove it; texts of two runs must not mix")
 
-    held = [f for f in find(args.roots or default_roots()) if f.held_out]
+    found = find(args.roots or default_roots())
+    files = training(found) if args.training else [f for f in found if f.held_out]
     tokenizer = AutoTokenizer.from_pretrained(args.model, local_files_only=True)
-    records = write(args.out, documents(held, tokenizer, args.tokens, args.documents), tokenizer)
+    records = write(args.out, documents(files, tokenizer, args.tokens, args.documents), tokenizer)
     for kind in (PROSE, CODE, CHAT):
         sizes = [r["tokens"] for r in records if r["kind"] == kind]
         if not sizes:
             raise Refused(
-                f"the held-out text makes no {kind} of {args.tokens:,} tokens: name more --roots, or ask "
-                "for fewer --tokens"
+                f"the {'training' if args.training else 'held-out'} text makes no {kind} of {args.tokens:,} tokens: "
+                "name more --roots, or ask for fewer --tokens"
             )
         print(f"{kind}: {len(sizes)} documents of {min(sizes):,} to {max(sizes):,} tokens")
-    about = {"model": args.model.name, "tokens": args.tokens, "held_out_one_in": HELD_OUT_ONE_IN, "documents": records}
+    about = {"model": args.model.name, "tokens": args.tokens, "held_out_one_in": HELD_OUT_ONE_IN}
+    about |= {"training": args.training, "documents": records}
     (args.out / "texts.json").write_text(json.dumps(about, indent=1) + "\n")
     print(args.out)
 
