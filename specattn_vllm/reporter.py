@@ -32,8 +32,9 @@ class Reporter:
         self.counters = counters
         self.interval_s = interval_s
         self.logs = logs
-        self.more: list[Callable[[], str | None]] = []
-        """Functions that return a further log line, or None. Called whenever a line is due."""
+        self.more: list[Callable[[Sequence[torch.Tensor]], str | None]] = []
+        """Functions that return a further log line, or None, from the tensors of `extra` on the host. Called whenever a
+        line is due."""
         self.publish: Callable[[Counts, list[torch.Tensor]], None] | None = None
         """Called with the totals, and the tensors of `extra` on the host. Set when the first request arrives."""
         self.extra: Callable[[], Sequence[torch.Tensor]] = tuple
@@ -71,7 +72,7 @@ class Reporter:
             if self.publish is not None:
                 self._hand_on(reading, counts)
         if self.logs and self._begun - self._since >= self.interval_s:
-            self._log(counts, self._begun)
+            self._log(counts, reading.extra(), self._begun)
 
     def idle(self) -> None:
         """Called when no request is left. Publishes the final totals when PUBLISH_S has passed."""
@@ -84,7 +85,7 @@ class Reporter:
                 self._start_timer(self._published + PUBLISH_S - time.monotonic())
 
     def _read(self) -> Reading:
-        return self.counters.begin_read(() if self.publish is None else self.extra())
+        return self.counters.begin_read(self.extra())
 
     def _hand_on(self, reading: Reading, counts: Counts) -> None:
         self.publish(counts, reading.extra())
@@ -105,11 +106,11 @@ class Reporter:
             self._trailing = None
             self._hand_on(reading, reading.counts())
 
-    def _log(self, counts: Counts, now: float) -> None:
+    def _log(self, counts: Counts, extra: Sequence[torch.Tensor], now: float) -> None:
         new = counts - self._last
         if new.rounds or new.verify_rows:
             logger.info(new.line(now - self._since))
         for further in self.more:
-            if line := further():
+            if line := further(extra):
                 logger.info(line)
         self._since, self._last = now, counts

@@ -65,7 +65,8 @@ def test_each_line_is_about_its_own_interval(lines, clock):
 
 def test_further_lines_follow_when_one_is_due_and_have_something_to_say(lines, clock):
     report, asked = Reporter(Counters(torch.device("cpu")), interval_s=10), iter(["audit of 3", None])
-    report.more.append(lambda: next(asked))
+    report.extra = lambda: [torch.tensor([3])]
+    report.more.append(lambda tensors: next(asked) if tensors[0].tolist() == [3] else "other tensors")
     for seconds in (5, 5, 5, 5):
         clock.now += seconds
         report.tick()

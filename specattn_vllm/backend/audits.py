@@ -45,6 +45,7 @@ def prepare_audit(
     for name, layer in layers.items():
         layer.impl.audit = audit.of_layer(name)
     if reporter is not None:
+        reporter.extra = audit.totals
         reporter.more.append(audit.line)
     logger.warning(
         "specattn: audit_share = %s: each step reads all keys once more in this share of its (layer, request) pairs, "

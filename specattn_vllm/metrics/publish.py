@@ -14,7 +14,6 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 import specattn_vllm
 from specattn_vllm import compat, executors
-from specattn_vllm.backend.audits import audit_of
 from specattn_vllm.metrics import snapshot
 from specattn_vllm.metrics.snapshot import Audited, Cache, Snapshot
 from specattn_vllm.selection.audit_report import lower_edge
@@ -42,7 +41,7 @@ class Publisher:
 
     def write(self, counts: Counts, extra: Sequence[torch.Tensor]) -> None:
         """Write a snapshot with counts. It is used as `Reporter.publish`."""
-        self._put(replace(self.blank, counts=counts, audited=audited(*extra) if extra else None))
+        self._put(replace(self.blank, counts=counts, audited=audited(extra) if extra else None))
 
     def write_blank(self) -> None:
         """Write a snapshot without counts: only the description of the engine."""
@@ -57,10 +56,11 @@ class Publisher:
             self._failed = True
 
 
-def audited(histogram: torch.Tensor, total: torch.Tensor) -> Audited:
-    """Convert totals of an audit (`Audit.totals`), on the host: histogram [BINS], and the sum of all samples."""
-    up_to = histogram.cumsum(0).tolist()
-    return Audited([(round(lower_edge(edge), 4), up_to[edge - 1]) for edge in EDGES], float(total))
+def audited(totals: Sequence[torch.Tensor]) -> Audited:
+    """Convert the totals of an audit (`Audit.totals`), on the host, to those of all layers."""
+    histogram, _, retained, *_ = totals
+    up_to = histogram.sum(0).cumsum(0).tolist()
+    return Audited([(round(lower_edge(edge), 4), up_to[edge - 1]) for edge in EDGES], float(retained.sum()))
 
 
 def start(runner: Any, options: SpecAttnOptions) -> None:
@@ -75,9 +75,7 @@ def start(runner: Any, options: SpecAttnOptions) -> None:
     reporter = reporter or getattr(runner, "specattn_reporter", None)
     if reporter is None:
         return
-    audit, target = audit_of(runner), getattr(runner, "specattn_target", None)
-    if audit is not None:
-        reporter.extra = audit.totals
+    target = getattr(runner, "specattn_target", None)
     if target is not None:
         reporter.fold = target.fold
 

@@ -14,6 +14,7 @@ pairs.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,7 +36,7 @@ class Audit:
 
     Order of calls in a step: `choose` outside of any CUDA graph, `LayerAudit.observe` in each layer, then `fold`. Only
     `observe` runs in CUDA graphs. It uses permanent buffers, so a replay audits the pairs chosen for its own step. Only
-    `read` and `line` wait for the device.
+    `read` waits for the device.
 
     A layers, R requests, Hq query heads, H KV heads of this rank:
 
@@ -147,7 +148,7 @@ class Audit:
     def reset(self) -> None:
         """Start again from zero."""
         self.discard()
-        for total in (self._histogram, self._pairs, self._retained, self._bound, self._largest_bound):
+        for total in self.totals():
             total.zero_()
         self.largest_values.zero_()
         self._reported = self.read()
@@ -155,19 +156,21 @@ class Audit:
     def read(self) -> AuditTotals:
         """Totals up to now; waits for the device."""
         # Copies also on a CPU, because the totals keep changing.
-        tensors = (self._histogram, self._pairs, self._retained, self._bound, self._largest_bound)
-        return AuditTotals(tuple(self.layers), self.num_heads, *(t.to("cpu", copy=True) for t in tensors))
+        return self._told([t.to("cpu", copy=True) for t in self.totals()])
 
-    def totals(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Totals over all layers, on the device: a histogram of samples by retained mass [BINS] int64, and the sum of
-        their retained mass. Does not wait for the device."""
-        return self._histogram.sum(0), self._retained.sum()
+    def totals(self) -> tuple[torch.Tensor, ...]:
+        """The tensors of the totals, on the device, in the order of `AuditTotals`. Does not wait for the device."""
+        return self._histogram, self._pairs, self._retained, self._bound, self._largest_bound
 
-    def line(self) -> str | None:
-        """The log line for the audits since the last call; None if there were none. Waits for the device."""
-        totals = self.read()
-        new, self._reported = totals.since(self._reported), totals
+    def line(self, totals: Sequence[torch.Tensor]) -> str | None:
+        """The log line for what was audited since the last call, from `totals` that were copied to the host; None if
+        nothing was."""
+        now = self._told(totals)
+        new, self._reported = now.since(self._reported), now
         return new.line()
+
+    def _told(self, totals: Sequence[torch.Tensor]) -> AuditTotals:
+        return AuditTotals(tuple(self.layers), self.num_heads, *totals)
 
 
 def _drawn(x: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,5 @@
-"""Two ranks on one machine, each with half of the heads, in processes of their own as vLLM starts them: on a CPU with two
-cores, or on two GPUs, there with CUDA graphs too."""
+"""Two ranks on one machine, each with half of the heads, in processes of their own as vLLM starts them: on a CPU with
+two cores, or on two GPUs, there with CUDA graphs too."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def run_on_two_ranks(
     script.write_text(PROGRAM)
     # No process for the engine's core, which would import everything once more: those of the ranks are what matters.
     environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    command = [sys.executable, "-P", str(script), json.dumps([*pair, options, prompts, ARGUMENTS | {"enforce_eager": eager}])]
+    asked = [*pair, options, prompts, ARGUMENTS | {"enforce_eager": eager}]
+    command = [sys.executable, "-P", str(script), json.dumps(asked)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=400)
     lines = [line.split("RESULT ", 1)[1] for line in done.stdout.splitlines() if "RESULT " in line]
     assert lines, done.stdout[-2000:] + done.stderr[-2000:]

@@ -175,9 +175,11 @@ def test_data_parallel_engines_are_told_apart(tmp_path):
 
 
 def test_retained_mass_is_a_histogram(served):
-    histogram = torch.zeros(BINS, dtype=torch.int64)
-    histogram[[10, 50, 63]] = torch.tensor([1, 2, 5])
-    audited = publish.audited(histogram, torch.tensor(6.5, dtype=torch.float64))
+    histogram = torch.zeros((2, BINS), dtype=torch.int64)
+    histogram[0, [10, 50]] = torch.tensor([1, 2])
+    histogram[1, 63] = 5
+    retained = torch.tensor([2.0, 4.5], dtype=torch.float64)
+    audited = publish.audited([histogram, histogram.sum(1), retained, 0 * retained, 0 * retained])
     assert audited.buckets[-1] == (1.0, 8)
     seen = served(made(audited=audited))
     name, rank = "specattn:audit_retained_mass", ("rank", "0")
