@@ -10,6 +10,7 @@ import torch
 from specattn_vllm import compat
 from specattn_vllm.request import asks_for_exactness, problem
 from specattn_vllm.selection.store import SelectionStore
+from specattn_vllm.stats import Counters
 
 
 @pytest.mark.parametrize("extra", [None, {}, {"other": 1}, {"specattn": "exact"}, {"specattn": "exact", "other": 1}])
@@ -91,6 +92,20 @@ def test_the_first_request_is_the_first_that_somebody_asked_for():
     for name in ("_warmup_0", "_v2_mixed_warmup_1", "a", "_warmup_2", "b"):
         state.add_request(0, SimpleNamespace(req_id=name))
     assert acts == ["_warmup_0", "_v2_mixed_warmup_1", "reset", "a", "_warmup_2", "b"]
+
+
+def test_what_vllm_ran_to_warm_up_is_in_no_counts():
+    """Neither before the first request, from whose counts others are subtracted, nor after it."""
+    from vllm.v1.worker.worker_base import WorkerBase
+
+    compat.add_worker_method()
+    counters, state = Counters(torch.device("cpu")), SimpleNamespace(add_request=lambda slot, request: None)
+    compat.at_first_request(state, counters.reset)
+    worker = SimpleNamespace(model_runner=SimpleNamespace(specattn_counters=counters, model_state=state))
+    for name, rounds in (("_warmup_0", 0), ("a", 7), ("b", 14)):
+        state.add_request(0, SimpleNamespace(req_id=name))
+        counters.add(rounds=7)
+        assert WorkerBase.specattn_stats(worker)["rounds"] == rounds
 
 
 def test_a_slot_is_exact_for_as_long_as_such_a_request_holds_it():

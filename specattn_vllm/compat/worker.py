@@ -144,6 +144,11 @@ def at_first_request(model_state: Any, act: Callable[[], None]) -> None:
     watch_new_requests(model_state, "first", seen)
 
 
+def waits_for_the_first(model_state: Any) -> bool:
+    """Whether `at_first_request` has still to act."""
+    return "first" in getattr(model_state, "specattn_watchers", ())
+
+
 def watch_steps(runner: Any, seen: Callable[[Any], None]) -> None:
     """Call seen(scheduler output) at the start of each step of a runner, also of steps without tokens, but not of dummy
     runs. vLLM runs one step without tokens after the last request has ended."""
@@ -164,22 +169,31 @@ def add_worker_method() -> None:
         return
 
     def specattn_stats(self) -> dict[str, int] | None:
-        """Counts of this worker since start-up; None without our backend. For `collective_rpc`."""
+        """Counts of this worker since the first request that somebody asked for; None without our backend. For
+        `collective_rpc`."""
+        from specattn_vllm.stats import Counts
+
         counters = getattr(self.model_runner, "specattn_counters", None)
         counters = getattr(getattr(self.model_runner, "speculator", None), "counters", counters)
         target = getattr(self.model_runner, "specattn_target", None)
         if target is not None:
             target.fold()
             counters = target.chooser.counts.counters
-        return vars(counters.read()) if counters is not None else None
+        if counters is None:
+            return None
+        # What vLLM ran to warm up is still counted until then. Whoever subtracts it later would get too few.
+        return vars(Counts() if waits_for_the_first(self.model_runner.model_state) else counters.read())
 
     def specattn_audit(self) -> dict[str, dict[str, float]] | None:
-        """Audit results of this worker since start-up, by layer; None without an audit. For `collective_rpc`."""
+        """Audit results of this worker since the first request that somebody asked for, by layer; None without an
+        audit. For `collective_rpc`."""
         from specattn_vllm.backend.audits import audit_of
 
         audit = audit_of(self.model_runner)
         if audit is None:
             return None
+        if waits_for_the_first(self.model_runner.model_state):
+            return {}
         audit.fold()
         return audit.read().by_layer()
 
