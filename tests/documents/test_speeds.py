@@ -16,6 +16,7 @@ BENCHMARKS = (ROOT / "docs/benchmarks.md").read_text()
 
 TABLES = [
     ("h200-sketch-engine", BENCHMARKS, r"^specattn (bench engines .*?)\nspec"),
+    ("h200-sketch-default", BENCHMARKS, r"^    specattn (bench engines --grid \S* --modes plain,sketch,vegas .*?)\n\n"),
     ("h200-sketch-alone", BENCHMARKS, r"^    specattn (bench engines --grid \S* --modes plain,sketch-alone .*?)\n\n"),
     ("h200-sketch-qwen3", BENCHMARKS, r"^    specattn (bench engines --shape qwen3.*?)\n\n"),
     ("h200-sketch-engine-128k", BENCHMARKS, r"^    specattn (bench engines --grid \S* \S*\s+--modes plain,sk.*?)\n\n"),
@@ -210,6 +211,11 @@ def test_what_the_readme_says_is_gained_is_what_was_measured():
     assert f"decode {drafted / plain:.2f} times as fast as plain decoding with a 1B draft model." in words
     words_of_head = f"it is {head / plain:.2f} times, which is {head / stock:.2f} times stock vLLM with that head."
     assert f"With a head of EAGLE-3's shape {words_of_head}" in words
+    default = speeds_of("h200-sketch-default", "16x32k")
+    assert f"[{default['sketch 12.5%'] / default['plain']:.2f} times](docs/benchmarks.md" in words
+    tuning = " ".join((ROOT / "docs/tuning.md").read_text().split())
+    assert f"{default['sketch 12.5%'] / default['plain']:.2f} times plain decoding with 0.125, and " in tuning
+    assert f"and {drafted / plain:.2f} times with 0.08 (" in tuning
     assert f"Without a drafter it is {alone['sketch-alone 8%'] / alone['plain']:.2f} times." in words
 
 
@@ -257,6 +263,21 @@ def test_what_limits_a_round_is_what_was_measured():
     alone = json.loads((ROOT / "docs/results/h200-sketch-alone.json").read_text())["engines"]
     plain, ours = ({c["name"]: c["tokens_per_second"] for c in e["cells"]} for e in alone)
     assert min(ours[cell] / plain[cell] for cell in plain) > 0.97
+
+
+def test_what_limits_self_speculation_is_what_was_measured():
+    words = " ".join(BENCHMARKS.split())
+    files = ("h200-sketch-engine", "h200-sketch-default")
+    engines = [e for f in files for e in json.loads((ROOT / f"docs/results/{f}.json").read_text())["engines"]]
+    took = {(e["name"], c["name"]): c["milliseconds_per_round"] for e in engines for c in e["cells"]}
+    faster = speeds_of("h200-sketch-default", "16x32k")
+    assert f"is {faster['vegas 12.5%'] / faster['plain']:.2f} times plain decoding at 16 x 32k (" in words
+    assert f"a round takes {took['vegas 12.5%', '16x32k']:.1f} ms" in words
+    step, plain, verification = took["plain", "16x512"], took["plain", "16x32k"], 23
+    assert f"would take {step:.1f} ms each, as a plain step at 16 x 512" in words
+    assert f"that is {5.08 * plain / (5 * step + verification):.1f} times at most" in words
+    losing = [cell for cell in ("4x4k", "1x4k", "1x32k") if took["vegas 12.5%", cell] / 5.08 > took["plain", cell]]
+    assert losing == ["4x4k", "1x4k", "1x32k"]
 
 
 def test_where_a_round_with_a_sketch_spends_its_time():

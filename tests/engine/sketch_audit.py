@@ -43,7 +43,7 @@ class Audit:
         self.followed += 1
         per_block, per_head, per_token = layer.page_strides
         for head, before in enumerate(chosen):
-            p = torch.tensor([*before, *range(context, length)])
+            p = torch.tensor([*before, *range(context, length)], device=block_table.device)
             pages = block_table[row, p // size] * per_block + p % size * per_token + head * per_head
             assert table[row, head, : kept[row, head]].tolist() == pages.tolist()
 
@@ -55,7 +55,7 @@ class Audit:
             assert not kept[row].any()
             return
         size = kv_cache.shape[2]
-        p = torch.arange(length)
+        p = torch.arange(length, device=kv_cache.device)
         blocks, offsets = block_table[row, p // size].long(), p % size
         keys = kv_cache[blocks, :, offsets, : sketch.head_size]
         # The sketch of each token is that of the key in its slot, however it came there.
@@ -69,12 +69,13 @@ class Audit:
         torch.testing.assert_close(scales[blocks, :, offsets], worth[blocks, :, offsets], rtol=2e-3, atol=0)
         self.choices += 1
         per_block, per_head, per_token = layer.page_strides
+        places = (blocks * per_block + offsets * per_token).tolist()
         budget, numbers = sketch.budget, []
         self.chosen[layer, row] = [], context
         whole = bool(sketch.dense[row]) or context <= budget.dense_up_to
         for head in range(sketch.num_kv_heads):
             pages = table[row, head, : kept[row, head]]
-            of_page = {int(blocks[i] * per_block + offsets[i] * per_token + head * per_head): i for i in range(length)}
+            of_page = {place + head * per_head: i for i, place in enumerate(places)}
             read = [of_page[page] for page in pages.tolist()]  # a KeyError: a page of nobody's, or of another request
             assert read == sorted(set(read))
             self.chosen[layer, row][0].append([i for i in read if i < context])
