@@ -265,6 +265,24 @@ def test_what_limits_a_round_is_what_was_measured():
     assert min(ours[cell] / plain[cell] for cell in plain) > 0.97
 
 
+def test_the_bounds_of_what_was_not_measured():
+    """A round of stock vLLM with the head: a plain step, and what its drafts take where attention takes no time."""
+    engines = json.loads((ROOT / "docs/results/h200-sketch-engine.json").read_text())["engines"]
+    cells = {(e["name"], c["name"]): c for e in engines for c in e["cells"]}
+    words, bounds = " ".join(BENCHMARKS.split()), []
+    for accepted in ("2.5", "3.5"):
+        head, ours = f"eagle, {accepted} a round", f"sketch-eagle 8%, {accepted} a round"
+        drafting = cells[head, "1x512"]["milliseconds_per_round"] - cells["plain", "1x512"]["milliseconds_per_round"]
+        assert f"at least {drafting:.1f} ms for the head's drafts" in words
+        for cell, batch in (("4x128k", 4), ("1x128k", 1)):
+            step = cells["plain", cell]["milliseconds_per_round"]
+            bounds.append(1000 * batch * float(accepted) / (step + drafting))
+            speed = cells[ours, cell]["tokens_per_second"]
+            assert bounds[-1] < speed and f"{speed:,.0f}" in words
+    assert "at most {:.0f} tokens per second at 4 x 128k and {:.0f} at 1 x 128k".format(*bounds[:2]) in words
+    assert "at most {:.0f} and {:.0f}, against".format(*bounds[2:]) in words
+
+
 def test_what_limits_self_speculation_is_what_was_measured():
     words = " ".join(BENCHMARKS.split())
     files = ("h200-sketch-engine", "h200-sketch-default")
