@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Self
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from specattn_vllm import cpu_runner
 
@@ -30,6 +31,10 @@ if shutil.which("nvidia-smi") is None:
 # A shell that starts the suite in the background has it ignore Ctrl-C, and Python then keeps ignoring it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# The same examples in each run, and no clock: other tests run at the same time, and Triton's interpreter is slow.
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+settings.load_profile("same")
 
 
 @pytest.fixture(autouse=True)

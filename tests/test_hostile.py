@@ -7,16 +7,13 @@ import os
 import time
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specattn_vllm import layer_map, request
 from specattn_vllm.layer_map import LayerMap, LayerMapError
 from specattn_vllm.methods import METHODS
 from specattn_vllm.options import OptionsError, SpecAttnOptions
-
-# The same examples in each run, and no clock: other tests run at the same time.
-FIXED = settings(derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 KEYS = sorted({key for method in METHODS.values() for key in method.options.model_fields})
 NUMBERS = st.integers() | st.floats() | st.sampled_from([0, 1, -1, 0.5, 1.0, 2**31, 2**63, 1e308, -0.0])
@@ -28,7 +25,7 @@ NAMES = st.sampled_from([*KEYS, "specattn", "spec_attn", "Specattn", "method "])
 OBJECTS = st.dictionaries(NAMES, JSON, max_size=6)
 
 
-@settings(FIXED, max_examples=400)
+@settings(max_examples=400)
 @given(st.fixed_dictionaries({}, optional={"specattn": OBJECTS | JSON, "other": JSON}))
 def test_options_are_taken_or_refused_in_words(config):
     try:
@@ -41,7 +38,7 @@ def test_options_are_taken_or_refused_in_words(config):
     assert SpecAttnOptions.parse(options.model_dump(include=options.model_fields_set | {"method"})) == options
 
 
-@settings(FIXED, max_examples=200)
+@settings(max_examples=200)
 @given(st.dictionaries(st.sampled_from(["specattn", "spec_attn"]) | st.text(max_size=12), JSON, max_size=4))
 def test_a_request_is_exact_only_if_it_says_exact(given_arguments):
     class Parameters:
@@ -66,7 +63,7 @@ def test_what_a_client_sends_is_cheap_to_refuse_and_told_in_short():
 MAP = json.loads(layer_map.shipped()["demo-sts"].read_text())
 
 
-@settings(FIXED, max_examples=200)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_a_map_with_something_else_in_it_is_taken_or_refused_in_words(data, tmp_path):
     changed = json.loads(json.dumps(MAP))
@@ -87,7 +84,7 @@ def test_a_map_with_something_else_in_it_is_taken_or_refused_in_words(data, tmp_
     assert all(0 <= source < found.draft.num_hidden_layers for source in found.sources)
 
 
-@settings(FIXED, max_examples=100)
+@settings(max_examples=100)
 @given(st.binary(max_size=200))
 def test_bytes_that_are_no_map_are_refused(content):
     with pytest.raises(LayerMapError):

@@ -59,7 +59,7 @@ def select_top_p(
         length = lens.long()[:, None]
         inside = pos < length
         forced = inside & ((pos < sink) | (pos >= length - recent))
-        quanta = (mass * float(1 << 30)).long().masked_fill_(~inside, 0)
+        quanta = (mass.nan_to_num(0.0).clamp(0.0, 1.0) * float(1 << 30)).long().masked_fill_(~inside, 0)
         # One integer per token that sorts tokens in the order of selection: forced ones, then by mass, then by
         # position; tokens past the length last. The position bits make every key unique, so any sort is exact.
         key = (quanta << 31) | pos

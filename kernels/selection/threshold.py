@@ -27,7 +27,9 @@ def quanta(mass, p, length, head, tail, VECTOR: tl.constexpr):
     """Fixed-point mass at positions p: of all tokens (0 past the row), and of free tokens (-1 elsewhere), which are
     head <= p < tail. The mask is rounded up to VECTOR tokens, because a finer mask would split the 16-byte loads."""
     rounded = (length + VECTOR - 1) // VECTOR * VECTOR
-    q = (tl.load(mass + p, mask=p < rounded, other=0.0) * 1073741824.0).to(tl.int32)
+    m = tl.load(mass + p, mask=p < rounded, other=0.0)
+    # A NaN is not greater than 0 either. What it would be as an integer is undefined.
+    q = (tl.where(m > 0.0, tl.minimum(m, 1.0), 0.0) * 1073741824.0).to(tl.int32)
     # One unsigned comparison for both ends.
     free = (p - head).to(tl.uint32, bitcast=True) < (tail - head).to(tl.uint32, bitcast=True)
     return tl.where(p < length, q, 0), tl.where(free, q, -1)

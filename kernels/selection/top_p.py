@@ -3,7 +3,8 @@
 It finds the threshold by bisection instead of sorting (Shah, arXiv 2510.27641, s.3). Here it is in fixed point, so that
 the result is exact and does not depend on the order of summation:
 
-    q_p = int(mass_p * 2^30)                       truncated; the product is exact
+    q_p = int(mass_p * 2^30)                       truncated; the product is exact. NaN and negative masses count as
+                                                   0, masses above 1 as 1: whatever they are, the selection is one
     T   = sum of q_p over [0, len)
     M   = (T * P + 65535) >> 16                    P = round(top_p * 65536), in 64 bits
 

@@ -9,7 +9,8 @@ where q_md is the rotated query in units of w, its largest element / 127. A toke
 the rows. The normaliser n_m is the logarithm of the row's sum of exp(x), so x - n_m is the logarithm of an attention
 weight, and rows with large logits do not outweigh rows with small ones. The sum is estimated from a sample: the first
 16 tokens, the last 16 to 31, and blocks of 16 at equal distances between them, about 512 tokens. Each sampled token is
-weighted by the number of tokens that it represents.
+weighted by the number of tokens that it represents. A sum that is no finite number, as with keys that have overflowed,
+does not silence its row: n is then 0.
 
 query            [T, Hq, D]       16-bit floats or float32
 query_start_loc  [R+1]            int32
@@ -114,7 +115,9 @@ def _queries_kernel(
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp(top - safe) + tl.sum(tl.exp(x - safe[None, :]), 0)
         top = new_top
-    n = tl.where(live, top + tl.log(total), float("inf"))
+    n = top + tl.log(total)
+    n = tl.where(n - n == 0.0, n, 0.0)  # NaN and infinities
+    n = tl.where(live, n, float("inf"))
     factors += r * stride_fr + h * (3 * M)
     tl.store(factors + m, a)
     tl.store(factors + M + m, b)

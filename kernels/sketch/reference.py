@@ -97,7 +97,8 @@ def prepare_queries(
         p, weight = _sample(context, query.device)
         tokens = _tokens(codes, scales, block_table[r], p, bits)
         sampled = _logits(packed[r, :, :rows], factors[r, :, :, :rows], *tokens)
-        factors[r, :, 2, :rows] = (sampled + weight.log()[:, None]).logsumexp(1)
+        normaliser = (sampled + weight.log()[:, None]).logsumexp(1)
+        factors[r, :, 2, :rows] = normaliser.where(normaliser.isfinite(), 0.0)
 
 
 def score_tokens(

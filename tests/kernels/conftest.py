@@ -6,12 +6,14 @@ The same test bodies run twice: in Triton's interpreter where there is no GPU, a
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import strategies as st
 
 from specattn_vllm.cpu_runner.interpreter import leave_out_needless_work
 
@@ -131,6 +133,23 @@ def _paged(lens, heads, size, block_size, layout, device, dtype, seed=0, extra_b
 @pytest.fixture(scope="session")
 def paged():
     return _paged
+
+
+# Numbers that inputs may have: any of float32, and often those with which something could go wrong.
+SPECIAL = (math.nan, math.inf, -math.inf, 0.0, -0.0, 1e-45, 1.5e-39, 1.0, -1.0, 0.5, 65504.0, 3e38, -3e38, 2.0**-30)
+
+
+@pytest.fixture(scope="session")
+def any_numbers():
+    """any_numbers(data, shape): a tensor that hypothesis draws; few of its elements differ, so that there are ties."""
+    few = st.lists(st.sampled_from(SPECIAL) | st.floats(width=32), min_size=1, max_size=5)
+
+    def draw(data, shape) -> torch.Tensor:
+        given = torch.tensor(data.draw(few), dtype=torch.float32)
+        number = math.prod(shape)
+        return given.repeat(-(-max(number, 1) // len(given)))[:number].view(shape)
+
+    return draw
 
 
 @pytest.fixture(scope="session")
