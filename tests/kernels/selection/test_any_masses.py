@@ -10,17 +10,17 @@ from specattn_vllm.kernels import reference
 from specattn_vllm.kernels.selection.top_p import select_top_p
 
 SIZES = st.sampled_from([0, 1, 2, 31, 32, 33, 64, 100])
-LARGE = st.sampled_from([0, 1, 5, 40, 1000, 2**31 - 1])
+NUMBERS = st.sampled_from([0, 0, 0, 1, 1, 5, 40, 2**31 - 1])  # mostly small, so that much is left to choose from
 
 
 OPTIONS = st.fixed_dictionaries(
     {
         "top_p": st.sampled_from([0.0, 1e-6, 0.5, 0.999, 1.0, 7.0]),
-        "min_tokens": LARGE,
-        "max_tokens": st.sampled_from([-1, 0, 1, 17, 2**31 - 1]),
+        "min_tokens": NUMBERS,
+        "max_tokens": st.sampled_from([-1, -1, 0, 1, 17, 2**31 - 1]),
         "max_fraction": st.sampled_from([0.0, 1e-9, 0.25, 1.0]),
-        "sink": LARGE,
-        "recent": LARGE,
+        "sink": NUMBERS,
+        "recent": NUMBERS,
     }
 )
 
@@ -52,14 +52,14 @@ def check_selection(lens, options, bits, counts):
         assert min(options["min_tokens"], most) <= int(counts[row]) <= most
 
 
-@settings(max_examples=150)
+@settings(max_examples=600)
 @given(data=st.data(), lens=lengths(), options=OPTIONS)
 def test_a_selection_of_any_masses_is_one(any_numbers, data, lens, options):
     mass = any_numbers(data, (lens.shape[0], max(int(lens.max()), 1)))
     check_selection(lens, options, *select(reference.select_top_p, mass, lens, options))
 
 
-@settings(max_examples=12)
+@settings(max_examples=25)
 @given(data=st.data(), lens=lengths(), options=OPTIONS)
 def test_the_kernel_s_selection_of_any_masses_is_one(device, any_numbers, data, lens, options):
     mass = any_numbers(data, (lens.shape[0], max(int(lens.max()), 1)))
