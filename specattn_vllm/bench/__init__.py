@@ -6,7 +6,7 @@ jobs.py     modes, and from what is asked for to one job per engine: exact vLLM 
 worker.py   one engine, in a process of its own, and how it is timed
 schema.py   jobs, results and the report, as JSON
 runner.py   starts workers, says what they do, and writes the report
-report.py   the report as a table, plot.py as a picture, page.py as a section of `specattn report`
+report.py   the report as a table, plot.py as a picture
 command.py  the command line
 kernels/    single kernels (`specattn bench kernels`)
 serve/      servers under load (`specattn bench serve`)

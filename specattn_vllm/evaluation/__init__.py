@@ -6,10 +6,9 @@ scores.py     target logits to loss, KL and agreement with the dense run, whose 
 engine.py     one setting in one engine: the forced run, then a free one
 schema.py     a setting; job.py what is measured of it, results.py what was found, and the report, as JSON
 settings.py   which settings are compared; texts.py on which documents
-baselines.py      other work's selections in the place of ours
+baselines.py  other work's selections in the place of ours
 runner.py     an engine for each setting, in a process of its own
 scan.py       what is searched before anything is chosen, in bytes
 figures.py    what was found as figures with intervals; report.py as tables
-page.py       `specattn report`: all of it as an HTML page, and reports of speed too; charts.py draws
 command.py    the command line; models.py where the two models are
 """

@@ -1,4 +1,4 @@
-"""A report of speed as a section of the page that `specattn report` makes."""
+"""A report of speed as a section of the page."""
 
 from __future__ import annotations
 

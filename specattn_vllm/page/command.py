@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from specattn_vllm.evaluation import results
 from specattn_vllm.installed import UserError, require
 from specattn_vllm.tools.outputs import output_file
-
-if TYPE_CHECKING:
-    from specattn_vllm.evaluation.results import Report, SettingResult
 
 TITLES = {"quality": "What pruning costs in quality", "speed": "How fast it decodes"}
 """By what a section is about, which is its template's name too."""
@@ -38,8 +35,8 @@ def run(args: argparse.Namespace) -> None:
 
 def section(path: Path) -> dict[str, Any]:
     """What its template shows of a file: a section for each, because what they measured need not be comparable."""
-    from specattn_vllm.bench import page as speed
     from specattn_vllm.bench import schema
+    from specattn_vllm.page import quality, speed
 
     try:
         given = json.loads(path.read_bytes())
@@ -47,7 +44,7 @@ def section(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be shown: {error}") from None
     kind = given.get("kind") if isinstance(given, dict) else None
     if kind == results.KIND:
-        return _quality(path.name, results.read(path))
+        return quality.section(path.name, results.read(path))
     if kind == schema.KIND:
         return speed.section(path.name, schema.read(path))
     raise UserError(
@@ -60,7 +57,7 @@ def render(sections: list[dict[str, Any]]) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("specattn_vllm.evaluation"),
+        loader=jinja2.PackageLoader("specattn_vllm.page"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -69,45 +66,3 @@ def render(sections: list[dict[str, Any]]) -> str:
     about = [name for name in TITLES if any(section["about"] == name for section in sections)]
     title = ", and ".join(TITLES[name] if not place else TITLES[name].lower() for place, name in enumerate(about))
     return environment.get_template("report.html.jinja").render(sections=sections, about=about, title=title)
-
-
-def _quality(name: str, report: Report) -> dict[str, Any]:
-    from specattn_vllm.evaluation import charts
-    from specattn_vllm.evaluation import report as tables
-
-    drawn = charts.families(report)
-    # Whether the output is the target's own is what a reader of a figure has to know first: beside the name.
-    headings, rows = tables.cells(report)
-    headings, *rows = ([row[0], row[-1], *row[1:-1]] for row in (headings, *rows))
-    return {
-        "about": "quality",
-        "name": name,
-        "caption": tables.caption(report),
-        "charts": charts.charts(drawn),
-        "legend": charts.legend(drawn),
-        "headings": headings,
-        "rows": [(result.lossless, *row) for result, row in zip(report.results, rows, strict=True)],
-        "options": {result.name: _told(result) for result in report.results},
-        "difference_headings": ["method", "lossless", *(heading for heading, _ in tables.DIFFERENCES.values())],
-        "differences": [
-            (other.name, [(of.name, tables.yes_or_no(of), more) for of, more in tables.compared(report, other)])
-            for other in report.results
-        ],
-        "sureness": tables.sureness(report),
-        "provenance": _provenance(report),
-        "documents": report.setup["documents"],
-        "setup": {key: value for key, value in report.setup.items() if key != "documents"},
-    }
-
-
-def _told(result: SettingResult) -> dict[str, Any]:
-    """What a setting is, beyond its name."""
-    if result.other_batches:
-        return {**result.options, "other_batches": True}
-    return result.baseline or result.options
-
-
-def _provenance(report: Report) -> list[dict[str, Any]]:
-    """Of each run of the command that measured a part of the report."""
-    sources = [result.provenance or report.provenance for result in report.results]
-    return list({json.dumps(source, sort_keys=True): source for source in sources}.values())
