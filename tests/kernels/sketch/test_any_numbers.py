@@ -1,5 +1,5 @@
-"""Keys and queries of any kind, NaN, infinities, ties and denormals among them: each choice is one, and no row's
-changes another's."""
+"""Keys and queries of any kind, NaN, infinities, ties and denormals among them, and flipped bits in codes and scales:
+each choice is one, and no row's changes another's."""
 
 from __future__ import annotations
 
@@ -36,6 +36,13 @@ def make_strange(data, keys, queries, encode):
     data.query[int(data.query_start_loc[1]) : int(data.query_start_loc[2])] = queries
 
 
+def flip(data, of_code: int, of_scale: int):
+    """Flip bits of all codes and scales of the second row, as broken memory might."""
+    blocks = data.block_table[1, : -(-int(data.seq_lens[1]) // BLOCK)].long()
+    data.codes[blocks] ^= of_code
+    data.scales[blocks] = (data.scales[blocks].view(torch.int16) ^ of_scale).view(torch.float16)
+
+
 def choose(operations, data, prepared, scored, selected, budget):
     _, prepare, score, cut, pages = operations
     packed, factors, _ = prepared(prepare, data)
@@ -67,11 +74,13 @@ def run(any_numbers, sketched, prepared, scored, selected):
 
     def run(operations, device, drawn):
         keys = any_numbers(drawn, (CONTEXT + 3, HEADS, SIZE)).to(device)
+        flips = drawn.draw(st.integers(0, 255)), drawn.draw(st.integers(-(2**15), 2**15 - 1))
         queries = any_numbers(drawn, (3, 2 * HEADS, SIZE)).to(device)
         for budget in BUDGETS:
             batch = ([CONTEXT + 2, CONTEXT + 3], [2, 3], HEADS, 2, SIZE, 2, BLOCK, "LBNHC", device, torch.float32)
             alone, data = sketched(*batch), sketched(*batch)
             make_strange(data, keys, queries, operations[0])
+            flip(data, *flips)
             before, after = (choose(operations, b, prepared, scored, selected, budget) for b in (alone, data))
             check_choice(data, after[2].cpu(), after[3].cpu(), budget)
             # The first row has nothing to do with it.
