@@ -179,6 +179,34 @@ def test_a_wrong_wish_is_the_client_s_error(server, client):
 
 
 @SHARED
+def test_nothing_of_a_prompt_or_an_answer_is_in_the_log_or_in_the_metrics(server, client):
+    """Of a request that is served, of one that is given up, and of one that is refused."""
+    import urllib.request
+
+    import openai
+
+    prompt = "zebra_marmalade = 40412\n" * 30
+
+    async def ask():
+        answer = await client.completions.create(model="demo", prompt=prompt, max_tokens=24, temperature=0)
+        with pytest.raises(openai.BadRequestError):
+            await client.completions.create(
+                model="demo", prompt=prompt, max_tokens=4, extra_body={"vllm_xargs": {"specattn": "always"}}
+            )
+        stream = await client.completions.create(model="demo", prompt=prompt, max_tokens=24, stream=True)
+        await stream.close()
+        return answer.choices[0].text
+
+    text = asyncio.run(ask())
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics") as page:
+        metrics = page.read().decode()
+    assert "specattn:info" in metrics
+    for told in (server.text(), metrics):
+        assert "marmalade" not in told and "40412" not in told
+        assert len(text.strip()) < 8 or text.strip() not in told
+
+
+@SHARED
 def test_chat_is_served(server, client):
     async def ask():
         return await client.chat.completions.create(
