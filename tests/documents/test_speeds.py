@@ -214,7 +214,7 @@ def test_what_the_readme_says_is_gained_is_what_was_measured():
     default = speeds_of("h200-sketch-default", "16x32k")
     assert f"[{default['sketch 12.5%'] / default['plain']:.2f} times](docs/benchmarks.md" in words
     tuning = " ".join((ROOT / "docs/tuning.md").read_text().split())
-    assert f"{default['sketch 12.5%'] / default['plain']:.2f} times plain decoding with 0.125, and " in tuning
+    assert f"{default['sketch 12.5%'] / default['plain']:.2f} times plain decoding with 0.125 (" in tuning
     assert f"and {drafted / plain:.2f} times with 0.08 (" in tuning
     assert f"Without a drafter it is {alone['sketch-alone 8%'] / alone['plain']:.2f} times." in words
 
