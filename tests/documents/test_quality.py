@@ -59,6 +59,7 @@ def test_the_quality_on_a_real_model_is_what_was_measured():
         ("h200-real-methods", f"{REAL} --settings docs/settings/real-methods.json"),
         ("h200-real-4k", f"{REAL} --settings docs/settings/real-4k.json"),
         ("h200-real-8k", f"{REAL} --settings docs/settings/real-8k.json"),
+        ("cpu-real-maps", f"{REAL} --settings docs/settings/real-maps.json"),
     ],
 )
 def test_the_tables_of_methods_are_what_was_measured(file, begins, capsys, monkeypatch):
@@ -84,6 +85,15 @@ def test_what_drafts_read_on_a_real_model_is_what_was_measured():
     own, sketched = rows["vegas, attention 10%"], rows["vegas, sketch 8.25%"]
     words = f"{own[7].split()[0]} of 6 tokens with {own[3]}, than by a sketch at as many bytes, "
     assert words + f"{sketched[7].split()[0]} with {sketched[3]}" in " ".join(page.split())
+
+
+def test_how_far_off_the_papers_methods_are_alone_is_what_was_measured():
+    measured = json.loads((ROOT / "docs/results/cpu-real-maps.json").read_text())["results"]
+    kl = {row["name"]: row["figures"]["kl"]["value"] for row in measured if row["figures"]["kl"]}
+    times = [f"{kl[f'{name} 20%'] / kl['sketch 20%']:.0f}" for name in ("specattn", "sts")]
+    words = " ".join((ROOT / "docs/evaluation.md").read_text().split())
+    assert "is {} times that of `sketch`, and that of `sts` {} times.".format(*times) in words
+    assert set(json.loads((ROOT / "docs/settings/real-map.json").read_text())["layers"]) == {0}
 
 
 def test_how_much_further_off_other_choices_are_is_what_was_measured():
