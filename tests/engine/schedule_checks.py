@@ -91,6 +91,10 @@ class Watch:
         yield
         self.runner = runner
 
+    def unless_nobody(self, look: Any) -> Any:
+        """A look of somebody else's, but not at made-up requests."""
+        return lambda *args: None if self.runner is None else look(*args)
+
     # What is seen in a step.
 
     def _prepared(self, original, runner, *args, **kwargs):
@@ -107,9 +111,10 @@ class Watch:
         original(states, req_id, *args, **kwargs)
         self.fresh.add(states.req_id_to_index[req_id])
 
-    def _preempted(self, original, *args, **kwargs):
-        self.seen["preempted"] += 1
-        return original(*args, **kwargs)
+    def _preempted(self, original, scheduler, *args, drop_stale_output=False, **kwargs):
+        # Only `Recall` drops anything.
+        self.seen["recalled" if drop_stale_output else "preempted"] += 1
+        return original(scheduler, *args, drop_stale_output=drop_stale_output, **kwargs)
 
     def _forward(self, original, impl, layer, *args, **kwargs):
         self.layer = layer.layer_name

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-MOST_NEW = 36
+MOST_NEW = 48
 """New tokens of a request, at most."""
 MOST_FURTHER = 24
 """How far a prompt may go into what plain decoding gave for it."""
@@ -78,23 +78,23 @@ def draw(seed: int, texts: int) -> list:
                 name,
                 rng.choice(few) if rng.random() < 0.7 else rng.randrange(texts),
                 rng.choice((0, 0, 1, rng.randint(0, MOST_FURTHER))),
-                rng.choice((1, 2, *(rng.randint(8, MOST_NEW) for _ in range(4)), MOST_NEW)),
+                rng.choice((1, 2, rng.randint(3, 20), rng.randint(20, MOST_NEW), MOST_NEW, MOST_NEW)),
                 exact=rng.random() < 0.4,
                 temperature=rng.choice((0.5, 1.0)) if sampled else 0.0,
                 seed=rng.randrange(1000) if sampled else None,
             )
         )
-        schedule.append(Step(rng.choice((0, 0, 0, 1, 1, 2, 3, 5))))
+        schedule.append(Step(rng.choice((0, 0, 0, 0, 1, 1, 2, 4))))
         chance = rng.random()
-        if chance < 0.35:
+        if chance < 0.3:
             schedule += [Abort(rng.choice(names[-4:])), Step(rng.choice((0, 1, 2)))]
-        elif chance < 0.45:
+        elif chance < 0.4:
             schedule.append(Dummy())
-        elif chance < 0.5:
+        elif chance < 0.48:
             schedule.append(Recall())
-        elif chance < 0.6:
+        elif chance < 0.58:
             schedule.append(Reset())
-        elif chance < 0.65:
+        elif chance < 0.61:
             schedule += [Drain(), Reset()]
     return schedule
 
