@@ -37,9 +37,9 @@ class Watch:
         self.seen: Counter[str] = Counter()
         self._patch(monkeypatch)
 
-    def attend(self, llm: Any, violations: list[str], lossless: bool) -> None:
-        """Look at this engine from now on. violations: a list that others add to; it must stay empty. lossless: whether
-        every verification reads everything."""
+    def attend(self, llm: Any, audit: Any, lossless: bool) -> None:
+        """Look at this engine from now on. audit: that of `conftest.py`. lossless: whether every verification reads
+        everything."""
         core = llm.llm_engine.engine_core.engine_core
         self.scheduler, self.manager = core.scheduler, core.scheduler.kv_cache_manager
         [self.runner] = llm.collective_rpc(lambda worker: worker.model_runner)
@@ -50,7 +50,10 @@ class Watch:
         groups = self.scheduler.kv_cache_config.kv_cache_groups
         self.group = {name: g for g, group in enumerate(groups) for name in group.layer_names}
         self.lossless = lossless
-        self.violations, self.exact, self.steps = violations, {}, 0
+        self.audit, self.exact, self.steps = audit, {}, 0
+        self.store = getattr(getattr(self.runner.speculator, "selection", None), "store", None)
+        self.spoilt: set[int] = set()
+        """Slots in whose selections we have put another length."""
         self.fresh: set[int] = set()
         """Slots whose request has not chosen yet."""
         self.batch: Any = None
@@ -99,7 +102,25 @@ class Watch:
 
     def _prepared(self, original, runner, *args, **kwargs):
         self.batch, self.sampled = original(runner, *args, **kwargs), None
+        if self.store is not None:
+            slots = self.batch.idx_mapping_np
+            self.spoilt.difference_update(slots.tolist())
+            # The worst that the slot of a prompt may hold: a selection that fits, by whoever had the slot before.
+            inside = self.batch.is_prefilling_np & (self.batch.num_computed_tokens_np > 0)
+            for slot, computed in zip(slots[inside], self.batch.num_computed_tokens_np[inside], strict=True):
+                self.store.prefix_lens[int(slot)] = int(computed)
+                self.seen["prompts in slots with a selection"] += 1
         return self.batch
+
+    def spoil(self) -> None:
+        """No selection fits the next step any more."""
+        if self.store is None:
+            return
+        kept = self.store.prefix_lens > 0
+        self.store.prefix_lens[kept] -= 1
+        self.spoilt.update(kept.nonzero().flatten().tolist())
+        self.audit.made_for.clear()
+        self.seen["spoilt"] += int(kept.sum())
 
     def _sampled(self, original, runner, hidden_states, batch, *args, **kwargs):
         assert hidden_states[: batch.num_tokens].isfinite().all(), "hidden states are not finite"
@@ -191,7 +212,7 @@ class Watch:
         return "decoding" if request.num_output_tokens else "in its prompt"
 
     def after_step(self) -> None:
-        assert not self.violations, self.violations[:3]
+        assert not self.audit.violations, self.audit.violations[:3]
         self.steps += 1
         states, used = self.runner.req_states, Counter()
         running = {}
@@ -226,7 +247,7 @@ class Watch:
     def _slots(self, running: dict[int, Any]) -> None:
         """What is kept by slot is of the request that holds it."""
         target = getattr(self.runner, "specattn_target", None)
-        store = getattr(getattr(self.runner.speculator, "selection", None), "store", None)
+        store = self.store
         for slot, request in running.items():
             name, exact = request.request_id, self._exact(request.request_id)
             if target is not None:
@@ -236,6 +257,8 @@ class Watch:
             if store is not None:
                 flags = bool(store.exact[slot]), bool(store._exact_on_host[slot])
                 assert flags == (exact, exact), f"{name}: exact is {flags} in slot {slot}"
+                if slot in self.spoilt:
+                    continue
                 made = int(store.prefix_lens[slot])
                 allowed = {NO_SELECTION} if exact else {NO_SELECTION, request.num_computed_tokens}
                 assert made in allowed, f"{name}: a selection for {made} tokens, {request.num_computed_tokens} computed"

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-MOST_NEW = 48
+MOST_NEW = 40
 """New tokens of a request, at most."""
 MOST_FURTHER = 24
 """How far a prompt may go into what plain decoding gave for it."""
@@ -63,13 +63,17 @@ class Recall(NamedTuple):
     """All requests lose their slots and their blocks at once, and come back."""
 
 
+class Spoil(NamedTuple):
+    """All selections that are kept for a later step become ones for another length."""
+
+
 def draw(seed: int, texts: int) -> list:
     """The schedule of a seed."""
     rng = random.Random(seed)
     schedule: list = []
     names: list[str] = []
     few = rng.sample(range(texts), min(4, texts))  # so that prefixes are found again
-    for number in range(rng.randint(8, 12)):
+    for number in range(rng.randint(7, 10)):
         name = f"r{number}"
         names.append(name)
         sampled = rng.random() < 0.2
@@ -79,7 +83,7 @@ def draw(seed: int, texts: int) -> list:
                 rng.choice(few) if rng.random() < 0.7 else rng.randrange(texts),
                 rng.choice((0, 0, 1, rng.randint(0, MOST_FURTHER))),
                 rng.choice((1, 2, rng.randint(3, 20), rng.randint(20, MOST_NEW), MOST_NEW, MOST_NEW)),
-                exact=rng.random() < 0.4,
+                exact=rng.random() < 0.5,
                 temperature=rng.choice((0.5, 1.0)) if sampled else 0.0,
                 seed=rng.randrange(1000) if sampled else None,
             )
@@ -96,6 +100,8 @@ def draw(seed: int, texts: int) -> list:
             schedule.append(Reset())
         elif chance < 0.61:
             schedule += [Drain(), Reset()]
+        elif chance < 0.75:
+            schedule += [Step(2), Spoil(), Step(1)]
     return schedule
 
 
@@ -169,6 +175,9 @@ class Driver:
 
     def recall(self, operation: Recall) -> None:
         self.engine.reset_prefix_cache(reset_running_requests=True)
+
+    def spoil(self, operation: Spoil) -> None:
+        self.watch.spoil()
 
     def _step(self) -> None:
         self.steps += 1

@@ -115,7 +115,7 @@ def test_random_schedules(setting, engine, texts, tiny_model, audit, sketch_audi
         for state in (audit.owner, audit.made_for, audit.violations, sketch_audit.chosen):
             state.clear()
         llm = engine(options, **arguments)
-        watch.attend(llm, audit.violations, lossless)
+        watch.attend(llm, audit, lossless)
         return schedules.Driver(llm, given, watch, lossless)
 
     driver = fresh()
@@ -132,6 +132,8 @@ def test_random_schedules(setting, engine, texts, tiny_model, audit, sketch_audi
         wanted |= {"tokens that are plain decoding's"}
         if not lossless:
             wanted |= {"rows that read a part"}
+        if watch.store is not None:
+            wanted |= {"spoilt", "prompts in slots with a selection"}
         missing = {what for what in wanted if not happened[what]}
         assert not missing, f"no longer in the first schedules: {missing}"
 
@@ -140,10 +142,8 @@ def _report(setting: str, first: int, seed: int, problem: str, fresh, texts: int
     """What failed, how to repeat it, and the shortest schedule that still fails."""
 
     def command(seed: int, count: int) -> str:
-        return (
-            f"SPECATTN_SEED={seed} SPECATTN_SCHEDULES={count} python -m pytest 'tests/engine/test_schedules.py' "
-            f"-k '{setting}'"
-        )
+        environment = f"SPECATTN_SEED={seed} SPECATTN_SCHEDULES={count}"
+        return f"{environment} python -m pytest 'tests/engine/test_schedules.py::test_random_schedules[{setting}]'"
 
     schedule = schedules.draw(seed, texts)
     alone = fresh().run(schedule)
