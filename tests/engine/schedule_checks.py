@@ -109,7 +109,8 @@ class Watch:
             inside = self.batch.is_prefilling_np & (self.batch.num_computed_tokens_np > 0)
             for slot, computed in zip(slots[inside], self.batch.num_computed_tokens_np[inside], strict=True):
                 self.store.prefix_lens[int(slot)] = int(computed)
-                self.seen["prompts in slots with a selection"] += 1
+            short = inside & (self.batch.num_scheduled_tokens <= self.most_a_step)
+            self.seen["short chunks in slots with a selection"] += int(short.sum())
         return self.batch
 
     def spoil(self) -> None:

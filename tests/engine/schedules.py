@@ -81,7 +81,7 @@ def draw(seed: int, texts: int) -> list:
             Add(
                 name,
                 rng.choice(few) if rng.random() < 0.7 else rng.randrange(texts),
-                rng.choice((0, 0, 1, rng.randint(0, MOST_FURTHER))),
+                rng.choice((0, 1, rng.randint(1, 4), rng.randint(0, MOST_FURTHER))),
                 rng.choice((1, 2, rng.randint(3, 20), rng.randint(20, MOST_NEW), MOST_NEW, MOST_NEW)),
                 exact=rng.random() < 0.5,
                 temperature=rng.choice((0.5, 1.0)) if sampled else 0.0,
@@ -171,7 +171,6 @@ class Driver:
     def dummy(self, operation: Dummy) -> None:
         with self.watch.nobody():
             self.llm.collective_rpc(lambda worker: worker.model_runner._dummy_run(8, skip_attn=False) and None)
-        self.watch.after_step()
 
     def recall(self, operation: Recall) -> None:
         self.engine.reset_prefix_cache(reset_running_requests=True)
