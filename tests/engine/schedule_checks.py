@@ -186,16 +186,13 @@ class Watch:
                 assert (read.diff() > 0).all(), f"{what}: not in order"
                 if least is None:
                     assert read[-new:].tolist() == [*range(length - new, length)], f"{what}: not its own tokens"
-                    if self._reads_all(row, name):
+                    if self.lossless or self._exact(name) or self.batch.is_prefilling_np[row]:
                         assert number == length, f"{what}: {number} read, and all were wanted"
                     self.seen["rows that read a part"] += int(number < length)
                 else:
                     assert least <= read[-1] + 1 <= length, f"{what}: read up to {read[-1]}, {least - 1} computed"
                     self.seen["draft rows that read a part"] += int(number < read[-1] + 1)
         return original(impl, query, kv_cache, md, step, page_table, kept, out)
-
-    def _reads_all(self, row: int, name: str) -> bool:
-        return self.lossless or self._exact(name) or bool(self.batch.is_prefilling_np[row])
 
     # What is seen after a step.
 
@@ -248,19 +245,18 @@ class Watch:
     def _slots(self, running: dict[int, Any]) -> None:
         """What is kept by slot is of the request that holds it."""
         target = getattr(self.runner, "specattn_target", None)
-        store = self.store
         for slot, request in running.items():
             name, exact = request.request_id, self._exact(request.request_id)
             if target is not None:
                 assert target.exact[slot] == exact, f"{name}: exact is {target.exact[slot]} in slot {slot}"
                 if isinstance(target.chooser, Sketch) and slot in self.fresh:
                     assert not target.chooser.totals[slot].any(), f"{name}: totals of slot {slot} are somebody else's"
-            if store is not None:
-                flags = bool(store.exact[slot]), bool(store._exact_on_host[slot])
+            if self.store is not None:
+                flags = bool(self.store.exact[slot]), bool(self.store._exact_on_host[slot])
                 assert flags == (exact, exact), f"{name}: exact is {flags} in slot {slot}"
                 if slot in self.spoilt:
                     continue
-                made = int(store.prefix_lens[slot])
+                made = int(self.store.prefix_lens[slot])
                 allowed = {NO_SELECTION} if exact else {NO_SELECTION, request.num_computed_tokens}
                 assert made in allowed, f"{name}: a selection for {made} tokens, {request.num_computed_tokens} computed"
                 if not request.num_output_tokens:
