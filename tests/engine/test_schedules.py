@@ -1,0 +1,157 @@
+"""Random schedules of requests that come, are aborted, preempted and found again: `schedules.py` draws and drives them,
+`schedule_checks.py` looks at the engine after every step.
+
+SPECATTN_SCHEDULES: how many schedules each setting gets. SPECATTN_SEED: the seed of the first.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from specattn_vllm.methods import METHODS
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+FIRST = 1
+"""A seed whose schedule has some of everything."""
+COUNT = int(os.environ.get("SPECATTN_SCHEDULES", "1"))
+SEED = os.environ.get("SPECATTN_SEED")
+SHRINK_SECONDS = float(os.environ.get("SPECATTN_SHRINK_SECONDS", "120"))
+
+SHORT = {"min_tokens": 16, "recent_tokens": 8}
+SKETCH = SHORT | {"method": "sketch", "ratio": 0.1}
+ALONE = {"speculative_config": None}
+NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+SETTINGS = {
+    "sketch": (SKETCH | {"draft_ratio": 0.2}, {}),
+    "sketch alone": (SKETCH, ALONE),
+    "sketch with n-grams": (SKETCH | {"shared_budget": "heads"}, {"speculative_config": NGRAMS}),
+    "sketch with EAGLE": (SKETCH, {"speculative_config": {"method": "eagle", "num_speculative_tokens": 3}}),
+    "specattn": (SHORT | {"method": "specattn", "ratio": 0.1}, {}),
+    "sts": (SHORT | {"method": "sts", "ratio": 0.1}, {}),
+    "vegas": (SHORT | {"method": "vegas", "ratio": 0.1, "crossover_tokens": 0}, {}),
+    "streamingllm": (SHORT | {"method": "streamingllm", "ratio": 0.1, "crossover_tokens": 0}, {}),
+    "dense": (SHORT | {"method": "dense", "sparse_draft": True, "ratio": 0.1}, {}),
+}
+"""Setting -> options with which a part is read of contexts of a hundred tokens, and arguments of the engine."""
+
+# Blocks for two requests, and few tokens a step: prompts come in chunks, and requests lose their blocks.
+SHAPE = {"block_size": 16, "max_num_seqs": 4, "num_gpu_blocks_override": 20, "max_model_len": 256}
+SHAPE |= {"max_num_batched_tokens": 64, "num_speculative_tokens": 3}
+
+LENGTHS = ((5, 64, 96, 128), (40, 96, 192))
+"""Of prompts that begin in the same way. Most end with a block, so that what is added to one is a short chunk."""
+
+
+def _beside(name: str):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cache_checks, schedules, schedule_checks = (_beside(n) for n in ("cache_checks", "schedules", "schedule_checks"))
+
+
+def _texts(long: list[list[int]], plain) -> list:
+    """Beginnings of long texts, and one that leaves the first of them within a block; with what plain decoding gives
+    for each."""
+    given = [text[:length] for text, lengths in zip(long, LENGTHS, strict=True) for length in lengths]
+    given.append(long[0][:88] + long[1][:70])
+    tokens = plain([{"prompt_token_ids": prompt} for prompt in given], schedules.NEEDED)
+    return [schedules.Text(prompt, after) for prompt, after in zip(given, tokens, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, list]:
+    """Texts, by the target that they are for."""
+    return {}
+
+
+@pytest.fixture
+def texts(engine, greedy, plain, prompts, tiny_model, known):
+    """texts(target) -> the texts of the demo target (None) or of a tiny one."""
+
+    def plain_of_tiny(given: list[dict], number: int) -> list[list[int]]:
+        llm = engine(None, target=tiny_model("target"), skip_tokenizer_init=True, max_model_len=512)
+        return greedy(llm, given, number)
+
+    def of(target: str | None) -> list:
+        if target not in known:
+            if target is None:
+                long = [prompt["prompt_token_ids"] for prompt in prompts([192] * len(LENGTHS))]
+                known[target] = _texts(long, plain)
+            else:
+                generator = torch.Generator().manual_seed(0)
+                long = torch.randint(2, 512, (len(LENGTHS), 192), generator=generator).tolist()
+                known[target] = _texts(long, plain_of_tiny)
+        return known[target]
+
+    return of
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_random_schedules(setting, engine, texts, tiny_model, audit, sketch_audit, monkeypatch, record_property):
+    options, arguments = SETTINGS[setting]
+    arguments = SHAPE | arguments
+    eagle = setting.endswith("EAGLE")
+    if eagle:
+        arguments |= {"target": tiny_model("target"), "skip_tokenizer_init": True}
+        arguments["speculative_config"] = arguments["speculative_config"] | {"model": tiny_model("eagle")}
+    given = texts("target" if eagle else None)
+    lossless = METHODS[options["method"]].lossless
+    watch = schedule_checks.Watch(monkeypatch, cache_checks)
+    for look in ("check", "follow"):
+        monkeypatch.setattr(sketch_audit, look, watch.unless_nobody(getattr(sketch_audit, look)))
+
+    def fresh() -> schedules.Driver:
+        watch.runner = None
+        for state in (audit.owner, audit.made_for, audit.violations, sketch_audit.chosen):
+            state.clear()
+        llm = engine(options, **arguments)
+        watch.attend(llm, audit, lossless)
+        return schedules.Driver(llm, given, watch, lossless)
+
+    driver = fresh()
+    happened, first = Counter(), int(SEED or FIRST)
+    for seed in range(first, first + COUNT):
+        problem = driver.run(schedules.draw(seed, len(given)))
+        if problem:
+            pytest.fail(_report(setting, first, seed, problem, fresh, len(given)), pytrace=False)
+    happened = driver.happened + watch.seen + Counter({"steps": driver.steps})
+    record_property("happened", dict(happened))
+    print(f"\n{setting}: {dict(happened)}")
+    if SEED is None:
+        wanted = {"preempted", "finished", "found a prefix", "keys"}
+        wanted |= {"tokens that are plain decoding's"}
+        if not lossless:
+            wanted |= {"rows that read a part"}
+        if watch.store is not None:
+            wanted |= {"spoilt", "short chunks in slots with a selection"}
+        missing = {what for what in wanted if not happened[what]}
+        assert not missing, f"no longer in the first schedules: {missing}"
+
+
+def _report(setting: str, first: int, seed: int, problem: str, fresh, texts: int) -> str:
+    """What failed, how to repeat it, and the shortest schedule that still fails."""
+
+    def command(seed: int, count: int) -> str:
+        environment = f"SPECATTN_SEED={seed} SPECATTN_SCHEDULES={count}"
+        return f"{environment} python -m pytest 'tests/engine/test_schedules.py::test_random_schedules[{setting}]'"
+
+    schedule = schedules.draw(seed, texts)
+    alone = fresh().run(schedule)
+    lines = [f"{setting}, seed {seed}: {problem}"]
+    if not alone:
+        return "\n".join([*lines, f"only after others: {command(first, seed - first + 1)}"])
+    # Only the same failure counts: the place, not the numbers in its message.
+    same = alone.split(":")[0]
+    short = schedules.shrink(schedule, lambda ops: (fresh().run(ops) or "").startswith(same), SHRINK_SECONDS)
+    lines += [f"repeat it: {command(seed, 1)}", f"{len(schedule)} operations, of which these are enough:"]
+    return "\n".join([*lines, *(f"  {operation}" for operation in short), f"then: {fresh().run(short)}"])
