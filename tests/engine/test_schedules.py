@@ -143,7 +143,7 @@ def _report(setting: str, first: int, seed: int, problem: str, fresh, texts: int
 
     def command(seed: int, count: int) -> str:
         environment = f"SPECATTN_SEED={seed} SPECATTN_SCHEDULES={count}"
-        return f"{environment} python -m pytest 'tests/engine/test_schedules.py::test_random_schedules[{setting}]'"
+        return f"{environment} scripts/test -n 0 'tests/engine/test_schedules.py::test_random_schedules[{setting}]'"
 
     schedule = schedules.draw(seed, texts)
     alone = fresh().run(schedule)
