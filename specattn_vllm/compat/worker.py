@@ -144,9 +144,9 @@ def at_first_request(model_state: Any, act: Callable[[], None]) -> None:
     watch_new_requests(model_state, "first", seen)
 
 
-def waits_for_the_first(model_state: Any) -> bool:
-    """Whether `at_first_request` has still to act."""
-    return "first" in getattr(model_state, "specattn_watchers", ())
+def waits_for_the_first(runner: Any) -> bool:
+    """Whether `at_first_request` has still to act. A runner that was shut down has no model state any more."""
+    return "first" in getattr(getattr(runner, "model_state", None), "specattn_watchers", ())
 
 
 def watch_steps(runner: Any, seen: Callable[[Any], None]) -> None:
@@ -182,7 +182,7 @@ def add_worker_method() -> None:
         if counters is None:
             return None
         # What vLLM ran to warm up is still counted until then. Whoever subtracts it later would get too few.
-        return vars(Counts() if waits_for_the_first(self.model_runner.model_state) else counters.read())
+        return vars(Counts() if waits_for_the_first(self.model_runner) else counters.read())
 
     def specattn_audit(self) -> dict[str, dict[str, float]] | None:
         """Audit results of this worker since the first request that somebody asked for, by layer; None without an
@@ -192,7 +192,7 @@ def add_worker_method() -> None:
         audit = audit_of(self.model_runner)
         if audit is None:
             return None
-        if waits_for_the_first(self.model_runner.model_state):
+        if waits_for_the_first(self.model_runner):
             return {}
         audit.fold()
         return audit.read().by_layer()

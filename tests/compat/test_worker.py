@@ -112,7 +112,7 @@ def test_our_speculator_is_vllm_s_own_class_extended():
 def worker(**speculator):
     """A worker whose runner has a speculator with these attributes."""
     instance = object.__new__(WorkerBase)
-    instance.model_runner = SimpleNamespace(speculator=SimpleNamespace(**speculator), model_state=SimpleNamespace())
+    instance.model_runner = SimpleNamespace(speculator=SimpleNamespace(**speculator))
     return instance
 
 
