@@ -7,7 +7,7 @@ from typing import Any
 
 from specattn_vllm.evaluation import report as tables
 from specattn_vllm.evaluation.results import Report, SettingResult
-from specattn_vllm.page import charts
+from specattn_vllm.report import charts
 
 
 def section(name: str, report: Report) -> dict[str, Any]:
