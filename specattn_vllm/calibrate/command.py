@@ -8,10 +8,13 @@ from typing import Any
 
 from specattn_vllm.installed import UserError, require
 from specattn_vllm.methods import METHODS
-from specattn_vllm.tools.arguments import add_pair
+from specattn_vllm.tools.arguments import add_pair, share
 from specattn_vllm.tools.interrupts import ended_as_interrupted, resumed, status_of
 from specattn_vllm.tools.models import DEMO
 from specattn_vllm.tools.outputs import output_file
+
+BUDGET = 0.125
+"""As option `ratio` has it by default."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     layers = parser.add_argument_group("layers and heads")
     method = "the method that will use the map; sts: with a head map [%(default)s]"
     layers.add_argument("--method", choices=("specattn", "sts"), default="specattn", help=method)
+    criterion = (
+        "by what draft layers and heads are chosen. retained: the target's attention on the tokens that they choose. "
+        "papers: the similarity of their attention, KL divergence for layers and Jaccard index for heads [%(default)s]"
+    )
+    layers.add_argument("--criterion", choices=("retained", "papers"), default="retained", help=criterion)
+    budget = f"share of the tokens that a draft layer or head chooses, for `retained` [{BUDGET}]"
+    layers.add_argument("--budget", type=share, metavar="SHARE", help=budget)
     dense = "number of first target layers that are dense [%(default)s]"
     layers.add_argument("--dense-layers", type=int, default=0, metavar="N", help=dense)
     ranks = "map heads within each of N tensor-parallel ranks (sts) [1]"
@@ -49,6 +59,10 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
     if args.ranks is not None and not METHODS[args.method].per_head:
         raise UserError("--ranks is for --method sts: maps for specattn have no heads")
+    if args.criterion == "retained":
+        args.budget = args.budget or BUDGET
+    elif args.budget is not None:
+        raise UserError("--budget is for --criterion retained: the papers compare attention without a budget")
     if args.queries > (most := args.window - args.window // 16):
         raise UserError(f"--queries {args.queries}: a window of {args.window} has {most}")
     if args.text is None and (args.target, args.draft) != (DEMO, DEMO):

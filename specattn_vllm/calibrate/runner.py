@@ -26,7 +26,7 @@ from specattn_vllm.layer_map import SCHEMA, LayerMap
 from specattn_vllm.methods import METHODS
 from specattn_vllm.tools.outputs import write_whole
 
-SETTINGS = ("method", "window", "windows", "dense_layers", "ranks", "queries", "seed")
+SETTINGS = ("method", "criterion", "budget", "window", "windows", "dense_layers", "ranks", "queries", "seed")
 """Arguments that change the map, besides models, text and dtype."""
 
 
@@ -47,7 +47,11 @@ def calibrate(args: argparse.Namespace, state_file: Path) -> dict[str, Any]:
     target, draft = (models.load(folders[role], device, getattr(torch, dtype)) for role in ("target", "draft"))
     _measure(args, target, draft, windows.ids, state)
     alike = {name: value / len(windows.ids) for name, value in state.sums.items()}
-    layers = [None] * args.dense_layers + layer_path(alike["layers"][args.dense_layers :])
+    if args.criterion == "retained" and "heads" in alike:
+        alike["layers"] = alike["heads"].amax(-1).mean(-1)  # each KV head chooses alone: what counts is the best ones
+    # The papers' path never steps back. Retained attention is compared at the budget itself, and needs no such guard.
+    best = layer_path if args.criterion == "papers" else head_map
+    layers = [None] * args.dense_layers + best(alike["layers"][args.dense_layers :])
     similarity, heads = {"similarity": _rounded(alike["layers"])}, None
     if "heads" in alike:
         of_mapped = [None if i is None else alike["heads"][j, i] for j, i in enumerate(layers)]
@@ -113,7 +117,8 @@ def _measure(
         task = progress.add_task("windows", total=len(ids), completed=state.windows)
         for index in range(state.windows, len(ids)):
             queries = sampled_queries(args.window, args.queries, args.seed, index)
-            found = similarity_of_window(target, draft, ids[index], queries, with_heads=METHODS[args.method].per_head)
+            with_heads = METHODS[args.method].per_head
+            found = similarity_of_window(target, draft, ids[index], queries, with_heads, args.budget)
             if found["layers"].isnan().any():
                 raise UserError("the models' attention overflows: give --dtype bfloat16 or float32, or other weights")
             state.add(found)

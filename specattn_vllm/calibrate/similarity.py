@@ -1,16 +1,21 @@
-"""The similarity of the attention of two layers, or of two heads, as the papers define it, for one window of text.
+"""How well a draft layer or head fits a target layer or head, for one window of text.
 
-Layers (Shah, arXiv 2510.27641, section 3): the attention of a layer, averaged over its heads, is one distribution over
-key positions. Layers are compared by KL divergence. Heads (Xu et al., arXiv 2605.15508): the attention of a KV head,
-averaged over the query heads that share it, is one distribution. Heads are compared by the Jaccard index of the sets of
-their most attended positions.
+`retained` is what a map is for: the draft chooses the tokens that it attends to most, as many as the budget allows, and
+the target's attention on them is what its pruned verification keeps.
 
-Both functions take ours [A, queries, keys] and theirs [B, queries, keys]: distributions of the same queries over their
-visible keys, 0 elsewhere; and lengths [queries]: the number of keys that each query sees (its position + 1). They
+The papers compare the attention itself. Layers (Shah, arXiv 2510.27641, section 3): the attention of a layer, averaged
+over its heads, is one distribution over key positions. Layers are compared by KL divergence. Heads (Xu et al., arXiv
+2605.15508): the attention of a KV head, averaged over the query heads that share it, is one distribution. Heads are
+compared by the Jaccard index of the sets of their most attended positions.
+
+All three functions take ours [A, queries, keys] and theirs [B, queries, keys]: distributions of the same queries over
+their visible keys, 0 elsewhere; and lengths [queries]: the number of keys that each query sees (its position + 1). They
 return float64 [A, B], summed over the queries; greater means more similar.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 
@@ -59,6 +64,15 @@ def jaccard(ours: torch.Tensor, theirs: torch.Tensor, lengths: torch.Tensor, top
     return torch.stack(shared).sum(-1)
 
 
+def retained(ours: torch.Tensor, theirs: torch.Tensor, lengths: torch.Tensor, budget: float) -> torch.Tensor:
+    """Mass of ours on the keys that theirs attends to most: ceil(budget * length) keys of each query."""
+    counts = torch.ceil(budget * lengths.double()).long()
+    best = theirs.masked_fill(~_visible(theirs, lengths), -1.0).topk(int(counts.max()), dim=-1).indices
+    within = torch.arange(best.shape[-1], device=best.device) < counts[:, None]
+    chosen = torch.zeros_like(theirs, dtype=torch.bool).scatter(-1, best, within.expand_as(best))
+    return torch.einsum("jrk,irk->ji", ours.double(), chosen.double())
+
+
 def sampled_queries(window: int, count: int, seed: int, index: int) -> torch.Tensor:
     """[count] int64: query positions for window number `index`, ascending. None is in the window's first sixteenth,
     because a query with few keys tells little about the keys that a layer chooses."""
@@ -69,22 +83,29 @@ def sampled_queries(window: int, count: int, seed: int, index: int) -> torch.Ten
 
 
 def similarity_of_window(
-    target: torch.nn.Module, draft: torch.nn.Module, ids: torch.Tensor, queries: torch.Tensor, with_heads: bool
+    target: torch.nn.Module,
+    draft: torch.nn.Module,
+    ids: torch.Tensor,
+    queries: torch.Tensor,
+    with_heads: bool,
+    budget: float | None = None,
 ) -> dict[str, torch.Tensor]:
     """Similarities in a window of token ids [tokens], float64 means over the queries [queries]: `layers` [target
     layers, draft layers], and with with_heads `heads` [target layers, draft layers, target KV heads, draft KV heads].
-    Each target layer is compared at once, so only its rows and those of all draft layers are in memory."""
+    With a budget they are what is retained, without one what the papers compare. Each target layer is compared at once,
+    so only its rows and those of all draft layers are in memory."""
     theirs: list[torch.Tensor] = []
     look(draft, ids, queries, theirs.append)
     averaged = torch.stack([rows.mean(0) for rows in theirs])
     lengths = queries.to(averaged.device) + 1
+    of_layers, of_heads = (negative_kl, jaccard) if budget is None else (partial(retained, budget=budget),) * 2
     layers: list[torch.Tensor] = []
     heads: list[torch.Tensor] = []
 
     def compare(rows: torch.Tensor) -> None:
-        layers.append(negative_kl(rows.mean(0, keepdim=True), averaged, lengths)[0])
+        layers.append(of_layers(rows.mean(0, keepdim=True), averaged, lengths)[0])
         if with_heads:
-            heads.append(torch.stack([jaccard(rows, one, lengths) for one in theirs]))
+            heads.append(torch.stack([of_heads(rows, one, lengths) for one in theirs]))
 
     look(target, ids, queries, compare)
     found = {"layers": layers, "heads": heads} if with_heads else {"layers": layers}

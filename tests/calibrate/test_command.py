@@ -18,7 +18,7 @@ from specattn_vllm.calibrate.command import state_file  # noqa: E402
 def test_a_map_is_what_the_loader_takes_and_comes_out_the_same_again(pair, tmp_path, capsys, run):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
-        assert run(tmp_path / folder / "map.json") == 0
+        assert run(tmp_path / folder / "map.json", "--criterion", "papers") == 0
     written = (tmp_path / "one" / "map.json").read_bytes()
     assert written == (tmp_path / "two" / "map.json").read_bytes()
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == ["map.json"]
@@ -51,7 +51,7 @@ def test_a_map_follows_from_the_mean_over_windows_below_dense_layers(tmp_path, m
     monkeypatch.setattr(
         runner, "similarity_of_window", lambda *_, **__: {"layers": base + next(others) * torch.eye(3, 2)}
     )
-    assert run(tmp_path / "map.json", "--dense-layers", "1") == 0
+    assert run(tmp_path / "map.json", "--criterion", "papers", "--dense-layers", "1") == 0
     data = json.loads((tmp_path / "map.json").read_text())
     assert data["provenance"]["similarity"] == base.tolist()
     assert data["layers"] == [None, 1, 1]
@@ -59,7 +59,7 @@ def test_a_map_follows_from_the_mean_over_windows_below_dense_layers(tmp_path, m
 
 def test_a_head_map_follows_from_what_was_measured(tmp_path, capsys, run):
     out = tmp_path / "map.json"
-    assert run(out, "--method", "sts", "--dense-layers", "1") == 0
+    assert run(out, "--method", "sts", "--criterion", "papers", "--dense-layers", "1") == 0
     data, read = json.loads(out.read_text()), layer_map.read(out)
     told = data["provenance"]
     assert data["layers"][0] is data["heads"][0] is told["head_similarity"][0] is None
@@ -69,6 +69,22 @@ def test_a_head_map_follows_from_what_was_measured(tmp_path, capsys, run):
     assert layer_map.resolve(str(out), read.target, read.draft, method="sts") == read
     heads = " ".join(f"{a},{b}" for a, b in data["heads"][1:])
     assert f"draft KV head per target KV head: - {heads}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("method", ["specattn", "sts"])
+def test_a_map_by_retained_attention_takes_the_best_layer_of_each(tmp_path, run, method):
+    """Also where a later layer of the target then gets an earlier one of the draft."""
+    assert run(tmp_path / "map.json", "--method", method, "--budget", "0.25") == 0
+    data = json.loads((tmp_path / "map.json").read_text())
+    told = data["provenance"]
+    assert data["layers"] == [row.index(max(row)) for row in told["similarity"]]
+    assert all(0 < value < 1 for row in told["similarity"] for value in row), "shares of a mass of one"
+    assert (told["settings"]["criterion"], told["settings"]["budget"]) == ("retained", 0.25)
+    if method == "sts":
+        best = [[max(values) for values in rows] for rows in told["head_similarity"]]
+        of_layers = [max(row) for row in told["similarity"]]
+        assert [sum(row) / len(row) for row in best] == pytest.approx(of_layers, abs=1e-4)
+        assert data["heads"] == [[row.index(max(row)) for row in rows] for rows in told["head_similarity"]]
 
 
 def test_heads_stay_within_ranks(tmp_path, run):
@@ -96,7 +112,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_map(tmp_path, monkeypatch
 
     with monkeypatch.context() as patch:
         patch.setattr(runner, "similarity_of_window", cut)
-        patch.setattr(runner, "layer_path", interrupted)
+        patch.setattr(runner, "as_json", interrupted)
         assert run(out, *more) == 130
     assert "to go on from" in capsys.readouterr().out
     assert not out.exists()
@@ -118,9 +134,16 @@ def test_what_an_earlier_run_left_is_not_mixed_with_other_settings(tmp_path, mon
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "layer_path", interrupted)
+        patch.setattr(runner, "as_json", interrupted)
         assert run(out) == 130
-    for other in (("--seed", "1"), ("--queries", "8"), ("--method", "sts"), ("--dtype", "bfloat16")):
+    for other in (
+        ("--seed", "1"),
+        ("--queries", "8"),
+        ("--criterion", "papers"),
+        ("--budget", "0.5"),
+        ("--method", "sts"),
+        ("--dtype", "bfloat16"),
+    ):
         assert run(out, *other) == 2
         assert "other models, text or settings" in capsys.readouterr().err
     state_file(out).write_text("{")
@@ -128,7 +151,7 @@ def test_what_an_earlier_run_left_is_not_mixed_with_other_settings(tmp_path, mon
     assert "cannot be resumed" in capsys.readouterr().err
     assert run(out, "--overwrite") == 0 and not state_file(out).exists()
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "layer_path", interrupted)
+        patch.setattr(runner, "as_json", interrupted)
         assert run(out, "--overwrite") == 130
     assert run(out) == 0, "what was to be overwritten stood in the way of going on"
     assert run(out) == 2
@@ -185,6 +208,7 @@ def test_a_map_that_cannot_be_written_leaves_the_old_one(tmp_path, monkeypatch, 
         (("--queries", "241"), "--queries 241: a window of 256 has 240"),
         (("--queries", "0"), "--queries 0: at least 1"),
         (("--seed", "-1"), "--seed -1: at least 0"),
+        (("--criterion", "papers", "--budget", "0.5"), "--budget is for --criterion retained"),
         (("--dense-layers", "3"), "--dense-layers 3: the target has 3 layers"),
         (("--window", "1024"), "--window 1024: the target takes at most 512 tokens"),
     ],

@@ -1,6 +1,7 @@
 """What a calibration computes, against plain references: similarities and the maps that follow from them."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from specattn_vllm.calibrate.maps import head_map, layer_path  # noqa: E402
-from specattn_vllm.calibrate.similarity import EPSILON, jaccard, negative_kl  # noqa: E402
+from specattn_vllm.calibrate.similarity import EPSILON, jaccard, negative_kl, retained  # noqa: E402
 
 
 def distributions(layers, lengths, keys, seed):
@@ -90,3 +91,18 @@ def test_head_map_within_ranks_stays_there():
     assert head_map(similarity, ranks=2) == [1, 0, 3, 2]
     assert head_map(similarity, ranks=4) == [0, 1, 2, 3]
     assert head_map(similarity[:, :2], ranks=2) == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize("budget", [0.01, 0.3, 1.0])
+def test_retained_is_the_mass_on_the_keys_that_the_other_attends_to_most(budget):
+    lengths = torch.tensor([5, 9, 2])
+    ours, theirs = distributions(2, lengths, 9, seed=1), distributions(3, lengths, 9, seed=2)
+    found = retained(ours, theirs, lengths, budget)
+    want = torch.zeros(2, 3, dtype=torch.float64)
+    for a, b, row in itertools.product(range(2), range(3), range(3)):
+        visible = int(lengths[row])
+        ranked = sorted(range(visible), key=lambda key: -float(theirs[b, row, key]))
+        want[a, b] += sum(float(ours[a, row, key]) for key in ranked[: math.ceil(budget * visible)])
+    torch.testing.assert_close(found, want)
+    if budget == 1.0:
+        torch.testing.assert_close(found, torch.full((2, 3), 3.0, dtype=torch.float64))

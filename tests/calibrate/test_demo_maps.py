@@ -13,7 +13,7 @@ from specattn_vllm.calibrate import runner, text  # noqa: E402
 from specattn_vllm.evaluation.texts import held_out  # noqa: E402
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "layer-maps.md"
-COMMANDS = {"demo": "", "demo-sts": "--method sts "}
+COMMANDS = {"demo": "--criterion papers ", "demo-sts": "--method sts --criterion papers "}
 
 
 def test_the_demo_pairs_text_is_none_that_is_evaluated_on():

@@ -38,5 +38,10 @@ def test_similarity_of_a_window_is_that_of_its_rows(pair, load, eager):
         want = similarity.jaccard(ours[j], theirs[i], queries + 1) / 16
         # Of keys that are attended to alike, rounding may choose others.
         torch.testing.assert_close(found["heads"][j, i], want, rtol=0, atol=0.01)
+    by_budget = similarity.similarity_of_window(*of_pair, ids, queries, with_heads=True, budget=0.125)
+    want = similarity.retained(ours[2], theirs[1], queries + 1, 0.125) / 16
+    torch.testing.assert_close(by_budget["heads"][2, 1], want, rtol=0, atol=0.01)
+    want = similarity.retained(ours.mean(1), theirs.mean(1), queries + 1, 0.125) / 16
+    torch.testing.assert_close(by_budget["layers"], want, rtol=0, atol=0.01)
     alone = similarity.similarity_of_window(*of_pair, ids, queries, with_heads=False)
     assert torch.equal(alone.pop("layers"), found["layers"]) and not alone

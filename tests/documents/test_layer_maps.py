@@ -1,4 +1,4 @@
-"""What docs/layer-maps.md says of maps that are gone, against what was measured."""
+"""What docs/layer-maps.md says of the two criteria, against what was measured."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_the_figures_of_maps_that_are_gone():
+def test_what_the_criteria_are_worth():
     measured = json.loads((DOCS / "results" / "real-layer-maps.json").read_text())["by_share_read"]
     by_kl, by_mass = (
         " and ".join(f"{measured[name][share]:.3f}" for share in ("0.25", "0.125"))
