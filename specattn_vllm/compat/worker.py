@@ -49,10 +49,16 @@ def prepare_cpu_worker() -> None:
     if current_platform.is_cpu():
         from vllm.v1.sample.ops import topk_topp_sampler
 
-        from specattn_vllm.cpu_runner.interpreter import accept_integer_masks, compute_log1p, leave_out_needless_work
+        from specattn_vllm.cpu_runner.interpreter import (
+            accept_integer_masks,
+            argmax_of_nan,
+            compute_log1p,
+            leave_out_needless_work,
+        )
 
         topk_topp_sampler.HAS_TRITON = False
         accept_integer_masks()
+        argmax_of_nan()
         compute_log1p()
         leave_out_needless_work()
 

@@ -39,6 +39,29 @@ def accept_integer_masks() -> None:
     setattr(InterpreterBuilder, _MARK, True)
 
 
+def argmax_of_nan() -> None:
+    """Let argmax and argmin of nothing but NaN be 0. A compiled kernel gives some index there, but the interpreter
+    raises "All-NaN slice encountered", so that one request whose logits are NaN would stop the server. Remove when
+    Triton's interpreter gives an index.
+    """
+    import numpy as np
+    from triton.runtime.interpreter import ReduceOps
+
+    if getattr(ReduceOps, _MARK, False):
+        return
+    min_max = ReduceOps.min_max
+
+    def min_max_of_any(self, input, val_reduce_op, idx_reduce_op=None):
+        def index(data, axis, keepdims):
+            data = np.where(np.isnan(data).all(axis=axis, keepdims=True), 0, data)
+            return idx_reduce_op(data, axis=axis, keepdims=keepdims)
+
+        return min_max(self, input, val_reduce_op, index if idx_reduce_op else None)
+
+    ReduceOps.min_max = min_max_of_any
+    setattr(ReduceOps, _MARK, True)
+
+
 def compute_log1p() -> None:
     """Implement log1p of the device library (`libdevice`) for the interpreter, where its functions return None. vLLM's
     rejection sampling uses it for drafts that were sampled from a draft model's distribution. Remove when Triton's
