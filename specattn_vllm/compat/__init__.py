@@ -5,10 +5,10 @@ They are written for vLLM 0.32 and 0.33. `leaned_on.py` lists what is patched, a
 checks that vLLM has these before anything is patched.
 """
 
-from specattn_vllm.compat.common import is_our_layer as is_our_layer
-from specattn_vllm.compat.common import is_ours as is_ours
-from specattn_vllm.compat.common import is_ours_in_part as is_ours_in_part
 from specattn_vllm.compat.graphs import capture_twice as capture_twice
+from specattn_vllm.compat.names import is_our_layer as is_our_layer
+from specattn_vllm.compat.names import is_ours as is_ours
+from specattn_vllm.compat.names import is_ours_in_part as is_ours_in_part
 from specattn_vllm.compat.start import (
     add_cli_aliases,
     check_engine_config,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from specattn_vllm.compat.common import patched
+from specattn_vllm.compat.patching import patched
 
 
 def capture_twice(model: Any, target: Any) -> None:

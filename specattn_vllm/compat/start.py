@@ -7,7 +7,8 @@ import sys
 from importlib import import_module, util
 from typing import Any
 
-from specattn_vllm.compat.common import BACKEND_NAME, is_ours, patched, resolve
+from specattn_vllm.compat.names import BACKEND_NAME, is_ours, resolve
+from specattn_vllm.compat.patching import patched
 from specattn_vllm.request import asks_for_exactness, problem
 
 _ALIASES = {"--spec-model": "--speculative-model", "--spec-tokens": "--num-speculative-tokens"}

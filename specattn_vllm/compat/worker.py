@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from specattn_vllm.compat.common import is_ours, patched, resolve
+from specattn_vllm.compat.names import is_ours, resolve
+from specattn_vllm.compat.patching import patched
 
 
 def choose_speculator() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 
-from specattn_vllm.compat.common import MARK, patched
+from specattn_vllm.compat.patching import MARK, patched
 
 
 def accept_integer_masks() -> None:
