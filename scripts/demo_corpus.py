@@ -165,8 +165,8 @@ def train_tokenizer(documents, vocab, context, seed, sample_mb=60):
     return fast
 
 
-def encode(tokenizer, documents, seconds, label, separator=None):
-    """One stream of <|bos|> document <|eos|> ...; stops, and says so, once `seconds` are over.
+def encode(tokenizer, documents, label, separator=None):
+    """One stream of <|bos|> document <|eos|> ...
 
     separator: the id that a model marks the end of a document with, where that is all and no <|bos|> precedes it.
     """
@@ -175,9 +175,6 @@ def encode(tokenizer, documents, seconds, label, separator=None):
     flat = [(t, i == 0, i == len(d) - 1) for d in documents for i, t in enumerate(d)]
     parts, start = [], time.monotonic()
     for at in range(0, len(flat), 1024):  # bounded batches: an Encoding takes far more memory than its ids
-        if time.monotonic() - start > seconds:
-            print(f"{label}: TIME OVER, {at} of {len(flat)} files tokenised", flush=True)
-            break
         chunk = flat[at : at + 1024]
         found = tok.encode_batch_fast([t for t, _, _ in chunk], add_special_tokens=False)
         for (_, first, last), e in zip(chunk, found, strict=True):

@@ -1,7 +1,6 @@
 """Training of the demo pair: the target on text, the draft on text and on the target's distributions."""
 
 import time
-import traceback
 
 import numpy as np
 import torch
@@ -36,18 +35,22 @@ def losses(logits, y, teacher):
     return 0.5 * ce + 0.5 * kl, ce
 
 
+def optimizer_of(model, lr):
+    """AdamW, with weight decay for matrices alone."""
+    matrices, rest = ([p for p in model.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        lr=lr,
+        betas=(0.9, 0.95),
+        fused=rest[0].is_cuda,
+    )
+
+
 def train(kind, model, stream, args, seconds, steps, lr, teacher=None):
     """Train `model` in place until `seconds` (compilation counted) or `steps` are over; returns a record."""
     start, device = time.monotonic(), stream.device
     model.to(device).train()
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-        lr=lr,
-        betas=(0.9, 0.95),
-        fused=device.type == "cuda",
-    )
+    optimizer = optimizer_of(model, lr)
     data = batches(stream, args.batch, args.context, model.config.bos_token_id, args.seed + (teacher is not None))
     loss_of = losses
 
@@ -65,23 +68,16 @@ def train(kind, model, stream, args, seconds, steps, lr, teacher=None):
     compiled = args.compile == "on" or (args.compile == "auto" and device.type == "cuda")
     if compiled:  # layer by layer: one layer's graph serves all, which compiles in a fraction of the whole model's time
         layers = [*model.model.layers, *(teacher.model.layers if teacher is not None else [])]
-        try:
-            from torch import _dynamo  # not loaded with torch
+        from torch import _dynamo  # not loaded with torch
 
-            _dynamo.reset()
-            _dynamo.config.recompile_limit = 64
-            for layer in layers:
-                layer.compile(dynamic=False)
-            loss_of = torch.compile(losses, dynamic=False)
-            backward(*next(data))
-        except Exception:
-            traceback.print_exc()
-            print(f"{kind}: torch.compile FAILED (trace above); training goes on EAGER and slower", flush=True)
-            compiled, loss_of = False, losses
-            for layer in layers:
-                layer._compiled_call_impl = None
+        _dynamo.reset()
+        _dynamo.config.recompile_limit = 64
+        for layer in layers:
+            layer.compile(dynamic=False)
+        loss_of = torch.compile(losses, dynamic=False)
+        backward(*next(data))
         optimizer.zero_grad(set_to_none=True)
-        print(f"{kind}: warmed up in {time.monotonic() - start:.0f} s, compiled={compiled}", flush=True)
+        print(f"{kind}: compiled in {time.monotonic() - start:.0f} s", flush=True)
 
     step, curve, window, reported = 0, [], [], time.monotonic()
     tokens, tokens_then = args.batch * args.context, 0

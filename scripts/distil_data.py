@@ -1,6 +1,5 @@
 """What a draft of the real model learns from: text of the machine as token ids, and what is held out of it."""
 
-import math
 import random
 from itertools import groupby
 from pathlib import PurePath
@@ -78,7 +77,7 @@ def read(args, tokenizer) -> tuple[np.ndarray, dict[str, np.ndarray], dict]:
     longest = 3 * args.context  # characters of a chat: a token of ordinary text has about three
 
     def stream(of: list[list[str]], label: str) -> np.ndarray:
-        return encode(tokenizer, of, math.inf, label, separator=separator_of(tokenizer))
+        return encode(tokenizer, of, label, separator=separator_of(tokenizer))
 
     def documents(found: dict[str, list[list[File]]], talk: float) -> dict[str, list[list[str]]]:
         both = found[PROSE] + found[CODE]

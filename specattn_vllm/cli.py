@@ -30,10 +30,8 @@ def demo_path(args: argparse.Namespace) -> None:
     print(demo_folder(args.role))
 
 
-def _cpu_env_arguments(parser: argparse.ArgumentParser) -> None:
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--shell", action="store_true", help="lines for `eval` in a shell (the default)")
-    form.add_argument("--json", action="store_true", help="one JSON object")
+def _json_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object, for scripts")
 
 
 def _demo_path_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,10 +44,6 @@ def _with_default_part(argv: Sequence[str]) -> list[str]:
     if argv[:1] == ["bench"] and not (len(argv) > 1 and (argv[1] in ("-h", "--help") or not argv[1].startswith("-"))):
         argv.insert(1, "engines")
     return argv
-
-
-def _methods_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="for scripts")
 
 
 def methods(args: argparse.Namespace) -> None:
@@ -93,8 +87,8 @@ def in_module(name: str, help: str) -> Command:
 COMMANDS = {
     "info": in_module("info", "what is installed, and whether it fits together"),
     "doctor": in_module("doctor.command", "tries what a server needs, and says what to do about what fails"),
-    "methods": Command(methods, "the available methods, and how each of them chooses tokens", _methods_arguments),
-    "cpu-env": Command(cpu_env, "the variables that let vLLM use this plugin without a GPU", _cpu_env_arguments),
+    "methods": Command(methods, "the available methods, and how each of them chooses tokens", _json_argument),
+    "cpu-env": Command(cpu_env, "the variables that let vLLM use this plugin without a GPU", _json_argument),
     "demo-path": Command(demo_path, "the folder of one of the two demo models", _demo_path_arguments),
     "bench": in_module("bench.command", "how fast it decodes, next to stock vLLM, on this machine"),
     "calibrate": in_module("calibrate.command", "the layer map of a pair of models, measured on text"),

@@ -34,11 +34,11 @@ def script(shell: str) -> str:
 
     try:
         parser = cli.build_parser(*cli.COMMANDS)
-        subcommands = _choices(parser)
         # `specattn bench --grid ...` means the part `engines`, so its options are completed there too.
         from specattn_vllm.bench.command import engines_arguments
 
-        engines_arguments(subcommands["bench"])
+        (subcommands,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+        engines_arguments(subcommands.choices["bench"])
     except ImportError as error:
         raise UserError(
             f"completion lists the options of all subcommands, and one of them cannot be loaded ({error}): "
@@ -48,18 +48,13 @@ def script(shell: str) -> str:
     return shtab.complete(parser, shell=shell)
 
 
-def _choices(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The parsers of its subcommands by their names; none where it has none."""
-    found = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
-    return next((dict(action.choices) for action in found), {})
-
-
 def _name_files(parser: argparse.ArgumentParser, file: object, folder: object) -> None:
     """Arguments that are files are completed by files, and models by folders: they may be names on the hub too."""
     for action in parser._actions:
-        if action.type in (Path, output_file):
+        if isinstance(action, argparse._SubParsersAction):
+            for below in action.choices.values():
+                _name_files(below, file, folder)
+        elif action.type in (Path, output_file):
             action.complete = file  # type: ignore[attr-defined]
         elif action.metavar in ("MODEL", "MODEL ..."):
             action.complete = folder  # type: ignore[attr-defined]
-    for below in _choices(parser).values():
-        _name_files(below, file, folder)

@@ -9,9 +9,6 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-_SAMPLES_PER_FILE = 16
-_SAMPLE_BYTES = 4096
-
 
 class ModelFacts(BaseModel):
     """Architecture of a model, and a digest of samples of its weights if its files are available."""
@@ -29,14 +26,10 @@ class ModelFacts(BaseModel):
 
     def differences(self, other: ModelFacts) -> list[str]:
         """Fields in which two models differ, as 'name: ours != theirs'. An unknown digest counts as equal."""
-        found = []
-        for name in type(self).model_fields:
-            ours, theirs = getattr(self, name), getattr(other, name)
-            if name == "weights" and (ours is None or theirs is None):
-                continue
-            if ours != theirs:
-                found.append(f"{name}: {ours} != {theirs}")
-        return found
+        ours, theirs = self.model_dump(), other.model_dump()
+        if self.weights is None or other.weights is None:
+            del ours["weights"]
+        return [f"{name}: {value} != {theirs[name]}" for name, value in ours.items() if value != theirs[name]]
 
 
 def facts_from_config(config: Any, folder: Path | None = None) -> ModelFacts:
@@ -61,17 +54,16 @@ def facts_from_config(config: Any, folder: Path | None = None) -> ModelFacts:
 
 def fingerprint(folder: str | Path) -> dict[str, Any]:
     """The facts of the model in a local folder, in the form that a layer map stores."""
-    folder = Path(folder)
-    config = json.loads((folder / "config.json").read_text())
-    return facts_from_config(config, folder).model_dump()
+    config = json.loads(Path(folder, "config.json").read_text())
+    return facts_from_config(config, Path(folder)).model_dump()
 
 
 def weights_digest(folder: Path) -> str | None:
-    """SHA-256 over evenly spaced samples of the safetensors files; None if there are none.
+    """SHA-256 over 16 evenly spaced samples of each safetensors file; None if there are none.
 
     Samples are enough to tell two fine-tuned models apart, and start-up does not read a 16 GB checkpoint twice.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors"))
     if not files:
         return None
     digest = hashlib.sha256()
@@ -79,7 +71,7 @@ def weights_digest(folder: Path) -> str | None:
         size = path.stat().st_size
         digest.update(f"{path.name}:{size};".encode())
         with path.open("rb") as file:
-            for i in range(_SAMPLES_PER_FILE):
-                file.seek(size * i // _SAMPLES_PER_FILE)
-                digest.update(file.read(_SAMPLE_BYTES))
+            for i in range(16):
+                file.seek(size * i // 16)
+                digest.update(file.read(4096))
     return digest.hexdigest()

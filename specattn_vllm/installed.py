@@ -45,9 +45,7 @@ def require(modules: Sequence[str]) -> None:
 
 
 def _listed(names: list[str]) -> str:
-    if len(names) == 1:
-        return f"{names[0]} is"
-    return f"{', '.join(names[:-1])} and {names[-1]} are"
+    return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'}"
 
 
 def version_of(name: str) -> str | None:

@@ -30,7 +30,7 @@ def resembles(name: Any, key: str) -> bool:
     # A client may send a name of any length; one that is longer than this is not alike, or begins alike.
     ours, theirs = _letters(key), _letters(name[:LONGEST])
     begins = theirs.startswith(ours[:-1])  # 'spec_attention'
-    return begins or difflib.SequenceMatcher(None, theirs, ours).ratio() >= ALIKE
+    return begins or bool(difflib.get_close_matches(ours, [theirs], cutoff=ALIKE))
 
 
 def shown(value: Any) -> str:

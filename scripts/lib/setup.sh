@@ -130,6 +130,6 @@ specattn_setup "$@" >&2
 # The repository root stays off sys.path, here and in every child: its folder `kernels/` would hide a PyPI package.
 export PYTHONSAFEPATH=1
 if [ "$MODE" = cpu ]; then
-    specattn_env=$("$VENV/bin/specattn" cpu-env --shell) # on its own line, so that a failure stops the script
+    specattn_env=$("$VENV/bin/specattn" cpu-env) # on its own line, so that a failure stops the script
     eval "$specattn_env"
 fi

@@ -1,4 +1,4 @@
-"""Whether an engine uses our backend, and the names by which vLLM finds our classes."""
+"""Whether an engine uses our backend, and what a path of ours names."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 BACKEND_NAME = "SPECATTN"
-# Import paths instead of classes, as in vLLM: these modules are not needed before an engine starts.
-BACKEND_PATH = "specattn_vllm.backend.backend.SpecAttnBackend"
-SKETCH_SPECULATOR_PATH = "specattn_vllm.speculation.sketch_speculator.SketchSpeculator"
-ATTACH_PATH = "specattn_vllm.backend.attach.attach"
-CHECK_PATH = "specattn_vllm.checks.check"
-METRICS_FOLDER_PATH = "specattn_vllm.metrics.snapshot.make_folder"
-METRICS_PATH = "specattn_vllm.metrics.collect.add_to"
-WINDOWED = "sliding_window"
-"""vLLM's name of this kind of layers (`KVCacheSpecKind`)."""
-MARK = "_specattn_patched"
+
+
+def resolve(path: str) -> Any:
+    """What a path names. Patches name our other modules by paths: these are not needed before an engine starts."""
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    return resolve_obj_by_qualname(path)
 
 
 def is_ours(vllm_config: VllmConfig) -> bool:
@@ -35,13 +32,7 @@ def is_our_layer(layer: Any) -> bool:
 def is_ours_in_part(vllm_config: VllmConfig) -> bool:
     """Whether an engine is configured to use our backend for some kinds of layers only, which is not supported. Layers
     with a sliding window are never ours, so another backend may be named for them."""
-    per_kind = dict(getattr(vllm_config.attention_config, "backend_per_kind", None) or {})
+    per_kind = dict(vllm_config.attention_config.backend_per_kind or {})
     ours = any(backend is not None and backend.name == BACKEND_NAME for backend in per_kind.values())
-    per_kind.pop(WINDOWED, None)
+    per_kind.pop("sliding_window", None)
     return ours or (bool(per_kind) and is_ours(vllm_config))
-
-
-def resolve(path: str) -> Any:
-    from vllm.utils.import_utils import resolve_obj_by_qualname
-
-    return resolve_obj_by_qualname(path)

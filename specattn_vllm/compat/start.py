@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import sys
-from typing import TYPE_CHECKING, Any
+from importlib import import_module, util
+from typing import Any
 
-from specattn_vllm.compat.names import (
-    BACKEND_NAME,
-    BACKEND_PATH,
-    CHECK_PATH,
-    MARK,
-    METRICS_FOLDER_PATH,
-    METRICS_PATH,
-    is_ours,
-    resolve,
-)
+from specattn_vllm.compat.names import BACKEND_NAME, is_ours, resolve
+from specattn_vllm.compat.patching import patched
 from specattn_vllm.request import asks_for_exactness, problem
-
-if TYPE_CHECKING:
-    from vllm.config import VllmConfig
 
 _ALIASES = {"--spec-model": "--speculative-model", "--spec-tokens": "--num-speculative-tokens"}
 DEFAULT_DRAFT_LENGTH = 4
@@ -40,87 +29,73 @@ def load_backend_member(name: str):
 
 
 def register_backend() -> None:
+    """`AttentionBackendEnum` members that are registered at run time pickle by value, and a spawned worker unpickles
+    its config before plugins load: "'...' is not a valid AttentionBackendEnum". Remove when registered members pickle
+    by name, or workers load plugins first."""
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    if BACKEND_NAME in AttentionBackendEnum.__members__:
-        return
-    member = AttentionBackendEnum.register(BACKEND_NAME, BACKEND_PATH)
-    member.__reduce_ex__ = lambda protocol: (load_backend_member, (BACKEND_NAME,))
+    if BACKEND_NAME not in AttentionBackendEnum.__members__:
+        member = AttentionBackendEnum.register(BACKEND_NAME, "specattn_vllm.backend.backend.SpecAttnBackend")
+        member.__reduce_ex__ = lambda protocol: (load_backend_member, (BACKEND_NAME,))
 
 
 def select_backend() -> None:
+    """Layers with a sliding window get the backend that vLLM would choose if none were named; `backend_per_kind` can
+    name one for them, and has no word for vLLM's own choice. Remove when a backend may decline layers. And
+    `CpuPlatform` replaces every backend by CPU_ATTN without an error. Remove when it accepts registered backends."""
     from vllm.platforms import current_platform
 
-    platform = type(current_platform)
-    if getattr(platform.get_attn_backend_cls, MARK, False):
-        return
-    original = platform.get_attn_backend_cls.__func__
-
-    @functools.wraps(original)
-    def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
-        if selected_backend is None or selected_backend.name != BACKEND_NAME:
-            return original(cls, selected_backend, attn_selector_config, num_heads)
-        if attn_selector_config.has_sliding_window:
-            return original(cls, None, attn_selector_config, num_heads)
-        if not current_platform.is_cpu():
-            return original(cls, selected_backend, attn_selector_config, num_heads)
-        # The same check as in CudaPlatform, but a CPU has no device capability to check.
-        backend = selected_backend.get_class()
-        reasons = backend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
-        if reasons:
-            raise ValueError(f"--attention-backend specattn cannot serve this model: {', '.join(reasons)}")
-        return selected_backend.get_path()
-
-    setattr(get_attn_backend_cls, MARK, True)
-    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    @patched(type(current_platform), "get_attn_backend_cls")
+    def get_attn_backend_cls(original, cls, selected_backend, attn_selector_config, num_heads=None):
+        ours = selected_backend is not None and selected_backend.name == BACKEND_NAME
+        if ours and attn_selector_config.has_sliding_window:
+            selected_backend = None
+        elif ours and current_platform.is_cpu():
+            # The same check as in CudaPlatform, but a CPU has no device capability to check.
+            backend = selected_backend.get_class()
+            reasons = backend.validate_configuration(device_capability=None, **attn_selector_config._asdict())
+            if reasons:
+                raise ValueError(f"--attention-backend specattn cannot serve this model: {', '.join(reasons)}")
+            return selected_backend.get_path()
+        return original(cls, selected_backend, attn_selector_config, num_heads)
 
 
 def add_cli_aliases() -> None:
+    """vLLM's flags are `--spec-model` and `--spec-tokens`. This adds aliases that users look for. Remove if vLLM adds
+    them."""
     from vllm.engine.arg_utils import EngineArgs
 
-    original = EngineArgs.add_cli_args
-    if getattr(original, MARK, False):
-        return
-
-    @functools.wraps(original)
-    def add_cli_args(parser):
+    @patched(EngineArgs, "add_cli_args")
+    def add_cli_args(original, parser):
         parser = original(parser)
-        for action in list(parser._actions):
-            for flag in [f for f in action.option_strings if f in _ALIASES]:
-                alias = _ALIASES[flag]
-                if alias not in parser._option_string_actions:
-                    action.option_strings.append(alias)
-                    parser._option_string_actions[alias] = action
+        known = parser._option_string_actions
+        for flag, alias in _ALIASES.items():
+            if flag in known and alias not in known:
+                known[flag].option_strings.append(alias)
+                known[alias] = known[flag]
         return parser
-
-    setattr(add_cli_args, MARK, True)
-    EngineArgs.add_cli_args = staticmethod(add_cli_args)
 
 
 def check_engine_config() -> None:
+    """Start-up checks need the finished config in the process of the user's command, where the user sees the error.
+    Remove when vLLM has a hook there."""
     from vllm.engine.arg_utils import EngineArgs
 
-    original = EngineArgs.create_engine_config
-    if getattr(original, MARK, False):
-        return
-
-    @functools.wraps(original)
-    def create_engine_config(self, *args: Any, **kwargs: Any) -> VllmConfig:
+    @patched(EngineArgs, "create_engine_config")
+    def create_engine_config(original, self, *args: Any, **kwargs: Any):
         complete_speculation(self)
         vllm_config = original(self, *args, **kwargs)
-        resolve(CHECK_PATH)(vllm_config)
+        resolve("specattn_vllm.checks.check")(vllm_config)
         if is_ours(vllm_config) and not self.disable_log_stats:
             # This must happen before any other process of the engine is started.
-            resolve(METRICS_FOLDER_PATH)()
+            resolve("specattn_vllm.metrics.snapshot.make_folder")()
         return vllm_config
-
-    setattr(create_engine_config, MARK, True)
-    EngineArgs.create_engine_config = create_engine_config
 
 
 def complete_speculation(engine_args: Any) -> None:
     """Fill in two settings that users of our backend may omit: the number of draft tokens, and the target as its own
-    draft model if it drafts for itself."""
+    draft model if it drafts for itself. vLLM refuses the first, and the target would have to be named twice. Remove if
+    vLLM gets defaults that a backend can set."""
     backend = engine_args.attention_backend or getattr(engine_args.attention_config, "backend", None)
     if str(getattr(backend, "name", backend)).upper() != BACKEND_NAME:
         return
@@ -140,15 +115,13 @@ def complete_speculation(engine_args: Any) -> None:
 
 
 def check_request() -> None:
+    """A request's extra arguments are validated when `SamplingParams` is made, so that a wrong value is the client's
+    error (HTTP 400) and not the engine's. Remove when plugins may validate requests."""
     from vllm.exceptions import VLLMValidationError
     from vllm.sampling_params import SamplingParams
 
-    original = SamplingParams._verify_args
-    if getattr(original, MARK, False):
-        return
-
-    @functools.wraps(original)
-    def verify_args(self) -> None:
+    @patched(SamplingParams, "_verify_args")
+    def verify_args(original, self) -> None:
         original(self)
         if reason := problem(self.extra_args):
             raise VLLMValidationError(reason, parameter="extra_args")
@@ -156,38 +129,30 @@ def check_request() -> None:
             # Cached blocks may hold entries from pruned steps of another request. This also matters after a preemption.
             self.skip_reading_prefix_cache = True
 
-    setattr(verify_args, MARK, True)
-    SamplingParams._verify_args = verify_args
-
 
 def serve_metrics() -> None:
+    """`/metrics` serves the registry of the process. With several API servers it serves a registry that is made for
+    each request, so nothing can be added to it. Every server calls `get_prometheus_registry` first; with several
+    servers, `metrics/collect.py` wraps `collect` of prometheus_client's `MultiProcessCollector` too. Remove when
+    plugins have a hook for metrics."""
     from vllm.v1.metrics import prometheus
 
-    original = prometheus.get_prometheus_registry
-    if getattr(original, MARK, False):
-        return
-
-    @functools.wraps(original)
-    def get_prometheus_registry():
+    @patched(prometheus, "get_prometheus_registry")
+    def get_prometheus_registry(original):
         registry = original()
-        resolve(METRICS_PATH)(registry)
+        resolve("specattn_vllm.metrics.collect.add_to")(registry)
         return registry
 
-    setattr(get_prometheus_registry, MARK, True)
-    prometheus.get_prometheus_registry = get_prometheus_registry
     # If this module is already imported, it holds its own reference to the function.
     if (server := sys.modules.get("vllm.entrypoints.serve.instrumentator.metrics")) is not None:
-        server.get_prometheus_registry = get_prometheus_registry
+        server.get_prometheus_registry = prometheus.get_prometheus_registry
 
 
 def serve_parser() -> Any:
     """The parser of `vllm serve`, which is in another module in each version."""
-    from importlib import import_module, util
-
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    places = ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.common.cli_args")
-    place = next((name for name in places if util.find_spec(name) is not None), None)
-    if place is None:
-        raise ImportError(f"this vLLM has its `make_arg_parser` in none of {', '.join(places)}")
-    return import_module(place).make_arg_parser(FlexibleArgumentParser())
+    for place in ("vllm.entrypoints.launchers.cli_args", "vllm.entrypoints.common.cli_args"):
+        if util.find_spec(place) is not None:
+            return import_module(place).make_arg_parser(FlexibleArgumentParser())
+    raise ImportError("this vLLM has its `make_arg_parser` neither in entrypoints.launchers nor in entrypoints.common")

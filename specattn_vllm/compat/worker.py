@@ -2,48 +2,44 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from specattn_vllm.compat.names import ATTACH_PATH, MARK, SKETCH_SPECULATOR_PATH, is_ours, resolve
-
-if TYPE_CHECKING:
-    import torch
-    from vllm.config import VllmConfig
+from specattn_vllm.compat.names import is_ours, resolve
+from specattn_vllm.compat.patching import patched
 
 
 def choose_speculator() -> None:
-    from vllm.v1.worker.gpu.spec_decode.standalone_ar import speculator as upstream
+    """Runner V2 chooses its speculator in a fixed chain and imports the class by name inside it. There is no extension
+    point (`method="custom_class"` exists on runner V1 only). Remove when vLLM has a registry."""
+    from vllm.v1.worker.gpu.spec_decode.standalone_ar import speculator
 
-    stock = upstream.StandaloneARSpeculator
-    if getattr(stock, MARK, False):
-        return
-
-    def build(vllm_config: VllmConfig, device: torch.device):
+    @patched(speculator, "StandaloneARSpeculator")
+    def build(stock, vllm_config: Any, device: Any):
         if not is_ours(vllm_config):
             return stock(vllm_config, device)
         from specattn_vllm.options import SpecAttnOptions
 
         options = SpecAttnOptions.from_vllm(vllm_config)
-        path = SKETCH_SPECULATOR_PATH if options.drafts_by_sketch else options.kind.speculator
-        return resolve(path)(vllm_config, device)
-
-    setattr(build, MARK, True)
-    build.stock = stock
-    upstream.StandaloneARSpeculator = build
+        sketching = "specattn_vllm.speculation.sketch_speculator.SketchSpeculator"
+        return resolve(sketching if options.drafts_by_sketch else options.kind.speculator)(vllm_config, device)
 
 
 def stock_speculator() -> type:
     """vLLM's own class, even if `choose_speculator` has replaced its name in this process."""
-    from vllm.v1.worker.gpu.spec_decode.standalone_ar import speculator as upstream
+    from vllm.v1.worker.gpu.spec_decode.standalone_ar import speculator
 
-    return getattr(upstream.StandaloneARSpeculator, "stock", upstream.StandaloneARSpeculator)
+    return inspect.unwrap(speculator.StandaloneARSpeculator)
 
 
 def prepare_cpu_worker() -> None:
-    """Called by the metadata builder, so only in a worker that uses the backend, and before it samples."""
+    """vLLM's Triton kernel for top-k/top-p sampling does not run in Triton's interpreter ("'int' object has no
+    attribute 'to'"), and the first such request stops the server. This selects vLLM's PyTorch version. It also corrects
+    masks and log1p of the interpreter, and halves its time. CPU only. Remove when the kernel runs interpreted, or
+    Triton compiles for CPU.
+
+    Called by the metadata builder, so only in a worker that uses the backend, and before it samples."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -64,57 +60,48 @@ def prepare_cpu_worker() -> None:
 
 
 def attach_to_runner() -> None:
+    """A target that chooses for itself needs the loaded model and the runner before vLLM measures the memory left for
+    the KV cache, and 'dense' beside vLLM's own drafter counts its rounds. Without a speculator of ours, no other code
+    of the plugin runs at that time. Remove when backends have a hook after loading."""
     try:
         from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     except ImportError:
         return  # without a working Triton, runner V2 cannot be imported; the start-up checks refuse runner V1
 
-    original = GPUModelRunner.load_model
-    if getattr(original, MARK, False):
-        return
-
-    @functools.wraps(original)
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
+    @patched(GPUModelRunner, "load_model")
+    def load_model(original, self, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if is_ours(self.vllm_config):
-            resolve(ATTACH_PATH)(self)
-
-    setattr(load_model, MARK, True)
-    GPUModelRunner.load_model = load_model
+            resolve("specattn_vllm.backend.attach.attach")(self)
 
 
 def count_rounds(runner: Any, seen: Callable[[Any, Any], None]) -> None:
-    """Call seen(input batch, sampled tokens by row) for each round of a drafter, if there is one, but not in dummy
-    runs."""
+    """Call seen(input batch, sampled tokens by row) for each round of a drafter of vLLM's, if there is one, but not in
+    dummy runs. Acceptance is only known where drafts are made. Remove if backends get a stats hook."""
     drafter = runner.speculator
     if drafter is None or not hasattr(drafter, "propose"):
         return
-    original = drafter.propose
-    parameters = list(inspect.signature(original).parameters)
+    signature = inspect.signature(drafter.propose)
 
-    @functools.wraps(original)
-    def propose(*args: Any, **kwargs: Any):
-        given = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    @patched(drafter, "propose")
+    def propose(original, *args: Any, **kwargs: Any):
+        given = signature.bind(*args, **kwargs).arguments
         if not given.get("dummy_run", False):
             seen(given["input_batch"], given["num_sampled"])
         return original(*args, **kwargs)
 
-    drafter.propose = propose
-
 
 def mark_dummy_runs(runner: Any, target: Any) -> None:
-    """Keep target.dummy true while vLLM runs a warm-up step."""
-    original = runner._dummy_run
+    """Keep target.dummy true while vLLM runs a warm-up step, which a metadata builder cannot tell from a real one.
+    Remove when the common metadata tells them apart."""
 
-    @functools.wraps(original)
-    def dummy_run(*args: Any, **kwargs: Any):
+    @patched(runner, "_dummy_run")
+    def dummy_run(original, *args: Any, **kwargs: Any):
         target.dummy = True
         try:
             return original(*args, **kwargs)
         finally:
             target.dummy = False
-
-    runner._dummy_run = dummy_run
 
 
 def is_warm_up(request: Any) -> bool:
@@ -124,17 +111,19 @@ def is_warm_up(request: Any) -> bool:
 
 def watch_new_requests(model_state: Any, name: str, seen: Callable[[int, Any], None]) -> None:
     """Call seen(slot, request data) for each new or resumed request of the worker. A second watcher of the same name
-    replaces the first: vLLM calls `set_attn` again after profiling."""
-    if not hasattr(model_state, "specattn_watchers"):
-        original, watchers = model_state.add_request, {}
+    replaces the first: vLLM calls `set_attn` again after profiling.
 
-        @functools.wraps(original)
-        def add_request(req_index, new_req_data):
-            for watcher in [*watchers.values()]:
+    The speculator sees requests only as rows of batches. Only the worker's `add_request` has their parameters, and
+    tells the first real request from those of vLLM's warm-up. Remove when there is a hook for new requests."""
+    if not hasattr(model_state, "specattn_watchers"):
+        model_state.specattn_watchers = {}
+
+        @patched(model_state, "add_request")
+        def add_request(original, req_index, new_req_data):
+            for watcher in [*model_state.specattn_watchers.values()]:
                 watcher(req_index, new_req_data)
             return original(req_index, new_req_data)
 
-        model_state.specattn_watchers, model_state.add_request = watchers, add_request
     model_state.specattn_watchers[name] = seen
 
 
@@ -157,45 +146,43 @@ def waits_for_the_first(runner: Any) -> bool:
 
 def watch_steps(runner: Any, seen: Callable[[Any], None]) -> None:
     """Call seen(scheduler output) at the start of each step of a runner, also of steps without tokens, but not of dummy
-    runs. vLLM runs one step without tokens after the last request has ended."""
-    original = runner.finish_requests
+    runs. The totals of a worker's last steps must be published when it is idle, and vLLM runs one step without tokens
+    after the last request has ended. Remove if backends get a stats hook."""
 
-    @functools.wraps(original)
-    def finish_requests(scheduler_output: Any) -> None:
+    @patched(runner, "finish_requests")
+    def finish_requests(original, scheduler_output: Any) -> None:
         seen(scheduler_output)
         original(scheduler_output)
 
-    runner.finish_requests = finish_requests
-
 
 def add_worker_method() -> None:
+    """`collective_rpc("specattn_stats")` and `("specattn_audit")` need methods on the worker. Remove if backends get a
+    stats hook."""
     from vllm.v1.worker.worker_base import WorkerBase
 
     if hasattr(WorkerBase, "specattn_stats"):
         return
 
     def specattn_stats(self) -> dict[str, int] | None:
-        """Counts of this worker since the first request that somebody asked for; None without our backend. For
-        `collective_rpc`."""
+        """Counts of this worker since the first request that somebody asked for; None without our backend."""
         from specattn_vllm.stats import Counts
 
-        counters = getattr(self.model_runner, "specattn_counters", None)
-        counters = getattr(getattr(self.model_runner, "speculator", None), "counters", counters)
-        target = getattr(self.model_runner, "specattn_target", None)
+        runner = self.model_runner
+        counters = getattr(getattr(runner, "speculator", None), "counters", None)
+        counters = counters or getattr(runner, "specattn_counters", None)
+        target = getattr(runner, "specattn_target", None)
         if target is not None:
             target.fold()
             counters = target.chooser.counts.counters
         if counters is None:
             return None
         # What vLLM ran to warm up is still counted until then. Whoever subtracts it later would get too few.
-        return vars(Counts() if waits_for_the_first(self.model_runner) else counters.read())
+        return vars(Counts() if waits_for_the_first(runner) else counters.read())
 
     def specattn_audit(self) -> dict[str, dict[str, float]] | None:
         """Audit results of this worker since the first request that somebody asked for, by layer; None without an
-        audit. For `collective_rpc`."""
-        from specattn_vllm.backend.audits import audit_of
-
-        audit = audit_of(self.model_runner)
+        audit."""
+        audit = resolve("specattn_vllm.backend.audits.audit_of")(self.model_runner)
         if audit is None:
             return None
         if waits_for_the_first(self.model_runner):
@@ -203,5 +190,4 @@ def add_worker_method() -> None:
         audit.fold()
         return audit.read().by_layer()
 
-    WorkerBase.specattn_stats = specattn_stats
-    WorkerBase.specattn_audit = specattn_audit
+    WorkerBase.specattn_stats, WorkerBase.specattn_audit = specattn_stats, specattn_audit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 
-_MARK = "_specattn_mended"
+from specattn_vllm.compat.patching import MARK, patched
 
 
 def accept_integer_masks() -> None:
@@ -18,25 +18,19 @@ def accept_integer_masks() -> None:
     import numpy as np
     from triton.runtime.interpreter import InterpreterBuilder
 
-    if getattr(InterpreterBuilder, _MARK, False):
-        return
-    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-
     def as_bool(mask):
         if mask.data.dtype != np.bool_:
             # The value of a one-bit integer is its lowest bit, in whatever width it was computed.
             mask.data = (mask.data & 1).astype(np.bool_)
         return mask
 
-    def create_masked_load(self, ptrs, mask, *rest):
+    @patched(InterpreterBuilder, "create_masked_load")
+    def create_masked_load(load, self, ptrs, mask, *rest):
         return load(self, ptrs, as_bool(mask), *rest)
 
-    def create_masked_store(self, ptrs, value, mask, *rest):
+    @patched(InterpreterBuilder, "create_masked_store")
+    def create_masked_store(store, self, ptrs, value, mask, *rest):
         return store(self, ptrs, value, as_bool(mask), *rest)
-
-    InterpreterBuilder.create_masked_load = create_masked_load
-    InterpreterBuilder.create_masked_store = create_masked_store
-    setattr(InterpreterBuilder, _MARK, True)
 
 
 def argmax_of_nan() -> None:
@@ -72,15 +66,10 @@ def compute_log1p() -> None:
     from triton.language.extra import libdevice
     from triton.runtime.interpreter import TensorHandle
 
-    if getattr(libdevice, _MARK, False):
-        return
-
-    def log1p(x):
+    @patched(libdevice, "log1p")
+    def log1p(original, x):
         with np.errstate(divide="ignore", invalid="ignore"):  # as on a GPU; results for x <= -1 are not used
             return tl.core.tensor(TensorHandle(np.log1p(x.handle.data), x.handle.dtype.scalar), x.type)
-
-    libdevice.log1p = log1p
-    setattr(libdevice, _MARK, True)
 
 
 def leave_out_needless_work() -> None:
@@ -99,14 +88,14 @@ def leave_out_needless_work() -> None:
     """
     from triton.runtime import interpreter
 
-    if getattr(interpreter, _MARK, False):
+    if getattr(interpreter, MARK, False):
         return
     _replace_members_once(interpreter)
     _look_types_up(interpreter)
     _share_shapes()
     builder = interpreter.interpreter_builder
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
-    setattr(interpreter, _MARK, True)
+    setattr(interpreter, MARK, True)
 
 
 def _replace_members_once(interpreter) -> None:

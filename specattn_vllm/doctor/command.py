@@ -11,7 +11,6 @@ from specattn_vllm.doctor.findings import Finding, examine
 from specattn_vllm.installed import UserError
 from specattn_vllm.tools.interrupts import ended_as_interrupted
 
-MARKS = {"ok": "ok", "warning": "warning", "problem": "PROBLEM", "skipped": "skipped"}
 WIDTH = 100
 
 
@@ -47,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def as_text(finding: Finding) -> str:
-    lines = [f"{MARKS[finding.status]:8} {finding.check}: {finding.says}"]
+    mark = "PROBLEM" if finding.status == "problem" else finding.status
+    lines = [f"{mark:8} {finding.check}: {finding.says}"]
     if finding.remedy:
         lines.append(f"{'':8} do: {finding.remedy}")
     return "\n".join(

@@ -1,4 +1,4 @@
-"""What the doctor asks of processes that load torch and vLLM: `python -m specattn_vllm.doctor.probes NAME FILE ...`.
+"""What is asked of processes that load torch and vLLM: `python -m specattn_vllm.doctor.probes NAME FILE ...`.
 
 A probe writes its answer to FILE as JSON: facts, or {"error": what went wrong, its first cause first}.
 """
@@ -6,18 +6,46 @@ A probe writes its answer to FILE as JSON: facts, or {"error": what went wrong, 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from specattn_vllm.causes import summary
 from specattn_vllm.installed import UserError
-from specattn_vllm.tools.engines import end_with_the_parent
+from specattn_vllm.tools import engines
+
+SECONDS = 600
+
+
+def ask(name: str, *arguments: str) -> dict[str, Any]:
+    """What a probe answers in a process of its own; {'error': ...} if that dies without an answer or takes too long."""
+    with tempfile.TemporaryDirectory(prefix="specattn-doctor-") as folder:
+        answer, log = Path(folder) / "answer.json", Path(folder) / "log"
+        command = [*engines.MODULE, "specattn_vllm.doctor.probes", name, str(answer), *arguments]
+        interrupted, status = engines.run_watched(command, log, os.environ, seconds=SECONDS)
+        if answer.is_file():
+            return json.loads(answer.read_text())
+        if interrupted:
+            return {"error": f"no answer within {SECONDS} s"}
+        lines = log.read_text(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        return {"error": f"the process ended with status {status}: {last}"}
+
+
+def executor(device: str) -> dict[str, Any]:
+    """The executor that the default options get."""
+    import torch
+
+    from specattn_vllm import executors
+    from specattn_vllm.options import SpecAttnOptions
+
+    found = executors.of_engine(SpecAttnOptions.parse({}), torch.device(device, 0), torch.bfloat16)
+    return {"executor": found.label or found.name}
 
 
 def plugin() -> dict[str, Any]:
-    """vLLM finds the plugin as a server does."""
+    """vLLM finds the plugin as a server does. Loading it checks all that it leans on in vLLM."""
     from vllm.plugins import load_general_plugins
 
     load_general_plugins()
@@ -25,7 +53,7 @@ def plugin() -> dict[str, Any]:
 
     if "SPECATTN" not in AttentionBackendEnum.__members__:
         return {"error": "vLLM loaded its plugins, and the backend specattn is not among its backends"}
-    return {}
+    return {"says": "loaded, vLLM has all parts that it needs, and the backend is registered"}
 
 
 def config(*serve: str) -> dict[str, Any]:
@@ -93,14 +121,13 @@ def generate(target: str, draft: str) -> dict[str, Any]:
     return {"says": f"the demo pair gave 8 tokens, and its worker read {read:.0%} of the KV cache for them"}
 
 
-PROBES: dict[str, Callable[..., dict[str, Any]]] = {"plugin": plugin, "config": config, "generate": generate}
-
-
 def main(name: str, answer: str, *arguments: str) -> None:
-    end_with_the_parent()
+    engines.end_with_the_parent()
     try:
-        found = PROBES[name](*arguments)
+        found = {"executor": executor, "plugin": plugin, "config": config, "generate": generate}[name](*arguments)
     except Exception as error:
+        from specattn_vllm.causes import summary
+
         found = {"error": summary(error)}
     Path(answer).write_text(json.dumps(found))
 

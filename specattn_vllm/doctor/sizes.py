@@ -25,38 +25,31 @@ def sizes(config: VllmConfig, options: SpecAttnOptions) -> dict[str, Any]:
     """Bytes of buffers, of weights and of a token's KV entries, and what the device has; all of one rank."""
     if not isinstance(options, SketchedDraftOptions):
         return {"unknown": f"buffers of method {options.method} are known once it starts: its log names them"}
-    spec = config.speculative_config
+    spec, parallel, model = config.speculative_config, config.parallel_config, config.model_config
     drafts = spec.num_speculative_tokens if spec is not None else 0
-    model, buffers, kv, sketched, in_windows = config.model_config, {}, 0, 0, 0
-    models, largest = [(model, None)], 0
+    budget = draft_budget_of(options)
+    of_target = budget_of(options, options.shared_budget) if isinstance(options, SketchOptions) else budget
+    models = [(model, options.chooses_by_itself, _sketch(config, options, model, of_target, drafts + 1))]
     if spec is not None and spec.uses_draft_model():
-        models.append((spec.draft_model_config, drafts - 1))
-    for of, ahead in models:
-        chooses = options.chooses_by_itself if ahead is None else options.drafts_by_sketch
-        shape = _shape(config, of, drafts + (1 if ahead is None else 2))
-        budget = draft_budget_of(options)
-        if ahead is None and isinstance(options, SketchOptions):
-            budget = budget_of(options, options.shared_budget)
-        made = _sketch(options, budget, shape, ahead)
-        if chooses:
-            for what, size in made.nbytes.items():
-                buffers[what] = buffers.get(what, 0) + size
-            largest = max(largest, sum(made.nbytes.values()))
-        entries = shape.layers * shape.num_kv_heads
-        kv += entries * 2 * shape.head_size * shape.dtype.itemsize
-        page = 2 * shape.head_size * shape.dtype.itemsize
-        if options.bits_in_cache is not None:
-            sketched += entries * made.layout.token_bytes
-            page += made.layout.token_bytes
-        windowed = of.get_num_layers(config.parallel_config) - shape.layers
-        in_windows += windowed * shape.num_kv_heads * page * _tokens_in_a_window(config, of)
+        draft = spec.draft_model_config
+        of_draft = _sketch(config, options, draft, budget, drafts + 2, steps_ahead=drafts - 1)
+        models.append((draft, options.drafts_by_sketch, of_draft))
+    choosing = [sketch.nbytes for _, chooses, sketch in models if chooses]
+    kv = sketched = in_windows = 0
+    for of, _, sketch in models:
+        codes = sketch.layout.token_bytes if options.bits_in_cache is not None else 0
+        token = 2 * sketch.head_size * sketch.shape.dtype.itemsize + codes
+        kv += sketch.shape.layers * sketch.num_kv_heads * token
+        sketched += sketch.shape.layers * sketch.num_kv_heads * codes
+        windowed = of.get_num_layers(parallel) - sketch.shape.layers
+        in_windows += windowed * sketch.num_kv_heads * token * _tokens_in_a_window(config, of)
     return {
-        "buffers": buffers,
-        "largest": largest,
-        "weights": sum(_weights(of) for of, _ in models) // config.parallel_config.tensor_parallel_size,
-        "kv_per_token": kv + sketched,
+        "buffers": {what: sum(part[what] for part in choosing) for what in (choosing[0] if choosing else ())},
+        "largest": max((sum(part.values()) for part in choosing), default=0),
+        "weights": sum(_weights(of) for of, _, _ in models) // parallel.tensor_parallel_size,
+        "kv_per_token": kv,
         "kv_in_windows": in_windows,
-        "sketch_share": sketched / (kv + sketched),
+        "sketch_share": sketched / kv,
         "max_num_seqs": config.scheduler_config.max_num_seqs,
         "max_model_len": model.max_model_len,
         "room": _room(config),
@@ -71,9 +64,17 @@ def _tokens_in_a_window(config: VllmConfig, model: ModelConfig) -> int:
     return min(longest, (model.get_sliding_window() or 0) - 1 + config.scheduler_config.max_num_batched_tokens)
 
 
-def _shape(config: VllmConfig, model: ModelConfig, query_len: int) -> Shape:
-    parallel = config.parallel_config
-    return Shape(
+def _sketch(
+    config: VllmConfig,
+    options: SketchedDraftOptions,
+    model: ModelConfig,
+    budget: Budget,
+    query_len: int,
+    steps_ahead: int | None = None,
+) -> Sketch:
+    """On no device: its buffers have sizes and no memory."""
+    parallel, cpu = config.parallel_config, torch.device("cpu")
+    shape = Shape(
         layers=full_layers(model, model.get_num_layers(parallel)),
         num_heads=model.get_num_attention_heads(parallel),
         num_kv_heads=model.get_num_kv_heads(parallel),
@@ -83,15 +84,8 @@ def _shape(config: VllmConfig, model: ModelConfig, query_len: int) -> Shape:
         max_num_reqs=config.scheduler_config.max_num_seqs,
         max_model_len=row_width(config.model_config.max_model_len),
     )
-
-
-def _sketch(options: SketchedDraftOptions, budget: Budget, shape: Shape, ahead: int | None) -> Sketch:
-    """On no device: its buffers have sizes and no memory."""
-    cpu = torch.device("cpu")
-    operations = executors.resolve("torch", cpu)
-    return Sketch(
-        operations, budget, options.sketch_bits, shape, Counters(cpu), torch.device("meta"), steps_ahead=ahead
-    )
+    operations, meta = executors.resolve("torch", cpu), torch.device("meta")
+    return Sketch(operations, budget, options.sketch_bits, shape, Counters(cpu), meta, steps_ahead)
 
 
 def _weights(model: ModelConfig) -> int:

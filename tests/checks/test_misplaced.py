@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("vllm")
 
-from specattn_vllm import compat
+from specattn_vllm.compat import start
 from specattn_vllm.misplaced import resembles
 from specattn_vllm.options import OptionsError, owners, refuse_misplaced
 
@@ -93,4 +93,4 @@ def test_it_is_refused_before_what_is_missing_is_filled_in():
 
     asked = EngineArgs(model="target", attention_backend="specattn", additional_config={"method": "vegas"})
     with pytest.raises(OptionsError, match="'method' is an option of 'specattn'"):
-        compat.complete_speculation(asked)
+        start.complete_speculation(asked)

@@ -11,8 +11,8 @@ pytest.importorskip("vllm")
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
-from specattn_vllm import compat
 from specattn_vllm.checks import UnsupportedError
+from specattn_vllm.compat import start
 from specattn_vllm.options import SpecAttnOptions
 
 # On other platforms vLLM itself refuses more processes than there are devices.
@@ -67,7 +67,7 @@ def test_no_number_of_draft_tokens_is_needed(models, offline):
         arguments["spec_model"] = models["draft"]
     # vLLM writes into the dictionary that it is given.
     config = EngineArgs(**copy.deepcopy(arguments), attention_backend="specattn").create_engine_config()
-    assert config.speculative_config.num_speculative_tokens == compat.DEFAULT_DRAFT_LENGTH
+    assert config.speculative_config.num_speculative_tokens == start.DEFAULT_DRAFT_LENGTH
     with pytest.raises(ValueError, match="num_speculative_tokens"):
         EngineArgs(**arguments).create_engine_config()
 
@@ -90,7 +90,7 @@ def test_a_target_that_drafts_for_itself_need_not_be_named_twice(models, method)
     arguments = dict(model=models["target"], additional_config={"specattn": {"method": method}})
     spec = completed(arguments | {"attention_backend": "specattn"})
     assert spec.model == spec.draft_model_config.model == models["target"]
-    assert (spec.method, spec.num_speculative_tokens) == ("draft_model", compat.SELF_DRAFT_LENGTH)
+    assert (spec.method, spec.num_speculative_tokens) == ("draft_model", start.SELF_DRAFT_LENGTH)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_target_with_another_method_s_name_is_refused_with_the_remedy(models, 
 @pytest.mark.parametrize("options", [{}, {"specattn": {}}, {"specattn": {"method": "dense"}}], ids=str)
 def test_other_methods_are_given_no_draft_model(options):
     asked = EngineArgs(model="target", attention_backend="specattn", additional_config=options)
-    compat.complete_speculation(asked)
+    start.complete_speculation(asked)
     assert (asked.spec_model, asked.spec_tokens, asked.spec_method) == (None, None, None)
 
 
@@ -142,5 +142,5 @@ def test_other_backends_are_given_nothing(backend):
         spec_model="draft",
         additional_config={"specattn": {"method": "vegas"}},
     )
-    compat.complete_speculation(asked)
+    start.complete_speculation(asked)
     assert (asked.spec_model, asked.spec_tokens, asked.spec_method) == ("draft", None, None)

@@ -36,12 +36,14 @@ def told(found) -> str:
 
 
 def test_a_broken_installation(monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     monkeypatch.setattr(info, "version_of", lambda name: None)
     assert told(findings.examine((), generate=False)) == SHOWN[0]
 
 
-def test_a_plugin_that_is_left_out():
-    assert told(findings._discovery({"VLLM_PLUGINS": "other"})) == SHOWN[1]
+def test_a_plugin_that_is_left_out(monkeypatch):
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert told(findings.examine((), generate=False)) == SHOWN[1]
 
 
 @pytest.mark.engine
@@ -53,7 +55,7 @@ def test_a_model_that_is_not_served(tmp_path):
 
 
 def test_a_gpu_that_is_too_small(monkeypatch):
-    monkeypatch.setattr(findings, "probe", lambda *_: SIZES)
+    monkeypatch.setattr(findings, "ask", lambda *_: SIZES)
     [_, memory] = findings._engine(("M",))
     assert told([memory]) == SHOWN[3]
     assert len(SHOWN) == 4

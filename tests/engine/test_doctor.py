@@ -25,22 +25,22 @@ def test_buffers_are_those_of_an_engine(engine):
 
 
 def test_the_demo_pair_generates(demo_pair):
-    from specattn_vllm.doctor.findings import probe
+    from specattn_vllm.doctor.probes import ask
 
-    assert "the demo pair gave 8 tokens, and its worker read" in probe("generate", *demo_pair)["says"]
+    assert "the demo pair gave 8 tokens, and its worker read" in ask("generate", *demo_pair)["says"]
 
 
 def test_what_a_server_would_refuse_is_refused(demo_pair):
-    from specattn_vllm.doctor.findings import probe
+    from specattn_vllm.doctor.probes import ask
 
     target, draft = demo_pair
     good = (target, "--speculative-model", draft, "--num-speculative-tokens", "4", "--dtype", "float32")
-    found = probe("config", *good, "--port", "8000", "--api-key", "x")  # of the server too
+    found = ask("config", *good, "--port", "8000", "--api-key", "x")  # of the server too
     assert "can be served: method sketch (approximate), ratio=0.125, drafter: draft_model" in found["says"]
     assert found["room"] > 2**30 and found["weights"] > 10**6
-    refused = probe("config", *good, "--pipeline-parallel-size", "2")
+    refused = ask("config", *good, "--pipeline-parallel-size", "2")
     assert "pipeline_parallel_size = 2" in refused["error"]
-    assert "--no-such-option" in probe("config", *good, "--no-such-option", "2")["error"]
-    other = probe("config", target, "--attention-backend", "CPU_ATTN", "--dtype", "float32")
+    assert "--no-such-option" in ask("config", *good, "--no-such-option", "2")["error"]
+    other = ask("config", target, "--attention-backend", "CPU_ATTN", "--dtype", "float32")
     assert "CPU_ATTN, so the plugin does nothing" in other["error"]
     assert other["remedy"] == "give --attention-backend specattn in its place"
