@@ -7,6 +7,10 @@ padded batch would spend most of its time on padding.
 They read lengths with ``.tolist()``, which waits for the device. So on a GPU they are for tests only.
 """
 
+# ruff: noqa: F401 (each function that is imported here is offered under its name)
+
+from types import FunctionType
+
 from .attention.reference import dense_attention, draft_attention, sparse_attention
 from .bookkeeping.reference import count_reads, count_sampled, load_round, take_selections
 from .selection.reference import (
@@ -27,25 +31,4 @@ from .sketch.reference import (
     score_tokens,
 )
 
-__all__ = [
-    "accumulate_mass",
-    "build_block_tables",
-    "build_page_tables",
-    "carry_thresholds",
-    "count_reads",
-    "count_sampled",
-    "cut_scores",
-    "dense_attention",
-    "dilate_mass",
-    "draft_attention",
-    "encode_keys",
-    "list_pages",
-    "load_round",
-    "mark_rows",
-    "prepare_queries",
-    "score_tokens",
-    "select_top_p",
-    "sparse_attention",
-    "take_selections",
-    "unpack_bits",
-]
+__all__ = [name for name, value in [*globals().items()] if isinstance(value, FunctionType)]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from specattn_vllm.kernels import reference
 from specattn_vllm.kernels.attention import draft_attention as module
 from specattn_vllm.kernels.attention.draft_attention import LaunchConfig, draft_attention
-from specattn_vllm.kernels.selection.accumulate_mass import accumulate_mass
+from specattn_vllm.kernels.selection.mass import accumulate_mass
 
 SCORED_ROWS = pytest.mark.parametrize("per_request", [1, 2], ids=["one scored row", "two scored rows"])
 OPS = pytest.mark.parametrize("op", [draft_attention, reference.draft_attention], ids=["kernel", "reference"])
