@@ -1,7 +1,7 @@
 """PyTorch versions of the kernels. The tests compare the kernels with them, and they run if there is no GPU.
 
-Each is in the folder of its Triton kernel and has the same signature and contract; the kernel's file states the
-contract. Scores and softmax are computed in fp32. The only loops are over requests: requests differ in length, and a
+Each is in the folder of its Triton kernel and has the same signature and contract; the kernel's file states what it
+computes. Scores and softmax are computed in fp32. The only loops are over requests: requests differ in length, and a
 padded batch would spend most of its time on padding.
 
 They read lengths with ``.tolist()``, which waits for the device. So on a GPU they are for tests only.

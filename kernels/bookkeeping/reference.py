@@ -1,7 +1,4 @@
-"""PyTorch versions of ``kernels.py``: the tests compare the kernels with them, and they run if there is no GPU.
-
-``kernels.py`` states shapes, dtypes and padding rules; ``contracts.py`` raises the errors.
-"""
+"""PyTorch versions of ``kernels.py``, with the same contracts."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """The scan for GPUs of compute capability 9.0, in Gluon (``hopper_tile``). It does the same as
-``scores._scores_kernel``; arguments are as in ``scores``.
+``scores._scores_kernel``; arguments are the same, but for two strides.
 """
 
 # ruff: noqa: RUF005 (the compiler does not take (*a, b))
