@@ -1,11 +1,15 @@
 """PyTorch versions of the kernels. The tests compare the kernels with them, and they run if there is no GPU.
 
-Each is in the folder of its Triton kernel and has the same signature and contract; the kernel's file states the
-contract. Scores and softmax are computed in fp32. The only loops are over requests: requests differ in length, and a
+Each is in the folder of its Triton kernel and has the same signature and contract; the kernel's file states what it
+computes. Scores and softmax are computed in fp32. The only loops are over requests: requests differ in length, and a
 padded batch would spend most of its time on padding.
 
 They read lengths with ``.tolist()``, which waits for the device. So on a GPU they are for tests only.
 """
+
+# ruff: noqa: F401 (each function that is imported here is offered under its name)
+
+from types import FunctionType
 
 from .attention.reference import dense_attention, draft_attention, sparse_attention
 from .bookkeeping.reference import count_reads, count_sampled, load_round, take_selections
@@ -27,25 +31,4 @@ from .sketch.reference import (
     score_tokens,
 )
 
-__all__ = [
-    "accumulate_mass",
-    "build_block_tables",
-    "build_page_tables",
-    "carry_thresholds",
-    "count_reads",
-    "count_sampled",
-    "cut_scores",
-    "dense_attention",
-    "dilate_mass",
-    "draft_attention",
-    "encode_keys",
-    "list_pages",
-    "load_round",
-    "mark_rows",
-    "prepare_queries",
-    "score_tokens",
-    "select_top_p",
-    "sparse_attention",
-    "take_selections",
-    "unpack_bits",
-]
+__all__ = [name for name, value in [*globals().items()] if isinstance(value, FunctionType)]

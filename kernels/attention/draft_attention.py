@@ -14,21 +14,6 @@ consecutive, and ``accumulate_mass`` handles C * Hq heads in the same way as Hq.
 The query rows of a request and the query heads of a KV head share one tile, so each key is read once for all of them.
 The scores are stored during attention, so capturing needs no further pass over the keys. Split-KV over the context.
 
-query            [T, Hq, D]     float32, float16 or bfloat16; D is 64 or 128; requests one after another
-kv_cache         [B, H, N, 2D]  query's dtype, any strides but the last (1): key = [..., :D], value = [..., D:]
-block_table      [R, nb]        int32; entries past ceil(seq_len / N) are stale and never followed
-seq_lens         [R]            int32, keys that the last token of the request sees; at most nb * N and the width L
-query_start_loc  [R + 1]        int32; q_len may be 0. Rows of ``out`` after the last request stay untouched
-scale            float          multiplies query . key
-out              [T, Hq, D]     query's dtype; None if only scores or lse are wanted: then no values are read
-scored_rows      [R, C]         int64, a row of the request in ``query``, or -1: its scores and lse stay untouched. C is
-                                1 or 2; the two may be one row, whose scores are then written twice
-scores           [R, C * Hq, L] float32 or bfloat16, or None
-lse              [R, C * Hq]    float32, natural logarithm; required with scores
-max_query_len    int            bound of q_len; meant for up to 16; larger is correct but reads the keys several times
-requests         [A]            int64, the requests to work on, each once, -1: none; the outputs of all other requests
-                                stay untouched. None: all requests. The grid depends on A
-
 ``requests`` is for batches in which few requests have work, as in an audit. Without it, a row without scored rows and
 output still takes its programs, and the keys are cut into as many parts as suit a full batch.
 
@@ -41,29 +26,61 @@ from __future__ import annotations
 import torch
 import triton
 
-from ..contracts import head_size
+from ..contracts import checked, head_size
 from . import contracts
-from .draft_combine import combine_tokens
-from .draft_config import FP32_CONFIG, LaunchConfig, launch_config
-from .draft_kernel import draft_kernel
-from .split_kv import COMBINE_ELEMENTS, num_splits
+from .draft_kernel import combine_tokens, draft_kernel
+from .split_kv import LaunchConfig, num_splits, strides
 
 # Rows of a tile. With 128 rows, the accumulator of head size 128 takes half the registers of 8 warps.
 MAX_BLOCK_M = 128
 FP32_MAX_BLOCK_M = 16
+# Elements of the parts that one program of the combine kernel holds: 32 registers of each of its threads.
+COMBINE_ELEMENTS = 4096
+
+# By (head size, tile rows), on an H200 with 16 requests of 32k. Marked *: the best of 24 to 72 configurations, bf16
+# scores, 2026-11-22: (64, 16) 4 query heads per KV head, 1 query row: 0.280 ms (0.282 before); (64, 32) 7 query rows:
+# 0.298 ms (0.348 before; most of the gain by `SMALL_DOT`); (128, 16) 2 query heads: 1 row 0.514 ms (0.522), 7 rows
+# 0.519 ms (0.526). Marked +: the best of 8 to 11, fp32 scores, 8 query heads, 7 rows, 2026-11-26: 0.364 ms (no other
+# was 1% faster) and 0.746 ms (0.757). With one query head per KV head, tiles have 16 rows, and no configuration was
+# faster (docs/results/h200-draft-sweep.json). The others are not measured but reasoned: 48 to 64 KiB of keys and values
+# in flight, two to four programs at once. (128, 32) also serves a verification of 6 rows with two scored ones (4 query
+# heads per KV head): its second product costs 8 registers per thread and none spills (176 registers, compiled for
+# sm_90), so two programs still fit.
+CONFIGS = {
+    (64, 16): LaunchConfig(128, 8, 3, 4),  # *
+    (64, 32): LaunchConfig(64, 4, 3, 4),  # *
+    (64, 64): LaunchConfig(64, 4, 3, 4),  # +
+    (64, 128): LaunchConfig(64, 8, 4, 4),
+    (128, 16): LaunchConfig(128, 8, 3, 2),  # *
+    (128, 32): LaunchConfig(64, 4, 3, 4),
+    (128, 64): LaunchConfig(32, 4, 4, 2),  # +
+    (128, 128): LaunchConfig(32, 8, 4, 4),
+}
+# If a launch has at most this many programs before splitting, half as many parts are better: the best of 28 to 33 on an
+# H200, 4 requests of 32k (1 of 128k), fp32 scores, 2026-11-26: (64, 16) 0.077 ms (0.081 before), (128, 16) 0.138
+# (0.142). For 16 requests of 32k they are as good as those above (docs/results/h200-draft-sweep.json).
+FEW_PROGRAMS = 128
+FEW_CONFIGS = {
+    (64, 16): LaunchConfig(128, 8, 3, 2),
+    (128, 16): LaunchConfig(64, 4, 3, 2),
+}
+# fp32 is for tests: exact products do not run on tensor cores, and take their operands from registers.
+FP32_CONFIG = LaunchConfig(32, 8, 2, 2)
 
 
+def launch_config(head_size: int, block_m: int, programs: int = FEW_PROGRAMS + 1) -> LaunchConfig:
+    """The tuned configuration for 16-bit inputs. programs: requests x KV heads x tiles of query rows."""
+    few = FEW_CONFIGS.get((head_size, block_m)) if programs <= FEW_PROGRAMS else None
+    return few or CONFIGS[head_size, block_m]
+
+
+@checked(contracts.draft_attention)
 def draft_attention(
-    query: torch.Tensor, kv_cache: torch.Tensor, block_table: torch.Tensor, seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor, scale: float, out: torch.Tensor | None,
-    scored_rows: torch.Tensor | None = None, scores: torch.Tensor | None = None, lse: torch.Tensor | None = None,
-    max_query_len: int = 1, requests: torch.Tensor | None = None, *, config: LaunchConfig | None = None,
+    query, kv_cache, block_table, seq_lens, query_start_loc, scale, out, scored_rows=None, scores=None, lse=None,
+    max_query_len=1, requests=None, *, config: LaunchConfig | None = None,
 ) -> None:  # fmt: skip
-    """Launch on the current stream, without waiting for the device; arguments as in the module's text. Temporary
-    memory for the parts comes from torch's allocator, under CUDA graph capture from the graph's own pool."""
-    contracts.draft_attention(
-        query, kv_cache, block_table, seq_lens, query_start_loc, out, scored_rows, scores, lse, max_query_len, requests
-    )  # fmt: skip
+    """Temporary memory for the parts comes from torch's allocator, under CUDA graph capture from the graph's own pool.
+    config: None chooses one by dtype and shapes."""
     tokens, query_heads, size = query.shape
     head_size(size)
     rows = (seq_lens if requests is None else requests).shape[0]
@@ -71,42 +88,28 @@ def draft_attention(
         return
     heads, block_size = kv_cache.shape[1:3]
     group = query_heads // heads
-    scored = scored_rows is not None and lse is not None
-    scored_tokens = scored_rows.shape[1] if scored else 1
+    scored_tokens = 1 if lse is None else scored_rows.shape[1]
     tile_rows = group * (max_query_len if out is not None else scored_tokens)
     exact = query.dtype == torch.float32
     block_m = min(max(16, triton.next_power_of_2(tile_rows)), FP32_MAX_BLOCK_M if exact else MAX_BLOCK_M)
     tiles = triton.cdiv(tile_rows, block_m)
-    if config is None:
-        programs = rows * heads * tiles
-        config = FP32_CONFIG if exact else launch_config(size, block_m, programs)
-    longest = block_table.shape[1] * block_size
-    splits = num_splits(rows * heads * tiles, longest, config.block_n, query.device, config.waves)
-    # Unused pointers must still be pointers, with a dtype that the kernel can name.
-    parts = (tokens if out is not None else rows * scored_tokens) if splits > 1 else 1
-    part_lse = torch.empty(parts, query_heads, splits, dtype=torch.float32, device=query.device)
-    part_acc = part_lse if out is None or splits == 1 else part_lse.new_empty(*part_lse.shape, size)
-    listed = requests is not None
-    none = part_lse
+    programs = rows * heads * tiles
+    config = config or (FP32_CONFIG if exact else launch_config(size, block_m, programs))
+    splits = num_splits(programs, block_table.shape[1] * block_size, config, query.device)
+    part_lse = part_acc = None
+    if splits > 1:
+        parts = tokens if out is not None else rows * scored_tokens
+        part_lse = torch.empty(parts, query_heads, splits, dtype=torch.float32, device=query.device)
+        part_acc = None if out is None else part_lse.new_empty(*part_lse.shape, size)
     # The small product helps only beside a larger tile. With several tiles, each would write the same scores again.
     small_dot = scores is not None and out is not None and block_m > 16 and tiles == 1 and scored_tokens * group <= 16
-    shared = {
-        "HEADS": heads, "GROUP": group, "C": scored_tokens, "D": size, "SPLITS": splits,
-        "HAS_OUT": out is not None, "SCORED": scored, "SOME": listed,
-    }  # fmt: skip
-    tail = (
-        scored_rows.stride(0) if scored else 0, *((0, 0) if out is None else out.stride()[:2]),
-        0 if lse is None else lse.stride(0),
-    )  # fmt: skip
+    shared = {"HEADS": heads, "GROUP": group, "C": scored_tokens, "D": size, "SPLITS": splits}
+    tail = (*strides(scored_rows, 1), *strides(out, 2), *strides(lse, 1))
     draft_kernel[(heads * tiles, splits, rows)](
-        query, kv_cache, block_table, seq_lens, query_start_loc, requests if listed else seq_lens,
-        scored_rows if scored else seq_lens,
-        none if scores is None else scores, none if out is None else out, none if lse is None else lse,
+        query, kv_cache, block_table, seq_lens, query_start_loc, requests, scored_rows, scores, out, lse,
         part_acc, part_lse, scale,
-        *query.stride()[:2], *kv_cache.stride()[:3], block_table.stride(0),
-        *((0, 0) if scores is None else scores.stride()[:2]), *tail,
-        BLOCK_SIZE=block_size, TILES=tiles, BLOCK_M=block_m, BLOCK=config.block_n,
-        HAS_SCORES=scores is not None, SMALL_DOT=small_dot, **shared,
+        *strides(query, 2), *strides(kv_cache, 3), block_table.stride(0), *strides(scores, 2), *tail,
+        BLOCK_SIZE=block_size, TILES=tiles, BLOCK_M=block_m, BLOCK=config.block_n, SMALL_DOT=small_dot, **shared,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits == 1:
@@ -114,7 +117,6 @@ def draft_attention(
     total_rows = query_heads * (max_query_len if out is not None else scored_tokens)
     per_program = min(max(1, COMBINE_ELEMENTS // (splits * size)), triton.next_power_of_2(total_rows))
     combine_tokens[(triton.cdiv(total_rows, per_program), rows)](
-        part_acc, part_lse, query_start_loc, requests if listed else seq_lens, scored_rows if scored else seq_lens,
-        none if out is None else out, none if lse is None else lse, *tail,
+        part_acc, part_lse, query_start_loc, requests, scored_rows, out, lse, *tail,
         ROWS=per_program, **shared, num_warps=4,
     )  # fmt: skip

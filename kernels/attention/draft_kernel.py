@@ -1,12 +1,22 @@
-"""The kernel of ``draft_attention``. The file of that name states what it computes and has the launcher."""
+"""The kernels of ``draft_attention``: attention to a part of the keys, and the combination of the parts. The file of
+that name states what they compute, and launches them.
+
+Scored token c of a request and head i of KV head h are row (h * C + c) * GROUP + i of ``scores`` and ``lse``.
+"""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from .draft_combine import scored_token
 from .split_kv import log_norm
+
+
+@triton.jit
+def _scored_token(scored_rows, c, begin, q_len, C: tl.constexpr):
+    """Index of scored token c within its request, or -1. ``c`` may be a vector and may be out of range."""
+    token = (tl.load(scored_rows + c, mask=c < C, other=-1) - begin).to(tl.int32)
+    return tl.where((token >= 0) & (token < q_len), token, -1)
 
 
 @triton.jit
@@ -48,16 +58,18 @@ def draft_kernel(
     stride_qt, stride_qh, stride_b, stride_h, stride_n, stride_tr, stride_sr, stride_sh, stride_wr, stride_ot,
     stride_oh, stride_lr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr, HAS_OUT: tl.constexpr,
-    SCORED: tl.constexpr, HAS_SCORES: tl.constexpr, SMALL_DOT: tl.constexpr, SOME: tl.constexpr,
+    SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr,
+    SMALL_DOT: tl.constexpr,
 ):  # fmt: skip
+    HAS_OUT: tl.constexpr = out is not None
+    SCORED: tl.constexpr = lse is not None
     # Heads vary fastest: the heads of a token are neighbours in vLLM's cache, so they should run at the same time.
     head = tl.program_id(0) // TILES
     tile = tl.program_id(0) % TILES
     split = tl.program_id(1)
     entry = tl.program_id(2).to(tl.int64)
     r = entry
-    if SOME:
+    if requests is not None:
         r = tl.load(requests + entry)
         if r < 0:
             return
@@ -69,7 +81,8 @@ def draft_kernel(
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     q_head = head * GROUP + m % GROUP
     scored_row = head * (C * GROUP)  # the first one of this KV head in ``scores`` and ``lse``
-    wanted = scored_rows + r * stride_wr
+    if SCORED:
+        wanted = scored_rows + r * stride_wr
     if HAS_OUT:
         i = m // GROUP
         live = i < q_len
@@ -79,11 +92,11 @@ def draft_kernel(
         part = (token * (HEADS * GROUP) + q_head) * SPLITS + split
         if SCORED:
             # Both scored tokens may be the same, so each has its own mask over the rows of the tile.
-            is_first = live & (i == scored_token(wanted, 0, begin, q_len, C))
-            is_second = live & (i == scored_token(wanted, C - 1, begin, q_len, C))
+            is_first = live & (i == _scored_token(wanted, 0, begin, q_len, C))
+            is_second = live & (i == _scored_token(wanted, C - 1, begin, q_len, C))
             scored_row += m % GROUP
     else:
-        i = scored_token(wanted, m // GROUP, begin, q_len, C)
+        i = _scored_token(wanted, m // GROUP, begin, q_len, C)
         live = i >= 0
         if tl.max(i, 0) < 0:
             return
@@ -117,12 +130,12 @@ def draft_kernel(
         if C == 1:
             # All rows of one token have the same bound. With a bound for each row in the store's mask, the whole kernel
             # takes 1.5 times as long: 7 query rows of 4 heads, 0.429 ms instead of 0.293 (H200, 16 x 32k, fp32 scores).
-            only = scored_token(wanted, 0, begin, q_len, C)
+            only = _scored_token(wanted, 0, begin, q_len, C)
             live_scored = m_scored < tl.where(only >= 0, GROUP, 0)
             visible_scored = length - (q_len - 1 - only)
             token_scored = (begin + tl.maximum(only, 0)).to(tl.int64)
         else:
-            i_scored = scored_token(wanted, m_scored // GROUP, begin, q_len, C)
+            i_scored = _scored_token(wanted, m_scored // GROUP, begin, q_len, C)
             live_scored = i_scored >= 0
             visible_scored = (length - (q_len - 1 - i_scored))[:, None]
             token_scored = (begin + i_scored).to(tl.int64)[:, None]
@@ -132,7 +145,7 @@ def draft_kernel(
             mask=live_scored[:, None],
             other=0.0,
         )
-    elif HAS_SCORES:
+    elif scores is not None:
         where = scores + r * stride_sr + scored_row.to(tl.int64) * stride_sh
 
     # Block ids are loaded one step ahead, into loop-carried registers. So loads of keys never wait for them, and the
@@ -151,7 +164,7 @@ def draft_kernel(
         pair = keys + row[:, None] + d[None, :]
         k = tl.load(pair, mask=inside[:, None], other=0.0)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        if HAS_SCORES:
+        if scores is not None:
             if SMALL_DOT:
                 value = (tl.dot(q_scored, tl.trans(k), input_precision="ieee") * scale).to(scores.dtype.element_ty)
                 tl.store(where[:, None] + j[None, :], value, mask=live_scored[:, None] & (j[None, :] < visible_scored))
@@ -189,3 +202,60 @@ def draft_kernel(
         if HAS_OUT:
             row_of_out = out + token[:, None] * stride_ot + q_head[:, None] * stride_oh
             tl.store(row_of_out + d[None, :], acc.to(out.dtype.element_ty), mask=live[:, None])
+
+
+@triton.jit
+def combine_tokens(
+    part_acc, part_lse, query_start_loc, requests, scored_rows, out, lse, stride_wr, stride_ot, stride_oh, stride_lr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """Each program writes ROWS rows of a request: ``out``, and ``lse`` of scored rows.
+
+    With ``out``, a row is a query token and a query head, and the parts are [T, Hq, SPLITS]. Without it, it is a row of
+    ``lse``, and the parts are [R, C * Hq, SPLITS]; R counts the entries of ``requests``. Parts exist only for scored
+    tokens then.
+    """
+    entry = tl.program_id(1).to(tl.int64)
+    r = entry
+    if requests is not None:
+        r = tl.load(requests + entry)
+        if r < 0:
+            return
+    first = tl.program_id(0) * ROWS
+    begin = tl.load(query_start_loc + r)
+    q_len = tl.load(query_start_loc + r + 1) - begin
+    row = first + tl.arange(0, ROWS)
+    if out is not None:
+        if first >= q_len * HEADS * GROUP:
+            return
+        i = row // (HEADS * GROUP)
+        live = i < q_len
+        h = row % (HEADS * GROUP)
+        token = (begin + i).to(tl.int64)
+        part = token * (HEADS * GROUP) + h
+    else:
+        i = _scored_token(scored_rows + r * stride_wr, row // GROUP % C, begin, q_len, C)
+        live = (row < HEADS * C * GROUP) & (i >= 0)
+        part = entry * (HEADS * C * GROUP) + row
+    part = part[:, None] * SPLITS + tl.arange(0, SPLITS)[None, :]
+    part_log = tl.load(part_lse + part, mask=live[:, None], other=float("-inf"))
+    top = tl.max(part_log, 1)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp(part_log - safe[:, None])
+    norm = tl.sum(weight, 1)
+    if out is not None:
+        d = tl.arange(0, D)
+        # The accumulator of a part without keys was never written.
+        some = part_log > float("-inf")
+        acc = tl.load(part_acc + part[:, :, None] * D + d[None, None, :], mask=some[:, :, None], other=0.0)
+        result = tl.sum(acc * weight[:, :, None], 1) / tl.where(norm > 0.0, norm, 1.0)[:, None]
+        where = out + token[:, None] * stride_ot + h[:, None] * stride_oh + d[None, :]
+        tl.store(where, result.to(out.dtype.element_ty), mask=live[:, None])
+        if lse is not None:
+            for c in tl.static_range(C):
+                chosen = live & (i == _scored_token(scored_rows + r * stride_wr, c, begin, q_len, C))
+                row_of_lse = (h // GROUP * C + c) * GROUP + h % GROUP
+                tl.store(lse + r * stride_lr + row_of_lse, log_norm(safe, norm), mask=chosen)
+    else:
+        tl.store(lse + r * stride_lr + row, log_norm(safe, norm), mask=live)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from ..contracts import FLOATS, group_size, tensor
+from ..contracts import checked
 from . import contracts
 
 
@@ -26,14 +26,11 @@ def _gather(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.
     return picked.transpose(0, 1).flatten(1, 2)[:, :length]
 
 
+@checked(contracts.draft_attention)
 def draft_attention(
     query, kv_cache, block_table, seq_lens, query_start_loc, scale, out, scored_rows=None, scores=None, lse=None,
     max_query_len=1, requests=None,
 ) -> None:  # fmt: skip
-    """Attention of a draft step that also stores scores. See ``draft_attention.draft_attention``."""
-    contracts.draft_attention(
-        query, kv_cache, block_table, seq_lens, query_start_loc, out, scored_rows, scores, lse, max_query_len, requests
-    )
     query_heads, size = query.shape[1:]
     heads, block_size = kv_cache.shape[1:3]
     group = query_heads // heads
@@ -77,11 +74,10 @@ def draft_attention(
             out[begin:end].view(n, heads, group, size).copy_(result.view(heads, n, group, size).transpose(0, 1))
 
 
+@checked(contracts.sparse_attention)
 def sparse_attention(query, kv_cache, page_table, kept, query_start_loc, scale, out, max_query_len, lse=None) -> None:
-    """Attention over the entries of a page table. See ``sparse_attention.sparse_attention``."""
-    head_rows = contracts.sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, max_query_len, lse)
     query_heads, size = query.shape[1:]
-    heads = kv_cache.shape[1]
+    heads, head_rows = kv_cache.shape[1], kv_cache.stride(1) // (2 * size)
     group = query_heads // heads
     last = sum((n - 1) * stride for n, stride in zip(kv_cache.shape[:3], kv_cache.stride()[:3], strict=True))
     kv_pages = kv_cache.as_strided((last // (2 * size) + 1, 2 * size), (2 * size, 1))
@@ -124,21 +120,11 @@ def sparse_attention(query, kv_cache, page_table, kept, query_start_loc, scale, 
             lse[begin:end].unflatten(1, (heads, group))[:, pick] = total
 
 
+@checked(contracts.dense_attention)
 def dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, scale, out) -> None:
-    """Dense causal attention of ragged query rows over the paged cache, in the query dtype. Has no Triton version.
-
-    query, out [T, Hq, D]; kv_cache [B, H, N, 2D]; block_table [R, nb] int32; seq_lens [R] int32, the new tokens
-    included; query_start_loc [R + 1] int32. Query token i of the q_len tokens of request r attends positions
-    0..seq_len - q_len + i. The ``out`` rows of a request with no query token or with seq_len 0 stay untouched.
-    """
-    tensor("query", query, (None, None, None), FLOATS)
-    tokens, query_heads, size = query.shape
-    tensor("kv_cache", kv_cache, (None, None, None, 2 * size), query.dtype, query.device)
-    group_size(query_heads, kv_cache.shape[1], "kv_cache")
-    tensor("block_table", block_table, (None, None), torch.int32, query.device)
-    tensor("seq_lens", seq_lens, (block_table.shape[0],), torch.int32, query.device)
-    tensor("query_start_loc", query_start_loc, (block_table.shape[0] + 1,), torch.int32, query.device)
-    tensor("out", out, (tokens, query_heads, size), query.dtype, query.device)
+    """Dense causal attention of ragged query rows over the paged cache, in the query dtype. Query token i of the q_len
+    tokens of request r attends positions 0..seq_len - q_len + i. Has no Triton version."""
+    size = query.shape[2]
     block_size = kv_cache.shape[2]
     starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
     for r in range(len(lengths)):

@@ -10,44 +10,17 @@ A page is the key and value of one token and one head: a row of 2D elements. Pag
 cache. Attention is causal, aligned to the bottom right: the last q_len entries of a table row are the new tokens, in
 order. The query rows of a request and the query heads of a KV head are packed into one tile, so each key is read once
 for all of them. Split-KV over the entries.
-
-query            [T, Hq, D]     float32, float16 or bfloat16; D is 64 or 128; requests one after another
-kv_cache         [B, H, N, 2D]  query's dtype; last stride 1, the others multiples of 2D; K = [..., :D], V = [..., D:]
-page_table       [R, G, width]  int32, G is 1 or H; entries past kept are undefined and never followed
-kept             [R, G]         int32; 0 or less = this (request, group) is left to another executor
-query_start_loc  [R + 1]        int32; q_len may be 0
-scale            float          multiplies query . key
-out              [T, Hq, D]     query's dtype; rows of a (request, head) with kept <= 0 are left untouched. A token that
-                                sees no entry, which no valid table has, gets zeros
-max_query_len    int            bound of q_len; meant for up to about 16; larger is correct but slow
-lse              [T, Hq]        float32, natural logarithm, or None; -inf for a token that sees no entry
-
-The Triton version also takes ``config``, a ``LaunchConfig``; None picks one by dtype and shapes.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from ..contracts import head_size
+from ..contracts import checked, head_size
 from . import contracts
-from .split_kv import combine_splits, log_norm, num_splits, split_range
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """Parameters to tune. They change results only by the order of summation."""
-
-    block_m: int  # least number of query rows in a tile, padded with rows that are dropped; tl.dot needs at least 16
-    block_n: int  # entries gathered per step
-    num_warps: int
-    num_stages: int  # depth of the pipeline; page ids take half of it, because keys can only be loaded after them
-    waves: int  # programs wanted per multiprocessor: rows differ in length, and the longest one sets the pace
-
+from .split_kv import LaunchConfig, log_norm, num_splits, strides
 
 # The accumulator of a taller tile would spill. Further rows get tiles of their own, which read the keys again.
 MAX_BLOCK_M = 64
@@ -61,18 +34,13 @@ MAX_BLOCK_M = 64
 # 36%; steps of 32 or 128 entries 8 and 12%; waves of 2 or 3, 23 to 27%; waves of 8, 9% (45% for 64x4k); tiles of 64
 # rows twice the time. 2 or 4 stages, and waves of 6, are equal within 2%.
 CONFIGS = {
-    (64, False): LaunchConfig(block_m=16, block_n=64, num_warps=2, num_stages=3, waves=4),
-    (64, True): LaunchConfig(block_m=64, block_n=128, num_warps=4, num_stages=3, waves=4),
-    (128, False): LaunchConfig(block_m=16, block_n=64, num_warps=2, num_stages=3, waves=4),
-    (128, True): LaunchConfig(block_m=64, block_n=64, num_warps=4, num_stages=3, waves=4),
+    (64, False): LaunchConfig(block_n=64, num_warps=2, num_stages=3, waves=4),
+    (64, True): LaunchConfig(block_n=128, num_warps=4, num_stages=3, waves=4),
+    (128, False): LaunchConfig(block_n=64, num_warps=2, num_stages=3, waves=4),
+    (128, True): LaunchConfig(block_n=64, num_warps=4, num_stages=3, waves=4),
 }
 # For tests only: it runs without tensor cores and only has to fit.
-FP32_CONFIG = LaunchConfig(block_m=16, block_n=32, num_warps=8, num_stages=2, waves=2)
-
-
-def default_config(query: torch.Tensor, query_rows: int) -> LaunchConfig:
-    """The configuration if ``sparse_attention`` is given none; query_rows: query tokens of a request x Hq / H."""
-    return FP32_CONFIG if query.element_size() == 4 else CONFIGS[query.shape[2], query_rows > 32]
+FP32_CONFIG = LaunchConfig(block_n=32, num_warps=8, num_stages=2, waves=2)
 
 
 @triton.jit
@@ -81,7 +49,7 @@ def _sparse_kernel(
     stride_qt, stride_qh, stride_tr, stride_th, stride_kr, stride_kh, stride_ot, stride_oh, stride_lt,
     head_rows, num_query_heads,
     GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK: tl.constexpr, HAS_LSE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     # Heads vary fastest: in the usual layout the heads of a token are neighbours in memory.
     head = tl.program_id(0) // TILES
@@ -93,7 +61,10 @@ def _sparse_kernel(
     count = tl.load(kept + r * stride_kr + head * stride_kh)
     if (count <= 0) | (tile * BLOCK_M >= q_len * GROUP):
         return
-    lo, hi = split_range(count, split, SPLITS, BLOCK)
+    # Parts are whole blocks, so that only the last one has a ragged end.
+    per_split = tl.cdiv(tl.cdiv(count, SPLITS), BLOCK) * BLOCK
+    lo = tl.minimum(split * per_split, count)
+    hi = tl.minimum(lo + per_split, count)
 
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, D)
@@ -136,7 +107,7 @@ def _sparse_kernel(
     if SPLITS == 1:
         here = out + token[:, None] * stride_ot + q_head[:, None] * stride_oh + d[None, :]
         tl.store(here, acc.to(out.dtype.element_ty), mask=live[:, None])
-        if HAS_LSE:
+        if lse is not None:
             tl.store(lse + token * stride_lt + q_head, total, mask=live)
     else:
         part = (token * num_query_heads + q_head) * SPLITS + split
@@ -149,7 +120,7 @@ def _sparse_kernel(
 def _combine_kernel(
     part_acc, part_lse, kept, query_start_loc, out, lse,
     stride_kr, stride_kh, stride_ot, stride_oh, stride_lt, num_query_heads,
-    GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, HAS_LSE: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     h = tl.program_id(0)
     r = tl.program_id(1).to(tl.int64)
@@ -160,20 +131,28 @@ def _combine_kernel(
         return
     token = (begin + i).to(tl.int64)
     part = (token * num_query_heads + h) * SPLITS
-    result, total = combine_splits(part_acc + part * D, part_lse + part, D, 1, SPLITS, D, True)
-    tl.store(out + token * stride_ot + h * stride_oh + tl.arange(0, D), result.to(out.dtype.element_ty))
-    if HAS_LSE:
-        tl.store(lse + token * stride_lt + h, total)
+    s = tl.arange(0, SPLITS)
+    d = tl.arange(0, D)
+    part_log = tl.load(part_lse + part + s)
+    top = tl.max(part_log, 0)
+    safe = tl.where(top == float("-inf"), 0.0, top)
+    weight = tl.exp(part_log - safe)
+    norm = tl.sum(weight, 0)
+    some = part_log > float("-inf")
+    acc = tl.load(part_acc + part * D + s[:, None] * D + d[None, :], mask=some[:, None], other=0.0)
+    result = tl.sum(acc * weight[:, None], 0) / tl.where(norm > 0.0, norm, 1.0)
+    tl.store(out + token * stride_ot + h * stride_oh + d, result.to(out.dtype.element_ty))
+    if lse is not None:
+        tl.store(lse + token * stride_lt + h, log_norm(safe, norm))
 
 
+@checked(contracts.sparse_attention)
 def sparse_attention(
-    query: torch.Tensor, kv_cache: torch.Tensor, page_table: torch.Tensor, kept: torch.Tensor,
-    query_start_loc: torch.Tensor, scale: float, out: torch.Tensor, max_query_len: int,
-    lse: torch.Tensor | None = None, config: LaunchConfig | None = None,
+    query, kv_cache, page_table, kept, query_start_loc, scale, out, max_query_len, lse=None,
+    config: LaunchConfig | None = None,
 ) -> None:  # fmt: skip
-    """Launch on the current stream, without waiting for the device; arguments as in the module's text. Temporary
-    memory for the parts comes from torch's allocator, under CUDA graph capture from the graph's own pool."""
-    head_rows = contracts.sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, max_query_len, lse)
+    """Temporary memory for the parts comes from torch's allocator, under CUDA graph capture from the graph's own pool.
+    config: None chooses one by dtype and shapes."""
     tokens, query_heads, size = query.shape
     head_size(size)
     rows, groups, width = page_table.shape
@@ -181,30 +160,28 @@ def sparse_attention(
         return
     heads = kv_cache.shape[1]
     group = query_heads // heads
-    config = config or default_config(query, max_query_len * group)
-    if groups == 1:
-        table_stride, kept_stride = 0, 0
-    else:
-        head_rows, table_stride, kept_stride = 0, page_table.stride(1), kept.stride(1)
-    block_m = max(config.block_m, min(triton.next_power_of_2(max_query_len * group), MAX_BLOCK_M))
+    exact = query.dtype == torch.float32
+    config = config or (FP32_CONFIG if exact else CONFIGS[size, max_query_len * group > 32])
+    shared = groups < heads
+    head_rows = kv_cache.stride(1) // (2 * size) if shared else 0
+    table_stride, kept_stride = (0, 0) if shared else (page_table.stride(1), kept.stride(1))
+    block_m = max(16, min(triton.next_power_of_2(max_query_len * group), MAX_BLOCK_M))
     tiles = triton.cdiv(max_query_len * group, block_m)
-    splits = num_splits(rows * heads * tiles, width, config.block_n, query.device, config.waves)
-    # Without parts the pointers are unused, but must still be pointers.
-    part_lse = part_acc = out
+    splits = num_splits(rows * heads * tiles, width, config, query.device)
+    part_lse = part_acc = None
     if splits > 1:
         part_lse = torch.empty(tokens, query_heads, splits, dtype=torch.float32, device=query.device)
         part_acc = part_lse.new_empty(tokens, query_heads, splits, size)
-    total, total_stride = (kept, 0) if lse is None else (lse, lse.stride(0))
     _sparse_kernel[(heads * tiles, rows, splits)](
-        query, kv_cache, page_table, kept, query_start_loc, out, total, part_acc, part_lse,
+        query, kv_cache, page_table, kept, query_start_loc, out, lse, part_acc, part_lse,
         scale * 1.4426950408889634, *query.stride()[:2], page_table.stride(0), table_stride,
-        kept.stride(0), kept_stride, *out.stride()[:2], total_stride, head_rows, query_heads,
+        kept.stride(0), kept_stride, *out.stride()[:2], *strides(lse, 1), head_rows, query_heads,
         GROUP=group, D=size, SPLITS=splits, TILES=tiles, BLOCK_M=block_m, BLOCK=config.block_n,
-        HAS_LSE=lse is not None, num_warps=config.num_warps, num_stages=config.num_stages,
+        num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(query_heads, rows, max_query_len)](
-            part_acc, part_lse, kept, query_start_loc, out, total,
-            kept.stride(0), kept_stride, *out.stride()[:2], total_stride, query_heads,
-            GROUP=group, D=size, SPLITS=splits, HAS_LSE=lse is not None, num_warps=1 if splits <= 8 else 4,
+            part_acc, part_lse, kept, query_start_loc, out, lse,
+            kept.stride(0), kept_stride, *out.stride()[:2], *strides(lse, 1), query_heads,
+            GROUP=group, D=size, SPLITS=splits, num_warps=1 if splits <= 8 else 4,
         )  # fmt: skip

@@ -2,51 +2,19 @@
 
 All tensors here are small, and the launches are the main cost. So each operation is a single kernel.
 
-``take_selections``: finds the usable selection of each row, and clears the slots of prefilling rows.
-
-slots            [R]            int64, row of the store; -1 = padded row: usable and stored = -1, nothing is cleared.
-                                Except for -1, no two rows have the same slot
-query_start_loc  [R+1]          int32
-seq_lens         [R]            int32; seq_lens minus the query length is the number of tokens before this step
-prefilling       [R]            bool
-prefix_lens      [num_slots+1]  int32; context length of each selection, or NO_SELECTION. Updated in place: -1 for
-                                prefilling rows. The last slot belongs to no request
-usable           [R]            int32; the slot's length, if it equals the row's number of tokens before this step and
-                                the row does not prefill; else -1
-stored           [R]            int32; the slot's length before this call
-
-``count_reads``: counts the reads of a step's verifying rows. A row verifies if it has a slot and does not prefill.
-
-slots, seq_lens, prefilling, usable, stored  [R]  as above
-kept             [S, R, G]      int32, any outer strides; tokens that each head of group g reads with source s
-layers_of        [S]            int64, number of layers that read source s
-heads, layers, dense_layers     number of KV heads (a multiple of G), of all layers, of dense layers
-out              [5]            int64, written: rows that read a selection, rows without one (stored is NO_SELECTION),
-                                rows whose selection was made for another length, (token, KV head, layer) entries read,
-                                and such entries present
-
-``count_sampled``: total += sum of num_sampled over verified rows.
-
-num_sampled      [R]            int32 or int64
-verified         [R]            bool, or None: all rows
-total            [1]            int64
-
-``load_round``: copies the inputs of a round from ``given`` to ``held``, where a CUDA graph of ``rows`` rows of
-``query_len`` tokens reads them. Rows from ``reqs`` on get idx_mapping -1, and zeros in all other tensors by row or
-token. Tensors may be longer; elements after these stay untouched. Dtypes are those of ``contracts.GIVEN`` and ``HELD``;
-64-bit token ids and counts become 32-bit.
-
-input_ids, positions                              [rows * query_len]; the first reqs * query_len of ``given`` are read
-seq_lens, idx_mapping, num_sampled, num_rejected  [rows]; the first reqs of ``given`` are read
-last_sampled, temperature, seeds                  [slots]: the size of ``held``
+``take_selections`` finds the usable selection of each row, and clears the slots of prefilling rows. ``count_reads``
+counts the reads of a step's verifying rows; a row verifies if it has a slot and does not prefill. ``count_sampled``
+counts the tokens of verified rows. ``load_round`` copies the inputs of a round from ``given`` to ``held``, where a CUDA
+graph of ``rows`` rows of ``query_len`` tokens reads them. Rows from ``reqs`` on get idx_mapping -1, and zeros in all
+other tensors by row or token; 64-bit token ids and counts become 32-bit.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
+from ..contracts import checked
 from . import contracts
 from .contracts import NO_SELECTION, Round
 
@@ -119,12 +87,12 @@ def _count_reads_kernel(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _count_sampled_kernel(num_sampled, verified, total, rows, MASKED: tl.constexpr, BLOCK: tl.constexpr):
+def _count_sampled_kernel(num_sampled, verified, total, rows, BLOCK: tl.constexpr):
     tokens = tl.zeros([BLOCK], tl.int64)
     for start in range(0, rows, BLOCK):
         r = start + tl.arange(0, BLOCK)
         counts = r < rows
-        if MASKED:
+        if verified is not None:
             counts &= tl.load(verified + r, mask=counts, other=0) != 0
         tokens += tl.load(num_sampled + r, mask=counts, other=0).to(tl.int64)
     tl.store(total, tl.load(total) + tl.sum(tokens, 0))
@@ -152,12 +120,8 @@ def _load_round_kernel(
     tl.store(to_seeds + i, tl.load(seeds + i, mask=wanted, other=0), mask=wanted)
 
 
-def take_selections(
-    slots: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor, prefilling: torch.Tensor,
-    prefix_lens: torch.Tensor, usable: torch.Tensor, stored: torch.Tensor,
-) -> None:  # fmt: skip
-    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    contracts.take_selections(slots, query_start_loc, seq_lens, prefilling, prefix_lens, usable, stored)
+@checked(contracts.take_selections)
+def take_selections(slots, query_start_loc, seq_lens, prefilling, prefix_lens, usable, stored) -> None:
     rows = slots.shape[0]
     if rows == 0:
         return
@@ -166,14 +130,8 @@ def take_selections(
     )  # fmt: skip
 
 
-def count_reads(
-    slots: torch.Tensor, seq_lens: torch.Tensor, prefilling: torch.Tensor, usable: torch.Tensor, stored: torch.Tensor,
-    kept: torch.Tensor, layers_of: torch.Tensor, heads: int, layers: int, dense_layers: int, out: torch.Tensor,
-) -> None:  # fmt: skip
-    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    contracts.count_reads(
-        slots, seq_lens, prefilling, usable, stored, kept, layers_of, heads, layers, dense_layers, out
-    )
+@checked(contracts.count_reads)
+def count_reads(slots, seq_lens, prefilling, usable, stored, kept, layers_of, heads, layers, dense_layers, out) -> None:
     sources, rows, groups = kept.shape
     entries = sources * groups
     _count_reads_kernel[(1,)](
@@ -184,18 +142,13 @@ def count_reads(
     )  # fmt: skip
 
 
-def count_sampled(num_sampled: torch.Tensor, verified: torch.Tensor | None, total: torch.Tensor) -> None:
-    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    contracts.count_sampled(num_sampled, verified, total)
-    masked = verified is not None
-    _count_sampled_kernel[(1,)](
-        num_sampled, verified if masked else num_sampled, total, num_sampled.shape[0], MASKED=masked, BLOCK=BLOCK
-    )
+@checked(contracts.count_sampled)
+def count_sampled(num_sampled, verified, total) -> None:
+    _count_sampled_kernel[(1,)](num_sampled, verified, total, num_sampled.shape[0], BLOCK=BLOCK)
 
 
+@checked(contracts.load_round)
 def load_round(given: Round, held: Round, reqs: int, rows: int, query_len: int) -> None:
-    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    contracts.load_round(given, held, reqs, rows, query_len)
     slots = held.seeds.shape[0]
     _load_round_kernel[(triton.cdiv(max(rows * query_len, slots, 1), BLOCK),)](
         *given, *held, reqs, rows, query_len, slots, BLOCK=BLOCK

@@ -1,19 +1,16 @@
-"""PyTorch versions of ``kernels.py``: the tests compare the kernels with them, and they run if there is no GPU.
-
-``kernels.py`` states shapes, dtypes and padding rules; ``contracts.py`` raises the errors.
-"""
+"""PyTorch versions of ``kernels.py``, with the same contracts."""
 
 from __future__ import annotations
 
 import torch
 
+from ..contracts import checked
 from . import contracts
 from .contracts import NO_SELECTION, Round
 
 
+@checked(contracts.take_selections)
 def take_selections(slots, query_start_loc, seq_lens, prefilling, prefix_lens, usable, stored) -> None:
-    """The selection that each row may read. See ``kernels.take_selections``."""
-    contracts.take_selections(slots, query_start_loc, seq_lens, prefilling, prefix_lens, usable, stored)
     ours = slots >= 0
     stored.copy_(torch.where(ours, prefix_lens[slots], -1))
     computed = seq_lens - (query_start_loc[1:] - query_start_loc[:-1])
@@ -21,11 +18,8 @@ def take_selections(slots, query_start_loc, seq_lens, prefilling, prefix_lens, u
     prefix_lens[slots[ours & prefilling]] = -1
 
 
+@checked(contracts.count_reads)
 def count_reads(slots, seq_lens, prefilling, usable, stored, kept, layers_of, heads, layers, dense_layers, out) -> None:
-    """Counts the reads of verification. See ``kernels.count_reads``."""
-    contracts.count_reads(
-        slots, seq_lens, prefilling, usable, stored, kept, layers_of, heads, layers, dense_layers, out
-    )
     verifies = (slots >= 0) & ~prefilling
     sparse, nothing = verifies & (usable >= 0), verifies & (stored == NO_SELECTION)
     per_row = (kept.sum(dim=2, dtype=torch.int64) * layers_of[:, None]).sum(dim=0) * (heads // kept.shape[2])
@@ -40,15 +34,13 @@ def count_reads(slots, seq_lens, prefilling, usable, stored, kept, layers_of, he
     torch.stack(amounts, out=out)
 
 
+@checked(contracts.count_sampled)
 def count_sampled(num_sampled, verified, total) -> None:
-    """Counts the tokens that verified rows produced. See ``kernels.count_sampled``."""
-    contracts.count_sampled(num_sampled, verified, total)
     total += (num_sampled if verified is None else num_sampled * verified).sum()
 
 
+@checked(contracts.load_round)
 def load_round(given: Round, held: Round, reqs: int, rows: int, query_len: int) -> None:
-    """Copies a round's inputs to where a CUDA graph reads them. See ``kernels.load_round``."""
-    contracts.load_round(given, held, reqs, rows, query_len)
     for name, source, target in zip(Round._fields, given, held, strict=True):
         if name in ("last_sampled", "temperature", "seeds"):
             target.copy_(source[: target.shape[0]])

@@ -9,40 +9,22 @@
 
 If there is a new token (prefix_len < seq_len), the sequence's last block is kept and comes last. So the new tokens are
 the last entries, in order, and causal masking needs no positions.
-
-bits         [S, num_slots, 1, W]  int32, as ``select_top_p`` writes them; shared by all heads, as blocks are
-slots        [R]                   int64, row of ``bits`` of each request; -1 = padded row: only kept = 0 is written
-prefix_lens  [R]                   int32; -1 = no selection, keep everything. Positions from 32 * W on have no bit, and
-                                   are kept as if the prefix ended there
-seq_lens     [R]                   int32; 0 = padded row: kept = 0
-block_table  [R, nb]               int32, nb * N >= max(seq_lens); entries past ceil(seq_len / N) are stale, never read
-page_strides                       not used: block ids do not depend on the layout
-page_table   [S, R, 1, width]      int32, width >= ceil(max(seq_lens) / N); any outer strides; entries past the kept
-                                   blocks stay untouched, and nothing is ever written past width
-kept         [S, R, 1]             int32; any strides
-sources, groups                    None: with maps, heads would need different blocks, but a block holds all heads
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
+from ..contracts import checked
 from . import contracts
+from .bit_words import low_bits
 
 # Blocks that one program compacts. Each program also counts the kept blocks before its own, COUNT_BLOCKS per step. Bits
 # are few (4 KiB for 32k tokens), so counting them again is cheaper than a second launch. Not yet measured.
 CHUNK = 512
 COUNT_BLOCKS = 2048
 NUM_WARPS = 4
-
-
-@triton.jit
-def _low_bits(n):
-    """A word with its n lowest bits set: no bits for n <= 0, all bits for n >= 32."""
-    some = (1 << tl.minimum(tl.maximum(n, 0), 31)) - 1
-    return tl.where(n >= 32, -1, some)
 
 
 @triton.jit
@@ -57,7 +39,7 @@ def _kept_blocks(bits, b, blocks, length, prefix, BLOCK_SIZE: tl.constexpr, WORD
         w = first // 32 + i
         inside = selectable & (w * 32 < end)
         word = tl.load(bits + w, mask=inside, other=0)
-        mine = _low_bits(end - w * 32) & ~_low_bits(first - w * 32)
+        mine = low_bits(end - w * 32) & ~low_bits(first - w * 32)
         keep |= inside & ((word & mine) != 0)
     return keep
 
@@ -101,15 +83,11 @@ def _block_table_kernel(
     tl.store(kept, tokens, mask=begin + CHUNK >= blocks)
 
 
+@checked(contracts.build_block_tables)
 def build_block_tables(
-    bits: torch.Tensor, slots: torch.Tensor, prefix_lens: torch.Tensor, seq_lens: torch.Tensor,
-    block_table: torch.Tensor, block_size: int, page_strides: tuple[int, int, int], page_table: torch.Tensor,
-    kept: torch.Tensor, sources: torch.Tensor | None = None, groups: torch.Tensor | None = None,
+    bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept, sources=None,
+    groups=None,
 ) -> None:  # fmt: skip
-    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    contracts.build_block_tables(
-        bits, slots, prefix_lens, seq_lens, block_table, block_size, page_table, kept, sources, groups
-    )
     tables, rows, _, width = page_table.shape
     words = bits.shape[3]
     if tables == 0 or rows == 0:

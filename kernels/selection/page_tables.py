@@ -13,29 +13,14 @@ h * head. With G = H, group g is head g.
 Without maps, table (s, r, g) is made from the bits of source s and group g. With both maps it is made from
 bits[sources[s], slots[r], groups[s, g]], and its pages are still those of head g. So several layers may share the bits
 of a source, and each head of each layer uses one of its groups (Xu et al., arXiv 2605.15508, head map).
-
-bits         [S, num_slots, G, W]  int32, as ``select_top_p`` writes them; without maps G is 1 (shared by all heads) or
-                                   H; with maps any number
-slots        [R]                   int64, row of ``bits`` of each request; -1 = padded row: only kept = 0 is written
-prefix_lens  [R]                   int32; -1 = no selection, keep everything. Positions from 32 * W on have no bit, and
-                                   are kept as if the prefix ended there
-seq_lens     [R]                   int32; 0 = padded row: kept = 0
-block_table  [R, nb]               int32; entries past ceil(seq_len / N) are stale and never read
-page_table   [S, R, G, width]      int32, width >= max(seq_lens); pages in ascending position; entries past kept stay
-                                   untouched, and nothing is ever written past width. With maps [T, R, H, width]
-kept         [S, R, G]             int32; with maps [T, R, H]
-sources      [T]                   int32, 0 to S-1: the source of each table; or None
-groups       [T, H]                int32, 0 to G-1: the group of each table and head; None if and only if sources is
-
-All outer strides are arbitrary.
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
+from ..contracts import checked
 from . import contracts
 from .bit_words import low_bits, popcount
 
@@ -56,31 +41,11 @@ def _kept_words(bits, w, prefix, length):
 
 
 @triton.jit
-def _compact(bits, prefix, length, chunk, CHUNK: tl.constexpr, COUNT_STEP: tl.constexpr):
-    """The positions of one chunk of a row, as (position, column, is kept), each [CHUNK // 32, 32], and the number of
-    positions kept up to the end of the chunk. Every program itself counts the kept positions before its chunk."""
-    first_word = chunk * (CHUNK // 32)
-    counts = tl.zeros([COUNT_STEP], tl.int32)
-    for start in range(0, first_word, COUNT_STEP):
-        w = start + tl.arange(0, COUNT_STEP)
-        counts += popcount(_kept_words(bits, w, prefix, tl.minimum(length, first_word * 32)))
-    before = tl.sum(counts, 0)
-
-    w = first_word + tl.arange(0, CHUNK // 32)
-    word = _kept_words(bits, w, prefix, length)
-    number = popcount(word)
-    word_column = before + tl.cumsum(number, 0) - number
-    lane = tl.arange(0, 32)[None, :]
-    column = word_column[:, None] + popcount(word[:, None] & low_bits(lane))
-    return w[:, None] * 32 + lane, column, ((word[:, None] >> lane) & 1) != 0, before + tl.sum(number, 0)
-
-
-@triton.jit
 def _page_table_kernel(
     bits, slots, prefix_lens, seq_lens, block_table, page_table, kept, sources, groups,
     block_size, per_block, per_head, per_token, words, width, heads,
     stride_bs, stride_bn, stride_bg, stride_tr, stride_ps, stride_pr, stride_pg, stride_ks, stride_kr, stride_kg,
-    stride_gs, CHUNK: tl.constexpr, COUNT_STEP: tl.constexpr, MAPPED: tl.constexpr,
+    stride_gs, CHUNK: tl.constexpr, COUNT_STEP: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     r = (tl.program_id(1) // heads).to(tl.int64)
@@ -97,37 +62,46 @@ def _page_table_kernel(
         return
     prefix = tl.minimum(tl.load(prefix_lens + r), words * 32)
     source, group = s, g
-    if MAPPED:
+    if sources is not None:
         source = tl.load(sources + s).to(tl.int64)
         group = tl.load(groups + s * stride_gs + g).to(tl.int64)
     bits += source * stride_bs + slot * stride_bn + group * stride_bg
-    p, column, keep, count = _compact(bits, prefix, length, chunk, CHUNK, COUNT_STEP)
+
+    # Every program itself counts the kept positions before its chunk.
+    first_word = chunk * (CHUNK // 32)
+    counts = tl.zeros([COUNT_STEP], tl.int32)
+    for start in range(0, first_word, COUNT_STEP):
+        w = start + tl.arange(0, COUNT_STEP)
+        counts += popcount(_kept_words(bits, w, prefix, tl.minimum(length, first_word * 32)))
+    before = tl.sum(counts, 0)
+
+    w = first_word + tl.arange(0, CHUNK // 32)
+    word = _kept_words(bits, w, prefix, length)
+    number = popcount(word)
+    word_column = before + tl.cumsum(number, 0) - number
+    lane = tl.arange(0, 32)[None, :]
+    column = word_column[:, None] + popcount(word[:, None] & low_bits(lane))
+    p = w[:, None] * 32 + lane
+    keep = ((word[:, None] >> lane) & 1) != 0
     block = tl.load(block_table + r * stride_tr + p // block_size, mask=keep, other=0)
     page = block * per_block + (p % block_size) * per_token + g.to(tl.int32) * per_head
     tl.store(page_table + s * stride_ps + r * stride_pr + g * stride_pg + column, page, mask=keep)
     if chunk == (length - 1) // CHUNK:
-        tl.store(kept, count)
+        tl.store(kept, before + tl.sum(number, 0))
 
 
+@checked(contracts.build_page_tables)
 def build_page_tables(
-    bits: torch.Tensor, slots: torch.Tensor, prefix_lens: torch.Tensor, seq_lens: torch.Tensor,
-    block_table: torch.Tensor, block_size: int, page_strides: tuple[int, int, int], page_table: torch.Tensor,
-    kept: torch.Tensor, sources: torch.Tensor | None = None, groups: torch.Tensor | None = None,
+    bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept, sources=None,
+    groups=None,
 ) -> None:  # fmt: skip
-    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    contracts.build_page_tables(
-        bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept, sources, groups
-    )
     tables, rows, heads, width = page_table.shape
     if tables == 0 or rows == 0:
         return
-    mapped = sources is not None
     # At least one chunk: the first one also writes the zeros of padded rows.
     _page_table_kernel[(max(triton.cdiv(width, CHUNK), 1), rows * heads, tables)](
         bits, slots, prefix_lens, seq_lens, block_table, page_table, kept,
-        sources if mapped else slots, groups if mapped else slots,
-        block_size, *page_strides, bits.shape[3], width, heads,
+        sources, groups, block_size, *page_strides, bits.shape[3], width, heads,
         *bits.stride()[:3], block_table.stride(0), *page_table.stride()[:3], *kept.stride(),
-        groups.stride(0) if mapped else 0,
-        CHUNK=CHUNK, COUNT_STEP=COUNT_STEP, MAPPED=mapped, num_warps=NUM_WARPS,
+        0 if groups is None else groups.stride(0), CHUNK=CHUNK, COUNT_STEP=COUNT_STEP, num_warps=NUM_WARPS,
     )  # fmt: skip

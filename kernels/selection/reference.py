@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..contracts import checked
 from . import contracts
 
 
@@ -21,9 +22,8 @@ def _pack_bits(flags: torch.Tensor) -> torch.Tensor:
     return (flags.unflatten(-1, (-1, 32)) * weights).sum(-1).to(torch.int32)
 
 
+@checked(contracts.accumulate_mass)
 def accumulate_mass(scores, lse, lens, mass, weight, combine) -> None:
-    """Attention mass per position and score group. See ``accumulate_mass.accumulate_mass``."""
-    contracts.accumulate_mass(scores, lse, lens, mass, combine)
     groups = mass.shape[1]
     for r, length in enumerate(lens.tolist()):
         if length == 0:
@@ -35,9 +35,8 @@ def accumulate_mass(scores, lse, lens, mass, weight, combine) -> None:
         mass[r, :, :length] = new
 
 
+@checked(contracts.dilate_mass)
 def dilate_mass(mass, lens, out, steps, weight) -> None:
-    """Mass spread forward. See ``dilate_mass.dilate_mass``."""
-    contracts.dilate_mass(mass, lens, out, steps, weight)
     for x, length in enumerate(lens.tolist()):
         spread = mass[x, :length].clone()
         for d in range(1, min(steps, length - 1) + 1):
@@ -45,11 +44,10 @@ def dilate_mass(mass, lens, out, steps, weight) -> None:
         torch.mul(spread, weight, out=out[x, :length])
 
 
+@checked(contracts.select_top_p)
 def select_top_p(
     mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, union=False
 ) -> None:
-    """Top-p token selection, here by sorting. See ``top_p.select_top_p``."""
-    contracts.select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent)
     longest = int(lens.max()) if lens.numel() else 0
     mass = mass[:, :longest]
     if not union:
@@ -91,23 +89,11 @@ def select_top_p(
         counts.copy_(unpack_bits(bits, bits.shape[1] * 32).sum(-1))
 
 
-def _compact(flags: torch.Tensor):
-    """For flags bool [X, length]: row, position and column (rank in its row) of each set flag, and the number of set
-    flags per row."""
-    counts = flags.sum(-1)
-    row, pos = flags.nonzero(as_tuple=True)
-    column = torch.arange(row.shape[0], device=flags.device) - (counts.cumsum(0) - counts)[row]
-    return row, pos, column, counts
-
-
+@checked(contracts.build_page_tables)
 def build_page_tables(
     bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept, sources=None,
     groups=None,
 ) -> None:  # fmt: skip
-    """Compacts selections into page tables. See ``page_tables.build_page_tables``."""
-    contracts.build_page_tables(
-        bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept, sources, groups
-    )
     per_block, per_head, per_token = page_strides
     words = bits.shape[3]
     tables, _, heads, width = page_table.shape
@@ -129,20 +115,20 @@ def build_page_tables(
         chosen = bits[:, slot] if sources is None else bits[sources.long()[:, None], slot, groups.long()]
         flags = torch.ones(tables, heads, length, dtype=torch.bool, device=bits.device)
         flags[..., :prefix] = unpack_bits(chosen, prefix)
-        row, pos, column, counts = _compact(flags.view(tables * heads, length))
+        flags = flags.view(tables * heads, length)
+        counts = flags.sum(-1)
+        row, pos = flags.nonzero(as_tuple=True)
+        column = torch.arange(row.shape[0], device=bits.device) - (counts.cumsum(0) - counts)[row]
         kept[:, r] = counts.view(tables, heads).to(torch.int32)
         head = row % heads
         page_table[row // heads, r, head, column] = ids[pos] + head_offsets[head]
 
 
+@checked(contracts.build_block_tables)
 def build_block_tables(
     bits, slots, prefix_lens, seq_lens, block_table, block_size, page_strides, page_table, kept, sources=None,
     groups=None,
 ) -> None:  # fmt: skip
-    """Compacts selections into block tables. See ``block_tables.build_block_tables``."""
-    contracts.build_block_tables(
-        bits, slots, prefix_lens, seq_lens, block_table, block_size, page_table, kept, sources, groups
-    )
     words = bits.shape[3]
     rows = zip(slots.tolist(), prefix_lens.tolist(), seq_lens.tolist(), strict=True)
     for r, (slot, prefix, length) in enumerate(rows):
@@ -162,9 +148,8 @@ def build_block_tables(
             page_table[s, r, 0, : ids.shape[0]] = ids
 
 
+@checked(contracts.mark_rows)
 def mark_rows(query_start_loc, seq_lens, max_query_len, scored_rows, lens) -> None:
-    """Chooses the rows whose scores are stored. See ``mark_rows.mark_rows``."""
-    contracts.mark_rows(query_start_loc, seq_lens, max_query_len, scored_rows, lens)
     rows = seq_lens.shape[0]
     begin, end = query_start_loc[:-1], query_start_loc[1:]
     live = (end > begin) & (seq_lens > 0)

@@ -71,57 +71,27 @@ def _first(bits):
     return tl.where(bits > 0, _power(bits), 0)
 
 
-@triton.jit
-def _weight_from(q, candidate, FUSED: tl.constexpr):
-    """Sum of all q [SIZE] that are at least the candidate. FUSED uses predicated adds, four tokens at a time, while the
-    compiler would select and then add: 44 instead of 74 operations of the integer pipe for 32 tokens, and this pipe
-    limits a step. Every thread must hold a multiple of four tokens."""
-    if FUSED:
-        parts = tl.inline_asm_elementwise(
-            """{
-            .reg .pred p0, p1, p2, p3;
-            setp.ge.s32 p0, $4, $8;
-            setp.ge.s32 p1, $5, $9;
-            setp.ge.s32 p2, $6, $10;
-            setp.ge.s32 p3, $7, $11;
-            selp.s32 $0, $4, 0, p0;
-            @p1 add.s32 $0, $0, $5;
-            @p2 add.s32 $0, $0, $6;
-            @p3 add.s32 $0, $0, $7;
-            mov.s32 $1, 0;
-            mov.s32 $2, 0;
-            mov.s32 $3, 0;
-            }""",
-            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r", [q, candidate], dtype=tl.int32, is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        parts = tl.where(q >= candidate, q, 0)
-    return tl.sum(parts, 0)
+@triton.constexpr_function
+def _add_four(weigh):
+    """PTX: the sum of four q, or their number, of those that are at least the candidate, by predicated adds."""
+    value = [f"${4 + i}" if weigh else "1" for i in range(4)]
+    adds = "".join(f"@p{i} add.s32 $0, $0, {value[i]};\n" for i in range(1, 4))
+    compares = "".join(f"setp.ge.s32 p{i}, ${4 + i}, ${8 + i};\n" for i in range(4))
+    zeros = "".join(f"mov.s32 ${i}, 0;\n" for i in range(1, 4))
+    return f"{{\n.reg .pred p0, p1, p2, p3;\n{compares}selp.s32 $0, {value[0]}, 0, p0;\n{adds}{zeros}}}"
 
 
 @triton.jit
-def _count_from(q, candidate, FUSED: tl.constexpr):
-    """Number of q [SIZE] that are at least the candidate; FUSED as in ``_weight_from``."""
+def _sum_from(q, candidate, WEIGH: tl.constexpr, FUSED: tl.constexpr):
+    """Sum (or without WEIGH, number) of all q [SIZE] that are at least the candidate. FUSED uses predicated adds, four
+    tokens at a time, while the compiler would select and then add: 44 instead of 74 operations of the integer pipe for
+    32 tokens, and this pipe limits a step. Every thread must hold a multiple of four tokens."""
     if FUSED:
         parts = tl.inline_asm_elementwise(
-            """{
-            .reg .pred p0, p1, p2, p3;
-            setp.ge.s32 p0, $4, $8;
-            setp.ge.s32 p1, $5, $9;
-            setp.ge.s32 p2, $6, $10;
-            setp.ge.s32 p3, $7, $11;
-            selp.s32 $0, 1, 0, p0;
-            @p1 add.s32 $0, $0, 1;
-            @p2 add.s32 $0, $0, 1;
-            @p3 add.s32 $0, $0, 1;
-            mov.s32 $1, 0;
-            mov.s32 $2, 0;
-            mov.s32 $3, 0;
-            }""",
-            "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r", [q, candidate], dtype=tl.int32, is_pure=True, pack=4,
-        )  # fmt: skip
+            _add_four(WEIGH), "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r,r", [q, candidate], dtype=tl.int32, is_pure=True, pack=4
+        )
     else:
-        parts = (q >= candidate).to(tl.int32)
+        parts = tl.where(q >= candidate, q if WEIGH else 1, 0)
     return tl.sum(parts, 0)
 
 
@@ -132,9 +102,9 @@ def _reaches(
     weight = tl.full([], 0, tl.int32)
     count = tl.full([], 0, tl.int32)
     if WEIGHED:
-        weight = _weight_from(q, candidate, FUSED)
+        weight = _sum_from(q, candidate, True, FUSED)
     if COUNTED:
-        count = _count_from(q, candidate, FUSED)
+        count = _sum_from(q, candidate, False, FUSED)
     return _enough(weight, count, need, lower, upper, WEIGHED, COUNTED)
 
 
@@ -154,9 +124,9 @@ def find_in_registers(
         t += step * _reaches(q, t + step, need, lower, upper, WEIGHED, COUNTED, FUSED)
     weight = tl.full([], 0, tl.int32)
     if WEIGHED:
-        weight = _weight_from(q, t + 1, FUSED)
-    above = _count_from(q, t + 1, FUSED)
-    equal = _count_from(q, t, FUSED) - above
+        weight = _sum_from(q, t + 1, True, FUSED)
+    above = _sum_from(q, t + 1, False, FUSED)
+    equal = _sum_from(q, t, False, FUSED) - above
     return t, _skip(t, weight, above, equal, need, lower, upper, WEIGHED, COUNTED)
 
 

@@ -18,15 +18,6 @@ clamped to [lower, upper], by taking more or fewer in the same order:
     lower = min(min_tokens, upper)
 
 With top_p >= 1 this is a fixed budget: a share of the row between a floor and a cap.
-
-mass    [X, L]  float32, 0 or more; the sum of a row is at most 1, give or take rounding (sums are kept in int32, which
-                holds up to 2)
-lens    [X]     int32, at most L; 0 = padded row: no bit set, count 0
-bits    [X, W]  int32, W = ceil(L / 32): token p is bit p % 32 of word p // 32; every word of a row is written, and is
-                zero past len
-counts  [X]     int32, number of bits set in the row
-max_tokens      -1 = no limit
-union           OR the selection into ``bits``; ``counts`` is then that of the union
 """
 
 from __future__ import annotations
@@ -35,6 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..contracts import checked
 from . import contracts
 from .bit_words import drop_lowest, low_bits, pack, popcount
 from .threshold import NONE_TAKEN, find_in_memory, find_in_registers, quanta
@@ -201,12 +193,10 @@ def _top_p_kernel(
     tl.store(counts + row, count)
 
 
+@checked(contracts.select_top_p)
 def select_top_p(
-    mass: torch.Tensor, lens: torch.Tensor, bits: torch.Tensor, counts: torch.Tensor, top_p: float, min_tokens: int,
-    max_tokens: int, max_fraction: float, sink: int, recent: int, union: bool = False,
-) -> None:  # fmt: skip
-    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    contracts.select_top_p(mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent)
+    mass, lens, bits, counts, top_p, min_tokens, max_tokens, max_fraction, sink, recent, union=False
+) -> None:
     rows, width = mass.shape
     if rows == 0:
         return

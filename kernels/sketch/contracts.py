@@ -1,4 +1,4 @@
-"""Argument checks of the sketch's operations, for kernels and references, with the helpers of ``../contracts.py``."""
+"""Contracts of the sketch's operations, and what kernels, references and callers of them share."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Literal
 
 import torch
 
-from ..contracts import FLOATS, expect, group_size, tensor
-from .layout import BITS
+from ..contracts import Contract, contract, expect, group_size
 
 HEAD_SIZES = (64, 128, 256)
 BINS = 256
@@ -20,6 +19,8 @@ CHUNK = 2048
 """Tokens of the context that one program scans."""
 SAMPLE_BLOCK = 16
 """Neighbouring tokens that are sampled together. The size of a block of vLLM's cache is a multiple of it."""
+TOTALS = BINS + 2
+"""Integers kept from a request's step: tokens by bin, the number of their heads, and tokens taken beyond the share."""
 
 
 def sampled_tokens(context: torch.Tensor) -> torch.Tensor:
@@ -69,127 +70,128 @@ class Budget:
         return min(max(self.min_tokens, self.sink + self.recent), 2**31 - 1)
 
 
-def views(kv_cache_device, codes, scales) -> tuple[int, int, int, int]:
-    """Checks codes and scales; returns (heads, block size, code bytes, blocks)."""
-    tensor("codes", codes, (None, None, None, None), torch.uint8, kv_cache_device)
-    blocks, heads, tokens, code_bytes = codes.shape
-    tensor("scales", scales, (blocks, heads, tokens), torch.float16, kv_cache_device)
-    return heads, tokens, code_bytes, blocks
-
-
-def bits_of(code_bytes: int, head_size: int) -> int:
-    bits = code_bytes * 8 // head_size
-    expect(bits in BITS and bits * head_size == code_bytes * 8, "codes", f"{code_bytes} bytes", "1, 2 or 4 bits a key")
-    return bits
-
-
-def encode_keys(key, slot_mapping, rotation, centre, codes, scales, value=None, kv_cache=None) -> int:
-    """Returns the bits of a code."""
-    tensor("key", key, (None, None, None), FLOATS)
-    _, heads, size = key.shape
-    dev = key.device
-    expect(size in HEAD_SIZES, "key", f"head size {size}", f"one of {HEAD_SIZES}")
-    expect(views(dev, codes, scales)[0] == heads, "codes", f"{codes.shape[1]} heads", f"the {heads} of key")
-    tensor("slot_mapping", slot_mapping, (None,), torch.int64, dev)
+@contract(
+    """
+    key           [T, H, D]         floats       D is 64, 128 or 256
+    slot_mapping  [S]               int64        S <= T; block * N + offset of each key in the cache, negative: not
+        written
+    rotation      [D, D]            key          +1 and -1: a key k becomes k @ rotation / sqrt(D)
+    centre        [H, D]            float32      rotated
+    codes         [B, H, N, any]    uint8        written; [B, H, N, C], C = D * bits / 8, order of the elements as in
+        ``layout``
+    scales        [B, H, N]         float16      written: k.k / k.level, the value of one unit of a level
+    value         [T, H, D]         key or None  None: only codes are written. One launch for codes, keys and values
+        takes as long as vLLM's cache write alone
+    kv_cache      [B, H, N, 2 * D]  key or None  written; only with value
+    """
+)
+def encode_keys(key, slot_mapping, value, kv_cache) -> None:
+    expect(key.shape[2] in HEAD_SIZES, "key", f"head size {key.shape[2]}", f"one of {HEAD_SIZES}")
     expect(slot_mapping.shape[0] <= key.shape[0], "slot_mapping", slot_mapping.shape[0], "no more than the keys")
-    tensor("rotation", rotation, (size, size), key.dtype, dev)
-    tensor("centre", centre, (heads, size), torch.float32, dev)
     expect((value is None) == (kv_cache is None), "kv_cache", "given or not", "as value is")
-    if value is not None:
-        tensor("value", value, key.shape, key.dtype, dev)
-        tensor("kv_cache", kv_cache, (*codes.shape[:3], 2 * size), key.dtype, dev)
-    return bits_of(codes.shape[3], size)
 
 
-def _rows(query_start_loc, seq_lens, dense, block_table, dev) -> int:
-    tensor("seq_lens", seq_lens, (None,), torch.int32, dev)
-    rows = seq_lens.shape[0]
-    tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, dev)
-    tensor("dense", dense, (rows,), torch.int32, dev)
-    tensor("block_table", block_table, (rows, None), torch.int32, dev)
-    return rows
+@contract(
+    """
+    query            [T, Hq, D]      floats
+    seq_lens         [R]             int32    the step's own tokens included
+    query_start_loc  [R + 1]         int32
+    dense            [R]             int32    not 0: the row is dense, and nothing is computed for it
+    block_table      [R, any]        int32
+    valid_lens       [R]             int32    how many of the row's tokens, from its first, have queries that count; the
+        last ones do not if they are rejected drafts
+    codes            [B, H, N, any]  uint8    as in ``encode_keys``
+    scales           [B, H, N]       float16
+    rotation         [D, D]          query
+    scale                            float    multiplies query . key
+    max_query_len                    int      most tokens of a row
+    dense_up_to                      int      contexts of up to this many tokens are dense
+    packed           [R, H, M, D]    int8     written
+    factors          [R, H, 3, M]    float32  written: a, b and n; 0, 0 and infinity for padding rows
+    histogram        [R, H, 256]     int32    set to zero, also for dense rows
+    """
+)
+def prepare_queries(query, codes, max_query_len, packed) -> None:
+    rows = group_size(query.shape[1], codes.shape[1], "codes") * max_query_len
+    tokens = codes.shape[2]
+    expect(tokens % SAMPLE_BLOCK == 0, "codes", f"blocks of {tokens}", f"a multiple of {SAMPLE_BLOCK} tokens")
+    expect(packed.shape[2] >= rows, "packed", f"{packed.shape[2]} rows", f"{rows}")
 
 
-def prepare_queries(
-    query, query_start_loc, seq_lens, dense, valid_lens, block_table, codes, scales, rotation, max_query_len, packed,
-    factors, histogram,
-) -> tuple[int, int]:  # fmt: skip
-    """Returns the query heads of a KV head and the bits of a code."""
-    tensor("query", query, (None, None, None), FLOATS)
-    dev, size = query.device, query.shape[2]
-    rows = _rows(query_start_loc, seq_lens, dense, block_table, dev)
-    tensor("valid_lens", valid_lens, (rows,), torch.int32, dev)
-    heads, block_size, code_bytes, _ = views(dev, codes, scales)
-    group = group_size(query.shape[1], heads, "codes")
-    expect(block_size % SAMPLE_BLOCK == 0, "codes", f"blocks of {block_size}", f"a multiple of {SAMPLE_BLOCK} tokens")
-    tensor("rotation", rotation, (size, size), query.dtype, dev)
-    tensor("packed", packed, (rows, heads, None, size), torch.int8, dev)
-    expect(packed.shape[2] >= max_query_len * group, "packed", f"{packed.shape[2]} rows", f"{max_query_len * group}")
-    tensor("factors", factors, (rows, heads, 3, packed.shape[2]), torch.float32, dev)
-    tensor("histogram", histogram, (rows, heads, BINS), torch.int32, dev)
-    return group, bits_of(code_bytes, size)
+score_tokens = Contract(
+    """
+    packed           [R, H, M, D]                int8     from ``prepare_queries``
+    factors          [R, H, 3, M]                float32  from ``prepare_queries``
+    seq_lens         [R]                         int32    the step's own tokens included
+    query_start_loc  [R + 1]                     int32
+    dense            [R]                         int32    not 0: nothing is scanned for the row
+    block_table      [R, any]                    int32
+    codes            [B, H, N, any]              uint8    as in ``encode_keys``
+    scales           [B, H, N]                   float16
+    sink, recent                                 int      number of forced tokens at both ends of the context, which are
+        not in the histograms
+    dense_up_to                                  int      contexts of up to this many tokens are dense
+    scores           [R, H, L]                   uint8    written: bin of each token of the context; NaN scores get 255
+    histogram        [R, H, 256]                 int32    must be zero before: number of free tokens of the context by
+        bin
+    chunks           [R, H, -(-L // 2048), 256]  int16    written: the same for each chunk with a part of the context
+    """
+)
 
 
-def score_tokens(
-    packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks
-) -> int:
-    """Returns the bits of a code."""
-    tensor("packed", packed, (None, None, None, None), torch.int8)
-    rows, heads, width, size = packed.shape
-    dev = packed.device
-    expect(_rows(query_start_loc, seq_lens, dense, block_table, dev) == rows, "packed", rows, "as many as seq_lens")
-    code_bytes = views(dev, codes, scales)[2]
-    tensor("factors", factors, (rows, heads, 3, width), torch.float32, dev)
-    tensor("scores", scores, (rows, heads, None), torch.uint8, dev)
-    tensor("histogram", histogram, (rows, heads, BINS), torch.int32, dev)
-    tensor("chunks", chunks, (rows, heads, -(-scores.shape[2] // CHUNK), BINS), torch.int16, dev)
-    return bits_of(code_bytes, size)
+carry_thresholds = Contract(
+    """
+    seq_lens         [R]       int32  the step's own tokens included; 0 = padded row
+    query_start_loc  [R + 1]   int32
+    slots            [R]       int32  request slot of each row; negative: a padded row. Padded rows share the last slot
+    totals           [S, 258]  int32  by slot: free tokens of the last step by bin, summed over the layers; the number
+        of their heads; and how many tokens these heads took beyond their share by the threshold. Zeros for a new
+        request. Set to zero
+    thresholds       [S, 2]    int32  by slot, written: (bin, part): tokens in higher bins are taken, and part / 65536
+        of the tokens in this bin; bin -1: no threshold yet
+    """
+)
 
 
-TOTALS = BINS + 2
-"""Integers kept from a request's step: tokens by bin, the number of their heads, and tokens taken beyond the share."""
+cut_scores = Contract(
+    """
+    histogram        [R, H, 256]     int32  number of free tokens of the context by bin
+    chunks           [R, H, C, 256]  int16  the same for each chunk of 2,048 tokens
+    seq_lens         [R]             int32  the step's own tokens included; 0 = padded row
+    query_start_loc  [R + 1]         int32
+    dense            [R]             int32  not 0: every token is read, as in rows whose budget is the whole context
+    scores           [R, H, any]     uint8  [R, H, L], only read with ``top_p``, for the weight of the forced tokens
+    slots            [R]             int32  as in ``carry_thresholds``
+    totals           [S, 258]        int32  the same, of the layers so far; updated if layers share
+    thresholds       [S, 2]          int32
+    cuts             [R, H, 2]       int32  written: (threshold, skip): free tokens in bins above the threshold are
+        read, and those in its bin but the first ``skip``; threshold -1: all
+    starts           [R, H, C, 2]    int32  written if the threshold is not -1, for each chunk with a part of the
+        context: free tokens above the threshold, and in its bin, in the chunks before it
+    """
+)
 
 
-def _carried(slots, totals, thresholds, rows, dev) -> None:
-    tensor("slots", slots, (rows,), torch.int32, dev)
-    tensor("totals", totals, (None, TOTALS), torch.int32, dev)
-    tensor("thresholds", thresholds, (totals.shape[0], 2), torch.int32, dev)
-
-
-def carry_thresholds(query_start_loc, seq_lens, slots, totals, thresholds) -> None:
-    tensor("seq_lens", seq_lens, (None,), torch.int32)
-    rows, dev = seq_lens.shape[0], seq_lens.device
-    tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, dev)
-    _carried(slots, totals, thresholds, rows, dev)
-
-
-def cut_scores(
-    histogram, chunks, query_start_loc, seq_lens, dense, cuts, starts, scores, slots, totals, thresholds
-) -> None:
-    tensor("histogram", histogram, (None, None, BINS), torch.int32)
-    rows, heads, _ = histogram.shape
-    _carried(slots, totals, thresholds, rows, histogram.device)
-    dev = histogram.device
-    tensor("chunks", chunks, (rows, heads, None, BINS), torch.int16, dev)
-    tensor("query_start_loc", query_start_loc, (rows + 1,), torch.int32, dev)
-    tensor("seq_lens", seq_lens, (rows,), torch.int32, dev)
-    tensor("dense", dense, (rows,), torch.int32, dev)
-    tensor("cuts", cuts, (rows, heads, 2), torch.int32, dev)
-    tensor("starts", starts, (rows, heads, chunks.shape[2], 2), torch.int32, dev)
-    tensor("scores", scores, (rows, heads, None), torch.uint8, dev)
-
-
-def list_pages(
-    scores, cuts, starts, query_start_loc, seq_lens, block_table, block_size, page_strides, ahead, page_table, kept
-) -> None:
-    tensor("scores", scores, (None, None, None), torch.uint8)
-    rows, heads, _ = scores.shape
-    dev = scores.device
-    tensor("cuts", cuts, (rows, heads, 2), torch.int32, dev)
-    tensor("starts", starts, (rows, heads, None, 2), torch.int32, dev)
-    expect(_rows(query_start_loc, seq_lens, seq_lens, block_table, dev) == rows, "scores", rows, "as many as seq_lens")
-    tensor("page_table", page_table, (rows, heads, None), torch.int32, dev)
-    tensor("kept", kept, (rows, heads), torch.int32, dev)
+@contract(
+    """
+    scores           [R, H, any]     uint8  [R, H, L], of the context
+    cuts             [R, H, 2]       int32  from ``cut_scores``
+    starts           [R, H, any, 2]  int32  from ``cut_scores``
+    seq_lens         [R]             int32  the step's own tokens included, at most L; 0 = padded row: kept = 0
+    query_start_loc  [R + 1]         int32
+    block_table      [R, any]        int32
+    page_strides                            strides between blocks, heads and tokens of the cache, in rows of 2D
+        elements
+    sink, recent                     int    as in ``score_tokens``
+    ahead                            int    number of tokens after the step's own whose pages are also written, after
+        the kept ones: later steps read the same table and more of it
+    page_table       [R, H, any]     int32  written: ids of the pages to read, one per token and head, in ascending
+        position; entries past kept + ahead stay untouched, and nothing is written past its width. It may be narrower
+        than L if the cuts never keep more
+    kept             [R, H]          int32  written: number of pages to read, without the ``ahead`` ones
+    """
+)
+def list_pages(block_size, page_strides, ahead) -> None:
     expect(block_size > 0, "block_size", block_size, "at least 1")
     expect(ahead >= 0, "ahead", ahead, "0 or more")
     expect(len(page_strides) == 3, "page_strides", page_strides, "(block, head, token)")

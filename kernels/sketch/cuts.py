@@ -14,32 +14,14 @@ would have met the budget in the request's last step (``carry_thresholds``, once
 because the scores of later layers are not known yet. A request's first step has no such threshold and shares by heads.
 ``top_p``: each head takes the fewest free tokens that, with the forced ones, hold that share of its estimated attention
 (the sum of exp((bin + 1/2) / 12.75 - 16)); the number stays between the floor and n.
-
-histogram        [R, H, 256]       int32, number of free tokens of the context by bin
-chunks           [R, H, C, 256]    int16, the same for each chunk of 2,048 tokens
-query_start_loc  [R+1]             int32
-seq_lens         [R]               int32, the step's own tokens included; 0 = padded row
-dense            [R]               int32, not 0: every token is read, as in rows whose budget is the whole context
-scores           [R, H, L]         uint8, only read with ``top_p``, for the weight of the forced tokens
-slots            [R]               int32, request slot of each row; negative: a padded row. Padded rows share the last
-                                   slot
-totals           [S, 258]          int32, by slot, updated if layers share: free tokens of this step by bin, summed over
-                                   the layers so far; the number of their heads; and how many tokens these heads took
-                                   beyond their share by the threshold. Zeros for a new request
-thresholds       [S, 2]            int32, by slot: (bin, part): tokens in higher bins are taken, and part / 65536 of the
-                                   tokens in this bin; bin -1: no threshold yet
-cuts             [R, H, 2]         int32, written: (threshold, skip): free tokens in bins above the threshold are read,
-                                   and those in the threshold's bin but the first ``skip``; threshold -1: all tokens
-starts           [R, H, C, 2]      int32, written if the threshold is not -1, for each chunk with a part of the context:
-                                   free tokens above the threshold, and in its bin, in the chunks before it
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
+from ..contracts import checked
 from . import contracts
 from .contracts import CHUNK, LOWEST, PER_NAT, Budget
 
@@ -142,13 +124,9 @@ def _carry_kernel(
     tl.store(totals + BINS + 1, 0)
 
 
-def carry_thresholds(
-    query_start_loc: torch.Tensor, seq_lens: torch.Tensor, slots: torch.Tensor, totals: torch.Tensor,
-    thresholds: torch.Tensor, budget: Budget,
-) -> None:  # fmt: skip
-    """Once per step: find each request's threshold from the totals of its last step, and zero the totals. Launch on the
-    current stream; arguments as in the module's text."""
-    contracts.carry_thresholds(query_start_loc, seq_lens, slots, totals, thresholds)
+@checked(contracts.carry_thresholds)
+def carry_thresholds(query_start_loc, seq_lens, slots, totals, thresholds, budget: Budget) -> None:
+    """Once per step: find each request's threshold from the totals of its last step, and zero the totals."""
     if seq_lens.shape[0] == 0:
         return
     _carry_kernel[(seq_lens.shape[0],)](
@@ -224,15 +202,10 @@ def _cuts_kernel(
         tied_before += tl.sum(equal, 0)
 
 
+@checked(contracts.cut_scores)
 def cut_scores(
-    histogram: torch.Tensor, chunks: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor,
-    dense: torch.Tensor, scores: torch.Tensor, slots: torch.Tensor, totals: torch.Tensor, thresholds: torch.Tensor,
-    budget: Budget, cuts: torch.Tensor, starts: torch.Tensor,
-) -> None:  # fmt: skip
-    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    contracts.cut_scores(
-        histogram, chunks, query_start_loc, seq_lens, dense, cuts, starts, scores, slots, totals, thresholds
-    )
+    histogram, chunks, query_start_loc, seq_lens, dense, scores, slots, totals, thresholds, budget: Budget, cuts, starts
+) -> None:
     rows, heads, _ = histogram.shape
     if rows == 0:
         return

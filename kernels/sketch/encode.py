@@ -4,29 +4,18 @@ A key is rotated, the centre is subtracted, and each element is rounded to 2^bit
 key's norm. The rotation (random signs, then a Hadamard matrix) spreads a few large elements over all elements. The
 centre is the mean key of the layer and head: it would change all scores of a query by the same amount and only cost
 precision. A code depends on one key only, so it is the same in any batch, chunk or order of writing.
-
-key           [T, H, D]        16-bit floats or float32
-slot_mapping  [S]              int64, S <= T; block * N + offset of each key in the cache, negative: not written
-rotation      [D, D]           dtype of key, +1 and -1: a key k becomes k @ rotation / sqrt(D)
-centre        [H, D]           float32, rotated
-codes         [B, H, N, C]     uint8, written; C = D * bits / 8, order of the elements as in ``layout``
-scales        [B, H, N]        float16, written: k.k / k.level, the value of one unit of a level
-value         [T, H, D]        dtype of key; None: only codes are written. One launch for codes, keys and values takes
-                               as long as vLLM's cache write alone
-kv_cache      [B, H, N, 2D]    dtype of key, written; only with value
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
+from ..contracts import checked
 from . import contracts
+from .layout import STEPS, bits_of
 
 BLOCK = 16  # keys per program, the fewest for a matrix product
-# Steps between levels, in standard deviations, that minimise the squared error for a normal variable (Max, 1960).
-STEPS = {1: 1.5958, 2: 0.9957, 4: 0.3352}
 
 
 @triton.jit
@@ -34,7 +23,7 @@ def _encode_kernel(
     key, slot_mapping, rotation, centre, codes, scales, value, kv_cache, tokens, block_size, norm, step_size,
     stride_kt, stride_kh, stride_cb, stride_ch, stride_cn, stride_sb, stride_sh,
     stride_vt, stride_vh, stride_eb, stride_eh, stride_en,
-    D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, HAS_VALUE: tl.constexpr,
+    D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     h = tl.program_id(1)
@@ -43,7 +32,7 @@ def _encode_kernel(
     d = tl.arange(0, D)
     k = tl.load(key + t.to(tl.int64)[:, None] * stride_kt + h * stride_kh + d[None, :], mask=live[:, None], other=0.0)
     block, offset = slot // block_size, slot % block_size
-    if HAS_VALUE:
+    if value is not None:
         at = t.to(tl.int64)[:, None] * stride_vt + h * stride_vh + d[None, :]
         v = tl.load(value + at, mask=live[:, None], other=0.0)
         entry = kv_cache + block[:, None] * stride_eb + h * stride_eh + offset[:, None] * stride_en + d[None, :]
@@ -69,12 +58,9 @@ def _encode_kernel(
     tl.store(scales + block * stride_sb + h * stride_sh + offset, scale.to(tl.float16), mask=live)
 
 
-def encode_keys(
-    key: torch.Tensor, slot_mapping: torch.Tensor, rotation: torch.Tensor, centre: torch.Tensor, codes: torch.Tensor,
-    scales: torch.Tensor, value: torch.Tensor | None = None, kv_cache: torch.Tensor | None = None,
-) -> None:  # fmt: skip
-    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    bits = contracts.encode_keys(key, slot_mapping, rotation, centre, codes, scales, value, kv_cache)
+@checked(contracts.encode_keys)
+def encode_keys(key, slot_mapping, rotation, centre, codes, scales, value=None, kv_cache=None) -> None:
+    bits = bits_of(codes, key.shape[2])
     tokens, (_, heads, size) = slot_mapping.shape[0], key.shape
     if tokens == 0:
         return
@@ -82,5 +68,5 @@ def encode_keys(
         key, slot_mapping, rotation, centre, codes, scales, value, kv_cache, tokens, codes.shape[2], size**-0.5,
         STEPS[bits], *key.stride()[:2], *codes.stride()[:3], *scales.stride()[:2],
         *((0,) * 5 if value is None else (*value.stride()[:2], *kv_cache.stride()[:3])),
-        D=size, BITS=bits, C=codes.shape[3], BLOCK=BLOCK, HAS_VALUE=value is not None, num_warps=4,
+        D=size, BITS=bits, C=codes.shape[3], BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip

@@ -1,5 +1,5 @@
 """The scan for GPUs of compute capability 9.0, in Gluon (``hopper_tile``). It does the same as
-``scores._scores_kernel``; arguments are as in ``scores``.
+``scores._scores_kernel``; arguments are the same, but for two strides.
 """
 
 # ruff: noqa: RUF005 (the compiler does not take (*a, b))
@@ -7,12 +7,10 @@
 from __future__ import annotations
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from .contracts import CHUNK, LOWEST, PER_NAT
 from .hopper_tile import as_bytes, find_blocks, layout, load_query, load_tile, tile_bins, weight
 
 NUM_WARPS = 4
@@ -129,7 +127,7 @@ def _count(scores, end, low, high, CHUNK: gl.constexpr, W: gl.constexpr, EDGE: g
 
 
 @gluon.jit
-def _scores_kernel(
+def scores_kernel(
     packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks,
     sink, recent, dense_up_to, lowest, per_nat, stride_pr, stride_fr, stride_tr, stride_cb, stride_ch, stride_sh,
     stride_or, stride_oh, stride_hr, stride_kr, stride_kh,
@@ -170,20 +168,3 @@ def _scores_kernel(
     bins = gl.arange(0, 256, gl.BlockedLayout([1], [32], [W], [0]))
     gl.store(chunks + r * stride_kr + h * stride_kh + chunk * 256 + bins, counts.to(gl.int16))
     gl.atomic_add(histogram + r * stride_hr + h * 256 + bins, counts, mask=counts > 0, sem="relaxed")
-
-
-def launch(
-    bits: int, packed: torch.Tensor, factors: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor,
-    dense: torch.Tensor, block_table: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sink: int, recent: int,
-    dense_up_to: int, scores: torch.Tensor, histogram: torch.Tensor, chunks: torch.Tensor,
-) -> None:  # fmt: skip
-    """Launch the kernel on the current stream, for tensors that ``takes`` accepts. Arguments after bits: as in
-    ``scores.score_tokens``."""
-    rows, heads, width, size = packed.shape
-    _scores_kernel[(heads, triton.cdiv(scores.shape[2], CHUNK), rows)](
-        packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks,
-        sink, recent, max(dense_up_to, 0), LOWEST, PER_NAT, packed.stride(0), factors.stride(0), block_table.stride(0),
-        *codes.stride()[:2], scales.stride(1), *scores.stride()[:2], histogram.stride(0), *chunks.stride()[:2],
-        D=size, BITS=bits, C=codes.shape[3], M=width, CHUNK=CHUNK, BLOCK_SIZE=codes.shape[2], W=NUM_WARPS,
-        num_warps=NUM_WARPS, maxnreg=MAX_REGISTERS if width <= 32 else None,
-    )  # fmt: skip

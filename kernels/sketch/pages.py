@@ -1,28 +1,11 @@
-"""Makes the page table of a step from scores and cuts: it lists the tokens that each KV head reads.
-
-scores           [R, H, L]      uint8, of the context, from ``scores``
-cuts             [R, H, 2]      int32, from ``cuts``
-starts           [R, H, C, 2]   int32, from ``cuts``
-query_start_loc  [R+1]          int32
-seq_lens         [R]            int32, the step's own tokens included; 0 = padded row: kept = 0
-block_table      [R, nb]        int32
-page_strides                    strides between blocks, heads and tokens of the cache, in rows of 2D elements
-sink, recent     int            as in ``scores``
-ahead            int            number of tokens after the step's own whose pages are also written, after the kept ones:
-                                later steps read the same table and more of it
-page_table       [R, H, width]  int32, written: ids of the pages to read, one per token and head, in ascending position;
-                                entries past kept + ahead stay untouched, and nothing is written past width
-kept             [R, H]         int32, written: number of pages to read, without the ``ahead`` ones
-
-No row is longer than L. A table may be narrower than L if the cuts never keep more than its width.
-"""
+"""Makes the page table of a step from scores and cuts: it lists the tokens that each KV head reads."""
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
+from ..contracts import checked
 from . import contracts
 from .contracts import CHUNK
 
@@ -88,15 +71,11 @@ def _pages_kernel(
         tl.store(kept, tl.minimum(last_column + 1, width))
 
 
+@checked(contracts.list_pages)
 def list_pages(
-    scores: torch.Tensor, cuts: torch.Tensor, starts: torch.Tensor, query_start_loc: torch.Tensor,
-    seq_lens: torch.Tensor, block_table: torch.Tensor, block_size: int, page_strides: tuple[int, int, int], sink: int,
-    recent: int, ahead: int, page_table: torch.Tensor, kept: torch.Tensor,
+    scores, cuts, starts, query_start_loc, seq_lens, block_table, block_size, page_strides, sink, recent, ahead,
+    page_table, kept,
 ) -> None:  # fmt: skip
-    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    contracts.list_pages(
-        scores, cuts, starts, query_start_loc, seq_lens, block_table, block_size, page_strides, ahead, page_table, kept
-    )
     rows, heads, width = page_table.shape
     # Positions without an entry in the block table belong to no request.
     longest = min(scores.shape[2], block_table.shape[1] * block_size)

@@ -11,43 +11,23 @@ weight, and rows with large logits do not outweigh rows with small ones. The sum
 16 tokens, the last 16 to 31, and blocks of 16 at equal distances between them, about 512 tokens. Each sampled token is
 weighted by the number of tokens that it represents. A sum that is no finite number, as with keys that have overflowed,
 does not silence its row: n is then 0.
-
-query            [T, Hq, D]       16-bit floats or float32
-query_start_loc  [R+1]            int32
-seq_lens         [R]              int32, the step's own tokens included
-dense            [R]              int32, not 0: the row is dense, and nothing is computed for it
-valid_lens       [R]              int32: how many of the row's tokens, from its first, have queries that count; the
-                                  last ones do not if they are rejected drafts
-block_table      [R, nb]          int32
-codes, scales                     as in ``encode``
-rotation         [D, D]           dtype of query
-max_query_len    int              most tokens of a row
-dense_up_to       int              contexts of up to this many tokens are dense
-packed           [R, H, M, D]     int8, written
-factors          [R, H, 3, M]     float32, written: a, b and n; 0, 0 and infinity for padding rows
-histogram        [R, H, 256]      int32, set to zero, also for dense rows
 """
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
+from ..contracts import checked
 from . import contracts
 from .contracts import MAX_SAMPLE, SAMPLE_BLOCK
+from .layout import bits_of
 from .tiles import fused, load_blocks, load_codes, load_queries, load_scales, tile_products
 
 # H200, 16 requests of 32k, 2026-11-28: 0.0123 ms per layer; with 1,024 sampled tokens 0.0180, with tiles of 128 0.0148.
 TILE = 256  # sampled tokens per step
 NUM_WARPS = 8
 NUM_STAGES = 3
-
-
-@triton.jit
-def sample_stride(context, MOST: tl.constexpr):
-    """Distance between sampled blocks, in blocks, so that at most MOST tokens are sampled."""
-    return tl.maximum((context + MOST - 1) // MOST, 1)
 
 
 @triton.jit
@@ -92,7 +72,7 @@ def _queries_kernel(
     scales += h * stride_sh
     block_table += r * stride_tr
 
-    stride = sample_stride(context, MOST)
+    stride = tl.maximum((context + MOST - 1) // MOST, 1)  # distance of sampled blocks: at most MOST tokens are sampled
     blocks = (context + SAMPLE - 1) // SAMPLE
     last = tl.maximum(context - SAMPLE, 0) // SAMPLE * SAMPLE  # where the last 16 to 31 tokens begin
     number = (blocks + stride - 1) // stride * SAMPLE + 2 * SAMPLE
@@ -124,18 +104,13 @@ def _queries_kernel(
     tl.store(factors + 2 * M + m, n)
 
 
+@checked(contracts.prepare_queries)
 def prepare_queries(
-    query: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor, dense: torch.Tensor,
-    valid_lens: torch.Tensor, block_table: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor,
-    rotation: torch.Tensor, scale: float,
-    max_query_len: int, dense_up_to: int, packed: torch.Tensor, factors: torch.Tensor, histogram: torch.Tensor,
+    query, query_start_loc, seq_lens, dense, valid_lens, block_table, codes, scales, rotation, scale, max_query_len,
+    dense_up_to, packed, factors, histogram,
 ) -> None:  # fmt: skip
-    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    group, bits = contracts.prepare_queries(
-        query, query_start_loc, seq_lens, dense, valid_lens, block_table, codes, scales, rotation, max_query_len,
-        packed, factors, histogram,
-    )  # fmt: skip
     rows, heads, width, size = packed.shape
+    group, bits = query.shape[1] // heads, bits_of(codes, size)
     if rows == 0:
         return
     _queries_kernel[(heads, rows)](

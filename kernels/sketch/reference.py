@@ -3,17 +3,19 @@ them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
+from ..contracts import checked
 from . import contracts
 from .contracts import BINS, CHUNK, LOWEST, MAX_SAMPLE, PER_NAT, SAMPLE_BLOCK, Budget
+from .layout import STEPS, bits_of
 
-STEPS = {1: 1.5958, 2: 0.9957, 4: 0.3352}
 
-
+@checked(contracts.encode_keys)
 def encode_keys(key, slot_mapping, rotation, centre, codes, scales, value=None, kv_cache=None) -> None:
-    """Codes of new keys. See ``encode.encode_keys``."""
-    bits = contracts.encode_keys(key, slot_mapping, rotation, centre, codes, scales, value, kv_cache)
+    bits = bits_of(codes, key.shape[2])
     live = slot_mapping >= 0
     key, slot_mapping, tokens = key[: live.shape[0]][live], slot_mapping[live], live.shape[0]
     if not key.shape[0]:
@@ -21,8 +23,7 @@ def encode_keys(key, slot_mapping, rotation, centre, codes, scales, value=None, 
     if value is not None:
         entries = torch.cat((key, value[:tokens][live]), dim=-1)
         kv_cache.transpose(1, 2)[slot_mapping // codes.shape[2], slot_mapping % codes.shape[2]] = entries
-    size = key.shape[2]
-    x = (key.float() @ rotation.float()) * size**-0.5 - centre
+    x = (key.float() @ rotation.float()) * key.shape[2] ** -0.5 - centre
     step = x.square().mean(-1, keepdim=True).sqrt() * STEPS[bits]
     half = 1 << (bits - 1)
     level = (torch.floor(x / step.clamp(min=1e-30)) + half).nan_to_num(0.0).clamp(0, 2 * half - 1).int()
@@ -55,6 +56,16 @@ def _logits(packed, factors, codes, scales) -> torch.Tensor:
     return (products * factors[:, None, 0] + factors[:, None, 1]) * scales[..., None]
 
 
+def _searched(query_start_loc, seq_lens, dense, dense_up_to: int) -> Iterator[tuple[int, int, int, int]]:
+    """Rows that are searched: number, context, first token of the query, and end of its tokens."""
+    starts, lengths = query_start_loc.tolist(), seq_lens.tolist()
+    for r, skip in enumerate(dense.tolist()):
+        begin, end = starts[r], starts[r + 1]
+        context = lengths[r] - (end - begin)
+        if not skip and context > max(dense_up_to, 0) and end > begin:
+            yield r, context, begin, end
+
+
 def _sample(context: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions from which a row's normaliser is estimated, and how many tokens each of them represents."""
     stride = max(-(-context // MAX_SAMPLE), 1)
@@ -66,23 +77,15 @@ def _sample(context: int, device) -> tuple[torch.Tensor, torch.Tensor]:
     return p[chosen], weight[chosen]
 
 
+@checked(contracts.prepare_queries)
 def prepare_queries(
     query, query_start_loc, seq_lens, dense, valid_lens, block_table, codes, scales, rotation, scale, max_query_len,
     dense_up_to, packed, factors, histogram,
 ) -> None:  # fmt: skip
-    """Query rows for the scan. See ``queries.prepare_queries``."""
-    group, bits = contracts.prepare_queries(
-        query, query_start_loc, seq_lens, dense, valid_lens, block_table, codes, scales, rotation, max_query_len,
-        packed, factors, histogram,
-    )  # fmt: skip
     histogram.zero_()
     heads, size = packed.shape[1], packed.shape[3]
-    starts, lengths, skipped = query_start_loc.tolist(), seq_lens.tolist(), dense.tolist()
-    for r, (length, skip) in enumerate(zip(lengths, skipped, strict=True)):
-        begin, end = starts[r], starts[r + 1]
-        context = length - (end - begin)
-        if skip or context <= max(dense_up_to, 0) or end <= begin:
-            continue
+    group, bits = query.shape[1] // heads, bits_of(codes, size)
+    for r, context, begin, end in _searched(query_start_loc, seq_lens, dense, dense_up_to):
         end = min(end, begin + int(valid_lens[r]))
         rows = (end - begin) * group
         q = query[begin:end].unflatten(1, (heads, group)).transpose(0, 1).reshape(heads, rows, size)
@@ -101,19 +104,13 @@ def prepare_queries(
         factors[r, :, 2, :rows] = normaliser.where(normaliser.isfinite(), 0.0)
 
 
+@checked(contracts.score_tokens)
 def score_tokens(
     packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, sink, recent, dense_up_to, scores,
     histogram, chunks,
 ) -> None:  # fmt: skip
-    """The scan. See ``scores.score_tokens``."""
-    bits = contracts.score_tokens(
-        packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks
-    )
-    starts, lengths, skipped = query_start_loc.tolist(), seq_lens.tolist(), dense.tolist()
-    for r, (length, skip) in enumerate(zip(lengths, skipped, strict=True)):
-        context = length - (starts[r + 1] - starts[r])
-        if skip or context <= max(dense_up_to, 0) or starts[r + 1] <= starts[r]:
-            continue
+    bits = bits_of(codes, packed.shape[3])
+    for r, context, _, _ in _searched(query_start_loc, seq_lens, dense, dense_up_to):
         live = factors[r, 0, 2] != torch.inf
         p = torch.arange(context, device=packed.device)
         tokens = _tokens(codes, scales, block_table[r], p, bits)
@@ -163,9 +160,8 @@ def _limits(context: int, budget: Budget) -> tuple[int, int, int]:
     return most, max(min(budget.min_tokens, most), forced), forced
 
 
+@checked(contracts.carry_thresholds)
 def carry_thresholds(query_start_loc, seq_lens, slots, totals, thresholds, budget: Budget) -> None:
-    """One threshold for all layers, from a request's last step. See ``cuts.carry_thresholds``."""
-    contracts.carry_thresholds(query_start_loc, seq_lens, slots, totals, thresholds)
     begins = query_start_loc.tolist()
     for r, length in enumerate(seq_lens.tolist()):
         slot = int(slots[r]) if slots[r] >= 0 else totals.shape[0] - 1
@@ -180,13 +176,10 @@ def carry_thresholds(query_start_loc, seq_lens, slots, totals, thresholds, budge
         totals[slot] = 0
 
 
+@checked(contracts.cut_scores)
 def cut_scores(
     histogram, chunks, query_start_loc, seq_lens, dense, scores, slots, totals, thresholds, budget: Budget, cuts, starts
 ) -> None:
-    """Thresholds from histograms. See ``cuts.cut_scores``."""
-    contracts.cut_scores(
-        histogram, chunks, query_start_loc, seq_lens, dense, cuts, starts, scores, slots, totals, thresholds
-    )
     heads = histogram.shape[1]
     begins, lengths, whole = query_start_loc.tolist(), seq_lens.tolist(), dense.tolist()
     for r, length in enumerate(lengths):
@@ -228,14 +221,11 @@ def cut_scores(
             starts[r, h, : mine.shape[0], 1] = (tied.cumsum(0) - tied).int()
 
 
+@checked(contracts.list_pages)
 def list_pages(
     scores, cuts, starts, query_start_loc, seq_lens, block_table, block_size, page_strides, sink, recent, ahead,
     page_table, kept,
 ) -> None:  # fmt: skip
-    """Page tables from scores and cuts. See ``pages.list_pages``."""
-    contracts.list_pages(
-        scores, cuts, starts, query_start_loc, seq_lens, block_table, block_size, page_strides, ahead, page_table, kept
-    )
     width, dev = page_table.shape[2], scores.device
     longest = min(scores.shape[2], block_table.shape[1] * block_size)
     per_block, per_head, per_token = page_strides

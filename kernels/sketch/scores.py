@@ -4,19 +4,6 @@ A token's score is the largest logarithm of its estimated attention weight over 
 is stored as one of 256 bins, floor((score + 16) * 12.75). So the scan writes one byte for each C + 2 bytes that it
 reads, and histograms replace a sort in choosing tokens: one histogram of the context, and one of each chunk of 2,048
 tokens. The latter give the start of each chunk's part in the page table.
-
-packed           [R, H, M, D]   int8, from ``queries``
-factors          [R, H, 3, M]   float32, from ``queries``
-query_start_loc  [R+1]          int32
-seq_lens         [R]            int32, the step's own tokens included
-dense            [R]            int32, not 0: nothing is scanned for the row
-block_table      [R, nb]        int32
-codes, scales                   as in ``encode``
-sink, recent     int            number of forced tokens at both ends of the context, which are not in the histograms
-dense_up_to       int            as in ``queries``
-scores           [R, H, L]      uint8, written: bin of each token of the context; NaN scores get bin 255
-histogram        [R, H, 256]    int32, must be zero before: the number of free tokens of the context by bin
-chunks           [R, H, ceil(L / 2048), 256]  int16, written: the same for each chunk with a part of the context
 """
 
 from __future__ import annotations
@@ -25,12 +12,13 @@ import functools
 import logging
 from types import ModuleType
 
-import torch
 import triton
 import triton.language as tl
 
+from ..contracts import checked
 from . import contracts
 from .contracts import CHUNK, LOWEST, PER_NAT
+from .layout import bits_of
 from .tiles import fused, load_blocks, load_codes, load_queries, load_scales, tile_products
 
 logger = logging.getLogger("vllm.specattn")
@@ -47,8 +35,8 @@ NUM_STAGES = 3
 @triton.jit
 def _scores_kernel(
     packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks,
-    sink, recent, dense_up_to, lowest, per_nat, stride_pr, stride_fr, stride_tr, stride_cb, stride_ch, stride_cn,
-    stride_sb, stride_sh, stride_or, stride_oh, stride_hr, stride_kr, stride_kh,
+    sink, recent, dense_up_to, lowest, per_nat, stride_pr, stride_fr, stride_tr, stride_cb, stride_ch, stride_sh,
+    stride_or, stride_oh, stride_hr, stride_kr, stride_kh, stride_cn, stride_sb,
     D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, BINS: tl.constexpr, STAGES: tl.constexpr, FUSED: tl.constexpr,
 ):  # fmt: skip
@@ -115,29 +103,30 @@ def _hopper() -> ModuleType | None:
     return hopper
 
 
+@checked(contracts.score_tokens)
 def score_tokens(
-    packed: torch.Tensor, factors: torch.Tensor, query_start_loc: torch.Tensor, seq_lens: torch.Tensor,
-    dense: torch.Tensor, block_table: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, sink: int, recent: int,
-    dense_up_to: int, scores: torch.Tensor, histogram: torch.Tensor, chunks: torch.Tensor,
+    packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, sink, recent, dense_up_to, scores,
+    histogram, chunks,
 ) -> None:  # fmt: skip
-    """Launch on the current stream, without waiting for the device; arguments as in the module's text."""
-    bits = contracts.score_tokens(
-        packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks
-    )
     rows, heads, width, size = packed.shape
+    bits = bits_of(codes, size)
     if rows == 0:
         return
-    if fused(packed.device) and (hopper := _hopper()) and hopper.takes(packed, codes, scales, scores):
-        hopper.launch(
-            bits, packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, sink, recent,
-            dense_up_to, scores, histogram, chunks,
-        )  # fmt: skip
-        return
-    _scores_kernel[(heads, triton.cdiv(scores.shape[2], CHUNK), rows)](
+    grid = (heads, triton.cdiv(scores.shape[2], CHUNK), rows)
+    arguments = (
         packed, factors, query_start_loc, seq_lens, dense, block_table, codes, scales, scores, histogram, chunks,
         sink, recent, max(dense_up_to, 0), LOWEST, PER_NAT, packed.stride(0), factors.stride(0), block_table.stride(0),
-        *codes.stride()[:3], *scales.stride()[:2], *scores.stride()[:2], histogram.stride(0), *chunks.stride()[:2],
-        D=size, BITS=bits, C=codes.shape[3], M=width, TILE=TILE, CHUNK=CHUNK,
-        BLOCK_SIZE=codes.shape[2], BINS=contracts.BINS, STAGES=NUM_STAGES, FUSED=fused(packed.device),
-        num_warps=NUM_WARPS,
+        *codes.stride()[:2], scales.stride(1), *scores.stride()[:2], histogram.stride(0), *chunks.stride()[:2],
+    )  # fmt: skip
+    sizes = {"D": size, "BITS": bits, "C": codes.shape[3], "M": width, "CHUNK": CHUNK, "BLOCK_SIZE": codes.shape[2]}
+    on_cuda = fused(packed.device)
+    if on_cuda and (hopper := _hopper()) and hopper.takes(packed, codes, scales, scores):
+        registers = hopper.MAX_REGISTERS if width <= 32 else None
+        hopper.scores_kernel[grid](
+            *arguments, **sizes, W=hopper.NUM_WARPS, num_warps=hopper.NUM_WARPS, maxnreg=registers
+        )
+        return
+    _scores_kernel[grid](
+        *arguments, codes.stride(2), scales.stride(0), **sizes, TILE=TILE, BINS=contracts.BINS, STAGES=NUM_STAGES,
+        FUSED=on_cuda, num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -48,31 +48,19 @@ def load_queries(packed, D: tl.constexpr, BITS: tl.constexpr, C: tl.constexpr, M
     return q0, q1, q2, q3
 
 
-@triton.jit
-def _word(byte, ASM: tl.constexpr):
-    """Handles four bytes as one word, while the compiler would handle each byte alone: 2 operations instead of about
-    20. The mask removes bits that a shift moves in from a neighbour."""
-    return tl.inline_asm_elementwise(ASM, "=r,r", [byte], dtype=tl.int8, is_pure=True, pack=4)
+@triton.constexpr_function
+def _take(i, bits):
+    """PTX that extracts field i of four bytes at a time, while the compiler would handle each byte alone: 2 operations
+    instead of about 20. The mask removes bits that the shift moves in from a neighbour."""
+    mask = {2: "0x03030303", 4: "0x0F0F0F0F"}[bits]
+    return f"{{ .reg .b32 t; shr.b32 t, $1, {i * bits}; and.b32 $0, t, {mask}; }}"
 
 
 @triton.jit
 def _field(byte, i: tl.constexpr, BITS: tl.constexpr, FUSED: tl.constexpr):
     """Field i of each byte, int8, for codes of 2 or 4 bits."""
     if FUSED:
-        if BITS == 4:
-            if i == 0:
-                field = _word(byte, "and.b32 $0, $1, 0x0F0F0F0F;")
-            else:
-                field = _word(byte, "{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 $0, t, 0x0F0F0F0F; }")
-        else:
-            if i == 0:
-                field = _word(byte, "and.b32 $0, $1, 0x03030303;")
-            elif i == 1:
-                field = _word(byte, "{ .reg .b32 t; shr.b32 t, $1, 2; and.b32 $0, t, 0x03030303; }")
-            elif i == 2:
-                field = _word(byte, "{ .reg .b32 t; shr.b32 t, $1, 4; and.b32 $0, t, 0x03030303; }")
-            else:
-                field = _word(byte, "{ .reg .b32 t; shr.b32 t, $1, 6; and.b32 $0, t, 0x03030303; }")
+        field = tl.inline_asm_elementwise(_take(i, BITS), "=r,r", [byte], dtype=tl.int8, is_pure=True, pack=4)
     else:
         field = ((byte >> (BITS * i)) & ((1 << BITS) - 1)).to(tl.int8)
     return field

@@ -12,9 +12,9 @@ PROGRAM = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from specattn_vllm.kernels.attention import draft_combine, draft_config, draft_kernel, sparse_attention
+from specattn_vllm.kernels.attention import draft_attention, draft_kernel, sparse_attention
 from specattn_vllm.kernels.bookkeeping import kernels as bookkeeping
-from specattn_vllm.kernels.selection import accumulate_mass, page_tables, top_p
+from specattn_vllm.kernels.selection import mass, page_tables, top_p
 
 POINTERS = {
     "kv_cache": "D", "slots": "i64", "lens": "i32", "query": "D", "out": "D", "lse": "fp32", "kept": "i32",
@@ -43,6 +43,7 @@ def compiled(kernel, dtype, warps, given=(), **constants):
         else:
             types[name] = SCALARS.get(name, "i64")
     types = {name: types[name] for name in kernel.arg_names}
+    constants = {name: value for name, value in constants.items() if name in types}
     source = ASTSource(fn=kernel, signature=types, constexprs=constants)
     assert triton.compile(source, target=GPUTarget("cuda", CAPABILITY, 32), options={"num_warps": warps}).asm["cubin"]
     print(kernel.__name__, dtype)
@@ -51,27 +52,29 @@ def compiled(kernel, dtype, warps, given=(), **constants):
 for dtype, size, group in (("bf16", 128, 4), ("fp16", 64, 1)):
     for lse, splits, tiles in ((False, 4, 1), (True, 4, 2), (True, 1, 1), (False, 1, 2)):
         config = sparse_attention.CONFIGS[size, False]
-        more = {"GROUP": group, "D": size, "SPLITS": splits, "HAS_LSE": lse}
+        more = {"GROUP": group, "D": size, "SPLITS": splits, **({} if lse else {"lse": None})}
         compiled(sparse_attention._sparse_kernel, dtype, config.num_warps, {"groups": "i32"}, TILES=tiles,
-                 BLOCK_M=config.block_m, BLOCK=config.block_n, **more)
+                 BLOCK_M=16, BLOCK=config.block_n, **more)
         if splits > 1:
             compiled(sparse_attention._combine_kernel, dtype, 1, {"groups": "i32"}, **more)
     # A draft's step, the same in parts, a verification with two scored rows, and an audit.
     for out, scores, c, splits, some in ((1, 1, 1, 1, 0), (1, 1, 1, 4, 0), (1, 1, 2, 4, 0), (0, 0, 1, 4, 1)):
-        config = draft_config.CONFIGS[size, 32]
-        shared = {"HEADS": 8, "GROUP": group, "C": c, "D": size, "SPLITS": splits, "HAS_OUT": bool(out), "SCORED": True,
-                  "SOME": bool(some)}
+        config = draft_attention.CONFIGS[size, 32]
+        given = {"out": out, "scores": scores, "requests": some}
+        shared = {"HEADS": 8, "GROUP": group, "C": c, "D": size, "SPLITS": splits,
+                  **{name: None for name in given if not given[name]}}
         compiled(draft_kernel.draft_kernel, dtype, config.num_warps, BLOCK_SIZE=16, TILES=1, BLOCK_M=32,
-                 BLOCK=config.block_n, HAS_SCORES=bool(scores), SMALL_DOT=bool(out) and c * group <= 16, **shared)
+                 BLOCK=config.block_n, SMALL_DOT=bool(out) and c * group <= 16, **shared)
         if splits > 1:
-            compiled(draft_combine.combine_tokens, dtype, 4, ROWS=4, **shared)
+            compiled(draft_kernel.combine_tokens, dtype, 4, ROWS=4, **shared)
 for combine in ("store", "add"):
-    compiled(accumulate_mass._mass_kernel, "fp32", 1, HEADS=8, STEP=8, COMBINE=combine, BLOCK=256, ALIGNED=True)
+    compiled(mass._mass_kernel, "fp32", 1, HEADS=8, STEP=8, COMBINE=combine, BLOCK=256, ALIGNED=True)
 for weighed, counted, union in ((True, False, True), (False, True, False), (True, True, False)):
     compiled(top_p._top_p_kernel, "fp32", 32, {"counts": "*i32"}, WEIGHED=weighed, COUNTED=counted, UNION=union,
              FUSED=True, VECTOR=4, SMALL=4096, SIZE=32768, LONGER=True, TILE=4096, STAGES=3)
 for mapped in (False, True):
-    compiled(page_tables._page_table_kernel, "fp32", 8, CHUNK=4096, COUNT_STEP=1024, MAPPED=mapped)
+    compiled(page_tables._page_table_kernel, "fp32", 8, CHUNK=4096, COUNT_STEP=1024,
+             **({} if mapped else {"sources": None, "groups": None}))
 compiled(bookkeeping._count_reads_kernel, "fp32", 8, {"groups": "i32", "out": "*i64"}, ROWS=64, ENTRIES=32,
          NO_SELECTION_CODE=-1)
 """

@@ -139,10 +139,10 @@ def test_without_lse(place, paged, poisoned, close):
 @pytest.mark.parametrize(
     "config",
     [
-        LaunchConfig(block_m=16, block_n=16, num_warps=1, num_stages=1, waves=1),
-        LaunchConfig(block_m=64, block_n=32, num_warps=4, num_stages=4, waves=8),
-        LaunchConfig(block_m=32, block_n=128, num_warps=8, num_stages=2, waves=0),
-        LaunchConfig(block_m=16, block_n=16, num_warps=2, num_stages=3, waves=64),
+        LaunchConfig(block_n=16, num_warps=1, num_stages=1, waves=1),
+        LaunchConfig(block_n=32, num_warps=4, num_stages=4, waves=8),
+        LaunchConfig(block_n=128, num_warps=8, num_stages=2, waves=0),
+        LaunchConfig(block_n=16, num_warps=2, num_stages=3, waves=64),
     ],
     ids=["small", "many rows", "one split", "many splits"],
 )
@@ -208,8 +208,11 @@ def test_rows_beyond_2_31_elements(op, device, poisoned, close):
         ),
         ({"query_start_loc": torch.zeros(1, dtype=torch.int32)}, "query_start_loc: got shape"),
         ({"max_query_len": 0}, "max_query_len: got 0"),
-        ({"query": torch.empty(2, 3, 64)}, "kv_cache: got 2 heads for 3 query heads"),
-        ({"page_table": torch.zeros(1, 3, 8, dtype=torch.int32)}, "page_table: got 3 groups, wanted 1 or the 2 heads"),
+        ({"query": torch.empty(2, 3, 64), "out": torch.empty(2, 3, 64)}, "kv_cache: got 2 heads for 3 query heads"),
+        (
+            {"page_table": torch.zeros(1, 3, 8, dtype=torch.int32), "kept": torch.ones(1, 3, dtype=torch.int32)},
+            "page_table: got 3 groups, wanted 1 or the 2 heads",
+        ),
         ({"kept": torch.ones(1, 1, dtype=torch.int32)}, r"kept: got shape \(1, 1\)"),
     ],
     ids=["row size", "dtype", "strides", "starts", "max_query_len", "uneven heads", "groups", "kept"],

@@ -251,8 +251,8 @@ def good(op: str) -> dict:
         ("count_sampled", {"num_sampled": torch.zeros(3)}, "num_sampled: got torch.float32"),
         ("count_sampled", {"total": torch.zeros(2).long()}, r"total: got shape \(2,\)"),
         ("load_round", {"reqs": 5}, "reqs: got 5, wanted 0 to the 4 rows"),
-        ("load_round", {"reqs": 3}, "input_ids: got 6 elements, wanted 9 or more"),
-        ("load_round", {"rows": 6}, "held input_ids: got 13 elements, wanted 18 or more"),
+        ("load_round", {"reqs": 3}, r"input_ids: got shape \(6,\), wanted shape \('9 or more',\)"),
+        ("load_round", {"rows": 6}, r"input_ids: got shape \(13,\), wanted shape \('18 or more',\)"),
     ],
 )
 def test_refuses(ops, op, change, message):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from specattn_vllm.kernels import reference
-from specattn_vllm.kernels.selection import accumulate_mass as module
-from specattn_vllm.kernels.selection.accumulate_mass import accumulate_mass
+from specattn_vllm.kernels.selection import mass as module
+from specattn_vllm.kernels.selection.mass import accumulate_mass
 
 
 def case(why, lens, query_heads, groups, width):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from specattn_vllm.kernels import reference
-from specattn_vllm.kernels.selection import dilate_mass as module
-from specattn_vllm.kernels.selection.dilate_mass import BLOCK, dilate_mass
+from specattn_vllm.kernels.selection import mass as module
+from specattn_vllm.kernels.selection.mass import DILATE_BLOCK as BLOCK
+from specattn_vllm.kernels.selection.mass import dilate_mass
 
 OPS = pytest.mark.parametrize("op", [dilate_mass, reference.dilate_mass], ids=["kernel", "reference"])
 

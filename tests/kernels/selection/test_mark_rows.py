@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from specattn_vllm.kernels import reference
-from specattn_vllm.kernels.selection.mark_rows import mark_rows
+from specattn_vllm.kernels.selection.mass import mark_rows
 
 OPS = pytest.mark.parametrize("mark", [mark_rows, reference.mark_rows], ids=["kernel", "reference"])
 
