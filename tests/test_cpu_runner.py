@@ -265,6 +265,53 @@ def test_the_interpreter_s_missing_logarithm_is_computed(tmp_path):
     assert values[5] == -math.inf and math.isnan(values[6]) and values[7] == pytest.approx(1 + math.log(4))
 
 
+ARGMAX_PROBE = """
+import json
+
+import torch
+import triton
+import triton.language as tl
+
+from specattn_vllm.cpu_runner.interpreter import argmax_of_nan
+
+
+@triton.jit
+def kernel(source, target, BLOCK: tl.constexpr):
+    rows, offsets = tl.arange(0, 2)[:, None] * BLOCK, tl.arange(0, BLOCK)
+    value, index = tl.max(tl.load(source + rows + offsets[None]), axis=1, return_indices=True)
+    tl.store(target + tl.arange(0, 2), index)
+
+
+def launch(nan_alone):
+    source, target = torch.tensor([[1.0, float("nan"), 3.0, 2.0], [0.0, 5.0, 4.0, 1.0]]), torch.zeros(2, dtype=int)
+    source[0] = float("nan") if nan_alone else source[0]
+    kernel[(1,)](source, target, BLOCK=4)
+    return target.tolist()
+
+
+before = launch(False)
+try:
+    launch(True)
+    error = None
+except Exception as problem:
+    error = repr(problem)
+argmax_of_nan()
+print(json.dumps([before, error, launch(False), launch(True)]))
+"""
+
+
+@needs_cpu_build
+def test_argmax_of_nothing_but_nan_stops_nobody(tmp_path):
+    probe = tmp_path / "probe.py"
+    probe.write_text(ARGMAX_PROBE)
+    env = without_overlay() | environment(without_overlay())
+    result = subprocess.run([sys.executable, "-P", str(probe)], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    before, error, same, alone = json.loads(result.stdout.splitlines()[-1])
+    assert "All-NaN" in str(error), "what Triton does by itself; where this fails, the piece can go"
+    assert before == same == [2, 1] and alone == [0, 1]
+
+
 @needs_cpu_build
 def test_the_driver_is_inactive_where_kernels_are_compiled():
     """A second active driver would make vLLM disable Triton on a GPU machine."""

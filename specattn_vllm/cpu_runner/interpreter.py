@@ -41,19 +41,13 @@ def argmax_of_nan() -> None:
     import numpy as np
     from triton.runtime.interpreter import ReduceOps
 
-    if getattr(ReduceOps, _MARK, False):
-        return
-    min_max = ReduceOps.min_max
-
-    def min_max_of_any(self, input, val_reduce_op, idx_reduce_op=None):
+    @patched(ReduceOps, "min_max")
+    def min_max(original, self, input, val_reduce_op, idx_reduce_op=None):
         def index(data, axis, keepdims):
             data = np.where(np.isnan(data).all(axis=axis, keepdims=True), 0, data)
             return idx_reduce_op(data, axis=axis, keepdims=keepdims)
 
-        return min_max(self, input, val_reduce_op, index if idx_reduce_op else None)
-
-    ReduceOps.min_max = min_max_of_any
-    setattr(ReduceOps, _MARK, True)
+        return original(self, input, val_reduce_op, index if idx_reduce_op else None)
 
 
 def compute_log1p() -> None:
