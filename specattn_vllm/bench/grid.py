@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import NamedTuple
 
+from specattn_vllm.tools.arguments import parse_list
+
 
 class Cell(NamedTuple):
     """One place of the grid: so many requests at a time, each with so many tokens of prompt."""
@@ -43,7 +45,4 @@ def parse_grid(text: str) -> list[Cell]:
     All prompts are beginnings of the same texts, so that smaller batches and longer contexts find what came before them
     in the prefix cache.
     """
-    cells = [Cell.parse(part) for part in text.split(",")]
-    if len(set(cells)) != len(cells):
-        raise argparse.ArgumentTypeError(f"'{text}' names a cell twice")
-    return sorted(cells, key=lambda cell: (cell.context, -cell.batch))
+    return sorted(parse_list(Cell.parse)(text), key=lambda cell: (cell.context, -cell.batch))

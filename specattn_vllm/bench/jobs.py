@@ -1,4 +1,5 @@
-"""Modes, and from what is asked for to one job per engine: exact vLLM arguments and environment."""
+"""Modes, their arguments on the command line, and from what is asked for to one job per engine: exact vLLM arguments
+and environment."""
 
 from __future__ import annotations
 
@@ -7,8 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from specattn_vllm.bench.grid import Cell
-from specattn_vllm.bench.schema import CellResult, Job
+from specattn_vllm.bench.schema import CellResult, Job, OfEngine
+from specattn_vllm.installed import UserError
 from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.tools.arguments import at_least, parse_list, parse_option, share
 from specattn_vllm.tools.models import Shape
 
 DRAFT_TOKENS = 5
@@ -50,19 +53,9 @@ MODES = {
 DEFAULT_MODES = tuple(name for name, mode in MODES.items() if mode.by_default)
 
 
-def parse_list(parse: Callable[[str], T]) -> Callable[[str], list[T]]:
-    """A parser of different values between commas."""
-
-    def convert(text: str) -> list[T]:
-        values = [parse(part.strip()) for part in text.split(",")]
-        if len(set(values)) != len(values):
-            raise argparse.ArgumentTypeError(f"'{text}' names one twice")
-        return values
-
-    return convert
-
-
 def parse_mode(text: str) -> str:
+    """'draft' is the one whose runner vLLM takes by itself."""
+    text = "draft-v2" if text == "draft" else text
     if text not in MODES:
         raise argparse.ArgumentTypeError(f"'{text}' is no mode: choose from {', '.join(MODES)}")
     return text
@@ -85,6 +78,48 @@ def parse_for_mode(parse: Callable[[str], T]) -> Callable[[str], tuple[str, T]]:
     return convert
 
 
+def add_modes(
+    group: argparse._ArgumentGroup,
+    modes: Sequence[str],
+    told: str,
+    kept: str | None,
+    length: Callable[[str], Any],
+    lengths: str,
+) -> None:
+    """`--modes`, with its default and help, and what is said of each: `--kept`, with its default, `--draft-tokens`,
+    `--acceptance-length`, with its parser and help, and `--option`."""
+    told, default = f"{told} [%(default)s]", ",".join(modes)
+    group.add_argument("--modes", type=parse_list(parse_mode), default=default, metavar="MODE,...", help=told)
+    told = "shares of the context that modes of this plugin but dense keep, each measured by itself "
+    told += "[the method's own]" if kept is None else "[%(default)s]"
+    group.add_argument("--kept", type=parse_list(share), default=kept, metavar="SHARE,...", help=told)
+    more: dict[str, Any] = {"action": "append", "default": []}
+    told = f"drafted a round, in all modes or in one; may be repeated [{DRAFT_TOKENS}]"
+    group.add_argument("--draft-tokens", type=parse_for_mode(at_least(1)), metavar="[MODE:]K", help=told, **more)
+    told = f"{lengths}, of all modes or of one; may be repeated [{ACCEPTANCE_LENGTH:g}]"
+    group.add_argument("--acceptance-length", type=parse_for_mode(length), metavar="[MODE:]A", help=told, **more)
+    told = "an option of the plugin for its modes that can use it, e.g. min_tokens=64, or for one, e.g. "
+    told += "vegas:dilation=0; may be repeated"
+    group.add_argument("--option", type=parse_option, metavar="[MODE:]KEY=VALUE", help=told, **more)
+
+
+def device(args: argparse.Namespace, shape: Shape | None, part: str) -> str:
+    """What engines run on; random weights of large models only on a GPU, unless `--device cpu` says otherwise."""
+    from specattn_vllm.tools.provenance import has_gpu
+
+    large = shape is not None and not shape.has_weights
+    if args.device != "auto":
+        return args.device
+    if (args.list and large) or has_gpu():
+        return "cuda"
+    if large:
+        raise UserError(
+            f"no NVIDIA GPU was found, and {shape.name} is too large for a CPU: try `specattn bench {part}`, or insist "
+            "with --device cpu (--shape tiny is for that)"
+        )
+    return "cpu"
+
+
 def settings_of(args: argparse.Namespace, shape: Shape) -> dict[str, Any]:
     """What all engines of one report have in common: figures that differ in it stand in no common table."""
     lengths = dict(args.acceptance_length).get("", [ACCEPTANCE_LENGTH])
@@ -105,12 +140,11 @@ def make_jobs(args: argparse.Namespace, shape: Shape) -> list[Job]:
     drafted = by_mode(args, "draft-tokens", DRAFT_TOKENS)
     lengths = by_mode(args, "acceptance-length", [ACCEPTANCE_LENGTH])
     jobs = []
-    for mode in args.modes:
-        for kept in args.kept if MODES[mode].kept else (None,):
-            own = lengths.get(mode, lengths[""]) if MODES[mode].drafter else (None,)
-            for length in own:
-                suffix = "" if len(own) == 1 else f", {length:g} a round"
-                jobs.append(_job(args, shape, mode, kept, drafted, length, suffix))
+    for mode, kept in each_mode(args):
+        own = lengths.get(mode, lengths[""]) if MODES[mode].drafter else (None,)
+        for length in own:
+            name = name_of(mode, kept) + ("" if len(own) == 1 else f", {length:g} a round")
+            jobs.append(_job(args, shape, name, mode, kept, drafted, length))
     refuse_unused_options(args, jobs)
     return jobs
 
@@ -123,7 +157,16 @@ def by_mode(args: argparse.Namespace, flag: str, default: Any) -> dict[str, Any]
     return found
 
 
-def refuse_unused_options(args: argparse.Namespace, jobs: Sequence[Any]) -> None:
+def each_mode(args: argparse.Namespace) -> list[tuple[str, float | None]]:
+    """Modes, those that keep a share of the context with each that is asked for; None: the method's own, or all."""
+    return [(mode, kept) for mode in args.modes for kept in (args.kept if MODES[mode].kept else None) or (None,)]
+
+
+def name_of(mode: str, kept: float | None) -> str:
+    return mode if kept is None else f"{mode} {kept * 100:g}%"
+
+
+def refuse_unused_options(args: argparse.Namespace, jobs: Sequence[OfEngine]) -> None:
     """ValueError for an `--option` that no job has."""
     used = {name for job in jobs for key in job.options for name in (key, f"{job.mode}:{key}")}
     if unused := [key for key, _ in args.option if key not in used]:
@@ -133,19 +176,15 @@ def refuse_unused_options(args: argparse.Namespace, jobs: Sequence[Any]) -> None
 def _job(
     args: argparse.Namespace,
     shape: Shape,
+    name: str,
     mode: str,
     kept: float | None,
     drafted: Mapping[str, int],
     length: float | None,
-    suffix: str,
 ) -> Job:
     """Of one engine; `drafted` has the tokens of a round by mode, '' for all others."""
     drafter, options = MODES[mode].drafter, MODES[mode].options
     draft_tokens = drafted.get(mode, drafted[""])
-    name = (mode if kept is None else f"{mode} {kept * 100:g}%") + suffix
-    if length is not None and not 1 <= length <= draft_tokens + 1:
-        most = draft_tokens + 1
-        raise ValueError(f"--acceptance-length {length:g} for {name}: between 1 and --draft-tokens + 1 = {most}")
     # Prompts are the same for every mode, speculating or not, so they leave room for the one that drafts most.
     most = max(drafted.values())
     room = shape.max_position - generated_tokens(args.output_tokens, most) - slack_tokens(most)
@@ -169,9 +208,9 @@ def _job(
         arguments |= {"dtype": "bfloat16", "gpu_memory_utilization": args.gpu_memory_utilization}
         arguments["compilation_config"] = {"cudagraph_capture_sizes": sizes}
     if drafter:
-        arguments["speculative_config"] = speculation(drafter, draft_tokens, length)
+        arguments["speculative_config"] = speculation(name, drafter, draft_tokens, length)
     if options is not None:
-        arguments |= backend(options_of(mode, kept, dict(args.option)))
+        arguments |= backend(mode, options, kept, dict(args.option))
     return Job(
         name=name,
         mode=mode,
@@ -189,23 +228,33 @@ def _job(
     )
 
 
-def speculation(drafter: str, draft_tokens: int, length: float | None) -> dict[str, Any]:
-    """vLLM's configuration of speculation. `length`: mean tokens of a round; None: the models' own."""
+def speculation(name: str, drafter: str, draft_tokens: int, length: float | None) -> dict[str, Any]:
+    """vLLM's configuration of speculation, of a job of this name. `length`: mean tokens of a round; None: the models'
+    own."""
     found = {
         "model": f"{{{drafter}}}",
         "method": "eagle3" if drafter == "eagle" else "draft_model",
         "num_speculative_tokens": draft_tokens,
     }
-    if length is not None:
-        # vLLM then accepts drafts at random, so that a round gives so many tokens on average whatever the models say:
-        # random weights agree on nothing, and what agreement a method costs is not a matter of speed.
-        found |= {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": length}
-    return found
+    if length is None:
+        return found
+    if not 1 <= length <= draft_tokens + 1:
+        most = draft_tokens + 1
+        raise ValueError(f"--acceptance-length {length:g} for {name}: between 1 and --draft-tokens + 1 = {most}")
+    # vLLM then accepts drafts at random, so that a round gives so many tokens on average whatever the models say:
+    # random weights agree on nothing, and what agreement a method costs is not a matter of speed.
+    return found | {"rejection_sample_method": "synthetic", "synthetic_acceptance_length": length}
 
 
-def backend(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of an engine that runs on this plugin."""
-    return {"attention_backend": "specattn", "additional_config": {"specattn": dict(options)}}
+def backend(mode: str, options: Mapping[str, Any], kept: float | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of an engine of a mode that runs on this plugin, with these options and those given: 'KEY' is for
+    all modes that can use it, 'MODE:KEY' for one, and goes before the other."""
+    options = {**options} | ({} if kept is None else {MODES[mode].kept: kept})
+    own = {key.removeprefix(f"{mode}:"): value for key, value in given.items() if key.startswith(f"{mode}:")}
+    usable = SpecAttnOptions.parse(options | own).usable
+    options |= {key: value for key, value in given.items() if key in usable} | own
+    SpecAttnOptions.parse(options)  # an engine would refuse them too, but after minutes
+    return {"attention_backend": "specattn", "additional_config": {"specattn": options}}
 
 
 def environment(mode: str) -> dict[str, str]:
@@ -217,17 +266,6 @@ def environment(mode: str) -> dict[str, str]:
         "VLLM_PLUGINS": "" if MODES[mode].options is None else "specattn",
         "VLLM_NO_USAGE_STATS": "1",
     }
-
-
-def options_of(mode: str, kept: float | None, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a mode with those given: 'KEY' is for all modes that can use it, 'MODE:KEY' for one, and goes
-    before the other."""
-    options = dict(MODES[mode].options) | ({} if kept is None else {MODES[mode].kept: kept})
-    own = {key.removeprefix(f"{mode}:"): value for key, value in given.items() if key.startswith(f"{mode}:")}
-    usable = SpecAttnOptions.parse(options | own).usable
-    options |= {key: value for key, value in given.items() if key in usable} | own
-    SpecAttnOptions.parse(options)  # an engine would refuse them too, but after minutes
-    return options
 
 
 def generated_tokens(output_tokens: int, draft_tokens: int) -> int:

@@ -1,14 +1,17 @@
-"""The report as a table in Markdown."""
+"""The report as a table in Markdown, and as a picture."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from specattn_vllm.bench.grid import Cell, context_name
 from specattn_vllm.bench.jobs import MODES
 from specattn_vllm.bench.schema import CellResult, EngineResult, Job, Report
-from specattn_vllm.tools.outputs import table
-from specattn_vllm.tools.provenance import machine, vllm_version
+from specattn_vllm.tools.outputs import document
+from specattn_vllm.tools.provenance import machine, where
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LOSING = 0.95
 """Below this share of the speed of plain decoding, or of stock speculation with the same drafter, a cell counts as
@@ -32,6 +35,10 @@ class Entry(NamedTuple):
         ratios = ", ".join(f"{ratio:.2f}x" for ratio in self.ratios if ratio is not None)
         marks = "†" * self.losing + "‡" * (not self.result.steady)
         return f"{self.speed:,.{0 if self.speed >= 100 else 1}f}" + (f" ({ratios})" if ratios else "") + marks
+
+
+def name_of(cell: Cell) -> str:
+    return f"{cell.batch} x {context_name(cell.context)}"
 
 
 def title(engine: EngineResult) -> str:
@@ -77,8 +84,9 @@ def remarks(report: Report) -> list[str]:
     if any(entry.result and entry.speed and not entry.result.steady for entry in all_entries):
         found.append("‡ not steady when it was measured (--max-warmups).")
     for engine in report.engines:
-        if own := _own_rounds(engine, report.settings):
-            found.append(f"{engine.name}: {own}.")
+        drafted, length = engine.job.draft_tokens, engine.job.acceptance_length
+        if drafted and (drafted != report.settings["draft_tokens"] or length not in _lengths(report.settings)):
+            found.append(f"{engine.name}: {drafted} draft tokens, {length:g} tokens a round.")
         if engine.status != "ok":
             found.append(f"{engine.name}: {engine.status}, {engine.reason}.")
         found += [f"{engine.name}, {cell.name}: {cell.skipped}." for cell in engine.cells if cell.skipped]
@@ -97,14 +105,6 @@ def remarks(report: Report) -> list[str]:
     return found
 
 
-def _own_rounds(engine: EngineResult, settings: dict[str, Any]) -> str | None:
-    """Draft tokens and acceptance of an engine that has others than those for all."""
-    drafted, length = engine.job.draft_tokens, engine.job.acceptance_length
-    if not drafted or (drafted == settings["draft_tokens"] and length in _lengths(settings)):
-        return None
-    return f"{drafted} draft tokens, {length:g} tokens a round"
-
-
 def _lengths(settings: dict[str, Any]) -> list[float]:
     """Acceptance lengths of all modes."""
     given = settings["acceptance_length"]
@@ -113,19 +113,46 @@ def _lengths(settings: dict[str, Any]) -> list[float]:
 
 def caption(report: Report) -> str:
     settings = report.settings
-    text = "Decoded tokens per second of the whole batch (over plain decoding; ours: also over the better stock mode "
-    text += f"with the same drafter). {settings['draft_tokens']} draft tokens"
     *some, last = (f"{length:g}" for length in _lengths(settings))
     several = f"{', '.join(some)} or {last}" if some else last
-    text += f", {several} tokens a round on average by vLLM's synthetic acceptance"
-    source = report.provenance
-    where = f"{machine(source)}, vLLM {vllm_version(source)}, {str(source.get('date', ''))[:10]}"
-    return f"{text}. {settings['shape_description']}; {where}."
+    return (
+        "Decoded tokens per second of the whole batch (over plain decoding; ours: also over the better stock mode with "
+        f"the same drafter). {settings['draft_tokens']} draft tokens, {several} "
+        f"tokens a round on average by vLLM's synthetic acceptance. {settings['shape_description']}; "
+        f"{where(report.provenance)}."
+    )
 
 
 def markdown(report: Report) -> str:
     """As documents hold it: table, caption, remarks."""
     headings = ["requests x context", *(title(engine) for engine in report.engines)]
-    named = [(f"{cell.batch} x {context_name(cell.context)}", row) for cell, row in entries(report)]
-    lines = table(headings, [[name, *(entry.text for entry in row)] for name, row in named])
-    return "\n".join([*lines, "", caption(report), *(f"\n{remark}" for remark in remarks(report))]) + "\n"
+    rows = [[name_of(cell), *(entry.text for entry in row)] for cell, row in entries(report)]
+    return document(headings, rows, caption(report), *remarks(report))
+
+
+def draw(report: Report) -> Figure:
+    """Bars by cell, tokens per second above them; without plain decoding in every cell they are as high as that."""
+    from matplotlib.figure import Figure
+
+    rows = entries(report)
+    plain = next((i for i, engine in enumerate(report.engines) if engine.job.mode == "plain"), None)
+    relative = plain is not None and all(row[plain].speed for _, row in rows)
+    figure = Figure(figsize=(max(6.0, 0.3 * len(rows) * len(report.engines) + 1.5), 4.5), layout="constrained")
+    axes, width = figure.subplots(), 0.84 / len(report.engines)
+    for index, engine in enumerate(report.engines):
+        shown = [(place, row[index].speed, row) for place, (_, row) in enumerate(rows) if row[index].speed]
+        bars = axes.bar(
+            [place - 0.42 + (index + 0.5) * width for place, *_ in shown],
+            [speed / row[plain].speed if relative else speed for _, speed, row in shown],
+            0.94 * width,
+            label=title(engine),
+        )
+        axes.bar_label(bars, [f"{speed:,.0f}" for _, speed, _ in shown], fontsize=7, rotation=90, padding=2)
+    axes.set_xticks(range(len(rows)), [str(cell) for cell, _ in rows])
+    axes.set(xlabel="requests x context", ylabel="speed, plain decoding = 1" if relative else "tokens per second")
+    axes.set_title(
+        f"{report.settings['shape']}, {machine(report.provenance)} (figures: tokens per second)", fontsize=10
+    )
+    axes.margins(y=0.18)
+    figure.legend(fontsize=8, frameon=False, ncols=4, loc="outside lower center")
+    return figure

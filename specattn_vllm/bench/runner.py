@@ -1,7 +1,7 @@
-"""Runs jobs, each in a process of its own, one at a time or one per GPU, and keeps the report up to date after each.
+"""Runs jobs, of engines or of servers, each in a process of its own, one at a time or one per GPU, and keeps the report
+up to date after each.
 
-An engine that fails is a result like others: the report says so and why, with what it had measured
-until then. Reports and jobs may be others with the same fields: those of servers (`serve/schema.py`).
+One that fails is a result like others: the report says so and why, with what it had measured until then.
 """
 
 from __future__ import annotations
@@ -13,114 +13,99 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from specattn_vllm.bench.jobs import MODES
-from specattn_vllm.bench.schema import NO_ROOM, EngineResult, Job
+from specattn_vllm.bench.schema import NO_ROOM, UNFINISHED, AnyReport, OfEngine, Result
 from specattn_vllm.causes import of_log
 from specattn_vllm.installed import UserError
-from specattn_vllm.tools import engines
+from specattn_vllm.tools import engines, outputs
 from specattn_vllm.tools.interrupts import ended_as_interrupted, resumed, status_of
-from specattn_vllm.tools.outputs import check_same
-
-WORKER = (*engines.MODULE, "specattn_vllm.bench.worker")
 
 
-def run_job(job: Job, folder: Path, gpu: str | None = None, stop: threading.Event | None = None) -> EngineResult:
-    """One engine from start to end. Its job, log and result stay in `folder`. `stop` ends it early."""
+def run_job(
+    job: OfEngine,
+    kind: type[Result],
+    folder: Path,
+    gpu: str | None = None,
+    stop: threading.Event | None = None,
+    keep: Callable[[Result], None] = lambda result: None,
+) -> Result:
+    """One engine or server from start to end. Its job, log and result, of a `kind`, stay in `folder`. `stop` ends it
+    early; `keep` is called with what there is meanwhile."""
     start, variables = time.monotonic(), engines.environment(job.environment, cpu=job.on_cpu, gpu=gpu)
-    ended = engines.run_job(WORKER, job.name, job, folder, variables, stop or threading.Event())
-    if ended.result is None:
-        result = EngineResult(name=job.name, status="failed", job=job)
-    else:
-        result = EngineResult.model_validate(ended.result)
+    ended = engines.run_job(
+        job.worker, job, folder, variables, stop, watch=lambda found: keep(kind.model_validate(found))
+    )
+    result = kind(name=job.name, job=job) if ended.result is None else kind.model_validate(ended.result)
     if ended.interrupted:
-        result.status, result.reason = "interrupted", "ended before it was done"
+        result.end(*UNFINISHED)
     elif result.status != "ok" and result.reason != NO_ROOM:  # of which the log would tell nothing
-        # Killed from outside, e.g. for its memory: the worker itself could not say so.
-        killed = f"ended with exit status {ended.status}" if ended.status else None
-        result.reason = of_log(ended.log.read_text(errors="replace")) or killed or result.reason or "left no result"
-    result.log = f"{folder.name}/{ended.log.name}"  # the report may travel to another machine, with the folder
+        # If the worker could not say why, it was killed from outside, e.g. for its memory.
+        told = result.reason if result.status == "failed" else None
+        cause = of_log(ended.log.read_text(errors="replace"))
+        result.end("failed", cause or told or f"ended with exit status {ended.status}")
+    # The report may travel to another machine, with the folder.
+    result.log = result.log or f"{folder.name}/{ended.log.name}"
     result.seconds = round(time.monotonic() - start, 1)
     return result
 
 
-def outcome(result: EngineResult) -> str:
-    """One line on an engine that has ended."""
-    speeds = ", ".join(f"{cell.name} {cell.tokens_per_second:,.0f}" for cell in result.cells if cell.tokens_per_second)
-    parts = [f"{speeds} tokens/s"] if speeds else []
-    if result.status != "ok":
-        parts = [f"{result.status}: {result.reason} (log: {result.log})", *(f"until then {part}" for part in parts)]
-    return "; ".join([*parts, *(f"{cell.name} {cell.skipped}" for cell in result.cells if cell.skipped)])
-
-
-def earlier_engines(path: Path, report: Any) -> dict[str, Any]:
-    """Engine name -> result of an earlier run with the same settings, to go on with."""
-    if not path.is_file():
-        return {}
-    try:
-        earlier = type(report).model_validate_json(path.read_text())
-    except ValidationError:
-        raise UserError(f"{path} is no such report of `specattn bench`: give another --out, or --overwrite") from None
-    check_same(path, earlier.settings, report.settings)
-    return {engine.name: engine for engine in earlier.engines}
-
-
-Run = Callable[[Any, Path, str | None, threading.Event, Callable[[Any], None]], Any]
-"""Runs a job, with its logs in a folder, on a GPU, until it is told to stop; what is called last keeps what there is of
-the result meanwhile."""
-
-
-def _run_engine(job: Job, folder: Path, gpu: str | None, stop: threading.Event, keep: Callable) -> EngineResult:
-    return run_job(job, folder, gpu, stop)
+def earlier_engines(path: Path, report: AnyReport) -> dict[str, Result]:
+    """Name -> result of an earlier run with the same settings, to go on with."""
+    found = outputs.earlier(path, "specattn bench", type(report), "settings", report.settings)
+    return {} if found is None else {engine.name: engine for engine in found.engines}
 
 
 def run_all(
-    jobs: Sequence[Any],
-    report: Any,
+    jobs: Sequence[OfEngine],
+    report: AnyReport,
     path: Path,
     folder: Path,
-    earlier: Mapping[str, Any],
+    earlier: Mapping[str, Result],
     gpus: Sequence[str] = (),
     say: Callable[[str], None] = print,
-    *,
-    what: str = "engine",
-    run: Run = _run_engine,
-    told: Callable[[Any], str] = outcome,
 ) -> None:
-    """Runs what is not measured yet, and writes `report` to `path` after each engine.
+    """Runs what is not measured yet, and writes `report` to `path` after each, and whenever one has more.
 
-    After Ctrl-C it writes what there is, and passes it on. Engines of `earlier` that no job names stay in the report: a
-    table may grow by a mode at a time. `gpus`: as many engines at a time, each on a GPU of its own.
+    After Ctrl-C it writes what there is, and passes it on. Results of `earlier` that no job names stay in the report: a
+    table may grow by a mode at a time. `gpus`: as many at a time, each on a GPU of its own.
     """
     found, lock = dict(earlier), threading.Lock()
+    # Columns in a fixed order: modes as listed, then those of older versions; of one mode what keeps most first.
+    place = {mode: number for number, mode in enumerate(MODES)}
 
     def write() -> None:
-        # Columns in a fixed order: modes as listed, then those of older versions; of one mode what keeps most first.
-        place = {mode: number for number, mode in enumerate(MODES)}
         report.engines = sorted(
             found.values(), key=lambda of: (place.get(of.job.mode, len(place)), -(of.job.kept or 0))
         )
         report.write(path)
 
-    def keep(result: Any) -> None:
+    def keep(result: Result) -> None:
         result.provenance = report.provenance
-        with lock:  # of an engine that runs, in its thread
+        with lock:  # of one that runs, in its thread
             found[result.name] = result
             write()
 
-    def ended(result: Any) -> None:
+    def ended(result: Result) -> None:
         keep(result)
-        say(f"{result.name}: {told(result)}")
+        say(f"{result.name}: {result.told()}")
 
-    def one(job: Any, gpu: str | None, stop: threading.Event) -> Any:
-        return run(job, folder, gpu, stop, keep)
+    def one(job: OfEngine, gpu: str | None, stop: threading.Event) -> Result:
+        before = None
 
-    def is_measured(job: Any) -> bool:
+        def meanwhile(result: Result) -> None:
+            nonlocal before
+            for line in result.news(before):
+                say(f"{result.name}: {line}")
+            before = result
+            keep(result)
+
+        return run_job(job, report.result, folder, gpu, stop, meanwhile)
+
+    def is_measured(job: OfEngine) -> bool:
         return job.name in found and found[job.name].status == "ok" and found[job.name].job == job
 
     write()
-    engines.run_each(what, [job for job in jobs if not is_measured(job)], one, ended, say, gpus)
+    engines.run_each(report.what, [job for job in jobs if not is_measured(job)], one, ended, say, gpus)
 
 
 def refuse_to_overwrite(args: argparse.Namespace) -> None:
@@ -129,7 +114,7 @@ def refuse_to_overwrite(args: argparse.Namespace) -> None:
 
 
 def carry_out(
-    jobs: Sequence[Any], report: Any, args: argparse.Namespace, markdown: Callable[[Any], str], **how: Any
+    jobs: Sequence[OfEngine], report: AnyReport, args: argparse.Namespace, markdown: Callable[[Any], str]
 ) -> int:
     """`run_all` as a command does it, by the arguments of `tools.arguments.add_running`. Prints the table; returns the
     exit status."""
@@ -138,7 +123,7 @@ def carry_out(
     folder, interrupt = args.out.with_suffix(".logs"), None
     try:
         with ended_as_interrupted():
-            run_all(jobs, report, args.out, folder, earlier, **how)
+            run_all(jobs, report, args.out, folder, earlier, getattr(args, "gpus", ()))
     except KeyboardInterrupt as found:
         interrupt = found
     print(f"\n{markdown(report)}\n{args.out}; logs in {folder}")

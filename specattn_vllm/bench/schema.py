@@ -5,15 +5,15 @@ Reports of other versions have fields that are not here; they are passed over.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, Field
 
 from specattn_vllm.bench.grid import Cell
-from specattn_vllm.installed import UserError
+from specattn_vllm.tools.engines import MODULE
 from specattn_vllm.tools.outputs import write_json
 
 COMMAND = "specattn bench engines"
@@ -21,6 +21,84 @@ KIND = "specattn-bench-engines"
 
 NO_ROOM = "no cell fits in the KV cache"
 """Reason of an engine that ran and had nothing to measure; its cells say how much they need."""
+UNFINISHED = "interrupted", "ended before it was done"
+"""Status and reason of what has not ended by itself."""
+
+
+class OfEngine(BaseModel):
+    """One engine, or a server of one: how to start it. Nothing in it depends on the machine or on the time."""
+
+    worker: ClassVar[Sequence[str]]
+    """The command that runs it."""
+
+    name: str
+    """The column in tables, e.g. 'specattn 10%'."""
+    mode: str
+    kept: float | None = None
+    shape: str | None
+    engine_arguments: dict[str, Any]
+    """Of vllm.LLM or `vllm serve`, by the names that Python gives them; '{target}' and '{draft}' stand for the models'
+    folders, which the worker makes."""
+    environment: dict[str, str]
+    """Variables of the worker's process, on top of the caller's."""
+    on_cpu: bool = False
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of the plugin; none for stock vLLM."""
+        return self.engine_arguments.get("additional_config", {}).get("specattn", {})
+
+    @property
+    def drafter(self) -> str | None:
+        """'{draft}', '{eagle}', '{target}' where it drafts for itself; None without speculation."""
+        return self.engine_arguments.get("speculative_config", {}).get("model")
+
+    @property
+    def ours(self) -> bool:
+        return bool(self.options)
+
+    def listed(self) -> str:
+        return f"environment: {' '.join(f'{name}={value!r}' for name, value in self.environment.items())}"
+
+
+class Result(BaseModel):
+    """What came of a job."""
+
+    name: str
+    status: str = UNFINISHED[0]
+    """'ok', 'failed' or 'interrupted'."""
+    reason: str | None = UNFINISHED[1]
+    job: OfEngine
+    seconds: float = 0.0
+    log: str | None = None
+    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    def end(self, status: str, reason: str | None = None) -> None:
+        self.status, self.reason = status, reason
+
+    def told(self) -> str:
+        """How it ended, in a line."""
+        raise NotImplementedError
+
+    def news(self, since: Any) -> list[str]:
+        """What is to be said, while it runs, that an earlier state did not have (None: there was none)."""
+        return []
+
+
+class AnyReport(BaseModel):
+    """`engines` side by side, which share the `settings`."""
+
+    what: ClassVar[str]
+    """What each of them is."""
+    result: ClassVar[type[Result]]
+
+    version: int = 1
+    provenance: dict[str, Any]
+    settings: dict[str, Any]
+    engines: list[Any]
+
+    def write(self, path: Path) -> None:
+        write_json(path, self.model_dump(mode="json", exclude_none=True))
 
 
 class Sample(BaseModel):
@@ -75,41 +153,12 @@ class CellResult(BaseModel):
             self.kv_read = round(self.counts["kv_read"] / full, 4)
 
 
-class OfEngine:
-    """What the arguments of an engine, or of a server of one, say."""
+class Job(OfEngine):
+    worker = (*MODULE, "specattn_vllm.bench.worker")
 
-    engine_arguments: dict[str, Any]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Of the plugin; none for stock vLLM."""
-        return self.engine_arguments.get("additional_config", {}).get("specattn", {})
-
-    @property
-    def drafter(self) -> str | None:
-        """'{draft}', '{eagle}', '{target}' where it drafts for itself; None without speculation."""
-        return self.engine_arguments.get("speculative_config", {}).get("model")
-
-    @property
-    def ours(self) -> bool:
-        return bool(self.options)
-
-
-class Job(OfEngine, BaseModel):
-    """One engine: how to start it, and what to time on it. Nothing in it depends on the machine or on the time."""
-
-    name: str
-    """The column in tables, e.g. 'specattn 10%'."""
-    mode: str
-    kept: float | None = None
     shape: str
     cells: list[CellResult]
-    """Without figures."""
-    engine_arguments: dict[str, Any]
-    """Arguments of vllm.LLM; '{target}' and '{draft}' stand for the models' folders, which the worker makes."""
-    environment: dict[str, str]
-    """Variables of the worker's process, on top of the caller's."""
-    on_cpu: bool = False
+    """What to time, without figures."""
     draft_tokens: int
     """Draft tokens a round; 0 without speculation."""
     acceptance_length: float | None = None
@@ -118,42 +167,25 @@ class Job(OfEngine, BaseModel):
     max_warmups: int
 
 
-class EngineResult(BaseModel):
-    name: str
-    status: str
-    """'ok', 'failed' or 'interrupted'."""
-    reason: str | None = None
+class EngineResult(Result):
     job: Job
     cells: list[CellResult] = Field(default_factory=list)
     kv_cache_tokens: int | None = None
-    seconds: float = 0.0
-    log: str | None = None
-    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    def told(self) -> str:
+        speeds = [f"{cell.name} {cell.tokens_per_second:,.0f}" for cell in self.cells if cell.tokens_per_second]
+        parts = [f"{', '.join(speeds)} tokens/s"] if speeds else []
+        if self.status != "ok":
+            parts = [f"{self.status}: {self.reason} (log: {self.log})", *(f"until then {part}" for part in parts)]
+        return "; ".join([*parts, *(f"{cell.name} {cell.skipped}" for cell in self.cells if cell.skipped)])
 
 
-class Report(BaseModel):
+class Report(AnyReport):
+    what, result = "engine", EngineResult
+
     kind: Literal["specattn-bench-engines"] = KIND
-    version: int = 1
-    provenance: dict[str, Any]
-    settings: dict[str, Any]
-    """What all engines of the report share, cells included."""
     engines: list[EngineResult]
 
     @property
     def cells(self) -> list[Cell]:
         return [Cell.parse(name) for name in self.settings["grid"]]
-
-    def write(self, path: Path) -> None:
-        write_json(path, self.model_dump(mode="json", exclude_none=True))
-
-
-def read(path: Path, *kinds: type[BaseModel]) -> Any:
-    """The report in a file, of one of these kinds (by default `Report`), refused where it is none of them."""
-    kinds = kinds or (Report,)
-    try:
-        text = path.read_bytes()
-        named = json.loads(text).get("kind")
-        kind = next((kind for kind in kinds if kind.model_fields["kind"].default == named), kinds[0])
-        return kind.model_validate_json(text)
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} is no report of `specattn bench`: {str(error).splitlines()[0]}") from None

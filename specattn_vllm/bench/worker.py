@@ -1,7 +1,6 @@
 """One engine, timed in a process of its own: `python -m specattn_vllm.bench.worker JOB RESULT`.
 
-JOB is a JSON file of schema.Job. RESULT is written anew after every cell, so that what was measured survives an end by
-force.
+JOB is a JSON file of schema.Job. RESULT is written anew after every cell.
 
 A generation of a batch has three parts: requests join one after the other, all of them decode, and they finish one
 after the other. Only the middle is the speed of that batch, so only the middle is timed (`window`).
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from specattn_vllm.bench.jobs import SETTLING_ROUNDS
-from specattn_vllm.bench.schema import NO_ROOM, CellResult, EngineResult, Job, Sample
+from specattn_vllm.bench.schema import NO_ROOM, CellResult, EngineResult, Job, OfEngine, Result, Sample
 from specattn_vllm.causes import summary
 from specattn_vllm.tools import models
 from specattn_vllm.tools.engines import end_with_the_parent
@@ -82,45 +81,49 @@ def is_steady(samples: Sequence[Sample], tolerance: float = 0.03) -> bool:
     return abs(last - before) <= tolerance * before
 
 
-class Worker:
-    """The engine of one job, and what was found out about it so far."""
+class AnyWorker:
+    """Runs one job, with what was found out about it so far in a file, so that it survives an end by force."""
 
-    def __init__(self, job: Job, result_path: Path) -> None:
-        self.job = job
-        self.result = EngineResult(name=job.name, status="failed", reason="ended early", job=job)
-        self._result_path = result_path
-        self._serial = 0
+    def __init__(self, job: OfEngine, result: Result, path: Path) -> None:
+        self.job, self.result, self.path = job, result, path
 
     def run(self) -> None:
-        start = time.perf_counter()
         try:
-            self._run()
-            if all(cell.skipped for cell in self.result.cells):  # each says how much it needs
-                self.result.reason = NO_ROOM
-            else:
-                self.result.status, self.result.reason = "ok", None
+            with tempfile.TemporaryDirectory(prefix="specattn-bench-") as made:
+                self.result.end(*self.measure(Path(made)))
         except Exception as error:
             traceback.print_exc()  # into the log
-            self.result.reason = summary(error)
-        self.result.seconds = round(time.perf_counter() - start, 2)
+            self.result.end("failed", summary(error))
         self.write()
 
     def write(self) -> None:
-        write_json(self._result_path, self.result.model_dump(mode="json"))
+        write_json(self.path, self.result.model_dump(mode="json"))
 
-    def _run(self) -> None:
-        with tempfile.TemporaryDirectory(prefix="specattn-bench-") as folder:
-            shape = models.load_shape(self.job.shape)
-            from vllm import LLM
+    def measure(self, made: Path) -> tuple[str, str | None]:
+        """The job, with models that are made in a folder; status, and reason."""
+        raise NotImplementedError
 
-            folders = {role: str(path) for role, path in models.model_folders(shape, Path(folder)).items()}
-            self.llm = LLM(**fill_in(self.job.engine_arguments, folders))
-            try:
-                self._measure(shape.vocab_size)
-            finally:
-                self.llm.llm_engine.engine_core.shutdown()
 
-    def _measure(self, vocab_size: int) -> None:
+class Worker(AnyWorker):
+    def __init__(self, job: Job, path: Path) -> None:
+        super().__init__(job, EngineResult(name=job.name, job=job), path)
+        self._serial = 0
+
+    def measure(self, made: Path) -> tuple[str, str | None]:
+        shape = models.load_shape(self.job.shape)
+        from vllm import LLM
+
+        folders = {role: str(path) for role, path in models.model_folders(shape, made).items()}
+        self.llm = LLM(**fill_in(self.job.engine_arguments, folders))
+        try:
+            self._measure_cells(shape.vocab_size)
+        finally:
+            self.llm.llm_engine.engine_core.shutdown()
+        if all(cell.skipped for cell in self.result.cells):  # each says how much it needs
+            return "failed", NO_ROOM
+        return "ok", None
+
+    def _measure_cells(self, vocab_size: int) -> None:
         import numpy as np
 
         cache = self.llm.llm_engine.vllm_config.cache_config

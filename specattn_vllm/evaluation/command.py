@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from specattn_vllm.installed import UserError, require
-from specattn_vllm.tools.arguments import add_commit, add_engine_argument, add_gpus, add_pair, at_least
+from specattn_vllm.tools.arguments import add_engine, add_numbers, add_pair, add_running
 from specattn_vllm.tools.interrupts import ended_as_interrupted, resumed, status_of
-from specattn_vllm.tools.outputs import output_file
 
 if TYPE_CHECKING:
     from specattn_vllm.evaluation.job import Job
@@ -22,57 +21,36 @@ LED = ("draft_model", "eagle", "eagle3", "mtp")
 """vLLM's drafters whose every draft is sampled where `forcing.py` can take the text's token instead."""
 
 
-def _count(group: argparse._ArgumentGroup, name: str, default: int, what: str, least: int = 1) -> None:
-    told = f"{what} [%(default)s]"
-    group.add_argument(f"--{name}", type=at_least(least), default=default, metavar="N", help=told)
-
-
 def methods_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is compared")
     add_pair(what)
-    what.add_argument(
-        "--settings", type=Path, metavar="FILE.json", help='[{"name": ..., "options": {...}}, ...] in the place of ours'
-    )
-    what.add_argument(
-        "--layer-map",
-        type=Path,
-        metavar="FILE.json",
-        help="the pair's, for all settings whose selections come from a draft model and that name none themselves",
-    )
-    what.add_argument(
-        "--only", action="append", default=[], metavar="NAME", help="this setting, beside dense; may be repeated"
-    )
+    told = '[{"name": ..., "options": {...}}, ...] in the place of ours'
+    what.add_argument("--settings", type=Path, metavar="FILE.json", help=told)
+    told = "the pair's, for all settings whose selections come from a draft model and that name none themselves"
+    what.add_argument("--layer-map", type=Path, metavar="FILE.json", help=told)
+    told = "this setting, beside dense; may be repeated"
+    what.add_argument("--only", action="append", default=[], metavar="NAME", help=told)
     text = parser.add_argument_group("the text")
-    text.add_argument(
-        "--text",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="documents; short ones are strung together [Python's standard library, which the demo pair was not "
-        "trained on]",
+    told = (
+        "documents; short ones are strung together [Python's standard library, which the demo pair was not trained on]"
     )
-    _count(text, "documents", 8, "how many")
-    _count(text, "context", 4096, "tokens before the first scored one")
-    _count(text, "positions", 512, "scored in each document")
+    text.add_argument("--text", type=Path, nargs="+", metavar="FILE", help=told)
+    add_numbers(
+        text,
+        ("documents", 8, 1, "how many"),
+        ("context", 4096, 1, "tokens before the first scored one"),
+        ("positions", 512, 1, "scored in each document"),
+    )
     how = parser.add_argument_group("the engines")
-    _count(how, "draft-tokens", 4, "drafted a round")
-    _count(how, "batch", 8, "documents at a time")
-    _count(how, "free-tokens", 128, "generated freely after each prompt, for the acceptance length", 2)
-    how.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
-    how.add_argument("--dtype", help="[float32 on a CPU, bfloat16 on a GPU]")
-    add_engine_argument(how, "for every setting")
-    run = parser.add_argument_group("running")
-    run.add_argument(
-        "--out",
-        type=output_file,
-        default=Path("specattn-eval.json"),
-        metavar="FILE.json",
-        help="written after each setting; what it holds already is not run again [%(default)s]",
+    add_numbers(
+        how,
+        ("draft-tokens", 4, 1, "drafted a round"),
+        ("batch", 8, 1, "documents at a time"),
+        ("free-tokens", 128, 2, "generated freely after each prompt, for the acceptance length"),
     )
-    run.add_argument("--overwrite", action="store_true", help="throw away what --out holds")
-    run.add_argument("--list", action="store_true", help="show the settings and stop")
-    add_gpus(run, "settings")
-    add_commit(run)
+    how.add_argument("--dtype", help="[float32 on a CPU, bfloat16 on a GPU]")
+    add_engine(how, "for every setting")
+    add_running(parser.add_argument_group("running"), "settings", Path("specattn-eval.json"), resume=False)
 
 
 def table_arguments(parser: argparse.ArgumentParser) -> None:
@@ -166,8 +144,7 @@ def check_room(args: argparse.Namespace, target: str, common: dict[str, Any]) ->
     there = positions_of(target)
     if there is None or "max_model_len" in common["engine_options"]:
         return
-    asked = {"positions": args.positions, "draft_tokens": args.draft_tokens, "free_tokens": args.free_tokens}
-    needed = positions_needed(args.context, **asked)
+    needed = positions_needed(args.context, args.positions, args.draft_tokens, args.free_tokens)
     if needed > there:
         most = there - (needed - args.context)
         way_out = f"--context {most} is the most with these" if most > 0 else "ask for fewer --positions"

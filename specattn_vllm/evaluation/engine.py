@@ -23,11 +23,10 @@ from tqdm import tqdm
 
 from specattn_vllm.causes import summary
 from specattn_vllm.evaluation import baselines
-from specattn_vllm.evaluation.acceptance import Acceptance
 from specattn_vllm.evaluation.forcing import Forcing, ForcingError
-from specattn_vllm.evaluation.job import Job
+from specattn_vllm.evaluation.job import Job, verified_tokens
 from specattn_vllm.evaluation.results import DocumentResult, SettingResult
-from specattn_vllm.evaluation.scores import Scores
+from specattn_vllm.evaluation.scores import Acceptance, Scores
 from specattn_vllm.stats import Counts
 from specattn_vllm.tools.engines import end_with_the_parent
 from specattn_vllm.tools.outputs import write_json
@@ -58,10 +57,7 @@ def run(job: Job, reference: Path) -> Run:
     scores.close()
     setting = job.setting
     result = SettingResult(
-        name=setting.name,
-        options=setting.options,
-        baseline=None if setting.baseline is None else setting.baseline.model_dump(),
-        other_batches=setting.other_batches,
+        **setting.model_dump(),
         lossless=setting.lossless,
         scan_share=setting.scan_share(head_size),
         job_key=job.key,
@@ -69,10 +65,8 @@ def run(job: Job, reference: Path) -> Run:
         forced=vars(forced),
         free=vars(free),
         documents=[
-            DocumentResult(nll=nll.mean(), kl=kl.mean(), agreement=agrees.mean(), rounds=n, sampled_tokens=m, drafts=of)
-            for nll, kl, agrees, (n, m), of in zip(
-                scores.nll, scores.kl, scores.agrees, rounds, acceptance.results(), strict=True
-            )
+            DocumentResult(nll=nll, kl=kl, agreement=agreement, rounds=n, sampled_tokens=m, drafts=of)
+            for (nll, kl, agreement), (n, m), of in zip(scores.means(), rounds, acceptance.results(), strict=True)
         ],
     )
     return Run(result, scores, acceptance, tokens)
@@ -114,7 +108,12 @@ def forced_run(llm: Any, job: Job, forcing: Forcing, scores: Scores, acceptance:
 
         texts = {name: job.documents[number] for name, number in names.items()}
         with forcing.through(texts, observe):
-            generate(llm, job, {name: text[: job.context] for name, text in texts.items()}, 1 + job.verified)
+            generate(
+                llm,
+                job,
+                {name: text[: job.context] for name, text in texts.items()},
+                1 + verified_tokens(job.positions, job.draft_tokens),
+            )
     check_complete(scores)
     counted = counts(llm) - before
     if counted.sampled_tokens != counted.rounds * (job.draft_tokens + 1):

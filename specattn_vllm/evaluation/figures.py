@@ -1,9 +1,9 @@
 """Figures of a setting, with 95% intervals over documents.
 
 Positions of one document are alike, so documents are what there are many of. An interval is a bootstrap's (Efron,
-Annals of Statistics 7, 1979): documents are drawn anew, as many as there are, `RESAMPLES` times, and the figure is made
-of each draw; its ends are the 2.5th and the 97.5th percentile. Draws begin with the same seed and depend on nothing but
-the number of documents: the same report gives the same interval, and two settings are compared on the same draws.
+Annals of Statistics 7, 1979): documents are drawn anew, as many as there are, `RESAMPLES` times, and its ends are the
+2.5th and the 97.5th percentile of the figure. The same report gives the same draws, and two settings are compared on
+the same.
 """
 
 from __future__ import annotations

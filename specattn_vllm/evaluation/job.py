@@ -39,11 +39,6 @@ class Job(StrictModel):
         return self.setting.name
 
     @property
-    def verified(self) -> int:
-        """Tokens after the first that are verified: whole rounds."""
-        return verified_tokens(self.positions, self.draft_tokens)
-
-    @property
     def max_model_len(self) -> int:
         return positions_needed(self.context, self.positions, self.draft_tokens, self.free_tokens)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from specattn_vllm.evaluation.figures import FEWEST, Estimate, difference, rows_of
 from specattn_vllm.evaluation.results import Report, SettingResult
 from specattn_vllm.installed import UserError
-from specattn_vllm.tools.outputs import table
-from specattn_vllm.tools.provenance import machine, vllm_version
+from specattn_vllm.tools.outputs import document
+from specattn_vllm.tools.provenance import machine, where
 
 # Figures: what they are called, and how they are written.
 COLUMNS = {
@@ -58,7 +58,7 @@ def cells(report: Report) -> tuple[list[str], list[list[str]]]:
 
 def markdown(report: Report) -> str:
     """Table and caption."""
-    return "\n".join([*table(*cells(report)), "", caption(report)]) + "\n"
+    return document(*cells(report), caption(report))
 
 
 def compared(report: Report, other: SettingResult) -> list[tuple[SettingResult, list[tuple[str, bool]]]]:
@@ -94,19 +94,19 @@ def differences(report: Report, against: str) -> str:
     told = f"More than {against} has, paired by document; in brackets 95% intervals, by a bootstrap over documents."
     if len(report.setup["documents"]) < FEWEST:
         told += f" {sureness(report)}"
-    return "\n".join(table(headings, rows)) + f"\n\n{told}\n"
+    return document(headings, rows, told)
 
 
 def caption(report: Report) -> str:
     """Text, models, machine, versions and date."""
-    setup, source = report.setup, report.provenance
+    setup = report.setup
     count, positions = len(setup["documents"]), setup["positions"]
     text = (
         f"{count * positions:,} positions, {positions:,} each of {count} documents after {setup['context']:,} tokens "
         f"of context, K = {setup['draft_tokens']}; in brackets 95% intervals, by a bootstrap over documents; "
         f"acceptance of the free run over {count * setup['free_tokens']:,} greedy tokens. "
         f"{setup['models']['target']['name']} with {setup['models']['draft']['name']}, {setup['dtype']}; "
-        f"{machine(source)}, vLLM {vllm_version(source)}, {str(source.get('date'))[:10]}."
+        f"{where(report.provenance)}."
     )
     if len({(machine(of), of.get("commit")) for of in (result.provenance for result in report.results)}) > 1:
         text += " Not all from one machine and commit: see the provenance of each setting."

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field
 
-from specattn_vllm.evaluation.schema import DENSE_OPTIONS
+from specattn_vllm.evaluation.schema import OfSetting
 from specattn_vllm.installed import UserError
+from specattn_vllm.tools import outputs
 
 COMMAND = "specattn eval methods"
 KIND = "specattn-eval-methods"
 
 
 class DraftResult(BaseModel):
-    """What would be accepted of the drafts along one document, means over its rounds (`acceptance.py`)."""
+    """What would be accepted of the drafts along one document, means over its rounds (`scores.Acceptance`)."""
 
     rounds: int
     tokens: float
@@ -41,14 +41,11 @@ class DocumentResult(BaseModel):
     drafts: DraftResult
 
 
-class SettingResult(BaseModel):
-    """Fields that it does not have, of reports by other versions, are passed over."""
+class SettingResult(OfSetting):
+    """Options and baseline as they were when it was measured: a report may have options that this version has not, and
+    fields, which are passed over."""
 
-    name: str
-    options: dict[str, Any]
-    """As they were when it was measured, like the baseline's: a report may have options that this version has not."""
     baseline: dict[str, Any] | None = None
-    other_batches: bool = False
     lossless: bool
     scan_share: float
     """Bytes read of what is searched, for each byte of the entries searched (`scan.py`)."""
@@ -62,11 +59,6 @@ class SettingResult(BaseModel):
     documents: list[DocumentResult]
     figures: dict[str, Any] | None = None
     """What the table shows, for those who read the file. The table itself makes them anew of the above."""
-
-    @property
-    def is_reference(self) -> bool:
-        """Whether the others are compared with it (`Setting.is_reference`)."""
-        return self.options == DENSE_OPTIONS and self.baseline is None and not self.other_batches
 
 
 class Report(BaseModel):
@@ -92,13 +84,7 @@ class Report(BaseModel):
 
 def read(path: Path) -> Report:
     """The report in a file, refused where it is none or has nothing that others are compared with."""
-    try:
-        given = json.loads(path.read_bytes())
-        if not isinstance(given, dict) or given.get("kind") != KIND:
-            raise ValueError(f"its kind is not {KIND!r}")
-        report = Report.model_validate(given)
-        if report.dense is None:
-            raise ValueError("no dense run in it")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no report of `{COMMAND}`: {str(error).splitlines()[0]}") from None
+    report = outputs.read(path, COMMAND, Report)
+    if report.dense is None:
+        raise UserError(f"{path} is no report of `{COMMAND}`: no dense run in it")
     return report

@@ -9,14 +9,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from specattn_vllm.evaluation.figures import as_json, rows_of
 from specattn_vllm.evaluation.job import Job
 from specattn_vllm.evaluation.results import COMMAND, Report, SettingResult
-from specattn_vllm.installed import UserError
-from specattn_vllm.tools import engines
-from specattn_vllm.tools.outputs import check_same, write_json
+from specattn_vllm.tools import engines, outputs
 
 # The engine has to run in the process that asks for it, where it can be led.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "WARNING"}
@@ -68,7 +64,7 @@ def run_all(
         report.results = sorted([*kept, outcome], key=lambda result: place.get(result.name, len(place)))
         for result, figures in rows_of(report):
             result.figures = as_json(figures)
-        write_json(out, report.model_dump(mode="json"))
+        outputs.write_json(out, report.model_dump(mode="json"))
 
     if dense in missing:
         engines.run_each("reference", [dense], run, keep, say, gpus[:1])
@@ -94,7 +90,7 @@ def measured(
 ) -> SettingResult | str | None:
     """The result, or in words why there is none; None after an interrupt."""
     variables = engines.environment(ENVIRONMENT, cpu=job.device == "cpu", gpu=gpu)
-    ended = engines.run_job(WORKER, job.name, job, folder, variables, stop, reference)
+    ended = engines.run_job(WORKER, job, folder, variables, stop, reference)
     if ended.interrupted:
         return None
     if ended.result is None:
@@ -105,11 +101,5 @@ def measured(
 
 def earlier(out: Path, setup: dict[str, Any]) -> list[SettingResult]:
     """The results of a report that is to be gone on with; refused if it is about something else."""
-    if not out.exists():
-        return []
-    try:
-        report = Report.model_validate_json(out.read_bytes())
-    except ValidationError:
-        raise UserError(f"{out} is no report of `{COMMAND}`: give another --out, or --overwrite") from None
-    check_same(out, report.setup, setup)
-    return report.results
+    found = outputs.earlier(out, COMMAND, Report, "setup", setup)
+    return [] if found is None else found.results

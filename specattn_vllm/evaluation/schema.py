@@ -17,6 +17,22 @@ class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class OfSetting(BaseModel):
+    """What a setting is, also in reports by other versions."""
+
+    name: str
+    options: dict[str, Any]
+    baseline: Any = None
+    other_batches: bool = False
+    """Whether this is the dense run once more, with half as many requests at a time and prompts in other chunks. It
+    differs by nothing but what rounding makes of other shapes, which no other setting's KL can be told from."""
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether this is what the others are compared with: the target alone, with all of its KV."""
+        return self.options == DENSE_OPTIONS and self.baseline is None and not self.other_batches
+
+
 class _Baseline(StrictModel):
     """Another work's selection; `baselines.py` says what each does."""
 
@@ -25,26 +41,15 @@ class _Baseline(StrictModel):
     dense_layers: int = Field(0, ge=0)
     """First layers that read everything."""
 
-    def scan_share(self, head_size: int) -> float:
-        """Bytes that are read of what is searched, for each byte of the entries searched."""
-        del head_size
-        return 0.0
 
-
-class _Pages(_Baseline):
+class MeanStd(_Baseline):
+    name: Literal["mean_std"]
     page_size: int = Field(16, ge=1)
 
-    def scan_share(self, head_size: int) -> float:
-        """Two vectors as long as a key for each page: as much as one entry."""
-        return 1 / self.page_size
 
-
-class MeanStd(_Pages):
-    name: Literal["mean_std"]
-
-
-class Quest(_Pages):
+class Quest(_Baseline):
     name: Literal["quest"]
+    page_size: int = Field(16, ge=1)
     dense_layers: int = Field(2, ge=0)
     """Two as published."""
 
@@ -53,10 +58,6 @@ class Channels(_Baseline):
     name: Literal["channels"]
     channels: int = Field(16, ge=1)
     """Of a key's elements, in 16 bits each."""
-
-    def scan_share(self, head_size: int) -> float:
-        """These elements, in a copy of their own."""
-        return self.channels / (2 * head_size)
 
 
 class Oracle(_Baseline):
@@ -69,15 +70,11 @@ class Oracle(_Baseline):
 BaselineOptions = Annotated[Quest | MeanStd | Channels | Oracle, Field(discriminator="name")]
 
 
-class Setting(StrictModel):
+class Setting(OfSetting, StrictModel):
     """One row of the table: the plugin's options under a name, or another's selection in the place of the plugin's."""
 
     name: str = Field(min_length=1)
-    options: dict[str, Any]
     baseline: BaselineOptions | None = None
-    other_batches: bool = False
-    """Whether this is the dense run once more, with half as many requests at a time and prompts in other chunks. It
-    differs by nothing but what rounding makes of other shapes, which no other setting's KL can be told from."""
 
     @field_validator("options")
     @classmethod
@@ -100,17 +97,14 @@ class Setting(StrictModel):
         return self
 
     @property
-    def is_reference(self) -> bool:
-        """Whether this is what the others are compared with: the target alone, with all of its KV."""
-        return self.options == DENSE_OPTIONS and self.baseline is None and not self.other_batches
-
-    @property
     def lossless(self) -> bool:
         return self.baseline is None and SpecAttnOptions.parse(self.options).kind.lossless
 
     def scan_share(self, head_size: int) -> float:
         """Bytes read of what is searched, for each byte of the entries searched; 0 where nothing is."""
-        if self.baseline is not None:
-            return self.baseline.scan_share(head_size)
+        if isinstance(self.baseline, MeanStd | Quest):
+            return 1 / self.baseline.page_size  # two vectors as long as a key for each page: as much as one entry
+        if isinstance(self.baseline, Channels):
+            return self.baseline.channels / (2 * head_size)  # in a copy of their own
         options = SpecAttnOptions.parse(self.options)
         return scan.of_sketch(options.sketch_bits, head_size) if options.kind.keeps_sketch else 0.0

@@ -1,4 +1,5 @@
-"""The target's logits to figures per position: loss, KL divergence from the dense run, top-1 agreement."""
+"""The target's logits to figures per position: loss, KL divergence from the dense run, top-1 agreement; and with the
+draft's, what would be accepted along the text."""
 
 from __future__ import annotations
 
@@ -6,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from specattn_vllm.evaluation.results import DraftResult
 
 
 class Scores:
@@ -59,6 +62,10 @@ class Scores:
         self.agrees[at] = self._best[at] == best
         return count
 
+    def means(self) -> list[tuple[float, float, float]]:
+        """Of each document: loss, KL, agreement."""
+        return [tuple(column.mean() for column in of) for of in zip(self.nll, self.kl, self.agrees, strict=True)]
+
     def close(self) -> None:
         """Everything that was written is on disk."""
         if self._writes and self._logprobs is not None:
@@ -72,3 +79,40 @@ def kl_divergence(dense: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     # Where the dense run gives no probability at all, -inf, there is nothing to sum.
     terms = dense.exp() * (dense - other)
     return torch.where(dense.isneginf(), 0.0, terms).sum(-1)
+
+
+class Acceptance:
+    """What would be accepted of drafts along the text: of each round, from the distributions of target and draft.
+
+    A draft x ~ q is accepted with probability min(1, p(x) / q(x)), that is, over all x, with sum_x min(p(x), q(x))
+    (Leviathan et al., ICML 2023, arXiv 2211.17192). Both are taken after the same tokens of the text: p as the target
+    gives it in its verification, pruned where it prunes, and q as drafting gives it, at each of a round's K drafts.
+    With a_j for the j-th,
+
+        tokens of a round = 1 + a_1 + a_1 a_2 + ... + a_1 ... a_K
+
+    and likewise for greedy decoding, where a_j is 1 if both find the same token most likely, else 0. The text is the
+    same for all settings, and a target that repeats itself earns nothing by it.
+    """
+
+    def __init__(self, documents: int) -> None:
+        self._rounds: list[list[torch.Tensor]] = [[] for _ in range(documents)]
+
+    def add(self, document: int, target: torch.Tensor, draft: torch.Tensor) -> None:
+        """A round: logits [K, vocabulary] of both, for the same K tokens."""
+        # The draft's vocabulary may be padded to another size; what one of the two does not know is never accepted.
+        size = min(target.shape[1], draft.shape[1])
+        p, q = target.double().softmax(-1)[:, :size], draft.double().softmax(-1)[:, :size]
+        same = target.argmax(-1) == draft.argmax(-1)
+        self._rounds[document].append(torch.stack((torch.minimum(p, q).sum(-1), same.double())).cpu())
+
+    def results(self) -> list[DraftResult]:
+        """Of each document, all of which have rounds."""
+        found = []
+        for rounds in self._rounds:
+            each = torch.stack(rounds)  # [rounds, by sampling and greedily, K]
+            tokens, greedy_tokens = (1 + each.cumprod(-1).sum(-1)).mean(0).tolist()
+            accepted, agreed = each.mean(0).tolist()
+            of = {"tokens": tokens, "greedy_tokens": greedy_tokens, "accepted": accepted, "agreed": agreed}
+            found.append(DraftResult(rounds=len(rounds), **of))
+        return found

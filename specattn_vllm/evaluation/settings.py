@@ -19,6 +19,10 @@ SINK = 4
 
 def default_settings(context: int) -> list[Setting]:
     """For prompts of `context` tokens: what a budget without any choice takes is a number of tokens in the options."""
+    # Verification that reads the first and the last tokens (Xiao et al., arXiv 2309.17453): attention chooses nothing,
+    # as what is kept anyway holds more than a millionth of it.
+    ends = {"method": "specattn", "top_p": 1e-6, "min_tokens": 0, "sink_tokens": SINK}
+    ends["recent_tokens"] = max(1, round(context * 0.25) - SINK)
     baselines = {"quest": "quest", "mean_std": "mean and std", "channels": "channels", "oracle": "oracle"}
     return [
         DENSE,
@@ -29,7 +33,7 @@ def default_settings(context: int) -> list[Setting]:
         Setting(name="specattn, as published", options={"method": "specattn", "preset": "paper"}),
         Setting(name="sts", options={"method": "sts"}),
         Setting(name="sts, as published", options={"method": "sts", "preset": "paper"}),
-        Setting(name="first and last 25%", options=_streaming(context, 0.25)),
+        Setting(name="first and last 25%", options=ends),
         Setting(name="vegas 10%", options={"method": "vegas", "ratio": 0.1, "min_tokens": 0}),
         Setting(name="streamingllm 10%", options={"method": "streamingllm", "ratio": 0.1, "min_tokens": 0}),
         *(
@@ -37,13 +41,6 @@ def default_settings(context: int) -> list[Setting]:
             for baseline, name in baselines.items()
         ),
     ]
-
-
-def _streaming(context: int, share: float) -> dict:
-    """Verification that reads the first and the last tokens (Xiao et al., arXiv 2309.17453): attention chooses nothing,
-    since what is kept anyway holds more than a millionth of it."""
-    recent = max(1, round(context * share) - SINK)
-    return {"method": "specattn", "top_p": 1e-6, "min_tokens": 0, "sink_tokens": SINK, "recent_tokens": recent}
 
 
 def read_settings(path: Path) -> list[Setting]:

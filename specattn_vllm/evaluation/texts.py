@@ -12,40 +12,14 @@ import numpy as np
 
 from specattn_vllm.installed import UserError
 
-# Modules of Python's standard library, none of which the demo pair was trained on (its model cards): of many kinds, and
-# each longer than 9,000 of the demo pair's tokens.
-HELD_OUT = (
-    "argparse.py",
-    "asyncio/base_events.py",
-    "difflib.py",
-    "email/_header_value_parser.py",
-    "http/cookiejar.py",
-    "inspect.py",
-    "ipaddress.py",
-    "tarfile.py",
-    "ast.py",
-    "collections/__init__.py",
-    "configparser.py",
-    "dataclasses.py",
-    "doctest.py",
-    "enum.py",
-    "http/client.py",
-    "logging/__init__.py",
-    "mailbox.py",
-    "optparse.py",
-    "pickle.py",
-    "shutil.py",
-    "smtplib.py",
-    "statistics.py",
-    "subprocess.py",
-    "threading.py",
-    "typing.py",
-    "unittest/mock.py",
-    "urllib/request.py",
-    "xml/dom/minidom.py",
-    "xml/etree/ElementTree.py",
-    "zipfile.py",
-)
+HELD_OUT = """
+argparse.py asyncio/base_events.py difflib.py email/_header_value_parser.py http/cookiejar.py inspect.py ipaddress.py
+tarfile.py ast.py collections/__init__.py configparser.py dataclasses.py doctest.py enum.py http/client.py
+logging/__init__.py mailbox.py optparse.py pickle.py shutil.py smtplib.py statistics.py subprocess.py threading.py
+typing.py unittest/mock.py urllib/request.py xml/dom/minidom.py xml/etree/ElementTree.py zipfile.py
+"""
+"""Modules of Python's standard library, none of which the demo pair was trained on (its model cards): of many kinds,
+and each longer than 9,000 of the demo pair's tokens."""
 
 
 class Document(NamedTuple):
@@ -61,7 +35,7 @@ class Document(NamedTuple):
 def held_out() -> Iterator[tuple[str, str]]:
     """Name and text of each module; later Pythons have made folders of some files, which are passed over."""
     folder = Path(sysconfig.get_path("stdlib"))
-    for name in HELD_OUT:
+    for name in HELD_OUT.split():
         if (folder / name).is_file():
             yield name, (folder / name).read_text(encoding="utf-8")
 

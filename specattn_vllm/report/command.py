@@ -9,7 +9,7 @@ from typing import Any
 
 from specattn_vllm.evaluation import results
 from specattn_vllm.installed import UserError, require
-from specattn_vllm.tools.outputs import output_file
+from specattn_vllm.tools import outputs
 
 TITLES = {"quality": "What pruning costs in quality", "speed": "How fast it decodes"}
 """By what a section is about, which is its template's name too."""
@@ -19,7 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     told = "reports of `specattn eval methods` and of `specattn bench engines`"
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json", help=told)
     parser.add_argument(
-        "--out", type=output_file, default=Path("specattn-report.html"), metavar="FILE.html", help="[%(default)s]"
+        "--out",
+        type=outputs.output_file,
+        default=Path("specattn-report.html"),
+        metavar="FILE.html",
+        help="[%(default)s]",
     )
 
 
@@ -46,7 +50,7 @@ def section(path: Path) -> dict[str, Any]:
     if kind == results.KIND:
         return quality.section(path.name, results.read(path))
     if kind == schema.KIND:
-        return speed.section(path.name, schema.read(path))
+        return speed.section(path.name, outputs.read(path, "specattn bench", schema.Report))
     raise UserError(
         f"{path} cannot be shown: its kind is {json.dumps(kind)}; the page takes reports of `{results.COMMAND}` "
         f"({json.dumps(results.KIND)}) and of `{schema.COMMAND}` ({json.dumps(schema.KIND)})"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from specattn_vllm.evaluation import report as tables
 from specattn_vllm.evaluation.results import Report, SettingResult
 from specattn_vllm.report import charts
+from specattn_vllm.tools.provenance import different
 
 
 def section(name: str, report: Report) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def section(name: str, report: Report) -> dict[str, Any]:
             for other in report.results
         ],
         "sureness": tables.sureness(report),
-        "provenance": _provenance(report),
+        "provenance": different(result.provenance or report.provenance for result in report.results),
         "documents": report.setup["documents"],
         "setup": {key: value for key, value in report.setup.items() if key != "documents"},
     }
@@ -42,9 +42,3 @@ def _told(result: SettingResult) -> dict[str, Any]:
     if result.other_batches:
         return {**result.options, "other_batches": True}
     return result.baseline or result.options
-
-
-def _provenance(report: Report) -> list[dict[str, Any]]:
-    """Of each run of the command that measured a part of the report."""
-    sources = [result.provenance or report.provenance for result in report.results]
-    return list({json.dumps(source, sort_keys=True): source for source in sources}.values())

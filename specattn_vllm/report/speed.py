@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from specattn_vllm.bench.grid import Cell, context_name
-from specattn_vllm.bench.report import LOSING, Entry, caption, entries, remarks, title
+from specattn_vllm.bench.grid import Cell
+from specattn_vllm.bench.report import LOSING, Entry, caption, entries, name_of, remarks, title
 from specattn_vllm.bench.schema import EngineResult, Report
+from specattn_vllm.tools.provenance import different
 
 
 def section(name: str, report: Report) -> dict[str, Any]:
     """The table, and bars for each cell; `losing` says that nobody should switch there."""
     rows = entries(report)
-    sources = [engine.provenance or report.provenance for engine in report.engines]
     return {
         "about": "speed",
         "name": name,
@@ -23,22 +22,18 @@ def section(name: str, report: Report) -> dict[str, Any]:
         "compared": any(not engine.job.ours for engine in report.engines),
         "lost": _lost(report, rows),
         "headings": [title(engine) for engine in report.engines],
-        "rows": [(_named(cell), [(entry.losing, entry.text) for entry in row]) for cell, row in rows],
-        "cells": [(_named(cell), _bars(report.engines, row)) for cell, row in rows],
+        "rows": [(name_of(cell), [(entry.losing, entry.text) for entry in row]) for cell, row in rows],
+        "cells": [(name_of(cell), _bars(report.engines, row)) for cell, row in rows],
         "settings": report.settings,
-        "provenance": list({json.dumps(source, sort_keys=True): source for source in sources}.values()),
+        "provenance": different(engine.provenance or report.provenance for engine in report.engines),
     }
-
-
-def _named(cell: Cell) -> str:
-    return f"{cell.batch} x {context_name(cell.context)}"
 
 
 def _lost(report: Report, rows: list[tuple[Cell, list[Entry]]]) -> list[str]:
     """Engines of ours, with the cells in which they lose."""
     lost = []
     for place, engine in enumerate(report.engines):
-        if cells := [_named(cell) for cell, row in rows if row[place].losing]:
+        if cells := [name_of(cell) for cell, row in rows if row[place].losing]:
             lost.append(f"{title(engine)}: {', '.join(cells)}")
     return lost
 

@@ -18,18 +18,14 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from specattn_vllm import cpu_runner
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 10.0
 MODULE = (sys.executable, "-P", "-m")
 """The command that runs a module; -P: a checkout's folder `kernels` must not hide a package of that name."""
-
 
 J, R = TypeVar("J"), TypeVar("R")
 
@@ -63,19 +59,13 @@ def run_watched(
     seconds: float | None = None,
     watch: Callable[[], None] = lambda: None,
 ) -> tuple[bool, int]:
-    """Runs a command, what it prints in `log`, until it ends, is told to `stop`, or `seconds` are over. Then ends
-    all its children too: vLLM's own processes do not end with the one they serve. `watch` is called again and again
+    """Runs a command, what it prints in `log`, until it ends, is told to `stop`, or `seconds` are over. Then ends all
+    its children too: vLLM's own processes do not end with the one they serve. `watch` is called again and again
     meanwhile. (was it interrupted, exit status)"""
     stop = stop or threading.Event()
     with log.open("w") as file:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env=variables,
-            start_new_session=True,
-        )
+        into = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(command, **into, env=variables, start_new_session=True)
     end = None if seconds is None else time.monotonic() + seconds
     try:
         while process.poll() is None and not stop.wait(POLL_SECONDS) and (end is None or time.monotonic() < end):
@@ -94,30 +84,28 @@ def run_watched(
 
 def run_job(
     command: Sequence[str],
-    name: str,
-    job: BaseModel,
+    job: Any,
     folder: Path,
     variables: Mapping[str, str],
-    stop: threading.Event,
+    stop: threading.Event | None = None,
     *more: Path,
-    watch: Callable[[dict[str, Any]], None] | None = None,
+    watch: Callable[[dict[str, Any]], None] = lambda found: None,
 ) -> Ended:
-    """Runs `command JOB RESULT more...`, files of JSON in `folder`, where its log is too, as `run_watched` does.
-    `watch` is called with what RESULT holds whenever it has changed meanwhile."""
+    """Runs `command JOB RESULT more...`, files of JSON in `folder`, where its log is too, as `run_watched` does. `job`:
+    a pydantic model with a name. `watch` is called with what RESULT holds whenever it has changed meanwhile."""
     folder.mkdir(parents=True, exist_ok=True)
-    given, found, log = (path_of(name, folder, kind) for kind in ("job.json", "result.json", "log"))
+    given, found, log = (path_of(job.name, folder, kind) for kind in ("job.json", "result.json", "log"))
     found.unlink(missing_ok=True)
     given.write_text(job.model_dump_json() + "\n")
     seen = 0
 
     def look() -> None:
         nonlocal seen
-        if watch is not None and found.exists() and (written := found.stat().st_mtime_ns) != seen:
+        if found.exists() and (written := found.stat().st_mtime_ns) != seen:
             seen = written
             watch(json.loads(found.read_text()))
 
-    whole = [*command, *map(str, (given, found, *more))]
-    interrupted, status = run_watched(whole, log, variables, stop, watch=look)
+    interrupted, status = run_watched([*command, *map(str, (given, found, *more))], log, variables, stop, watch=look)
     return Ended(interrupted, status, json.loads(found.read_text()) if found.exists() else None, log)
 
 

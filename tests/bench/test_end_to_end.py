@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from specattn_vllm.bench import command, jobs, report, runner
-from specattn_vllm.bench.schema import Report
+from specattn_vllm.bench.schema import EngineResult, Report
 from specattn_vllm.tools import models
 
 pytestmark = pytest.mark.engine
@@ -55,7 +55,7 @@ def test_the_real_worker_reports_what_stops_it(tmp_path):
     """`python -m specattn_vllm.bench.worker` itself, with a job that vLLM cannot even begin."""
     args = engines_args("--shape demo --device cpu --grid 1x1k --modes plain --engine-argument dtype=nosuchtype")
     (job,) = jobs.make_jobs(args, models.load_shape("demo"))
-    result = runner.run_job(job, tmp_path)
+    result = runner.run_job(job, EngineResult, tmp_path)
     assert result.status == "failed"
     assert "dtype" in result.reason
 

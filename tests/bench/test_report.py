@@ -164,9 +164,7 @@ def test_other_files_are_refused(tmp_path, capsys, text):
 
 def test_the_picture(results, tmp_path):
     pytest.importorskip("matplotlib")
-    from specattn_vllm.bench import plot
-
-    figure = plot.draw(Report.model_validate(results))
+    figure = report.draw(Report.model_validate(results))
     (axes,) = figure.axes
     heights = sorted(round(bar.get_height(), 3) for bar in axes.patches)
     assert heights == sorted([1, 1, 1.212, 1.232, 3.5, 0.625, 0.943])
@@ -179,10 +177,8 @@ def test_the_picture(results, tmp_path):
 
 def test_a_picture_without_plain_decoding_shows_speeds(results):
     pytest.importorskip("matplotlib")
-    from specattn_vllm.bench import plot
-
     without = copy.deepcopy(results)
     without["engines"] = without["engines"][1:]
-    (axes,) = plot.draw(Report.model_validate(without)).axes
+    (axes,) = report.draw(Report.model_validate(without)).axes
     assert max(bar.get_height() for bar in axes.patches) == 2415
     assert axes.get_ylabel() == "tokens per second"

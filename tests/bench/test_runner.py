@@ -12,7 +12,7 @@ import pytest
 
 from specattn_vllm import cli
 from specattn_vllm.bench import command, jobs, runner
-from specattn_vllm.bench.schema import NO_ROOM, Report
+from specattn_vllm.bench.schema import NO_ROOM, Job, Report
 from specattn_vllm.installed import UserError
 from specattn_vllm.tools import engines, models
 
@@ -25,7 +25,7 @@ from specattn_vllm.tools.outputs import write_json
 
 job_path, result_path = map(Path, sys.argv[1:])
 job = Job.model_validate_json(job_path.read_text())
-result = EngineResult(name=job.name, status="failed", reason="ended early", job=job)
+result = EngineResult(name=job.name, job=job)
 
 
 def measure(cell):
@@ -59,12 +59,12 @@ if behaviour == "hang":
     time.sleep(600)
 if behaviour == "no room":
     result.cells = [cell.model_copy(update={"skipped": "needs a KV cache of 2 tokens"}) for cell in job.cells]
-    result.reason = NO_ROOM
+    result.end("failed", NO_ROOM)
     write_json(result_path, result.model_dump(mode="json"))
     sys.exit(0)
 for cell in job.cells:
     measure(cell)
-result.status, result.reason = "ok", None
+result.end("ok")
 write_json(result_path, result.model_dump(mode="json"))
 """
 
@@ -81,7 +81,7 @@ def bench(tmp_path, monkeypatch):
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
     monkeypatch.setattr(engines, "POLL_SECONDS", 0.02)
-    monkeypatch.setattr(runner, "WORKER", [sys.executable, "-P", str(script)])
+    monkeypatch.setattr(Job, "worker", [sys.executable, "-P", str(script)])
     monkeypatch.setattr(command, "require", lambda modules: None)
     monkeypatch.setenv("CHILD", str(tmp_path / "child"))
 

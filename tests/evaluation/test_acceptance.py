@@ -11,9 +11,9 @@ import torch
 
 from specattn_vllm.evaluation import figures as compute
 from specattn_vllm.evaluation import settings
-from specattn_vllm.evaluation.acceptance import Acceptance
 from specattn_vllm.evaluation.forcing import Drafted, Forcing, ForcingError
 from specattn_vllm.evaluation.results import DraftResult
+from specattn_vllm.evaluation.scores import Acceptance
 
 
 def logits(*rows: tuple[float, ...]) -> torch.Tensor:

@@ -78,11 +78,11 @@ from pydantic import BaseModel
 from specattn_vllm.tools import engines
 
 class Nothing(BaseModel):
-    pass
+    name: str = "x"
 
 folder = Path(sys.argv[1])
 command = [sys.executable, "-P", str(folder / "sleeper.py")]
-engines.run_job(command, "x", Nothing(), folder, dict(os.environ), threading.Event(), folder / "pids")
+engines.run_job(command, Nothing(), folder, dict(os.environ), threading.Event(), folder / "pids")
 """
 
 

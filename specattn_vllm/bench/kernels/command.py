@@ -14,7 +14,7 @@ from specattn_vllm.bench import grid
 from specattn_vllm.installed import UserError, require
 from specattn_vllm.tools import models
 from specattn_vllm.tools.arguments import add_commit, share
-from specattn_vllm.tools.outputs import output_file, table, write_json
+from specattn_vllm.tools.outputs import document, output_file, write_json
 from specattn_vllm.tools.provenance import machine, provenance
 
 if TYPE_CHECKING:
@@ -136,5 +136,5 @@ def show(found: dict[str, Any]) -> None:
         figures = [f"{row['ms']:.4f}", f"{row['bytes'] / 1e6:.1f}", f"{row['bound_ms']:.4f}"]
         faster = f"{row['speedup']:.2f}x {row['against']}" if "speedup" in row else ""
         lines.append([row["name"], row["cell"], *figures, faster])
-    print("\n".join(table(["row", "cell", "ms", "MB", "bound", "speedup"], lines)))
-    print(f"\n{machine(found['provenance'])}, copies {found['copy_gb_per_s']:,.0f} GB/s")
+    below = f"{machine(found['provenance'])}, copies {found['copy_gb_per_s']:,.0f} GB/s"
+    print(document(["row", "cell", "ms", "MB", "bound", "speedup"], lines, below), end="")

@@ -8,28 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from specattn_vllm.bench.jobs import (
-    ACCEPTANCE_LENGTH,
-    DRAFT_TOKENS,
-    MODES,
-    backend,
-    by_mode,
-    environment,
-    parse_mode,
-    refuse_unused_options,
-    slack_tokens,
-    speculation,
-)
+from specattn_vllm.bench import jobs as modes
+from specattn_vllm.bench.jobs import MODES
 from specattn_vllm.bench.serve.schema import ServeJob, Traffic
-from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.tools.models import DEMO, EAGLE, Shape
 
 DEFAULT_MODES = ("plain", "sketch-alone")
-
-
-def parse_serve_mode(text: str) -> str:
-    """'draft' is the one whose runner vLLM takes by itself."""
-    return parse_mode("draft-v2" if text == "draft" else text)
 
 
 def models_of(args: argparse.Namespace) -> dict[str, str]:
@@ -51,16 +35,12 @@ def make_jobs(
     args: argparse.Namespace, models: Mapping[str, str], shape: Shape | None, traffic: Traffic
 ) -> list[ServeJob]:
     """One per mode, and per kept share of the modes that keep one. ValueError for what no server does."""
-    drafted = by_mode(args, "draft-tokens", DRAFT_TOKENS)
-    lengths = by_mode(args, "acceptance-length", ACCEPTANCE_LENGTH)
+    drafted = modes.by_mode(args, "draft-tokens", modes.DRAFT_TOKENS)
+    lengths = modes.by_mode(args, "acceptance-length", modes.ACCEPTANCE_LENGTH)
     if args.acceptance_length and shape is None:
         raise ValueError("--acceptance-length is for --shape: models with weights accept what they accept")
-    jobs = [
-        _job(args, models, shape, traffic, mode, kept, drafted, lengths)
-        for mode in args.modes
-        for kept in (args.kept if MODES[mode].kept else None) or (None,)
-    ]
-    refuse_unused_options(args, jobs)
+    jobs = [_job(args, models, shape, traffic, *of, drafted, lengths) for of in modes.each_mode(args)]
+    modes.refuse_unused_options(args, jobs)
     return jobs
 
 
@@ -77,32 +57,29 @@ def _job(
     kind = MODES[mode]
     if shape is not None and kind.drafter == EAGLE and EAGLE not in shape.configs:
         raise ValueError(f"--modes {mode}: the shape {shape.name} has no head of EAGLE-3's")
-    draft_tokens = drafted.get(mode, drafted[""])
-    most = max(drafted.values())
-    length = lengths.get(mode, lengths[""]) if shape is not None else None
-    if kind.drafter and length is not None and not 1 <= length <= draft_tokens + 1:
-        raise ValueError(
-            f"--acceptance-length {length:g} for {mode}: between 1 and --draft-tokens + 1 = {draft_tokens + 1}"
-        )
     arguments: dict[str, Any] = {
         "max_num_seqs": args.max_num_seqs,
-        "max_model_len": max(args.input_len) + args.output_len + slack_tokens(most),
+        "max_model_len": max(args.input_len) + args.output_len + modes.slack_tokens(max(drafted.values())),
     }
     if shape is not None:
         arguments["load_format"] = "dummy"
     if args.device == "cpu":  # as scripts/serve
         arguments |= {"dtype": "float32", "enforce_eager": True, "max_num_batched_tokens": 2048}
     if kind.drafter:
-        arguments["speculative_config"] = speculation(kind.drafter, draft_tokens, length)
+        length = lengths.get(mode, lengths[""]) if shape is not None else None
+        arguments["speculative_config"] = modes.speculation(mode, kind.drafter, drafted.get(mode, drafted[""]), length)
     if kind.options is not None:
-        arguments |= backend(options_of(mode, kept, dict(args.option), shape))
-    variables = environment(mode) | {"VLLM_LOGGING_LEVEL": "INFO"}  # the log says which runner it is
+        # The method's defaults, as users have them; but no layer map is made for random weights.
+        taken = ("method",) if shape is None else ("method", "layer_map")
+        options = {name: value for name, value in kind.options.items() if name in taken}
+        arguments |= modes.backend(mode, options, kept, dict(args.option))
+    variables = modes.environment(mode) | {"VLLM_LOGGING_LEVEL": "INFO"}  # the log says which runner it is
     if mode == "plain":
         del variables["VLLM_USE_V2_MODEL_RUNNER"]  # as vLLM comes
     if all(name == DEMO or Path(name).expanduser().is_dir() for name in models.values()):
         variables["HF_HUB_OFFLINE"] = "1"
     return ServeJob(
-        name=mode if kept is None else f"{mode} {kept * 100:g}%",
+        name=modes.name_of(mode, kept),
         mode=mode,
         kept=kept,
         shape=shape.name if shape is not None else None,
@@ -114,22 +91,6 @@ def _job(
         traffic=traffic,
         ready_check_timeout_sec=args.ready_check_timeout_sec,
     )
-
-
-def options_of(mode: str, kept: float | None, given: Mapping[str, Any], shape: Shape | None) -> dict[str, Any]:
-    """Of the plugin: its defaults, as users have them, but for what is given. 'MODE:KEY' is for one mode, 'KEY' for all
-    that can use it."""
-    kind = MODES[mode]
-    options = {"method": kind.options["method"]}
-    if shape is not None and "layer_map" in kind.options:
-        options["layer_map"] = kind.options["layer_map"]  # none is made for random weights
-    if kept is not None:
-        options[kind.kept] = kept
-    own = {key.removeprefix(f"{mode}:"): value for key, value in given.items() if key.startswith(f"{mode}:")}
-    usable = SpecAttnOptions.parse(options | own).usable
-    options |= {key: value for key, value in given.items() if key in usable} | own
-    SpecAttnOptions.parse(options)  # a server would refuse them too, but after minutes
-    return options
 
 
 def flags(arguments: Mapping[str, Any]) -> list[str]:

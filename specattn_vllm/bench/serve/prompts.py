@@ -1,5 +1,7 @@
 """The requests: files in the format of vLLM's custom dataset, the same for every server. Each round has its own: none
-finds prompts of an earlier one in the prefix cache."""
+finds prompts of an earlier one in the prefix cache.
+
+Models with random weights have no tokenizer; theirs has token 7 as the word t7, so n words are n tokens."""
 
 from __future__ import annotations
 
@@ -12,17 +14,35 @@ from typing import Any
 
 from specattn_vllm.bench.serve.schema import Round
 from specattn_vllm.bench.serve.traffic import mixed
-from specattn_vllm.bench.serve.words import FIRST, word
 from specattn_vllm.installed import UserError
 from specattn_vllm.tools.outputs import write_whole
 
 Make = Callable[[int, random.Random], str]
 """A prompt of so many tokens."""
+FIRST = 16
+"""The first ids of a vocabulary may have a meaning."""
+
+
+def word(token: int) -> str:
+    # vLLM refuses a prompt with more characters than so many of the longest word would have, and does not count the
+    # space after each. Token 0 is in no prompt.
+    return f"t{token}" if token else "t" + 15 * "0"
+
+
+def write_tokenizer(folder: Path, vocab_size: int, max_length: int) -> None:
+    """What `AutoTokenizer` loads, beside a config.json."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+
+    made = Tokenizer(WordLevel({word(token): token for token in range(vocab_size)}, unk_token=word(0)))
+    made.pre_tokenizer = WhitespaceSplit()
+    made.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": word(0), "model_max_length": max_length}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def random_words(vocab_size: int) -> Make:
-    """Prompts for the tokenizer of `words.py`."""
-
     def make(length: int, draw: random.Random) -> str:
         return " ".join(word(draw.randrange(FIRST, vocab_size)) for _ in range(length))
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, Field
 
-from specattn_vllm.bench.schema import OfEngine
-from specattn_vllm.tools.outputs import write_json
+from specattn_vllm.bench.schema import AnyReport, OfEngine, Result
+from specattn_vllm.tools.engines import MODULE
 
 WARM_UP = "warm-up"
 """The round before those that are measured."""
@@ -35,20 +34,15 @@ class Traffic(BaseModel):
     goodput: list[str]
 
 
-class ServeJob(OfEngine, BaseModel):
-    """One server: how to start it, and what to send it."""
+class ServeJob(OfEngine):
+    """One server, and what to send it."""
 
-    name: str
-    mode: str
-    kept: float | None = None
+    worker = (*MODULE, "specattn_vllm.bench.serve.worker")
+
     shape: str | None = None
     """Random weights of this shape; else `models`."""
     models: dict[str, str] = Field(default_factory=dict)
     """Role -> demo, a folder, or a name on the hub."""
-    engine_arguments: dict[str, Any]
-    """Of `vllm serve`, by the names that Python gives them; '{target}' and '{draft}' stand for the models' folders."""
-    environment: dict[str, str]
-    on_cpu: bool = False
     stock: bool = False
     """As vLLM comes: on a CPU without what lets it use runner V2."""
     traffic: Traffic
@@ -77,12 +71,18 @@ class RoundResult(BaseModel):
     kv_read: dict[str, float] = Field(default_factory=dict)
     """Share of the KV cache's bytes that verification and drafting read, as the plugin counted them; ours only."""
 
+    def told(self) -> str:
+        if self.reason:
+            return f"{self.rate} requests/s: failed, {self.reason}"
+        figures = self.figures
+        return (
+            f"{self.rate} requests/s: {self.completed} of {self.requests} requests, "
+            f"TTFT {figures['median_ttft_ms']:,.0f} ms, TPOT {figures['median_tpot_ms']:,.1f} ms (medians), "
+            f"{figures['output_throughput']:,.1f} tokens/s"
+        )
 
-class ServerResult(BaseModel):
-    name: str
-    status: str
-    """'ok', 'failed' or 'interrupted'."""
-    reason: str | None = None
+
+class ServerResult(Result):
     job: ServeJob
     doing: str = "starts"
     command: str = ""
@@ -93,18 +93,19 @@ class ServerResult(BaseModel):
     rounds: list[RoundResult] = Field(default_factory=list)
     start_seconds: float | None = None
     """Until the server was ready."""
-    seconds: float = 0.0
-    log: str | None = None
-    provenance: dict[str, Any] = Field(default_factory=dict)
+
+    def told(self) -> str:
+        if self.status == "ok":
+            return f"ok, {self.seconds:.0f} s with its start"
+        return f"{self.status}: {self.reason} (log: {self.log})"
+
+    def news(self, since: ServerResult | None) -> list[str]:
+        found = [done.told() for done in self.rounds[len(since.rounds) if since else 0 :]]
+        return found if since and since.doing == self.doing else [*found, self.doing]
 
 
-class ServeReport(BaseModel):
+class ServeReport(AnyReport):
+    what, result = "server", ServerResult
+
     kind: Literal["specattn-bench-serve"] = "specattn-bench-serve"
-    version: int = 1
-    provenance: dict[str, Any]
-    settings: dict[str, Any]
-    """What all servers of the report share, requests included."""
     engines: list[ServerResult]
-
-    def write(self, path: Path) -> None:
-        write_json(path, self.model_dump(mode="json", exclude_none=True))

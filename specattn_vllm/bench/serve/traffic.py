@@ -8,6 +8,7 @@ import random
 from collections.abc import Mapping
 
 from specattn_vllm.bench.grid import context_name, parse_context
+from specattn_vllm.tools.arguments import number
 
 GOODPUT = ("ttft", "tpot", "e2el")
 """Figures of a request that `vllm bench serve --goodput` takes."""
@@ -43,32 +44,22 @@ def lengths_name(lengths: Mapping[int, float]) -> str:
 
 def parse_rate(text: str) -> str:
     """A rate as text: reports in JSON have no infinity, and it names a round."""
-    try:
-        rate = float(text)
-    except ValueError:
-        rate = math.nan
-    if not rate > 0:
-        raise argparse.ArgumentTypeError(f"'{text}' is no rate: requests per second, above 0, or inf for all at once")
+    rate = number(float, lambda found: found > 0, "a rate is requests per second, above 0, or inf for all at once")(
+        text
+    )
     return "inf" if math.isinf(rate) else f"{rate:g}"
 
 
 def parse_goodput(text: str) -> str:
     """'ttft:2000', as vLLM takes it."""
     name, _, limit = text.partition(":")
-    try:
-        if name in GOODPUT and float(limit) > 0:
-            return f"{name}:{float(limit):g}"
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(
-        f"'{text}' does not say what a good request is: write NAME:MS, e.g. ttft:2000; names are {', '.join(GOODPUT)}"
-    )
+    told = f"write NAME:MS for what a good request is, e.g. ttft:2000; names are {', '.join(GOODPUT)}"
+    return f"{name}:{number(float, lambda found: name in GOODPUT and found > 0, told)(limit):g}"
 
 
 def mixed(lengths: Mapping[int, float], count: int, draw: random.Random) -> list[int]:
-    """The lengths of `count` prompts in the order in which they are sent: of each length its share, at least one."""
-    if count < len(lengths):
-        raise ValueError(f"{count} requests: at least one of each length is sent, {len(lengths)} in all; ask for more")
+    """The lengths of `count` prompts in the order in which they are sent: of each length its share, at least one (so
+    `count` is as many as there are lengths, or more)."""
     counts = dict.fromkeys(lengths, 1)
     for _ in range(count - len(lengths)):
         missing = {tokens: share * count - counts[tokens] for tokens, share in lengths.items()}

@@ -1,117 +1,97 @@
 """One server and its requests, in a process group of its own: `python -m specattn_vllm.bench.serve.worker JOB RESULT`.
 
-RESULT is written anew whenever something begins or ends, so that who started it can say so, and what was measured
-survives an end by force. Requests, logs and the client's own results are in the folder of RESULT.
+RESULT is written anew whenever something begins or ends, so that who started it can say so. Requests, logs and
+the client's own results are in the folder of RESULT.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
-import subprocess
 import sys
-import tempfile
 import time
-import traceback
 from pathlib import Path
 
 from specattn_vllm import cpu_runner
-from specattn_vllm.bench.serve import client
+from specattn_vllm.bench.serve import server as processes
 from specattn_vllm.bench.serve.jobs import flags
+from specattn_vllm.bench.serve.prompts import write_tokenizer
 from specattn_vllm.bench.serve.schema import Round, RoundResult, ServeJob, ServerResult
-from specattn_vllm.bench.serve.server import HOST, IN_HASTE, Server, ServerFailed
-from specattn_vllm.bench.serve.words import write_tokenizer
-from specattn_vllm.bench.worker import fill_in
-from specattn_vllm.causes import summary
+from specattn_vllm.bench.worker import AnyWorker, fill_in
 from specattn_vllm.tools import models
 from specattn_vllm.tools.engines import end_with_the_parent, path_of
 from specattn_vllm.tools.interrupts import ended_as_interrupted, status_of
-from specattn_vllm.tools.outputs import write_json
-
-UNTIL_IT_IS_DONE = "interrupted", "ended before it was done"
 
 
-class Worker:
-    def __init__(self, job: ServeJob, result_path: Path) -> None:
-        self.job, self.folder = job, result_path.parent
-        self._result_path = result_path
-        self.kv_bytes: dict[tuple[str, str], float] | None = {}
-        """Read and present after the last round; None where that is not known."""
-        status, reason = UNTIL_IT_IS_DONE
+class Worker(AnyWorker):
+    def __init__(self, job: ServeJob, path: Path) -> None:
+        self.folder, self.log = path.parent, path_of(job.name, path.parent, "server.log")
         # With the names of the models as they were given: their folders are this machine's.
         names = {role: job.models.get(role) or f"{job.shape}/{role}" for role in ("target", "draft", "eagle")}
         command = shlex.join(["vllm", "serve", names["target"], *flags(fill_in(job.engine_arguments, names))])
-        self.result = ServerResult(name=job.name, status=status, reason=reason, job=job, command=command)
+        log = f"{self.folder.name}/{self.log.name}"
+        super().__init__(job, ServerResult(name=job.name, job=job, command=command, log=log), path)
 
-    def run(self) -> None:
+    def measure(self, made: Path) -> tuple[str, str | None]:
         try:
-            with tempfile.TemporaryDirectory(prefix="specattn-bench-") as made:
-                self._run(Path(made))
-            bad = [found for found in self.result.rounds if found.reason]
-            self.result.status = "failed" if bad else "ok"
-            self.result.reason = f"at {bad[0].rate} requests/s: {bad[0].reason}" if bad else None
-        except Exception as error:
-            traceback.print_exc()  # into the log
-            self.result.status = "failed"
-            self.result.reason = str(error) if isinstance(error, ServerFailed) else summary(error)
+            self._serve(made)
+        except processes.ServerFailed as error:
+            return "failed", str(error)
+        bad = [f"at {found.rate} requests/s: {found.reason}" for found in self.result.rounds if found.reason]
+        return ("failed", bad[0]) if bad else ("ok", None)
+
+    def begin(self, doing: str) -> None:
+        self.result.doing = doing
         self.write()
 
-    def write(self, doing: str | None = None) -> None:
-        self.result.doing = doing or self.result.doing
-        write_json(self._result_path, self.result.model_dump(mode="json"))
-
-    def _run(self, made: Path) -> None:
+    def _serve(self, made: Path) -> None:
         folders = self.model_folders(made)
         arguments = [folders["target"], *flags(fill_in(self.job.engine_arguments, folders))]
         begun = time.monotonic()
-        server = Server(arguments, self.environment(made), path_of(self.job.name, self.folder, "server.log"))
+        server = processes.Server(arguments, self.environment(made), self.log)
         try:
-            self.write()
+            self.begin("starts")
             server.wait_until_ready(self.job.ready_check_timeout_sec)
             self.result.start_seconds = round(time.monotonic() - begun, 1)
             self.result.runner = server.runner
             warm_up, *rounds = self.job.traffic.rounds
-            self.write("warm-up")
-            self.result.warm_up = self.measure(server, folders["target"], warm_up)
+            self.begin("warm-up")
+            self.result.warm_up = self._send(server, folders["target"], warm_up)
             if self.result.warm_up.reason:
-                raise ServerFailed(f"warm-up: {self.result.warm_up.reason}")
+                raise processes.ServerFailed(f"warm-up: {self.result.warm_up.reason}")
             for number, each in enumerate(rounds, 1):
-                self.write(f"rate {number} of {len(rounds)}: {each.rate} requests/s")
-                self.result.rounds.append(self.measure(server, folders["target"], each))
+                self.begin(f"rate {number} of {len(rounds)}: {each.rate} requests/s")
+                self.result.rounds.append(self._send(server, folders["target"], each))
                 server.check()  # a client of a server that died says only that nobody answers
-            self.write("stops")
+            self.begin("stops")
         except BaseException:
-            server.stop(IN_HASTE)
+            server.stop(processes.IN_HASTE)
             raise
         server.stop()
 
-    def measure(self, server: Server, model: str, of: Round) -> RoundResult:
+    def _send(self, server: processes.Server, model: str, of: Round) -> RoundResult:
         log, path = (path_of(f"{self.job.name} {of.rate}", self.folder, kind) for kind in ("client.log", "client.json"))
         path.unlink(missing_ok=True)
-        before = self.kv_bytes
-        if before is None:
-            before = server.settled_kv_bytes()
-        words = client.command(model, server.port, of, self.job.traffic, self.folder, path)
-        with log.open("w") as file:
-            process = subprocess.Popen(
-                words, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=client_environment()
-            )
+        before = server.kv_bytes() if self.job.ours else {}
+        words = processes.client_command(model, server.port, of, self.job.traffic, self.folder, path)
+        # It would ask the environment's proxy, which does not know this machine's own ports.
+        variables = {"VLLM_PLUGINS": "", "NO_PROXY": processes.HOST, "no_proxy": processes.HOST}
+        process = processes.started(words, os.environ | variables, log)
         try:
             while process.poll() is None:
                 server.check()
                 time.sleep(0.1)
         finally:
-            if process.poll() is None:
-                process.kill()
+            process.kill()
             process.wait()
         if process.returncode or not path.exists():
-            self.kv_bytes = None if self.job.ours else {}
-            return client.failed(log, of, process.returncode)
-        found = client.read(path, of)
-        self.kv_bytes = after = server.settled_kv_bytes() if self.job.ours else {}
+            return processes.failed(log, of, process.returncode)
+        found = processes.summed_up(json.loads(path.read_text()), of)
+        after = server.kv_bytes() if self.job.ours else {}
         for by in sorted({by for _, by in after}):
-            read, present = (after[what, by] - before.get((what, by), 0.0) for what in ("read", "present"))
+            read, present = (after[what, by] - before[what, by] for what in ("read", "present"))
             if present:
                 found.kv_read[by] = round(read / present, 4)
         return found
@@ -132,11 +112,6 @@ class Worker:
         for part in cpu_runner.OVERLAY.glob(cpu_runner.VERSION):  # without it the command does not begin
             shutil.copytree(part, made / "version" / part.name)
         return found | {"PYTHONPATH": os.pathsep.join(filter(None, (str(made / "version"), found.get("PYTHONPATH"))))}
-
-
-def client_environment() -> dict[str, str]:
-    """vLLM's client would ask the environment's proxy, which does not know this machine's own ports."""
-    return os.environ | {"VLLM_PLUGINS": "", "NO_PROXY": HOST, "no_proxy": HOST}
 
 
 def main(arguments: list[str]) -> int:

@@ -7,8 +7,7 @@ import random
 
 import pytest
 
-from specattn_vllm.bench.serve.prompts import Corpus, random_words, write_rounds
-from specattn_vllm.bench.serve.words import write_tokenizer
+from specattn_vllm.bench.serve.prompts import Corpus, random_words, write_rounds, write_tokenizer
 from specattn_vllm.evaluation import texts
 from specattn_vllm.installed import UserError, demo_folder
 from specattn_vllm.tools import models

@@ -7,8 +7,9 @@ import json
 import pytest
 
 from specattn_vllm import cli
-from specattn_vllm.bench.serve import client, report
+from specattn_vllm.bench.serve import report
 from specattn_vllm.bench.serve.schema import Round, RoundResult, ServeJob, ServeReport, ServerResult, Traffic
+from specattn_vllm.bench.serve.server import METRICS, STATISTICS, THROUGHPUT, summed_up
 
 SETTINGS = {
     "description": "some model",
@@ -113,10 +114,10 @@ def test_the_command_prints_a_report_again(tmp_path, capsys):
 
 
 def told(**more) -> dict:
-    names = [f"{kind}_{metric}_ms" for metric in client.METRICS for kind in client.STATISTICS]
+    names = [f"{kind}_{metric}_ms" for metric in METRICS for kind in STATISTICS]
     return (
         dict.fromkeys(names, 1.23456)
-        | dict.fromkeys(client.THROUGHPUT, 7.0)
+        | dict.fromkeys(THROUGHPUT, 7.0)
         | {"completed": 2, "failed": 0, "errors": ["", ""], "duration": 3.0}
         | {"total_input_tokens": 20, "total_output_tokens": 10}
         | more
@@ -125,7 +126,7 @@ def told(**more) -> dict:
 
 def test_a_result_of_the_client_is_read():
     of = Round(rate="2", requests=2, file="f")
-    found = client.summed_up(told(request_goodput=None, spec_decode_acceptance_length=2.5), of)
+    found = summed_up(told(request_goodput=None, spec_decode_acceptance_length=2.5), of)
     assert (found.completed, found.failed, found.reason, found.acceptance_length) == (2, 0, None, 2.5)
     assert found.figures["p99_e2el_ms"] == 1.2346 and "request_goodput" not in found.figures
     assert json.loads(found.model_dump_json())["figures"]["output_throughput"] == 7.0
@@ -134,9 +135,7 @@ def test_a_result_of_the_client_is_read():
 def test_a_round_without_any_answer_has_no_figures():
     """vLLM gives zeros then, which would be the best times of all."""
     traceback = "Traceback (most recent call last):\n  File x\nConnectionError: reset\n"
-    found = client.summed_up(
-        told(completed=0, failed=2, errors=[traceback, traceback]), Round(rate="2", requests=2, file="f")
-    )
+    found = summed_up(told(completed=0, failed=2, errors=[traceback, traceback]), Round(rate="2", requests=2, file="f"))
     assert not found.figures
     assert found.reason == "none of 2 requests completed: ConnectionError: reset"
 

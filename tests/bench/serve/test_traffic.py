@@ -39,9 +39,9 @@ def test_lengths_that_are_refused(text, why):
 @pytest.mark.parametrize(
     ("words", "why"),
     [
-        ("--request-rate 0", "'0' is no rate"),
-        ("--request-rate nan", "'nan' is no rate"),
-        ("--request-rate fast", "'fast' is no rate"),
+        ("--request-rate 0", "0: a rate is requests per second"),
+        ("--request-rate nan", "nan: a rate is"),
+        ("--request-rate fast", "fast: a rate is"),
         ("--rate 1,1.0", "names one twice"),
         ("--goodput itl:5", "names are ttft, tpot, e2el"),
         ("--goodput ttft:soon", "write NAME:MS"),
@@ -65,5 +65,3 @@ def test_of_each_length_as_many_as_its_share_and_at_least_one():
     assert Counter(mixed({10: 0.99, 20: 0.01}, 20, random.Random(0))) == {10: 19, 20: 1}
     assert mixed(lengths, 50, random.Random(1)) == mixed(lengths, 50, random.Random(1))
     assert mixed(lengths, 50, random.Random(1)) != mixed(lengths, 50, random.Random(2))
-    with pytest.raises(ValueError, match="at least one of each"):
-        mixed(lengths, 2, random.Random(0))
