@@ -61,8 +61,6 @@ Applying a patch a second time has no effect.
 from specattn_vllm.compat.graphs import capture_twice
 from specattn_vllm.compat.names import is_our_layer, is_ours, is_ours_in_part
 from specattn_vllm.compat.start import (
-    DEFAULT_DRAFT_LENGTH,
-    SELF_DRAFT_LENGTH,
     add_cli_aliases,
     check_engine_config,
     check_request,
@@ -88,8 +86,6 @@ from specattn_vllm.compat.worker import (
 )
 
 __all__ = [
-    "DEFAULT_DRAFT_LENGTH",
-    "SELF_DRAFT_LENGTH",
     "add_cli_aliases",
     "add_worker_method",
     "apply_all",

@@ -10,7 +10,6 @@ if TYPE_CHECKING:
 BACKEND_NAME = "SPECATTN"
 # Import paths instead of classes, as in vLLM: these modules are not needed before an engine starts.
 BACKEND_PATH = "specattn_vllm.backend.backend.SpecAttnBackend"
-SKETCH_SPECULATOR_PATH = "specattn_vllm.speculation.sketch_speculator.SketchSpeculator"
 ATTACH_PATH = "specattn_vllm.backend.attach.attach"
 CHECK_PATH = "specattn_vllm.checks.check"
 METRICS_FOLDER_PATH = "specattn_vllm.metrics.snapshot.make_folder"

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from specattn_vllm.compat.names import ATTACH_PATH, MARK, SKETCH_SPECULATOR_PATH, is_ours, resolve
+from specattn_vllm.compat.names import ATTACH_PATH, MARK, is_ours, resolve
 
 if TYPE_CHECKING:
     import torch
@@ -26,9 +26,7 @@ def choose_speculator() -> None:
             return stock(vllm_config, device)
         from specattn_vllm.options import SpecAttnOptions
 
-        options = SpecAttnOptions.from_vllm(vllm_config)
-        path = SKETCH_SPECULATOR_PATH if options.drafts_by_sketch else options.kind.speculator
-        return resolve(path)(vllm_config, device)
+        return resolve(SpecAttnOptions.from_vllm(vllm_config).speculator)(vllm_config, device)
 
     setattr(build, MARK, True)
     build.stock = stock

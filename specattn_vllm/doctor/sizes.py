@@ -32,20 +32,19 @@ def sizes(config: VllmConfig, options: SpecAttnOptions) -> dict[str, Any]:
     if spec is not None and spec.uses_draft_model():
         models.append((spec.draft_model_config, drafts - 1))
     for of, ahead in models:
-        chooses = options.chooses_by_itself if ahead is None else options.drafts_by_sketch
         shape = _shape(config, of, drafts + (1 if ahead is None else 2))
         budget = draft_budget_of(options)
         if ahead is None and isinstance(options, SketchOptions):
             budget = budget_of(options, options.shared_budget)
         made = _sketch(options, budget, shape, ahead)
-        if chooses:
+        if ("verification" if ahead is None else "drafting") in options.sparse_readers:
             for what, size in made.nbytes.items():
                 buffers[what] = buffers.get(what, 0) + size
             largest = max(largest, sum(made.nbytes.values()))
         entries = shape.layers * shape.num_kv_heads
         kv += entries * 2 * shape.head_size * shape.dtype.itemsize
         page = 2 * shape.head_size * shape.dtype.itemsize
-        if options.bits_in_cache is not None:
+        if options.sketch_bits_in_cache:
             sketched += entries * made.layout.token_bytes
             page += made.layout.token_bytes
         windowed = of.get_num_layers(config.parallel_config) - shape.layers

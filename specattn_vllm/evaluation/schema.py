@@ -106,11 +106,13 @@ class Setting(StrictModel):
 
     @property
     def lossless(self) -> bool:
-        return self.baseline is None and SpecAttnOptions.parse(self.options).kind.lossless
+        if self.baseline is not None:
+            return False
+        return SpecAttnOptions.parse(self.options).kind.lossless
 
     def scan_share(self, head_size: int) -> float:
         """Bytes read of what is searched, for each byte of the entries searched; 0 where nothing is."""
         if self.baseline is not None:
             return self.baseline.scan_share(head_size)
-        options = SpecAttnOptions.parse(self.options)
-        return scan.of_sketch(options.sketch_bits, head_size) if options.kind.keeps_sketch else 0.0
+        bits = SpecAttnOptions.parse(self.options).searched_bits
+        return scan.of_sketch(bits, head_size) if bits else 0.0

@@ -110,7 +110,7 @@ def blank(runner: Any, options: SpecAttnOptions) -> Snapshot:
             "vllm": vllm.__version__,
             "model_name": served if isinstance(served, str) else served[0],
         },
-        rows=options.kind.target_reads,
+        dense_reasons=options.kind.dense_reasons,
         drafts=runner.speculator is not None,
         caches=caches,
     )
@@ -129,10 +129,7 @@ def _caches(runner: Any, options: SpecAttnOptions) -> dict[str, Cache]:
         layout = getattr(sketch, "layout", None)
         return Cache(2 * layer.impl.head_size * element, layout.token_bytes if layout is not None else 0)
 
-    found = {}
-    if not options.kind.lossless:
-        found["verification"] = cache(target, getattr(runner, "specattn_chooser", None))
-    selection = getattr(runner.speculator, "selection", None)
-    if selection is not None and (options.drafts_for_itself or options.drafts_by_sketch):
+    found = {"verification": cache(target, getattr(runner, "specattn_chooser", None))}
+    if (selection := getattr(runner.speculator, "selection", None)) is not None:
         found["drafting"] = cache(draft, getattr(selection, "sketch", None))
-    return found
+    return {by: cache for by, cache in found.items() if by in options.sparse_readers}

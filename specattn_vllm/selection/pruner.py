@@ -17,8 +17,7 @@ from specattn_vllm.stats import Counters
 
 
 class TableMaps(NamedTuple):
-    """The stored selection from which each page table is made, for methods with one selection per KV head. On the
-    pruner's device."""
+    """The stored selection from which each page table is made, for methods with one selection per KV head."""
 
     sources: torch.Tensor
     """[T] int32: index of the source in the store, for each table."""
@@ -26,10 +25,10 @@ class TableMaps(NamedTuple):
     """[T, H] int32: index of the score group in the store, for each table and KV head."""
 
     @classmethod
-    def of(cls, made_from: list[tuple[int, tuple[int, ...]]], device: torch.device) -> TableMaps:
-        """Make the maps from the (source, groups) of each table."""
+    def of(cls, made_from: list[tuple[int, tuple[int, ...]]]) -> TableMaps:
+        """Make the maps from the (source, groups) of each table, on the host."""
         sources, groups = zip(*made_from, strict=True)
-        return cls(*(torch.tensor(m, dtype=torch.int32, device=device) for m in (sources, groups)))
+        return cls(*(torch.tensor(m, dtype=torch.int32) for m in (sources, groups)))
 
 
 class Pruner:
@@ -62,7 +61,7 @@ class Pruner:
         self.num_layers = num_layers
         self.num_kv_heads = num_kv_heads
         self.max_query_len = max_query_len
-        self.maps = maps
+        self.maps = None if maps is None else TableMaps(*(part.to(page_table.device) for part in maps))
         self.audit: Audit | None = None
         tables, groups = (store.bits.shape[0], store.bits.shape[2]) if maps is None else maps.groups.shape
         self.device = page_table.device

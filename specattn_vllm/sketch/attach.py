@@ -77,5 +77,5 @@ def _announce(options: SketchOptions, sketch: Sketch, crossover: int, nbytes: di
     spec = vllm_config.speculative_config
     drafter = "none" if spec is None else f"vLLM's {spec.method}, unchanged"
     if spec is not None and spec.uses_draft_model():
-        drafter = f"a draft model, which reads {'a part' if options.drafts_by_sketch else 'everything'}"
+        drafter = f"a draft model, which reads {options.draft_reads}"
     logger.info("specattn: drafting: %s", drafter)

@@ -20,6 +20,7 @@ from vllm.v1.metrics import prometheus
 from specattn_vllm import compat
 from specattn_vllm.evaluation import scan
 from specattn_vllm.kernels.sketch.layout import SketchLayout
+from specattn_vllm.methods import METHODS
 from specattn_vllm.metrics import collect, publish, snapshot
 from specattn_vllm.metrics.families import FAMILIES, INFO
 from specattn_vllm.metrics.snapshot import Audited, Cache, Snapshot
@@ -39,7 +40,7 @@ def made(**given) -> Snapshot:
             "rank": 0,
             "pid": os.getpid(),
             "info": info,
-            "rows": "own choice",
+            "dense_reasons": METHODS["sketch"].dense_reasons,
             "drafts": True,
             "caches": CACHES,
             "counts": COUNTS,
@@ -148,13 +149,13 @@ def test_reasons_of_dense_rows_add_up_to_them(served):
     by_draft = Counts(
         verify_rows=20, sparse_rows=4, no_selection_rows=15, exact_rows=2, small_batch_rows=3, stale_rows=1
     )
-    seen = served(made(rows="draft's choice", counts=by_draft))
+    seen = served(made(dense_reasons=METHODS["specattn"].dense_reasons, counts=by_draft))
     assert reasons(seen) == {"exact": 2, "small batch": 3, "no selection": 10, "stale": 1}
     assert sum(reasons(seen).values()) == seen["specattn:rows_total", ("kind", "dense")]
 
 
 def test_what_is_not_counted_has_no_series(served):
-    seen = served(made(rows="everything", drafts=False, caches={}))
+    seen = served(made(dense_reasons=(), drafts=False, caches={}))
     assert {key[0] for key in seen} == {"specattn:info"}
 
 
