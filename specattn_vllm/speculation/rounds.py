@@ -72,7 +72,8 @@ class RoundSpeculator(compat.stock_speculator()):
         """Whether the round of a batch is recorded. The batch must not be one of vLLM's dummies."""
         if self.selection is None:
             return False
-        small = self._too_small(batch)
+        # The host only knows upper bounds of lengths, which is good enough.
+        small = int(batch.seq_lens_cpu_upper_bound[: batch.num_reqs].sum()) < self.crossover_tokens
         (self._round_is_dense if small else self._round_records)(batch)
         return not small
 
@@ -169,14 +170,7 @@ class RoundSpeculator(compat.stock_speculator()):
         if dummy_run:
             self.counters.discard()
         else:
-            self._count(input_batch, num_sampled)
+            self.counters.commit()
+            count_round(self.counters, self.operations, input_batch, num_sampled)
+            self.reporter.tick()
         return drafts
-
-    def _too_small(self, batch: InputBatch) -> bool:
-        """Whether a batch is below the crossover. The host only knows upper bounds of lengths, which is good enough."""
-        return int(batch.seq_lens_cpu_upper_bound[: batch.num_reqs].sum()) < self.crossover_tokens
-
-    def _count(self, input_batch, num_sampled: torch.Tensor) -> None:
-        self.counters.commit()
-        count_round(self.counters, self.operations, input_batch, num_sampled)
-        self.reporter.tick()

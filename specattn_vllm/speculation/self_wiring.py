@@ -17,7 +17,7 @@ from specattn_vllm.selection.pages import page_strides
 from specattn_vllm.selection.target_capture import TargetCapture
 from specattn_vllm.selection.window import Window
 from specattn_vllm.speculation.announce import announce_buffers
-from specattn_vllm.speculation.wiring import cache_of, refuse_if_too_large, row_width, target_builder
+from specattn_vllm.speculation.wiring import allocated, cache_of, row_width, target_builder
 
 if TYPE_CHECKING:
     from specattn_vllm.speculation.rounds import RoundSpeculator
@@ -87,8 +87,7 @@ def prepare_self(speculator: RoundSpeculator, make: Callable[..., SelfSelection]
     """Make all parts for self-speculation, with their buffers, by `from_attention` or `from_window`. Called when the
     target is loaded, before vLLM measures the memory left for the KV cache."""
     layers = get_layers_from_vllm_config(speculator.vllm_config, AttentionLayerBase)
-    refuse_if_too_large(make(speculator, layers, torch.device("meta")).nbytes, speculator)
-    selection = make(speculator, layers, speculator.device)
+    selection = allocated(lambda device: make(speculator, layers, device), speculator)
     announce_buffers(speculator, selection.nbytes)
     logger.info(
         "specattn: method '%s': the target drafts for itself, %d tokens per round, reading %s; its verification is "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from vllm.config import get_layers_from_vllm_config
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from specattn_vllm.speculation.rounds import RoundSpeculator
 
 ROW_MULTIPLE = 128
+
+Buffers = TypeVar("Buffers")
+"""A class whose `nbytes` are the bytes of each kind of its buffers."""
 
 
 def row_width(max_model_len: int) -> int:
@@ -121,11 +124,16 @@ def prepare(speculator: RoundSpeculator) -> Selection:
         )
         return Selection(capture, store, pruner, tables)
 
-    # First without memory: the error of a failed allocation would not name an option to change.
-    refuse_if_too_large(allocate(torch.device("meta")).nbytes, speculator, options.kind.smaller)
-    selection = allocate(speculator.device)
+    selection = allocated(allocate, speculator, options.kind.smaller)
     announce(options, found, plan.readers, speculator, selection.nbytes)
     return selection
+
+
+def allocated(make: Callable[[torch.device], Buffers], runner: Any, remedy: str = "") -> Buffers:
+    """make(device of the runner), unless it is too large (`refuse_if_too_large`)."""
+    # First without memory: the error of a failed allocation would not name an option to change.
+    refuse_if_too_large(make(torch.device("meta")).nbytes, runner, remedy)
+    return make(runner.device)
 
 
 def refuse_if_too_large(nbytes: dict[str, int], runner: Any, remedy: str = "") -> None:

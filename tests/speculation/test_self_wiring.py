@@ -129,11 +129,11 @@ def test_8_requests_of_128k_of_an_8b_model_take_less_than_300_mb(monkeypatch):
 def test_what_is_too_large_is_refused_before_it_is_made(monkeypatch):
     made = []
 
-    def refuse(nbytes, speculator):
+    def refuse(nbytes, *others):
         made.append(nbytes)
         raise ValueError("too large")
 
-    monkeypatch.setattr(self_wiring, "refuse_if_too_large", refuse)
+    monkeypatch.setattr(wiring, "refuse_if_too_large", refuse)
     # Memory that no machine has.
     with pytest.raises(ValueError, match="too large"):
         prepared(monkeypatch, longest=2**30, requests=2**20, method="vegas")
