@@ -14,6 +14,14 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 
+PARALLEL = {
+    "pipeline_parallel_size": "the draft runs on the last rank only; use 1",
+    "decode_context_parallel_size": "use 1",
+    "prefill_context_parallel_size": "use 1",
+}
+"""Settings that must be 1, with the remedy."""
+
+
 class UnsupportedError(ValueError):
     """This backend cannot serve the engine's configuration. The message has one line per reason, with a remedy."""
 
@@ -49,12 +57,9 @@ def _engine(config: VllmConfig) -> Iterator[str]:
     if not config.use_v2_model_runner:
         remedy = 'on CPU, run  eval "$(specattn cpu-env)"  first' if _on_cpu() else "unset VLLM_USE_V2_MODEL_RUNNER"
         yield f"model runner V1: only V2 is supported; {remedy}, or turn off what made vLLM choose V1 (see its log)"
-    if parallel.pipeline_parallel_size > 1:
-        yield f"pipeline_parallel_size = {parallel.pipeline_parallel_size}: the draft runs on the last rank only; use 1"
-    if parallel.decode_context_parallel_size > 1:
-        yield f"decode_context_parallel_size = {parallel.decode_context_parallel_size}: use 1"
-    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
-        yield f"prefill_context_parallel_size = {parallel.prefill_context_parallel_size}: use 1"
+    for name, remedy in PARALLEL.items():
+        if (size := getattr(parallel, name, 1)) > 1:
+            yield f"{name} = {size}: {remedy}"
     model_dtype = str(config.model_config.dtype).removeprefix("torch.")
     if cache.cache_dtype not in ("auto", model_dtype):
         yield (

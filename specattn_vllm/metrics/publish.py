@@ -17,13 +17,13 @@ from specattn_vllm import compat, executors
 from specattn_vllm.metrics import snapshot
 from specattn_vllm.metrics.snapshot import Audited, Cache, Snapshot
 from specattn_vllm.selection.audit_report import lower_edge
+from specattn_vllm.stats import Counts
 
 if TYPE_CHECKING:
     import torch
 
     from specattn_vllm.options import SpecAttnOptions
     from specattn_vllm.reporter import Reporter
-    from specattn_vllm.stats import Counts
 
 logger = init_logger("vllm.specattn")
 
@@ -41,13 +41,7 @@ class Publisher:
 
     def write(self, counts: Counts, extra: Sequence[torch.Tensor]) -> None:
         """Write a snapshot with counts. It is used as `Reporter.publish`."""
-        self._put(replace(self.blank, counts=counts, audited=audited(extra) if extra else None))
-
-    def write_blank(self) -> None:
-        """Write a snapshot without counts: only the description of the engine."""
-        self._put(self.blank)
-
-    def _put(self, found: Snapshot) -> None:
+        found = replace(self.blank, counts=counts, audited=audited(extra) if extra else None)
         try:
             found.write(self.folder)
         except OSError as error:
@@ -70,7 +64,7 @@ def start(runner: Any, options: SpecAttnOptions) -> None:
     if folder is None:
         return
     publisher = Publisher(folder, blank(runner, options))
-    publisher.write_blank()
+    publisher.write(Counts(), ())
     reporter: Reporter | None = getattr(runner.speculator, "reporter", None)
     reporter = reporter or getattr(runner, "specattn_reporter", None)
     if reporter is None:
