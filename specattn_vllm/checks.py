@@ -6,11 +6,20 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from specattn_vllm import compat
+from specattn_vllm.compat.names import resolve
 from specattn_vllm.layer_kinds import full_layers, has_windows, unsupported_attention
 from specattn_vllm.options import KEY, OptionsError, SpecAttnOptions, refuse_misplaced
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
+
+
+PARALLEL = {
+    "pipeline_parallel_size": "the draft runs on the last rank only; use 1",
+    "decode_context_parallel_size": "use 1",
+    "prefill_context_parallel_size": "use 1",
+}
+"""Settings that must be 1, with the remedy."""
 
 
 class UnsupportedError(ValueError):
@@ -36,13 +45,11 @@ def check(vllm_config: VllmConfig) -> None:
         refuse_misplaced(vllm_config.additional_config, ours=False)
         return
     options = SpecAttnOptions.from_vllm(vllm_config)
-    reasons = [*_engine(vllm_config), *_models(vllm_config, options), *_speculation(vllm_config, options)]
+    reasons = [*_engine(vllm_config), *_models(vllm_config), *_speculation(vllm_config), *options.refusals(vllm_config)]
     if reasons:
         raise UnsupportedError("--attention-backend specattn cannot serve this:\n  " + "\n  ".join(reasons))
-    if options.chooses_by_draft:
-        from specattn_vllm.speculation.maps import resolve_layer_map
-
-        resolve_layer_map(vllm_config, options)
+    if options.kind.check is not None:
+        resolve(options.kind.check)(vllm_config, options)
 
 
 def _engine(config: VllmConfig) -> Iterator[str]:
@@ -50,12 +57,9 @@ def _engine(config: VllmConfig) -> Iterator[str]:
     if not config.use_v2_model_runner:
         remedy = 'on CPU, run  eval "$(specattn cpu-env)"  first' if _on_cpu() else "unset VLLM_USE_V2_MODEL_RUNNER"
         yield f"model runner V1: only V2 is supported; {remedy}, or turn off what made vLLM choose V1 (see its log)"
-    if parallel.pipeline_parallel_size > 1:
-        yield f"pipeline_parallel_size = {parallel.pipeline_parallel_size}: the draft runs on the last rank only; use 1"
-    if parallel.decode_context_parallel_size > 1:
-        yield f"decode_context_parallel_size = {parallel.decode_context_parallel_size}: use 1"
-    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
-        yield f"prefill_context_parallel_size = {parallel.prefill_context_parallel_size}: use 1"
+    for name, remedy in PARALLEL.items():
+        if (size := getattr(parallel, name, 1)) > 1:
+            yield f"{name} = {size}: {remedy}"
     model_dtype = str(config.model_config.dtype).removeprefix("torch.")
     if cache.cache_dtype not in ("auto", model_dtype):
         yield (
@@ -77,7 +81,7 @@ def _engine(config: VllmConfig) -> Iterator[str]:
         yield "kv_sharing_fast_prefill: remove it"
 
 
-def _models(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
+def _models(config: VllmConfig) -> Iterator[str]:
     models = {"target": config.model_config}
     spec = config.speculative_config
     # For n-gram drafting, vLLM sets draft_model_config to the target's config.
@@ -92,14 +96,14 @@ def _models(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
             yield f"{side}: encoder-decoder models are not supported"
         if model.is_hybrid or model.is_attention_free:
             yield f"{side}: models with layers other than attention are not supported"
-        yield from _windows(side, model, config, options)
+        yield from _windows(side, model, config)
         if model.runner_type not in ("generate", "draft"):
             yield f"{side}: runner {model.runner_type!r} does not decode; use a generating model"
         if not model.use_mla and model.get_head_size() not in (64, 128):
             yield f"{side}: head size {model.get_head_size()} is not supported; 64 and 128 are"
 
 
-def _windows(side: str, model: ModelConfig, config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
+def _windows(side: str, model: ModelConfig, config: VllmConfig) -> Iterator[str]:
     for what in unsupported_attention(model):
         yield f"{side}: {what} are not supported; serve this model with vLLM's own backends"
     if not has_windows(model):
@@ -110,57 +114,18 @@ def _windows(side: str, model: ModelConfig, config: VllmConfig, options: SpecAtt
                 "draft: sliding-window attention is not supported; use a draft model with full attention in every "
                 "layer, another drafter, or none"
             )
-    elif options.kind.drafter != "any":
-        named = f"target: sliding-window attention is not supported by method {options.method!r}"
-        yield f"{named}; methods 'sketch' and 'dense' go with it"
     elif not full_layers(model, 1):
         yield (
             "target: every layer has a sliding window, so there is nothing to choose; serve this model with vLLM's own "
             "backends"
         )
-    elif options.bits_in_cache is not None and (draft := _drafting_model(config)) is not None:
-        ours, theirs = ((m.get_total_num_kv_heads(), m.get_head_size()) for m in (model, draft))
-        if ours != theirs:  # vLLM cannot make the pages of their caches equally large
-            yield (
-                f"a target with sliding windows and {ours[0]} KV heads of {ours[1]} beside a drafter with "
-                f"{theirs[0]} of {theirs[1]}: use a drafter with the target's KV heads, or none"
-            )
 
 
-def _drafting_model(config: VllmConfig) -> ModelConfig | None:
+def _speculation(config: VllmConfig) -> Iterator[str]:
     spec = config.speculative_config
-    return None if spec is None or spec.draft_model_config is config.model_config else spec.draft_model_config
-
-
-def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
-    spec = config.speculative_config
-    if spec is None or not spec.uses_draft_model():
-        yield from _useless_without_draft_model(options, drafts=spec is not None)
     if spec is None:
-        if options.drafts_for_itself:
-            yield f"method = {options.method!r} without speculation: give --num-speculative-tokens K"
-        elif options.chooses_by_draft:
-            yield (
-                f"method = {options.method!r} without a draft model: give --speculative-model DRAFT "
-                "--num-speculative-tokens K, or set method='dense' to use the backend for plain decoding"
-            )
         return
-    if not spec.uses_draft_model() and not options.goes_with_any_drafter:
-        asks = "sparse_draft" if options.kind.drafter == "any" else f"method = {options.method!r}"
-        yield (
-            f"speculative method {spec.method!r}: a separate draft model is needed (--spec-method draft_model) for "
-            f"{asks}; methods 'sketch' and 'dense' without sparse_draft go with any drafter; vLLM guesses the method "
-            "from the path, so a folder named after eagle, dflash or dspark has to be renamed"
-        )
-        return
-    if options.drafts_for_itself and spec.draft_model_config.model != config.model_config.model:
-        yield (
-            f"method = {options.method!r} with --speculative-model {spec.draft_model_config.model}: the target drafts "
-            "for itself and loads no draft model; leave --speculative-model out, or set method='specattn'"
-        )
-    if options.drafts_for_itself and config.parallel_config.enable_eplb:
-        yield f"method = {options.method!r} with enable_eplb: one model would be registered twice; turn EPLB off"
-    if spec.uses_draft_model() and not options.drafts_for_itself:
+    if spec.uses_draft_model() and spec.draft_model_config.model != config.model_config.model:
         yield from _positions(config.model_config, spec.draft_model_config)
     if spec.parallel_drafting and spec.uses_draft_model():  # DFlash and DSpark always draft in parallel: allowed
         yield "parallel_drafting: selections need one draft step per token; turn it off"
@@ -171,17 +136,6 @@ def _speculation(config: VllmConfig, options: SpecAttnOptions) -> Iterator[str]:
     target_tp, draft_tp = config.parallel_config.tensor_parallel_size, spec.draft_parallel_config.tensor_parallel_size
     if target_tp != draft_tp:
         yield f"draft_tensor_parallel_size = {draft_tp}: must equal the target's, {target_tp}"
-
-
-def _useless_without_draft_model(options: SpecAttnOptions, *, drafts: bool) -> Iterator[str]:
-    given = options.model_fields_set & {"draft_ratio"}
-    if options.drafts_by_sketch and not drafts:  # beside another drafter, a sentence of its own says so
-        given |= options.model_fields_set & {"sparse_draft"}
-    if given:
-        yield (
-            f"{' and '.join(sorted(given))} without a draft model, whose steps alone they are about: leave it out, or "
-            "give --speculative-model DRAFT"
-        )
 
 
 def _positions(target: ModelConfig, draft: ModelConfig) -> Iterator[str]:

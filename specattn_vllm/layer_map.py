@@ -61,8 +61,9 @@ class LayerMap(BaseModel):
         for j, i in enumerate(self.layers):
             if i is not None and not 0 <= i < self.draft.num_hidden_layers:
                 raise ValueError(f"layers[{j}] = {i}, but the draft has layers 0 to {self.draft.num_hidden_layers - 1}")
-        if methods.find(self.method).per_head != (self.heads is not None):
-            raise ValueError(f"method {self.method!r} {'needs' if self.heads is None else 'has no'} heads")
+        given = ("layers",) if self.heads is None else ("layers", "heads")
+        if given != (wanted := methods.find(self.method).map_keys):
+            raise ValueError(f"a map for method {self.method!r} has {' and '.join(wanted)}, not {' and '.join(given)}")
         if self.heads is not None:
             self._head_shapes_agree(self.heads)
         return self

@@ -1,11 +1,12 @@
 """The plugin's options, read from vLLM's own `--additional-config '{"specattn": {...}}'`.
 
 Each method has a pydantic model of its own (`Method.options`). It extends `SpecAttnOptions`, often through a base class
-that methods share (`methods/budget.py`, `methods/by_draft.py`).
+that methods share (`methods/budget.py`, `methods/by_draft.py`, `methods/self_draft.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
@@ -115,43 +116,40 @@ class SpecAttnOptions(BaseModel):
     def needs_token_pages(self) -> bool:
         """Whether some selection is made of single tokens of single heads. An executor that reads whole blocks cannot
         serve it."""
-        return self.kind.per_head or self.chooses_by_itself or self.drafts_by_sketch
+        return self.kind.per_head or self.kind.target_reads == "own choice"
 
     @property
-    def chooses_by_itself(self) -> bool:
-        """Whether the target's own queries choose the tokens that it reads, in each layer."""
-        return self.kind.target_reads == "own choice"
+    def sparse_readers(self) -> tuple[str, ...]:
+        """What reads a part of its cache: 'verification', 'drafting', or both."""
+        return () if self.kind.lossless else ("verification",)
 
     @property
-    def chooses_by_draft(self) -> bool:
-        """Whether a draft model's attention chooses the tokens that the target's verification reads."""
-        return self.kind.target_reads == "draft's choice"
+    def searched_bits(self) -> int:
+        """Bits per element of the sketch that the target searches; 0 if it searches none."""
+        return 0
 
     @property
-    def drafts_for_itself(self) -> bool:
-        """Whether the target is its own draft model."""
-        return self.kind.drafter == "target"
+    def sketch_bits_in_cache(self) -> int:
+        """Bits per element of the sketches in the cache; 0 if the cache has no room for sketches."""
+        return 0
 
     @property
-    def drafts_by_sketch(self) -> bool:
-        """Whether the steps of a draft model, if there is one, are sparse, through a sketch of its keys."""
-        return False
+    def speculator(self) -> str:
+        """Import path of the class that replaces vLLM's draft-model speculator."""
+        return self.kind.speculator
 
-    @property
-    def bits_in_cache(self) -> int | None:
-        """Bits per element of the sketches in the cache; None if the cache has no room for sketches."""
-        return None
+    def draft_model(self, target: str, given: str | None) -> str | None:
+        """The draft model of an engine that is given this target, and this draft model or none."""
+        return given
 
-    @property
-    def goes_with_any_drafter(self) -> bool:
-        """Whether vLLM's own drafters can be used, because the method does not need a draft model's attention."""
-        return self.kind.drafter == "any"
+    def refusals(self, config: VllmConfig) -> Iterator[str]:
+        """Reasons why the method cannot serve an engine, each with its remedy. Called before a model is loaded."""
+        return iter(())
 
     def crossover(self, executor: str) -> int:
         """Context tokens of a batch below which the target is dense; for a lossless method, below which drafting is
         dense. It is the method's number for this executor, else 0."""
-        alone = self.kind.lossless and self.drafts_by_sketch
-        return (self.kind.draft_crossover if alone else self.kind.crossover).get(executor, 0)
+        return self.kind.crossover.get(executor, 0)
 
 
 def refuse_misplaced(config: Any, *, ours: bool) -> None:

@@ -85,6 +85,11 @@ class Counts:
         return not self.no_selection_rows and bool(self.kv_scanned or self.exact_rows or self.small_batch_rows)
 
     @property
+    def short_context_rows(self) -> int:
+        """Dense rows of a target that chooses for itself, for no other reason than their short context."""
+        return self.verify_rows - self.sparse_rows - self.exact_rows - self.small_batch_rows
+
+    @property
     def unselected_rows(self) -> int:
         """Rows without a selection that should have had one."""
         return max(self.no_selection_rows - self.exact_rows - self.small_batch_rows, 0)
@@ -95,20 +100,15 @@ class Counts:
         drafting = f", drafting read {self.draft_kv_fraction:.1%} of KV" if self.draft_kv_full else ""
         if not self.verify_rows:
             return f"{head}verification read all of KV (no row was pruned){drafting}"
+        read = f"read {self.kv_fraction:.1%} of KV"
+        dense = f"{self.verify_rows - self.sparse_rows} (exact {self.exact_rows}, small batch {self.small_batch_rows}, "
+        prefill = f"prefill rows {self.prefill_rows}"
         if self.by_own_choice:
-            dense = self.verify_rows - self.sparse_rows
-            short = dense - self.exact_rows - self.small_batch_rows
             searched = f" and searched the sketch of {self.scanned_fraction:.1%}" if self.kv_scanned else ""
-            return head + (
-                f"target read {self.kv_fraction:.1%} of KV{searched}"
-                f"{drafting}, dense rows {dense} (exact {self.exact_rows}, small batch {self.small_batch_rows}, short "
-                f"context {short}), prefill rows {self.prefill_rows}"
-            )
-        return head + (
-            f"verification read {self.kv_fraction:.1%} of KV{drafting}, dense verification rows "
-            f"{self.verify_rows - self.sparse_rows} (exact {self.exact_rows}, small batch {self.small_batch_rows}, no "
-            f"selection {self.unselected_rows}, stale {self.stale_rows}), prefill rows {self.prefill_rows}"
-        )
+            rows = f"dense rows {dense}short context {self.short_context_rows})"
+            return f"{head}target {read}{searched}{drafting}, {rows}, {prefill}"
+        rows = f"dense verification rows {dense}no selection {self.unselected_rows}, stale {self.stale_rows})"
+        return f"{head}verification {read}{drafting}, {rows}, {prefill}"
 
 
 _NAMES = tuple(f.name for f in fields(Counts))

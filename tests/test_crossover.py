@@ -18,10 +18,10 @@ def measured(monkeypatch):
         "vegas": {"fa3": 700},
         "streamingllm": {"fa3": 700},
         "sketch": {"fa3": 8000},
+        "dense": {"fa3": 500},
     }
     for name, tokens in crossovers.items():
         monkeypatch.setitem(METHODS, name, dataclasses.replace(METHODS[name], crossover=tokens))
-    monkeypatch.setitem(METHODS, "dense", dataclasses.replace(METHODS["dense"], draft_crossover={"fa3": 500}))
 
 
 def test_what_was_measured_for_the_executor_is_the_default():
@@ -54,4 +54,4 @@ def test_the_option_has_the_last_word(name, tokens):
 def test_only_executors_that_there_are_have_been_measured(monkeypatch):
     monkeypatch.undo()
     for method in METHODS.values():
-        assert {*method.crossover, *method.draft_crossover} <= set(executors.CHOICES) - {"auto"}
+        assert {*method.crossover} <= set(executors.CHOICES) - {"auto"}

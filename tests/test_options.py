@@ -218,4 +218,4 @@ def test_a_cap_equal_to_the_floors_is_accepted():
 def test_true_is_no_number(option):
     with pytest.raises(OptionsError, match=rf"{option} = True: true and false are no numbers"):
         SpecAttnOptions.parse({"method": "sketch", option: True})
-    assert SpecAttnOptions.parse({"method": "sketch", "sparse_draft": False}).drafts_by_sketch is False
+    assert SpecAttnOptions.parse({"method": "sketch", "sparse_draft": False}).sparse_draft is False

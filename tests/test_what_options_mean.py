@@ -74,8 +74,10 @@ def test_the_rule_is_that_of_the_value_that_is_given():
 
 
 def test_which_targets_draft_for_themselves():
-    methods = [m for m in METHODS if SpecAttnOptions.parse({"method": m}).drafts_for_itself]
+    methods = [m for m in METHODS if SpecAttnOptions.parse({"method": m}).draft_model("target", "draft") == "target"]
     assert methods == ["vegas", "streamingllm"]
+    assert all(METHODS[m].draft_length == (6 if m in methods else 4) for m in METHODS)
+    assert SpecAttnOptions.parse({"method": "sketch"}).draft_model("target", None) is None
 
 
 def test_which_methods_choose_per_head():

@@ -59,7 +59,7 @@ class SpecAttnBackend(AttentionBackend):
         """Add room for the sketch of its keys to each page. vLLM counts this room as part of the cache, and a block is
         always found together with its sketch."""
         bits = cls.get_impl_cls().sketch_bits
-        if bits is None:
+        if not bits:
             return spec
         layout = SketchLayout(spec.num_kv_heads, spec.block_size, spec.head_size, bits, spec.dtype.itemsize)
         return replace(spec, page_size_padded=spec.unpadded_page_size_bytes + layout.tail_bytes)

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
     """Runs the attention of one layer with the executor that the options name."""
 
-    sketch_bits: ClassVar[int | None] = None
-    """Bits per element of the sketch after each block of the cache; None: no sketch. It is a class attribute, which the
+    sketch_bits: ClassVar[int] = 0
+    """Bits per element of the sketch after each block of the cache; 0: no sketch. It is a class attribute, which the
     layers set when they are made, because vLLM asks for the cache's shape without a configuration."""
 
     def __init__(
@@ -68,7 +68,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         self.choice: LayerChoice | None = None
         self.target_choice: TargetChoice | None = None
         """The object to which the metadata builder of this layer announces each step."""
-        SpecAttnImpl.sketch_bits = options.bits_in_cache
+        SpecAttnImpl.sketch_bits = options.sketch_bits_in_cache
 
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         if self.choice is None or not self.choice.write(key, value, kv_cache, slot_mapping):

@@ -80,7 +80,7 @@ class TargetChoice:
     def _begin(self, common: Any) -> ChoiceStep | None:
         rows = common.num_reqs
         starts = common.query_start_loc_cpu[: rows + 1]
-        short = self.chooser.short_rows(starts)
+        short, *_ = self.chooser.short_rows(starts)
         # The batch of a full CUDA graph has padded rows, which have no tokens to read.
         real = min(len(common.req_idx), short)
         prefilling, exact = np.ones(short, dtype=bool), np.zeros(short, dtype=bool)

@@ -57,7 +57,7 @@ def check(args: argparse.Namespace) -> None:
     for name, least in {"window": 64, "windows": 1, "queries": 1, "ranks": 1, "dense_layers": 0, "seed": 0}.items():
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {least}")
-    if args.ranks is not None and not METHODS[args.method].per_head:
+    if args.ranks is not None and "heads" not in METHODS[args.method].map_keys:
         raise UserError("--ranks is for --method sts: maps for specattn have no heads")
     if args.criterion == "retained":
         args.budget = args.budget or BUDGET

@@ -117,8 +117,8 @@ def _measure(
         task = progress.add_task("windows", total=len(ids), completed=state.windows)
         for index in range(state.windows, len(ids)):
             queries = sampled_queries(args.window, args.queries, args.seed, index)
-            with_heads = METHODS[args.method].per_head
-            found = similarity_of_window(target, draft, ids[index], queries, with_heads, args.budget)
+            parts = METHODS[args.method].map_keys
+            found = similarity_of_window(target, draft, ids[index], queries, "heads" in parts, args.budget)
             if found["layers"].isnan().any():
                 raise UserError("the models' attention overflows: give --dtype bfloat16 or float32, or other weights")
             state.add(found)

@@ -12,10 +12,6 @@ from specattn_vllm.compat.patching import patched
 from specattn_vllm.request import asks_for_exactness, problem
 
 _ALIASES = {"--spec-model": "--speculative-model", "--spec-tokens": "--num-speculative-tokens"}
-DEFAULT_DRAFT_LENGTH = 4
-SELF_DRAFT_LENGTH = 6
-"""Default number of draft tokens if the target drafts for itself. It is larger than for a small draft model, because
-nearly all of these drafts are accepted. Vegas drafts 5 to 9 (arXiv 2602.07223)."""
 
 logger = logging.getLogger("vllm.specattn")
 
@@ -93,9 +89,9 @@ def check_engine_config() -> None:
 
 
 def complete_speculation(engine_args: Any) -> None:
-    """Fill in two settings that users of our backend may omit: the number of draft tokens, and the target as its own
-    draft model if it drafts for itself. vLLM refuses the first, and the target would have to be named twice. Remove if
-    vLLM gets defaults that a backend can set."""
+    """Fill in two settings that users of our backend may omit: the number of draft tokens, and the draft model of a
+    method that brings its own. vLLM refuses the first, and a target that drafts for itself would have to be named
+    twice. Remove if vLLM gets defaults that a backend can set."""
     backend = engine_args.attention_backend or getattr(engine_args.attention_config, "backend", None)
     if str(getattr(backend, "name", backend)).upper() != BACKEND_NAME:
         return
@@ -104,13 +100,14 @@ def complete_speculation(engine_args: Any) -> None:
     options = SpecAttnOptions.from_additional(engine_args.additional_config)
     given = {key.replace("-", "_") for key in engine_args.speculative_config or {}}
     has_model = engine_args.spec_model is not None or "model" in given
-    if options.drafts_for_itself and not has_model:
-        engine_args.spec_model, has_model = engine_args.model, True
+    own = options.draft_model(engine_args.model, None)
+    if own is not None and not has_model:
+        engine_args.spec_model, has_model = own, True
         if engine_args.spec_method is None and "method" not in given:
             # Otherwise vLLM would guess the method from the model's name.
             engine_args.spec_method = "draft_model"
     if has_model and engine_args.spec_tokens is None and "num_speculative_tokens" not in given:
-        engine_args.spec_tokens = SELF_DRAFT_LENGTH if options.drafts_for_itself else DEFAULT_DRAFT_LENGTH
+        engine_args.spec_tokens = options.kind.draft_length
         logger.info("specattn: drafting %d tokens per round (--num-speculative-tokens)", engine_args.spec_tokens)
 
 

@@ -21,9 +21,7 @@ def choose_speculator() -> None:
             return stock(vllm_config, device)
         from specattn_vllm.options import SpecAttnOptions
 
-        options = SpecAttnOptions.from_vllm(vllm_config)
-        sketching = "specattn_vllm.speculation.sketch_speculator.SketchSpeculator"
-        return resolve(sketching if options.drafts_by_sketch else options.kind.speculator)(vllm_config, device)
+        return resolve(SpecAttnOptions.from_vllm(vllm_config).speculator)(vllm_config, device)
 
 
 def stock_speculator() -> type:

@@ -87,8 +87,7 @@ def config(*serve: str) -> dict[str, Any]:
     options = SpecAttnOptions.from_vllm(made)
     spec = made.speculative_config
     drafter = "no drafter" if spec is None else f"drafter: {spec.method}, {spec.num_speculative_tokens} tokens a round"
-    lossless = "lossless" if options.kind.lossless else "approximate"
-    says = f"{model} can be served: method {options.method} ({lossless}), {options.amount}, {drafter}"
+    says = f"{model} can be served: method {options.method} ({options.kind.guarantee}), {options.amount}, {drafter}"
     return {"says": says, **sizes(made, options)}
 
 

@@ -29,15 +29,15 @@ def sizes(config: VllmConfig, options: SpecAttnOptions) -> dict[str, Any]:
     drafts = spec.num_speculative_tokens if spec is not None else 0
     budget = draft_budget_of(options)
     of_target = budget_of(options, options.shared_budget) if isinstance(options, SketchOptions) else budget
-    models = [(model, options.chooses_by_itself, _sketch(config, options, model, of_target, drafts + 1))]
+    models = [(model, "verification" in options.sparse_readers, _sketch(config, options, model, of_target, drafts + 1))]
     if spec is not None and spec.uses_draft_model():
         draft = spec.draft_model_config
         of_draft = _sketch(config, options, draft, budget, drafts + 2, steps_ahead=drafts - 1)
-        models.append((draft, options.drafts_by_sketch, of_draft))
+        models.append((draft, "drafting" in options.sparse_readers, of_draft))
     choosing = [sketch.nbytes for _, chooses, sketch in models if chooses]
     kv = sketched = in_windows = 0
     for of, _, sketch in models:
-        codes = sketch.layout.token_bytes if options.bits_in_cache is not None else 0
+        codes = sketch.layout.token_bytes if options.sketch_bits_in_cache else 0
         token = 2 * sketch.head_size * sketch.shape.dtype.itemsize + codes
         kv += sketch.shape.layers * sketch.num_kv_heads * token
         sketched += sketch.shape.layers * sketch.num_kv_heads * codes

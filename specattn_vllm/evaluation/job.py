@@ -53,13 +53,12 @@ class Job(StrictModel):
         options = SpecAttnOptions.parse(self.setting.options)
         # A batch below the crossover is not pruned; how good pruning is has to be measured below it too.
         always = {"crossover_tokens": 0} if "crossover_tokens" in options.usable else {}
-        draft = self.target if options.drafts_for_itself else self.draft
         arguments: dict[str, Any] = {
             "model": self.target,
             "attention_backend": "specattn",
             "additional_config": {"specattn": always | self.setting.options},
             "speculative_config": {
-                "model": draft,
+                "model": options.draft_model(self.target, self.draft),
                 "method": "draft_model",
                 "num_speculative_tokens": self.draft_tokens,
             },

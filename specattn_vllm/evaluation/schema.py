@@ -98,7 +98,9 @@ class Setting(OfSetting, StrictModel):
 
     @property
     def lossless(self) -> bool:
-        return self.baseline is None and SpecAttnOptions.parse(self.options).kind.lossless
+        if self.baseline is not None:
+            return False
+        return SpecAttnOptions.parse(self.options).kind.lossless
 
     def scan_share(self, head_size: int) -> float:
         """Bytes read of what is searched, for each byte of the entries searched; 0 where nothing is."""
@@ -106,5 +108,5 @@ class Setting(OfSetting, StrictModel):
             return 1 / self.baseline.page_size  # two vectors as long as a key for each page: as much as one entry
         if isinstance(self.baseline, Channels):
             return self.baseline.channels / (2 * head_size)  # in a copy of their own
-        options = SpecAttnOptions.parse(self.options)
-        return scan.of_sketch(options.sketch_bits, head_size) if options.kind.keeps_sketch else 0.0
+        bits = SpecAttnOptions.parse(self.options).searched_bits
+        return scan.of_sketch(bits, head_size) if bits else 0.0

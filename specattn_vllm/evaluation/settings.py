@@ -65,7 +65,7 @@ def with_layer_map(settings: list[Setting], path: Path) -> list[Setting]:
 
     def mapped(setting: Setting) -> Setting:
         options = SpecAttnOptions.parse(setting.options)
-        if setting.baseline is not None or not options.chooses_by_draft or options.layer_map is not None:
+        if setting.baseline is not None or getattr(options, "layer_map", "it has none") is not None:
             return setting
         return setting.model_copy(update={"options": {**setting.options, "layer_map": str(path)}})
 

@@ -1,5 +1,5 @@
 """The registry of methods. Each method has one file in this folder and is listed once in this module. `base.py` says
-what a method is. Options that several methods share are in `budget.py` and `by_draft.py`.
+what a method is. Options that several methods share are in `budget.py`, `by_draft.py` and `self_draft.py`.
 
 Another package adds a method through an entry point of the group `specattn_vllm.methods`. The entry point has the
 method's name and leads to a `Method`.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from specattn_vllm.methods.refusals import another_drafter, unequal_pages
 from specattn_vllm.options import SpecAttnOptions, for_researchers
 
+SKETCH_SPECULATOR = "specattn_vllm.speculation.sketch_speculator.SketchSpeculator"
 INT32 = 2**31 - 1  # the kernels count tokens in 32 bits
 
 
@@ -70,6 +73,10 @@ class ShareOptions(SpecAttnOptions):
     @property
     def amount(self) -> str:
         return f"ratio={self.ratio:g}"
+
+    def amount_of(self, attention: str) -> str:
+        """The budget in words, for the log. attention: whose attention mass `top_p` is a share of."""
+        return f"{self.amount} of {'the context' if self.fixed_budget else attention}"
 
     def crossover(self, executor: str) -> int:
         return super().crossover(executor) if self.crossover_tokens is None else self.crossover_tokens
@@ -151,22 +158,47 @@ class SketchedDraftOptions(BudgetOptions):
     )
 
     @property
-    def drafts_by_sketch(self) -> bool:
-        return self.sparse_draft
+    def needs_token_pages(self) -> bool:
+        return self.sparse_draft or super().needs_token_pages
 
     @property
-    def bits_in_cache(self) -> int | None:
-        return self.sketch_bits if self.kind.keeps_sketch or self.sparse_draft else None
+    def sparse_readers(self) -> tuple[str, ...]:
+        return (*super().sparse_readers, *(("drafting",) if self.sparse_draft else ()))
+
+    @property
+    def draft_reads(self) -> str:
+        """What the steps of a draft model read, for the log."""
+        return "a part" if self.sparse_draft else "everything"
+
+    @property
+    def sketch_bits_in_cache(self) -> int:
+        return self.sketch_bits if self.sparse_draft else self.searched_bits
+
+    @property
+    def speculator(self) -> str:
+        return SKETCH_SPECULATOR if self.sparse_draft else super().speculator
 
     @property
     def amount(self) -> str:
         alone = self.kind.lossless and self.draft_ratio is not None
         return f"ratio={self.draft_ratio:g}" if alone else super().amount
 
-    @property
-    def goes_with_any_drafter(self) -> bool:
+    def refusals(self, config: Any) -> Iterator[str]:
+        spec = config.speculative_config
+        if self.sketch_bits_in_cache:
+            yield from unequal_pages(config)
+        if spec is not None and spec.uses_draft_model():
+            return
         # The default of sparse_draft suits any drafter; only a user who sets it asks for a draft model.
-        return super().goes_with_any_drafter and not (self.sparse_draft and "sparse_draft" in self.model_fields_set)
+        asks = self.model_fields_set & {"sparse_draft"} if self.sparse_draft else set()
+        useless = self.model_fields_set & {"draft_ratio"} | (asks if spec is None else set())
+        if useless:
+            yield (
+                f"{' and '.join(sorted(useless))} without a draft model, whose steps alone they are about: leave it "
+                "out, or give --speculative-model DRAFT"
+            )
+        if asks:
+            yield from another_drafter(config, "sparse_draft")
 
     @model_validator(mode="after")
     def _a_draft_s_ratio_has_a_draft_that_reads_a_part(self) -> Self:

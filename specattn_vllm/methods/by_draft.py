@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt
 
 from specattn_vllm.methods.budget import AuditedOptions, BudgetOptions
+from specattn_vllm.methods.refusals import another_drafter, some_windows
 from specattn_vllm.options import for_researchers
+
+SPECULATOR = "specattn_vllm.speculation.speculator.SpecAttnSpeculator"
 
 
 class ByDraftOptions(BudgetOptions, AuditedOptions):
@@ -27,3 +31,12 @@ class ByDraftOptions(BudgetOptions, AuditedOptions):
         description="How the K draft steps of a round become one selection. 'sum': select by the sum of their "
         "attention mass. 'union': select for each step, and read the union (Shah, arXiv 2510.27641).",
     )
+
+    def refusals(self, config: Any) -> Iterator[str]:
+        yield from some_windows(config, self.method)
+        yield from another_drafter(config, f"method = {self.method!r}")
+        if config.speculative_config is None:
+            yield (
+                f"method = {self.method!r} without a draft model: give --speculative-model DRAFT "
+                "--num-speculative-tokens K, or set method='dense' to use the backend for plain decoding"
+            )

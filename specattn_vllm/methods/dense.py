@@ -35,10 +35,10 @@ class DenseOptions(SketchedDraftOptions):
 METHOD = Method(
     name="dense",
     summary="the target reads everything (lossless; the control)",
-    drafter="any",
     target_reads="everything",
     options=DenseOptions,
-    # Derived from kernel times, for a round of a 1B model with six steps and one search (docs/sketch.md).
-    draft_crossover={"fa3": 16384},
+    # Below this a sparse draft is dense. Derived from kernel times, for a round of a 1B model with six steps and one
+    # search (docs/sketch.md).
+    crossover={"fa3": 16384},
     paper="it reads everything",
 )

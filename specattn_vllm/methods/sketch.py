@@ -22,6 +22,10 @@ class SketchOptions(SketchedDraftOptions, AuditedOptions):
         "with `top_p`.",
     )
 
+    @property
+    def searched_bits(self) -> int:
+        return self.sketch_bits
+
     @model_validator(mode="after")
     def _what_is_shared_is_a_fixed_share(self) -> Self:
         if "shared_budget" in self.model_fields_set and not self.fixed_budget:
@@ -35,11 +39,9 @@ class SketchOptions(SketchedDraftOptions, AuditedOptions):
 METHOD = Method(
     name="sketch",
     summary="the target's own queries choose what they read, over a small copy of its keys (approximate)",
-    drafter="any",
     target_reads="own choice",
     options=SketchOptions,
     per_head=True,
-    keeps_sketch=True,
     # H200, Llama-8B shape, bf16, no speculation, 2026-11-28 (docs/results/h200-sketch-alone.json): 16 requests of 4k,
     # 65,536 tokens together, take 6.75 ms instead of 7.01. Smaller batches were not measured with a search.
     crossover={"fa3": 65536},

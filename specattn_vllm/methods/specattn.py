@@ -2,7 +2,7 @@
 
 from specattn_vllm.methods.base import Method
 from specattn_vllm.methods.budget import ratio_field
-from specattn_vllm.methods.by_draft import ByDraftOptions
+from specattn_vllm.methods.by_draft import SPECULATOR, ByDraftOptions
 
 # H200, Llama-8B with 1B shapes, bf16, K = 5, 2026-11-26 (docs/benchmarks.md, "Stepping aside"). Milliseconds of a round
 # with dense verification -> with pruned verification; the draft model reads the same share. Ratio 0.1: one request of
@@ -20,10 +20,12 @@ class SpecattnOptions(ByDraftOptions):
 METHOD = Method(
     name="specattn",
     summary="the draft model's attention chooses what the target's verification reads (approximate)",
-    drafter="draft model",
     target_reads="draft's choice",
     options=SpecattnOptions,
     maps=("specattn",),
+    plan="specattn_vllm.speculation.maps.plan_for_layers",
+    check="specattn_vllm.speculation.maps.resolve_layer_map",
+    speculator=SPECULATOR,
     crossover=CROSSOVER,
     # The union of each draft step's top-p selection; the first two layers are dense; no token is always kept.
     paper={

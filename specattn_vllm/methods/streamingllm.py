@@ -2,16 +2,20 @@
 
 from specattn_vllm.methods.base import Method
 from specattn_vllm.methods.budget import ShareOptions
-from specattn_vllm.methods.vegas import CROSSOVER, SPECULATOR
+from specattn_vllm.methods.self_draft import CROSSOVER, DRAFT_LENGTH, SelfDraftOptions
+
+
+class StreamingOptions(SelfDraftOptions, ShareOptions):
+    """The budget of draft steps."""
+
 
 METHOD = Method(
     name="streamingllm",
     summary="the target drafts for itself, reading the first and the last tokens (lossless; a baseline)",
-    drafter="target",
     target_reads="everything",
-    options=ShareOptions,
-    window=True,
+    options=StreamingOptions,
+    draft_length=DRAFT_LENGTH,
     crossover=CROSSOVER,
     paper="here it is a baseline with the same budget as 'vegas'",
-    speculator=SPECULATOR,
+    speculator="specattn_vllm.speculation.self_speculator.WindowSpeculator",
 )

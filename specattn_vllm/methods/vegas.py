@@ -3,17 +3,13 @@
 
 from specattn_vllm.methods.base import Method
 from specattn_vllm.methods.budget import BudgetOptions
+from specattn_vllm.methods.self_draft import CROSSOVER, DRAFT_LENGTH, SelfDraftOptions
 from specattn_vllm.options import for_researchers
-
-SPECULATOR = "specattn_vllm.speculation.self_speculator.SelfSpeculator"
-# An estimate, not measured: below this, even a draft step that read no KV entry would save only a thirtieth of the
-# bytes that a step of an 8B model reads.
-CROSSOVER = {"fa3": 4096}
 
 MAX_DILATION = 64  # the kernel's limit
 
 
-class VegasOptions(BudgetOptions):
+class VegasOptions(SelfDraftOptions, BudgetOptions):
     """The budget of draft steps, and the dilation of the attention mass."""
 
     dilation: int | None = for_researchers(
@@ -33,9 +29,9 @@ class VegasOptions(BudgetOptions):
 METHOD = Method(
     name="vegas",
     summary="the target drafts for itself, reading what its last verification attended to (lossless)",
-    drafter="target",
     target_reads="everything",
     options=VegasOptions,
+    draft_length=DRAFT_LENGTH,
     crossover=CROSSOVER,
     # 7% of the context, at least 256 tokens, one selection for all heads of a layer. The authors' code defaults to 5%.
     paper={
@@ -46,5 +42,5 @@ METHOD = Method(
         "recent_tokens": 0,
         "dilation": 0,
     },
-    speculator=SPECULATOR,
+    speculator="specattn_vllm.speculation.self_speculator.SelfSpeculator",
 )

@@ -40,7 +40,7 @@ def _rounds(found: Snapshot, value: int) -> Values:
 
 def _rows(found: Snapshot) -> Values:
     counts = found.counts
-    if found.rows == "everything":
+    if not found.dense_reasons:
         return {}
     kinds = {
         "sparse": counts.sparse_rows,
@@ -52,14 +52,14 @@ def _rows(found: Snapshot) -> Values:
 
 def _dense_rows(found: Snapshot) -> Values:
     counts = found.counts
-    if found.rows == "everything":
-        return {}
-    reasons = {"exact": counts.exact_rows, "small batch": counts.small_batch_rows}
-    if found.rows == "own choice":
-        reasons["short context"] = counts.verify_rows - counts.sparse_rows - sum(reasons.values())
-    else:
-        reasons |= {"no selection": counts.unselected_rows, "stale": counts.stale_rows}
-    return {(reason,): value for reason, value in reasons.items()}
+    by_reason = {
+        "exact": counts.exact_rows,
+        "small batch": counts.small_batch_rows,
+        "short context": counts.short_context_rows,
+        "no selection": counts.unselected_rows,
+        "stale": counts.stale_rows,
+    }
+    return {(reason,): by_reason[reason] for reason in found.dense_reasons}
 
 
 def _entries(found: Snapshot, what: str) -> dict[str, int]:

@@ -17,13 +17,13 @@ from specattn_vllm import compat, executors
 from specattn_vllm.metrics import snapshot
 from specattn_vllm.metrics.snapshot import Audited, Cache, Snapshot
 from specattn_vllm.selection.audit_report import lower_edge
+from specattn_vllm.stats import Counts
 
 if TYPE_CHECKING:
     import torch
 
     from specattn_vllm.options import SpecAttnOptions
     from specattn_vllm.reporter import Reporter
-    from specattn_vllm.stats import Counts
 
 logger = init_logger("vllm.specattn")
 
@@ -41,13 +41,7 @@ class Publisher:
 
     def write(self, counts: Counts, extra: Sequence[torch.Tensor]) -> None:
         """Write a snapshot with counts. It is used as `Reporter.publish`."""
-        self._put(replace(self.blank, counts=counts, audited=audited(extra) if extra else None))
-
-    def write_blank(self) -> None:
-        """Write a snapshot without counts: only the description of the engine."""
-        self._put(self.blank)
-
-    def _put(self, found: Snapshot) -> None:
+        found = replace(self.blank, counts=counts, audited=audited(extra) if extra else None)
         try:
             found.write(self.folder)
         except OSError as error:
@@ -70,7 +64,7 @@ def start(runner: Any, options: SpecAttnOptions) -> None:
     if folder is None:
         return
     publisher = Publisher(folder, blank(runner, options))
-    publisher.write_blank()
+    publisher.write(Counts(), ())
     reporter: Reporter | None = getattr(runner.speculator, "reporter", None)
     reporter = reporter or getattr(runner, "specattn_reporter", None)
     if reporter is None:
@@ -110,7 +104,7 @@ def blank(runner: Any, options: SpecAttnOptions) -> Snapshot:
             "vllm": vllm.__version__,
             "model_name": served if isinstance(served, str) else served[0],
         },
-        rows=options.kind.target_reads,
+        dense_reasons=options.kind.dense_reasons,
         drafts=runner.speculator is not None,
         caches=caches,
     )
@@ -129,10 +123,7 @@ def _caches(runner: Any, options: SpecAttnOptions) -> dict[str, Cache]:
         layout = getattr(sketch, "layout", None)
         return Cache(2 * layer.impl.head_size * element, layout.token_bytes if layout is not None else 0)
 
-    found = {}
-    if not options.kind.lossless:
-        found["verification"] = cache(target, getattr(runner, "specattn_chooser", None))
-    selection = getattr(runner.speculator, "selection", None)
-    if selection is not None and (options.drafts_for_itself or options.drafts_by_sketch):
+    found = {"verification": cache(target, getattr(runner, "specattn_chooser", None))}
+    if (selection := getattr(runner.speculator, "selection", None)) is not None:
         found["drafting"] = cache(draft, getattr(selection, "sketch", None))
-    return found
+    return {by: cache for by, cache in found.items() if by in options.sparse_readers}

@@ -53,8 +53,8 @@ class Snapshot:
     """Rank of the worker in its engine."""
     pid: int
     info: Mapping[str, str]
-    rows: str
-    """`Method.target_reads`. Rows are not counted if it is 'everything'."""
+    dense_reasons: tuple[str, ...]
+    """`Method.dense_reasons`. Without them, rows are not counted."""
     drafts: bool
     """Whether there is a drafter. Without one there are no rounds."""
     caches: Mapping[str, Cache]
@@ -77,6 +77,7 @@ class Snapshot:
             **data
             | {
                 "counts": Counts(**data["counts"]),
+                "dense_reasons": tuple(data["dense_reasons"]),
                 "caches": {by: Cache(**cache) for by, cache in data["caches"].items()},
                 "audited": audited and Audited([(edge, n) for edge, n in audited["buckets"]], audited["total"]),
             }

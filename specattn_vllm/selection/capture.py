@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -11,19 +11,12 @@ from specattn_vllm.methods.by_draft import ByDraftOptions
 from specattn_vllm.selection.choose import Limits
 from specattn_vllm.selection.ranking import Ranking
 
+if TYPE_CHECKING:
+    from specattn_vllm.backend.metadata import SpecAttnMetadata
+
 # Up to this many query rows per request, one kernel both attends in a draft layer and stores the scores. Requests with
 # more rows are prompts: another kernel attends, and this module makes only the scores of the sampled row.
 MAX_FUSED_QUERY = 16
-
-
-@dataclass(frozen=True)
-class DraftBatch:
-    """The layout of a draft step's batch: vLLM's metadata in the form that the operations take."""
-
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
-    max_query_len: int
 
 
 class DraftCapture:
@@ -100,7 +93,7 @@ class DraftCapture:
         layer_name: str,
         query: torch.Tensor,
         kv_cache: torch.Tensor,
-        batch: DraftBatch,
+        batch: SpecAttnMetadata,
         scale: float,
         out: torch.Tensor,
     ) -> bool:

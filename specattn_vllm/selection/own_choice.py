@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from specattn_vllm.selection.counting import StepCounts
+from specattn_vllm.selection.plan import short_rows
 from specattn_vllm.stats import Counters
 
 
@@ -74,16 +75,14 @@ class Chooser:
         context = seq_lens - (query_start_loc[1:] - query_start_loc[:-1])
         return (self.dense[: seq_lens.shape[0]] == 0) & (context > self.dense_up_to)
 
-    def short_rows(self, query_start_loc_cpu: torch.Tensor) -> int:
-        """Number of rows before the first row of more than max_query_len tokens. vLLM puts rows with drafts first and
-        sorts the other rows by length, so these include all rows past their prompt."""
-        long = (query_start_loc_cpu[1:] - query_start_loc_cpu[:-1] > self.max_query_len).nonzero()
-        return int(long[0, 0]) if long.numel() else query_start_loc_cpu.shape[0] - 1
+    def short_rows(self, query_start_loc_cpu: torch.Tensor) -> tuple[int, int, int]:
+        """`plan.short_rows` for rows that may choose."""
+        return short_rows(query_start_loc_cpu, self.max_query_len)
 
     def begin(self, dense: np.ndarray, slots: np.ndarray, query_start_loc_cpu: torch.Tensor) -> ChoiceStep | None:
         """Announce a step. On the host: dense [R] bool, rows that do not choose; slots [R] int32, their request slots,
         -1 for padded rows. Returns None if no row is short."""
-        rows = self.short_rows(query_start_loc_cpu)
+        rows, *_ = self.short_rows(query_start_loc_cpu)
         if rows == 0:
             return None
         for values, buffer in ((dense, self.dense), (slots, self.slots)):
@@ -95,11 +94,8 @@ class Chooser:
 
     def step(self, query_start_loc_cpu: torch.Tensor) -> ChoiceStep | None:
         """The step in which the short rows choose; None if no row is short. query_start_loc_cpu [R+1] on the host."""
-        rows = self.short_rows(query_start_loc_cpu)
-        if rows == 0:
-            return None
-        lengths = query_start_loc_cpu[1 : rows + 1] - query_start_loc_cpu[:rows]
-        return ChoiceStep(rows, int(query_start_loc_cpu[rows]), int(lengths.max()))
+        rows, tokens, longest = self.short_rows(query_start_loc_cpu)
+        return ChoiceStep(rows, tokens, longest) if rows else None
 
 
 class LayerChoice:

@@ -14,6 +14,7 @@ import torch
 
 from specattn_vllm.executors import Operations
 from specattn_vllm.selection.choose import Limits, choose
+from specattn_vllm.selection.plan import short_rows
 
 if TYPE_CHECKING:
     from specattn_vllm.backend.metadata import SpecAttnMetadata
@@ -80,16 +81,9 @@ class TargetCapture:
         self, query_start_loc: torch.Tensor, seq_lens: torch.Tensor, query_start_loc_cpu: torch.Tensor
     ) -> TargetStep:
         """Announce a step of R rows: query_start_loc [R+1] and seq_lens [R] int32; query_start_loc also on the host.
-
-        vLLM puts rows with drafts first and sorts the other rows by length. Rows before the first long one use the
-        kernel that stores scores while it attends.
-        """
+        Short rows use the kernel that stores scores while it attends."""
         self.operations.mark_rows(query_start_loc, seq_lens, self.max_query_len, self.scored_rows, self.lens)
-        lengths = query_start_loc_cpu[1:] - query_start_loc_cpu[:-1]
-        long = (lengths > self.max_query_len).nonzero()
-        rows = int(long[0, 0]) if long.numel() else lengths.shape[0]
-        longest = int(lengths[:rows].max()) if rows else 1
-        return TargetStep(self, rows, int(query_start_loc_cpu[rows]), max(longest, 1))
+        return TargetStep(self, *short_rows(query_start_loc_cpu, self.max_query_len))
 
     def record(self, layer: int, rows: int) -> None:
         """Make the mass of a layer from the stored scores of the first `rows` rows of the batch."""
@@ -138,24 +132,17 @@ class TargetStep:
         layer = capture.layer_sources.get(layer_name)
         if layer is None:
             return False
-        short, long = slice(0, self.num_rows), slice(self.num_rows, md.num_reqs)
         if self.num_rows:
-            self._attend_short(query, kv_cache, md, scale, out[: self.num_tokens], short)
+            self._attend_short(query, kv_cache, md, scale, out)
         if self.num_rows < md.num_reqs:
-            self._attend_prompts(query, kv_cache, md, scale, out, long)
+            self._attend_prompts(query, kv_cache, md, scale, out)
         capture.record(layer, md.num_reqs)
         return True
 
     def _attend_short(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        md: SpecAttnMetadata,
-        scale: float,
-        out: torch.Tensor,
-        short: slice,
+        self, query: torch.Tensor, kv_cache: torch.Tensor, md: SpecAttnMetadata, scale: float, out: torch.Tensor
     ) -> None:
-        capture = self.capture
+        capture, short = self.capture, slice(0, self.num_rows)
         capture.operations.draft_attention(
             query[: self.num_tokens],
             kv_cache,
@@ -163,7 +150,7 @@ class TargetStep:
             md.seq_lens[short],
             md.query_start_loc[: self.num_rows + 1],
             scale,
-            out,
+            out[: self.num_tokens],
             scored_rows=capture.scored_rows[short],
             scores=capture.scores[short],
             lse=capture.lse[short],
@@ -171,16 +158,11 @@ class TargetStep:
         )
 
     def _attend_prompts(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        md: SpecAttnMetadata,
-        scale: float,
-        out: torch.Tensor,
-        long: slice,
+        self, query: torch.Tensor, kv_cache: torch.Tensor, md: SpecAttnMetadata, scale: float, out: torch.Tensor
     ) -> None:
-        capture, rows = self.capture, long.stop - long.start
-        starts = md.query_start_loc[long.start : long.stop + 1]
+        capture, long = self.capture, slice(self.num_rows, md.num_reqs)
+        rows = md.num_reqs - self.num_rows
+        starts = md.query_start_loc[self.num_rows : md.num_reqs + 1]
         capture.operations.dense_attention(
             query[self.num_tokens :],
             kv_cache,

@@ -2,62 +2,77 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from vllm.logger import init_logger
 
 from specattn_vllm import executors
 from specattn_vllm.backend.target_choice import counters_of, join, target_layers
+from specattn_vllm.executors import Operations
+from specattn_vllm.kernels.sketch.contracts import Budget
 from specattn_vllm.methods.sketch import SketchOptions
 from specattn_vllm.sketch.budget import budget_of
 from specattn_vllm.sketch.centre import measure_centres
 from specattn_vllm.sketch.layer import LayerSketch
 from specattn_vllm.sketch.step import Shape, Sketch
 from specattn_vllm.speculation.announce import sizes
-from specattn_vllm.speculation.wiring import refuse_if_too_large, row_width
+from specattn_vllm.speculation.wiring import allocated, row_width
+from specattn_vllm.stats import Counters
 
 logger = init_logger("vllm.specattn")
 
 SHARED = {"layers": ", shared by the heads of all layers", "heads": ", shared by the heads of each layer", "none": ""}
 
 
-def attach(runner: Any, options: SketchOptions) -> None:
-    """Give the target's layers their sketch. Called when vLLM's model runner has loaded its model and its drafter."""
-    vllm_config = runner.vllm_config
-    layers = target_layers(runner)
-    operations = executors.of_engine(options, runner.device, vllm_config.model_config.dtype)
-    counters = counters_of(runner)
+def make_sketch(
+    layers: Mapping[str, Any],
+    runner: Any,
+    operations: Operations,
+    budget: Budget,
+    bits: int,
+    counters: Counters,
+    max_query_len: int,
+    steps_ahead: int | None = None,
+) -> tuple[Sketch, dict[str, LayerSketch]]:
+    """A sketch, with its buffers, and its part for each of a model's layers, all keyed by vLLM's names. runner: vLLM's
+    model runner, or our speculator."""
     impl = next(iter(layers.values())).impl
     shape = Shape(
         layers=len(layers),
         num_heads=impl.num_heads,
         num_kv_heads=impl.num_kv_heads,
         head_size=impl.head_size,
-        dtype=vllm_config.model_config.dtype,
-        max_query_len=runner.decode_query_len,
+        dtype=runner.vllm_config.model_config.dtype,
+        max_query_len=max_query_len,
         max_num_reqs=runner.max_num_reqs,
         max_model_len=row_width(runner.max_model_len),
     )
+    sketch = allocated(lambda device: Sketch(operations, budget, bits, shape, counters, device, steps_ahead), runner)
+    return sketch, {name: LayerSketch(sketch, index) for index, name in enumerate(layers)}
+
+
+def attach(runner: Any, options: SketchOptions) -> None:
+    """Give the target's layers their sketch. Called when vLLM's model runner has loaded its model and its drafter."""
+    operations = executors.of_engine(options, runner.device, runner.vllm_config.model_config.dtype)
     budget = budget_of(options, options.shared_budget)
-
-    def make(device: torch.device) -> Sketch:
-        return Sketch(operations, budget, options.sketch_bits, shape, counters, device)
-
-    nbytes = make(torch.device("meta")).nbytes
-    refuse_if_too_large(nbytes, runner)
-    sketch = make(runner.device)
-    choices = {name: LayerSketch(sketch, index) for index, name in enumerate(layers)}
-    target = join(runner, options, operations, sketch, choices)
-    measure_centres(
-        runner.model, choices.values(), vllm_config, vllm_config.model_config.get_vocab_size(), runner.device
+    sketch, choices = make_sketch(
+        target_layers(runner),
+        runner,
+        operations,
+        budget,
+        options.sketch_bits,
+        counters_of(runner),
+        runner.decode_query_len,
     )
-    _announce(options, sketch, target.crossover, nbytes, vllm_config)
+    target = join(runner, options, operations, sketch, choices)
+    measure_centres(runner.model, choices.values(), runner.vllm_config, runner.device)
+    _announce(options, sketch, target.crossover, runner.vllm_config)
 
 
-def _announce(options: SketchOptions, sketch: Sketch, crossover: int, nbytes: dict[str, int], vllm_config: Any) -> None:
+def _announce(options: SketchOptions, sketch: Sketch, crossover: int, vllm_config: Any) -> None:
     budget = sketch.budget
-    layout = sketch.layout
+    layout, nbytes = sketch.layout, sketch.nbytes
     logger.info(
         "specattn: each KV head reads %s%s, chosen by the step's own queries over a %d-bit copy of the keys, which "
         "adds %.1f%% to the KV cache; executor=%s, buffers %.1f MiB (%s)",
@@ -77,5 +92,5 @@ def _announce(options: SketchOptions, sketch: Sketch, crossover: int, nbytes: di
     spec = vllm_config.speculative_config
     drafter = "none" if spec is None else f"vLLM's {spec.method}, unchanged"
     if spec is not None and spec.uses_draft_model():
-        drafter = f"a draft model, which reads {'a part' if options.drafts_by_sketch else 'everything'}"
+        drafter = f"a draft model, which reads {options.draft_reads}"
     logger.info("specattn: drafting: %s", drafter)

@@ -36,14 +36,14 @@ def measure_centres(
     model: Callable[..., object],
     layers: Iterable[LayerSketch],
     vllm_config: VllmConfig,
-    vocab_size: int,
     device: torch.device,
 ) -> None:
     """Run a loaded model over random tokens, and set the centre of each layer to its mean key. `layers`: the sketches
     that the implementations of the model's layers hold."""
     layers = list(layers)
     tokens = min(TOKENS, vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.max_model_len)
-    ids = torch.randint(0, vocab_size, (tokens,), generator=torch.Generator().manual_seed(SEED), dtype=torch.int32)
+    generator, vocabulary = torch.Generator().manual_seed(SEED), vllm_config.model_config.get_vocab_size()
+    ids = torch.randint(0, vocabulary, (tokens,), generator=generator, dtype=torch.int32)
     for layer in layers:
         layer.probing = True
     try:

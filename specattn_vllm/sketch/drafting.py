@@ -16,11 +16,10 @@ import torch
 from specattn_vllm.kernels.sketch.contracts import sampled_tokens
 from specattn_vllm.methods.budget import SketchedDraftOptions
 from specattn_vllm.selection.own_choice import ChoiceStep
+from specattn_vllm.sketch.attach import make_sketch
 from specattn_vllm.sketch.budget import draft_budget_of
 from specattn_vllm.sketch.centre import measure_centres
-from specattn_vllm.sketch.layer import LayerSketch
-from specattn_vllm.sketch.step import Shape, Sketch
-from specattn_vllm.speculation.wiring import refuse_if_too_large, row_width
+from specattn_vllm.sketch.step import Sketch
 from specattn_vllm.stats import Counters
 
 if TYPE_CHECKING:
@@ -99,42 +98,24 @@ def prepare_drafting(
     """Give the draft model's layers, keyed by vLLM's names, their sketch. Called when `model`, the draft model, is
     loaded, before vLLM measures the memory left for the KV cache. max_query_len: most tokens of a row in a round's
     first step."""
-    options, names = speculator.options, list(layers)
+    options = speculator.options
     if not isinstance(options, SketchedDraftOptions):
         raise TypeError(
             f"method {options.method!r} drafts by a sketch, but its options do not describe one: make them a "
             "SketchedDraftOptions"
         )
-    impl = layers[names[0]].impl
-    shape = Shape(
-        layers=len(names),
-        num_heads=impl.num_heads,
-        num_kv_heads=impl.num_kv_heads,
-        head_size=impl.head_size,
-        dtype=speculator.vllm_config.model_config.dtype,
-        max_query_len=max_query_len,
-        max_num_reqs=speculator.max_num_reqs,
-        max_model_len=row_width(speculator.max_model_len),
+    sketch, choices = make_sketch(
+        layers,
+        speculator,
+        speculator.operations,
+        draft_budget_of(options),
+        options.sketch_bits,
+        speculator.counters,
+        max_query_len,
+        steps_ahead=speculator.num_speculative_steps - 1,
     )
-
-    def allocate(device: torch.device) -> Sketch:
-        return Sketch(
-            speculator.operations,
-            draft_budget_of(options),
-            options.sketch_bits,
-            shape,
-            speculator.counters,
-            device,
-            steps_ahead=speculator.num_speculative_steps - 1,
-        )
-
-    refuse_if_too_large(allocate(torch.device("meta")).nbytes, speculator)
-    sketch = allocate(speculator.device)
     sketch.dense.zero_()
-    for index, name in enumerate(names):
-        layers[name].impl.choice = LayerSketch(sketch, index)
-    vocabulary = speculator.vllm_config.model_config.get_vocab_size()
-    measure_centres(
-        model, [layers[name].impl.choice for name in names], speculator.vllm_config, vocabulary, speculator.device
-    )
+    for name, choice in choices.items():
+        layers[name].impl.choice = choice
+    measure_centres(model, choices.values(), speculator.vllm_config, speculator.device)
     return DraftSketch(sketch, speculator.counters)

@@ -40,8 +40,10 @@ def announce_buffers(speculator: RoundSpeculator, nbytes: dict[str, int]) -> Non
         )
 
 
-def announce(options: ByDraftOptions, found: LayerMap, speculator: RoundSpeculator, nbytes: dict[str, int]) -> None:
-    """Log the whole description of an engine whose target reads through a layer map."""
+def announce(
+    options: ByDraftOptions, found: LayerMap, readers: str, speculator: RoundSpeculator, nbytes: dict[str, int]
+) -> None:
+    """Log the whole description of an engine whose target reads through a layer map. readers: who reads a selection."""
     announce_buffers(speculator, nbytes)
     if speculator.crossover_tokens:
         logger.info(
@@ -58,27 +60,25 @@ def announce(options: ByDraftOptions, found: LayerMap, speculator: RoundSpeculat
         values = {name: getattr(options, name) for name in options.kind.paper}
         text = ", ".join(f"{name}={value}" for name, value in values.items())
         logger.info("specattn: preset '%s' (explicit options take precedence): %s", options.preset, text)
-    kept = f"top_p={options.top_p} of the draft's attention"
-    if options.fixed_budget:
-        kept = f"ratio={options.ratio} of the context"
     logger.info(
         "specattn: %s, combine=%s, selections %s, draft layer per target layer [%s] ('-' is dense)",
-        kept,
+        options.amount_of("the draft's attention"),
         options.combine,
-        "per KV head" if options.kind.per_head else "shared by all heads",
+        readers,
         pairs,
     )
+    best, *_ = options.kind.maps
     if not found.calibrated:
         logger.warning(
             "specattn: layer map '%s' is uniform, not calibrated for this pair of models: expect worse quality at the "
-            "same KV read. Make a map and set layer_map to it: specattn calibrate --target %s --draft %s %s--text "
-            "FILES --out map.json",
+            "same KV read. Make a map and set layer_map to it: specattn calibrate --target %s --draft %s --method %s "
+            "--text FILES --out map.json",
             options.layer_map or layer_map.shipped_file(found) or layer_map.UNIFORM,
             speculator.vllm_config.model_config.model,
             speculator.vllm_config.speculative_config.draft_model_config.model,
-            "--method sts " if options.kind.per_head else "",
+            best,
         )
-    if options.kind.per_head and found.heads is None:
+    if found.method != best:
         logger.warning(
             "specattn: the layer map has no heads, so the KV heads of target and draft are paired by proportion, which "
             "is not calibrated: expect worse quality at the same KV read. Set layer_map to a map for method '%s' to "

@@ -30,9 +30,11 @@ def count_round(counters: Counters, operations: Operations, batch: Any, num_samp
 
 
 def watch_drafter(runner: Any, options: SpecAttnOptions) -> None:
-    """Count the rounds of vLLM's own drafter beside a dense target; called when the drafter is loaded. The KV entries
-    read are not counted then, and without a drafter there are no rounds. A speculator of ours counts by itself."""
+    """Count the rounds of the drafter beside a target whose steps are not counted; called when the drafter is loaded. A
+    speculator of ours counts by itself. Of another drafter, the KV entries read are not counted, and without a drafter
+    there are no rounds."""
     if getattr(runner.speculator, "counters", None) is not None:
+        compat.at_first_request(runner.model_state, runner.speculator.count_from_zero)
         return
     config = runner.vllm_config
     operations = executors.of_engine(options, runner.device, config.model_config.dtype)

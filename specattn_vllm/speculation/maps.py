@@ -12,6 +12,7 @@ from specattn_vllm import layer_map
 from specattn_vllm.fingerprint import ModelFacts, facts_from_config
 from specattn_vllm.layer_map import LayerMap, LayerMapError
 from specattn_vllm.methods.by_draft import ByDraftOptions
+from specattn_vllm.selection.pruner import TableMaps
 
 
 def model_facts(model_config: ModelConfig) -> ModelFacts:
@@ -35,11 +36,15 @@ def resolve_layer_map(vllm_config: VllmConfig, options: ByDraftOptions) -> Layer
             "every target layer is dense (layer map and dense_layers together), so nothing would be pruned: "
             "use method='dense', or leave some layers out of dense_layers"
         )
-    if options.kind.per_head:
-        ranks = vllm_config.parallel_config.tensor_parallel_size
-        for rank in range(ranks):
-            found.local_heads(rank, ranks)  # raises if the map does not fit
     return found
+
+
+def check_heads(vllm_config: VllmConfig, options: ByDraftOptions) -> None:
+    """Raise LayerMapError if an engine's layer map does not fit, or if its heads do not fit the ranks."""
+    found = resolve_layer_map(vllm_config, options)
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    for rank in range(ranks):
+        found.local_heads(rank, ranks)
 
 
 @dataclass(frozen=True)
@@ -47,21 +52,35 @@ class Plan:
     """The draft layers that are captured, and the page table that each target layer reads."""
 
     sources: tuple[int, ...]
-    """Draft layers that are captured. Each makes one selection, or one for each of its KV heads."""
+    """Draft layers that are captured."""
+    groups: int
+    """Selections that each of them makes: one, or one for each of its KV heads."""
+    readers: str
+    """Who reads a selection, for the log."""
     layer_tables: dict[str, int]
     """vLLM's name of each target layer that reads a selection -> its table."""
-    made_from: tuple[tuple[int, tuple[int, ...]], ...] | None = None
-    """For methods with one selection per KV head, for each table: the index of its source, and the score group of each
-    of this rank's KV heads. None: there is one table for each source."""
+    tables: int
+    heads: int
+    """Number of page tables, and of the selections in each of them."""
+    maps: TableMaps | None = None
+    """The selection from which each table is made; None: there is one table for each source."""
 
 
-def plan_of(found: LayerMap, target: dict[int, str], local_kv_heads: int, options: ByDraftOptions) -> Plan:
-    """The plan of a layer map. Target layers with the same source and the same mapping of heads share a table."""
-    chosen = {j: found.sources.index(i) for j, i in enumerate(found.layers) if i is not None}
-    if not options.kind.per_head:
-        return Plan(found.sources, {target[j]: source for j, source in chosen.items()})
-    ranks = found.target.num_key_value_heads // local_kv_heads
+def plan_for_layers(found: LayerMap, target: dict[int, str], kv_heads: int, draft_kv_heads: int) -> Plan:
+    """The plan of a map by which all heads of a target layer read one selection. target: the names of its layers;
+    kv_heads, draft_kv_heads: KV heads of this rank."""
+    sources = found.sources
+    tables = {target[j]: sources.index(i) for j, i in enumerate(found.layers) if i is not None}
+    return Plan(sources, 1, "shared by all heads", tables, len(sources), 1)
+
+
+def plan_for_heads(found: LayerMap, target: dict[int, str], kv_heads: int, draft_kv_heads: int) -> Plan:
+    """As `plan_for_layers`, but each KV head reads a selection of its own. Target layers with the same source and the
+    same mapping of heads share a table."""
+    ranks = found.target.num_key_value_heads // kv_heads
     heads = found.local_heads(get_tensor_model_parallel_rank() if ranks > 1 else 0, ranks)
-    made_from = {j: (source, heads[j]) for j, source in chosen.items()}
-    distinct = tuple(dict.fromkeys(made_from.values()))
-    return Plan(found.sources, {target[j]: distinct.index(of) for j, of in made_from.items()}, distinct)
+    made_from = {target[j]: (found.sources.index(i), heads[j]) for j, i in enumerate(found.layers) if i is not None}
+    distinct = list(dict.fromkeys(made_from.values()))
+    tables = {name: distinct.index(of) for name, of in made_from.items()}
+    maps = TableMaps.of(distinct)
+    return Plan(found.sources, draft_kv_heads, "per KV head", tables, len(distinct), kv_heads, maps)

@@ -26,8 +26,8 @@ because vLLM looks for graph managers there when it discards the ones that it ma
 class RoundSpeculator(compat.stock_speculator()):
     """vLLM's standalone speculator, with CUDA graphs for its rounds. vLLM itself has none for this speculator.
 
-    A subclass defines a round (`_round`). With a `selection`, rounds of large batches are *recorded*: a selection is
-    made from captured attention, or drafting reads through one. Other rounds run as in vLLM. Both kinds have graphs.
+    A subclass may have a `selection`. Then rounds of large batches are *recorded*: a selection is made from captured
+    attention, or drafting reads through one. Other rounds run as in vLLM. Both kinds have graphs.
     """
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
@@ -39,33 +39,22 @@ class RoundSpeculator(compat.stock_speculator()):
                 f"executor = 'xformers' verifies at most 15 draft tokens, not {self.num_speculative_steps}: lower "
                 "--num-speculative-tokens, or set executor='triton'"
             )
-        # If only the target chooses, its steps apply the crossover themselves and the dense draft needs none.
-        alone = self.options.chooses_by_itself and not self.options.drafts_by_sketch
-        self.crossover_tokens = 0 if alone else self.options.crossover(self.operations.name)
+        self.crossover_tokens = self.options.crossover(self.operations.name)
         self.counters = Counters(device)
         first = vllm_config.parallel_config.rank == 0
         self.reporter = Reporter(self.counters, self.options.stats_interval_s, logs=first)
         self.selection: Any = None
+        self._recording = False
+        """Whether a recorded round runs."""
 
-    def _round(
-        self,
-        batch: InputBatch,
-        attn_metadata,
-        slot_mappings,
-        last_hidden_states,
-        aux_hidden_states,
-        num_sampled: torch.Tensor,
-        *args,
-        recording: bool,
-        **kwargs,
-    ) -> torch.Tensor:
+    def _round(self, batch: InputBatch, *args, recording: bool, **kwargs) -> torch.Tensor:
         """Draft for a batch; arguments as in vLLM's `propose`. It runs directly or under CUDA graph capture. Under
         capture, all arguments are tensors of `RoundInputs`."""
-        raise NotImplementedError
-
-    def _upstream_round(self, *args, **kwargs) -> torch.Tensor:
-        """A round as vLLM drafts it; arguments as in its `propose`."""
-        return super().propose(*args, **kwargs)
+        self._recording = recording
+        try:
+            return super().propose(batch, *args, **kwargs)
+        finally:
+            self._recording = False
 
     def _round_is_dense(self, batch: InputBatch) -> None:
         """Called before a round of a small batch. The target's next step must be dense."""
@@ -83,17 +72,13 @@ class RoundSpeculator(compat.stock_speculator()):
         """Whether the round of a batch is recorded. The batch must not be one of vLLM's dummies."""
         if self.selection is None:
             return False
-        small = self._too_small(batch)
+        # The host only knows upper bounds of lengths, which is good enough.
+        small = int(batch.seq_lens_cpu_upper_bound[: batch.num_reqs].sum()) < self.crossover_tokens
         (self._round_is_dense if small else self._round_records)(batch)
         return not small
 
-    def set_attn(self, model_state, *args: Any, **kwargs: Any) -> None:
-        super().set_attn(model_state, *args, **kwargs)
-        if not self.options.chooses_by_itself:  # else the target's counters are these, and it resets them
-            compat.at_first_request(model_state, self._reset)
-
-    def _reset(self) -> None:
-        """Count from zero: rounds until now were vLLM's own."""
+    def count_from_zero(self) -> None:
+        """Rounds until now were vLLM's own."""
         self.counters.reset()
         self.reporter.reset()
 
@@ -185,14 +170,7 @@ class RoundSpeculator(compat.stock_speculator()):
         if dummy_run:
             self.counters.discard()
         else:
-            self._count(input_batch, num_sampled)
+            self.counters.commit()
+            count_round(self.counters, self.operations, input_batch, num_sampled)
+            self.reporter.tick()
         return drafts
-
-    def _too_small(self, batch: InputBatch) -> bool:
-        """Whether a batch is below the crossover. The host only knows upper bounds of lengths, which is good enough."""
-        return int(batch.seq_lens_cpu_upper_bound[: batch.num_reqs].sum()) < self.crossover_tokens
-
-    def _count(self, input_batch, num_sampled: torch.Tensor) -> None:
-        self.counters.commit()
-        count_round(self.counters, self.operations, input_batch, num_sampled)
-        self.reporter.tick()

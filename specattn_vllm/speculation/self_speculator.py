@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config import get_layers_from_vllm_config
 from vllm.config.compilation import CUDAGraphMode
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
@@ -13,7 +13,7 @@ from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
 from specattn_vllm.speculation.rounds import RoundSpeculator
-from specattn_vllm.speculation.self_wiring import SelfSelection, prepare_self
+from specattn_vllm.speculation.self_wiring import SelfSelection, from_attention, from_window, prepare_self
 
 
 class SelfSpeculator(RoundSpeculator):
@@ -25,17 +25,15 @@ class SelfSpeculator(RoundSpeculator):
     """
 
     num_extra_query_per_req = 0
-
-    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        super().__init__(vllm_config, device)
-        self.selection: SelfSelection | None = None
+    make_selection = staticmethod(from_attention)
+    selection: SelfSelection | None
 
     def load_draft_model(self, target_model: torch.nn.Module, target_attn_layer_names: set[str]) -> torch.nn.Module:
         return target_model
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
-        self.selection = prepare_self(self)
+        self.selection = prepare_self(self, self.make_selection)
 
     def set_attn(self, model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups) -> None:
         # vLLM makes the speculator's metadata builders for the layers in draft_attn_layer_names. They are the target's
@@ -140,3 +138,9 @@ class SelfSpeculator(RoundSpeculator):
             for layer_metadata in metadata.values():
                 layer_metadata.sparse = plan
         return metadata, build_slot_mappings_by_layer(slots, self.kv_cache_config)
+
+
+class WindowSpeculator(SelfSpeculator):
+    """Drafts over the first and the last tokens of the context (StreamingLLM, arXiv 2309.17453)."""
+
+    make_selection = staticmethod(from_window)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_layers_from_vllm_config
@@ -16,7 +17,7 @@ from specattn_vllm.selection.pages import page_strides
 from specattn_vllm.selection.target_capture import TargetCapture
 from specattn_vllm.selection.window import Window
 from specattn_vllm.speculation.announce import announce_buffers
-from specattn_vllm.speculation.wiring import cache_of, refuse_if_too_large, row_width, target_builder
+from specattn_vllm.speculation.wiring import allocated, cache_of, row_width, target_builder
 
 if TYPE_CHECKING:
     from specattn_vllm.speculation.rounds import RoundSpeculator
@@ -31,6 +32,10 @@ class SelfSelection:
     source: TargetCapture | Window
     tables: DraftTables
     num_kv_heads: int
+    reads: str
+    """What draft steps read, for the log."""
+    capture: TargetCapture | None = None
+    """The source, if it captures the target's steps."""
 
     @property
     def nbytes(self) -> dict[str, int]:
@@ -43,61 +48,52 @@ class SelfSelection:
         builder = target_builder(target_attn_groups, names)
         cache = cache_of(builder, next(iter(names)))
         self.tables.attach(builder.kv_cache_spec.block_size, lambda: page_strides(cache()))
-        if isinstance(self.source, TargetCapture):
-            builder.target_capture = self.source
+        builder.target_capture = self.capture
 
 
-def prepare_self(speculator: RoundSpeculator) -> SelfSelection:
-    """Make all parts for self-speculation, with their buffers. Called when the target is loaded, before vLLM measures
-    the memory left for the KV cache."""
-    options = speculator.options
-    layers = get_layers_from_vllm_config(speculator.vllm_config, AttentionLayerBase)
-    names, first = list(layers), next(iter(layers.values()))
-    heads = first.impl.num_kv_heads
+def from_attention(speculator: RoundSpeculator, layers: dict[str, Any], device: torch.device) -> SelfSelection:
+    """Select what the target's last verification attended to, in each layer. layers: keyed by vLLM's names."""
+    options, impl = speculator.options, next(iter(layers.values())).impl
+    sources = {name: s for s, name in enumerate(layers)}
+    capture = TargetCapture(
+        speculator.operations,
+        Limits.of(options),
+        layer_sources=sources,
+        num_heads=impl.num_heads,
+        max_query_len=speculator.num_speculative_steps + 1,
+        max_num_reqs=speculator.max_num_reqs,
+        max_model_len=row_width(speculator.max_model_len),
+        dilation=options.dilation_of(speculator.num_speculative_steps),
+        device=device,
+    )
+    # The tables may overwrite the mass: when they are made, the selection from it is finished.
+    memory = capture.mass.view(torch.int32).view(len(sources), speculator.max_num_reqs, 1, -1)
+    tables = DraftTables(speculator.operations, sources, memory, nbytes=0)
+    reads = f"{options.amount_of('its attention')}, dilation {capture.dilation}"
+    return SelfSelection(capture, tables, impl.num_kv_heads, reads, capture)
+
+
+def from_window(speculator: RoundSpeculator, layers: dict[str, Any], device: torch.device) -> SelfSelection:
+    """Select the first and the last tokens, for all layers alike."""
+    options, impl = speculator.options, next(iter(layers.values())).impl
     requests, width = speculator.max_num_reqs, row_width(speculator.max_model_len)
-
-    def allocate(device: torch.device) -> SelfSelection:
-        if options.kind.window:
-            window = Window(speculator.operations, Limits.of(options), requests, width, device)
-            tables = torch.empty((1, requests, 1, width), dtype=torch.int32, device=device)
-            return SelfSelection(window, _tables(dict.fromkeys(names, 0), tables, tables.nbytes), heads)
-        sources = {name: s for s, name in enumerate(names)}
-        capture = TargetCapture(
-            speculator.operations,
-            Limits.of(options),
-            layer_sources=sources,
-            num_heads=first.impl.num_heads,
-            max_query_len=speculator.num_speculative_steps + 1,
-            max_num_reqs=requests,
-            max_model_len=width,
-            dilation=options.dilation_of(speculator.num_speculative_steps),
-            device=device,
-        )
-        # The tables may overwrite the mass: when they are made, the selection from it is finished.
-        tables = capture.mass.view(torch.int32).view(len(names), requests, 1, width)
-        return SelfSelection(capture, _tables(sources, tables, 0), heads)
-
-    def _tables(sources: dict[str, int], page_table: torch.Tensor, nbytes: int) -> DraftTables:
-        return DraftTables(speculator.operations, sources, page_table, nbytes)
-
-    refuse_if_too_large(allocate(torch.device("meta")).nbytes, speculator)
-    selection = allocate(speculator.device)
-    budget = f"{options.ratio:.1%} of the context"
-    if not options.fixed_budget:
-        budget = f"top_p={options.top_p} of its attention"
-    if isinstance(selection.source, TargetCapture):
-        budget += f", dilation {selection.source.dilation}"
-    announce_self(speculator, selection.nbytes, budget)
-    return selection
+    window = Window(speculator.operations, Limits.of(options), requests, width, device)
+    memory = torch.empty((1, requests, 1, width), dtype=torch.int32, device=device)
+    tables = DraftTables(speculator.operations, dict.fromkeys(layers, 0), memory, nbytes=memory.nbytes)
+    return SelfSelection(window, tables, impl.num_kv_heads, options.amount_of("its attention"))
 
 
-def announce_self(speculator: RoundSpeculator, nbytes: dict[str, int], budget: str) -> None:
-    """Log the sizes of the buffers, and the budget of draft steps."""
-    announce_buffers(speculator, nbytes)
+def prepare_self(speculator: RoundSpeculator, make: Callable[..., SelfSelection]) -> SelfSelection:
+    """Make all parts for self-speculation, with their buffers, by `from_attention` or `from_window`. Called when the
+    target is loaded, before vLLM measures the memory left for the KV cache."""
+    layers = get_layers_from_vllm_config(speculator.vllm_config, AttentionLayerBase)
+    selection = allocated(lambda device: make(speculator, layers, device), speculator)
+    announce_buffers(speculator, selection.nbytes)
     logger.info(
         "specattn: method '%s': the target drafts for itself, %d tokens per round, reading %s; its verification is "
         "dense, so the output is the target model's own",
         speculator.options.method,
         speculator.num_speculative_steps,
-        budget,
+        selection.reads,
     )
+    return selection

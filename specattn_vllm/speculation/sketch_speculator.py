@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, get_layers_from_vllm_config
+from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
@@ -21,10 +21,7 @@ class SketchSpeculator(RoundSpeculator):
     """Drafts with a draft model as vLLM does. During vLLM's `propose` it marks the metadata of each draft step: the
     layers choose in the first step of a round, and reuse that selection in the other steps."""
 
-    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
-        super().__init__(vllm_config, device)
-        self.selection: DraftSketch | None = None
-        self._recording = False
+    selection: DraftSketch | None
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
@@ -42,29 +39,11 @@ class SketchSpeculator(RoundSpeculator):
             self.options.sketch_bits,
         )
 
-    def _round(
-        self,
-        batch,
-        attn_metadata,
-        slot_mappings,
-        last_hidden_states,
-        aux_hidden_states,
-        num_sampled,
-        *args,
-        recording: bool,
-        **kwargs,
-    ) -> torch.Tensor:
-        """vLLM's `propose`, with marked draft steps."""
-        self._recording = recording
-        try:
-            drafts = self._upstream_round(
-                batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args, **kwargs
-            )
-            if self._recording and self.num_speculative_steps == 1:  # `_multi_step_decode` does not run then
-                self._count_reads(batch.num_reqs)
-            return drafts
-        finally:
-            self._recording = False
+    def _round(self, batch, *args, recording: bool, **kwargs) -> torch.Tensor:
+        drafts = super()._round(batch, *args, recording=recording, **kwargs)
+        if recording and self.num_speculative_steps == 1:  # `_multi_step_decode` does not run then
+            self._count_reads(batch.num_reqs)
+        return drafts
 
     def _build_attn_metadata(self, num_reqs: int, *args, step: int, **kwargs) -> dict[str, Any] | None:
         metadata = super()._build_attn_metadata(num_reqs, *args, step=step, **kwargs)

@@ -14,7 +14,7 @@ from specattn_vllm.backend.audits import prepare_audit
 from specattn_vllm.request import asks_for_exactness
 from specattn_vllm.selection.audit import Audit
 from specattn_vllm.speculation.rounds import RoundSpeculator
-from specattn_vllm.speculation.wiring import Selection, prepare
+from specattn_vllm.speculation.wiring import prepare
 
 
 class SpecAttnSpeculator(RoundSpeculator):
@@ -27,19 +27,16 @@ class SpecAttnSpeculator(RoundSpeculator):
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
-        self.selection: Selection | None = None
         self.audit: Audit | None = None
-        self._recording = False
 
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
-        if self.options.chooses_by_draft:
-            self.selection = prepare(self)
-            pruner = self.selection.pruner
-            layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase, list(pruner.layer_sources))
-            self.audit = pruner.audit = prepare_audit(
-                self.options, layers, self.operations, self.counters, self.reporter, self.max_num_reqs, self.device
-            )
+        self.selection = prepare(self)
+        pruner = self.selection.pruner
+        layers = get_layers_from_vllm_config(self.vllm_config, AttentionLayerBase, list(pruner.layer_sources))
+        self.audit = pruner.audit = prepare_audit(
+            self.options, layers, self.operations, self.counters, self.reporter, self.max_num_reqs, self.device
+        )
 
     def set_attn(self, model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups) -> None:
         super().set_attn(model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups)
@@ -48,12 +45,11 @@ class SpecAttnSpeculator(RoundSpeculator):
                 f"specattn needs draft and target in one KV-cache group, but vLLM made "
                 f"{len(kv_cache_config.kv_cache_groups)}: models with mixed attention types are not supported"
             )
-        if self.selection is not None:
-            self.selection.attach(target_attn_groups)
-            compat.watch_new_requests(model_state, "speculator", self._enter)
+        self.selection.attach(target_attn_groups)
+        compat.watch_new_requests(model_state, "speculator", self._enter)
 
-    def _reset(self) -> None:
-        super()._reset()
+    def count_from_zero(self) -> None:
+        super().count_from_zero()
         if self.audit is not None:
             self.audit.reset()
 
@@ -90,19 +86,14 @@ class SpecAttnSpeculator(RoundSpeculator):
         **kwargs,
     ) -> torch.Tensor:
         """vLLM's `propose`, with captured attention and a stored selection."""
-        self._recording = recording
         if recording:
             # A row that sampled no token is inside its prompt, or it is padding: its next step is no verification.
             # Nothing is selected for requests that asked for exactness.
             slots = batch.idx_mapping[: batch.num_reqs]
             wanted = (num_sampled[: batch.num_reqs] > 0) & ~self.selection.store.exact[slots]
             self.selection.capture.begin_round(wanted)
-        try:
-            drafts = self._upstream_round(
-                batch, attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled, *args, **kwargs
-            )
-        finally:
-            self._recording = False
+        given = attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_sampled
+        drafts = super()._round(batch, *given, *args, recording=recording, **kwargs)
         if recording:
             self.selection.store.put(slots, *self.selection.capture.select())
         return drafts

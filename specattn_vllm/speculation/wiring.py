@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
+from specattn_vllm.compat.names import resolve
 from specattn_vllm.selection.capture import DraftCapture
 from specattn_vllm.selection.pages import page_strides
-from specattn_vllm.selection.pruner import Pruner, TableMaps
+from specattn_vllm.selection.pruner import Pruner
 from specattn_vllm.selection.store import SelectionStore
 from specattn_vllm.speculation.announce import announce, sizes
-from specattn_vllm.speculation.maps import plan_of, resolve_layer_map
+from specattn_vllm.speculation.maps import Plan, resolve_layer_map
 
 if TYPE_CHECKING:
     from specattn_vllm.speculation.rounds import RoundSpeculator
 
 ROW_MULTIPLE = 128
+
+Buffers = TypeVar("Buffers")
+"""A class whose `nbytes` are the bytes of each kind of its buffers."""
 
 
 def row_width(max_model_len: int) -> int:
@@ -88,17 +92,14 @@ def prepare(speculator: RoundSpeculator) -> Selection:
     draft = {extract_layer_index(n): n for n in layers if n in speculator.draft_attn_layer_names}
     target = {extract_layer_index(n): n for n in layers if n not in speculator.draft_attn_layer_names}
     found = resolve_layer_map(vllm_config, options)
-    plan = plan_of(found, target, layers[target[0]].impl.num_kv_heads, options)
-    # Bits of a source have one group per KV head of the draft model; tables have one row per KV head of the target.
-    groups = layers[draft[0]].impl.num_kv_heads if options.kind.per_head else 1
-    sources, made_from = len(plan.sources), plan.made_from
-    num_tables, heads = (sources, 1) if made_from is None else (len(made_from), len(made_from[0][1]))
+    kv_heads = layers[target[0]].impl.num_kv_heads
+    plan: Plan = resolve(options.kind.plan)(found, target, kv_heads, layers[draft[0]].impl.num_kv_heads)
     requests = speculator.max_num_reqs
     longest = row_width(speculator.max_model_len)
 
     def allocate(device: torch.device) -> Selection:
-        tables = torch.empty((num_tables, requests, heads, longest), dtype=torch.int32, device=device)
-        store = SelectionStore(sources, requests, groups, longest, device)
+        tables = torch.empty((plan.tables, requests, plan.heads, longest), dtype=torch.int32, device=device)
+        store = SelectionStore(len(plan.sources), requests, plan.groups, longest, device)
         capture = DraftCapture(
             options,
             speculator.operations,
@@ -108,7 +109,7 @@ def prepare(speculator: RoundSpeculator) -> Selection:
             max_num_reqs=requests,
             max_model_len=longest,
             device=device,
-            groups=groups,
+            groups=plan.groups,
         )
         pruner = Pruner(
             store,
@@ -116,31 +117,33 @@ def prepare(speculator: RoundSpeculator) -> Selection:
             speculator.counters,
             layer_sources=plan.layer_tables,
             num_layers=len(target),
-            num_kv_heads=layers[target[0]].impl.num_kv_heads,
+            num_kv_heads=kv_heads,
             max_query_len=speculator.num_speculative_steps + 1,
             page_table=tables,
-            maps=None if made_from is None else TableMaps.of(made_from, device),
+            maps=plan.maps,
         )
         return Selection(capture, store, pruner, tables)
 
-    # First without memory: the error of a failed allocation would not name an option to change.
-    refuse_if_too_large(allocate(torch.device("meta")).nbytes, speculator)
-    selection = allocate(speculator.device)
-    announce(options, found, speculator, selection.nbytes)
+    selection = allocated(allocate, speculator, options.kind.smaller)
+    announce(options, found, plan.readers, speculator, selection.nbytes)
     return selection
 
 
-def refuse_if_too_large(nbytes: dict[str, int], runner: Any) -> None:
+def allocated(make: Callable[[torch.device], Buffers], runner: Any, remedy: str = "") -> Buffers:
+    """make(device of the runner), unless it is too large (`refuse_if_too_large`)."""
+    # First without memory: the error of a failed allocation would not name an option to change.
+    refuse_if_too_large(make(torch.device("meta")).nbytes, runner, remedy)
+    return make(runner.device)
+
+
+def refuse_if_too_large(nbytes: dict[str, int], runner: Any, remedy: str = "") -> None:
     """Raise ValueError if the buffers would take more than half of the free GPU memory. runner: our speculator or
-    vLLM's model runner; both have max_num_reqs and max_model_len."""
+    vLLM's model runner; both have max_num_reqs and max_model_len. remedy: one more, after those that always help."""
     if runner.device.type != "cuda":
         return  # on a CPU, memory is only taken when it is first written
     free, _ = torch.cuda.mem_get_info(runner.device)
     total = sum(nbytes.values())
     if total > free // 2:
-        options = getattr(runner, "options", None)
-        shares = options is not None and options.kind.per_head and options.chooses_by_draft
-        remedy = ", or set method='specattn', whose heads share page tables" if shares else ""
         raise ValueError(
             f"specattn needs {total / 2**30:.1f} GiB ({sizes(nbytes)}) for max_num_seqs = {runner.max_num_reqs} "
             f"requests of max_model_len = {runner.max_model_len} tokens, more than half of the "

@@ -25,7 +25,7 @@ def test_a_window_in_some_layers_is_accepted(configure, method):
     assert configure(target="alternating", options={"method": method}).model_config.get_sliding_window() == 64
 
 
-@pytest.mark.parametrize("method", ["sketch", "dense"])
+@pytest.mark.parametrize("method", ["sketch", "dense", "specattn"])
 def test_a_window_in_every_layer_leaves_nothing_to_choose(reasons, method):
     assert reasons(target="windowed", options={"method": method}) == [
         "target: every layer has a sliding window, so there is nothing to choose; serve this model with vLLM's own "
@@ -52,7 +52,7 @@ def test_a_draft_model_with_a_window_is_refused(reasons, method):
 )
 def test_attention_that_the_kernels_do_not_compute_is_refused(text, what):
     config = SimpleNamespace(model_config=model(hf_text_config=SimpleNamespace(**text)), speculative_config=None)
-    assert list(checks._models(config, SpecAttnOptions.parse({}))) == [
+    assert list(checks._models(config)) == [
         f"target: {what} are not supported; serve this model with vLLM's own backends"
     ]
 
@@ -64,7 +64,8 @@ def test_a_window_that_no_layer_has_is_none():
         model_config=model(get_sliding_window=lambda: 64, hf_text_config=kinds), speculative_config=None
     )
     for method in ("sketch", "specattn"):
-        assert list(checks._models(config, SpecAttnOptions.parse({"method": method}))) == []
+        options = SpecAttnOptions.parse({"method": method})
+        assert not any("window" in reason for reason in (*checks._models(config), *options.refusals(config)))
     assert full_layers(config.model_config, 3) == 3
     kinds.layer_types = ["sliding_attention", "full_attention", "indexed_attention"]
     assert full_layers(config.model_config, 3) == 2
@@ -77,13 +78,15 @@ def test_pages_of_a_windowed_target_and_a_drafter_have_to_be_alike(method, refus
     target = model(get_sliding_window=lambda: 64, hf_text_config=kinds, get_total_num_kv_heads=lambda: 16)
     draft = model(runner_type="draft", get_total_num_kv_heads=lambda: 8)
     config = SimpleNamespace(model_config=target, speculative_config=SimpleNamespace(draft_model_config=draft))
-    found = list(checks._models(config, SpecAttnOptions.parse({"method": method})))
-    assert found == refused * [
+    config.speculative_config.uses_draft_model = lambda: False
+    options = SpecAttnOptions.parse({"method": method})
+    assert not list(checks._models(config))
+    assert list(options.refusals(config)) == refused * [
         "a target with sliding windows and 16 KV heads of 128 beside a drafter with 8 of 128: use a drafter with the "
         "target's KV heads, or none"
     ]
     draft.get_total_num_kv_heads = lambda: 16
-    assert not list(checks._models(config, SpecAttnOptions.parse({"method": method})))
+    assert not list(options.refusals(config))
 
 
 @pytest.mark.parametrize("side", ["target", "draft"])
@@ -130,11 +133,11 @@ def test_each_kind_of_model_is_named(changes, reason, side):
     config = SimpleNamespace(
         model_config=pair["target"], speculative_config=SimpleNamespace(draft_model_config=pair["draft"])
     )
-    (found,) = checks._models(config, SpecAttnOptions.parse({}))
+    (found,) = checks._models(config)
     assert found.startswith(f"{side}: ")
     assert reason in found
 
 
 def test_a_multimodal_model_that_is_served_for_text_only_is_accepted():
     config = SimpleNamespace(model_config=model(is_multimodal_model=True), speculative_config=None)
-    assert list(checks._models(config, SpecAttnOptions.parse({}))) == []
+    assert list(checks._models(config)) == []

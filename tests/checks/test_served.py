@@ -67,7 +67,7 @@ def test_no_number_of_draft_tokens_is_needed(models, offline):
         arguments["spec_model"] = models["draft"]
     # vLLM writes into the dictionary that it is given.
     config = EngineArgs(**copy.deepcopy(arguments), attention_backend="specattn").create_engine_config()
-    assert config.speculative_config.num_speculative_tokens == start.DEFAULT_DRAFT_LENGTH
+    assert config.speculative_config.num_speculative_tokens == 4
     with pytest.raises(ValueError, match="num_speculative_tokens"):
         EngineArgs(**arguments).create_engine_config()
 
@@ -90,7 +90,7 @@ def test_a_target_that_drafts_for_itself_need_not_be_named_twice(models, method)
     arguments = dict(model=models["target"], additional_config={"specattn": {"method": method}})
     spec = completed(arguments | {"attention_backend": "specattn"})
     assert spec.model == spec.draft_model_config.model == models["target"]
-    assert (spec.method, spec.num_speculative_tokens) == ("draft_model", start.SELF_DRAFT_LENGTH)
+    assert (spec.method, spec.num_speculative_tokens) == ("draft_model", 6)
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_drafters_of_runner_v1_are_refused(reasons, method):
 @ANY
 def test_drafters_that_always_draft_at_once_are_accepted(method):
     config = speculation(method="dflash", uses_draft_model=lambda: False, parallel_drafting=True)
-    assert list(checks._speculation(config, SpecAttnOptions.parse({"method": method}))) == []
+    assert told(config, method) == []
 
 
 @SELF
@@ -80,14 +80,13 @@ def test_a_draft_model_beside_a_target_that_drafts_for_itself_is_refused(reasons
 
 @SELF
 def test_experts_that_move_are_refused_for_a_target_that_drafts_for_itself(method):
-    target = SimpleNamespace(model="target", max_model_len=128, original_max_model_len=None)
-    config = speculation(draft_model_config=target)
-    config.model_config = target
-    assert list(checks._speculation(config, SpecAttnOptions.parse({"method": method}))) == []
+    config = speculation()
+    config.speculative_config.draft_model_config = config.model_config
+    assert told(config, method) == []
     config.parallel_config.enable_eplb = True
-    (reason,) = checks._speculation(config, SpecAttnOptions.parse({"method": method}))
+    (reason,) = told(config, method)
     assert reason == f"method = {method!r} with enable_eplb: one model would be registered twice; turn EPLB off"
-    assert list(checks._speculation(config, SpecAttnOptions.parse({"method": "dense"}))) == []
+    assert told(config, "dense") == []
 
 
 @cpu_only
@@ -107,14 +106,25 @@ def speculation(**changes):
         "enable_adaptive_verification": False,
         "kv_cache_dtype": None,
         "draft_parallel_config": SimpleNamespace(tensor_parallel_size=4),
-        "draft_model_config": SimpleNamespace(max_model_len=128),
+        "draft_model_config": model("draft"),
     }
     return SimpleNamespace(
         speculative_config=SimpleNamespace(**base | changes),
         parallel_config=SimpleNamespace(tensor_parallel_size=4, enable_eplb=False),
         cache_config=SimpleNamespace(cache_dtype="bfloat16"),
-        model_config=SimpleNamespace(max_model_len=128, original_max_model_len=None),
+        model_config=model("target"),
     )
+
+
+def model(name: str) -> SimpleNamespace:
+    return SimpleNamespace(
+        model=name, max_model_len=128, original_max_model_len=None, get_sliding_window=lambda: None, hf_text_config=None
+    )
+
+
+def told(config, method: str) -> list[str]:
+    """The reasons for which speculation is refused, in general and by a method."""
+    return [*checks._speculation(config), *SpecAttnOptions.parse({"method": method}).refusals(config)]
 
 
 @pytest.mark.parametrize(
@@ -147,8 +157,7 @@ def test_a_draft_with_fewer_positions_than_the_target_is_refused(reasons, config
 
 @pytest.mark.parametrize("dtype", [None, "auto", "bfloat16"])
 def test_speculation_in_order_has_no_reasons(dtype):
-    options = SpecAttnOptions.parse({"method": "specattn"})
-    assert list(checks._speculation(speculation(kv_cache_dtype=dtype), options)) == []
+    assert told(speculation(kv_cache_dtype=dtype), "specattn") == []
 
 
 @pytest.mark.parametrize(
@@ -165,7 +174,7 @@ def test_speculation_in_order_has_no_reasons(dtype):
 )
 @pytest.mark.parametrize("method", ["specattn", "dense"])
 def test_each_setting_of_speculation_is_named(changes, reason, method):
-    assert list(checks._speculation(speculation(**changes), SpecAttnOptions.parse({"method": method}))) == [reason]
+    assert told(speculation(**changes), method) == [reason]
 
 
 def test_several_reasons_are_all_given(reasons):
@@ -182,4 +191,4 @@ def test_several_reasons_are_all_given(reasons):
 @pytest.mark.parametrize("method", ["specattn", "sketch", "dense"])
 def test_drafts_may_be_drawn_from_the_draft_s_distribution(method):
     given = speculation(draft_sample_method="probabilistic")
-    assert list(checks._speculation(given, SpecAttnOptions.parse({"method": method}))) == []
+    assert told(given, method) == []

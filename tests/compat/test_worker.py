@@ -33,6 +33,10 @@ class Ours(Stock):
     pass
 
 
+class Counting(Stock):
+    pass
+
+
 class Sketching(Stock):
     pass
 
@@ -40,8 +44,9 @@ class Sketching(Stock):
 @pytest.fixture
 def stand_ins(monkeypatch):
     # Imported before its base class is replaced.
-    from specattn_vllm.speculation import sketch_speculator, speculator
+    from specattn_vllm.speculation import rounds, sketch_speculator, speculator
 
+    monkeypatch.setattr(rounds, "RoundSpeculator", Counting)
     monkeypatch.setattr(speculator, "SpecAttnSpeculator", Ours)
     monkeypatch.setattr(sketch_speculator, "SketchSpeculator", Sketching)
     monkeypatch.setattr(upstream, "StandaloneARSpeculator", Stock)
@@ -58,7 +63,7 @@ def engine_config(backend: str | None, **options):
     ("backend", "options", "wanted"),
     [
         ("specattn", {}, Sketching),
-        ("specattn", {"sparse_draft": False}, Ours),
+        ("specattn", {"sparse_draft": False}, Counting),
         ("specattn", {"method": "specattn"}, Ours),
         ("specattn", {"method": "dense", "sparse_draft": True}, Sketching),
         (None, {}, Stock),

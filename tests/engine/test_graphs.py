@@ -53,7 +53,7 @@ def replayed(monkeypatch):
     "options",
     [
         pytest.param({"method": "dense"}, id="dense"),
-        pytest.param({"method": "dense", "sparse_draft": True, "min_tokens": 32}, id="dense-drafts_by_sketch"),
+        pytest.param({"method": "dense", "sparse_draft": True, "min_tokens": 32}, id="dense-sparse_draft"),
         pytest.param({"top_p": 1.0}, id="top_p=1"),
         pytest.param({"method": "sts", "ratio": 1.0}, id="sts-everything"),
         pytest.param({"method": "vegas", "min_tokens": 32, "crossover_tokens": 0}, id="vegas"),
@@ -192,7 +192,7 @@ def test_xformers_reads_whole_blocks(engine, greedy, prompts, counts):
         pytest.param({"top_p": 0.8, "crossover_tokens": 10**6}, id="below-the-crossover"),
         pytest.param({"method": "sts", "ratio": 0.3}, id="sts"),
         pytest.param({"method": "vegas", "min_tokens": 32}, id="vegas"),
-        pytest.param({"method": "sketch", "sparse_draft": True, "min_tokens": 32}, id="sketch-drafts_by_sketch"),
+        pytest.param({"method": "sketch", "sparse_draft": True, "min_tokens": 32}, id="sketch-sparse_draft"),
     ],
 )
 def test_no_step_waits_for_the_device(options, engine, greedy, prompts, monkeypatch):

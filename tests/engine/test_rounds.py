@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from specattn_vllm.speculation.graphs import RoundInputs
-from specattn_vllm.speculation.rounds import GRAPHS
-from specattn_vllm.speculation.speculator import SpecAttnSpeculator
+from specattn_vllm.speculation.rounds import GRAPHS, RoundSpeculator
 
 pytestmark = pytest.mark.engine
 
@@ -16,7 +15,7 @@ pytestmark = pytest.mark.engine
 class Replays:
     """Stands in for `RoundGraphs`: 'replaying' runs the round that would have been captured."""
 
-    def __init__(self, speculator: SpecAttnSpeculator, sizes: tuple[int, ...], recording: bool) -> None:
+    def __init__(self, speculator: RoundSpeculator, sizes: tuple[int, ...], recording: bool) -> None:
         self.inputs = RoundInputs(speculator.max_num_reqs, speculator.num_speculative_steps + 1, speculator.device)
         # Made beforehand, as at capture: from then on only `load` puts anything into the buffers.
         self.batches = {rows: self.inputs.batch(rows) for rows in sizes}
@@ -40,7 +39,7 @@ class Replays:
 def replays(monkeypatch):
     """replays(sizes): engines made after it draft through `Replays`, which are put in the list that it returns."""
     made: list[Replays] = []
-    set_attn = SpecAttnSpeculator.set_attn
+    set_attn = RoundSpeculator.set_attn
 
     def use(*sizes: int) -> list[Replays]:
         def with_replays(self, *args, **kwargs):
@@ -49,7 +48,7 @@ def replays(monkeypatch):
                 made.append(Replays(self, sizes, recording))
                 setattr(self, GRAPHS[recording], made[-1])
 
-        monkeypatch.setattr(SpecAttnSpeculator, "set_attn", with_replays)
+        monkeypatch.setattr(RoundSpeculator, "set_attn", with_replays)
         return made
 
     return use

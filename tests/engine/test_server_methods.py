@@ -23,7 +23,7 @@ def test_other_methods_are_served_alike(method, serve, tmp_path, demo_pair, prom
     options = SpecAttnOptions.parse({"method": method})
     given = prompts([1500, 900])
     expected = plain(given, NEW_TOKENS) if options.kind.lossless else None
-    models = ["--speculative-model", demo_pair[0]] if options.drafts_for_itself else []
+    models = ["--speculative-model", demo_pair[0]] if options.sparse_readers == ("drafting",) else []
     # As exact as plain decoding is: on a GPU, bfloat16 rounds other batches otherwise.
     arguments = ["--additional-config.specattn.method", method, "--dtype", "float32", *models]
     with serve(tmp_path / "log", *arguments, interval=0.5) as other:
@@ -59,7 +59,7 @@ def test_other_methods_are_served_alike(method, serve, tmp_path, demo_pair, prom
         else:
             assert min(float(share) for _, _, share, _ in statistics("\n".join(lines))) < 50
         drafting = [float(share) for share in re.findall(r"drafting read ([\d.]+)% of KV", "\n".join(lines))]
-        assert bool(drafting) == options.drafts_for_itself
+        assert bool(drafting) == ("drafting" in options.sparse_readers)
         assert all(share < 30 for share in drafting)
 
 

@@ -90,8 +90,8 @@ def test_a_layer_the_draft_does_not_have_is_refused(write, layers, place, conten
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"heads": None}, "method 'sts' needs heads"),
-        ({"method": "specattn"}, "method 'specattn' has no heads"),
+        ({"heads": None}, "a map for method 'sts' has layers and heads, not layers"),
+        ({"method": "specattn"}, "a map for method 'specattn' has layers, not layers and heads"),
         ({"heads": [None, [0, 1], [1, 1]]}, "heads has 3 entries for 4 target layers"),
         ({"heads": [[0, 0], [0, 1], [1, 1], [1, 0]]}, "heads[0] = (0, 0), but layers[0] = None: null goes with null"),
         ({"heads": [None, None, [1, 1], [1, 0]]}, "heads[1] = None, but layers[1] = 0: null goes with null"),

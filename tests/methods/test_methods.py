@@ -11,51 +11,97 @@ import pytest
 from pydantic import BaseModel
 
 from specattn_vllm import methods
+from specattn_vllm.methods.base import Method
 from specattn_vllm.methods.budget import AuditedOptions, SketchedDraftOptions
 from specattn_vllm.methods.by_draft import ByDraftOptions
+from specattn_vllm.methods.self_draft import SelfDraftOptions
 from specattn_vllm.options import OptionsError, SpecAttnOptions
 
 PACKAGE = Path(__file__).parents[2] / "specattn_vllm"
-TOOLS = ("bench", "evaluation", "demo")
+TOOLS = ("bench", "calibrate", "evaluation", "demo")
 """They name methods to run them, as users do."""
+CHOSEN = {"fixed_budget"}
+"""What options say of their own values, whatever the method."""
+BRANCHES = (ast.If, ast.IfExp, ast.While, ast.Assert)
 
 
-def conditions_on_names(path: Path) -> list[str]:
-    """Comparisons with a method's name, as 'line: text'."""
-    found = []
+def said() -> set[str]:
+    """Names of the properties by which a method or its options answer with yes or no, or with one of a few words."""
+    hints = {name: str(hint) for name, hint in Method.__annotations__.items()}
+    properties = {
+        name: value.fget.__annotations__["return"]
+        for kind in (Method, *(cls for method in methods.METHODS.values() for cls in method.options.__mro__))
+        for name, value in vars(kind).items()
+        if isinstance(value, property) and kind.__module__.startswith("specattn_vllm.")
+    }
+    return {name for name, hint in (hints | properties).items() if hint in ("bool", "Reads")} - CHOSEN
+
+
+def conditions(path: Path) -> list[str]:
+    """Comparisons with a method's name, and conditions on what a method says of itself, as 'line: text'."""
+    answers, found = said(), []
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Compare):
-            words = {leaf.value for leaf in ast.walk(node) if isinstance(leaf, ast.Constant)}
-            about = any(isinstance(leaf, ast.Attribute) and leaf.attr == "method" for leaf in ast.walk(node))
-            if about and words & methods.METHODS.keys():
-                found.append(f"{node.lineno}: {ast.unparse(node)}")
-    return found
+        asked = [node.test] if isinstance(node, BRANCHES) else []
+        asked += node.ifs if isinstance(node, ast.comprehension) else []
+        asked += [node] if isinstance(node, (ast.BoolOp, ast.Compare)) else []
+        asked += [node] if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not) else []
+        for test in asked:
+            leaves = [*ast.walk(test)]
+            # Results of evaluations tell what a method was, as data.
+            attributes = {
+                leaf.attr for leaf in leaves if isinstance(leaf, ast.Attribute) and ast.unparse(leaf.value) != "result"
+            }
+            words = {leaf.value for leaf in leaves if isinstance(leaf, ast.Constant)}
+            named = isinstance(test, ast.Compare) and "method" in attributes and words & methods.METHODS.keys()
+            if named or attributes & answers:
+                found.append(f"{test.lineno}: {ast.unparse(test)}")
+    return list(dict.fromkeys(found))
 
 
-def test_no_name_of_a_method_is_compared_with_outside_of_their_folder():
-    files = [p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts[0] not in ("methods", *TOOLS)]
+def test_nothing_outside_of_their_folder_depends_on_the_method():
+    outside = [p for p in PACKAGE.rglob("*.py") if p.relative_to(PACKAGE).parts[0] not in ("methods", *TOOLS)]
+    files = [p for p in outside if p.name != "options.py"]
     assert len(files) > 50
-    found = {str(p.relative_to(PACKAGE)): lines for p in files if (lines := conditions_on_names(p))}
+    found = {str(p.relative_to(PACKAGE)): lines for p in files if (lines := conditions(p))}
     assert not found, found
 
 
-def test_the_test_above_finds_what_it_looks_for(tmp_path):
-    (tmp_path / "a.py").write_text("if options.method in ('sketch', 'dense') or other == 'sts':\n    pass\n")
-    assert conditions_on_names(tmp_path / "a.py") == ["1: options.method in ('sketch', 'dense')"]
+def test_evaluations_ask_nothing_of_a_method_s_kind():
+    """They name methods, and compare none."""
+    found = {p.name: lines for p in (PACKAGE / "evaluation").rglob("*.py") if (lines := conditions(p))}
+    assert not found, found
+
+
+@pytest.mark.parametrize(
+    ("line", "condition"),
+    [
+        ("if options.method in ('sketch', 'dense'):\n    pass", "options.method in ('sketch', 'dense')"),
+        ("x = 1 if options.kind.per_head else 2", "options.kind.per_head"),
+        ("x = [y for y in z if not y.lossless]", "not y.lossless"),
+        ("x = self.kind.target_reads == 'everything'", "self.kind.target_reads == 'everything'"),
+        ("x = options.needs_token_pages and y", "options.needs_token_pages and y"),
+        ("other == 'sts'", None),
+        ("resolve(name, per_head=options.needs_token_pages)", None),
+        ("x = options.kind.crossover", None),
+    ],
+)
+def test_the_tests_above_find_what_they_look_for(tmp_path, line, condition):
+    (tmp_path / "a.py").write_text(line)
+    assert conditions(tmp_path / "a.py") == ([] if condition is None else [f"1: {condition}"])
 
 
 @pytest.mark.parametrize("method", methods.METHODS.values(), ids=lambda method: method.name)
 def test_what_a_method_says_of_itself(method):
     options = SpecAttnOptions.parse({"method": method.name})
     assert type(options) is method.options
-    assert isinstance(options, ByDraftOptions) == options.chooses_by_draft
-    # A draft model's attention is not captured: it may read what its own queries choose.
-    assert isinstance(options, SketchedDraftOptions) == (method.drafter == "any")
-    assert isinstance(options, AuditedOptions) == (not method.lossless)
+    assert isinstance(options, ByDraftOptions) == (method.target_reads == "draft's choice") == (method.plan is not None)
+    # Each says who may draft, and one way of it.
+    assert sum(isinstance(options, kind) for kind in (ByDraftOptions, SketchedDraftOptions, SelfDraftOptions)) == 1
+    assert isinstance(options, AuditedOptions) == (not method.lossless) == ("verification" in options.sparse_readers)
     assert method.lossless == ("lossless" in method.summary) == ("approximate" not in method.summary)
     if not isinstance(method.paper, str):
         assert set(method.paper) <= method.options.model_fields.keys()
-    for path in (method.speculator, method.attach):
+    for path in (options.speculator, method.attach, method.plan, method.check):
         if path is not None:
             module, name = path.rsplit(".", 1)
             assert f"{'class' if name[0].isupper() else 'def'} {name}(" in source_of(module)

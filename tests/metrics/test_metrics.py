@@ -2,50 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import subprocess
 import sys
-from dataclasses import fields
-from types import SimpleNamespace
 
 import pytest
 import torch
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.parser import text_string_to_metric_families
-from vllm.v1.metrics import prometheus
 
-from specattn_vllm import compat
 from specattn_vllm.evaluation import scan
 from specattn_vllm.kernels.sketch.layout import SketchLayout
+from specattn_vllm.methods import METHODS
 from specattn_vllm.metrics import collect, publish, snapshot
 from specattn_vllm.metrics.families import FAMILIES, INFO
 from specattn_vllm.metrics.snapshot import Audited, Cache, Snapshot
-from specattn_vllm.reporter import Reporter
 from specattn_vllm.selection.audit_report import BINS, lower_edge
-from specattn_vllm.stats import Counters, Counts
-
-COUNTS = Counts(*(1000 * (i + 1) for i in range(len(fields(Counts)))))
-CACHES = {"verification": Cache(512, 34), "drafting": Cache(256)}
-
-
-def made(**given) -> Snapshot:
-    info = {label: f"a {label}" for label in INFO}
-    return Snapshot(
-        **{
-            "engine": 0,
-            "rank": 0,
-            "pid": os.getpid(),
-            "info": info,
-            "rows": "own choice",
-            "drafts": True,
-            "caches": CACHES,
-            "counts": COUNTS,
-            **given,
-        }
-    )
+from specattn_vllm.stats import Counts
 
 
 @pytest.fixture
@@ -67,7 +40,7 @@ def served(tmp_path):
     return scrape
 
 
-def test_a_snapshot_is_written_whole_and_read_as_it_was(tmp_path):
+def test_a_snapshot_is_written_whole_and_read_as_it_was(tmp_path, made):
     found = made(audited=Audited([(0.75, 3), (1.0, 9)], 7.5))
     found.write(tmp_path)
     found.write(tmp_path)
@@ -75,7 +48,7 @@ def test_a_snapshot_is_written_whole_and_read_as_it_was(tmp_path):
     assert snapshot.read_all(tmp_path) == [found]
 
 
-def test_files_of_others_and_of_workers_that_are_gone_are_passed_over(tmp_path):
+def test_files_of_others_and_of_workers_that_are_gone_are_passed_over(tmp_path, made):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     made(pid=gone.pid).write(tmp_path)
@@ -104,14 +77,14 @@ def test_a_folder_is_made_once_and_goes_with_the_process_that_made_it(tmp_path):
     assert run.stdout.startswith(str(tmp_path)) and not list(tmp_path.iterdir())
 
 
-def test_each_count_has_its_series(served):
+def test_each_count_has_its_series(served, made):
     seen = served(made())
-    c = COUNTS
+    c = made().counts
     assert seen["specattn:rounds_total",] == c.rounds
     assert seen["specattn:sampled_tokens_total",] == c.sampled_tokens
     kinds = {"sparse": c.sparse_rows, "dense": c.verify_rows - c.sparse_rows, "prefill": c.prefill_rows}
     assert {kind: seen["specattn:rows_total", ("kind", kind)] for kind in kinds} == kinds
-    verification, drafting = (("by", by) for by in CACHES)
+    verification, drafting = (("by", by) for by in made().caches)
     rank = ("rank", "0")
     assert seen["specattn:kv_entries_read_total", verification, rank] == c.kv_read
     assert seen["specattn:kv_entries_read_total", drafting, rank] == c.draft_kv_read
@@ -127,38 +100,38 @@ def test_each_count_has_its_series(served):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-def test_bytes_are_those_of_evaluations(served, bits):
+def test_bytes_are_those_of_evaluations(served, bits, made):
     """In 16 bits; docs/evaluation.md has the formula."""
     layout = SketchLayout(heads=2, block_size=16, head_size=64, bits=bits, element_size=2)
     seen = served(made(caches={"verification": Cache(layout.kv_bytes, layout.token_bytes)}))
     read, there = (
         seen[f"specattn:kv_bytes_{what}_total", ("by", "verification"), ("rank", "0")] for what in ("read", "present")
     )
-    assert read / there == pytest.approx(scan.byte_fraction(COUNTS, scan.of_sketch(bits, 64)))
+    assert read / there == pytest.approx(scan.byte_fraction(made().counts, scan.of_sketch(bits, 64)))
 
 
 def reasons(seen: dict) -> dict[str, float]:
     return {key[1][1]: value for key, value in seen.items() if key[0] == "specattn:dense_rows_total"}
 
 
-def test_reasons_of_dense_rows_add_up_to_them(served):
+def test_reasons_of_dense_rows_add_up_to_them(served, made):
     own = Counts(verify_rows=20, sparse_rows=11, exact_rows=2, small_batch_rows=3)
     seen = served(made(counts=own))
     assert reasons(seen) == {"exact": 2, "small batch": 3, "short context": 4}
     by_draft = Counts(
         verify_rows=20, sparse_rows=4, no_selection_rows=15, exact_rows=2, small_batch_rows=3, stale_rows=1
     )
-    seen = served(made(rows="draft's choice", counts=by_draft))
+    seen = served(made(dense_reasons=METHODS["specattn"].dense_reasons, counts=by_draft))
     assert reasons(seen) == {"exact": 2, "small batch": 3, "no selection": 10, "stale": 1}
     assert sum(reasons(seen).values()) == seen["specattn:rows_total", ("kind", "dense")]
 
 
-def test_what_is_not_counted_has_no_series(served):
-    seen = served(made(rows="everything", drafts=False, caches={}))
+def test_what_is_not_counted_has_no_series(served, made):
+    seen = served(made(dense_reasons=(), drafts=False, caches={}))
     assert {key[0] for key in seen} == {"specattn:info"}
 
 
-def test_ranks_share_rounds_and_rows_and_have_entries_of_their_own(served):
+def test_ranks_share_rounds_and_rows_and_have_entries_of_their_own(served, made):
     halves = [Counts(rounds=7, kv_read=10 * (rank + 1), kv_full=100) for rank in range(2)]
     seen = served(*(made(rank=rank, counts=counts) for rank, counts in enumerate(halves)))
     assert seen["specattn:rounds_total",] == 7
@@ -167,14 +140,14 @@ def test_ranks_share_rounds_and_rows_and_have_entries_of_their_own(served):
     assert sum(key[0] == "specattn:rows_total" for key in seen) == 3
 
 
-def test_data_parallel_engines_are_told_apart(tmp_path):
+def test_data_parallel_engines_are_told_apart(tmp_path, made):
     for engine in range(2):
         made(engine=engine, counts=Counts(rounds=engine + 1)).write(tmp_path)
     [family] = [m for m in collect.SnapshotCollector(tmp_path).collect() if m.name == "specattn:rounds"]
     assert {sample.labels["engine"]: sample.value for sample in family.samples} == {"0": 1, "1": 2}
 
 
-def test_retained_mass_is_a_histogram(served):
+def test_retained_mass_is_a_histogram(served, made):
     histogram = torch.zeros((2, BINS), dtype=torch.int64)
     histogram[0, [10, 50]] = torch.tensor([1, 2])
     histogram[1, 63] = 5
@@ -195,121 +168,3 @@ def test_names_and_texts_are_those_of_prometheus():
         assert family.name.startswith("specattn:")
         assert family.name.endswith("_total") == (family.kind == "counter")
         assert family.text.endswith(".") and len(family.text) < 150
-
-
-# The registries of vLLM
-
-
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    monkeypatch.setenv(snapshot.FOLDER, str(tmp_path))
-    return tmp_path
-
-
-def scraped(registry) -> str:
-    return generate_latest(registry).decode()
-
-
-@pytest.mark.parametrize("several", [False, True], ids=["one server", "several servers"])
-def test_the_registry_behind_metrics_has_ours_once(several, folder, monkeypatch, tmp_path_factory):
-    compat.serve_metrics()
-    compat.serve_metrics()
-    monkeypatch.setattr(prometheus, "REGISTRY", CollectorRegistry())
-    monkeypatch.setattr(MultiProcessCollector, "collect", MultiProcessCollector.collect)  # as it was, afterwards
-    if several:
-        monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path_factory.mktemp("theirs")))
-    else:
-        monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    registry = prometheus.get_prometheus_registry()
-    if not several:
-        assert prometheus.get_prometheus_registry() is registry
-    assert scraped(registry) == ""
-    made().write(folder)
-    if several:
-        # What answers makes a registry of its own.
-        registry = CollectorRegistry()
-        MultiProcessCollector(registry)
-        prometheus.get_prometheus_registry()
-    assert scraped(registry).count("# HELP specattn:rounds_total") == 1
-
-
-def test_without_our_backend_the_registry_is_as_it_was(monkeypatch):
-    monkeypatch.delenv(snapshot.FOLDER, raising=False)
-    registry = CollectorRegistry()
-    monkeypatch.setattr(prometheus, "REGISTRY", registry)
-    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
-    compat.serve_metrics()
-    assert prometheus.get_prometheus_registry() is registry
-    assert not list(registry.collect())
-
-
-def test_a_server_that_has_the_function_by_name_gets_ours():
-    from vllm.entrypoints.serve.instrumentator import metrics as server
-
-    compat.serve_metrics()
-    assert server.get_prometheus_registry is prometheus.get_prometheus_registry
-
-
-# A worker
-
-
-def step(tokens: int, *requests: str) -> SimpleNamespace:
-    new = [SimpleNamespace(req_id=name) for name in requests]
-    return SimpleNamespace(scheduled_new_reqs=new, total_num_scheduled_tokens=tokens)
-
-
-@pytest.fixture
-def worker(folder, monkeypatch):
-    """A model runner as `publish.start` leaves it, and its reporter."""
-    monkeypatch.setattr(publish, "blank", lambda runner, options: made(counts=Counts()))
-    counters = Counters(torch.device("cpu"))
-    runner = SimpleNamespace(
-        speculator=SimpleNamespace(reporter=Reporter(counters, 60)), steps=[], finish_requests=lambda step: None
-    )
-    runner.reporter, runner.counters = runner.speculator.reporter, counters
-    publish.start(runner, None)
-    return runner
-
-
-def test_a_worker_is_seen_before_it_counts_and_counts_from_the_first_request_on(worker, folder, monkeypatch):
-    monkeypatch.setattr("specattn_vllm.reporter.PUBLISH_S", 0.0)
-    assert [one.counts for one in snapshot.read_all(folder)] == [Counts()]
-    worker.finish_requests(step(5, "_warmup_0_"))
-    worker.counters.add(rounds=9)
-    worker.reporter.tick()
-    worker.finish_requests(step(0))
-    assert [one.counts for one in snapshot.read_all(folder)] == [Counts()]
-    worker.finish_requests(step(5, "cmpl-1"))
-    worker.reporter.tick()
-    assert [one.counts for one in snapshot.read_all(folder)] == [Counts(rounds=9)]
-
-
-def test_a_step_without_tokens_is_an_idle_engine(worker, monkeypatch):
-    idle = []
-    monkeypatch.setattr(worker.reporter, "idle", lambda: idle.append(1))
-    worker.finish_requests(step(5, "cmpl-1"))
-    worker.finish_requests(step(5))
-    assert not idle
-    worker.finish_requests(step(0))
-    assert idle
-
-
-def test_what_cannot_be_written_is_said_once_and_stops_nothing(tmp_path, caplog):
-    publisher = publish.Publisher(tmp_path / "gone", made())
-    was, publish.logger.propagate = publish.logger.propagate, False
-    publish.logger.addHandler(caplog.handler)
-    caplog.set_level(logging.WARNING, logger=publish.logger.name)
-    try:
-        for _ in range(3):
-            publisher.write(COUNTS, [])
-    finally:
-        publish.logger.propagate = was
-        publish.logger.removeHandler(caplog.handler)
-    [record] = caplog.records
-    assert "metrics cannot be published" in record.getMessage()
-
-
-def test_snapshots_are_small(tmp_path):
-    made(audited=Audited([(e / 64, 10**9) for e in publish.EDGES], 1e9)).write(tmp_path)
-    [path] = tmp_path.iterdir()
-    assert path.stat().st_size < 4096 and json.loads(path.read_text())["rank"] == 0

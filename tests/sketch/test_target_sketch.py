@@ -207,5 +207,5 @@ def test_the_log_says_who_drafts(target, monkeypatch, spec, options, said):
     told = []
     monkeypatch.setattr(attach.logger, "info", lambda message, *args: told.append(message % args))
     config = SimpleNamespace(speculative_config=spec)
-    attach._announce(SpecAttnOptions.parse(options), target.chooser, 0, {"scores": 0}, config)
+    attach._announce(SpecAttnOptions.parse(options), target.chooser, 0, config)
     assert told[-1] == f"specattn: drafting: {said}"

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 pytest.importorskip("vllm")
+from vllm.utils.import_utils import resolve_obj_by_qualname
+
 from specattn_vllm import executors
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.selection.target_capture import TargetCapture
@@ -26,16 +28,18 @@ def prepared(
 ) -> SelfSelection:
     layers = {name: SimpleNamespace(impl=SimpleNamespace(num_heads=heads, num_kv_heads=KV_HEADS)) for name in names}
     monkeypatch.setattr(self_wiring, "get_layers_from_vllm_config", lambda config, base: layers)
+    found = SpecAttnOptions.parse(options)
     return self_wiring.prepare_self(
         SimpleNamespace(
             vllm_config=None,
-            options=SpecAttnOptions.parse(options),
+            options=found,
             max_num_reqs=requests,
             max_model_len=longest,
             num_speculative_steps=STEPS,
             operations=executors.resolve("torch", CPU),
             device=device,
-        )
+        ),
+        resolve_obj_by_qualname(found.speculator).make_selection,
     )
 
 
@@ -68,9 +72,9 @@ def test_vegas_captures_every_layer_of_the_target(monkeypatch, options, dilation
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"method": "vegas"}, "reading 10.0% of the context, dilation 5;"),
+        ({"method": "vegas"}, "reading ratio=0.1 of the context, dilation 5;"),
         ({"method": "vegas", "dilation": 0, "top_p": 0.8}, "reading top_p=0.8 of its attention, dilation 0;"),
-        ({"method": "streamingllm"}, "reading 10.0% of the context;"),
+        ({"method": "streamingllm"}, "reading ratio=0.1 of the context;"),
     ],
     ids=str,
 )
@@ -125,11 +129,11 @@ def test_8_requests_of_128k_of_an_8b_model_take_less_than_300_mb(monkeypatch):
 def test_what_is_too_large_is_refused_before_it_is_made(monkeypatch):
     made = []
 
-    def refuse(nbytes, speculator):
+    def refuse(nbytes, *others):
         made.append(nbytes)
         raise ValueError("too large")
 
-    monkeypatch.setattr(self_wiring, "refuse_if_too_large", refuse)
+    monkeypatch.setattr(wiring, "refuse_if_too_large", refuse)
     # Memory that no machine has.
     with pytest.raises(ValueError, match="too large"):
         prepared(monkeypatch, longest=2**30, requests=2**20, method="vegas")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ import torch
 from specattn_vllm import executors
 from specattn_vllm.kernels.reference import unpack_bits
 from specattn_vllm.options import SpecAttnOptions
-from specattn_vllm.selection.capture import DraftBatch, DraftCapture
+from specattn_vllm.selection.capture import DraftCapture
+from specattn_vllm.selection.choose import Limits
+from specattn_vllm.selection.target_capture import TargetCapture
 
 CPU = torch.device("cpu")
 HEADS, KV_HEADS, SIZE, BLOCK = 4, 2, 64, 16
@@ -84,11 +87,11 @@ class Draft:
                 cache[self.block_table[r, p // BLOCK], :, p % BLOCK] = torch.nan
         return cache
 
-    def batch(self, k: int) -> DraftBatch:
+    def batch(self, k: int) -> SimpleNamespace:
         """What vLLM says about step k."""
         starts = self.starts if k == 0 else range(self.rows + 1)
         more = self.after if k == 0 else [k] * self.rows
-        return DraftBatch(
+        return SimpleNamespace(
             query_start_loc=torch.tensor([*starts], dtype=torch.int32),
             seq_lens=torch.tensor([n + m for n, m in zip(self.lens, more, strict=True)], dtype=torch.int32),
             block_table=self.block_table,
@@ -227,3 +230,52 @@ def tokens():
 def choose():
     """choose(mass, options): the positions to keep by a list of masses."""
     return top_p
+
+
+# Of a target that drafts for itself
+
+TARGET_LAYERS = {"model.layers.0": 0, "model.layers.2": 1}
+
+
+@pytest.fixture
+def vegas():
+    """vegas(**changes) -> options."""
+    return vegas_options
+
+
+@pytest.fixture
+def capture_of():
+    """capture_of(options, executor) -> a capture of verifications of up to four tokens, whose buffers are poisoned."""
+    return target_capture
+
+
+def vegas_options(**changes) -> SpecAttnOptions:
+    base = {"method": "vegas", "ratio": 0.25, "min_tokens": 0, "sink_tokens": 1, "recent_tokens": 2, "dilation": 0}
+    return SpecAttnOptions.parse(base | changes)
+
+
+def target_capture(opts: SpecAttnOptions, executor: str = "torch") -> TargetCapture:
+    made = TargetCapture(
+        executors.resolve(executor, CPU),
+        Limits.of(opts),
+        layer_sources=TARGET_LAYERS,
+        num_heads=HEADS,
+        max_query_len=4,
+        max_num_reqs=8,
+        max_model_len=MAX_LEN,
+        dilation=opts.dilation,
+        device=CPU,
+    )
+    poison(made)
+    return made
+
+
+def poison(capture: TargetCapture) -> None:
+    """Nothing that an earlier step left, or nobody wrote, may pass for a result."""
+    for tensor in (capture.scores, capture.lse, capture.mass):
+        tensor.fill_(torch.nan)
+    if capture.dilation:
+        capture._sharp.fill_(torch.nan)
+    capture.bits.fill_(-1)
+    for tensor in (capture.counts, capture.scored_rows, capture.lens):
+        tensor.fill_(7)

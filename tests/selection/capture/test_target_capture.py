@@ -8,10 +8,7 @@ import os
 import pytest
 import torch
 
-from specattn_vllm import executors
 from specattn_vllm.backend.metadata import SpecAttnMetadata
-from specattn_vllm.options import SpecAttnOptions
-from specattn_vllm.selection.choose import Limits
 from specattn_vllm.selection.target_capture import TargetCapture
 
 CPU = torch.device("cpu")
@@ -28,38 +25,6 @@ SHORT_PROMPT = [(0, 3), (12, 2)]
 PROMPTS = [(21, 9), (0, 20)]
 MIXED = VERIFICATIONS[:3] + SHORT_PROMPT + PROMPTS
 EMPTY, PADDED = (0, 0), (-LONGEST, LONGEST)  # rows of a graph that no request has: without tokens, or with some
-
-
-def options(**changes) -> SpecAttnOptions:
-    base = {"method": "vegas", "ratio": 0.25, "min_tokens": 0, "sink_tokens": 1, "recent_tokens": 2, "dilation": 0}
-    return SpecAttnOptions.parse(base | changes)
-
-
-def make(opts: SpecAttnOptions, executor: str = "torch") -> TargetCapture:
-    made = TargetCapture(
-        executors.resolve(executor, CPU),
-        Limits.of(opts),
-        layer_sources=LAYERS,
-        num_heads=HEADS,
-        max_query_len=LONGEST,
-        max_num_reqs=MAX_REQS,
-        max_model_len=MAX_LEN,
-        dilation=opts.dilation,
-        device=CPU,
-    )
-    poison(made)
-    return made
-
-
-def poison(capture: TargetCapture) -> None:
-    """Nothing that an earlier step left, or nobody wrote, may pass for a result."""
-    for tensor in (capture.scores, capture.lse, capture.mass):
-        tensor.fill_(torch.nan)
-    if capture.dilation:
-        capture._sharp.fill_(torch.nan)
-    capture.bits.fill_(-1)
-    for tensor in (capture.counts, capture.scored_rows, capture.lens):
-        tensor.fill_(7)
 
 
 class Step:
@@ -154,9 +119,9 @@ BATCHES = pytest.mark.parametrize(
 
 @HOW
 @BATCHES
-def test_mass_is_the_mean_over_heads_and_both_rows(rows, changes):
-    step, opts = Step(rows), options(**changes)
-    capture = make(opts)
+def test_mass_is_the_mean_over_heads_and_both_rows(rows, changes, vegas, capture_of):
+    step, opts = Step(rows), vegas(**changes)
+    capture = capture_of(opts)
     step.run(capture)
     assert capture.lens[: len(rows)].tolist() == [step.ranked(r) for r in range(len(rows))]
     assert not capture.lens[len(rows) :].any()
@@ -172,9 +137,9 @@ def test_mass_is_the_mean_over_heads_and_both_rows(rows, changes):
 
 @HOW
 @BATCHES
-def test_the_selection_is_what_plain_python_chooses(rows, changes, choose, tokens):
-    step, opts = Step(rows, seed=1), options(**changes)
-    capture = make(opts)
+def test_the_selection_is_what_plain_python_chooses(rows, changes, choose, tokens, vegas, capture_of):
+    step, opts = Step(rows, seed=1), vegas(**changes)
+    capture = capture_of(opts)
     step.run(capture)
     lens = torch.tensor(step.lens, dtype=torch.int32)
     bits, prefix_lens = capture.select(lens > 0, lens)
@@ -186,22 +151,21 @@ def test_the_selection_is_what_plain_python_chooses(rows, changes, choose, token
         assert tokens(bits[r, layer, 0]) == wanted, (name, r)
 
 
-def test_on_this_data_the_ways_of_choosing_differ(choose):
-    # Otherwise the tests above could not tell them apart.
+def test_on_this_data_the_ways_of_choosing_differ(choose, vegas):
     step = Step(MIXED, seed=1)
     for r in (0, 2, 5):
         ways = [step.mass("model.layers.0", r, d) for d in (0, 3)]
         last = step.attention("model.layers.0", r, step.rows[r][1] - 1)[0].mean(0)[: step.ranked(r)].tolist()
-        chosen = {frozenset(choose(mass, options())) for mass in ways}
+        chosen = {frozenset(choose(mass, vegas())) for mass in ways}
         assert len(chosen) == 2
         # A verification has a first row besides the last, a prompt has not.
-        assert (choose(last, options()) == choose(ways[0], options())) == (r == 5)
+        assert (choose(last, vegas()) == choose(ways[0], vegas())) == (r == 5)
 
 
 @pytest.mark.parametrize("changes", [{"rule": "top_p", "top_p": 0.6}, {"max_tokens": 5}, {"min_tokens": 30}], ids=str)
-def test_the_limits_are_those_of_every_method(changes, choose, tokens):
-    step, opts = Step(VERIFICATIONS), options(**changes)
-    capture = make(opts)
+def test_the_limits_are_those_of_every_method(changes, choose, tokens, vegas, capture_of):
+    step, opts = Step(VERIFICATIONS), vegas(**changes)
+    capture = capture_of(opts)
     step.run(capture)
     lens = torch.tensor(step.lens, dtype=torch.int32)
     bits, _ = capture.select(lens > 0, lens)
@@ -210,9 +174,9 @@ def test_the_limits_are_those_of_every_method(changes, choose, tokens):
 
 
 @BATCHES
-def test_attention_is_that_of_a_layer_without_capture(rows):
+def test_attention_is_that_of_a_layer_without_capture(rows, vegas, capture_of):
     step = Step(rows)
-    outputs = step.run(make(options()))
+    outputs = step.run(capture_of(vegas()))
     assert outputs.keys() == LAYERS.keys()
     for name, r in itertools.product(outputs, range(len(rows))):
         out = outputs[name][step.starts[r] : step.starts[r + 1]]
@@ -224,19 +188,19 @@ def test_attention_is_that_of_a_layer_without_capture(rows):
 
 
 @HOW
-def test_a_row_s_mass_sums_to_one_at_most(changes):
+def test_a_row_s_mass_sums_to_one_at_most(changes, vegas, capture_of):
     """The selection computes in fixed point, which overflows at 2."""
-    step, opts = Step(MIXED), options(**changes)
-    capture = make(opts)
+    step, opts = Step(MIXED), vegas(**changes)
+    capture = capture_of(opts)
     step.run(capture)
     sums = torch.stack([capture.mass[r, :, :, : step.ranked(r)].sum(-1) for r in range(len(MIXED))])
     assert 0.2 < sums.max() <= 1 + 1e-5
 
 
-def test_rows_that_are_not_wanted_get_nothing(choose, tokens):
+def test_rows_that_are_not_wanted_get_nothing(choose, tokens, vegas, capture_of):
     """A chunk inside its prompt: nothing is drafted for it."""
-    step, opts = Step(MIXED), options()
-    capture = make(opts)
+    step, opts = Step(MIXED), vegas()
+    capture = capture_of(opts)
     step.run(capture)
     wanted = torch.tensor([True, False, True, False, False, True, False])
     bits, prefix_lens = capture.select(wanted, torch.tensor(step.lens, dtype=torch.int32))
@@ -247,11 +211,11 @@ def test_rows_that_are_not_wanted_get_nothing(choose, tokens):
 
 
 @pytest.mark.parametrize(("committed", "ranked"), [(44, 41), (42, 41), (41, 41), (38, 38), (1, 1)])
-def test_what_is_ranked_ends_where_the_row_does(committed, ranked, choose, tokens):
+def test_what_is_ranked_ends_where_the_row_does(committed, ranked, choose, tokens, vegas, capture_of):
     """Of a verification, however much of it was accepted, up to its first token; and never past what the row has, as
     where vLLM pads the last token of a prompt to a verification's length."""
-    step, opts = Step([(40, 4)]), options()
-    capture = make(opts)
+    step, opts = Step([(40, 4)]), vegas()
+    capture = capture_of(opts)
     step.run(capture)
     bits, prefix_lens = capture.select(torch.tensor([True]), torch.tensor([committed], dtype=torch.int32))
     assert prefix_lens.tolist() == [ranked]
@@ -259,9 +223,9 @@ def test_what_is_ranked_ends_where_the_row_does(committed, ranked, choose, token
     assert tokens(bits[0, 0, 0]) == choose(mass[:ranked], opts)
 
 
-def test_steps_of_different_sizes_do_not_see_each_other(choose, tokens):
-    opts = options(dilation=2)
-    capture = make(opts)
+def test_steps_of_different_sizes_do_not_see_each_other(choose, tokens, vegas, capture_of):
+    opts = vegas(dilation=2)
+    capture = capture_of(opts)
     for seed, rows in enumerate((MIXED, [(9, 4)], [(66, 4), (40, 4)], PROMPTS, VERIFICATIONS)):
         step = Step(rows, seed)
         capture.mass.fill_(1e9)
@@ -274,9 +238,9 @@ def test_steps_of_different_sizes_do_not_see_each_other(choose, tokens):
             assert tokens(bits[r, layer, 0]) == choose(step.mass(name, r, 2), opts)
 
 
-def test_what_a_graph_holds_stays_at_its_address():
+def test_what_a_graph_holds_stays_at_its_address(vegas, capture_of):
     """Attention, in the target's graph, writes where the selection, in the round's graph, reads."""
-    capture = make(options())
+    capture = capture_of(vegas())
     kept = {name: tensor.data_ptr() for name, tensor in vars(capture).items() if isinstance(tensor, torch.Tensor)}
     for rows in (MIXED, VERIFICATIONS):
         step = Step(rows)
@@ -289,10 +253,10 @@ def test_what_a_graph_holds_stays_at_its_address():
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1, set from the start")
 @pytest.mark.parametrize("changes", [{}, {"dilation": 3}], ids=str)
-def test_the_kernels_select_the_same(changes, choose, tokens):
+def test_the_kernels_select_the_same(changes, choose, tokens, vegas, capture_of):
     rows = [(40, 4), (17, 1), PADDED]
-    step, opts = Step(rows), options(**changes)
-    capture = make(opts, executor="triton")
+    step, opts = Step(rows), vegas(**changes)
+    capture = capture_of(opts, executor="triton")
     step.run(capture)
     lens = torch.tensor(step.lens, dtype=torch.int32)
     bits, prefix_lens = capture.select(lens > 0, lens)
@@ -303,9 +267,9 @@ def test_the_kernels_select_the_same(changes, choose, tokens):
 
 
 @pytest.mark.parametrize("changes", [{}, {"dilation": 3}], ids=str)
-def test_its_size_is_that_of_its_buffers(changes):
-    opts = options(**changes)
-    made = make(opts).nbytes
+def test_its_size_is_that_of_its_buffers(changes, vegas, capture_of):
+    opts = vegas(**changes)
+    made = capture_of(opts).nbytes
     assert made["scores"] == 4 * MAX_REQS * 2 * HEADS * (MAX_LEN + 1)  # with their logsumexp
     # Two layers, and the row before it is spread.
     assert made["mass"] == 4 * MAX_REQS * MAX_LEN * (2 + bool(opts.dilation))

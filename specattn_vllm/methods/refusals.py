@@ -1,0 +1,45 @@
+"""Reasons to refuse an engine that several methods share, each with its remedy. config: vLLM's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from specattn_vllm.layer_kinds import full_layers, has_windows
+
+
+def another_drafter(config: Any, asks: str) -> Iterator[str]:
+    """For what needs a separate draft model: a drafter that is none. asks: what needs it."""
+    spec = config.speculative_config
+    if spec is not None and not spec.uses_draft_model():
+        yield (
+            f"speculative method {spec.method!r}: a separate draft model is needed (--spec-method draft_model) for "
+            f"{asks}; methods 'sketch' and 'dense' without sparse_draft go with any drafter; vLLM guesses the method "
+            "from the path, so a folder named after eagle, dflash or dspark has to be renamed"
+        )
+
+
+def some_windows(config: Any, method: str) -> Iterator[str]:
+    """For methods that need one kind of layers: a target some of whose layers have a sliding window."""
+    model = config.model_config
+    if has_windows(model) and full_layers(model, 1):
+        yield (
+            f"target: sliding-window attention is not supported by method {method!r}; methods 'sketch' and 'dense' go "
+            "with it"
+        )
+
+
+def unequal_pages(config: Any) -> Iterator[str]:
+    """For methods that keep sketches in the cache: a target with windows and a drafter with other KV heads. vLLM cannot
+    make the pages of their caches equally large then."""
+    target, spec = config.model_config, config.speculative_config
+    draft = None if spec is None else spec.draft_model_config
+    # For n-gram drafting, vLLM sets draft_model_config to the target's config.
+    if draft in (None, target) or not has_windows(target) or not full_layers(target, 1):
+        return
+    ours, theirs = ((m.get_total_num_kv_heads(), m.get_head_size()) for m in (target, draft))
+    if ours != theirs:
+        yield (
+            f"a target with sliding windows and {ours[0]} KV heads of {ours[1]} beside a drafter with "
+            f"{theirs[0]} of {theirs[1]}: use a drafter with the target's KV heads, or none"
+        )

@@ -1,0 +1,41 @@
+"""What methods share whose target drafts for itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from specattn_vllm.methods.refusals import another_drafter, some_windows
+from specattn_vllm.options import SpecAttnOptions
+
+# An estimate, not measured: below this, even a draft step that read no KV entry would save only a thirtieth of the
+# bytes that a step of an 8B model reads.
+CROSSOVER = {"fa3": 4096}
+DRAFT_LENGTH = 6
+"""It is larger than for a small draft model, because nearly all of these drafts are accepted. Vegas drafts 5 to 9
+(arXiv 2602.07223)."""
+
+
+class SelfDraftOptions(SpecAttnOptions):
+    """Options of a method whose target drafts for itself."""
+
+    @property
+    def sparse_readers(self) -> tuple[str, ...]:
+        return ("drafting",)
+
+    def draft_model(self, target: str, given: str | None) -> str | None:
+        return target
+
+    def refusals(self, config: Any) -> Iterator[str]:
+        yield from some_windows(config, self.method)
+        yield from another_drafter(config, f"method = {self.method!r}")
+        spec = config.speculative_config
+        if spec is None:
+            yield f"method = {self.method!r} without speculation: give --num-speculative-tokens K"
+        elif spec.uses_draft_model() and spec.draft_model_config.model != config.model_config.model:
+            yield (
+                f"method = {self.method!r} with --speculative-model {spec.draft_model_config.model}: the target drafts "
+                "for itself and loads no draft model; leave --speculative-model out, or set method='specattn'"
+            )
+        if config.parallel_config.enable_eplb:
+            yield f"method = {self.method!r} with enable_eplb: one model would be registered twice; turn EPLB off"
