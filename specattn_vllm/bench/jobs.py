@@ -293,9 +293,10 @@ def prompt_tokens(cell: Cell, room: int) -> int:
 def capture_sizes(mode: str, batches: Sequence[int], draft_tokens: int) -> list[int]:
     """Sizes of CUDA graphs, in tokens, that the grid's batches need.
 
-    A plain step has a token per request, a verification K + 1. On runner V1 the draft model runs in graphs of these
-    sizes as well: K + 2 tokens per request in its first step, and one in the others; what is no multiple of K + 1 is
-    rounded up here, because vLLM rounds it too and then drops what exceeds the largest size given.
+    A plain step has a token per request, a verification K + 1. On runner V2 a head drafts in graphs of one token per
+    request; a draft model of stock vLLM has no graphs there, and one of ours has its own. On runner V1 a draft model
+    runs in graphs of these sizes: K + 2 tokens per request in its first step, and one in the others; what is no multiple
+    of K + 1 is rounded up here, because vLLM rounds it too and then drops what exceeds the largest size given.
     """
     if MODES[mode].drafter is None:
         return sorted(set(batches))
@@ -303,4 +304,5 @@ def capture_sizes(mode: str, batches: Sequence[int], draft_tokens: int) -> list[
     wanted = [batch * verified for batch in batches]
     if mode == "draft-v1":
         wanted += [tokens for batch in batches for tokens in (batch, batch * (draft_tokens + 2))]
-    return sorted({-(-tokens // verified) * verified for tokens in wanted})
+    rounded = {-(-tokens // verified) * verified for tokens in wanted}
+    return sorted(rounded | set(batches if MODES[mode].drafter == "eagle" else ()))

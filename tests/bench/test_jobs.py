@@ -129,7 +129,7 @@ def test_rounds_of_a_mode():
         (0, None),
     ]
     sizes = {name: job.engine_arguments["compilation_config"]["cudagraph_capture_sizes"] for name, job in found.items()}
-    assert (sizes["vegas 5%"], sizes["eagle"], sizes["dense"]) == ([8, 32, 128], [3, 12, 48], [6, 24, 96])
+    assert (sizes["vegas 5%"], sizes["eagle"], sizes["dense"]) == ([8, 32, 128], [1, 3, 4, 12, 16, 48], [6, 24, 96])
     # One set of prompts for all: the longest leaves room for the mode that drafts most.
     (cells,) = {tuple((cell.name, cell.prompt_tokens) for cell in job.cells) for job in found.values()}
     assert dict(cells)["4x128k"] < {c.name: c.prompt_tokens for c in before["dense"].cells}["4x128k"]

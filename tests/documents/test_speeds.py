@@ -18,6 +18,7 @@ TABLES = [
     ("h200-sketch-engine", BENCHMARKS, r"^specattn (bench engines .*?)\nspec"),
     ("h200-sketch-default", BENCHMARKS, r"^    specattn (bench engines --grid \S* --modes plain,sketch,vegas .*?)\n\n"),
     ("h200-sketch-alone", BENCHMARKS, r"^    specattn (bench engines --grid \S* --modes plain,sketch-alone .*?)\n\n"),
+    ("h200-eagle-128k", BENCHMARKS, r"^    specattn (bench engines --grid 4x128k.*?)\n\n"),
     ("h200-sketch-qwen3", BENCHMARKS, r"^    specattn (bench engines --shape qwen3.*?)\n\n"),
     ("h200-sketch-engine-128k", BENCHMARKS, r"^    specattn (bench engines --grid \S* \S*\s+--modes plain,sk.*?)\n\n"),
 ]
@@ -187,22 +188,10 @@ def test_what_limits_a_round_is_what_was_measured():
     assert min(ours[cell] / plain[cell] for cell in plain) > 0.97
 
 
-def test_the_bounds_of_what_was_not_measured():
-    """A round of stock vLLM with the head: a plain step, and what its drafts take where attention takes no time."""
-    engines = json.loads((ROOT / "docs/results/h200-sketch-engine.json").read_text())["engines"]
-    cells = {(e["name"], c["name"]): c for e in engines for c in e["cells"]}
-    words, bounds = " ".join(BENCHMARKS.split()), []
-    for accepted in ("2.5", "3.5"):
-        head, ours = f"eagle, {accepted} a round", f"sketch-eagle 8%, {accepted} a round"
-        drafting = cells[head, "1x512"]["milliseconds_per_round"] - cells["plain", "1x512"]["milliseconds_per_round"]
-        assert f"at least {drafting:.1f} ms for the head's drafts" in words
-        for cell, batch in (("4x128k", 4), ("1x128k", 1)):
-            step = cells["plain", cell]["milliseconds_per_round"]
-            bounds.append(1000 * batch * float(accepted) / (step + drafting))
-            speed = cells[ours, cell]["tokens_per_second"]
-            assert bounds[-1] < speed and f"{speed:,.0f}" in words
-    assert "at most {:.0f} tokens per second at 4 x 128k and {:.0f} at 1 x 128k".format(*bounds[:2]) in words
-    assert "at most {:.0f} and {:.0f}, against".format(*bounds[2:]) in words
+def test_the_rounds_of_a_draft_model_without_graphs_are_those_measured():
+    engines = json.loads((ROOT / "docs/results/h200-sketch-qwen3.json").read_text())["engines"]
+    took = [c["milliseconds_per_round"] for e in engines if e["name"] == "draft-v2" for c in e["cells"]]
+    assert f"takes {min(took):.0f} to {max(took):.0f} ms" in " ".join(BENCHMARKS.split())
 
 
 def test_what_limits_self_speculation_is_what_was_measured():
