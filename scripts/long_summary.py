@@ -1,0 +1,54 @@
+#!/usr/bin/env python3
+"""What happened in a long run of the tests, from pytest's JUnit file: scripts/long_summary.py LONG.xml LONG.json
+
+`scripts/test --long` calls it. The file has, for each setting of the random schedules, its steps and what they met, and
+for each other test whether it passed.
+"""
+
+import ast
+import json
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def outcome(case: ElementTree.Element) -> str:
+    for bad in ("failure", "error", "skipped"):
+        if (found := case.find(bad)) is not None:
+            return f"{bad}: {found.get('message', '')[:2000]}"
+    return "passed"
+
+
+def summary(junit: Path) -> dict:
+    settings, others = {}, {}
+    for case in ElementTree.parse(junit).iter("testcase"):
+        happened = [p.get("value", "") for p in case.iter("property") if p.get("name") == "happened"]
+        found = {"outcome": outcome(case), "seconds": round(float(case.get("time", 0)))}
+        name = case.get("name", "")
+        if "test_schedules" in case.get("classname", ""):
+            settings[name.partition("[")[2].rstrip("]")] = found | (ast.literal_eval(happened[0]) if happened else {})
+        else:
+            others[f"{case.get('classname', '').rpartition('.')[2]}::{name}"] = found
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    return {
+        "what": "random schedules of requests, checked after each step, and faults (tests/engine/test_schedules.py)",
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": commit,
+        "steps": sum(found.get("steps", 0) for found in settings.values()),
+        "failures": sum(found["outcome"] != "passed" for found in (*settings.values(), *others.values())),
+        "schedules": settings,
+        "faults": others,
+    }
+
+
+if __name__ == "__main__":
+    source, target = map(Path, sys.argv[1:])
+    found = summary(source)
+    target.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{target}: {found['steps']} steps, {found['failures']} failures")
