@@ -295,8 +295,8 @@ def capture_sizes(mode: str, batches: Sequence[int], draft_tokens: int) -> list[
 
     A plain step has a token per request, a verification K + 1. On runner V2 a head drafts in graphs of one token per
     request; a draft model of stock vLLM has no graphs there, and one of ours has its own. On runner V1 a draft model
-    runs in graphs of these sizes: K + 2 tokens per request in its first step, and one in the others. What is no multiple
-    of K + 1 is rounded up here: vLLM rounds it too, and then drops what exceeds the largest size given.
+    runs in graphs of these sizes: K + 2 tokens per request in its first step, and one in the others. What is not a
+    multiple of K + 1 is rounded up here: vLLM rounds it too, and then drops what exceeds the largest size given.
     """
     if MODES[mode].drafter is None:
         return sorted(set(batches))
