@@ -40,5 +40,3 @@ def unsupported_attention(model: ModelConfig) -> Iterator[str]:
         yield "layers with chunked local attention"
     if getattr(config, "attn_logit_softcapping", None):
         yield "soft caps on attention logits"
-    if getattr(config, "model_type", None) == "gpt_oss":
-        yield "attention sinks"

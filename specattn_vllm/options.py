@@ -124,6 +124,11 @@ class SpecAttnOptions(BaseModel):
         return () if self.kind.lossless else ("verification",)
 
     @property
+    def cannot_have(self) -> tuple[str, ...]:
+        """Parts of attention, as errors name them, that the method does not compute."""
+        return ()
+
+    @property
     def searched_bits(self) -> int:
         """Bits per element of the sketch that the target searches; 0 if it searches none."""
         return 0

@@ -75,6 +75,7 @@ def sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, ma
     block_table      [R, any]              int32
     seq_lens         [R]                   int32   the new tokens included
     query_start_loc  [R + 1]               int32
+    sinks            [Hq]                  floats or None  a logit of each query head; see ``sinks.py``
     """
 )
 def dense_attention(query, kv_cache) -> None:

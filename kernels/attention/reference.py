@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from ..contracts import checked
 from . import contracts
+from .sinks import weigh_against_sinks
 
 
 def _gather(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Tensor:
@@ -121,7 +122,7 @@ def sparse_attention(query, kv_cache, page_table, kept, query_start_loc, scale, 
 
 
 @checked(contracts.dense_attention)
-def dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, scale, out) -> None:
+def dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, scale, out, sinks=None) -> None:
     """Dense causal attention of ragged query rows over the paged cache, in the query dtype. Query token i of the q_len
     tokens of request r attends positions 0..seq_len - q_len + i. Has no Triton version."""
     size = query.shape[2]
@@ -141,3 +142,9 @@ def dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, sca
             attn_mask=mask, is_causal=n == length and n > 1, scale=scale, enable_gqa=True,
         )  # fmt: skip
         out[begin:end] = attended[0].transpose(0, 1)
+        if sinks is not None:
+            q = query[begin:end].transpose(0, 1).unflatten(0, (kv.shape[0], -1)).float()
+            logits = torch.einsum("hgnd,hld->nhgl", q * scale, kv[..., :size].float())
+            hidden = torch.ones(n, length, dtype=torch.bool, device=query.device).triu_(length - n + 1)
+            lse = logits.masked_fill_(hidden[:, None, None], -torch.inf).logsumexp(-1).flatten(1)
+            weigh_against_sinks(out[begin:end], lse, sinks)

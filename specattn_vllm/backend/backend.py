@@ -15,7 +15,7 @@ from specattn_vllm.kernels.sketch.layout import SketchLayout
 class SpecAttnBackend(AttentionBackend):
     """Paged attention whose verification rows read a selection of the cache.
 
-    vLLM refuses every feature that is not declared here (MLA, sliding windows, sinks, fp8 caches, context parallelism,
+    vLLM refuses every feature that is not declared here (MLA, sliding windows, fp8 caches, context parallelism,
     ...) and names this backend, because the base class supports no feature by default.
     """
 
@@ -63,6 +63,10 @@ class SpecAttnBackend(AttentionBackend):
             return spec
         layout = SketchLayout(spec.num_kv_heads, spec.block_size, spec.head_size, bits, spec.dtype.itemsize)
         return replace(spec, page_size_padded=spec.unpadded_page_size_bytes + layout.tail_bytes)
+
+    @classmethod
+    def supports_sink(cls) -> bool:
+        return True
 
     @classmethod
     def supports_kv_connector(cls) -> bool:

@@ -10,6 +10,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 
 from specattn_vllm import executors
 from specattn_vllm.backend.metadata import SpecAttnMetadata
+from specattn_vllm.kernels.attention.sinks import weigh_against_sinks
 from specattn_vllm.options import SpecAttnOptions
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         logits_soft_cap: float | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
         **unsupported,
     ) -> None:
         self.num_heads = num_heads
@@ -53,14 +55,17 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             "an attention type other than decoder": None if attn_type == AttentionType.DECODER else attn_type,
             **{name: value for name, value in unsupported.items()},
         }
+        vllm_config = get_current_vllm_config()
+        options = SpecAttnOptions.from_vllm(vllm_config)
+        refused |= {what: value for what, value in {"attention sinks": sinks}.items() if what in options.cannot_have}
         for what, value in refused.items():
             if value is not None:
                 raise NotImplementedError(
-                    f"--attention-backend specattn does not support models with {what} (got {value!r}); "
-                    "serve this model with vLLM's own backends"
+                    f"--attention-backend specattn does not support models with {what} (got {value!r}) with method "
+                    f"{options.method!r}; serve this model with vLLM's own backends"
                 )
-        vllm_config = get_current_vllm_config()
-        options = SpecAttnOptions.from_vllm(vllm_config)
+        self.sinks = sinks
+        """[Hq], the logit of each head's sink: a token without a value, in the denominator of the softmax."""
         self.operations = executors.of_engine(
             options, torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
         )
@@ -92,7 +97,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         if attn_metadata is None:
             # There is no cache yet: vLLM profiles memory, or we measure the centre of the keys.
             if self.choice is not None and self.choice.probing:
-                self.choice.probe(query, key, value, self.scale, output)
+                self.choice.probe(query, key, value, self.scale, output, self.sinks)
                 return output
             return output.fill_(0)
         md = attn_metadata
@@ -127,7 +132,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         """The step's first rows read through their page tables; the rows after them are dense."""
         rows, tokens = step.num_rows, step.num_tokens
         lse = None
-        if self.audit is not None:
+        if self.audit is not None or self.sinks is not None:
             lse = query.new_empty((tokens, self.num_heads), dtype=torch.float32)
         self.operations.sparse_attention(
             query[:tokens],
@@ -140,6 +145,8 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             step.max_query_len,
             lse,
         )
+        if self.sinks is not None and lse is not None:
+            weigh_against_sinks(out[:tokens], lse, self.sinks)
         if self.audit is not None and lse is not None:
             self.audit.observe(query[:tokens], kv_cache, md, rows, self.scale, lse)
         if rows < md.num_reqs:
@@ -157,4 +164,5 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             out[first_token:],
             md.max_query_len,
             md.max_seq_len,
+            self.sinks,
         )

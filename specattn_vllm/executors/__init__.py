@@ -179,11 +179,13 @@ def _dense_attention(
     out: torch.Tensor,
     max_query_len: int,
     max_seq_len: int,
+    sinks: torch.Tensor | None = None,
 ) -> None:
-    """Dense causal attention. The two bounds are for CUDA kernels, which cannot read lengths on the host."""
+    """Dense causal attention. The two bounds are for CUDA kernels, which cannot read lengths on the host. sinks [Hq]: a
+    logit of each query head that is in the denominator of the softmax, and has no value."""
     from specattn_vllm.kernels import reference
 
-    reference.dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, scale, out)
+    reference.dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, scale, out, sinks)
 
 
 def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:

@@ -46,6 +46,7 @@ def dense_attention(
     out: torch.Tensor,
     max_query_len: int,
     max_seq_len: int,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Dense causal attention on vLLM's own blocks; arguments as in `specattn_vllm.executors`."""
     size = query.shape[-1]
@@ -65,6 +66,7 @@ def dense_attention(
         max_seqlen_k=max_seq_len,
         softmax_scale=scale,
         block_table=block_table,
+        s_aux=sinks,
     )
 
 

@@ -17,6 +17,7 @@ def dense_attention(
     out: torch.Tensor,
     max_query_len: int,
     max_seq_len: int,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Dense causal attention by vLLM's own Triton kernel; arguments as in `specattn_vllm.executors`."""
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
@@ -39,6 +40,7 @@ def dense_attention(
         q_descale=None,
         k_descale=None,
         v_descale=None,
+        sinks=sinks,
     )
 
 

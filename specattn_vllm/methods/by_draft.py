@@ -32,6 +32,10 @@ class ByDraftOptions(BudgetOptions, AuditedOptions):
         "attention mass. 'union': select for each step, and read the union (Shah, arXiv 2510.27641).",
     )
 
+    @property
+    def cannot_have(self) -> tuple[str, ...]:
+        return ("attention sinks",)  # what captures scores attends without them
+
     def refusals(self, config: Any) -> Iterator[str]:
         yield from some_windows(config, self.method)
         yield from another_drafter(config, f"method = {self.method!r}")

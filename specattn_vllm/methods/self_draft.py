@@ -23,6 +23,10 @@ class SelfDraftOptions(SpecAttnOptions):
     def sparse_readers(self) -> tuple[str, ...]:
         return ("drafting",)
 
+    @property
+    def cannot_have(self) -> tuple[str, ...]:
+        return ("attention sinks",)  # what captures scores attends without them
+
     def draft_model(self, target: str, given: str | None) -> str | None:
         return target
 

@@ -105,9 +105,16 @@ class LayerChoice:
     """Whether forward passes without a cache are measurements for this object (`probe`)."""
 
     def probe(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, output: torch.Tensor
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        scale: float,
+        output: torch.Tensor,
+        sinks: torch.Tensor | None = None,
     ) -> None:
-        """Attend without a cache, and measure. query, output [T, Hq, D] or flat; key, value [T, H, D] or flat."""
+        """Attend without a cache, and measure. query, output [T, Hq, D] or flat; key, value [T, H, D] or flat; sinks
+        [Hq]: the heads' sinks, if they have any."""
         raise NotImplementedError
 
     def write(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> bool:

@@ -84,6 +84,6 @@ def _attend_in_window(
 ) -> torch.Tensor:
     """In the place of an implementation's `forward`, whose arguments it takes after `layer`."""
     del module, kv_cache, attn_metadata, scales
-    window, size = layer.sliding_window, layer.impl.head_size
-    attend_densely(query, key, value, layer.impl.scale, output, head_size=size, window=window)
+    window, size, sinks = layer.sliding_window, layer.impl.head_size, getattr(layer.impl, "sinks", None)
+    attend_densely(query, key, value, layer.impl.scale, output, head_size=size, window=window, sinks=sinks)
     return output

@@ -47,7 +47,6 @@ def test_a_draft_model_with_a_window_is_refused(reasons, method):
         ({"layer_types": ["chunked_attention", "full_attention"]}, "layers with chunked local attention"),
         ({"attention_chunk_size": 8}, "layers with chunked local attention"),
         ({"attn_logit_softcapping": 50.0}, "soft caps on attention logits"),
-        ({"model_type": "gpt_oss"}, "attention sinks"),
     ],
 )
 def test_attention_that_the_kernels_do_not_compute_is_refused(text, what):

@@ -130,7 +130,6 @@ def test_a_layer_with_a_window_gets_what_vllm_would_choose(ours):
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"),
         ({"block_size": 8}, "block_size not supported"),
         ({"use_mla": True}, "MLA not supported"),
-        ({"has_sink": True}, "attention sinks not supported"),
         ({"use_non_causal": True}, "non-causal attention not supported"),
         ({"use_kv_connector": True}, "KV connector not supported"),
     ],

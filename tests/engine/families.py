@@ -31,6 +31,7 @@ SHAPE: dict[str, Any] = {
     "pad_token_id": 0,
 }
 WINDOWED = {"num_hidden_layers": 6, "sliding_window": WINDOW, "layer_types": ALTERNATING}
+EVERY_SECOND = {"layer_types": ["sliding_attention", "full_attention"] * 3}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,6 +46,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3": ("Gemma3TextConfig", WINDOWED | {"query_pre_attn_scalar": 64, "tie_word_embeddings": True}),
     "cohere2": ("Cohere2Config", WINDOWED | {"tie_word_embeddings": True}),
     "exaone4": ("Exaone4Config", WINDOWED),
+    # With attention sinks, in layers with and without a window.
+    # vLLM gives every second layer of gpt-oss a window, whatever the configuration says.
+    "gpt-oss": ("GptOssConfig", WINDOWED | EVERY_SECOND | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granite": ("GraniteConfig", WINDOWED | {"attention_sinks": True, "attention_multiplier": 0.125}),
 }
 """Name -> the class of its configuration in transformers, and what differs from SHAPE."""
 
@@ -60,6 +65,15 @@ def _randomise(model: torch.nn.Module) -> None:
         weight.data.copy_(torch.randn(weight.shape, generator=generator) * gain * weight.shape[-1] ** -0.5)
 
 
+def _draw_sinks(model: torch.nn.Module) -> None:
+    """As heavy as some tokens together. transformers' Granite has no sinks, but saves what it is given."""
+    generator = torch.Generator().manual_seed(1)
+    for layer in model.model.layers:
+        if hasattr(layer.self_attn, "sinks") or getattr(model.config, "attention_sinks", False):
+            values = 2 + torch.randn(model.config.num_attention_heads, generator=generator)
+            layer.self_attn.sinks = torch.nn.Parameter(values)
+
+
 def make(name: str, folder: Path) -> str:
     import transformers
 
@@ -67,6 +81,7 @@ def make(name: str, folder: Path) -> str:
     config = getattr(transformers, config_class)(**SHAPE | changes)
     model = transformers.AutoModelForCausalLM.from_config(config)
     _randomise(model)
+    _draw_sinks(model)
     model.float().save_pretrained(folder)
     return str(folder)
 

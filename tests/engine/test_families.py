@@ -14,7 +14,7 @@ NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2
 OPTIONS = {"method": "sketch", "ratio": 0.2, "min_tokens": 40, "recent_tokens": 16}
 
 # Of six layers, those that see all of the context; the others have a sliding window, and are vLLM's own.
-FULL = {"olmo3": 2, "gemma3": 2, "cohere2": 2, "exaone4": 2}
+FULL = {"olmo3": 2, "gemma3": 2, "cohere2": 2, "exaone4": 2, "gpt-oss": 3, "granite": 2}
 # Llama is what all other tests have.
 FAMILIES = ["qwen2", "qwen3", "qwen3-moe", "mistral", "phi", "glm4", "olmo2", *FULL]
 

@@ -1,0 +1,55 @@
+"""What a layer's attention may have, and what is refused by name when the layer is made."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from specattn_vllm.backend import impl  # noqa: E402
+from specattn_vllm.methods import METHODS  # noqa: E402
+
+
+@pytest.fixture
+def layer(monkeypatch):
+    """layer(method, **arguments): the implementation of a layer of four heads of 64, on a CPU."""
+
+    def make(method: str, **arguments):
+        config = SimpleNamespace(
+            additional_config={"specattn": {"method": method, "executor": "torch"}},
+            device_config=SimpleNamespace(device="cpu"),
+            model_config=SimpleNamespace(dtype=torch.float32),
+        )
+        monkeypatch.setattr(impl, "get_current_vllm_config", lambda: config)
+        monkeypatch.setattr(impl.SpecAttnImpl, "sketch_bits", 0)
+        return impl.SpecAttnImpl(4, 64, 0.125, num_kv_heads=2, **arguments)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ({"alibi_slopes": [1.0]}, "ALiBi slopes"),
+        ({"sliding_window": 128}, "a sliding window"),
+        ({"logits_soft_cap": 30.0}, "a soft cap on logits"),
+        ({"kv_sharing_target_layer_name": "layers.0"}, "a KV cache shared between layers"),
+        ({"attn_type": "encoder"}, "an attention type other than decoder"),
+        ({"use_bananas": True}, "use_bananas"),
+    ],
+)
+def test_what_no_method_computes_is_refused(layer, arguments, what):
+    with pytest.raises(NotImplementedError, match=f"does not support models with {what} .* serve this model with vLLM"):
+        layer("sketch", **arguments)
+    assert layer("sketch", **dict.fromkeys(arguments) | {"attn_type": "decoder"}).sinks is None
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_sinks_are_for_methods_that_capture_no_scores(layer, method):
+    sinks = torch.zeros(4)
+    if method in ("sketch", "dense"):
+        assert layer(method, sinks=sinks).sinks is sinks
+        return
+    with pytest.raises(NotImplementedError, match=f"models with attention sinks .* with method '{method}'"):
+        layer(method, sinks=sinks)
