@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("vllm")
 
-from specattn_vllm.backend import impl  # noqa: E402
-from specattn_vllm.methods import METHODS  # noqa: E402
+from specattn_vllm.backend import impl
+from specattn_vllm.methods import METHODS
 
 
 @pytest.fixture
