@@ -100,12 +100,12 @@ def test_pages_that_do_not_fit_harm_nobody_else(setting, engine, prompts):
         hit = []
 
         def spoil(number: int, how=how, hit=hit) -> None:
-            if number >= 4 and any(name.rpartition("-")[0] == str(VICTIM) for name in at.requests):
+            if number >= 2 and any(name.rpartition("-")[0] == str(VICTIM) for name in at.requests):
                 at.poison(at.held_by(str(VICTIM)), how)
                 hit.append(number)
 
         found = at.tokens(given, spoil)
-        assert len(hit) >= 3, "the request ended before anything was done to it"
+        assert len(hit) >= 2, "the request ended before anything was done to it"
         harmed = found.pop(str(VICTIM))
         assert found == others, f"{how.__name__} in the pages of one request changes another"
         assert len(harmed) == NEW_TOKENS
