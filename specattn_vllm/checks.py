@@ -48,8 +48,7 @@ def check(vllm_config: VllmConfig) -> None:
     reasons = [*_engine(vllm_config), *_models(vllm_config), *_speculation(vllm_config), *options.refusals(vllm_config)]
     if reasons:
         raise UnsupportedError("--attention-backend specattn cannot serve this:\n  " + "\n  ".join(reasons))
-    if options.kind.check is not None:
-        resolve(options.kind.check)(vllm_config, options)
+    resolve(options.kind.check)(vllm_config, options)
 
 
 def _engine(config: VllmConfig) -> Iterator[str]:

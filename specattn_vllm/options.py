@@ -116,12 +116,12 @@ class SpecAttnOptions(BaseModel):
     def needs_token_pages(self) -> bool:
         """Whether some selection is made of single tokens of single heads. An executor that reads whole blocks cannot
         serve it."""
-        return self.kind.per_head or self.kind.target_reads == "own choice"
+        return self.kind.needs_token_pages
 
     @property
     def sparse_readers(self) -> tuple[str, ...]:
         """What reads a part of its cache: 'verification', 'drafting', or both."""
-        return () if self.kind.lossless else ("verification",)
+        return self.kind.readers
 
     @property
     def cannot_have(self) -> tuple[str, ...]:

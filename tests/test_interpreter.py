@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
@@ -19,9 +20,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def without_overlay() -> dict[str, str]:
-    """This process's environment as it was before scripts/test prepared it."""
-    return cpu_runner.without(os.environ)
+def printed_by(program: str, folder: Path) -> list:
+    """The JSON that a program prints last, in a process with the overlay and without what scripts/test prepared."""
+    (folder / "probe.py").write_text(program)
+    before = cpu_runner.without(os.environ)
+    command = [sys.executable, "-P", str(folder / "probe.py")]
+    result = subprocess.run(command, env=before | environment(before), capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 HASTE_PROBE = """
@@ -105,12 +111,7 @@ print(json.dumps([before, launch() | {"types": types()}, patched is interpreter.
 
 
 def test_the_interpreter_s_needless_work_is_left_out_and_changes_no_result(tmp_path):
-    probe = tmp_path / "probe.py"
-    probe.write_text(HASTE_PROBE)
-    env = without_overlay() | environment(without_overlay())
-    result = subprocess.run([sys.executable, "-P", str(probe)], env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    before, after, once = json.loads(result.stdout.splitlines()[-1])
+    before, after, once = printed_by(HASTE_PROBE, tmp_path)
     assert once
     # 2**40 + 2**21 + 1 in 32 bits, reported by nobody before either.
     assert after["results"] == before["results"] and after["results"][1] == [2**21 + 1]
@@ -161,12 +162,7 @@ print(json.dumps([before, launch()]))
 
 
 def test_the_interpreter_s_missing_logarithm_is_computed(tmp_path):
-    probe = tmp_path / "probe.py"
-    probe.write_text(LOG1P_PROBE)
-    env = without_overlay() | environment(without_overlay())
-    result = subprocess.run([sys.executable, "-P", str(probe)], env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    before, after = json.loads(result.stdout.splitlines()[-1])
+    before, after = printed_by(LOG1P_PROBE, tmp_path)
     assert "NoneType" in before, "what Triton does by itself; where this fails, the piece can go"
     values = [float(value) for value in after]
     assert values[:5] == pytest.approx([1 + math.log1p(-x) for x in (0.0, 1e-6, 0.25, 0.5, 0.75)], rel=1e-6)
@@ -209,11 +205,6 @@ print(json.dumps([before, error, launch(False), launch(True)]))
 
 
 def test_argmax_of_nothing_but_nan_stops_nobody(tmp_path):
-    probe = tmp_path / "probe.py"
-    probe.write_text(ARGMAX_PROBE)
-    env = without_overlay() | environment(without_overlay())
-    result = subprocess.run([sys.executable, "-P", str(probe)], env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    before, error, same, alone = json.loads(result.stdout.splitlines()[-1])
+    before, error, same, alone = printed_by(ARGMAX_PROBE, tmp_path)
     assert "All-NaN" in str(error), "what Triton does by itself; where this fails, the piece can go"
     assert before == same == [2, 1] and alone == [0, 1]

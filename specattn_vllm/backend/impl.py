@@ -97,7 +97,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         if attn_metadata is None:
             # There is no cache yet: vLLM profiles memory, or we measure the centre of the keys.
             if self.choice is not None and self.choice.probing:
-                self.choice.probe(query, key, value, self.scale, output, self.sinks)
+                self.choice.probe(self, query, key, value, output)
                 return output
             return output.fill_(0)
         md = attn_metadata

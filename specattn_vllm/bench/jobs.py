@@ -7,7 +7,7 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from specattn_vllm.bench.grid import Cell
+from specattn_vllm.bench import sizes
 from specattn_vllm.bench.schema import CellResult, Job, OfEngine
 from specattn_vllm.installed import UserError
 from specattn_vllm.options import SpecAttnOptions
@@ -16,9 +16,6 @@ from specattn_vllm.tools.models import Shape
 
 DRAFT_TOKENS = 5
 ACCEPTANCE_LENGTH = 3.5
-SETTLING_ROUNDS = 2
-"""Rounds after the last request's first token that are not timed: the pipeline of steps fills up."""
-
 T = TypeVar("T")
 
 
@@ -187,15 +184,15 @@ def _job(
     draft_tokens = drafted.get(mode, drafted[""])
     # Prompts are the same for every mode, speculating or not, so they leave room for the one that drafts most.
     most = max(drafted.values())
-    room = shape.max_position - generated_tokens(args.output_tokens, most) - slack_tokens(most)
-    generated = generated_tokens(args.output_tokens, draft_tokens)
-    cells = [CellResult(name=str(c), batch=c.batch, prompt_tokens=prompt_tokens(c, room)) for c in args.grid]
+    room = shape.max_position - sizes.generated_tokens(args.output_tokens, most) - sizes.slack_tokens(most)
+    generated = sizes.generated_tokens(args.output_tokens, draft_tokens)
+    cells = [CellResult(name=str(c), batch=c.batch, prompt_tokens=sizes.prompt_tokens(c, room)) for c in args.grid]
     arguments: dict[str, Any] = {
         "model": "{target}",
         "skip_tokenizer_init": True,
         "enable_prefix_caching": True,
         "max_num_seqs": max(cell.batch for cell in cells),
-        "max_model_len": max(cell.prompt_tokens for cell in cells) + generated + slack_tokens(draft_tokens),
+        "max_model_len": max(cell.prompt_tokens for cell in cells) + generated + sizes.slack_tokens(draft_tokens),
         "max_num_batched_tokens": 8192,
         "seed": 0,
     }
@@ -204,9 +201,9 @@ def _job(
     if args.device == "cpu":
         arguments |= {"dtype": "float32", "enforce_eager": True, "distributed_executor_backend": "uni"}
     else:
-        sizes = capture_sizes(mode, [cell.batch for cell in cells], draft_tokens)
+        graphs = sizes.graph_tokens(drafter, mode == "draft-v1", [cell.batch for cell in cells], draft_tokens)
         arguments |= {"dtype": "bfloat16", "gpu_memory_utilization": args.gpu_memory_utilization}
-        arguments["compilation_config"] = {"cudagraph_capture_sizes": sizes}
+        arguments["compilation_config"] = {"cudagraph_capture_sizes": graphs}
     if drafter:
         arguments["speculative_config"] = speculation(name, drafter, draft_tokens, length)
     if options is not None:
@@ -266,43 +263,3 @@ def environment(mode: str) -> dict[str, str]:
         "VLLM_PLUGINS": "" if MODES[mode].options is None else "specattn",
         "VLLM_NO_USAGE_STATS": "1",
     }
-
-
-def generated_tokens(output_tokens: int, draft_tokens: int) -> int:
-    """Tokens that a request generates so that about `output_tokens` of them are timed.
-
-    What is cut off, in rounds of at most K + 1 tokens: at the start those in which the pipeline fills, at the end those
-    in which requests finish one by one (`worker.window`).
-    """
-    return output_tokens + (SETTLING_ROUNDS + 3) * (draft_tokens + 1)
-
-
-def slack_tokens(draft_tokens: int) -> int:
-    """Positions past the last generated token that drafts of the rounds in flight may take."""
-    return 2 * (draft_tokens + 1)
-
-
-def prompt_tokens(cell: Cell, room: int) -> int:
-    """The cell's context, or what of it fits within the model's positions beside what is generated."""
-    if room < 1:
-        raise ValueError("--output-tokens: what is generated does not fit in the model's positions; ask for fewer")
-    # Whole blocks: vLLM caches no others.
-    return cell.context if cell.context <= room else max(room // 16 * 16, 1)
-
-
-def capture_sizes(mode: str, batches: Sequence[int], draft_tokens: int) -> list[int]:
-    """Sizes of CUDA graphs, in tokens, that the grid's batches need.
-
-    A plain step has a token per request, a verification K + 1. On runner V2 a head drafts in graphs of one token per
-    request; a draft model of stock vLLM has no graphs there, and one of ours has its own. On runner V1 a draft model
-    runs in graphs of these sizes: K + 2 tokens per request in its first step, and one in the others. What is not a
-    multiple of K + 1 is rounded up here: vLLM rounds it too, and then drops what exceeds the largest size given.
-    """
-    if MODES[mode].drafter is None:
-        return sorted(set(batches))
-    verified = draft_tokens + 1
-    wanted = [batch * verified for batch in batches]
-    if mode == "draft-v1":
-        wanted += [tokens for batch in batches for tokens in (batch, batch * (draft_tokens + 2))]
-    rounded = {-(-tokens // verified) * verified for tokens in wanted}
-    return sorted(rounded | set(batches if MODES[mode].drafter == "eagle" else ()))

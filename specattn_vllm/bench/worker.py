@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from specattn_vllm.bench.jobs import SETTLING_ROUNDS
 from specattn_vllm.bench.schema import NO_ROOM, CellResult, EngineResult, Job, OfEngine, Result, Sample
+from specattn_vllm.bench.sizes import SETTLING_ROUNDS
 from specattn_vllm.causes import summary
 from specattn_vllm.tools import models
 from specattn_vllm.tools.engines import end_with_the_parent

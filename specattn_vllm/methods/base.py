@@ -53,9 +53,9 @@ class Method:
     rank) that returns the `Plan` (`speculation/maps.py`)."""
     smaller: str = ""
     """What else helps if buffers are too large: a clause that begins with ', or'."""
-    check: str | None = None
-    """Import path of a function(vllm_config, options), called at start-up. It raises an error if the method cannot
-    serve these models."""
+    check: str = "specattn_vllm.methods.refusals.nothing_more"
+    """Import path of a function(vllm_config, options), called at start-up if there is no refusal. It raises an error if
+    the method cannot serve these models."""
     speculator: str = "specattn_vllm.speculation.rounds.RoundSpeculator"
     """Import path of the class that replaces vLLM's draft-model speculator."""
     attach: str = "specattn_vllm.speculation.counting.watch_drafter"
@@ -66,6 +66,16 @@ class Method:
     def lossless(self) -> bool:
         """Whether the output is the target's own, because its verification is dense."""
         return self.target_reads == "everything"
+
+    @property
+    def readers(self) -> tuple[str, ...]:
+        """What reads a part of its cache, drafting left out."""
+        return () if self.lossless else ("verification",)
+
+    @property
+    def needs_token_pages(self) -> bool:
+        """Whether some selection is made of single tokens of single heads."""
+        return self.per_head or self.target_reads == "own choice"
 
     @property
     def guarantee(self) -> str:

@@ -8,6 +8,10 @@ from typing import Any
 from specattn_vllm.layer_kinds import full_layers, has_windows
 
 
+def nothing_more(config: Any, options: Any) -> None:
+    """The check of a method whose options refuse all that it cannot serve."""
+
+
 def another_drafter(config: Any, asks: str) -> Iterator[str]:
     """For what needs a separate draft model: a drafter that is none. asks: what needs it."""
     spec = config.speculative_config

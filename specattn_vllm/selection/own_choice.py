@@ -12,6 +12,7 @@ and a step may only use buffers that keep their addresses, so that it can be cap
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,17 +105,9 @@ class LayerChoice:
     probing = False
     """Whether forward passes without a cache are measurements for this object (`probe`)."""
 
-    def probe(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        output: torch.Tensor,
-        sinks: torch.Tensor | None = None,
-    ) -> None:
-        """Attend without a cache, and measure. query, output [T, Hq, D] or flat; key, value [T, H, D] or flat; sinks
-        [Hq]: the heads' sinks, if they have any."""
+    def probe(self, impl: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor) -> None:
+        """Attend without a cache, and measure. impl: the layer's implementation, with its `scale` and `sinks`; query,
+        out [T, Hq, D] or flat; key, value [T, H, D] or flat."""
         raise NotImplementedError
 
     def write(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -68,19 +68,10 @@ class LayerSketch(LayerChoice):
         turned = mean_key @ self.sketch.rotation.float() * self.sketch.head_size**-0.5
         self.centre.copy_(turned)
 
-    def probe(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        scale: float,
-        output: torch.Tensor,
-        sinks: torch.Tensor | None = None,
-    ) -> None:
-        """Attend without a cache, and set the centre to the mean of the keys. query, output [T, Hq, D] or flat; key,
-        value [T, H, D] or flat; sinks [Hq] or None."""
+    def probe(self, impl: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor) -> None:
+        """Attend without a cache, and set the centre to the mean of the keys. Arguments as in `LayerChoice`."""
         size = self.sketch.head_size
-        attend_densely(query, key, value, scale, output, head_size=size, sinks=sinks)
+        attend_densely(query, key, value, impl.scale, out, head_size=size, sinks=impl.sinks)
         self.set_centre(key.view(key.shape[0], -1, size).float().mean(0))
 
     def _views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from specattn_vllm.bench import jobs as modes
+from specattn_vllm.bench import sizes
 from specattn_vllm.bench.jobs import MODES
 from specattn_vllm.bench.serve.schema import ServeJob, Traffic
 from specattn_vllm.tools.models import DEMO, EAGLE, Shape
@@ -59,7 +60,7 @@ def _job(
         raise ValueError(f"--modes {mode}: the shape {shape.name} has no head of EAGLE-3's")
     arguments: dict[str, Any] = {
         "max_num_seqs": args.max_num_seqs,
-        "max_model_len": max(args.input_len) + args.output_len + modes.slack_tokens(max(drafted.values())),
+        "max_model_len": max(args.input_len) + args.output_len + sizes.slack_tokens(max(drafted.values())),
     }
     if shape is not None:
         arguments["load_format"] = "dummy"
