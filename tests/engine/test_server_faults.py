@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
 import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -162,15 +164,28 @@ def processes_of(server) -> list[psutil.Process]:
     return [whole, *whole.children(recursive=True)]
 
 
-async def under_load(server, prompts, tokens: int, then) -> list:
-    """What eight requests got; `then` is called once they run."""
-    client = client_of(server)
+async def under_load(server, prompts, tokens: int, then, patience: float = 300) -> list:
+    """What eight requests got; `then` is called once they run. patience: seconds after which a client gives up."""
+    client = client_of(server).with_options(timeout=patience)
     going = [asyncio.create_task(ask(client, prompt, tokens)) for prompt in prompts[:8]]
     while gauge(server, "num_requests_running") < 2:
         await asyncio.sleep(0.1)
     await asyncio.sleep(0.5)
     then()
     return await asyncio.wait_for(asyncio.gather(*going, return_exceptions=True), 300)
+
+
+@SHARED
+def test_a_server_that_is_told_to_end_under_load_ends(server, long_prompts):
+    """vLLM answers no request that is open then, or each with an error, and ends when the clients have gone; stock vLLM
+    does the same. The last of those that share the server."""
+    mine = processes_of(server)
+    tell = partial(server.process.send_signal, signal.SIGTERM)
+    got = asyncio.run(under_load(server, long_prompts, 600, tell, patience=20))
+    assert all(isinstance(answer, openai.APIError) for answer in got), got
+    server.process.wait(60)
+    _, left = psutil.wait_procs(mine, timeout=20)
+    assert not left, f"processes that were left behind: {left}"
 
 
 def test_a_server_whose_engine_is_killed_says_so_and_ends(serve, tmp_path, long_prompts):
