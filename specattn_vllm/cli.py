@@ -93,7 +93,7 @@ COMMANDS = {
     "bench": in_module("bench.command", "how fast it decodes, next to stock vLLM, on this machine"),
     "calibrate": in_module("calibrate.command", "the layer map of a pair of models, measured on text"),
     "eval": in_module("evaluation.command", "what pruning costs in quality, measured in engines"),
-    "report": in_module("report.command", "what `specattn eval` and `specattn bench` measured, as one HTML page"),
+    "report": in_module("evaluation.html.command", "what `eval` and `bench` measured, as one HTML page"),
     "completion": in_module("completion", "the script by which a shell completes this command's words"),
 }
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"specattn_vllm": ROOT / "specattn_vllm", "specattn_vllm.kernels": ROOT / "kernels"}
-TOOLS = ("bench", "calibrate", "evaluation", "report", "demo", "cli", "completion", "info", "tools", "causes", "doctor")
+TOOLS = ("bench", "calibrate", "evaluation", "demo", "cli", "completion", "info", "tools", "causes", "doctor")
 REGISTRY = ("specattn_vllm.options", "specattn_vllm.methods")
 """Options look up the method that is named; methods bring options of their own."""
 

@@ -126,7 +126,7 @@ def cells_of(results: list) -> dict[str, dict[str, str]]:
 
 def test_the_picture_joins_budgets_of_one_kind_and_leaves_out_what_is_lossless(half, job, result_of):
     pytest.importorskip("matplotlib")
-    from specattn_vllm.report import charts
+    from specattn_vllm.evaluation.html import charts
 
     budgets = [Setting(name=f"kept {share}%", options={"rule": "top_k", "ratio": share / 100}) for share in (5, 25)]
     results = [result_of(job()), result_of(job(half), kept=0.5)]

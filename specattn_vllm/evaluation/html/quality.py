@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from specattn_vllm.evaluation import report as tables
+from specattn_vllm.evaluation.html import charts
 from specattn_vllm.evaluation.results import Report, SettingResult
-from specattn_vllm.report import charts
 from specattn_vllm.tools.provenance import different
 
 

@@ -16,9 +16,9 @@ import pytest
 from specattn_vllm import cli
 from specattn_vllm.bench import report as speed
 from specattn_vllm.bench import schema
+from specattn_vllm.evaluation.html import charts
 from specattn_vllm.evaluation.report import differences, markdown
 from specattn_vllm.evaluation.results import Report
-from specattn_vllm.report import charts
 
 pytest.importorskip("jinja2")
 pytest.importorskip("matplotlib")

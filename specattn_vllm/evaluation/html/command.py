@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
 def section(path: Path) -> dict[str, Any]:
     """What its template shows of a file: a section for each, because what they measured need not be comparable."""
     from specattn_vllm.bench import schema
-    from specattn_vllm.report import quality, speed
+    from specattn_vllm.evaluation.html import quality, speed
 
     try:
         given = json.loads(path.read_bytes())
@@ -61,7 +61,7 @@ def render(sections: list[dict[str, Any]]) -> str:
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("specattn_vllm.report"),
+        loader=jinja2.PackageLoader("specattn_vllm.evaluation.html"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
