@@ -68,8 +68,11 @@ def attend(
     softmax_scale,
     block_table,
     return_softmax_lse=False,
+    s_aux=None,
 ):
-    """Causal attention over pages [P, N, H, D] as `flash_attn_varlen_func` does it, for fa_version=3, causal=True."""
+    """Causal attention over pages [P, N, H, D] as `flash_attn_varlen_func` does it, for fa_version=3, causal=True.
+    s_aux [Hq]: a logit of each head that takes mass and has no value.
+    """
     assert k.shape == v.shape and k.shape[3] == q.shape[2]
     # A zero stride is refused by the tensor memory accelerator.
     assert all(k.stride()) and all(v.stride()) and k.stride(3) == v.stride(3) == q.stride(2) == 1
@@ -92,7 +95,9 @@ def attend(
                 keys = torch.stack([k[p, o, h // group] for p, o in seen]).double()
                 values = torch.stack([v[p, o, h // group] for p, o in seen]).double()
                 logits = softmax_scale * keys @ q[starts[r] + i, h].double()
-                row.copy_(logits.softmax(0) @ values)
+                sink = torch.tensor(-torch.inf if s_aux is None else float(s_aux[h]), dtype=torch.float64)
+                weights = torch.cat((logits, sink[None])).softmax(0)[:-1]
+                row.copy_(weights @ values)
                 lse[h, starts[r] + i] = logits.logsumexp(0)
     return (out, lse) if return_softmax_lse else out
 
@@ -161,7 +166,8 @@ def test_rows_that_fill_a_graph_s_batch_get_zeros_and_disturb_nobody(groups):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("blocks", [1, BLOCKS])
-def test_dense_attention_is_the_reference_s(layout, heads, blocks):
+@pytest.mark.parametrize("with_sinks", [False, True])
+def test_dense_attention_is_the_reference_s(layout, heads, blocks, with_sinks):
     torch.manual_seed(0)
     cache = LAYOUTS[layout](heads)[:blocks]
     lens, counts = ([4], [3]) if blocks == 1 else ([7, 3, 12], [2, 3, 1])
@@ -174,7 +180,8 @@ def test_dense_attention_is_the_reference_s(layout, heads, blocks):
     seq_lens = torch.tensor(lens, dtype=torch.int32)
     query = torch.randn(sum(counts), 2 * heads, SIZE)
     out, wanted = torch.full_like(query, torch.nan), torch.full_like(query, torch.nan)
-    fa3.dense_attention(query, cache, block_table, seq_lens, starts, SCALE, out, max(counts), max(lens))
-    reference.dense_attention(query, cache, block_table, seq_lens, starts, SCALE, wanted)
+    sinks = torch.linspace(-1, 2, 2 * heads) if with_sinks else None
+    fa3.dense_attention(query, cache, block_table, seq_lens, starts, SCALE, out, max(counts), max(lens), sinks)
+    reference.dense_attention(query, cache, block_table, seq_lens, starts, SCALE, wanted, sinks)
     torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
     assert not out.isnan().any()
