@@ -13,6 +13,7 @@ from types import FunctionType
 
 from .attention.reference import dense_attention, draft_attention, sparse_attention
 from .bookkeeping.reference import count_reads, count_sampled, load_round, take_selections
+from .guarantee.reference import bound_lost, sample_unread
 from .selection.reference import (
     accumulate_mass,
     build_block_tables,

@@ -30,7 +30,7 @@ MORE = {
 }
 """Where the documents say more of an option."""
 WORDS = {"boolean": "true, false", "string": "text", "array": "a list of numbers"}
-SIGNS = {"exclusiveMinimum": ">", "minimum": ">=", "maximum": "<="}
+SIGNS = {"exclusiveMinimum": ">", "minimum": ">=", "maximum": "<=", "exclusiveMaximum": "<"}
 MOST = 2**31 - 1
 """Bounds of a number that go without saying."""
 

@@ -50,6 +50,10 @@ class Counts:
     """Entries whose sketch was also read in a sample before the search, to normalise the scores of the query rows."""
     draft_kv_sampled: int = 0
     """The same for sparse drafting."""
+    heads_checked: int = 0
+    """With a guarantee: selections that were checked, each of one KV head in one layer of a row."""
+    heads_fallen: int = 0
+    """Those of them that might have lost too much, so that the head read everything."""
 
     @classmethod
     def stored(cls, counts: Mapping[str, int]) -> Counts:
@@ -106,9 +110,16 @@ class Counts:
         if self.by_own_choice:
             searched = f" and searched the sketch of {self.scanned_fraction:.1%}" if self.kv_scanned else ""
             rows = f"dense rows {dense}short context {self.short_context_rows})"
-            return f"{head}target {read}{searched}{drafting}, {rows}, {prefill}"
+            return f"{head}target {read}{searched}{drafting}{self._guarantee}, {rows}, {prefill}"
         rows = f"dense verification rows {dense}no selection {self.unselected_rows}, stale {self.stale_rows})"
         return f"{head}verification {read}{drafting}, {rows}, {prefill}"
+
+    @property
+    def _guarantee(self) -> str:
+        if not self.heads_checked:
+            return ""
+        held = 1 - self.heads_fallen / self.heads_checked
+        return f", guarantee held in {held:.1%} of {self.heads_checked} selections"
 
 
 _NAMES = tuple(f.name for f in fields(Counts))

@@ -29,7 +29,9 @@ BUDGET = SHARE | {"rule": None, "top_p": 0.9}
 SPARSE_DRAFT = BUDGET | {"sparse_draft": False, "draft_ratio": None, "sketch_bits": 2}
 BY_DRAFT = BUDGET | {"layer_map": None, "dense_layers": (), "combine": "sum", "audit_share": 0.0}
 DEFAULTS = {
-    "sketch": SPARSE_DRAFT | {"ratio": 0.125, "sparse_draft": True, "shared_budget": "layers", "audit_share": 0.0},
+    "sketch": SPARSE_DRAFT
+    | {"ratio": 0.125, "sparse_draft": True, "shared_budget": "layers", "audit_share": 0.0}
+    | {"epsilon": None, "delta": 0.05, "draws": 64},
     "specattn": BY_DRAFT | {"ratio": 0.25},
     "sts": BY_DRAFT,
     "vegas": BUDGET | {"dilation": None},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -121,18 +122,19 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         step = md.choice
         rows, tokens = slice(0, step.num_rows), slice(0, step.num_tokens)
         starts = md.query_start_loc[: step.num_rows + 1]
-        page_table, kept = self.choice.select(
-            step, query[tokens], kv_cache, md.block_table[rows], md.seq_lens[rows], starts, self.scale
-        )
-        self._read(query, kv_cache, md, step, page_table, kept, out)
+        batch = (step, query[tokens], kv_cache, md.block_table[rows], md.seq_lens[rows], starts, self.scale)
+        page_table, kept = self.choice.select(*batch)
+        confirm = functools.partial(self.choice.confirm, *batch) if self.choice.confirms else None
+        self._read(query, kv_cache, md, step, page_table, kept, out, confirm)
 
     def _read(
-        self, query, kv_cache, md: SpecAttnMetadata, step: SparsePlan | ChoiceStep, page_table, kept, out
+        self, query, kv_cache, md: SpecAttnMetadata, step: SparsePlan | ChoiceStep, page_table, kept, out, confirm=None
     ) -> None:
-        """The step's first rows read through their page tables; the rows after them are dense."""
+        """The step's first rows read through their page tables; the rows after them are dense. confirm(out, lse): may
+        replace what was attended to."""
         rows, tokens = step.num_rows, step.num_tokens
         lse = None
-        if self.audit is not None or self.sinks is not None:
+        if self.audit is not None or self.sinks is not None or confirm is not None:
             lse = query.new_empty((tokens, self.num_heads), dtype=torch.float32)
         self.operations.sparse_attention(
             query[:tokens],
@@ -145,6 +147,8 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             step.max_query_len,
             lse,
         )
+        if confirm is not None:
+            confirm(out[:tokens], lse)
         if self.sinks is not None and lse is not None:
             weigh_against_sinks(out[:tokens], lse, self.sinks)
         if self.audit is not None and lse is not None:

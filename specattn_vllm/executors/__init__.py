@@ -50,6 +50,8 @@ class Operations:
     carry_thresholds: Callable[..., None]
     cut_scores: Callable[..., None]
     list_pages: Callable[..., None]
+    sample_unread: Callable[..., None]
+    bound_lost: Callable[..., None]
     dense_attention: Callable[..., None]
     write_kv: Callable[..., None]
     granularity: Literal["token", "block"] = "token"

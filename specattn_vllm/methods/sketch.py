@@ -1,8 +1,8 @@
 """The target's own queries choose the tokens that they read, over a small copy of its keys (docs/sketch.md)."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from specattn_vllm.methods.base import Method
 from specattn_vllm.methods.budget import AuditedOptions, SketchedDraftOptions, ratio_field, sparse_draft_field
@@ -21,6 +21,29 @@ class SketchOptions(SketchedDraftOptions, AuditedOptions):
         "request's last sparse step. 'heads': the heads of each layer. 'none': every head reads the same amount. Not "
         "with `top_p`.",
     )
+    epsilon: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description="A guarantee: the most attention mass that a KV head may leave unread, for each query row. It is "
+        "checked by a sample of the unread tokens. A head that may lose more reads everything, in the same step.",
+    )
+    delta: float = for_researchers(
+        0.05,
+        gt=0.0,
+        lt=0.5,
+        description="With `epsilon`: how often a row may lose more than `epsilon` without being noticed, at most.",
+    )
+    draws: Literal[32, 64, 128, 256] = for_researchers(
+        64, description="With `epsilon`: unread tokens that are drawn for each KV head."
+    )
+
+    @property
+    def promise(self) -> Any:
+        """What is checked after each selection, a `Promise`; None: nothing is."""
+        from specattn_vllm.sketch.guarantee import Promise
+
+        return None if self.epsilon is None else Promise(self.epsilon, self.delta, self.draws)
 
     @property
     def searched_bits(self) -> int:
@@ -32,6 +55,18 @@ class SketchOptions(SketchedDraftOptions, AuditedOptions):
             raise ValueError(
                 f"shared_budget {self.shared_budget!r} with a share of the attention (top_p), which each KV head meets "
                 "by itself: set ratio in the place of top_p, or leave shared_budget out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _a_guarantee_has_its_limit(self) -> Self:
+        given = [f"{name} {getattr(self, name)}" for name in ("delta", "draws") if name in self.model_fields_set]
+        if given and self.epsilon is None:
+            raise ValueError(f"{' and '.join(given)} without epsilon, the mass that may be lost: set epsilon too")
+        if self.epsilon is not None and self.executor == "fa3":
+            raise ValueError(
+                f"epsilon {self.epsilon} with executor 'fa3', whose sparse attention cannot leave out heads: use "
+                "'auto' or 'triton'"
             )
         return self
 

@@ -86,6 +86,13 @@ def _bytes_present(found: Snapshot) -> Values:
     return _by({by: n * found.caches[by].entry for by, n in _entries(found, "full").items()})
 
 
+def _guaranteed(found: Snapshot) -> Values:
+    counts = found.counts
+    if not counts.heads_checked:
+        return {}
+    return {("held",): counts.heads_checked - counts.heads_fallen, ("read everything",): counts.heads_fallen}
+
+
 def _audited(found: Snapshot) -> Values:
     return {} if found.audited is None else {(f"{edge:g}",): n for edge, n in found.audited.buckets}
 
@@ -165,6 +172,15 @@ FAMILIES = (
         "Bytes of the KV cache that would have been read without a selection.",
         ("by",),
         _bytes_present,
+        every_rank=True,
+    ),
+    Family(
+        "specattn:guarantee_selections_total",
+        "counter",
+        "With a guarantee: selections of one KV head in one layer of a row, by whether the guarantee held or the head had "
+        "to read everything.",
+        ("result",),
+        _guaranteed,
         every_rank=True,
     ),
     Family(

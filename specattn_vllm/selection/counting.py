@@ -33,6 +33,13 @@ class StepCounts:
         self.counters = counters
         self._kept, self._dense, self._dense_up_to, self._searches = kept, dense, dense_up_to, searches
         self._pending: _Pending | None = None
+        self._fallen: torch.Tensor | None = None
+        self._draws = 0
+
+    def guard(self, fallen: torch.Tensor, draws: int) -> None:
+        """Count for a guarantee. fallen [layers, R, H] int32: 1 for KV heads that had to read everything in the last
+        step. draws: keys that each head reads to find out."""
+        self._fallen, self._draws = fallen, draws
 
     def begin(
         self,
@@ -89,6 +96,13 @@ class StepCounts:
             kv_read=(read * verifies).sum(),
             sparse_rows=chose.sum(),
         )
+        if self._fallen is not None:
+            checked = chose.sum() * per_token
+            fallen = self._fallen[:, : pending.rows].sum(dim=(0, 2), dtype=torch.int64)
+            # A key is half an entry.
+            self.counters.add(
+                heads_checked=checked, heads_fallen=(fallen * chose).sum(), kv_read=checked * self._draws // 2
+            )
         if self._searches:
             self.counters.add(
                 kv_scanned=(pending.context * chose).sum() * per_token,

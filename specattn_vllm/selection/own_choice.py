@@ -104,6 +104,8 @@ class LayerChoice:
 
     probing = False
     """Whether forward passes without a cache are measurements for this object (`probe`)."""
+    confirms = False
+    """Whether `confirm` is called after attention over the selection."""
 
     def probe(self, impl: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor) -> None:
         """Attend without a cache, and measure. impl: the layer's implementation, with its `scale` and `sinks`; query,
@@ -135,4 +137,20 @@ class LayerChoice:
 
         query [T, Hq, D] of those rows; block_table [R, blocks], seq_lens [R] and query_start_loc [R+1] int32.
         """
+        raise NotImplementedError
+
+    def confirm(
+        self,
+        step: ChoiceStep,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """Look at the attention over the selection, and replace it where it does not suffice. The first arguments are
+        those of `select`. out [T, Hq, D], lse [T, Hq] float32: its result and logsumexp, which may be overwritten."""
         raise NotImplementedError

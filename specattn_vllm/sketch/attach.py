@@ -14,6 +14,7 @@ from specattn_vllm.kernels.sketch.contracts import Budget
 from specattn_vllm.methods.sketch import SketchOptions
 from specattn_vllm.sketch.budget import budget_of
 from specattn_vllm.sketch.centre import measure_centres
+from specattn_vllm.sketch.guarantee import Promise
 from specattn_vllm.sketch.layer import LayerSketch
 from specattn_vllm.sketch.step import Shape, Sketch
 from specattn_vllm.speculation.announce import sizes
@@ -34,6 +35,7 @@ def make_sketch(
     counters: Counters,
     max_query_len: int,
     steps_ahead: int | None = None,
+    promise: Promise | None = None,
 ) -> tuple[Sketch, dict[str, LayerSketch]]:
     """A sketch, with its buffers, and its part for each of a model's layers, all keyed by vLLM's names. runner: vLLM's
     model runner, or our speculator."""
@@ -48,7 +50,9 @@ def make_sketch(
         max_num_reqs=runner.max_num_reqs,
         max_model_len=row_width(runner.max_model_len),
     )
-    sketch = allocated(lambda device: Sketch(operations, budget, bits, shape, counters, device, steps_ahead), runner)
+    sketch = allocated(
+        lambda device: Sketch(operations, budget, bits, shape, counters, device, steps_ahead, promise), runner
+    )
     return sketch, {name: LayerSketch(sketch, index) for index, name in enumerate(layers)}
 
 
@@ -64,6 +68,7 @@ def attach(runner: Any, options: SketchOptions) -> None:
         options.sketch_bits,
         counters_of(runner),
         runner.decode_query_len,
+        promise=options.promise,
     )
     target = join(runner, options, operations, sketch, choices)
     measure_centres(runner.model, choices.values(), runner.vllm_config, runner.device)
@@ -84,6 +89,14 @@ def _announce(options: SketchOptions, sketch: Sketch, crossover: int, vllm_confi
         sum(nbytes.values()) / 2**20,
         sizes(nbytes),
     )
+    if options.promise is not None:
+        logger.info(
+            "specattn: a KV head reads everything if it may lose more than %g of a row's attention mass (confidence "
+            "%g, from %d tokens that it did not read)",
+            options.promise.epsilon,
+            1 - options.promise.delta,
+            options.promise.draws,
+        )
     if crossover:
         logger.info(
             "specattn: batches of fewer than %d context tokens are dense, with CUDA graphs of their own",

@@ -54,6 +54,7 @@ class LayerSketch(LayerChoice):
     def __init__(self, sketch: Sketch, index: int) -> None:
         self.sketch = sketch
         self.index = index
+        self.confirms = sketch.guarantee is not None
         shape = (sketch.num_kv_heads, sketch.head_size)
         self.centre = torch.zeros(shape, dtype=torch.float32, device=sketch.device)
         """[H, D], rotated. It is measured once, before any key is written, and never changes."""
@@ -154,17 +155,86 @@ class LayerSketch(LayerChoice):
         if self.index == 0 and budget.shared == "layers":
             operations.carry_thresholds(*batch, *carried, budget)
         operations.cut_scores(histogram, chunks, *batch, dense, scores, *carried, budget, cuts, starts)
-        operations.list_pages(
-            scores,
-            cuts,
-            starts,
-            *batch,
+        self._list_pages(step, kv_cache, block_table, seq_lens, query_start_loc, kept)
+        return page_table, kept
+
+    def _list_pages(
+        self,
+        step: ChoiceStep,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        kept: torch.Tensor,
+    ) -> None:
+        sketch, rows = self.sketch, step.num_rows
+        sketch.operations.list_pages(
+            sketch.scores[:rows],
+            sketch.cuts[:rows],
+            sketch.starts[:rows],
+            query_start_loc,
+            seq_lens,
             block_table,
             kv_cache.shape[2],
             self.page_strides,
-            *ends,
+            sketch.budget.sink,
+            sketch.budget.recent,
             sketch.ahead,
-            page_table,
+            sketch.page_table[self.index % sketch.page_table.shape[0], :rows],
             kept,
         )
-        return page_table, kept
+
+    def confirm(
+        self,
+        step: ChoiceStep,
+        query: torch.Tensor,
+        kv_cache: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        scale: float,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        """KV heads that may lose more than the guarantee allows attend to everything. Arguments as in `LayerChoice`."""
+        sketch, rows, guarantee = self.sketch, step.num_rows, self.sketch.guarantee
+        assert guarantee is not None
+        promise, operations = guarantee.promise, sketch.operations
+        sample = (guarantee.positions[:rows], guarantee.worth[:rows])
+        cuts, lost, again = sketch.cuts[:rows], guarantee.lost[:rows], guarantee.again[:rows]
+        operations.sample_unread(
+            sketch.scores[:rows],
+            sketch.histogram[:rows],
+            sketch.chunks[:rows],
+            cuts,
+            sketch.starts[:rows],
+            query_start_loc,
+            seq_lens,
+            sketch.budget.sink,
+            sketch.budget.recent,
+            self.index,
+            *sample,
+        )
+        operations.bound_lost(
+            query,
+            kv_cache,
+            block_table,
+            query_start_loc,
+            *sample,
+            lse,
+            scale,
+            promise.quantile,
+            step.max_query_len,
+            lost,
+        )
+        fallen = lost > promise.epsilon
+        guarantee.fallen[self.index, :rows].copy_(fallen)
+        # Threshold -1 lists everything. Attention leaves heads without entries as they are.
+        cuts[..., 0].masked_fill_(fallen, -1)
+        self._list_pages(step, kv_cache, block_table, seq_lens, query_start_loc, again)
+        again.mul_(fallen)
+        page_table = sketch.page_table[0, :rows]
+        operations.sparse_attention(
+            query, kv_cache, page_table, again, query_start_loc, scale, out, step.max_query_len, lse
+        )
+        sketch.kept[self.index, :rows].add_(again)

@@ -11,6 +11,7 @@ from specattn_vllm.executors import Operations
 from specattn_vllm.kernels.sketch.contracts import BINS, CHUNK, TOTALS, Budget
 from specattn_vllm.kernels.sketch.layout import SketchLayout
 from specattn_vllm.selection.own_choice import Chooser
+from specattn_vllm.sketch.guarantee import Guarantee, Promise
 from specattn_vllm.sketch.rotation import rotation
 from specattn_vllm.stats import Counters
 
@@ -54,9 +55,10 @@ class Sketch(Chooser):
         counters: Counters,
         device: torch.device,
         steps_ahead: int | None = None,
+        promise: Promise | None = None,
     ) -> None:
         """steps_ahead: how many steps, each one token longer, may follow a step that chooses. With it, heads must not
-        share a budget."""
+        share a budget. promise: what is checked after each selection, not with steps_ahead."""
         super().__init__(
             counters,
             layers=shape.layers,
@@ -94,6 +96,10 @@ class Sketch(Chooser):
         self.rotation = (
             torch.empty(0, **new) if device.type == "meta" else rotation(shape.head_size, shape.dtype, device)
         )
+        self.guarantee: Guarantee | None = None
+        if promise is not None:
+            self.guarantee = Guarantee(promise, shape.layers, requests, heads, device)
+            self.counts.guard(self.guarantee.fallen, promise.draws)
         self.layout = SketchLayout(heads, 16, shape.head_size, bits, shape.dtype.itemsize)
 
     def _most(self) -> int:
@@ -112,6 +118,7 @@ class Sketch(Chooser):
             "queries": self.packed.nbytes + self.factors.nbytes,
             "scores": self.scores.nbytes + self.histogram.nbytes + self.chunks.nbytes,
             "page tables": sum(t.nbytes for t in (self.page_table, self.kept, self.following, self.cuts, self.starts)),
+            "guarantee": 0 if self.guarantee is None else self.guarantee.nbytes,
             "thresholds": self.totals.nbytes + self.thresholds.nbytes + self.slots.nbytes,
         }
 

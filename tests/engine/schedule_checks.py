@@ -160,7 +160,7 @@ class Watch:
             self.seen["choices with a threshold"] += int(sketch.thresholds[slot, 0] >= 0 and not sketch.dense[row])
         return result
 
-    def _read(self, original, impl, query, kv_cache, md, step, page_table, kept, out):
+    def _read(self, original, impl, query, kv_cache, md, step, page_table, kept, out, *more):
         """Every page is one of the request's own, in order, and the step's own tokens are last."""
         block, per_head, token = page_strides(kv_cache)
         for row in range(min(step.num_rows, len(self.batch.req_ids))):
@@ -192,7 +192,11 @@ class Watch:
                 else:
                     assert least <= read[-1] + 1 <= length, f"{what}: read up to {read[-1]}, {least - 1} computed"
                     self.seen["draft rows that read a part"] += int(number < read[-1] + 1)
-        return original(impl, query, kv_cache, md, step, page_table, kept, out)
+        before = kept.clone()
+        original(impl, query, kv_cache, md, step, page_table, kept, out, *more)
+        for row, head in (kept != before).nonzero().tolist():  # with a guarantee: it has fallen, and read everything
+            assert kept[row, head] - before[row, head] == md.seq_lens[row], f"row {row}, head {head}"
+            self.seen["heads that fell"] += 1
 
     # What is seen after a step.
 

@@ -25,9 +25,9 @@ def plainly(monkeypatch):
     samples: dict[str, list[float]] = {}
     observe, read, tables = LayerAudit.observe, SpecAttnImpl._read, []
 
-    def watch_read(self, query, kv_cache, md, step, page_table, kept, out):
+    def watch_read(self, query, kv_cache, md, step, page_table, kept, out, *more):
         tables[:] = [page_table, kept]
-        read(self, query, kv_cache, md, step, page_table, kept, out)
+        read(self, query, kv_cache, md, step, page_table, kept, out, *more)
 
     def watch(self, query, kv_cache, md, rows, scale, lse):
         observe(self, query, kv_cache, md, rows, scale, lse)

@@ -31,6 +31,7 @@ NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3
 SETTINGS = {
     "sketch": (SKETCH | {"draft_ratio": 0.2}, {}),
     "sketch alone": (SKETCH, ALONE),
+    "sketch with a guarantee": (SKETCH | {"epsilon": 0.2}, ALONE),
     "sketch with n-grams": (SKETCH | {"shared_budget": "heads"}, {"speculative_config": NGRAMS}),
     "sketch with EAGLE": (SKETCH, {"speculative_config": {"method": "eagle", "num_speculative_tokens": 3}}),
     "specattn": (SHORT | {"method": "specattn", "ratio": 0.1}, {}),
@@ -132,6 +133,8 @@ def test_random_schedules(setting, engine, texts, tiny_model, audit, sketch_audi
         wanted |= {"tokens that are plain decoding's"}
         if not lossless:
             wanted |= {"rows that read a part"}
+        if "epsilon" in options:
+            wanted |= {"heads that fell"}
         if watch.store is not None:
             wanted |= {"spoilt", "short chunks in slots with a selection"}
         missing = {what for what in wanted if not happened[what]}
