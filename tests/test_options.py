@@ -70,6 +70,9 @@ EVERY = {
     "sparse_draft": True,
     "draft_ratio": 0.5,
     "crossover_tokens": 4096,
+    "epsilon": 0.1,
+    "delta": 0.01,
+    "draws": 128,
     "executor": "torch",
     "stats_interval_s": 0.5,
 }
@@ -200,6 +203,33 @@ def test_a_shared_budget_without_a_budget_is_refused():
     assert "shared_budget 'layers' with a share of the attention (top_p)" in message
     assert "set ratio in the place of top_p, or leave shared_budget out" in message
     assert SpecAttnOptions.parse({"top_p": 0.9}).shared_budget == "layers"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"delta": 0.01}, "delta 0.01 without epsilon, the mass that may be lost: set epsilon too"),
+        ({"delta": 0.01, "draws": 32}, "delta 0.01 and draws 32 without epsilon"),
+        (
+            {"epsilon": 0.1, "executor": "fa3"},
+            "epsilon 0.1 with executor 'fa3', whose sparse attention cannot leave out",
+        ),
+        ({"epsilon": 0.0}, "epsilon"),
+        ({"epsilon": 1.0}, "epsilon"),
+        ({"epsilon": 0.1, "draws": 65}, "draws"),
+        ({"method": "specattn", "epsilon": 0.1}, "epsilon"),
+    ],
+    ids=str,
+)
+def test_a_guarantee_has_its_limit_and_a_method_that_keeps_it(given, message):
+    assert message in refusal(given)
+
+
+def test_a_guarantee_s_quantile_is_the_normal_one():
+    promise = SpecAttnOptions.parse({"epsilon": 0.1}).promise
+    assert (promise.epsilon, promise.delta, promise.draws) == (0.1, 0.05, 64)
+    assert promise.quantile == pytest.approx(1.645, abs=1e-3)
+    assert SpecAttnOptions.parse({}).promise is None
 
 
 def test_what_full_attention_has_no_use_for_is_refused():

@@ -88,7 +88,7 @@ def _bytes_present(found: Snapshot) -> Values:
 
 def _guaranteed(found: Snapshot) -> Values:
     counts = found.counts
-    if not counts.heads_checked:
+    if not counts.heads_checked or "verification" not in found.caches:
         return {}
     return {("held",): counts.heads_checked - counts.heads_fallen, ("read everything",): counts.heads_fallen}
 
@@ -177,8 +177,8 @@ FAMILIES = (
     Family(
         "specattn:guarantee_selections_total",
         "counter",
-        "With a guarantee: selections of one KV head in one layer of a row, by whether the guarantee held or the head had "
-        "to read everything.",
+        "With a guarantee: selections of one KV head in one layer of a row, by whether the guarantee held or the head "
+        "had to read everything.",
         ("result",),
         _guaranteed,
         every_rank=True,

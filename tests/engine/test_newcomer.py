@@ -31,7 +31,11 @@ SCRAPE_SECONDS = 1
 RATE_INTERVAL = f"{4 * SCRAPE_SECONDS}s"
 """What Grafana puts for $__rate_interval where a pixel is no longer than that."""
 
-WITHOUT_AUDITS = {"Retained mass (audits)": "audit_share is 0 unless it is set, and then nothing is audited"}
+WITHOUT_MORE = {
+    "Retained mass (audits)": "audit_share is 0 unless it is set, and then nothing is audited",
+    "Guarantee": "nothing is checked unless epsilon is set",
+}
+MORE = ("--additional-config.specattn.audit_share", "1", "--additional-config.specattn.epsilon", "0.3")
 """Panels that show nothing of the server that README's command starts, and why."""
 
 
@@ -106,7 +110,7 @@ def check(query: str, series: dict[tuple, list[float]]) -> None:
         assert all(0 < min(values) < 1 for values in series.values()), (query, series)
 
 
-@pytest.fixture(params=[(), ("--additional-config.specattn.audit_share", "1")], ids=["as in README", "with audits"])
+@pytest.fixture(params=[(), MORE], ids=["as in README", "with audits and a guarantee"])
 def monitored(request, server_class, tmp_path):
     """A server as README starts it, what was added to its command, and its Prometheus."""
     bare, with_port = commands_of_the_readme()
@@ -126,7 +130,7 @@ def monitored(request, server_class, tmp_path):
 
 
 def test_from_readme_to_the_dashboard(monitored, prompts):
-    server, audited, prometheus = monitored
+    server, more, prometheus = monitored
 
     shell = ["bash", "-c", printed_request(server.text())]
     done = subprocess.run(shell, capture_output=True, text=True, timeout=300)
@@ -154,7 +158,7 @@ def test_from_readme_to_the_dashboard(monitored, prompts):
         for target in panel["targets"]:
             query = target["expr"].replace("$instance", ".*").replace("$__rate_interval", RATE_INTERVAL)
             series = prometheus.now(query) if target.get("instant") else prometheus.since(start, query)
-            if panel["title"] in WITHOUT_AUDITS and not audited:
+            if panel["title"] in WITHOUT_MORE and not more:
                 assert not series, panel["title"]
                 continue
             check(query, series)
@@ -164,7 +168,7 @@ def test_from_readme_to_the_dashboard(monitored, prompts):
 
     queries = [line for block in re.findall(r"```promql\n(.*?)```", PAGE, re.S) for line in re.split(r"\n(?! )", block)]
     for query in filter(None, queries):
-        if "audit" in query and not audited:
+        if ("audit" in query or "guarantee" in query) and not more:
             assert not prometheus.now(query), query
         else:
             check(query, prometheus.now(query))

@@ -96,6 +96,9 @@ def test_each_count_has_its_series(served, made):
     assert seen["specattn:kv_bytes_read_total", verification, rank] == 512 * c.kv_read + searched
     assert seen["specattn:kv_bytes_read_total", drafting, rank] == 256 * c.draft_kv_read
     assert seen["specattn:kv_bytes_present_total", verification, rank] == 512 * c.kv_full
+    held = c.heads_checked - c.heads_fallen
+    assert seen["specattn:guarantee_selections_total", rank, ("result", "held")] == held
+    assert seen["specattn:guarantee_selections_total", rank, ("result", "read everything")] == c.heads_fallen
     assert seen["specattn:info", *sorted((label, f"a {label}") for label in INFO)] == 1
 
 
@@ -124,6 +127,11 @@ def test_reasons_of_dense_rows_add_up_to_them(served, made):
     seen = served(made(dense_reasons=METHODS["specattn"].dense_reasons, counts=by_draft))
     assert reasons(seen) == {"exact": 2, "small batch": 3, "no selection": 10, "stale": 1}
     assert sum(reasons(seen).values()) == seen["specattn:rows_total", ("kind", "dense")]
+
+
+def test_without_a_guarantee_it_has_no_series(served, made):
+    seen = served(made(counts=Counts(verify_rows=20, sparse_rows=11)))
+    assert "specattn:guarantee_selections_total" not in {key[0] for key in seen}
 
 
 def test_what_is_not_counted_has_no_series(served, made):
