@@ -4,8 +4,8 @@
     eval "$(specattn cpu-env)"
     .venv/bin/python scripts/guarantee.py --target "$(scripts/real_model)" --text TEXTS/*/00* --out guarantee.json
 
-A sparse engine samples text after each document. Nothing falls dense here: each selection is checked in all ways that are
-compared (number of draws; drawn by the sketch's scores, or uniformly as in vAttention), and its true loss is computed
+A sparse engine samples text after each document. Nothing falls dense here: each selection is checked in all ways that
+are compared (number of draws; drawn by the sketch's scores, or uniformly as in vAttention), and its true loss is computed
 from all keys. An audit of a share of the selections runs beside, as it would in production.
 """
 
@@ -39,8 +39,8 @@ DELTAS = (0.05, 0.01)
 
 
 class Watch:
-    """Stands for the guarantee in all layers, and keeps of each query row and head: mean and standard error of the unread
-    mass, by way, in units of the read mass; the true loss; and which KV head's selection it is of."""
+    """Stands for the guarantee in all layers. Keeps of each query row and head: mean and standard error of the unread
+    mass, by way, in units of the read mass; and the true loss."""
 
     def __init__(self) -> None:
         self.found: dict[str, list[torch.Tensor]] = {way: [] for way in WAYS}
