@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from specattn_vllm import compat
 from specattn_vllm.compat.names import resolve
+from specattn_vllm.kernels.contracts import HEAD_SIZES
 from specattn_vllm.layer_kinds import full_layers, has_windows, unsupported_attention
 from specattn_vllm.options import KEY, OptionsError, SpecAttnOptions, refuse_misplaced
 
@@ -96,8 +97,10 @@ def _models(config: VllmConfig) -> Iterator[str]:
         yield from _windows(side, model, config)
         if model.runner_type not in ("generate", "draft"):
             yield f"{side}: runner {model.runner_type!r} does not decode; use a generating model"
-        if not model.use_mla and model.get_head_size() not in (64, 128):
-            yield f"{side}: head size {model.get_head_size()} is not supported; 64 and 128 are"
+        if not model.use_mla and model.get_head_size() not in HEAD_SIZES:
+            *sizes, last = HEAD_SIZES
+            allowed = f"{', '.join(map(str, sizes))} and {last}"
+            yield f"{side}: head size {model.get_head_size()} is not supported; {allowed} are"
 
 
 def _windows(side: str, model: ModelConfig, config: VllmConfig) -> Iterator[str]:
