@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from specattn_vllm import compat
 from specattn_vllm.compat.names import resolve
+from specattn_vllm.kernels.contracts import HEAD_SIZES
 from specattn_vllm.layer_kinds import full_layers, has_windows, unsupported_attention
 from specattn_vllm.options import KEY, OptionsError, SpecAttnOptions, refuse_misplaced
 
@@ -65,8 +66,6 @@ def _engine(config: VllmConfig) -> Iterator[str]:
             f"kv_cache_dtype = {cache.cache_dtype!r}: the cache must have the model's dtype, {model_dtype} (quantised "
             "caches are not supported); use 'auto'"
         )
-    if config.lora_config is not None:
-        yield "LoRA: layer maps and centres of keys are made for one set of weights; serve merged weights"
     if config.kv_transfer_config is not None:
         yield (
             "a KV connector (kv_transfer_config, or --kv-offloading-size): it would move blocks without their "
@@ -98,8 +97,10 @@ def _models(config: VllmConfig) -> Iterator[str]:
         yield from _windows(side, model, config)
         if model.runner_type not in ("generate", "draft"):
             yield f"{side}: runner {model.runner_type!r} does not decode; use a generating model"
-        if not model.use_mla and model.get_head_size() not in (64, 128):
-            yield f"{side}: head size {model.get_head_size()} is not supported; 64 and 128 are"
+        if not model.use_mla and model.get_head_size() not in HEAD_SIZES:
+            *sizes, last = HEAD_SIZES
+            allowed = f"{', '.join(map(str, sizes))} and {last}"
+            yield f"{side}: head size {model.get_head_size()} is not supported; {allowed} are"
 
 
 def _windows(side: str, model: ModelConfig, config: VllmConfig) -> Iterator[str]:
@@ -124,6 +125,13 @@ def _speculation(config: VllmConfig) -> Iterator[str]:
     spec = config.speculative_config
     if spec is None:
         return
+    modules = [] if config.lora_config is None else config.lora_config.target_modules or ["lm_head"]  # None: all
+    if any(name.split(".")[-1] == "lm_head" for name in modules):
+        yield (
+            "LoRA on lm_head with speculation: runner V2 has one adapter for each request there, not for each row of a "
+            "verification; name the modules of your adapters without it (--lora-target-modules q_proj k_proj ...), or "
+            "serve without speculation"
+        )
     if spec.uses_draft_model() and spec.draft_model_config.model != config.model_config.model:
         yield from _positions(config.model_config, spec.draft_model_config)
     if spec.parallel_drafting and spec.uses_draft_model():  # DFlash and DSpark always draft in parallel: allowed

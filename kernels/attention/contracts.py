@@ -9,7 +9,7 @@ SCORED_ROWS = (1, 2)  # per request
 
 @contract(
     """
-    query            [T, Hq, D]            floats           D is 64 or 128 in the kernel
+    query            [T, Hq, D]            floats           D is one of HEAD_SIZES in the kernel
     kv_cache         [any, H, any, 2 * D]  query            [B, H, N, 2D]: key = [..., :D], value = [..., D:]
     block_table      [R, any]              int32            entries past ceil(seq_len / N) are stale and never followed
     seq_lens         [R]                   int32            keys that the last token of the request sees; at most the
@@ -42,7 +42,7 @@ def draft_attention(query, kv_cache, out, scored_rows, scores, lse, max_query_le
 
 @contract(
     """
-    query            [T, Hq, D]            floats           D is 64 or 128 in the kernel
+    query            [T, Hq, D]            floats           D is one of HEAD_SIZES in the kernel
     kv_cache         [any, H, any, 2 * D]  query            [B, H, N, 2D]: key = [..., :D], value = [..., D:]; strides
         are multiples of 2D
     page_table       [R, G, any]           int32            G is 1 or H; entries past kept are undefined, never followed

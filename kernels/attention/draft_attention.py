@@ -26,19 +26,21 @@ from __future__ import annotations
 import torch
 import triton
 
+from .. import padding
 from ..contracts import checked, head_size
 from . import contracts
 from .draft_kernel import combine_tokens, draft_kernel
 from .split_kv import LaunchConfig, num_splits, strides
 
-# Rows of a tile. With 128 rows, the accumulator of head size 128 takes half the registers of 8 warps.
-MAX_BLOCK_M = 128
+# Rows of a tile, by padded head size. With these, the largest accumulator takes half the registers of 8 warps.
+MAX_BLOCK_M = {64: 128, 128: 128, 256: 64}
 FP32_MAX_BLOCK_M = 16
 # Elements of the parts that one program of the combine kernel holds: 32 registers of each of its threads.
 COMBINE_ELEMENTS = 4096
 
-# By (head size, tile rows), on an H200 with 16 requests of 32k. Marked *: the best of 24 to 72 configurations, bf16
-# scores, 2026-11-22: (64, 16) 4 query heads per KV head, 1 query row: 0.280 ms (0.282 before); (64, 32) 7 query rows:
+# By (padded head size, tile rows). Those of 256 were not measured. The others are for sizes without padding, on an H200
+# with 16 requests of 32k. Marked *: the best of 24 to 72 configurations, bf16 scores, 2026-11-22:
+# (64, 16) 4 query heads per KV head, 1 query row: 0.280 ms (0.282 before); (64, 32) 7 query rows:
 # 0.298 ms (0.348 before; most of the gain by `SMALL_DOT`); (128, 16) 2 query heads: 1 row 0.514 ms (0.522), 7 rows
 # 0.519 ms (0.526). Marked +: the best of 8 to 11, fp32 scores, 8 query heads, 7 rows, 2026-11-26: 0.364 ms (no other
 # was 1% faster) and 0.746 ms (0.757). With one query head per KV head, tiles have 16 rows, and no configuration was
@@ -55,6 +57,9 @@ CONFIGS = {
     (128, 32): LaunchConfig(64, 4, 3, 4),
     (128, 64): LaunchConfig(32, 4, 4, 2),  # +
     (128, 128): LaunchConfig(32, 8, 4, 4),
+    (256, 16): LaunchConfig(64, 8, 2, 2),
+    (256, 32): LaunchConfig(32, 8, 3, 2),
+    (256, 64): LaunchConfig(32, 8, 3, 2),
 }
 # If a launch has at most this many programs before splitting, half as many parts are better: the best of 28 to 33 on an
 # H200, 4 requests of 32k (1 of 128k), fp32 scores, 2026-11-26: (64, 16) 0.077 ms (0.081 before), (128, 16) 0.138
@@ -70,8 +75,8 @@ FP32_CONFIG = LaunchConfig(32, 8, 2, 2)
 
 def launch_config(head_size: int, block_m: int, programs: int = FEW_PROGRAMS + 1) -> LaunchConfig:
     """The tuned configuration for 16-bit inputs. programs: requests x KV heads x tiles of query rows."""
-    few = FEW_CONFIGS.get((head_size, block_m)) if programs <= FEW_PROGRAMS else None
-    return few or CONFIGS[head_size, block_m]
+    tile = padding.padded(head_size), block_m
+    return (FEW_CONFIGS.get(tile) if programs <= FEW_PROGRAMS else None) or CONFIGS[tile]
 
 
 @checked(contracts.draft_attention)
@@ -91,7 +96,8 @@ def draft_attention(
     scored_tokens = 1 if lse is None else scored_rows.shape[1]
     tile_rows = group * (max_query_len if out is not None else scored_tokens)
     exact = query.dtype == torch.float32
-    block_m = min(max(16, triton.next_power_of_2(tile_rows)), FP32_MAX_BLOCK_M if exact else MAX_BLOCK_M)
+    most = FP32_MAX_BLOCK_M if exact else MAX_BLOCK_M[padding.padded(size)]
+    block_m = min(max(16, triton.next_power_of_2(tile_rows)), most)
     tiles = triton.cdiv(tile_rows, block_m)
     programs = rows * heads * tiles
     config = config or (FP32_CONFIG if exact else launch_config(size, block_m, programs))
@@ -115,7 +121,7 @@ def draft_attention(
     if splits == 1:
         return
     total_rows = query_heads * (max_query_len if out is not None else scored_tokens)
-    per_program = min(max(1, COMBINE_ELEMENTS // (splits * size)), triton.next_power_of_2(total_rows))
+    per_program = min(max(1, COMBINE_ELEMENTS // (splits * padding.padded(size))), triton.next_power_of_2(total_rows))
     combine_tokens[(triton.cdiv(total_rows, per_program), rows)](
         part_acc, part_lse, query_start_loc, requests, scored_rows, out, lse, *tail,
         ROWS=per_program, **shared, num_warps=4,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .. import padding
 from .split_kv import log_norm
 
 
@@ -116,11 +117,12 @@ def draft_kernel(
         tl.store(part_lse + part, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=live)
         return
 
-    d = tl.arange(0, D)
+    d = tl.arange(0, padding.padded(D))
+    elements = (d < D)[None, :]
     column = tl.arange(0, BLOCK)
-    q = tl.load(
-        query + token[:, None] * stride_qt + q_head[:, None] * stride_qh + d[None, :], mask=live[:, None], other=0.0
-    )
+    live_elements = padding.both(live[:, None], elements, D)
+    of_query = query + token[:, None] * stride_qt + q_head[:, None] * stride_qh + d[None, :]
+    q = tl.load(of_query, mask=live_elements, other=0.0)
     keys = kv_cache + head.to(tl.int64) * stride_h
     table = block_table + r * stride_tr
     if SMALL_DOT:
@@ -142,7 +144,7 @@ def draft_kernel(
         where = scores + r * stride_sr + (head * (C * GROUP) + m_scored).to(tl.int64) * stride_sh
         q_scored = tl.load(
             query + token_scored * stride_qt + (head * GROUP + m_scored % GROUP)[:, None] * stride_qh + d[None, :],
-            mask=live_scored[:, None],
+            mask=padding.both(live_scored[:, None], elements, D),
             other=0.0,
         )
     elif scores is not None:
@@ -155,14 +157,15 @@ def draft_kernel(
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     # Summed over the columns only at the end: a sum across warps in every step would need a barrier in every step.
     norm = tl.zeros([BLOCK_M, BLOCK], tl.float32)
-    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    acc = tl.zeros([BLOCK_M, padding.padded(D)], tl.float32)
     for step in range(lo, hi):
         j = step * BLOCK + column
         inside = j < length
         row = _spread_ids(ids, BLOCK, BLOCK_SIZE) * stride_b + (j % BLOCK_SIZE) * stride_n
         ids = _block_ids(table, step + 1, length, BLOCK, BLOCK_SIZE)
         pair = keys + row[:, None] + d[None, :]
-        k = tl.load(pair, mask=inside[:, None], other=0.0)
+        inside_elements = padding.both(inside[:, None], elements, D)
+        k = tl.load(pair, mask=inside_elements, other=0.0)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if scores is not None:
             if SMALL_DOT:
@@ -184,7 +187,7 @@ def draft_kernel(
         norm = norm * rescale[:, None] + weights
         top = new_top
         if HAS_OUT:
-            v = tl.load(pair + D, mask=inside[:, None], other=0.0)
+            v = tl.load(pair + D, mask=inside_elements, other=0.0)
             acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
 
     total = tl.sum(norm, 1)
@@ -192,7 +195,7 @@ def draft_kernel(
     if SPLITS > 1:
         tl.store(part_lse + part, log_norm(top, total), mask=live)
         if HAS_OUT:
-            tl.store(part_acc + part[:, None] * D + d[None, :], acc, mask=live[:, None])
+            tl.store(part_acc + part[:, None] * D + d[None, :], acc, mask=live_elements)
     else:
         if SCORED:
             row_of_lse = lse + r * stride_lr + scored_row
@@ -201,7 +204,7 @@ def draft_kernel(
                 tl.store(row_of_lse + GROUP, log_norm(top, total), mask=is_second)
         if HAS_OUT:
             row_of_out = out + token[:, None] * stride_ot + q_head[:, None] * stride_oh
-            tl.store(row_of_out + d[None, :], acc.to(out.dtype.element_ty), mask=live[:, None])
+            tl.store(row_of_out + d[None, :], acc.to(out.dtype.element_ty), mask=live_elements)
 
 
 @triton.jit
@@ -245,13 +248,14 @@ def combine_tokens(
     weight = tl.exp(part_log - safe[:, None])
     norm = tl.sum(weight, 1)
     if out is not None:
-        d = tl.arange(0, D)
+        d = tl.arange(0, padding.padded(D))
         # The accumulator of a part without keys was never written.
         some = part_log > float("-inf")
-        acc = tl.load(part_acc + part[:, :, None] * D + d[None, None, :], mask=some[:, :, None], other=0.0)
+        some = padding.both(some[:, :, None], (d < D)[None, None, :], D)
+        acc = tl.load(part_acc + part[:, :, None] * D + d[None, None, :], mask=some, other=0.0)
         result = tl.sum(acc * weight[:, :, None], 1) / tl.where(norm > 0.0, norm, 1.0)[:, None]
         where = out + token[:, None] * stride_ot + h[:, None] * stride_oh + d[None, :]
-        tl.store(where, result.to(out.dtype.element_ty), mask=live[:, None])
+        tl.store(where, result.to(out.dtype.element_ty), mask=padding.both(live[:, None], (d < D)[None, :], D))
         if lse is not None:
             for c in tl.static_range(C):
                 chosen = live & (i == _scored_token(scored_rows + r * stride_wr, c, begin, q_len, C))

@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import padding
 from ..contracts import checked, head_size
 from . import contracts
 from .split_kv import LaunchConfig, log_norm, num_splits, strides
@@ -25,19 +26,22 @@ from .split_kv import LaunchConfig, log_norm, num_splits, strides
 # The accumulator of a taller tile would spill. Further rows get tiles of their own, which read the keys again.
 MAX_BLOCK_M = 64
 
-# For 16-bit inputs, by head size and whether a request has more than 32 query rows. Two warps cover 32 rows with 16
-# each; more warps would repeat work. 64 rows fit four warps, and wgmma on Hopper. A step of 64 entries at head size 128
-# is 32 KiB, double-buffered with 3 or 4 stages (three buffers with 5 or 6): five programs of two warps fit into
-# Hopper's 228 KiB, two into Ada's 100. A step of fewer entries than threads loads its page ids more than once.
-# Swept for 24 rows of head size 128 on an H200, 2026-11-26 (a tenth of 16x32k, 4x32k and 64x4k, shared and per head):
-# no other configuration is faster by more than the noise of 1%. For 16x32k, 4 warps take 6 to 7% more time, 8 warps
-# 36%; steps of 32 or 128 entries 8 and 12%; waves of 2 or 3, 23 to 27%; waves of 8, 9% (45% for 64x4k); tiles of 64
-# rows twice the time. 2 or 4 stages, and waves of 6, are equal within 2%.
+# For 16-bit inputs, by padded head size and whether a request has more than 32 query rows. Two warps cover 32 rows with
+# 16 each; more warps would repeat work. 64 rows fit four warps, and wgmma on Hopper. A step of 64 entries at head size
+# 128 is 32 KiB, double-buffered with 3 or 4 stages (three buffers with 5 or 6): five programs of two warps fit into
+# Hopper's 228 KiB, two into Ada's 100. A step of fewer entries than threads loads its page ids more than once. Swept
+# for 24 rows of head size 128 on an H200, 2026-11-26 (a tenth of 16x32k, 4x32k and 64x4k, shared and per head): no
+# other configuration is faster by more than the noise of 1%. For 16x32k, 4 warps take 6 to 7% more time, 8 warps 36%;
+# steps of 32 or 128 entries 8 and 12%; waves of 2 or 3, 23 to 27%; waves of 8, 9% (45% for 64x4k); tiles of 64 rows
+# twice the time. 2 or 4 stages, and waves of 6, are equal within 2%.
 CONFIGS = {
     (64, False): LaunchConfig(block_n=64, num_warps=2, num_stages=3, waves=4),
     (64, True): LaunchConfig(block_n=128, num_warps=4, num_stages=3, waves=4),
     (128, False): LaunchConfig(block_n=64, num_warps=2, num_stages=3, waves=4),
     (128, True): LaunchConfig(block_n=64, num_warps=4, num_stages=3, waves=4),
+    # Not measured: as many bytes in a step, and as many registers for the accumulator.
+    (256, False): LaunchConfig(block_n=32, num_warps=4, num_stages=3, waves=2),
+    (256, True): LaunchConfig(block_n=32, num_warps=8, num_stages=3, waves=2),
 }
 # For tests only: it runs without tensor cores and only has to fit.
 FP32_CONFIG = LaunchConfig(block_n=32, num_warps=8, num_stages=2, waves=2)
@@ -67,14 +71,15 @@ def _sparse_kernel(
     hi = tl.minimum(lo + per_split, count)
 
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    d = tl.arange(0, D)
+    d = tl.arange(0, padding.padded(D))
+    inside = d < D
     i = row // GROUP
     live = i < q_len
     token = (begin + i).to(tl.int64)
     q_head = head * GROUP + row % GROUP
-    q = tl.load(
-        query + token[:, None] * stride_qt + q_head[:, None] * stride_qh + d[None, :], mask=live[:, None], other=0.0
-    )
+    live_columns = padding.both(live[:, None], inside[None, :], D)
+    where = query + token[:, None] * stride_qt + q_head[:, None] * stride_qh + d[None, :]
+    q = tl.load(where, mask=live_columns, other=0.0)
     visible = tl.minimum(count - (q_len - 1 - i), hi)
     page_table += r * stride_tr + head.to(tl.int64) * stride_th
     first_page = head * head_rows
@@ -82,13 +87,13 @@ def _sparse_kernel(
     # The softmax uses powers of two, because the hardware computes these.
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, D], tl.float32)
+    acc = tl.zeros([BLOCK_M, padding.padded(D)], tl.float32)
     for start in range(lo, hi, BLOCK):
         j = start + tl.arange(0, BLOCK)
         # Past the end, the last entry is read again, and `visible` drops it: loads without masks pipeline best.
         page = tl.load(page_table + tl.minimum(j, hi - 1)) + first_page
         entry = kv_cache + page.to(tl.int64) * (2 * D)
-        k = tl.load(entry[None, :] + d[:, None])
+        k = padding.load(entry[None, :] + d[:, None], inside[:, None], D)
         logits = tl.dot(q, k, input_precision="ieee") * log2_scale
         logits = tl.where(j[None, :] < visible[:, None], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
@@ -98,7 +103,7 @@ def _sparse_kernel(
         rescale = tl.exp2(top - safe)
         norm = norm * rescale + tl.sum(weights, 1)
         top = new_top
-        v = tl.load(entry[:, None] + (D + d)[None, :])
+        v = padding.load(entry[:, None] + (D + d)[None, :], inside[None, :], D)
         acc = acc * rescale[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
 
@@ -106,14 +111,14 @@ def _sparse_kernel(
     acc = acc / tl.where(norm > 0.0, norm, 1.0)[:, None]
     if SPLITS == 1:
         here = out + token[:, None] * stride_ot + q_head[:, None] * stride_oh + d[None, :]
-        tl.store(here, acc.to(out.dtype.element_ty), mask=live[:, None])
+        tl.store(here, acc.to(out.dtype.element_ty), mask=live_columns)
         if lse is not None:
             tl.store(lse + token * stride_lt + q_head, total, mask=live)
     else:
         part = (token * num_query_heads + q_head) * SPLITS + split
         tl.store(part_lse + part, total, mask=live)
         if lo < hi:  # parts without entries have lse = -inf and are never read
-            tl.store(part_acc + part[:, None] * D + d[None, :], acc, mask=live[:, None])
+            tl.store(part_acc + part[:, None] * D + d[None, :], acc, mask=live_columns)
 
 
 @triton.jit
@@ -132,16 +137,18 @@ def _combine_kernel(
     token = (begin + i).to(tl.int64)
     part = (token * num_query_heads + h) * SPLITS
     s = tl.arange(0, SPLITS)
-    d = tl.arange(0, D)
+    d = tl.arange(0, padding.padded(D))
+    inside = d < D
     part_log = tl.load(part_lse + part + s)
     top = tl.max(part_log, 0)
     safe = tl.where(top == float("-inf"), 0.0, top)
     weight = tl.exp(part_log - safe)
     norm = tl.sum(weight, 0)
     some = part_log > float("-inf")
-    acc = tl.load(part_acc + part * D + s[:, None] * D + d[None, :], mask=some[:, None], other=0.0)
+    mask = padding.both(some[:, None], inside[None, :], D)
+    acc = tl.load(part_acc + part * D + s[:, None] * D + d[None, :], mask=mask, other=0.0)
     result = tl.sum(acc * weight[:, None], 0) / tl.where(norm > 0.0, norm, 1.0)
-    tl.store(out + token * stride_ot + h * stride_oh + d, result.to(out.dtype.element_ty))
+    padding.store(out + token * stride_ot + h * stride_oh + d, result.to(out.dtype.element_ty), inside, D)
     if lse is not None:
         tl.store(lse + token * stride_lt + h, log_norm(safe, norm))
 
@@ -161,7 +168,7 @@ def sparse_attention(
     heads = kv_cache.shape[1]
     group = query_heads // heads
     exact = query.dtype == torch.float32
-    config = config or (FP32_CONFIG if exact else CONFIGS[size, max_query_len * group > 32])
+    config = config or (FP32_CONFIG if exact else CONFIGS[padding.padded(size), max_query_len * group > 32])
     shared = groups < heads
     head_rows = kv_cache.stride(1) // (2 * size) if shared else 0
     table_stride, kept_stride = (0, 0) if shared else (page_table.stride(1), kept.stride(1))

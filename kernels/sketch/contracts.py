@@ -7,9 +7,8 @@ from typing import Literal
 
 import torch
 
-from ..contracts import Contract, contract, expect, group_size
+from ..contracts import HEAD_SIZES, Contract, contract, expect, group_size
 
-HEAD_SIZES = (64, 128, 256)
 BINS = 256
 LOWEST, PER_NAT = -16.0, 12.75
 """A score s in nats is stored as the bin floor((s - LOWEST) * PER_NAT), 0 to 255: from -16 to 4, in steps of 0.078."""
@@ -72,7 +71,7 @@ class Budget:
 
 @contract(
     """
-    key           [T, H, D]         floats       D is 64, 128 or 256
+    key           [T, H, D]         floats       D is one of HEAD_SIZES
     slot_mapping  [S]               int64        S <= T; block * N + offset of each key in the cache, negative: not
         written
     rotation      [D, D]            key          +1 and -1: a key k becomes k @ rotation / sqrt(D)

@@ -11,9 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .. import padding
 from ..contracts import checked
 from . import contracts
 from .layout import STEPS, bits_of
+from .tiles import elements
 
 BLOCK = 16  # keys per program, the fewest for a matrix product
 
@@ -29,17 +31,19 @@ def _encode_kernel(
     h = tl.program_id(1)
     slot = tl.load(slot_mapping + t, mask=t < tokens, other=-1)
     live = slot >= 0
-    d = tl.arange(0, D)
-    k = tl.load(key + t.to(tl.int64)[:, None] * stride_kt + h * stride_kh + d[None, :], mask=live[:, None], other=0.0)
+    d = tl.arange(0, padding.padded(D))
+    mask = padding.both(live[:, None], (d < D)[None, :], D)
+    k = tl.load(key + t.to(tl.int64)[:, None] * stride_kt + h * stride_kh + d[None, :], mask=mask, other=0.0)
     block, offset = slot // block_size, slot % block_size
     if value is not None:
         at = t.to(tl.int64)[:, None] * stride_vt + h * stride_vh + d[None, :]
-        v = tl.load(value + at, mask=live[:, None], other=0.0)
+        v = tl.load(value + at, mask=mask, other=0.0)
         entry = kv_cache + block[:, None] * stride_eb + h * stride_eh + offset[:, None] * stride_en + d[None, :]
-        tl.store(entry, k, mask=live[:, None])
-        tl.store(entry + D, v, mask=live[:, None])
-    turn = tl.load(rotation + d[:, None] * D + d[None, :])
-    x = tl.dot(k, turn, input_precision="ieee") * norm - tl.load(centre + h * D + d)[None, :]
+        tl.store(entry, k, mask=mask)
+        tl.store(entry + D, v, mask=mask)
+    e = elements(D, C)
+    turn = padding.load(rotation + d[:, None] * D + e[None, :], (d < D)[:, None] & (e < D)[None, :], D)
+    x = tl.dot(k, turn, input_precision="ieee") * norm - padding.load(centre + h * D + e, e < D, D)[None, :]
     step = tl.sqrt(tl.sum(x * x, 1) / D) * step_size
     HALF: tl.constexpr = 1 << (BITS - 1)
     level = tl.floor(x / tl.maximum(step, 1e-30)[:, None]) + HALF
@@ -47,10 +51,10 @@ def _encode_kernel(
     level = tl.where(level == level, tl.minimum(tl.maximum(level, 0.0), 2.0 * HALF - 1.0), 0.0).to(tl.int32)
     FIELDS: tl.constexpr = 8 // BITS
     field = tl.arange(0, FIELDS)
-    packed = tl.sum(tl.reshape(level, (BLOCK, FIELDS, C)) << (field * BITS)[None, :, None], 1)
-    j = tl.arange(0, C)
+    packed = tl.sum(tl.reshape(level, (BLOCK, FIELDS, padding.padded(C))) << (field * BITS)[None, :, None], 1)
+    j = tl.arange(0, padding.padded(C))
     where = codes + block[:, None] * stride_cb + h * stride_ch + offset[:, None] * stride_cn + j[None, :]
-    tl.store(where, packed.to(tl.uint8), mask=live[:, None])
+    tl.store(where, packed.to(tl.uint8), mask=padding.both(live[:, None], (j < C)[None, :], C))
     # With this scale, the estimate of the key's product with itself is exact. A smaller scale would rank keys with a
     # large norm too low.
     rounded = 2.0 * level.to(tl.float32) - (2.0 * HALF - 1.0)

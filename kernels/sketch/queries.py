@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .. import padding
 from ..contracts import checked
 from . import contracts
 from .contracts import MAX_SAMPLE, SAMPLE_BLOCK
@@ -49,20 +50,21 @@ def _queries_kernel(
     if (tl.load(dense + r) != 0) | (context <= dense_up_to) | (q_len <= 0):
         return
     m = tl.arange(0, M)
-    d = tl.arange(0, D)
+    d = tl.arange(0, padding.padded(D))
+    columns = d < D
     i = m // GROUP
     live = i < tl.minimum(q_len, tl.load(valid_lens + r))
     token = (begin + tl.where(live, i, 0)).to(tl.int64)
     head = h * GROUP + m % GROUP
     where = query + token[:, None] * stride_qt + head[:, None] * stride_qh + d[None, :]
-    q = tl.load(where, mask=live[:, None], other=0.0)
-    turn = tl.load(rotation + d[:, None] * D + d[None, :])
+    q = tl.load(where, mask=padding.both(live[:, None], columns[None, :], D), other=0.0)
+    turn = padding.load(rotation + d[:, None] * D + d[None, :], columns[:, None] & columns[None, :], D)
     y = tl.dot(q, turn, input_precision="ieee") * norm
     unit = tl.maximum(tl.max(tl.abs(y), 1), 1e-30) / 127.0
     level = tl.floor(y / unit[:, None] + 0.5)
     level = tl.where(level == level, tl.minimum(tl.maximum(level, -127.0), 127.0), 0.0)
     packed += r * stride_pr + h * (M * D)
-    tl.store(packed + m[:, None] * D + d[None, :], level.to(tl.int8))
+    padding.store(packed + m[:, None] * D + d[None, :], level.to(tl.int8), columns[None, :], D)
     a = tl.where(live, 2.0 * unit * scale, 0.0)
     b = tl.where(live, -((1 << BITS) - 1.0) * unit * scale * tl.sum(level, 1), 0.0)
     # The stored queries are loaded again, in the order that the products need.

@@ -9,6 +9,7 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
+from specattn_vllm.kernels.contracts import HEAD_SIZES
 from specattn_vllm.kernels.sketch.layout import SketchLayout
 
 
@@ -45,7 +46,7 @@ class SpecAttnBackend(AttentionBackend):
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
-        return [64, 128]
+        return [*HEAD_SIZES]
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

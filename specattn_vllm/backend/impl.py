@@ -70,6 +70,11 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         self.operations = executors.of_engine(
             options, torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
         )
+        if self.operations.granularity == "block" and head_size not in executors.BLOCK_HEAD_SIZES:
+            raise executors.ExecutorError(
+                f"executor = {self.operations.name!r} reads head sizes 64 and 128, not {head_size}: use 'auto' or "
+                "'triton'"
+            )
         self.audit: LayerAudit | None = None
         self.choice: LayerChoice | None = None
         self.target_choice: TargetChoice | None = None

@@ -27,6 +27,7 @@ from specattn_vllm.compat.worker import prepare_cpu_worker as prepare_cpu_worker
 from specattn_vllm.compat.worker import stock_speculator as stock_speculator
 from specattn_vllm.compat.worker import watch_new_requests as watch_new_requests
 from specattn_vllm.compat.worker import watch_steps as watch_steps
+from specattn_vllm.compat.worker import without_adapters as without_adapters
 
 
 def apply_all() -> None:

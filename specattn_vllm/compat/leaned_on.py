@@ -27,7 +27,8 @@ _PARTS = {
     "entrypoints.serve.instrumentator.metrics:": "get_prometheus_registry",
     # Patched or read in a worker.
     f"{GPU}.model_runner:GPUModelRunner.": "load_model _dummy_run finish_requests(scheduler_output) speculator "
-    "model_state decode_query_len",
+    "model_state decode_query_len max_num_tokens lora_config "
+    "maybe_select_dummy_loras(lora_config,num_scheduled_tokens)",
     f"{GPU}.model_states.interface:ModelState.": "add_request(req_index,new_req_data)",
     "v1.worker.worker_base:": "WorkerBase",
     "v1.core.sched.output:SchedulerOutput.": "scheduled_new_reqs total_num_scheduled_tokens",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 from specattn_vllm.compat.names import is_ours, resolve
@@ -71,6 +72,15 @@ def attach_to_runner() -> None:
         original(self, *args, **kwargs)
         if is_ours(self.vllm_config):
             resolve("specattn_vllm.backend.attach.attach")(self)
+
+
+def without_adapters(runner: Any) -> AbstractContextManager[None]:
+    """While it is open, a runner's model runs without LoRA adapters. Until its first step, layers with LoRA would read
+    indices of adapters that nobody has set. Remove when a runner starts with no adapter chosen."""
+    import numpy as np
+
+    tokens = np.array([runner.max_num_tokens], dtype=np.int32)  # one request, of as many tokens as there may be
+    return runner.maybe_select_dummy_loras(runner.lora_config, tokens)
 
 
 def count_rounds(runner: Any, seen: Callable[[Any, Any], None]) -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 CHOICES = ("auto", "torch", "triton", "fa3", "xformers")
 BLOCKS = ("xformers",)
 """Executors of granularity 'block'."""
+BLOCK_HEAD_SIZES = (64, 128)
+"""Head sizes with which these were tested."""
 
 
 class ExecutorError(ValueError):

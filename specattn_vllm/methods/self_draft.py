@@ -41,5 +41,10 @@ class SelfDraftOptions(SpecAttnOptions):
                 f"method = {self.method!r} with --speculative-model {spec.draft_model_config.model}: the target drafts "
                 "for itself and loads no draft model; leave --speculative-model out, or set method='specattn'"
             )
+        if config.lora_config is not None:
+            yield (
+                f"LoRA with method = {self.method!r}: vLLM chooses adapters for the rows of a verification, not for "
+                "those of the target's own drafts; serve merged weights, or set method='sketch'"
+            )
         if config.parallel_config.enable_eplb:
             yield f"method = {self.method!r} with enable_eplb: one model would be registered twice; turn EPLB off"

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllm.logger import init_logger
 
-from specattn_vllm import executors
+from specattn_vllm import compat, executors
 from specattn_vllm.backend.target_choice import counters_of, join, target_layers
 from specattn_vllm.executors import Operations
 from specattn_vllm.kernels.sketch.contracts import Budget
@@ -71,7 +71,8 @@ def attach(runner: Any, options: SketchOptions) -> None:
         promise=options.promise,
     )
     target = join(runner, options, operations, sketch, choices)
-    measure_centres(runner.model, choices.values(), runner.vllm_config, runner.device)
+    with compat.without_adapters(runner):
+        measure_centres(runner.model, choices.values(), runner.vllm_config, runner.device)
     _announce(options, sketch, target.crossover, runner.vllm_config)
 
 

@@ -8,6 +8,8 @@ import torch
 pytest.importorskip("vllm")
 
 from specattn_vllm.backend import impl
+from specattn_vllm.executors import ExecutorError
+from specattn_vllm.kernels.contracts import HEAD_SIZES
 from specattn_vllm.methods import METHODS
 
 
@@ -15,7 +17,7 @@ from specattn_vllm.methods import METHODS
 def layer(monkeypatch):
     """layer(method, **arguments): the implementation of a layer of four heads of 64, on a CPU."""
 
-    def make(method: str, **arguments):
+    def make(method: str, size: int = 64, **arguments):
         config = SimpleNamespace(
             additional_config={"specattn": {"method": method, "executor": "torch"}},
             device_config=SimpleNamespace(device="cpu"),
@@ -23,7 +25,7 @@ def layer(monkeypatch):
         )
         monkeypatch.setattr(impl, "get_current_vllm_config", lambda: config)
         monkeypatch.setattr(impl.SpecAttnImpl, "sketch_bits", 0)
-        return impl.SpecAttnImpl(4, 64, 0.125, num_kv_heads=2, **arguments)
+        return impl.SpecAttnImpl(4, size, 0.125, num_kv_heads=2, **arguments)
 
     return make
 
@@ -53,3 +55,15 @@ def test_sinks_are_for_methods_that_capture_no_scores(layer, method):
         return
     with pytest.raises(NotImplementedError, match=f"models with attention sinks .* with method '{method}'"):
         layer(method, sinks=sinks)
+
+
+@pytest.mark.parametrize("size", HEAD_SIZES)
+def test_an_executor_of_whole_blocks_is_refused_with_sizes_that_it_was_not_tested_with(layer, monkeypatch, size):
+    assert layer("specattn", size).head_size == size
+    blocks = SimpleNamespace(name="xformers", granularity="block")
+    monkeypatch.setattr(impl.executors, "of_engine", lambda *given: blocks)
+    if size in (64, 128):
+        assert layer("specattn", size).operations is blocks
+        return
+    with pytest.raises(ExecutorError, match=f"'xformers' reads head sizes 64 and 128, not {size}: use 'auto' or"):
+        layer("specattn", size)

@@ -35,9 +35,31 @@ def test_context_parallelism_is_refused(reasons):
     assert reasons(**arguments) == ["decode_context_parallel_size = 2: use 1"]
 
 
-def test_lora_is_refused(reasons):
-    assert reasons(enable_lora=True) == [
-        "LoRA: layer maps and centres of keys are made for one set of weights; serve merged weights"
+@pytest.mark.parametrize("modules", [None, ["q_proj", "lm_head"]])
+def test_lora_on_the_head_is_refused_where_drafts_are_verified(reasons, modules):
+    assert reasons(enable_lora=True, lora_target_modules=modules) == [
+        "LoRA on lm_head with speculation: runner V2 has one adapter for each request there, not for each row of a "
+        "verification; name the modules of your adapters without it (--lora-target-modules q_proj k_proj ...), or "
+        "serve without speculation"
+    ]
+
+
+@pytest.mark.parametrize("method", ["sketch", "dense", "specattn", "sts"])
+def test_lora_on_other_modules_is_served(configure, method):
+    configure(enable_lora=True, lora_target_modules=["q_proj"], options={"method": method})
+
+
+@pytest.mark.parametrize("method", ["sketch", "dense"])
+def test_lora_is_served_without_speculation(configure, method):
+    configure(enable_lora=True, draft=None, options={"method": method})
+
+
+@pytest.mark.parametrize("method", ["vegas", "streamingllm"])
+def test_lora_is_refused_with_a_target_that_drafts_for_itself(reasons, method):
+    given = {"options": {"method": method}, "lora_target_modules": ["q_proj"], "enable_lora": True}
+    assert reasons(draft="target", **given) == [
+        f"LoRA with method = {method!r}: vLLM chooses adapters for the rows of a verification, not for those of the "
+        "target's own drafts; serve merged weights, or set method='sketch'"
     ]
 
 

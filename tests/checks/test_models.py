@@ -90,7 +90,7 @@ def test_pages_of_a_windowed_target_and_a_drafter_have_to_be_alike(method, refus
 
 @pytest.mark.parametrize("side", ["target", "draft"])
 def test_a_head_size_without_kernels_is_refused_with_those_that_have(reasons, side):
-    assert reasons(**{side: "narrow"}) == [f"{side}: head size 32 is not supported; 64 and 128 are"]
+    assert reasons(**{side: "narrow"}) == [f"{side}: head size 32 is not supported; 64, 96, 128, 192 and 256 are"]
 
 
 def model(**changes):

@@ -112,6 +112,7 @@ def speculation(**changes):
         speculative_config=SimpleNamespace(**base | changes),
         parallel_config=SimpleNamespace(tensor_parallel_size=4, enable_eplb=False),
         cache_config=SimpleNamespace(cache_dtype="bfloat16"),
+        lora_config=None,
         model_config=model("target"),
     )
 
@@ -178,10 +179,10 @@ def test_each_setting_of_speculation_is_named(changes, reason, method):
 
 
 def test_several_reasons_are_all_given(reasons):
-    found = reasons(target="windowed-narrow", draft=None, enable_lora=True, kv_cache_dtype="fp8")
+    found = reasons(target="windowed-narrow", draft=None, kv_sharing_fast_prefill=True, kv_cache_dtype="fp8")
     assert [reason.split(":")[0] for reason in found] == [
         "kv_cache_dtype = 'fp8'",
-        "LoRA",
+        "kv_sharing_fast_prefill",
         "target",
         "target",
         "method = 'specattn' without a draft model",

@@ -35,6 +35,10 @@ EVERY_SECOND = {"layer_types": ["sliding_attention", "full_attention"] * 3}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    # Other head sizes: 256, 96 and 192.
+    "gemma": ("GemmaConfig", {"head_dim": 256, "tie_word_embeddings": True}),
+    "phi3-mini": ("Phi3Config", {"hidden_size": 384, "head_dim": 96}),
+    "nemotron": ("NemotronConfig", {"head_dim": 192}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {}),
     "qwen3-moe": ("Qwen3MoeConfig", EXPERTS),

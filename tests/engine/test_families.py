@@ -16,7 +16,7 @@ OPTIONS = {"method": "sketch", "ratio": 0.2, "min_tokens": 40, "recent_tokens": 
 # Of six layers, those that see all of the context; the others have a sliding window, and are vLLM's own.
 FULL = {"olmo3": 2, "gemma3": 2, "cohere2": 2, "exaone4": 2, "gpt-oss": 3, "granite": 2}
 # Llama is what all other tests have.
-FAMILIES = ["qwen2", "qwen3", "qwen3-moe", "mistral", "phi", "glm4", "olmo2", *FULL]
+FAMILIES = ["gemma", "phi3-mini", "nemotron", "qwen2", "qwen3", "qwen3-moe", "mistral", "phi", "glm4", "olmo2", *FULL]
 
 
 @pytest.fixture
@@ -88,6 +88,20 @@ def test_centres_are_measured_with_the_layers_that_have_a_window(family, engine,
 
     monkeypatch.setattr(centre, "_attend_in_window", attends_to_nothing)
     assert ((first - centres()).abs().amax((1, 2)) > 0.01).all()
+
+
+def test_all_methods_serve_another_head_size(family, engine, random_prompts):
+    """Each reads everything, or is lossless."""
+    target = family("phi3-mini")
+    plain = answers(engine(None, target=target, **SHAPE), random_prompts, exact=False)
+    for options in (
+        {"method": "dense", "sparse_draft": True, "ratio": 0.2},
+        {"method": "specattn", "top_p": 1.0, "layer_map": "uniform"},
+        {"method": "vegas", "ratio": 0.2},
+    ):
+        llm = engine(options, target=target, draft=target, num_speculative_tokens=3, **SHAPE)
+        found = answers(llm, random_prompts, exact=False)
+        assert all(map(same, plain, found)), options["method"]
 
 
 @pytest.mark.parametrize("name", FAMILIES)

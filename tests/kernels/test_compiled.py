@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from specattn_vllm.kernels.attention import draft_attention, draft_kernel, sparse_attention
 from specattn_vllm.kernels.bookkeeping import kernels as bookkeeping
+from specattn_vllm.kernels.padding import padded
 from specattn_vllm.kernels.selection import mass, page_tables, top_p
 
 POINTERS = {
@@ -49,9 +50,9 @@ def compiled(kernel, dtype, warps, given=(), **constants):
     print(kernel.__name__, dtype)
 
 
-for dtype, size, group in (("bf16", 128, 4), ("fp16", 64, 1)):
+for dtype, size, group in (("bf16", 128, 4), ("fp16", 64, 1), ("bf16", 192, 4)):
     for lse, splits, tiles in ((False, 4, 1), (True, 4, 2), (True, 1, 1), (False, 1, 2)):
-        config = sparse_attention.CONFIGS[size, False]
+        config = sparse_attention.CONFIGS[padded(size), False]
         more = {"GROUP": group, "D": size, "SPLITS": splits, **({} if lse else {"lse": None})}
         compiled(sparse_attention._sparse_kernel, dtype, config.num_warps, {"groups": "i32"}, TILES=tiles,
                  BLOCK_M=16, BLOCK=config.block_n, **more)
@@ -59,7 +60,7 @@ for dtype, size, group in (("bf16", 128, 4), ("fp16", 64, 1)):
             compiled(sparse_attention._combine_kernel, dtype, 1, {"groups": "i32"}, **more)
     # A draft's step, the same in parts, a verification with two scored rows, and an audit.
     for out, scores, c, splits, some in ((1, 1, 1, 1, 0), (1, 1, 1, 4, 0), (1, 1, 2, 4, 0), (0, 0, 1, 4, 1)):
-        config = draft_attention.CONFIGS[size, 32]
+        config = draft_attention.CONFIGS[padded(size), 32]
         given = {"out": out, "scores": scores, "requests": some}
         shared = {"HEADS": 8, "GROUP": group, "C": c, "D": size, "SPLITS": splits,
                   **{name: None for name in given if not given[name]}}
@@ -86,4 +87,4 @@ def test_they_compile(capability):
     program = PROGRAM.replace("CAPABILITY", str(capability))
     done = subprocess.run([sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 34
+    assert len(done.stdout.splitlines()) == 47

@@ -20,6 +20,7 @@ CASES = [
     case("mixed chunk, decode and square", [40, 1, 17], [64, 129, 17]),
     case("padded rows", [3, 0, 2], [10, 0, 31]),
     case("request without a query", [3, 0], [10, 40]),
+    case("head size 256", [7, 1], [130, 9], size=256),
     case("GQA 8, head size 128, big page", [7], [130], heads=1, ratio=8, size=128, block_size=128),
 ]
 

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from specattn_vllm.kernels import reference
 from specattn_vllm.kernels.attention import draft_attention as module
 from specattn_vllm.kernels.attention.draft_attention import LaunchConfig, draft_attention
+from specattn_vllm.kernels.contracts import HEAD_SIZES
+from specattn_vllm.kernels.padding import padded
 from specattn_vllm.kernels.selection.mass import accumulate_mass
 
 SCORED_ROWS = pytest.mark.parametrize("per_request", [1, 2], ids=["one scored row", "two scored rows"])
@@ -36,6 +38,9 @@ CASES = [
     case("more rows than a tile", [50, 9], [7, 7], 1, 6),
     case("a group that is no power of two", [50], [3], 1, 24),
     case("page size that is no power of two", [50, 49], [1, 2], 3, 1, block_size=24, layout="LBNHC"),
+    case("head size 96", [20, 300], [1, 5], 2, 3, size=96),
+    case("head size 192, splits", [500, 3], [2, 1], 1, 2, size=192, layout="LBNHC"),
+    case("head size 256", [20, 300], [1, 5], 2, 3, size=256),
     case("one split", [20, 40, 33, 5, 64, 30, 2, 8], [1, 7, 2, 1, 1, 0, 3, 1], 8, 1, size=128),
 ]
 
@@ -243,9 +248,9 @@ def test_launch_config_changes_no_result(config, place, drafting):
     drafting.check(batch, got, drafting.run(reference.draft_attention, batch, 261), dtype)
 
 
-@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("size", HEAD_SIZES)
 def test_every_tile_has_a_configuration(size):
     block_m = 16
-    while block_m <= module.MAX_BLOCK_M:
+    while block_m <= module.MAX_BLOCK_M[padded(size)]:
         assert module.launch_config(size, block_m).num_stages >= 2
         block_m *= 2

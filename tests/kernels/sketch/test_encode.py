@@ -22,10 +22,12 @@ def _written(op, key, slots, turn, centre, shape, bits):
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
-@pytest.mark.parametrize(("heads", "size", "tokens"), [(1, 64, 1), (3, 64, 37), (2, 128, 50), (1, 256, 5)])
+@pytest.mark.parametrize(
+    ("heads", "size", "tokens"), [(1, 64, 1), (3, 64, 37), (2, 128, 50), (1, 256, 5), (2, 96, 20), (1, 192, 5)]
+)
 def test_the_kernel_writes_what_the_reference_does(place, heads, size, tokens, bits):
     device, dtype = place
-    if device.type == "cuda" and dtype == torch.float32 and size == 256:
+    if device.type == "cuda" and dtype == torch.float32 and size >= 192:
         pytest.skip("products of 256 x 256 float32 do not fit in a GPU's shared memory")
     generator = torch.Generator().manual_seed(tokens)
     key = (torch.randn(tokens + 2, heads, size, generator=generator) + 2).to(dtype).to(device)
