@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Self
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from specattn_vllm import cpu_runner
 
@@ -33,7 +33,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in each run, and no clock: other tests run at the same time, and Triton's interpreter is slow.
-settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+# Who only asks whether a test fails (scripts/mutations.py) does not wait for the smallest example that does.
+at_once = {"phases": (Phase.explicit, Phase.generate)} if "SPECATTN_FIRST_FAILURE" in os.environ else {}
+settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), **at_once)
 settings.load_profile("same")
 
 
@@ -49,10 +51,19 @@ def seeded(request):
 class Server:
     """A process that answers on a port of this machine, which nobody else has. Its output goes into a file."""
 
-    def __init__(self, log: Path, command: Callable[[int], Sequence[str]], ready: str = "/health", **environment: str):
-        """command: of the port; ready: the path that is answered once the server is up."""
+    def __init__(
+        self,
+        log: Path,
+        command: Callable[[int], Sequence[str]],
+        ready: str = "/health",
+        port: int = 0,
+        **environment: str,
+    ):
+        """command: of the port; ready: the path that is answered once the server is up; port: 0 for a free one."""
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
+            # As servers do: a port whose last connections are still being closed can be had.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
             self.port = probe.getsockname()[1]
         self.log, self.ready = log, ready
         environment = {**os.environ, **environment}

@@ -106,6 +106,10 @@ def test_files_that_are_too_large_or_none_are_not_read(tmp_path):
         file.truncate(2**34)  # takes no room on the disk
     with pytest.raises(LayerMapError, match="17,179,869,184 bytes"):
         layer_map.read(large)
+    with large.open("wb") as file:
+        file.truncate(layer_map.LARGEST + 1)
+    with pytest.raises(LayerMapError, match=r"8,388,609 bytes, and none has more than 8,388,608"):
+        layer_map.read(large)
     os.mkfifo(tmp_path / "pipe")  # whose reader would wait for ever
     for path in (tmp_path / "pipe", tmp_path, tmp_path / "missing"):
         with pytest.raises(LayerMapError, match="cannot be read"):

@@ -70,7 +70,7 @@ def engines(args: argparse.Namespace) -> int:
     report = Report(provenance=provenance(args.commit), settings=jobs.settings_of(args, shape), engines=[])
     status = runner.carry_out(wanted, report, args, reports.markdown)
     if args.plot and status in (0, 1):
-        reports.draw(report).savefig(args.plot, dpi=160)
+        reports.save(report, args.plot)
     return status
 
 
@@ -86,7 +86,7 @@ def table(args: argparse.Namespace) -> None:
         if not isinstance(report, Report):
             raise UserError(f"--plot: {args.file} is of servers; only reports of `specattn bench engines` are drawn")
         require(("matplotlib",))
-        reports.draw(report).savefig(args.plot, dpi=160)
+        reports.save(report, args.plot)
 
 
 # Name -> what runs it, its arguments, its help.

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from specattn_vllm.bench.grid import Cell, context_name
 from specattn_vllm.bench.jobs import MODES
 from specattn_vllm.bench.schema import CellResult, EngineResult, Job, Report
-from specattn_vllm.tools.outputs import document
+from specattn_vllm.installed import UserError
+from specattn_vllm.tools.outputs import document, write_whole
 from specattn_vllm.tools.provenance import machine, where
 
 if TYPE_CHECKING:
@@ -128,6 +131,17 @@ def markdown(report: Report) -> str:
     headings = ["requests x context", *(title(engine) for engine in report.engines)]
     rows = [[name_of(cell), *(entry.text for entry in row)] for cell, row in entries(report)]
     return document(headings, rows, caption(report), *remarks(report))
+
+
+def save(report: Report, path: Path) -> None:
+    """Write the drawing as a whole or not at all, as what the name ends with: .png, .svg, .pdf. UserError if it cannot
+    be."""
+    drawn = io.BytesIO()
+    try:
+        draw(report).savefig(drawn, dpi=160, format=path.suffix[1:] or "png")
+    except ValueError as error:  # matplotlib knows no such format
+        raise UserError(f"--plot {path}: {error}") from None
+    write_whole(path, drawn.getvalue())
 
 
 def draw(report: Report) -> Figure:

@@ -130,10 +130,20 @@ def prepare(speculator: RoundSpeculator) -> Selection:
 
 
 def allocated(make: Callable[[torch.device], Buffers], runner: Any, remedy: str = "") -> Buffers:
-    """make(device of the runner), unless it is too large (`refuse_if_too_large`)."""
+    """make(device of the runner), unless it is too large (`refuse_if_too_large`) or cannot be allocated: ValueError."""
     # First without memory: the error of a failed allocation would not name an option to change.
-    refuse_if_too_large(make(torch.device("meta")).nbytes, runner, remedy)
-    return make(runner.device)
+    nbytes = make(torch.device("meta")).nbytes
+    refuse_if_too_large(nbytes, runner, remedy)
+    try:
+        return make(runner.device)
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        # Somebody else may have taken what was free, or it lies in pieces.
+        raise ValueError(
+            f"{_needs(nbytes, runner)}, and the allocation failed: lower --max-num-seqs or --max-model-len{remedy}; or "
+            f"free memory that others hold ({str(error).splitlines()[0][:200]})"
+        ) from None
 
 
 def refuse_if_too_large(nbytes: dict[str, int], runner: Any, remedy: str = "") -> None:
@@ -142,10 +152,15 @@ def refuse_if_too_large(nbytes: dict[str, int], runner: Any, remedy: str = "") -
     if runner.device.type != "cuda":
         return  # on a CPU, memory is only taken when it is first written
     free, _ = torch.cuda.mem_get_info(runner.device)
-    total = sum(nbytes.values())
-    if total > free // 2:
+    if sum(nbytes.values()) > free // 2:
         raise ValueError(
-            f"specattn needs {total / 2**30:.1f} GiB ({sizes(nbytes)}) for max_num_seqs = {runner.max_num_reqs} "
-            f"requests of max_model_len = {runner.max_model_len} tokens, more than half of the "
-            f"{free / 2**30:.1f} GiB that the weights leave: lower --max-num-seqs or --max-model-len{remedy}"
+            f"{_needs(nbytes, runner)}, more than half of the {free / 2**30:.1f} GiB that the weights leave: lower "
+            f"--max-num-seqs or --max-model-len{remedy}"
         )
+
+
+def _needs(nbytes: dict[str, int], runner: Any) -> str:
+    return (
+        f"specattn needs {sum(nbytes.values()) / 2**30:.1f} GiB ({sizes(nbytes)}) for max_num_seqs = "
+        f"{runner.max_num_reqs} requests of max_model_len = {runner.max_model_len} tokens"
+    )

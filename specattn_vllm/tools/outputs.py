@@ -37,20 +37,26 @@ def output_file(text: str) -> Path:
 def write_whole(path: Path, data: str | bytes) -> None:
     """Write a file at once: whoever reads, at any time or after a crash, finds the old one or the whole new one.
 
-    Raises UserError if it cannot be written; nothing is left behind then.
+    Raises UserError if it cannot be written; nothing is left behind then. A device or a pipe, as /dev/stdout may be, is
+    written to as it is: a file must not take its place.
     """
+    data = data.encode() if isinstance(data, str) else data
+    given, path = path, path.resolve()  # a link stays a link
     partial = path.with_name(path.name + ".part")
     try:
+        if path.exists() and not path.is_file():
+            path.write_bytes(data)
+            return
         # It was there at the start (`output_file`); should it be gone, hours of figures are worth making it again.
         path.parent.mkdir(parents=True, exist_ok=True)
         with partial.open("wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+        raise UserError(f"{given} cannot be written: {error.strerror}") from None
 
 
 def write_json(path: Path, value: Any) -> None:

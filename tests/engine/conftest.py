@@ -108,10 +108,12 @@ def engine(demo_pair):
         options: dict | None = None,
         *,
         num_speculative_tokens: int = 4,
+        drafts_by_batch_size: list[tuple[int, int, int]] | None = None,
         target: str | None = None,
         draft: str | None = None,
         **arguments,
     ):
+        """drafts_by_batch_size: (fewest requests, most requests, drafts), where not always as many are drafted."""
         close()
         arguments = {
             "dtype": "float32",
@@ -139,6 +141,8 @@ def engine(demo_pair):
                 "model": (target or demo_pair[0]) if for_itself else draft or demo_pair[1],
                 "num_speculative_tokens": num_speculative_tokens,
             }
+            if drafts_by_batch_size is not None:
+                pair["num_speculative_tokens_per_batch_size"] = drafts_by_batch_size
             arguments.setdefault("speculative_config", pair)
         torch.manual_seed(0)
         # vLLM looks through all objects for garbage ten times during a start. Those of the imports are none.

@@ -67,6 +67,12 @@ class Spoil(NamedTuple):
     """All selections that are kept for a later step become ones for another length."""
 
 
+class Shuffle(NamedTuple):
+    """Whoever runs stands in another order from now on: in the batch, and in who loses their blocks first."""
+
+    seed: int
+
+
 def draw(seed: int, texts: int) -> list:
     """The schedule of a seed."""
     rng = random.Random(seed)
@@ -102,6 +108,8 @@ def draw(seed: int, texts: int) -> list:
             schedule += [Drain(), Reset()]
         elif chance < 0.75:
             schedule += [Step(2), Spoil(), Step(1)]
+        else:
+            schedule += [Step(1), Shuffle(seed * 100 + number), Step(2)]
     return schedule
 
 
@@ -116,6 +124,8 @@ class Driver:
         self.happened: Counter[str] = Counter()
         self.live: dict[str, Add] = {}
         self.out: dict[str, list[int]] = {}
+        self.order: list[str] = []
+        """Requests of the last batch, by row."""
 
     def run(self, schedule: Sequence) -> str | None:
         """What went wrong, or None. After that the engine may be in any state."""
@@ -178,11 +188,29 @@ class Driver:
     def spoil(self, operation: Spoil) -> None:
         self.watch.spoil()
 
+    def shuffle(self, operation: Shuffle) -> None:
+        # vLLM sorts a batch by the tokens of each request. Among equals, the scheduler's order stays.
+        random.Random(operation.seed).shuffle(self.watch.scheduler.running)
+
     def _step(self) -> None:
         self.steps += 1
+        self.watch.batch = None
         for output in self.engine.step():
             self._take(output)
         self.watch.after_step()
+        if self.watch.batch is not None:
+            self._note(self.watch.batch)
+
+    def _note(self, batch: Any) -> None:
+        """What a schedule has to meet, by what the batch of a step was."""
+        before, now = self.order, list(batch.req_ids)
+        kept = [name for name in before if name in now]
+        self.happened["batches in another order"] += kept != [name for name in now if name in before]
+        self.order = now
+        drafts = batch.num_draft_tokens_per_req
+        if drafts is not None:
+            for number in drafts[: batch.num_reqs][~batch.is_prefilling_np[: batch.num_reqs]]:
+                self.happened[f"verifications of {number} drafts"] += 1
 
     def _prompt(self, request: Add) -> tuple[list[int], list[int]]:
         """The tokens of a request, and those that plain decoding gives it."""

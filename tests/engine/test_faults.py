@@ -1,7 +1,10 @@
-"""Pages of the KV cache that hold something else than they should: NaN, infinities, random bits.
+"""Pages of the KV cache that hold something else than they should: NaN, infinities, random bits. And single bits that
+flip: in the codes and scales of a sketch, and in the tables that say where a request's pages lie.
 
-Whose pages they are may get any answer. Everybody else gets the tokens that they would have got.
+Whose pages or tables they are may get any answer. Everybody else gets the tokens that they would have got.
 """
+
+import random
 
 import pytest
 import torch
@@ -23,6 +26,12 @@ SETTINGS = {
 SHAPE = {"block_size": 16, "max_num_seqs": 4, "max_model_len": 512, "enable_prefix_caching": False}
 LENGTHS, NEW_TOKENS = (110, 70, 130, 50), 14
 VICTIM = 1
+FLIPPED = {
+    "sketch": (SHORT | {"method": "sketch", "draft_ratio": 0.2, "shared_budget": "layers"}, {}),
+    "specattn": SETTINGS["specattn"],
+}
+AT_ONCE = 8
+"""Bits that flip in a layer before a step. They add up where nothing is written anew."""
 
 
 def nothing(pages: torch.Tensor) -> None:
@@ -46,11 +55,14 @@ class Engine:
         from vllm.config import get_layers_from_vllm_config
         from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
+        from specattn_vllm.sketch.layer import LayerSketch
+
         self.run = llm.llm_engine
         self.manager = self.run.engine_core.engine_core.scheduler.kv_cache_manager
         self.requests = self.run.engine_core.engine_core.scheduler.requests
         layers = get_layers_from_vllm_config(self.run.vllm_config, AttentionLayerBase)
         self.caches = [layer.kv_cache for layer in layers.values()]
+        self.sketched = [layer for layer in layers.values() if isinstance(layer.impl.choice, LayerSketch)]
 
     def held_by(self, name: str) -> list[int]:
         [whole] = [found for found in self.requests if found.rpartition("-")[0] == name]
@@ -111,4 +123,110 @@ def test_pages_that_do_not_fit_harm_nobody_else(setting, engine, prompts):
         assert len(harmed) == NEW_TOKENS
         assert harmed != wanted[str(VICTIM)], f"{how.__name__}: nothing was done to the request"
 
+    assert at.tokens(given) == wanted, "something is left of what was done"
+
+
+class Flips:
+    """Bits of one request that flip, drawn from a seed."""
+
+    def __init__(self, at: Engine) -> None:
+        self.at, self.random, self.number = at, random.Random(0), 0
+
+    def one(self, values: torch.Tensor, limit: int) -> None:
+        """A bit of one of the numbers, so that it stays below the limit: past it there is no memory of the cache, and
+        nobody promises anything."""
+        for _ in range(20):
+            place = self.random.randrange(len(values))
+            flipped = int(values[place]) ^ 1 << self.random.randrange(limit.bit_length())
+            if 0 <= flipped < limit:
+                values[place] = flipped
+                self.number += 1
+                return
+
+    @torch.inference_mode()
+    def beside_keys(self, what: str) -> None:
+        """In what lies beside the victim's keys. Not looked at before the cache has been written to."""
+        for layer in self.at.sketched:
+            codes, scales = layer.impl.choice._views(layer.kv_cache)
+            bits = codes if what == "codes" else scales.view(torch.int16)
+            for _ in range(AT_ONCE):
+                place = tuple(self.random.randrange(size) for size in bits.shape[1:])
+                block = self.random.choice(self.at.held_by(str(VICTIM)))
+                # The sign of a scale too: two's complement has no other way to set it.
+                bit = self.random.randrange(8 * bits.itemsize)
+                bits[block, *place] ^= -(2**15) if bit == 15 else 1 << bit
+                self.number += 1
+
+
+class Tables:
+    """Flips bits in the tables of the victim's row while a layer reads through them: vLLM's, which say where blocks
+    lie, or ours, which say where the tokens that are read do. What is written is written where it belongs."""
+
+    def __init__(self, monkeypatch, at: Engine) -> None:
+        from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+
+        from specattn_vllm.backend.impl import SpecAttnImpl
+        from specattn_vllm.selection.pages import page_strides
+
+        self.flips, self.kind = Flips(at), ""
+        self.names: list[str] = []
+        """Of the batch's requests, by row."""
+        prepare, forward, read = GPUModelRunner.prepare_inputs, SpecAttnImpl.forward, SpecAttnImpl._read
+
+        def prepared(*args, **kwargs):
+            batch = prepare(*args, **kwargs)
+            self.names = [name.rpartition("-")[0] for name in batch.req_ids]
+            return batch
+
+        def forwarded(impl, layer, query, key, value, kv_cache, md, *args, **kwargs):
+            row = self.row()
+            if md is None or row is None or self.kind != "block table":
+                return forward(impl, layer, query, key, value, kv_cache, md, *args, **kwargs)
+            right = md.block_table[row].clone()
+            used = -(-int(md.seq_lens[row]) // kv_cache.shape[2])
+            self.flips.one(md.block_table[row, :used], kv_cache.shape[0])
+            result = forward(impl, layer, query, key, value, kv_cache, md, *args, **kwargs)
+            md.block_table[row] = right  # other layers read it, and the next round of drafting
+            return result
+
+        def reads(impl, query, kv_cache, md, step, page_table, kept, out):
+            row = self.row()
+            if row is not None and self.kind == "page table" and row < step.num_rows:
+                page_table, limit = page_table.clone(), kv_cache.shape[0] * page_strides(kv_cache)[0]
+                for head, number in enumerate(kept[row].tolist()):
+                    if number:
+                        self.flips.one(page_table[row, head, :number], limit)
+            return read(impl, query, kv_cache, md, step, page_table, kept, out)
+
+        monkeypatch.setattr(GPUModelRunner, "prepare_inputs", prepared)
+        monkeypatch.setattr(SpecAttnImpl, "forward", forwarded)
+        monkeypatch.setattr(SpecAttnImpl, "_read", reads)
+
+    def row(self) -> int | None:
+        return self.names.index(str(VICTIM)) if str(VICTIM) in self.names else None
+
+
+@pytest.mark.parametrize("setting", FLIPPED)
+def test_bits_that_flip_harm_nobody_else(setting, engine, prompts, monkeypatch):
+    options, arguments = FLIPPED[setting]
+    at, given = Engine(engine(options, **SHAPE | arguments)), prompts(LENGTHS)
+    wanted = at.tokens(given)
+    others = {name: tokens for name, tokens in wanted.items() if name != str(VICTIM)}
+    tables = Tables(monkeypatch, at)
+
+    for what in (*(("codes", "scales") if at.sketched else ()), "block table", "page table"):
+        flips = tables.flips = Flips(at)
+        tables.kind = what
+
+        def spoil(number: int, what=what, flips=flips) -> None:
+            there = any(name.rpartition("-")[0] == str(VICTIM) for name in at.requests)
+            if what in ("codes", "scales") and number >= 2 and there:
+                flips.beside_keys(what)
+
+        found = at.tokens(given, spoil)
+        harmed = found.pop(str(VICTIM))
+        assert flips.number > NEW_TOKENS, f"{what}: hardly anything was done to the request"
+        assert found == others, f"bits that flip in the {what} of one request change another"
+        assert len(harmed) == NEW_TOKENS
+    tables.kind = ""
     assert at.tokens(given) == wanted, "something is left of what was done"

@@ -28,6 +28,8 @@ SHORT = {"min_tokens": 16, "recent_tokens": 8}
 SKETCH = SHORT | {"method": "sketch", "ratio": 0.1}
 ALONE = {"speculative_config": None}
 NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+# vLLM can choose the number of drafts anew in each step, by the number of requests. This order makes it change often.
+BY_BATCH = {"drafts_by_batch_size": [(1, 1, 2), (2, 2, 3), (3, 3, 0), (4, 4, 1)]}
 SETTINGS = {
     "sketch": (SKETCH | {"draft_ratio": 0.2}, {}),
     "sketch alone": (SKETCH, ALONE),
@@ -39,6 +41,9 @@ SETTINGS = {
     "vegas": (SHORT | {"method": "vegas", "ratio": 0.1, "crossover_tokens": 0}, {}),
     "streamingllm": (SHORT | {"method": "streamingllm", "ratio": 0.1, "crossover_tokens": 0}, {}),
     "dense": (SHORT | {"method": "dense", "sparse_draft": True, "ratio": 0.1}, {}),
+    "sketch, drafts by batch size": (SKETCH | {"draft_ratio": 0.2}, BY_BATCH),
+    "specattn, drafts by batch size": (SHORT | {"method": "specattn", "ratio": 0.1}, BY_BATCH),
+    "vegas, drafts by batch size": (SHORT | {"method": "vegas", "ratio": 0.1, "crossover_tokens": 0}, BY_BATCH),
 }
 """Setting -> options with which a part is read of contexts of a hundred tokens, and arguments of the engine."""
 
@@ -130,7 +135,9 @@ def test_random_schedules(setting, engine, texts, tiny_model, audit, sketch_audi
     print(f"\n{setting}: {dict(happened)}")
     if SEED is None:
         wanted = {"preempted", "finished", "found a prefix", "keys"}
-        wanted |= {"tokens that are plain decoding's"}
+        wanted |= {"tokens that are plain decoding's", "batches in another order"}
+        if "drafts_by_batch_size" in arguments:
+            wanted |= {f"verifications of {number} drafts" for number in (1, 2, 3)}
         if not lossless:
             wanted |= {"rows that read a part"}
         if "epsilon" in options:

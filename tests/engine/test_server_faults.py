@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import socket
@@ -25,12 +26,12 @@ SHARED = pytest.mark.xdist_group("server faults")
 
 @pytest.fixture(scope="module")
 def serve(server_class):
-    def start(log: Path):
+    def start(log: Path, port: int = 0):
         def command(port: int) -> list[str]:
             where = ["--host", "127.0.0.1", "--port", str(port), "--gpu-memory-utilization", "0.3"]
             return [str(ROOT / "scripts" / "serve"), *where]
 
-        return server_class(log, command, SPECATTN_VENV=sys.prefix, VLLM_LOGGING_LEVEL="INFO")
+        return server_class(log, command, port=port, SPECATTN_VENV=sys.prefix, VLLM_LOGGING_LEVEL="INFO")
 
     return start
 
@@ -164,6 +165,13 @@ def processes_of(server) -> list[psutil.Process]:
     return [whole, *whole.children(recursive=True)]
 
 
+def nothing_left_of(processes: list[psutil.Process], seconds: float = 20) -> None:
+    _, left = psutil.wait_procs(processes, timeout=seconds)
+    for process in left:
+        process.kill()  # else they would be left to the tests after this one too
+    assert not left, f"processes that were left behind: {left}"
+
+
 async def under_load(server, prompts, tokens: int, then, patience: float = 300) -> list:
     """What eight requests got; `then` is called once they run. patience: seconds after which a client gives up."""
     client = client_of(server).with_options(timeout=patience)
@@ -184,8 +192,7 @@ def test_a_server_that_is_told_to_end_under_load_ends(server, long_prompts):
     got = asyncio.run(under_load(server, long_prompts, 600, tell, patience=20))
     assert all(isinstance(answer, openai.APIError) for answer in got), got
     server.process.wait(60)
-    _, left = psutil.wait_procs(mine, timeout=20)
-    assert not left, f"processes that were left behind: {left}"
+    nothing_left_of(mine)
 
 
 def test_a_server_whose_engine_is_killed_says_so_and_ends(serve, tmp_path, long_prompts):
@@ -197,5 +204,19 @@ def test_a_server_whose_engine_is_killed_says_so_and_ends(serve, tmp_path, long_
         assert all(isinstance(answer, Exception) for answer in got), "an answer from an engine that is gone"
         server.process.wait(60)  # its exit status is vLLM's own, and 0
         assert "EngineDeadError" in server.text()
-        _, left = psutil.wait_procs(mine, timeout=20)
-        assert not left, f"processes that were left behind: {left}"
+        nothing_left_of(mine)
+
+
+def test_a_server_that_is_killed_leaves_nothing_and_starts_again_on_its_port(serve, tmp_path, long_prompts):
+    """SIGKILL to the whole group, as from a supervisor or a container's end. To the server's first process alone it
+    would leave vLLM's engine behind: nothing in vLLM 0.32 tells an engine that its server is gone."""
+    with serve(tmp_path / "first") as server:
+        server.wait_until_ready()
+        mine = processes_of(server)
+        kill = partial(os.killpg, server.process.pid, signal.SIGKILL)
+        got = asyncio.run(under_load(server, long_prompts, 600, kill))
+        assert all(isinstance(answer, openai.APIError) for answer in got), got
+        nothing_left_of(mine)
+    with serve(tmp_path / "second", server.port) as again:
+        again.wait_until_ready()
+        assert asyncio.run(ask(client_of(again), long_prompts[0], 16))

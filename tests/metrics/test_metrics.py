@@ -31,11 +31,10 @@ def served(tmp_path):
         registry = CollectorRegistry()
         registry.register(collect.SnapshotCollector(tmp_path))
         text = generate_latest(registry).decode()
-        return {
-            (sample.name, *sorted((k, v) for k, v in sample.labels.items() if k != "engine")): sample.value
-            for family in text_string_to_metric_families(text)
-            for sample in family.samples
-        }
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        seen = {(s.name, *sorted((k, v) for k, v in s.labels.items() if k != "engine")): s.value for s in samples}
+        assert len(seen) == len(samples), "a series that is there twice, which Prometheus refuses"
+        return seen
 
     return scrape
 

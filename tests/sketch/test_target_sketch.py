@@ -120,6 +120,23 @@ def test_a_step_in_which_no_row_chooses_is_searched_by_none(announce, target):
     assert seen.sparse_rows == 2
 
 
+def test_a_slot_keeps_nothing_for_who_gets_it_next(target):
+    target.chooser.totals.fill_(3)
+    target.exact[:] = True
+    target.enter(1, SimpleNamespace(sampling_params=None))
+    assert target.exact.tolist() == [True, False, True, True]
+    assert target.chooser.totals.amax(1).tolist() == [3, 0, 3, 3, 3]
+    assert target.chooser.totals.amin(1).tolist() == [3, 0, 3, 3, 3]
+
+
+def test_rows_that_read_everything_are_told_to_the_layers(announce, target):
+    """Of short rows: one inside its prompt, and one that asked for exactness."""
+    target.exact[2] = True
+    [step] = announce([300, 200, 400], [5, 3, 5], [False, True, False], groups=1)
+    assert step.num_rows == 3 and target.chooser.dense[:3].tolist() == [0, 1, 1]
+    assert target.chooser.slots[:3].tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("captured", [True, False])
 def test_what_is_captured_is_not_for_the_batch_to_say(announce, target, captured):
     """vLLM captures with lengths of its own choice."""

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+from pathlib import Path
 
 import pytest
 
 from specattn_vllm import cli
 from specattn_vllm.installed import UserError
-from specattn_vllm.tools.outputs import write_json
+from specattn_vllm.tools.outputs import write_json, write_whole
 
 WRITERS = pytest.mark.parametrize(
     "words",
@@ -66,3 +68,73 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot be written: No space left"):
         write_json(path, {"a": 2})
     assert path.read_text() == before and list(path.parent.iterdir()) == [path]
+
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
+
+
+def results(kind: str) -> Path:
+    """One of the reports that the documentation shows, of this kind."""
+    return next(path for path in sorted(RESULTS.glob("*.json")) if json.loads(path.read_bytes()).get("kind") == kind)
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["report", results("specattn-eval-methods"), "--out"], "page.html"),
+        (["bench", "table", results("specattn-bench-engines"), "--plot"], "plot.svg"),
+    ],
+    ids=["report", "plot"],
+)
+def test_a_full_disk_leaves_the_old_file_of_a_command(words, name, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("jinja2")
+    out = tmp_path / name
+    out.write_text("old")
+
+    def full(number):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    command = [*map(str, words), str(out)]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert cli.main(command) == 2
+    [line] = capsys.readouterr().err.splitlines()[-1:]
+    assert f"{out} cannot be written: No space left on device" in line
+    assert out.read_text() == "old" and list(tmp_path.iterdir()) == [out]
+    assert cli.main(command) == 0
+    assert out.read_bytes().startswith((b"<!doctype html>", b"<?xml"))
+
+
+def test_a_drawing_of_an_unknown_kind_is_refused(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "plot.word"
+    assert cli.main(["bench", "table", str(results("specattn-bench-engines")), "--plot", str(out)]) == 2
+    assert f"--plot {out}" in capsys.readouterr().err and not out.exists()
+
+
+def test_a_full_device_is_an_error_and_stays_a_device():
+    """/dev/full answers every write as a full disk does. To a root user, a file in its place would be possible."""
+    device = Path("/dev/full")
+    if not device.is_char_device():
+        pytest.skip("there is no /dev/full")
+    with pytest.raises(UserError, match=r"^/dev/full cannot be written: No space left on device$"):
+        write_json(device, {"a": 1})
+    assert device.is_char_device()
+
+
+def test_what_is_no_file_is_written_to_as_it_is(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_whole(pipe, "found")
+    assert os.read(reader, 100) == b"found" and pipe.is_fifo()
+    os.close(reader)
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    link = tmp_path / "report.json"
+    link.symlink_to(tmp_path / "elsewhere" / "report.json")
+    write_whole(link, "found")
+    assert link.is_symlink() and (tmp_path / "elsewhere" / "report.json").read_text() == "found"

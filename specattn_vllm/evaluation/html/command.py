@@ -30,10 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     require(("jinja2", "numpy", "matplotlib"))
     text = render([section(path) for path in args.files])
-    try:
-        args.out.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--out {args.out}: {error.strerror}") from None
+    outputs.write_whole(args.out, text)
     print(args.out)
 
 

@@ -68,3 +68,12 @@ def test_the_kernel_s_selection_of_any_masses_is_one(device, any_numbers, data, 
     if (mass >= 0).all() and (mass.sum(1) <= 1).all():  # what the kernel's sums have room for
         wanted = select(reference.select_top_p, mass, lens, options)
         assert torch.equal(bits, wanted[0]) and torch.equal(counts, wanted[1])
+
+
+def test_masses_that_are_no_number_count_as_nothing(device):
+    mass = torch.tensor([[torch.nan, 0.2, 0.5, -1.0, 0.1, torch.nan]])
+    options = {"top_p": 1.0, "min_tokens": 0, "max_tokens": 3, "max_fraction": 1.0, "sink": 0, "recent": 0}
+    for op, where in ((reference.select_top_p, "cpu"), (select_top_p, device)):
+        lens = torch.tensor([6], dtype=torch.int32, device=where)
+        bits, counts = select(op, mass.to(where), lens, options)
+        assert reference.unpack_bits(bits[0], 6).nonzero().flatten().tolist() == [1, 2, 4] and counts.tolist() == [3]

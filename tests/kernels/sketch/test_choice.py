@@ -202,6 +202,17 @@ def test_a_key_that_is_no_number_is_read(place, sketched, prepared, scored):
         assert int(scored(op, data, packed, factors)[0][0, 0, 323]) == BINS - 1
 
 
+def test_a_key_that_is_no_number_silences_no_query(place, sketched, prepared, scored):
+    """It is in the sample from which a row's normaliser comes. Other tokens of the row are scored all the same."""
+    device, dtype = place
+    data = sketched([600], [2], 1, 2, 64, 2, 16, "LBNHC", device, dtype)
+    data.scales[int(data.block_table[0, 0]), 0, 3] = torch.inf
+    for prepare, score in ((prepare_queries, score_tokens), (reference.prepare_queries, reference.score_tokens)):
+        packed, factors, _ = prepared(prepare, data)
+        assert factors[0, 0, 2, :4].isfinite().all(), prepare
+        assert len(scored(score, data, packed, factors)[0][0, 0, 16:500].unique()) > 1, score
+
+
 def test_sampled_tokens_are_counted_as_they_are_drawn():
     contexts = [0, 1, 15, 16, 17, 31, 32, 300, 511, 512, 513, 528, 1000, 1024, 1025, 4095, 4096, 32762, 131066]
     counted = sampled_tokens(torch.tensor(contexts, dtype=torch.int32))
