@@ -5,8 +5,8 @@
     .venv/bin/python scripts/guarantee.py --target "$(scripts/real_model)" --text TEXTS/*/00* --out guarantee.json
 
 A sparse engine samples text after each document. Nothing falls dense here: each selection is checked in all ways that
-are compared (number of draws; drawn by the sketch's scores, or uniformly as in vAttention), and its true loss is computed
-from all keys. An audit of a share of the selections runs beside, as it would in production.
+are compared (number of draws; drawn by the sketch's scores, or uniformly as in vAttention), and its true loss is
+computed from all keys. An audit of a share of the selections runs beside, as it would in production.
 """
 
 import argparse

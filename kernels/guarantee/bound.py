@@ -16,6 +16,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .. import padding
 from ..contracts import checked
 from . import contracts
 
@@ -37,10 +38,11 @@ def _bound_kernel(
     if tl.max(p, 0) < 0:
         tl.store(lost, 0.0)
         return
-    d = tl.arange(0, D)
+    d = tl.arange(0, padding.padded(D))
+    inside = d < D
     block = tl.load(block_table + r * stride_tr + p // block_size).to(tl.int64)
     where = block * stride_cb + h * stride_ch + (p % block_size).to(tl.int64) * stride_cn
-    keys = tl.load(kv_cache + where[:, None] + d[None, :])
+    keys = padding.load(kv_cache + where[:, None] + d[None, :], inside[None, :], D)
     drawn = tl.load(worth + r * stride_wr + h * DRAWS + j)
     begin = tl.load(query_start_loc + r)
     rows = (tl.load(query_start_loc + r + 1) - begin) * GROUP
@@ -50,9 +52,8 @@ def _bound_kernel(
         live = m < rows
         token = (begin + m // GROUP).to(tl.int64)
         head = h * GROUP + m % GROUP
-        q = tl.load(
-            query + token[:, None] * stride_qt + head[:, None] * stride_qh + d[None, :], mask=live[:, None], other=0.0
-        )
+        mask = padding.both(live[:, None], inside[None, :], D)
+        q = tl.load(query + token[:, None] * stride_qt + head[:, None] * stride_qh + d[None, :], mask=mask, other=0.0)
         read = tl.load(lse + token * stride_lt + head, mask=live, other=0.0)
         logits = tl.dot(q, tl.trans(keys), input_precision="ieee") * scale
         x = tl.exp(logits - read[:, None]) * drawn[None, :]
