@@ -178,7 +178,7 @@ def test_what_is_no_number_counts_as_lost(chosen, operation, what, number):
     positions, worth = drawn(reference.sample_unread, data, arguments, draws=32)
     lse, _ = logsumexp(data, arguments)
     before = bounded(operation, data, positions, worth, lse)
-    assert (before[0] < 0.9).all()
+    assert (before[0] < 0.99).all()
     if what == "key":
         p = int(positions[0, 1, 5])
         data.kv_cache[int(data.block_table[0, p // 16]), 1, p % 16, 0] = number
