@@ -30,7 +30,7 @@ import numpy as np
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself under PYTHONSAFEPATH=1
-from load_client import Client, Wrong, memory, slope
+from load_client import Client, Wrong, growth, memory
 from load_requests import Shape, fixed, malformed, well_formed
 
 from specattn_vllm.evaluation.texts import held_out
@@ -116,7 +116,7 @@ class Load:
             with suppress(aiohttp.ClientError, TimeoutError):
                 metrics = await self.client.metrics()
                 of = {name: metrics.get(f"vllm:{name}") for name in GAUGES}
-                self.samples.append({"second": round(at - begin, 1), "rss": memory(processes), **of})
+                self.samples.append({"second": round(at - begin, 1), "mib": memory(processes), **of})
             await asyncio.sleep(max(0.0, 1 - (time.monotonic() - at)))
 
     async def run(self, minutes: float, processes) -> dict[str, str | None]:
@@ -151,7 +151,7 @@ class Load:
 
     def figures(self) -> dict:
         well_formed = sum(count for kind, count in self.done.items() if not kind.startswith("malformed"))
-        there = bool(self.samples) and self.samples[-1]["rss"] is not None
+        there = bool(self.samples) and self.samples[-1]["mib"] is not None
         return {
             "requests": {
                 "answered": well_formed,
@@ -163,7 +163,7 @@ class Load:
             "exact_beside_others": {"same_tokens": self.same, "others": self.other},
             "tokens": self.tokens,
             "latency_s": {f"p{p}": round(float(np.percentile(self.seconds or [0], p)), 2) for p in (50, 99)},
-            "memory": slope(self.samples) if there else None,
+            "memory": growth(self.samples) if there else None,
             "counters": {name: round(value) for name, value in self.counters.items() if name.startswith("specattn:")},
             "preemptions": self.counters.get("vllm:num_preemptions_total"),
             "samples": self.samples[::10],
@@ -203,6 +203,7 @@ def main() -> None:
     if args.url and args.serve:
         parser.error("--url names a running server, which takes no arguments of scripts/serve: leave one of them out")
     texts = [path.read_text() for path in args.text] if args.text else [text for _, text in held_out()]
+    of = provenance() | {"command": shlex.join(["scripts/load.py", *sys.argv[1:]])}
     process, url = (None, args.url.rstrip("/")) if args.url else started(args.serve, args.log)
     try:
         found = asyncio.run(measured(args, process, url, texts))
@@ -213,7 +214,6 @@ def main() -> None:
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-    of = provenance() | {"command": shlex.join(["scripts/load.py", *sys.argv[1:]])}
     settings = {name: getattr(args, name) for name in ("minutes", "concurrency", "characters", "tokens", "seed")}
     if args.out:
         runs = json.loads(args.out.read_text()) if args.out.exists() else {}

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 from collections import defaultdict
+from contextlib import suppress
 
 import aiohttp
 import numpy as np
@@ -83,30 +84,35 @@ class Client:
         return last
 
 
-def memory(processes) -> float | None:
-    """MiB of a server's processes together; what several share counts for each."""
-    if processes is None:
+def memory(first: psutil.Process | None) -> dict[str, float] | None:
+    """MiB of each of a server's processes, by name; what several share counts for each."""
+    if first is None:
         return None
-    total = 0
-    for process in (processes, *processes.children(recursive=True)):
-        try:
-            total += process.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue
-    return round(total / 2**20, 1)
-
-
-def slope(samples: list[dict]) -> dict:
-    """A line through the second half of the time, fitted to means of WINDOW seconds; its standard error too."""
-    half = samples[-1]["second"] / 2
-    windows = defaultdict(list)
-    for sample in samples:
-        if sample["second"] >= half:
-            windows[int((sample["second"] - half) // WINDOW)].append(sample["rss"])
-    found = {"first_mib": samples[0]["rss"], "last_mib": samples[-1]["rss"], "most_mib": max(s["rss"] for s in samples)}
-    if len(windows) >= 4:
-        minutes, means = np.array([*windows]) * WINDOW / 60, [np.mean(of) for of in windows.values()]
-        (per_minute, _), covariance = np.polyfit(minutes, means, 1, cov=True)
-        error = float(covariance[0, 0]) ** 0.5
-        found |= {"mib_per_minute": round(float(per_minute), 3), "standard_error": round(error, 3)}
+    found: dict[str, float] = defaultdict(float)
+    for process in (first, *first.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            found[process.name()] += round(process.memory_info().rss / 2**20, 1)
     return found
+
+
+def growth(samples: list[dict]) -> dict[str, dict]:
+    """Of each process, and of all: a line through the second half of the time, fitted to means of WINDOW seconds; its
+    standard error too."""
+    half, found = samples[-1]["second"] / 2, {}
+    late = [sample for sample in samples if sample["second"] >= half]
+    for name in ("all", *samples[-1]["mib"]):
+        of = [mib_of(sample, name) for sample in samples]
+        found[name] = {"first_mib": of[0], "last_mib": of[-1], "most_mib": max(of)}
+        windows = defaultdict(list)
+        for sample in late:
+            windows[int((sample["second"] - half) // WINDOW)].append(mib_of(sample, name))
+        if len(windows) >= 4:
+            minutes, means = np.array([*windows]) * WINDOW / 60, [np.mean(of) for of in windows.values()]
+            (per_minute, _), covariance = np.polyfit(minutes, means, 1, cov=True)
+            found[name]["mib_per_minute"] = round(float(per_minute), 3)
+            found[name]["standard_error"] = round(float(covariance[0, 0]) ** 0.5, 3)
+    return found
+
+
+def mib_of(sample: dict, name: str) -> float:
+    return round(sum(sample["mib"].values()) if name == "all" else sample["mib"].get(name, 0.0), 1)
