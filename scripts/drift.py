@@ -14,20 +14,19 @@ every N  reads everything in each N-th step of a request.
 """
 
 import argparse
-import functools
 import os
 import shlex
 import shutil
 import sys
 import time
-from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
-from unittest.mock import patch
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the forcing is inside the engine's process
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself under PYTHONSAFEPATH=1
 import numpy as np
 import torch
+from drift_hooks import dense_every, drafting
 
 from specattn_vllm.evaluation.engine import engine, forced_run
 from specattn_vllm.evaluation.figures import estimate
@@ -38,42 +37,6 @@ from specattn_vllm.evaluation.scores import Acceptance, Scores
 from specattn_vllm.evaluation.texts import documents, files
 from specattn_vllm.tools.outputs import write_json
 from specattn_vllm.tools.provenance import provenance
-
-
-@contextmanager
-def dense_every(steps: int):
-    """Inside, each of that many steps of a request reads everything, as if it had asked for it."""
-    from specattn_vllm.backend.target_choice import TargetChoice
-
-    begin, taken = TargetChoice._begin, Counter()
-
-    def counted(choice, common):
-        if not choice.dummy:
-            for row, slot in enumerate(common.req_idx.tolist()):
-                taken[slot] += not common.is_prefilling[row]
-                choice.exact[slot] = taken[slot] % steps == 0
-        return begin(choice, common)
-
-    with patch.object(TargetChoice, "_begin", counted):
-        yield
-
-
-@contextmanager
-def drafting(forcing: Forcing):
-    """Inside, what vLLM's n-gram drafter proposes are the next tokens of the texts that `forcing` holds."""
-    from vllm.v1.worker.gpu.spec_decode.ngram.speculator import NgramGPUSpeculator
-
-    @functools.wraps(NgramGPUSpeculator.propose)  # the plugin asks for the names of its arguments
-    def the_text(speculator, input_batch, *args, dummy_run=False, **others):
-        drafts, slots = speculator.drafts[: input_batch.num_reqs], input_batch.idx_mapping
-        if not dummy_run:
-            last = speculator.req_states.total_len.gpu[slots] - 1
-            for step in range(drafts.shape[1]):
-                drafts[:, step] = forcing._draft(drafts[:, step], last + step, slots)
-        return drafts
-
-    with patch.object(NgramGPUSpeculator, "propose", the_text):
-        yield
 
 
 class Study:
