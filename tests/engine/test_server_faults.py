@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import time
 from functools import partial
@@ -15,6 +16,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 openai = pytest.importorskip("openai")
 
@@ -158,6 +161,53 @@ def test_a_bad_request_is_the_client_s_error(server, body):
         server.ask("/v1/completions", body or b" ")
     assert 400 <= refused.value.code < 500, refused.value.read()[:300]
     at_rest(server)
+
+
+# Small numbers and huge ones: those between are sizes of a request that is good, and takes minutes.
+NUMBERS = st.integers(-3, 3) | st.integers(2**31, 2**70) | st.floats()
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | NUMBERS | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+OURS = st.dictionaries(st.sampled_from(["specattn", "specatn", "specattn.ratio", "other"]), ANYTHING, max_size=2)
+FIELDS = """
+prompt messages model n seed stop stream stream_options temperature top_p top_k logprobs vllm_xargs presence_penalty
+repetition_penalty ignore_eos stop_token_ids structured_outputs bad_words logit_bias echo priority
+"""
+WRONG = st.dictionaries(st.sampled_from(FIELDS.split()), ANYTHING, max_size=2)
+CHAT = {"messages": [{"role": "user", "content": "a"}]}
+
+
+@SHARED
+@settings(max_examples=60)
+@given(chat=st.booleans(), wrong=WRONG, xargs=st.none() | OURS)
+def test_no_body_is_the_server_s_error(server, chat, wrong, xargs):
+    """Whatever a field holds, the answer is one, or an error of the client's with a message."""
+    import urllib.error
+
+    body = {"model": "demo", "max_tokens": 2} | (CHAT if chat else {"prompt": "a"}) | wrong
+    if xargs is not None:
+        body["vllm_xargs"] = xargs
+    try:
+        server.ask("/v1/chat/completions" if chat else "/v1/completions", json.dumps(body).encode())
+    except urllib.error.HTTPError as error:
+        text = error.read().decode()
+        assert 400 <= error.code < 500, (body, text)
+        assert json.loads(text)["error"]["message"], body
+
+
+@SHARED
+def test_a_short_load_leaves_nothing_behind(server, tmp_path):
+    """scripts/load.py, on this server."""
+    where = ["--url", f"http://127.0.0.1:{server.port}", "--pid", str(server.process.pid), "--out", tmp_path / "load"]
+    size = ["--minutes", "0.1", "--concurrency", "12", "--characters", "1500", "--tokens", "12"]
+    command = [sys.executable, "-P", ROOT / "scripts/load.py", *where, *size]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "load").read_text())["load"]
+    assert found["requests"]["answered"] >= 12 and found["memory"]["all"]["first_mib"] > 100
+    assert found["counters"]["specattn:rows_total sparse"] > 0
 
 
 def processes_of(server) -> list[psutil.Process]:

@@ -1,0 +1,55 @@
+"""docs/trust.md: its tables are what docs/results holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGE = (ROOT / "docs/trust.md").read_text()
+LOADS = json.loads((ROOT / "docs/results/cpu-load.json").read_text())
+
+
+@pytest.mark.parametrize("name", LOADS)
+def test_the_loads_are_what_was_measured(name):
+    of = LOADS[name]
+    requests, memory, counters = of["requests"], of["memory"]["all"], of["counters"]
+    sparse, dense = (counters[f"specattn:rows_total {kind}"] for kind in ("sparse", "dense"))
+    cells = [
+        name,
+        *(f"{requests[kind]}" for kind in ("answered", "cut", "malformed")),
+        f"{of['tokens']:,}",
+        f"{sparse / (sparse + dense):.0%}",
+        " and ".join(f"{of['latency_s'][of_all]:.0f} s" for of_all in ("p50", "p99")),
+        f"{memory['mib_per_minute']:.1f} ± {memory['standard_error']:.1f} MiB",
+    ]
+    assert f"| {' | '.join(cells)} |" in PAGE
+    assert not any(of["checks"].values()) and not requests["wrong"]
+    assert not of["exact_beside_others"]["others"] and of["settings"]["minutes"] == 10
+
+
+def test_the_drift_is_what_was_measured():
+    """A row for each setting that went through all of the text, and a sentence for those that began near its end."""
+    measured = json.loads((ROOT / "docs/results/cpu-drift.json").read_text())["along held-out text"]
+    for name, of in measured.items():
+        if "kl_slope_per_1000" in of:
+            slope = of["kl_slope_per_1000"]
+            quarters = [sum(of["kl"][start : start + 4]) / 4 for start in (0, 4, 8, 12)]
+            cells = [
+                name,
+                f"{of['kv_read']:.1%}",
+                *(f"{kl:.4f}" for kl in quarters),
+                f"{slope['value']:+.4f} ({slope['interval'][0]:+.4f} to {slope['interval'][1]:+.4f})",
+                f"{sum(of['top1']) / 16:.1%}",
+            ]
+            assert f"| {' | '.join(cells)} |" in PAGE
+        elif name.endswith(", fresh"):
+            [fresh], last = of["kl"], measured[name.removesuffix(", fresh")]["kl"][-1]
+            ratio = name.removesuffix(", fresh").removeprefix("ratio ")
+            assert f"with ratio {ratio} {last:.4f} after the long run, and {fresh:.4f} on a fresh cache" in words()
+
+
+def words() -> str:
+    return " ".join(PAGE.split())
