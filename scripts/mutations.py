@@ -91,7 +91,7 @@ def preload(folder: Path) -> None:
     sys.dont_write_bytecode = True
     os.environ |= {"PYTHONPATH": str(folder / "on-path"), "PYTHONDONTWRITEBYTECODE": "1"}
     # Only whether a test fails is of interest, not the shortest way to make it fail.
-    os.environ |= {"SPECATTN_FIRST_FAILURE": "1", "SPECATTN_SHRINK_SECONDS": "0"}
+    os.environ |= {"SPECATTN_FIRST_FAILURE": "1", "SPECATTN_SHRINK_SECONDS": "0", "SPECATTN_LONG": "1"}
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a fork has one thread
     if shutil.which("nvidia-smi") is None:
         # As tests/conftest.py does, before anything imports triton.

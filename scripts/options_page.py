@@ -26,6 +26,7 @@ MORE = {
     "audit_share": "[what it measures](metrics.md#audits)",
     "sparse_draft": "[drafting by a sketch](sketch.md#drafting-by-a-sketch)",
     "sketch_bits": "[what each costs](sketch.md#what-it-costs)",
+    "epsilon": "[a guarantee](sketch.md#a-guarantee)",
     "dilation": "[self-speculation](methods.md#self-speculation)",
 }
 """Where the documents say more of an option."""

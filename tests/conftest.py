@@ -39,6 +39,14 @@ settings.register_profile("same", derandomize=True, deadline=None, suppress_heal
 settings.load_profile("same")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is marked `long` runs with SPECATTN_LONG, which `scripts/test --long` sets."""
+    if "SPECATTN_LONG" not in os.environ:
+        for item in items:
+            if item.get_closest_marker("long"):
+                item.add_marker(pytest.mark.skip(reason="runs with scripts/test --long"))
+
+
 @pytest.fixture(autouse=True)
 def seeded(request):
     """A test draws the same numbers in each run and in any order: what fails once fails again."""

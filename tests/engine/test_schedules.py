@@ -47,6 +47,9 @@ SETTINGS = {
 }
 """Setting -> options with which a part is read of contexts of a hundred tokens, and arguments of the engine."""
 
+LONG = ("sketch with n-grams", "sts", "streamingllm", "specattn, drafts by batch size", "vegas, drafts by batch size")
+"""Settings whose code others run too."""
+
 # Blocks for two requests, and few tokens a step: prompts come in chunks, and requests lose their blocks.
 SHAPE = {"block_size": 16, "max_num_seqs": 4, "num_gpu_blocks_override": 20, "max_model_len": 256}
 SHAPE |= {"max_num_batched_tokens": 64, "num_speculative_tokens": 3}
@@ -102,7 +105,9 @@ def texts(engine, greedy, plain, prompts, tiny_model, known):
     return of
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize(
+    "setting", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in SETTINGS]
+)
 def test_random_schedules(setting, engine, texts, tiny_model, audit, sketch_audit, monkeypatch, record_property):
     options, arguments = SETTINGS[setting]
     arguments = SHAPE | arguments
@@ -152,7 +157,7 @@ def _report(setting: str, first: int, seed: int, problem: str, fresh, texts: int
     """What failed, how to repeat it, and the shortest schedule that still fails."""
 
     def command(seed: int, count: int) -> str:
-        environment = f"SPECATTN_SEED={seed} SPECATTN_SCHEDULES={count}"
+        environment = f"SPECATTN_LONG=1 SPECATTN_SEED={seed} SPECATTN_SCHEDULES={count}"
         return f"{environment} scripts/test -n 0 'tests/engine/test_schedules.py::test_random_schedules[{setting}]'"
 
     schedule = schedules.draw(seed, texts)
