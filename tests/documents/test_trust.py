@@ -51,5 +51,14 @@ def test_the_drift_is_what_was_measured():
             assert f"with ratio {ratio} {last:.4f} after the long run, and {fresh:.4f} on a fresh cache" in words()
 
 
+def test_what_dense_steps_buy_is_what_was_measured():
+    measured = json.loads((ROOT / "docs/results/cpu-drift.json").read_text())
+    without = sum(measured["along held-out text"]["ratio 0.08"]["kl"][:4]) / 4
+    every = measured["along its first 1,024 positions"]
+    kls = [every[f"ratio 0.08, every {steps}"]["kl_mean"]["value"] for steps in (16, 64)]
+    says = f"with ratio 0.08, {without:.4f} without, {kls[0]:.4f} with N = 16, and {kls[1]:.4f} with N = 64"
+    assert f"In the first 1,024 positions the KL is, {says}" in words()
+
+
 def words() -> str:
     return " ".join(PAGE.split())
