@@ -78,11 +78,13 @@ def test_nothing_may_be_lost_is_plain_decoding(engine, greedy, plain, prompts, c
 
 def test_anything_may_be_lost_is_the_selection_alone(engine, greedy, prompts, counts):
     texts = prompts([260, 420])
-    wanted = greedy(engine(SKETCH, **ALONE), texts, 24)
+    llm = engine(SKETCH, **ALONE)
+    wanted, read = greedy(llm, texts, 24), counts(llm).kv_read
     llm = engine(SKETCH | {"epsilon": 0.9999}, **ALONE)
     assert greedy(llm, texts, 24) == wanted
     found = counts(llm)
     assert found.heads_fallen == 0 < found.heads_checked
+    assert found.kv_read == read + found.heads_checked * 64 // 2, "the selection once, and the drawn keys"
 
 
 def test_rows_that_read_everything_are_not_checked(engine, prompts, counts):
