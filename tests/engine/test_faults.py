@@ -189,14 +189,14 @@ class Tables:
             md.block_table[row] = right  # other layers read it, and the next round of drafting
             return result
 
-        def reads(impl, query, kv_cache, md, step, page_table, kept, out):
+        def reads(impl, query, kv_cache, md, step, page_table, kept, out, *more):
             row = self.row()
             if row is not None and self.kind == "page table" and row < step.num_rows:
                 page_table, limit = page_table.clone(), kv_cache.shape[0] * page_strides(kv_cache)[0]
                 for head, number in enumerate(kept[row].tolist()):
                     if number:
                         self.flips.one(page_table[row, head, :number], limit)
-            return read(impl, query, kv_cache, md, step, page_table, kept, out)
+            return read(impl, query, kv_cache, md, step, page_table, kept, out, *more)
 
         monkeypatch.setattr(GPUModelRunner, "prepare_inputs", prepared)
         monkeypatch.setattr(SpecAttnImpl, "forward", forwarded)

@@ -158,7 +158,7 @@ def named_in_queries() -> set[str]:
 
 def test_metrics_say_what_workers_count(server):
     """With a sketch: all but audits."""
-    one = server(*drafting(), *options(method="sketch", ratio=0.2, min_tokens=32, crossover_tokens=800))
+    one = server(*drafting(), *options(method="sketch", ratio=0.2, min_tokens=32, crossover_tokens=800, epsilon=0.3))
     blank = one.metrics()
     assert blank["specattn:rounds_total",] == 0
     [info] = [key for key in blank if key[0] == "specattn:info"]
@@ -172,6 +172,9 @@ def test_metrics_say_what_workers_count(server):
     seen = one.metrics_once(of(counts))
     first = counts[0]
     assert seen["specattn:dense_rows_total", "short context"] == 0
+    held = seen["specattn:guarantee_selections_total", "0", "held"]
+    fallen = seen["specattn:guarantee_selections_total", "0", "read everything"]
+    assert (held + fallen, fallen) == (first.heads_checked, first.heads_fallen) and held
     for by, prefix in (("verification", ""), ("drafting", "draft_")):
         kv = {what: getattr(first, f"{prefix}kv_{what}") for what in ("read", "full", "scanned", "sampled")}
         assert kv["read"] and seen["specattn:kv_entries_read_total", by, "0"] == kv["read"]
@@ -212,7 +215,7 @@ def test_each_of_several_servers_has_the_same_metrics(server):
         assert seen["vllm:generation_tokens_total", "demo"] == 3 * 24
     audited = [seen[f"specattn:audit_retained_mass_{what}", "0"] for what in ("count", "sum")]
     assert audited[0] % counts.audited_pairs == 0 and 0 < audited[1] < audited[0]
-    unsought = {"specattn:kv_entries_searched_total"}
+    unsought = {"specattn:kv_entries_searched_total", "specattn:guarantee_selections_total"}
     assert named_in_queries() - {key[0] for key in seen} <= unsought
     assert {family.name for family in FAMILIES if family.kind == "counter"} - {key[0] for key in seen} == unsought
 
