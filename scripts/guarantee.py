@@ -10,6 +10,7 @@ computed from all keys. An audit of a share of the selections runs beside, as it
 """
 
 import argparse
+import functools
 import os
 import shlex
 import sys
@@ -21,7 +22,6 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's layers are wa
 import torch
 
 from specattn_vllm.kernels.guarantee import contracts, reference
-from specattn_vllm.kernels.sketch.contracts import BINS, PER_NAT
 from specattn_vllm.sketch.layer import LayerSketch
 from specattn_vllm.tools.outputs import write_json
 from specattn_vllm.tools.provenance import provenance
@@ -52,8 +52,8 @@ class Watch:
         heads, group = kv_cache.shape[1], query.shape[1] // kv_cache.shape[1]
         samples = {}
         for way, (draws, temperature, part) in WAYS.items():
-            table = (torch.exp(torch.arange(BINS, dtype=torch.float64) / PER_NAT * temperature) * 64).round().long()
-            reference.weight_table, reference.UNIFORM_PART = (lambda _, table=table: table), part
+            reference.weight_table = functools.partial(contracts.weight_table, temperature=temperature)
+            reference.UNIFORM_PART = part
             sample = torch.full((rows, heads, draws), -1, dtype=torch.int32), torch.zeros(rows, heads, draws)
             ends = sketch.budget.sink, sketch.budget.recent
             scored = [t[:rows] for t in (sketch.scores, sketch.histogram, sketch.chunks, sketch.cuts, sketch.starts)]

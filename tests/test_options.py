@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from specattn_vllm.methods import METHODS
 from specattn_vllm.options import OptionsError, SpecAttnOptions
+from specattn_vllm.sketch.guarantee import promise_of
 
 
 def refusal(raw) -> str:
@@ -226,10 +227,10 @@ def test_a_guarantee_has_its_limit_and_a_method_that_keeps_it(given, message):
 
 
 def test_a_guarantee_s_quantile_is_the_normal_one():
-    promise = SpecAttnOptions.parse({"epsilon": 0.1}).promise
+    promise = promise_of(SpecAttnOptions.parse({"epsilon": 0.1}))
     assert (promise.epsilon, promise.delta, promise.draws) == (0.1, 0.05, 64)
     assert promise.quantile == pytest.approx(1.645, abs=1e-3)
-    assert SpecAttnOptions.parse({}).promise is None
+    assert promise_of(SpecAttnOptions.parse({})) is None
 
 
 def test_what_full_attention_has_no_use_for_is_refused():

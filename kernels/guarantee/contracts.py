@@ -32,9 +32,9 @@ JITTER_BITS = 20
 
 
 @functools.cache
-def weight_table(device: torch.device) -> torch.Tensor:
-    """v(b) of each bin [256] int64."""
-    exact = torch.exp(torch.arange(BINS, dtype=torch.float64) / PER_NAT * TEMPERATURE) * 64
+def weight_table(device: torch.device, temperature: float = TEMPERATURE) -> torch.Tensor:
+    """v(b) of each bin [256] int64. temperature: the exponent of the estimated weights."""
+    exact = torch.exp(torch.arange(BINS, dtype=torch.float64) / PER_NAT * temperature) * 64
     return exact.round().long().to(device)
 
 
@@ -76,6 +76,3 @@ def bound_lost(query, kv_cache, max_query_len, positions) -> None:
     expect(max_query_len > 0, "max_query_len", max_query_len, "at least 1")
     samples = positions.shape[2]
     expect(samples >= 16 and samples & (samples - 1) == 0, "positions", f"{samples} draws", "a power of two from 16 on")
-
-
-__all__ = ["JITTER_BITS", "UNIFORM_PART", "Contract", "bound_lost", "sample_unread", "weight_table"]

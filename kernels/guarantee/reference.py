@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from ..contracts import checked
-from ..sketch.contracts import CHUNK
 from . import contracts
 from .contracts import JITTER_BITS, UNIFORM_PART, weight_table
 
@@ -81,6 +80,3 @@ def bound_lost(
             spread = found.std(-1) / draws**0.5
             upper = found.mean(-1) + quantile * spread
             lost[r, h] = (upper / (1 + upper)).nan_to_num(1.0, 1.0, 1.0).max()
-
-
-__all__ = ["CHUNK", "bound_lost", "sample_unread"]

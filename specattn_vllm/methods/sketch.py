@@ -1,6 +1,6 @@
 """The target's own queries choose the tokens that they read, over a small copy of its keys (docs/sketch.md)."""
 
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -37,13 +37,6 @@ class SketchOptions(SketchedDraftOptions, AuditedOptions):
     draws: Literal[32, 64, 128, 256] = for_researchers(
         64, description="With `epsilon`: unread tokens that are drawn for each KV head."
     )
-
-    @property
-    def promise(self) -> Any:
-        """What is checked after each selection, a `Promise`; None: nothing is."""
-        from specattn_vllm.sketch.guarantee import Promise
-
-        return None if self.epsilon is None else Promise(self.epsilon, self.delta, self.draws)
 
     @property
     def searched_bits(self) -> int:

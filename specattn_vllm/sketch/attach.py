@@ -14,7 +14,7 @@ from specattn_vllm.kernels.sketch.contracts import Budget
 from specattn_vllm.methods.sketch import SketchOptions
 from specattn_vllm.sketch.budget import budget_of
 from specattn_vllm.sketch.centre import measure_centres
-from specattn_vllm.sketch.guarantee import Promise
+from specattn_vllm.sketch.guarantee import Promise, promise_of
 from specattn_vllm.sketch.layer import LayerSketch
 from specattn_vllm.sketch.step import Shape, Sketch
 from specattn_vllm.speculation.announce import sizes
@@ -68,7 +68,7 @@ def attach(runner: Any, options: SketchOptions) -> None:
         options.sketch_bits,
         counters_of(runner),
         runner.decode_query_len,
-        promise=options.promise,
+        promise=promise_of(options),
     )
     target = join(runner, options, operations, sketch, choices)
     with compat.without_adapters(runner):
@@ -90,13 +90,14 @@ def _announce(options: SketchOptions, sketch: Sketch, crossover: int, vllm_confi
         sum(nbytes.values()) / 2**20,
         sizes(nbytes),
     )
-    if options.promise is not None:
+    if sketch.guarantee is not None:
+        promise = sketch.guarantee.promise
         logger.info(
             "specattn: a KV head reads everything if it may lose more than %g of a row's attention mass (confidence "
             "%g, from %d tokens that it did not read)",
-            options.promise.epsilon,
-            1 - options.promise.delta,
-            options.promise.draws,
+            promise.epsilon,
+            1 - promise.delta,
+            promise.draws,
         )
     if crossover:
         logger.info(

@@ -23,6 +23,9 @@ from statistics import NormalDist
 
 import torch
 
+from specattn_vllm.kernels.guarantee.contracts import weight_table
+from specattn_vllm.methods.sketch import SketchOptions
+
 
 @dataclass(frozen=True)
 class Promise:
@@ -37,6 +40,11 @@ class Promise:
         return NormalDist().inv_cdf(1 - self.delta)
 
 
+def promise_of(options: SketchOptions) -> Promise | None:
+    """What is promised with these options; None: nothing is checked."""
+    return None if options.epsilon is None else Promise(options.epsilon, options.delta, options.draws)
+
+
 class Guarantee:
     """The buffers of a guarantee. One set for all layers, but for `fallen`.
 
@@ -48,6 +56,7 @@ class Guarantee:
 
     def __init__(self, promise: Promise, layers: int, requests: int, heads: int, device: torch.device) -> None:
         self.promise = promise
+        weight_table(device)  # made here, because a CUDA graph cannot be captured while something comes from the host
         new = {"device": device}
         self.positions = torch.full((requests, heads, promise.draws), -1, dtype=torch.int32, **new)
         self.worth = torch.zeros((requests, heads, promise.draws), dtype=torch.float32, **new)

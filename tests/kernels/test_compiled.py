@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from specattn_vllm.kernels.attention import draft_attention, draft_kernel, sparse_attention
 from specattn_vllm.kernels.bookkeeping import kernels as bookkeeping
+from specattn_vllm.kernels.guarantee import bound, sample
 from specattn_vllm.kernels.padding import padded
 from specattn_vllm.kernels.selection import mass, page_tables, top_p
 
@@ -22,7 +23,8 @@ POINTERS = {
     "query_start_loc": "i32", "part_acc": "fp32", "part_lse": "fp32", "page_table": "i32", "block_table": "i32",
     "seq_lens": "i32", "requests": "i64", "scored_rows": "i64", "scores": "bf16", "mass": "fp32", "bits": "i32",
     "counts": "i32", "prefix_lens": "i32", "sources": "i32", "groups": "i32", "prefilling": "i1", "usable": "i32",
-    "stored": "i32", "layers_of": "i64",
+    "stored": "i32", "layers_of": "i64", "histogram": "i32", "chunks": "i16", "cuts": "i32", "starts": "i32",
+    "table": "i64", "positions": "i32", "worth": "fp32",
 }
 SCALARS = {
     "log2_scale": "fp32", "scale": "fp32", "weight": "fp32",
@@ -76,6 +78,11 @@ for weighed, counted, union in ((True, False, True), (False, True, False), (True
 for mapped in (False, True):
     compiled(page_tables._page_table_kernel, "fp32", 8, CHUNK=4096, COUNT_STEP=1024,
              **({} if mapped else {"sources": None, "groups": None}))
+for dtype, size, draws in (("bf16", 128, 64), ("fp16", 64, 32), ("bf16", 96, 128), ("bf16", 256, 256)):
+    compiled(bound._bound_kernel, dtype, bound.NUM_WARPS, {"lost": "*fp32", "quantile": "fp32"}, GROUP=4, D=size,
+             DRAWS=draws, BLOCK_M=32, TILES=1)
+    compiled(sample._sample_kernel, dtype, sample.NUM_WARPS, {"scores": "*u8", "layer": "i32"}, BINS=256, CHUNK=2048,
+             CHUNKS=sample.CHUNKS, DRAWS=draws, PART=10, BITS=20)
 compiled(bookkeeping._count_reads_kernel, "fp32", 8, {"groups": "i32", "out": "*i64"}, ROWS=64, ENTRIES=32,
          NO_SELECTION_CODE=-1)
 """
@@ -87,4 +94,4 @@ def test_they_compile(capability):
     program = PROGRAM.replace("CAPABILITY", str(capability))
     done = subprocess.run([sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 47
+    assert len(done.stdout.splitlines()) == 55
