@@ -62,3 +62,40 @@ def test_what_dense_steps_buy_is_what_was_measured():
 
 def words() -> str:
     return " ".join(PAGE.split())
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}%"
+
+
+def test_the_tables_of_the_guarantee_are_what_was_measured():
+    page = (ROOT / "docs" / "sketch.md").read_text()
+    found = json.loads((ROOT / "docs/results/cpu-guarantee.json").read_text())
+    assert f"{found['selections']:,} selections, with {found['rows']:,} query rows" in " ".join(page.split())
+    ways = {way: told["delta 0.05"] for way, told in found["ways"].items()}
+    names = ("rows_that_lose_more", "of_them_unnoticed", "heads_that_fall", "of_them_needlessly", "entries_read")
+    for epsilon in ("0.3", "0.2", "0.1", "0.05"):
+        cells = [ways["64 draws"][f"epsilon {epsilon}"][name] for name in names]
+        cells = [
+            f"{100 * cell:.0f}%" if name == "of_them_needlessly" else percent(cell)
+            for name, cell in zip(names, cells, strict=True)
+        ]
+        assert f"| {epsilon} | {' | '.join(cells)} |" in page
+    uniform = ways["64 draws, uniform"]["epsilon 0.2"]
+    assert (
+        f"it is {uniform['of_them_needlessly']:.0%}, and {percent(uniform['heads_that_fall'])} of the heads fall"
+        in page
+    )
+    assert f"the truth in {ways['64 draws']['bound_below_truth']:.0%} of them" in " ".join(page.split())
+    rounds = json.loads((ROOT / "docs/results/cpu-guarantee-rounds.json").read_text())
+    rows = {"12.5%": "", "12.5%, epsilon 0.3": ", `epsilon` 0.3", "12.5%, epsilon 0.2": ", `epsilon` 0.2", "19%": ""}
+    for result in rounds["results"][1:]:
+        figures, counts, name = result["figures"], result["forced"], result["name"]
+        fell = percent(counts["heads_fallen"] / counts["heads_checked"]) if counts["heads_checked"] else ""
+        ends = " to ".join(f"{end:.4f}" for end in figures["kl"]["interval"])
+        cells = [fell, percent(figures["kv_read"]), percent(figures["bytes_read"])]
+        cells += [f"{figures['kl']['value']:.4f} ({ends})", percent(figures["agreement"]["value"])]
+        row = f"| `ratio` {result['options'].get('ratio', 0.125)}{rows[name]} | {' | '.join(cells)} |".replace(
+            "|  |", "| |"
+        )
+        assert row in page, row
