@@ -54,12 +54,12 @@ def first_layers(runner: Any, layers: dict[str, Any]) -> dict[str, Any]:
 @torch.inference_mode()
 def keys(model: Any, layer: Any, tokens: list[int], blocks: torch.Tensor, offsets: torch.Tensor, what: str) -> None:
     """The first layer's keys and values of a request's first tokens lie where they belong."""
-    length, first = len(blocks), model.layers[0]
-    hidden = first.input_layernorm(model.embed_tokens(torch.tensor(tokens[:length])))
+    device, length, first = layer.kv_cache.device, len(blocks), model.layers[0]
+    hidden = first.input_layernorm(model.embed_tokens(torch.tensor(tokens[:length], device=device)))
     attention = first.self_attn
     q, k, v = attention.qkv_proj(hidden)[0].split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
-    k = attention.rotary_emb(torch.arange(length), q, k)[1]
-    cache = layer.kv_cache[blocks, :, offsets]
+    k = attention.rotary_emb(torch.arange(length, device=device), q, k)[1]
+    cache = layer.kv_cache[blocks.to(device), :, offsets.to(device)]
     expected = torch.cat([x.view(length, cache.shape[1], -1) for x in (k, v)], dim=-1)
     apart = (cache - expected).abs().amax((1, 2)) if length else torch.zeros(0)
     wrong = (apart > 1e-3).nonzero().flatten().tolist()
@@ -69,11 +69,16 @@ def keys(model: Any, layer: Any, tokens: list[int], blocks: torch.Tensor, offset
 def codes(layer: Any, blocks: torch.Tensor, offsets: torch.Tensor, what: str) -> None:
     """The code of every token is that of the key in its slot."""
     choice, cache = layer.impl.choice, layer.kv_cache
+    blocks, offsets = blocks.to(cache.device), offsets.to(cache.device)
     have, scales = choice._views(cache)
     own = cache[blocks, :, offsets, : choice.sketch.head_size].contiguous()
     fresh, worth = torch.zeros_like(have), torch.zeros_like(scales)
     slots = blocks * cache.shape[2] + offsets
     reference.encode_keys(own, slots, choice.sketch.rotation, choice.centre, fresh, worth)
-    for now, then in ((have, fresh), (scales, worth)):
-        same = (now[blocks, :, offsets] == then[blocks, :, offsets]).flatten(1).all(1)
-        assert same.all(), f"{what}: codes at {(~same).nonzero().flatten().tolist()} are not those of the keys"
+    # A kernel may round an element on the border between two levels the other way.
+    exact = choice.sketch.operations.name == "torch"
+    apart = (have[blocks, :, offsets] != fresh[blocks, :, offsets]).sum(-1).amax(1)
+    same = apart <= (0 if exact else 1)
+    close = torch.isclose(scales[blocks, :, offsets], worth[blocks, :, offsets], rtol=0.0 if exact else 2e-3, atol=0)
+    same &= close.flatten(1).all(1)
+    assert same.all(), f"{what}: codes at {(~same).nonzero().flatten().tolist()} are not those of the keys"

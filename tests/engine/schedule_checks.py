@@ -160,6 +160,7 @@ class Watch:
     def _read(self, original, impl, query, kv_cache, md, step, page_table, kept, out, *more):
         """Every page is one of the request's own, in order, and the step's own tokens are last."""
         block, per_head, token = page_strides(kv_cache)
+        pages, before = page_table.cpu(), kept.clone()
         for row in range(min(step.num_rows, len(self.batch.req_ids))):
             name = self.batch.req_ids[row]
             request, new = self.scheduler.requests[name], int(md.query_start_loc[row + 1] - md.query_start_loc[row])
@@ -172,11 +173,11 @@ class Watch:
             own = torch.tensor(self.manager.get_block_ids(name)[self.group[self.layer]])
             at = (own[:, None] * block + torch.arange(self.block_size) * token).flatten()
             place = torch.full((kv_cache.shape[0] * block,), -1)
-            for head in range(page_table.shape[1]):
+            for head in range(pages.shape[1]):
                 number = int(kept[row, head])
                 assert number <= md.seq_lens[row], f"{name}: {number} read of {md.seq_lens[row]}"
                 place[at + head * per_head] = torch.arange(len(at))
-                read = place[page_table[row, head, :number].long()]
+                read = place[pages[row, head, :number].long()]
                 place.fill_(-1)
                 what = f"{name}, {self.layer}, head {head}, length {length}"
                 assert (read >= 0).all(), f"{what}: pages of nobody's or of somebody else's"
@@ -189,7 +190,6 @@ class Watch:
                 else:
                     assert least <= read[-1] + 1 <= length, f"{what}: read up to {read[-1]}, {least - 1} computed"
                     self.seen["draft rows that read a part"] += int(number < read[-1] + 1)
-        before = kept.clone()
         original(impl, query, kv_cache, md, step, page_table, kept, out, *more)
         fell = (kept != before).nonzero()  # with a guarantee: these heads have read everything too
         assert torch.equal((kept - before)[*fell.T], md.seq_lens[fell[:, 0]])
