@@ -18,7 +18,6 @@ TABLES = [
     ("h200-sketch-engine", BENCHMARKS, r"^specattn (bench engines .*?)\nspec"),
     ("h200-sketch-default", BENCHMARKS, r"^    specattn (bench engines --grid \S* --modes plain,sketch,vegas .*?)\n\n"),
     ("h200-sketch-alone", BENCHMARKS, r"^    specattn (bench engines --grid \S* --modes plain,sketch-alone .*?)\n\n"),
-    ("h200-eagle-128k", BENCHMARKS, r"^    specattn (bench engines --grid 4x128k.*?)\n\n"),
     ("h200-sketch-qwen3", BENCHMARKS, r"^    specattn (bench engines --shape qwen3.*?)\n\n"),
     ("h200-sketch-engine-128k", BENCHMARKS, r"^    specattn (bench engines --grid \S* \S*\s+--modes plain,sk.*?)\n\n"),
 ]
