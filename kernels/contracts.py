@@ -8,7 +8,8 @@ errors are ``ValueError("<name>: got ..., wanted ...")``.
 A line of a table has names, sizes, a dtype (see ``DTYPES``) and a meaning:
 
     query, out  [T, Hq, D]     floats
-    kv_cache    [any, 2 * D]   query              the dtype of another argument
+    key, out    [any, D]       query              the dtype of another argument
+    kv_cache    [any, 2 * D]   query_or_fp8       or that of an 8-bit cache
     lse         [R, C * Hq]    float32 or None    a size may be computed from those above
     lens        [>= R]         int32              R or more
     scale       float                             lines without sizes are not checked, nor lines that begin with a space
@@ -28,6 +29,8 @@ from typing import Any
 
 import torch
 
+FP8 = torch.float8_e4m3fn
+"""Elements of an 8-bit cache. A kernel turns them into the dtype of the query, which has all their values."""
 HEAD_SIZES = (64, 96, 128, 192, 256)  # the kernels are tested for these, and tuned for 64 and 128; references take any
 DTYPES = {
     "floats": (torch.float32, torch.float16, torch.bfloat16),
@@ -92,7 +95,8 @@ class Table:
             if not isinstance(value, torch.Tensor):
                 expect(False, name, type(value).__name__, "a tensor")
             if isinstance(dtypes, str):
-                dtypes = (given[dtypes].dtype,)
+                other = dtypes.removesuffix("_or_fp8")
+                dtypes = (given[other].dtype, FP8) if other != dtypes else (given[other].dtype,)
             if value.dtype not in dtypes:
                 expect(False, name, value.dtype, " or ".join(map(str, dtypes)))
             shape, new = value.shape, []

@@ -25,7 +25,7 @@ def both(rows, columns, SIZE: tl.constexpr):
 @triton.jit
 def load(pointer, columns, SIZE: tl.constexpr):
     """A tile whose rows are all inside."""
-    tile = tl.load(pointer, mask=columns, other=0) if padded(SIZE) > SIZE else tl.load(pointer)
+    tile = tl.load(pointer, mask=columns, other=0.0) if padded(SIZE) > SIZE else tl.load(pointer)
     return tile
 
 

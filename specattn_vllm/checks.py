@@ -61,11 +61,15 @@ def _engine(config: VllmConfig) -> Iterator[str]:
         if (size := getattr(parallel, name, 1)) > 1:
             yield f"{name} = {size}: {remedy}"
     model_dtype = str(config.model_config.dtype).removeprefix("torch.")
-    if cache.cache_dtype not in ("auto", model_dtype):
+    if cache.cache_dtype not in ("auto", model_dtype, "fp8", "fp8_e4m3"):
         yield (
-            f"kv_cache_dtype = {cache.cache_dtype!r}: the cache must have the model's dtype, {model_dtype} (quantised "
-            "caches are not supported); use 'auto'"
+            f"kv_cache_dtype = {cache.cache_dtype!r}: the cache must have the model's dtype, {model_dtype}, or that of "
+            "8-bit floats, fp8 (e4m3, one scale for a layer); use 'auto' or 'fp8'"
         )
+    if cache.cache_dtype.startswith("fp8") and _before_fp8():
+        yield "kv_cache_dtype = 'fp8': GPUs older than Ada and Hopper have no such numbers; use 'auto'"
+    if cache.kv_cache_dtype_skip_layers:
+        yield "kv_cache_dtype_skip_layers: all layers that select need caches of one type; remove it"
     if config.kv_transfer_config is not None:
         yield (
             "a KV connector (kv_transfer_config, or --kv-offloading-size): it would move blocks without their "
@@ -154,6 +158,12 @@ def _positions(target: ModelConfig, draft: ModelConfig) -> Iterator[str]:
             f"the draft model has {draft.max_model_len} positions, and contexts may have {asked} tokens: give "
             f"--max-model-len {draft.max_model_len}, or a draft model with more positions, another drafter, or none"
         )
+
+
+def _before_fp8() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cuda() and not current_platform.has_device_capability(89)
 
 
 def _on_cpu() -> bool:

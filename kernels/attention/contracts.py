@@ -10,7 +10,7 @@ SCORED_ROWS = (1, 2)  # per request
 @contract(
     """
     query            [T, Hq, D]            floats           D is one of HEAD_SIZES in the kernel
-    kv_cache         [any, H, any, 2 * D]  query            [B, H, N, 2D]: key = [..., :D], value = [..., D:]
+    kv_cache         [any, H, any, 2 * D]  query_or_fp8     [B, H, N, 2D]: key = [..., :D], value = [..., D:]
     block_table      [R, any]              int32            entries past ceil(seq_len / N) are stale and never followed
     seq_lens         [R]                   int32            keys that the last token of the request sees; at most the
         width of the block table and L
@@ -43,7 +43,7 @@ def draft_attention(query, kv_cache, out, scored_rows, scores, lse, max_query_le
 @contract(
     """
     query            [T, Hq, D]            floats           D is one of HEAD_SIZES in the kernel
-    kv_cache         [any, H, any, 2 * D]  query            [B, H, N, 2D]: key = [..., :D], value = [..., D:]; strides
+    kv_cache         [any, H, any, 2 * D]  query_or_fp8     [B, H, N, 2D]: key = [..., :D], value = [..., D:]; strides
         are multiples of 2D
     page_table       [R, G, any]           int32            G is 1 or H; entries past kept are undefined, never followed
     kept             [R, G]                int32            0 or less: (request, group) is left to another executor
@@ -70,10 +70,10 @@ def sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, ma
 @contract(
     """
     query            [T, Hq, D]            floats
-    out              [T, Hq, D]            query   rows of a request with seq_len 0 stay untouched
-    kv_cache         [any, H, any, 2 * D]  query   [B, H, N, 2D]
+    out              [T, Hq, D]            query         rows of a request with seq_len 0 stay untouched
+    kv_cache         [any, H, any, 2 * D]  query_or_fp8  [B, H, N, 2D]
     block_table      [R, any]              int32
-    seq_lens         [R]                   int32   the new tokens included
+    seq_lens         [R]                   int32         the new tokens included
     query_start_loc  [R + 1]               int32
     sinks            [Hq]                  floats or None  a logit of each query head; see ``sinks.py``
     """

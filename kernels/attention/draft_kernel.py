@@ -165,7 +165,7 @@ def draft_kernel(
         ids = _block_ids(table, step + 1, length, BLOCK, BLOCK_SIZE)
         pair = keys + row[:, None] + d[None, :]
         inside_elements = padding.both(inside[:, None], elements, D)
-        k = tl.load(pair, mask=inside_elements, other=0.0)
+        k = tl.load(pair, mask=inside_elements, other=0.0).to(q.dtype)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if scores is not None:
             if SMALL_DOT:
@@ -187,7 +187,7 @@ def draft_kernel(
         norm = norm * rescale[:, None] + weights
         top = new_top
         if HAS_OUT:
-            v = tl.load(pair + D, mask=inside_elements, other=0.0)
+            v = tl.load(pair + D, mask=inside_elements, other=0.0).to(q.dtype)
             acc = acc * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
 
     total = tl.sum(norm, 1)

@@ -133,7 +133,7 @@ def dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, sca
         n = end - begin
         if n == 0 or length == 0:
             continue
-        kv = _gather(kv_cache, block_table[r, : -(-length // block_size)], length)
+        kv = _gather(kv_cache, block_table[r, : -(-length // block_size)], length).to(query.dtype)
         mask = None
         if 1 < n < length:  # is_causal aligns top-left, which is correct only for a square
             mask = torch.ones(n, length, dtype=torch.bool, device=query.device).tril_(length - n)

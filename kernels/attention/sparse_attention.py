@@ -93,7 +93,7 @@ def _sparse_kernel(
         # Past the end, the last entry is read again, and `visible` drops it: loads without masks pipeline best.
         page = tl.load(page_table + tl.minimum(j, hi - 1)) + first_page
         entry = kv_cache + page.to(tl.int64) * (2 * D)
-        k = padding.load(entry[None, :] + d[:, None], inside[:, None], D)
+        k = padding.load(entry[None, :] + d[:, None], inside[:, None], D).to(q.dtype)
         logits = tl.dot(q, k, input_precision="ieee") * log2_scale
         logits = tl.where(j[None, :] < visible[:, None], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
@@ -103,7 +103,7 @@ def _sparse_kernel(
         rescale = tl.exp2(top - safe)
         norm = norm * rescale + tl.sum(weights, 1)
         top = new_top
-        v = padding.load(entry[:, None] + (D + d)[None, :], inside[None, :], D)
+        v = padding.load(entry[:, None] + (D + d)[None, :], inside[None, :], D).to(q.dtype)
         acc = acc * rescale[:, None]
         acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
 

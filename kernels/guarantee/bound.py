@@ -42,7 +42,7 @@ def _bound_kernel(
     inside = d < D
     block = tl.load(block_table + r * stride_tr + p // block_size).to(tl.int64)
     where = block * stride_cb + h * stride_ch + (p % block_size).to(tl.int64) * stride_cn
-    keys = padding.load(kv_cache + where[:, None] + d[None, :], inside[None, :], D)
+    keys = padding.load(kv_cache + where[:, None] + d[None, :], inside[None, :], D).to(query.dtype.element_ty)
     drawn = tl.load(worth + r * stride_wr + h * DRAWS + j)
     begin = tl.load(query_start_loc + r)
     rows = (tl.load(query_start_loc + r + 1) - begin) * GROUP

@@ -58,7 +58,7 @@ sample_unread = Contract(
 @contract(
     """
     query            [T, Hq, D]     floats
-    kv_cache         [B, H, N, 2 * D]  query
+    kv_cache         [B, H, N, 2 * D]  query_or_fp8
     block_table      [R, any]       int32
     query_start_loc  [R + 1]        int32
     positions        [R, H, M]      int32    from ``sample_unread``

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from ..contracts import HEAD_SIZES, Contract, contract, expect, group_size
+from ..contracts import FP8, HEAD_SIZES, Contract, contract, expect, group_size
 
 BINS = 256
 LOWEST, PER_NAT = -16.0, 12.75
@@ -81,13 +81,17 @@ class Budget:
     scales        [B, H, N]         float16      written: k.k / k.level, the value of one unit of a level
     value         [T, H, D]         key or None  None: only codes are written. One launch for codes, keys and values
         takes as long as vLLM's cache write alone
-    kv_cache      [B, H, N, 2 * D]  key or None  written; only with value
+    kv_cache      [B, H, N, 2 * D]  key_or_fp8 or None  written; only with value. With fp8, codes are those of the
+        keys as they are in the cache: divided by their scale, and rounded
+    key_scale, value_scale          float        of an fp8 cache: what 1 in it is worth
     """
 )
-def encode_keys(key, slot_mapping, value, kv_cache) -> None:
+def encode_keys(key, slot_mapping, value, kv_cache, key_scale, value_scale) -> None:
     expect(key.shape[2] in HEAD_SIZES, "key", f"head size {key.shape[2]}", f"one of {HEAD_SIZES}")
     expect(slot_mapping.shape[0] <= key.shape[0], "slot_mapping", slot_mapping.shape[0], "no more than the keys")
     expect((value is None) == (kv_cache is None), "kv_cache", "given or not", "as value is")
+    scaled = (key_scale, value_scale) != (1.0, 1.0)
+    expect(not scaled or (kv_cache is not None and kv_cache.dtype == FP8), "key_scale", key_scale, "1 without fp8")
 
 
 @contract(

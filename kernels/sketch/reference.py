@@ -7,21 +7,27 @@ from collections.abc import Iterator
 
 import torch
 
-from ..contracts import checked
+from ..contracts import FP8, checked
+from ..fp8 import rounded
 from . import contracts
 from .contracts import BINS, CHUNK, LOWEST, MAX_SAMPLE, PER_NAT, SAMPLE_BLOCK, Budget
 from .layout import STEPS, bits_of
 
 
 @checked(contracts.encode_keys)
-def encode_keys(key, slot_mapping, rotation, centre, codes, scales, value=None, kv_cache=None) -> None:
+def encode_keys(
+    key, slot_mapping, rotation, centre, codes, scales, value=None, kv_cache=None, key_scale=1.0, value_scale=1.0
+) -> None:
     bits = bits_of(codes, key.shape[2])
     live = slot_mapping >= 0
     key, slot_mapping, tokens = key[: live.shape[0]][live], slot_mapping[live], live.shape[0]
     if not key.shape[0]:
         return
     if value is not None:
-        entries = torch.cat((key, value[:tokens][live]), dim=-1)
+        value = value[:tokens][live]
+        if kv_cache.dtype == FP8:
+            key, value = rounded(key, key_scale), rounded(value, value_scale)
+        entries = torch.cat((key, value), dim=-1)
         kv_cache.transpose(1, 2)[slot_mapping // codes.shape[2], slot_mapping % codes.shape[2]] = entries
     x = (key.float() @ rotation.float()) * key.shape[2] ** -0.5 - centre
     step = x.square().mean(-1, keepdim=True).sqrt() * STEPS[bits]
@@ -31,8 +37,8 @@ def encode_keys(key, slot_mapping, rotation, centre, codes, scales, value=None, 
     shifts = torch.arange(8 // bits, device=key.device)[:, None] * bits
     block, offset = slot_mapping // codes.shape[2], slot_mapping % codes.shape[2]
     codes.transpose(1, 2)[block, offset] = (fields << shifts).sum(-2).to(torch.uint8)
-    rounded = 2.0 * level - (2.0 * half - 1.0)
-    scale = x.square().sum(-1) / (x * rounded).sum(-1).clamp(min=1e-30)
+    estimate = 2.0 * level - (2.0 * half - 1.0)
+    scale = x.square().sum(-1) / (x * estimate).sum(-1).clamp(min=1e-30)
     scales.transpose(1, 2)[block, offset] = scale.half()
 
 

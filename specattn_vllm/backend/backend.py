@@ -16,12 +16,12 @@ from specattn_vllm.kernels.sketch.layout import SketchLayout
 class SpecAttnBackend(AttentionBackend):
     """Paged attention whose verification rows read a selection of the cache.
 
-    vLLM refuses every feature that is not declared here (MLA, sliding windows, fp8 caches, context parallelism,
-    ...) and names this backend, because the base class supports no feature by default.
+    vLLM refuses every feature that is not declared here (MLA, sliding windows, context parallelism, ...) and names
+    this backend, because the base class supports no feature by default.
     """
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16", "fp8", "fp8_e4m3"]
     forward_includes_kv_cache_update = False
 
     @staticmethod

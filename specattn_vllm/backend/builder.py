@@ -55,8 +55,7 @@ class SpecAttnMetadataBuilder(AttentionMetadataBuilder[SpecAttnMetadata]):
         if device.type != "cuda":
             return AttentionCGSupport.NEVER
         options = SpecAttnOptions.from_vllm(vllm_config)
-        dtype = vllm_config.model_config.dtype
-        operations = executors.of_engine(options, device, dtype)
+        operations = executors.of_engine(options, device, vllm_config)
         return AttentionCGSupport.UNIFORM_BATCH if operations.graphs else AttentionCGSupport.NEVER
 
     def update_draft_decode_metadata(self, metadata: SpecAttnMetadata) -> None:

@@ -12,6 +12,7 @@ from vllm.v1.attention.backend import AttentionImpl, AttentionType
 from specattn_vllm import executors
 from specattn_vllm.backend.metadata import SpecAttnMetadata
 from specattn_vllm.kernels.attention.sinks import weigh_against_sinks
+from specattn_vllm.kernels.contracts import FP8
 from specattn_vllm.options import SpecAttnOptions
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.kv_cache_dtype = kv_cache_dtype  # read by the base class
+        self.fp8 = kv_cache_dtype.startswith("fp8")
+        self.key_scale = self.value_scale = self.query_scale = 1.0
+        """What 1 in an fp8 cache is worth, and in queries that an executor rounds."""
         refused = {
             "ALiBi slopes": alibi_slopes,
             "a sliding window": sliding_window,
@@ -67,9 +71,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
                 )
         self.sinks = sinks
         """[Hq], the logit of each head's sink: a token without a value, in the denominator of the softmax."""
-        self.operations = executors.of_engine(
-            options, torch.device(vllm_config.device_config.device), vllm_config.model_config.dtype
-        )
+        self.operations = executors.of_engine(options, torch.device(vllm_config.device_config.device), vllm_config)
         if self.operations.granularity == "block" and head_size not in executors.BLOCK_HEAD_SIZES:
             raise executors.ExecutorError(
                 f"executor = {self.operations.name!r} reads head sizes 64 and 128, not {head_size}: use 'auto' or "
@@ -81,9 +83,18 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         """The object to which the metadata builder of this layer announces each step."""
         SpecAttnImpl.sketch_bits = options.sketch_bits_in_cache
 
+    def _as_fp8(self, layer, kv_cache: torch.Tensor) -> torch.Tensor:
+        """vLLM's tensor of bytes as numbers. The layer has their scales, which are fixed when weights are loaded."""
+        self.key_scale, self.value_scale = layer._k_scale_float, layer._v_scale_float
+        self.query_scale = layer._q_scale_float
+        return kv_cache.view(FP8)
+
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
-        if self.choice is None or not self.choice.write(key, value, kv_cache, slot_mapping):
-            self.operations.write_kv(key, value, kv_cache, slot_mapping)
+        if self.fp8:
+            kv_cache = self._as_fp8(layer, kv_cache)
+        written = (key, value, kv_cache, slot_mapping, self.key_scale, self.value_scale)
+        if self.choice is None or not self.choice.write(*written):
+            self.operations.write_kv(*written)
         if self.audit is not None:
             self.audit.note_values(value, slot_mapping)
 
@@ -100,6 +111,8 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """query, output [T, Hq, D]; kv_cache [B, H, N, 2D]. Rows of T past num_actual_tokens are padding."""
+        if self.fp8:
+            kv_cache = self._as_fp8(layer, kv_cache)
         if attn_metadata is None:
             # There is no cache yet: vLLM profiles memory, or we measure the centre of the keys.
             if self.choice is not None and self.choice.probing:
@@ -108,26 +121,36 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             return output.fill_(0)
         md = attn_metadata
         out = output[: md.num_actual_tokens]
-        query = query[: md.num_actual_tokens]
-        if md.hook is not None and md.hook.attend(layer.layer_name, query, kv_cache, md, self.scale, out):
-            return output
+        self._attend(layer.layer_name, query[: md.num_actual_tokens], kv_cache, md, out)
+        if self.value_scale != 1.0:
+            out.mul_(self.value_scale)
+        return output
+
+    def _attend(self, name: str, query, kv_cache, md: SpecAttnMetadata, out) -> None:
+        """Attention over the cache's numbers as they are: values are not scaled yet."""
+        if md.hook is not None and md.hook.attend(name, query, kv_cache, md, self._scale, out):
+            return
         if md.choice is not None and self.choice is not None:
             self._choose_and_attend(query, kv_cache, md, out)
-            return output
-        source = md.sparse.layer_sources.get(layer.layer_name) if md.sparse is not None else None
+            return
+        source = md.sparse.layer_sources.get(name) if md.sparse is not None else None
         if source is None:
             self._dense(query, kv_cache, md, out, first_row=0, first_token=0)
-            return output
+            return
         plan = md.sparse
         self._read(query, kv_cache, md, plan, plan.page_table[source], plan.kept[source], out)
-        return output
+
+    @property
+    def _scale(self) -> float:
+        """Of products of queries and the cache's keys."""
+        return self.scale * self.key_scale
 
     def _choose_and_attend(self, query, kv_cache, md: SpecAttnMetadata, out) -> None:
         """Short rows choose and read their selection; the rows after them are dense."""
         step = md.choice
         rows, tokens = slice(0, step.num_rows), slice(0, step.num_tokens)
         starts = md.query_start_loc[: step.num_rows + 1]
-        batch = (step, query[tokens], kv_cache, md.block_table[rows], md.seq_lens[rows], starts, self.scale)
+        batch = (step, query[tokens], kv_cache, md.block_table[rows], md.seq_lens[rows], starts, self._scale)
         page_table, kept = self.choice.select(*batch)
         confirm = functools.partial(self.choice.confirm, *batch) if self.choice.confirms else None
         self._read(query, kv_cache, md, step, page_table, kept, out, confirm)
@@ -147,7 +170,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             page_table,
             kept,
             md.query_start_loc[: rows + 1],
-            self.scale,
+            self._scale,
             out[:tokens],
             step.max_query_len,
             lse,
@@ -157,7 +180,7 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         if self.sinks is not None and lse is not None:
             weigh_against_sinks(out[:tokens], lse, self.sinks)
         if self.audit is not None and lse is not None:
-            self.audit.observe(query[:tokens], kv_cache, md, rows, self.scale, lse)
+            self.audit.observe(query[:tokens], kv_cache, md, rows, self._scale, lse)
         if rows < md.num_reqs:
             self._dense(query, kv_cache, md, out, first_row=rows, first_token=tokens)
 
@@ -169,9 +192,10 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             md.block_table[first_row:],
             md.seq_lens[first_row:],
             starts - first_token if first_token else starts,
-            self.scale,
+            self._scale,
             out[first_token:],
             md.max_query_len,
             md.max_seq_len,
             self.sinks,
+            self.query_scale,
         )

@@ -40,7 +40,8 @@ def executor(device: str) -> dict[str, Any]:
     from specattn_vllm import executors
     from specattn_vllm.options import SpecAttnOptions
 
-    found = executors.of_engine(SpecAttnOptions.parse({}), torch.device(device, 0), torch.bfloat16)
+    options = SpecAttnOptions.parse({})
+    found = executors.resolve(options.executor, torch.device(device, 0), per_head=options.needs_token_pages)
     return {"executor": found.label or found.name}
 
 

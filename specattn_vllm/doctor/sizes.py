@@ -38,7 +38,7 @@ def sizes(config: VllmConfig, options: SpecAttnOptions) -> dict[str, Any]:
     kv = sketched = in_windows = 0
     for of, _, sketch in models:
         codes = sketch.layout.token_bytes if options.sketch_bits_in_cache else 0
-        token = 2 * sketch.head_size * sketch.shape.dtype.itemsize + codes
+        token = sketch.layout.kv_bytes + codes
         kv += sketch.shape.layers * sketch.num_kv_heads * token
         sketched += sketch.shape.layers * sketch.num_kv_heads * codes
         windowed = of.get_num_layers(parallel) - sketch.shape.layers
@@ -80,6 +80,7 @@ def _sketch(
         num_kv_heads=model.get_num_kv_heads(parallel),
         head_size=model.get_head_size(),
         dtype=config.model_config.dtype,
+        element_size=executors.cache_dtype(config).itemsize,
         max_query_len=query_len,
         max_num_reqs=config.scheduler_config.max_num_seqs,
         max_model_len=row_width(config.model_config.max_model_len),

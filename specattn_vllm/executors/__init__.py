@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from specattn_vllm.kernels.contracts import FP8
+
 if TYPE_CHECKING:
     from specattn_vllm.options import SpecAttnOptions
 
@@ -64,9 +66,15 @@ class Operations:
     """The name in the log, if it differs from `name`."""
 
 
-def of_engine(options: SpecAttnOptions, device: torch.device, dtype: torch.dtype) -> Operations:
-    """The operations of an engine with these options, for models of this dtype."""
-    return resolve(options.executor, device, dtype, per_head=options.needs_token_pages)
+def of_engine(options: SpecAttnOptions, device: torch.device, config: Any) -> Operations:
+    """The operations of an engine with these options and vLLM's configuration."""
+    fp8, dtype = cache_dtype(config) == FP8, config.model_config.dtype
+    return resolve(options.executor, device, dtype, per_head=options.needs_token_pages, fp8=fp8)
+
+
+def cache_dtype(config: Any) -> torch.dtype:
+    """The dtype of the elements of an engine's KV cache; the start-up checks allow no others."""
+    return FP8 if config.cache_config.cache_dtype.startswith("fp8") else config.model_config.dtype
 
 
 def resolve(
@@ -75,9 +83,10 @@ def resolve(
     dtype: torch.dtype = torch.bfloat16,
     *,
     per_head: bool = False,
+    fp8: bool = False,
 ) -> Operations:
     """The operations for an executor name (one of CHOICES) on a device, for models of this dtype. `per_head`: whether
-    each KV head has a selection of its own."""
+    each KV head has a selection of its own. `fp8`: whether the cache's elements have 8 bits."""
     chooses = name == "auto"
     if chooses:
         name = _best(device, dtype)
@@ -86,6 +95,8 @@ def resolve(
             f"executor = {name!r} reads whole blocks, which hold all KV heads, but methods 'sketch' and 'sts' "
             "choose for each head: use 'auto' or 'triton', or method='specattn'"
         )
+    if name == "xformers" and fp8:
+        raise ExecutorError("executor = 'xformers' does not read an fp8 KV cache: use 'auto' or 'triton'")
     if name == "torch":
         if device.type != "cpu":
             raise ExecutorError(f"executor = 'torch' runs on CPU, not on {device.type}: use 'auto' or 'triton'")
@@ -93,7 +104,9 @@ def resolve(
     if name in ("fa3", "xformers"):
         if reason := _unavailable(name, device, dtype):
             raise ExecutorError(f"executor = {name!r}: {reason}; or use 'auto' or 'triton'")
-        return _borrowed_operations(name, device, own_sparse=chooses and name == "fa3" and per_head)
+        return _borrowed_operations(name, device, own_sparse=name == "fa3" and (fp8 or (chooses and per_head)))
+    if fp8 and device.type != "cuda":
+        raise ExecutorError("executor = 'triton': its interpreter rounds 8-bit floats wrongly: use 'auto' or 'torch'")
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ExecutorError(
             f"executor = 'triton' on {device.type} needs Triton's interpreter (TRITON_INTERPRET=1): use 'auto' or "
@@ -151,7 +164,8 @@ def _borrowed_operations(name: str, device: torch.device, *, own_sparse: bool = 
     'auto' uses it instead of FlashAttention 3's if each KV head has a selection: it takes 6 to 60% less time then, from
     1x32k to 64x4k and 4x128k with 5 to 25% kept (H200, head size 128, 2026-11-26, docs/results/h200-kernels.json). With
     one selection for all heads it takes 4 to 10% more, for four requests of 32k or more. All of this was measured with
-    24 query rows per KV head; 48 query rows (8 query heads, 5 drafts) were not measured."""
+    24 query rows per KV head; 48 query rows (8 query heads, 5 drafts) were not measured. With an fp8 cache it is always
+    ours, which keeps the queries as they are."""
     base = _triton_operations(device)
     if name == "fa3":
         from specattn_vllm.executors import fa3
@@ -184,21 +198,36 @@ def _dense_attention(
     max_query_len: int,
     max_seq_len: int,
     sinks: torch.Tensor | None = None,
+    query_scale: float = 1.0,
 ) -> None:
     """Dense causal attention. The two bounds are for CUDA kernels, which cannot read lengths on the host. sinks [Hq]: a
-    logit of each query head that is in the denominator of the softmax, and has no value."""
+    logit of each query head that is in the denominator of the softmax, and has no value. query_scale: that of executors
+    which turn queries into 8-bit floats, as the cache's elements are."""
     from specattn_vllm.kernels import reference
 
     reference.dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, scale, out, sinks)
 
 
-def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
+) -> None:
     """Write new keys and values into the paged cache.
 
-    key, value [T, H, D]; kv_cache [B, H, N, 2D]; slot_mapping [T] int64, block * N + offset, negative for padding.
+    key, value [T, H, D]; kv_cache [B, H, N, 2D]; slot_mapping [T] int64, block * N + offset, negative for padding. The
+    scales are for a cache of 8-bit floats: what 1 in it is worth.
     """
+    from specattn_vllm.kernels.fp8 import rounded
+
     tokens = slot_mapping.shape[0]
-    rows = torch.cat((key[:tokens], value[:tokens]), dim=-1)
+    key, value = key[:tokens], value[:tokens]
+    if kv_cache.dtype == FP8:
+        key, value = rounded(key, key_scale), rounded(value, value_scale)
+    rows = torch.cat((key, value), dim=-1)
     if bool((slot_mapping < 0).any()):
         rows, slot_mapping = rows[slot_mapping >= 0], slot_mapping[slot_mapping >= 0]
     block_size = kv_cache.shape[2]

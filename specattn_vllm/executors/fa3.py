@@ -15,7 +15,9 @@ import functools
 
 import torch
 
+from specattn_vllm.executors.stock import scale_tensor
 from specattn_vllm.kernels.attention import contracts
+from specattn_vllm.kernels.contracts import FP8
 from specattn_vllm.selection.pages import page_strides, token_pages
 
 
@@ -47,8 +49,12 @@ def dense_attention(
     max_query_len: int,
     max_seq_len: int,
     sinks: torch.Tensor | None = None,
+    query_scale: float = 1.0,
 ) -> None:
-    """Dense causal attention on vLLM's own blocks; arguments as in `specattn_vllm.executors`."""
+    """Dense causal attention on vLLM's own blocks; arguments as in `specattn_vllm.executors`. With an 8-bit cache, FA3
+    wants queries of 8 bits too: they are rounded, as in vLLM's own backend."""
+    if kv_cache.dtype == FP8:
+        query, scale = _as_fp8(query, query_scale), scale * query_scale
     size = query.shape[-1]
     blocks, heads, tokens, _ = kv_cache.shape
     block, head, token = (stride * 2 * size for stride in page_strides(kv_cache))
@@ -68,6 +74,13 @@ def dense_attention(
         block_table=block_table,
         s_aux=sinks,
     )
+
+
+def _as_fp8(query: torch.Tensor, scale: float) -> torch.Tensor:
+    from vllm import _custom_ops as ops
+
+    flat, _ = ops.scaled_fp8_quant(query.flatten(1).contiguous(), scale_tensor(query.device, scale))
+    return flat.view(query.shape)
 
 
 def sparse_attention(

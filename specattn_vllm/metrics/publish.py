@@ -89,7 +89,7 @@ def blank(runner: Any, options: SpecAttnOptions) -> Snapshot:
 
     config = runner.vllm_config
     caches = _caches(runner, options)
-    operations = executors.of_engine(options, runner.device, config.model_config.dtype)
+    operations = executors.of_engine(options, runner.device, config)
     served = config.model_config.served_model_name
     return Snapshot(
         engine=config.parallel_config.data_parallel_index,
@@ -111,13 +111,12 @@ def blank(runner: Any, options: SpecAttnOptions) -> Snapshot:
 
 
 def _caches(runner: Any, options: SpecAttnOptions) -> dict[str, Cache]:
-    """The sparse caches, by their reader, with the bytes of an entry. The cache has the model's dtype: the start-up
-    checks refuse any other."""
+    """The sparse caches, by their reader, with the bytes of an entry."""
     layers = get_layers_from_vllm_config(runner.vllm_config, AttentionLayerBase)
     drafters = getattr(runner.speculator, "draft_attn_layer_names", None) or set()
     target = next(layer for name, layer in layers.items() if name not in drafters and compat.is_our_layer(layer))
     draft = next((layer for name, layer in layers.items() if name in drafters), target)
-    element = runner.vllm_config.model_config.dtype.itemsize
+    element = executors.cache_dtype(runner.vllm_config).itemsize
 
     def cache(layer: Any, sketch: Any) -> Cache:
         layout = getattr(sketch, "layout", None)

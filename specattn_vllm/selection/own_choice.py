@@ -108,13 +108,23 @@ class LayerChoice:
     """Whether `confirm` is called after attention over the selection."""
 
     def probe(self, impl: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor) -> None:
-        """Attend without a cache, and measure. impl: the layer's implementation, with its `scale` and `sinks`; query,
-        out [T, Hq, D] or flat; key, value [T, H, D] or flat."""
+        """Attend without a cache, and measure. impl: the layer's implementation, with its `scale`, `sinks` and
+        `key_scale`; query, out [T, Hq, D] or flat; key, value [T, H, D] or flat."""
         raise NotImplementedError
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> bool:
+    def write(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        key_scale: float,
+        value_scale: float,
+    ) -> bool:
         """Store the data about new keys that choosing needs. key, value [T, H, D]; kv_cache [B, H, N, 2D]; slot_mapping
-        [S] int64. Returns whether this call also wrote keys and values to the cache; if not, the caller does."""
+        [S] int64. Returns whether this call also wrote keys and values to the cache; if not, the caller does. In an fp8
+        cache, keys and values are divided by their scale, and rounded. `select` and `confirm` get a `scale` for the
+        keys as they are in the cache."""
         return False
 
     def forget_cache(self) -> None:

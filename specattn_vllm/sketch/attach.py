@@ -46,6 +46,7 @@ def make_sketch(
         num_kv_heads=impl.num_kv_heads,
         head_size=impl.head_size,
         dtype=runner.vllm_config.model_config.dtype,
+        element_size=executors.cache_dtype(runner.vllm_config).itemsize,
         max_query_len=max_query_len,
         max_num_reqs=runner.max_num_reqs,
         max_model_len=row_width(runner.max_model_len),
@@ -58,7 +59,7 @@ def make_sketch(
 
 def attach(runner: Any, options: SketchOptions) -> None:
     """Give the target's layers their sketch. Called when vLLM's model runner has loaded its model and its drafter."""
-    operations = executors.of_engine(options, runner.device, runner.vllm_config.model_config.dtype)
+    operations = executors.of_engine(options, runner.device, runner.vllm_config)
     budget = budget_of(options, options.shared_budget)
     sketch, choices = make_sketch(
         target_layers(runner),

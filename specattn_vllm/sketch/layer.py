@@ -63,7 +63,8 @@ class LayerSketch(LayerChoice):
         self._cache: tuple[int, int] | None = None
 
     def set_centre(self, mean_key: torch.Tensor) -> None:
-        """Set the centre, which is subtracted from all keys, to the mean key [H, D] float32 of the layer."""
+        """Set the centre, which is subtracted from all keys, to the layer's mean key [H, D] float32, as keys are in the
+        cache."""
         # A model whose weights are not loaded yet may give NaN or infinity.
         mean_key = mean_key.nan_to_num(0.0, 0.0, 0.0)
         turned = mean_key @ self.sketch.rotation.float() * self.sketch.head_size**-0.5
@@ -73,7 +74,7 @@ class LayerSketch(LayerChoice):
         """Attend without a cache, and set the centre to the mean of the keys. Arguments as in `LayerChoice`."""
         size = self.sketch.head_size
         attend_densely(query, key, value, impl.scale, out, head_size=size, sinks=impl.sinks)
-        self.set_centre(key.view(key.shape[0], -1, size).float().mean(0))
+        self.set_centre(key.view(key.shape[0], -1, size).float().mean(0) / impl.key_scale)
 
     def _views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         # vLLM allocates the cache twice if it profiles CUDA graphs.
@@ -87,11 +88,27 @@ class LayerSketch(LayerChoice):
     def forget_cache(self) -> None:
         self._cache = self.codes = self.scales = None
 
-    def write(self, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> bool:
+    def write(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        key_scale: float,
+        value_scale: float,
+    ) -> bool:
         """Write new keys and values into the cache, and the keys' codes beside them."""
         sketch = self.sketch
         sketch.operations.encode_keys(
-            key, slot_mapping, sketch.rotation, self.centre, *self._views(kv_cache), value, kv_cache
+            key,
+            slot_mapping,
+            sketch.rotation,
+            self.centre,
+            *self._views(kv_cache),
+            value,
+            kv_cache,
+            key_scale,
+            value_scale,
         )
         return True
 

@@ -28,6 +28,8 @@ class Shape:
     num_kv_heads: int
     head_size: int
     dtype: torch.dtype
+    element_size: int
+    """Bytes of an element of the KV cache."""
     max_query_len: int
     """Most tokens of a row that chooses."""
     max_num_reqs: int
@@ -100,7 +102,7 @@ class Sketch(Chooser):
         if promise is not None:
             self.guarantee = Guarantee(promise, shape.layers, requests, heads, device)
             self.counts.guard(self.guarantee.fallen, promise.draws)
-        self.layout = SketchLayout(heads, 16, shape.head_size, bits, shape.dtype.itemsize)
+        self.layout = SketchLayout(heads, 16, shape.head_size, bits, shape.element_size)
 
     def _most(self) -> int:
         """Width of the largest page table of a head, for heads that share no budget."""

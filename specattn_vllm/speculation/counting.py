@@ -37,7 +37,7 @@ def watch_drafter(runner: Any, options: SpecAttnOptions) -> None:
         compat.at_first_request(runner.model_state, runner.speculator.count_from_zero)
         return
     config = runner.vllm_config
-    operations = executors.of_engine(options, runner.device, config.model_config.dtype)
+    operations = executors.of_engine(options, runner.device, config)
     counters = Counters(runner.device)
     reporter = Reporter(counters, options.stats_interval_s, logs=config.parallel_config.rank == 0)
 

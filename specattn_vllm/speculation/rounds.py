@@ -33,7 +33,7 @@ class RoundSpeculator(compat.stock_speculator()):
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)
         self.options = SpecAttnOptions.from_vllm(vllm_config)
-        self.operations = executors.of_engine(self.options, device, vllm_config.model_config.dtype)
+        self.operations = executors.of_engine(self.options, device, vllm_config)
         if self.operations.granularity == "block" and self.num_speculative_steps > 15:
             raise executors.ExecutorError(
                 f"executor = 'xformers' verifies at most 15 draft tokens, not {self.num_speculative_steps}: lower "

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from specattn_vllm.kernels.contracts import FP8
 from specattn_vllm.kernels.sketch import reference
 
 BUFFERS = {
@@ -51,6 +52,11 @@ def first_layers(runner: Any, layers: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def numbers(layer: Any) -> torch.Tensor:
+    """A layer's cache. vLLM's tensor of an fp8 cache has bytes."""
+    return layer.kv_cache.view(FP8) if layer.kv_cache.dtype == torch.uint8 else layer.kv_cache
+
+
 @torch.inference_mode()
 def keys(model: Any, layer: Any, tokens: list[int], blocks: torch.Tensor, offsets: torch.Tensor, what: str) -> None:
     """The first layer's keys and values of a request's first tokens lie where they belong."""
@@ -59,19 +65,22 @@ def keys(model: Any, layer: Any, tokens: list[int], blocks: torch.Tensor, offset
     attention = first.self_attn
     q, k, v = attention.qkv_proj(hidden)[0].split([attention.q_size, attention.kv_size, attention.kv_size], dim=-1)
     k = attention.rotary_emb(torch.arange(length, device=device), q, k)[1]
-    cache = layer.kv_cache[blocks.to(device), :, offsets.to(device)]
+    cache = numbers(layer)[blocks.to(device), :, offsets.to(device)]
     expected = torch.cat([x.view(length, cache.shape[1], -1) for x in (k, v)], dim=-1)
-    apart = (cache - expected).abs().amax((1, 2)) if length else torch.zeros(0)
+    apart = (cache.float() - expected).abs()
+    if cache.dtype == FP8:
+        apart -= expected.abs() / 16 + 1e-3  # half of the distance between two numbers, at most
+    apart = apart.amax((1, 2)) if length else torch.zeros(0)
     wrong = (apart > 1e-3).nonzero().flatten().tolist()
     assert not wrong, f"{what}: keys or values at positions {wrong} of {length} are not those of the tokens"
 
 
 def codes(layer: Any, blocks: torch.Tensor, offsets: torch.Tensor, what: str) -> None:
     """The code of every token is that of the key in its slot."""
-    choice, cache = layer.impl.choice, layer.kv_cache
+    choice, cache = layer.impl.choice, numbers(layer)
     blocks, offsets = blocks.to(cache.device), offsets.to(cache.device)
     have, scales = choice._views(cache)
-    own = cache[blocks, :, offsets, : choice.sketch.head_size].contiguous()
+    own = cache[blocks, :, offsets, : choice.sketch.head_size].to(choice.sketch.rotation.dtype).contiguous()
     fresh, worth = torch.zeros_like(have), torch.zeros_like(scales)
     slots = blocks * cache.shape[2] + offsets
     reference.encode_keys(own, slots, choice.sketch.rotation, choice.centre, fresh, worth)

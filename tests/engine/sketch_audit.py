@@ -62,6 +62,7 @@ class Audit:
         codes, scales = layer._views(kv_cache)
         fresh, worth = torch.zeros_like(codes), torch.zeros_like(scales)
         slots = blocks * size + offsets
+        keys = keys.to(sketch.rotation.dtype)  # of an fp8 cache, too
         reference.encode_keys(keys.contiguous(), slots, sketch.rotation, layer.centre, fresh, worth)
         # A kernel may round an element on the border between two levels the other way.
         apart = (codes[blocks, :, offsets] != fresh[blocks, :, offsets]).float().mean()

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import os
 import typing
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -160,7 +161,10 @@ def test_our_kernel_reads_selections_where_it_is_faster_and_nobody_asked_for_ano
     monkeypatch.setattr(executors, "_triton_operations", lambda device: resolve("torch", CPU))
     monkeypatch.setattr(fa3, "sparse_attention", lambda *given: attended.append(given))
     options = SpecAttnOptions.parse({"executor": name, **({"method": "specattn"} | options)})
-    operations = executors.of_engine(options, CUDA, torch.bfloat16)
+    config = SimpleNamespace(
+        cache_config=SimpleNamespace(cache_dtype="auto"), model_config=SimpleNamespace(dtype=torch.bfloat16)
+    )
+    operations = executors.of_engine(options, CUDA, config)
     assert operations.name == "fa3" and operations.dense_attention is fa3.dense_attention
     assert operations.label == ("fa3, and triton for selections" if own else "")
     if own:

@@ -16,6 +16,7 @@ from specattn_vllm.kernels.attention import draft_attention, draft_kernel, spars
 from specattn_vllm.kernels.bookkeeping import kernels as bookkeeping
 from specattn_vllm.kernels.guarantee import bound, sample
 from specattn_vllm.kernels.padding import padded
+from specattn_vllm.kernels.sketch import encode
 from specattn_vllm.kernels.selection import mass, page_tables, top_p
 
 POINTERS = {
@@ -52,11 +53,14 @@ def compiled(kernel, dtype, warps, given=(), **constants):
     print(kernel.__name__, dtype)
 
 
-for dtype, size, group in (("bf16", 128, 4), ("fp16", 64, 1), ("bf16", 192, 4)):
+EIGHT = {"kv_cache": "*fp8e4nv"}
+# GPUs before capability 89 have no 8-bit floats.
+eight = [("bf16", 96, 2, EIGHT)] if CAPABILITY >= 89 else []
+for dtype, size, group, cache in (("bf16", 128, 4, {}), ("fp16", 64, 1, {}), ("bf16", 192, 4, {}), *eight):
     for lse, splits, tiles in ((False, 4, 1), (True, 4, 2), (True, 1, 1), (False, 1, 2)):
         config = sparse_attention.CONFIGS[padded(size), False]
         more = {"GROUP": group, "D": size, "SPLITS": splits, **({} if lse else {"lse": None})}
-        compiled(sparse_attention._sparse_kernel, dtype, config.num_warps, {"groups": "i32"}, TILES=tiles,
+        compiled(sparse_attention._sparse_kernel, dtype, config.num_warps, {"groups": "i32", **cache}, TILES=tiles,
                  BLOCK_M=16, BLOCK=config.block_n, **more)
         if splits > 1:
             compiled(sparse_attention._combine_kernel, dtype, 1, {"groups": "i32"}, **more)
@@ -66,7 +70,7 @@ for dtype, size, group in (("bf16", 128, 4), ("fp16", 64, 1), ("bf16", 192, 4)):
         given = {"out": out, "scores": scores, "requests": some}
         shared = {"HEADS": 8, "GROUP": group, "C": c, "D": size, "SPLITS": splits,
                   **{name: None for name in given if not given[name]}}
-        compiled(draft_kernel.draft_kernel, dtype, config.num_warps, BLOCK_SIZE=16, TILES=1, BLOCK_M=32,
+        compiled(draft_kernel.draft_kernel, dtype, config.num_warps, cache, BLOCK_SIZE=16, TILES=1, BLOCK_M=32,
                  BLOCK=config.block_n, SMALL_DOT=bool(out) and c * group <= 16, **shared)
         if splits > 1:
             compiled(draft_kernel.combine_tokens, dtype, 4, ROWS=4, **shared)
@@ -79,8 +83,16 @@ for mapped in (False, True):
     compiled(page_tables._page_table_kernel, "fp32", 8, CHUNK=4096, COUNT_STEP=1024,
              **({} if mapped else {"sources": None, "groups": None}))
 for dtype, size, draws in (("bf16", 128, 64), ("fp16", 64, 32), ("bf16", 96, 128), ("bf16", 256, 256)):
-    compiled(bound._bound_kernel, dtype, bound.NUM_WARPS, {"lost": "*fp32", "quantile": "fp32"}, GROUP=4, D=size,
-             DRAWS=draws, BLOCK_M=32, TILES=1)
+    for cache in [{}, EIGHT][: 1 + len(eight)]:
+        compiled(bound._bound_kernel, dtype, bound.NUM_WARPS, {"lost": "*fp32", "quantile": "fp32", **cache}, GROUP=4,
+                 D=size, DRAWS=draws, BLOCK_M=32, TILES=1)
+    of_keys = {"key": "*D", "slot_mapping": "*i64", "rotation": "*D", "centre": "*fp32", "codes": "*u8",
+               "scales": "*fp16", "value": "*D", "tokens": "i32",
+               **dict.fromkeys(("norm", "step_size", "key_scale", "value_scale"), "fp32")}
+    of_keys = {name: kind.replace("D", dtype) for name, kind in of_keys.items()}
+    for cache in [{}, EIGHT][: 1 + len(eight)]:
+        compiled(encode._encode_kernel, dtype, 4, of_keys | cache, D=size, BITS=2, C=size // 4, BLOCK=encode.BLOCK,
+                 FP8=bool(cache))
     compiled(sample._sample_kernel, dtype, sample.NUM_WARPS, {"scores": "*u8", "layer": "i32"}, BINS=256, CHUNK=2048,
              CHUNKS=sample.CHUNKS, DRAWS=draws, PART=10, BITS=20)
 compiled(bookkeeping._count_reads_kernel, "fp32", 8, {"groups": "i32", "out": "*i64"}, ROWS=64, ENTRIES=32,
@@ -94,4 +106,4 @@ def test_they_compile(capability):
     program = PROGRAM.replace("CAPABILITY", str(capability))
     done = subprocess.run([sys.executable, "-P", "-c", program], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert len(done.stdout.splitlines()) == 55
+    assert len(done.stdout.splitlines()) == (59 if capability < 89 else 78)

@@ -22,6 +22,7 @@ SHAPE = Shape(
     num_kv_heads=2,
     head_size=64,
     dtype=torch.float32,
+    element_size=4,
     max_query_len=STEPS + 2,
     max_num_reqs=4,
     max_model_len=512,

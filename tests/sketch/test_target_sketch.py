@@ -25,6 +25,7 @@ SHAPE = Shape(
     num_kv_heads=2,
     head_size=64,
     dtype=torch.float32,
+    element_size=4,
     max_query_len=5,
     max_num_reqs=4,
     max_model_len=512,

@@ -45,6 +45,7 @@ class Search:
             num_kv_heads=heads.kv,
             head_size=heads.size,
             dtype=setup.dtype,
+            element_size=setup.dtype.itemsize,
             max_query_len=VERIFY_LEN,
             max_num_reqs=rows,
             max_model_len=-(-setup.context // 64) * 64,

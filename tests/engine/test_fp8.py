@@ -1,0 +1,129 @@
+"""fp8 KV caches: what is read is what was written, with the scales of each layer, whoever selects."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from specattn_vllm import executors
+from specattn_vllm.kernels.fp8 import rounded
+from specattn_vllm.methods import METHODS
+
+pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
+
+FP8 = {"kv_cache_dtype": "fp8"}
+ALONE = {"speculative_config": None}
+NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3, "prompt_lookup_min": 1}
+PART = {"min_tokens": 32, "recent_tokens": 8, "ratio": 0.15}
+SCALES = (0.37, 2.6)  # of keys, and of values
+NUMBER = 24
+
+
+@pytest.fixture
+def texts(prompts):
+    return prompts([90, 300, 420, 900])
+
+
+def rescale(llm) -> None:
+    """Give all layers scales, as a checkpoint may."""
+
+    def change(worker):
+        for layer in worker.model_runner.compilation_config.static_forward_context.values():
+            for name, scale in zip(("k", "v"), SCALES, strict=True):
+                getattr(layer, f"_{name}_scale").fill_(scale)
+                setattr(layer, f"_{name}_scale_float", scale)
+
+    llm.collective_rpc(change)
+
+
+@pytest.fixture
+def dense(engine, greedy, texts):
+    """dense(scaled) -> tokens of an engine that reads all of an fp8 cache."""
+    known = {}
+
+    def tokens(scaled: bool) -> list[list[int]]:
+        if scaled not in known:
+            llm = engine({"method": "dense"}, **ALONE, **FP8)
+            if scaled:
+                rescale(llm)
+            known[scaled] = greedy(llm, texts, NUMBER)
+        return known[scaled]
+
+    return tokens
+
+
+@pytest.mark.parametrize("scales", [(1.0, 1.0), SCALES], ids=str)
+def test_it_is_a_cache_of_rounded_numbers(scales, engine, greedy, texts, monkeypatch, dense):
+    """The oracle: a cache of the model's dtype, into which rounded numbers are written."""
+
+    def write(key, value, kv_cache, slot_mapping, *_):
+        key, value = (rounded(x, s).float() * s for x, s in zip((key, value), scales, strict=True))
+        executors.write_kv(key, value, kv_cache, slot_mapping)
+
+    found = dense(scales == SCALES)
+    with monkeypatch.context() as patch:
+        patch.setattr(executors, "cache_dtype", lambda config: torch.float32)
+        llm = engine({"method": "dense"}, **ALONE)
+        for layer in llm.collective_rpc(lambda worker: [*layers_of(worker)])[0]:
+            layer.impl.operations = executors.replace(layer.impl.operations, write_kv=write)
+        assert greedy(llm, texts, NUMBER) == found
+
+
+def layers_of(worker):
+    return worker.model_runner.compilation_config.static_forward_context.values()
+
+
+EVERYTHING = {
+    "sketch": ({"ratio": 1.0}, ALONE),
+    "sketch with a draft model": ({"method": "sketch", "ratio": 1.0, "draft_ratio": 0.2}, {}),
+    "sketch with n-grams": ({"method": "sketch", "ratio": 1.0}, {"speculative_config": NGRAMS}),
+    "dense": ({"method": "dense", "sparse_draft": True} | PART, {}),
+    "specattn": ({"method": "specattn", "top_p": 1.0, "min_tokens": 32}, {}),
+    "sts": ({"method": "sts", "layer_map": "uniform", "top_p": 1.0, "min_tokens": 32}, {}),
+    "vegas": ({"method": "vegas", "crossover_tokens": 0} | PART, {}),
+    "streamingllm": ({"method": "streamingllm", "crossover_tokens": 0} | PART, {}),
+}
+"""Setting -> options with which the target reads everything, and arguments of the engine."""
+
+
+@pytest.mark.parametrize("name", EVERYTHING)
+def test_who_reads_everything_gives_the_tokens_of_dense(name, engine, greedy, texts, dense, audit):
+    options, arguments = EVERYTHING[name]
+    expected = dense(True)
+    llm = engine({"method": "sketch"} | options, **arguments, **FP8)
+    rescale(llm)
+    assert greedy(llm, texts, NUMBER) == expected
+
+
+def test_every_method_is_here():
+    assert {options.get("method", "sketch") for options, _ in EVERYTHING.values()} == {*METHODS}
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [({}, ALONE), ({"draft_ratio": 0.2}, {}), ({"epsilon": 0.2}, ALONE), ({"sketch_bits": 4}, ALONE)],
+    ids=["alone", "draft model", "guarantee", "4 bits"],
+)
+def test_a_part_is_read_by_codes_of_the_cache(options, arguments, engine, greedy, texts, dense, counts, sketch_audit):
+    expected = dense(False)
+    llm = engine({"method": "sketch"} | PART | options, **arguments, **FP8)
+    found = greedy(llm, texts, NUMBER)
+    assert sketch_audit.pruned > 20
+    seen = counts(llm)
+    assert 0 < seen.kv_fraction < 1
+    agree = sum(ours[:8] == theirs[:8] for ours, theirs in zip(found, expected, strict=True))
+    assert agree >= len(texts) / 2
+
+
+def test_a_block_takes_half_the_bytes(engine):
+    def block(**arguments):
+        llm = engine({"method": "sketch"}, **ALONE, **arguments)
+        [sizes] = llm.collective_rpc(
+            lambda worker: [x.kv_cache.stride(0) * x.kv_cache.itemsize for x in layers_of(worker)]
+        )
+        return sizes[0], next(iter(llm.collective_rpc(lambda w: [x.kv_cache.shape for x in layers_of(w)])[0]))
+
+    (large, (_, heads, tokens, row)), (small, _) = block(), block(**FP8)
+    sketch = heads * tokens * (row // 2 // 4 + 2)
+    assert large == heads * tokens * row * 4 + sketch
+    assert small == heads * tokens * row + sketch
