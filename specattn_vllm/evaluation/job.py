@@ -70,6 +70,8 @@ class Job(StrictModel):
             "distributed_executor_backend": "uni",
             "seed": 0,
         }
+        if self.setting.fp8_cache:
+            arguments["kv_cache_dtype"] = "fp8"
         if self.device == "cpu":
             arguments |= {"enforce_eager": True, "max_num_batched_tokens": 2048}
         if self.setting.baseline is not None:

@@ -1,7 +1,7 @@
 """What is searched before anything is chosen: a copy or a summary of all keys, which is read as well. Loads no torch.
 
 Shares are of the bytes of the entries that are searched, K and V of each token and KV head. A cache in 16 bits is
-meant, whatever a run computes in, as evaluations on a CPU do in 32 for what is served in 16.
+meant, or one of 8-bit floats, whatever a run computes in: evaluations on a CPU compute in 32 bits what is served in 16.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 ELEMENT_BYTES = 2
 
 
-def of_sketch(bits: int, head_size: int) -> float:
-    """A code for each of a key's elements, and a scale in 16 bits."""
-    return (bits * head_size / 8 + 2) / (2 * head_size * ELEMENT_BYTES)
+def of_sketch(bits: int, head_size: int, fp8: bool = False) -> float:
+    """A code for each of a key's elements, and a scale in 16 bits. fp8: whether the cache has 8-bit floats."""
+    return (bits * head_size / 8 + 2) / (2 * head_size * (1 if fp8 else ELEMENT_BYTES))
 
 
 def byte_fraction(counts: Counts, share: float) -> float:

@@ -26,11 +26,14 @@ class OfSetting(BaseModel):
     other_batches: bool = False
     """Whether this is the dense run once more, with half as many requests at a time and prompts in other chunks. It
     differs by nothing but what rounding makes of other shapes, which no other setting's KL can be told from."""
+    fp8_cache: bool = False
+    """Whether the KV cache has 8-bit floats."""
 
     @property
     def is_reference(self) -> bool:
         """Whether this is what the others are compared with: the target alone, with all of its KV."""
-        return self.options == DENSE_OPTIONS and self.baseline is None and not self.other_batches
+        changed = self.baseline is not None or self.other_batches or self.fp8_cache
+        return self.options == DENSE_OPTIONS and not changed
 
 
 class _Baseline(StrictModel):
@@ -109,4 +112,4 @@ class Setting(OfSetting, StrictModel):
         if isinstance(self.baseline, Channels):
             return self.baseline.channels / (2 * head_size)  # in a copy of their own
         bits = SpecAttnOptions.parse(self.options).searched_bits
-        return scan.of_sketch(bits, head_size) if bits else 0.0
+        return scan.of_sketch(bits, head_size, self.fp8_cache) if bits else 0.0
