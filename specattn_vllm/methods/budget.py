@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from specattn_vllm.methods.refusals import another_drafter, unequal_pages
+from specattn_vllm.methods.refusals import another_drafter, large_heads_in_float32, unequal_pages
 from specattn_vllm.options import SpecAttnOptions, for_researchers
 
 SKETCH_SPECULATOR = "specattn_vllm.speculation.sketch_speculator.SketchSpeculator"
@@ -187,6 +187,7 @@ class SketchedDraftOptions(BudgetOptions):
         spec = config.speculative_config
         if self.sketch_bits_in_cache:
             yield from unequal_pages(config)
+            yield from large_heads_in_float32(config)
         if spec is not None and spec.uses_draft_model():
             return
         # The default of sparse_draft suits any drafter; only a user who sets it asks for a draft model.

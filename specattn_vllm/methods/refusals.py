@@ -33,6 +33,17 @@ def some_windows(config: Any, method: str) -> Iterator[str]:
         )
 
 
+def large_heads_in_float32(config: Any) -> Iterator[str]:
+    """For methods that keep sketches in the cache: what writes them multiplies keys with a matrix in shared memory."""
+    size = config.model_config.get_head_size()
+    wide = str(config.model_config.dtype) == "torch.float32" and size > 128
+    if wide and config.device_config.device_type == "cuda":
+        yield (
+            f"--dtype float32 with heads of {size}: a GPU's shared memory has no room for the sketch's rotation in "
+            "float32; use --dtype bfloat16"
+        )
+
+
 def unequal_pages(config: Any) -> Iterator[str]:
     """For methods that keep sketches in the cache: a target with windows and a drafter with other KV heads. vLLM cannot
     make the pages of their caches equally large then."""

@@ -127,3 +127,18 @@ def test_a_block_takes_half_the_bytes(engine):
     sketch = heads * tokens * (row // 2 // 4 + 2)
     assert large == heads * tokens * row * 4 + sketch
     assert small == heads * tokens * row + sketch
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlashAttention 3 needs an NVIDIA GPU")
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "graphs"])
+def test_flash_attention_reads_it_as_stock_vllm_does(eager, engine, answers, same, texts):
+    """In 16 bits. Stock vLLM's FlashAttention rounds queries to 8 bits, and so does ours where it reads everything."""
+    arguments = {"dtype": "bfloat16", "enforce_eager": eager, **ALONE, **FP8}
+    expected = answers(engine(None, **arguments), texts, NUMBER)
+    for options in ({"method": "dense"}, {"method": "sketch", "ratio": 1.0}, {"method": "sketch"} | PART):
+        llm = engine(options, **arguments)
+        for exact in (True, False):
+            found = answers(llm, texts, NUMBER, exact=exact)
+            close = 0.1 if exact or options["method"] == "dense" else 1.5
+            assert all(same(*pair, close) for pair in zip(expected, found, strict=True)), (options, exact)

@@ -29,13 +29,13 @@ def looked(monkeypatch):
             length, first, end = int(seq_lens[r]), int(starts[r]), int(starts[r + 1])
             if guarantee.positions[r, 0, 0] < 0:
                 continue
-            p = torch.arange(length)
+            p = torch.arange(length, device=query.device)
             blocks = block_table[r, p // block_size].long()
             for head in range(kv_cache.shape[1]):
                 mine = slice(head * group, (head + 1) * group)
                 keys = kv_cache[blocks, head, p % block_size, :size]
                 logits = scale * query[first:end, mine] @ keys.T
-                later = p > length - (end - first) + torch.arange(end - first)[:, None]
+                later = p > length - (end - first) + torch.arange(end - first, device=p.device)[:, None]
                 full = logits.masked_fill(later[:, None], -torch.inf).logsumexp(-1)
                 loss = float((1 - (before[first:end, mine] - full).exp()).max())
                 apart = float((lse[first:end, mine] - full).abs().max())

@@ -25,6 +25,7 @@ SHAPE = {
     # One more than there are: on a CPU, vLLM gives the last place's adapter to requests without one.
     "max_loras": 3,
     "max_lora_rank": 8,
+    "dtype": "float16" if torch.cuda.is_available() else "float32",
 }
 LENGTHS = [9, 127, 128, 200, 260, 230]
 NEW_TOKENS = 16
@@ -84,18 +85,24 @@ def mixed(whose):
     return prompts, [whose[i % 3] for i in range(len(prompts))]
 
 
-def answers(llm, prompts, whose, *, exact: bool = False) -> list[list[int]]:
-    return [list(output.outputs[0].token_ids) for output in outputs(llm, prompts, whose, exact=exact)]
-
-
-def outputs(llm, prompts, whose, *, exact: bool = False) -> list:
+def outputs(llm, prompts, whose) -> list:
     from vllm import SamplingParams
 
-    asked = {"specattn": "exact"} if exact else None
-    parameters = SamplingParams(
-        temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, extra_args=asked
-    )
+    parameters = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
     return llm.generate(prompts, parameters, lora_request=whose, use_tqdm=False)
+
+
+@pytest.fixture
+def asked(answers):
+    """asked(llm, prompts, whose) -> tokens and log-probabilities of each."""
+    return lambda llm, prompts, whose, **more: answers(llm, prompts, NEW_TOKENS, lora_request=whose, **more)
+
+
+@pytest.fixture
+def alike(same):
+    """alike(expected, found), lists of answers: vLLM's own kernels on GPUs have adapters in 16 bits alone."""
+    close = 0.03 if torch.cuda.is_available() else None
+    return lambda expected, found: all(same(*pair, close) for pair in zip(expected, found, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -104,13 +111,13 @@ def known() -> list:
 
 
 @pytest.fixture
-def plain(known, served, mixed):
-    """Stock vLLM's tokens for `mixed`, without speculation. Adapters change them."""
+def plain(known, served, mixed, asked, alike):
+    """Stock vLLM's answers to `mixed`, without speculation. Adapters change them."""
     if not known:
         llm = served(None)
-        known.extend(answers(llm, *mixed))
-        without = answers(llm, mixed[0], None)
-        changed = [one != other for one, other in zip(known, without, strict=True)]
+        known.extend(asked(llm, *mixed))
+        without = asked(llm, mixed[0], None)
+        changed = [not alike([one], [other]) for one, other in zip(known, without, strict=True)]
         assert changed == [adapter is not None for adapter in mixed[1]]
     return known
 
@@ -124,18 +131,18 @@ def plain(known, served, mixed):
         pytest.param({"method": "sts", "layer_map": "uniform", "top_p": 1.0, "min_tokens": 32}, DRAFT, id="sts"),
     ],
 )
-def test_adapters_answer_as_in_stock_vllm(options, speculation, served, mixed, plain):
-    assert answers(served(options, speculation), *mixed) == plain
+def test_adapters_answer_as_in_stock_vllm(options, speculation, served, mixed, plain, asked, alike):
+    assert alike(plain, asked(served(options, speculation), *mixed))
 
 
 @pytest.mark.parametrize("speculation", [None, NGRAMS, DRAFT], ids=["alone", "ngrams", "draft_model"])
 def test_what_is_chosen_is_chosen_among_the_keys_of_the_adapter(
-    speculation, served, mixed, plain, counts, sketch_audit
+    speculation, served, mixed, plain, counts, sketch_audit, asked, alike
 ):
     llm = served({"method": "sketch"} | PART, speculation)
-    assert answers(llm, *mixed, exact=True) == plain
+    assert alike(plain, asked(llm, *mixed, exact=True))
     assert counts(llm).sparse_rows == 0
-    answers(llm, *mixed)
+    asked(llm, *mixed)
     assert sketch_audit.pruned > 20
     seen = counts(llm)
     assert 0 < seen.sparse_rows < seen.verify_rows
@@ -153,7 +160,7 @@ def test_the_centre_is_that_of_the_base_model(served, mixed):
     torch.testing.assert_close(centres(), centres(**without))
 
 
-def test_a_prefix_belongs_to_its_adapter(served, mixed, whose, plain, sketch_audit):
+def test_a_prefix_belongs_to_its_adapter(served, mixed, whose, plain, sketch_audit, asked, alike):
     """One prompt for each of the three in turn. What is cached for one is no start for another."""
     prompt, place = mixed[0][4], 4
     llm = served({"method": "sketch"} | PART)
@@ -164,4 +171,4 @@ def test_a_prefix_belongs_to_its_adapter(served, mixed, whose, plain, sketch_aud
     assert all(count >= 224 for count in again)
     assert sketch_audit.pruned > before
     # Exact requests after a hit: stock vLLM's tokens, by the adapter's keys in the cache.
-    assert answers(llm, [prompt], mixed[1][place], exact=True) == [plain[place]]
+    assert alike([plain[place]], asked(llm, [prompt], mixed[1][place], exact=True))

@@ -34,6 +34,7 @@ SETTINGS = {
     "sketch": (SKETCH | {"draft_ratio": 0.2}, {}),
     "sketch alone": (SKETCH, ALONE),
     "sketch with a guarantee": (SKETCH | {"epsilon": 0.2}, ALONE),
+    "sketch with an fp8 cache": (SKETCH | {"draft_ratio": 0.2}, {"kv_cache_dtype": "fp8"}),
     "sketch with n-grams": (SKETCH | {"shared_budget": "heads"}, {"speculative_config": NGRAMS}),
     "sketch with EAGLE": (SKETCH, {"speculative_config": {"method": "eagle", "num_speculative_tokens": 3}}),
     "specattn": (SHORT | {"method": "specattn", "ratio": 0.1}, {}),
@@ -79,29 +80,32 @@ def _texts(long: list[list[int]], plain) -> list:
 
 
 @pytest.fixture(scope="module")
-def known() -> dict[str, list]:
-    """Texts, by the target that they are for."""
+def known() -> dict[tuple, list]:
+    """Texts, by the target and the cache that they are for."""
     return {}
 
 
 @pytest.fixture
 def texts(engine, greedy, plain, prompts, tiny_model, known):
-    """texts(target) -> the texts of the demo target (None) or of a tiny one."""
+    """texts(target, cache) -> the texts of the demo target (None) or of a tiny one, for a type of KV cache."""
 
     def plain_of_tiny(given: list[dict], number: int) -> list[list[int]]:
         llm = engine(None, target=tiny_model("target"), skip_tokenizer_init=True, max_model_len=512)
         return greedy(llm, given, number)
 
-    def of(target: str | None) -> list:
-        if target not in known:
+    def dense_with_fp8(given: list[dict], number: int) -> list[list[int]]:
+        return greedy(engine({"method": "dense"}, speculative_config=None, kv_cache_dtype="fp8"), given, number)
+
+    def of(target: str | None, cache: str = "auto") -> list:
+        if (target, cache) not in known:
             if target is None:
                 long = [prompt["prompt_token_ids"] for prompt in prompts([192] * len(LENGTHS))]
-                known[target] = _texts(long, plain)
+                known[target, cache] = _texts(long, plain if cache == "auto" else dense_with_fp8)
             else:
                 generator = torch.Generator().manual_seed(0)
                 long = torch.randint(2, 512, (len(LENGTHS), 192), generator=generator).tolist()
-                known[target] = _texts(long, plain_of_tiny)
-        return known[target]
+                known[target, cache] = _texts(long, plain_of_tiny)
+        return known[target, cache]
 
     return of
 
@@ -116,7 +120,7 @@ def test_random_schedules(setting, engine, texts, tiny_model, audit, sketch_audi
     if eagle:
         arguments |= {"target": tiny_model("target"), "skip_tokenizer_init": True}
         arguments["speculative_config"] = arguments["speculative_config"] | {"model": tiny_model("eagle")}
-    given = texts("target" if eagle else None)
+    given = texts("target" if eagle else None, arguments.get("kv_cache_dtype", "auto"))
     lossless = METHODS[options["method"]].lossless
     watch = schedule_checks.Watch(monkeypatch, cache_checks)
     for look in ("check", "follow"):
