@@ -35,9 +35,9 @@ def some_windows(config: Any, method: str) -> Iterator[str]:
 
 def large_heads_in_float32(config: Any) -> Iterator[str]:
     """For methods that keep sketches in the cache: what writes them multiplies keys with a matrix in shared memory."""
-    size = config.model_config.get_head_size()
-    wide = str(config.model_config.dtype) == "torch.float32" and size > 128
-    if wide and config.device_config.device_type == "cuda":
+    if str(config.model_config.dtype) != "torch.float32" or config.device_config.device_type != "cuda":
+        return
+    if (size := config.model_config.get_head_size()) > 128:
         yield (
             f"--dtype float32 with heads of {size}: a GPU's shared memory has no room for the sketch's rotation in "
             "float32; use --dtype bfloat16"

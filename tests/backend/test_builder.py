@@ -106,6 +106,7 @@ def config(device: str, executor: str = "auto", dtype: torch.dtype = torch.bfloa
     return SimpleNamespace(
         device_config=SimpleNamespace(device=device),
         model_config=SimpleNamespace(dtype=dtype),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
         additional_config={"specattn": {"executor": executor}},
     )
 

@@ -22,6 +22,7 @@ def layer(monkeypatch):
             additional_config={"specattn": {"method": method, "executor": "torch"}},
             device_config=SimpleNamespace(device="cpu"),
             model_config=SimpleNamespace(dtype=torch.float32),
+            cache_config=SimpleNamespace(cache_dtype="auto"),
         )
         monkeypatch.setattr(impl, "get_current_vllm_config", lambda: config)
         monkeypatch.setattr(impl.SpecAttnImpl, "sketch_bits", 0)

@@ -15,11 +15,28 @@ from specattn_vllm import checks
 cpu_only = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM counts devices on other platforms")
 
 
-def test_a_quantised_cache_is_refused(reasons):
-    assert reasons(kv_cache_dtype="fp8") == [
-        "kv_cache_dtype = 'fp8': the cache must have the model's dtype, float32 (quantised caches are not supported); "
-        "use 'auto'",
+def test_another_quantised_cache_is_refused(reasons):
+    assert reasons(kv_cache_dtype="fp8_e5m2") == [
+        "kv_cache_dtype = 'fp8_e5m2': the cache must have the model's dtype, float32, or that of 8-bit floats, fp8 "
+        "(e4m3, one scale for a layer); use 'auto' or 'fp8'",
     ]
+
+
+@pytest.mark.parametrize("method", ["sketch", "dense", "specattn", "sts"])
+def test_an_fp8_cache_is_served(configure, method):
+    configure(kv_cache_dtype="fp8", options={"method": method})
+
+
+def test_layers_with_a_cache_of_their_own_are_refused(reasons):
+    assert reasons(kv_cache_dtype="fp8", kv_cache_dtype_skip_layers=["0"]) == [
+        "kv_cache_dtype_skip_layers: all layers that select need caches of one type; remove it"
+    ]
+
+
+def test_fp8_on_a_gpu_without_such_numbers_is_refused(monkeypatch):
+    monkeypatch.setattr(checks, "_before_fp8", lambda: True)
+    (reason,) = checks._engine(engine(cache={"cache_dtype": "fp8"}))
+    assert reason == "kv_cache_dtype = 'fp8': GPUs older than Ada and Hopper have no such numbers; use 'auto'"
 
 
 @cpu_only
@@ -105,7 +122,10 @@ def engine(parallel=None, cache=None, **changes):
             **{"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "use_ubatching": False}
             | (parallel or {})
         ),
-        "cache_config": SimpleNamespace(**{"cache_dtype": "auto", "kv_sharing_fast_prefill": False} | (cache or {})),
+        "cache_config": SimpleNamespace(
+            **{"cache_dtype": "auto", "kv_cache_dtype_skip_layers": [], "kv_sharing_fast_prefill": False}
+            | (cache or {})
+        ),
         "lora_config": None,
         "kv_transfer_config": None,
     }
@@ -127,7 +147,7 @@ def test_each_kind_of_parallelism_is_named(setting, value):
     assert reason.endswith("use 1")
 
 
-@pytest.mark.parametrize("dtype", ["fp8", "fp8_e5m2", "fp8_e4m3", "nvfp4", "float16"])
+@pytest.mark.parametrize("dtype", ["fp8_e5m2", "fp8_per_token_head", "int8_per_token_head", "nvfp4", "float16"])
 def test_each_quantised_cache_is_named(dtype):
     (reason,) = checks._engine(engine(cache={"cache_dtype": dtype}))
     assert reason.startswith(f"kv_cache_dtype = {dtype!r}: ")
@@ -139,4 +159,5 @@ def test_microbatches_are_named():
 
 
 def test_the_cache_may_name_the_models_own_dtype():
-    assert list(checks._engine(engine(cache={"cache_dtype": "bfloat16"}))) == []
+    for dtype in ("bfloat16", "fp8", "fp8_e4m3"):
+        assert list(checks._engine(engine(cache={"cache_dtype": dtype}))) == []

@@ -88,6 +88,28 @@ def test_pages_of_a_windowed_target_and_a_drafter_have_to_be_alike(method, refus
     assert not list(options.refusals(config))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "device", "size", "refused"),
+    [
+        ("torch.float32", "cuda", 256, True),
+        ("torch.float32", "cuda", 128, False),
+        ("torch.float32", "cpu", 256, False),
+        ("torch.bfloat16", "cuda", 256, False),
+    ],
+)
+def test_large_heads_in_float32_are_refused_where_the_sketch_has_no_room(dtype, device, size, refused):
+    config = SimpleNamespace(
+        model_config=model(dtype=dtype, get_head_size=lambda: size),
+        device_config=SimpleNamespace(device_type=device),
+        speculative_config=None,
+    )
+    assert list(SpecAttnOptions.parse({}).refusals(config)) == refused * [
+        "--dtype float32 with heads of 256: a GPU's shared memory has no room for the sketch's rotation in float32; use "
+        "--dtype bfloat16"
+    ]
+    assert not list(SpecAttnOptions.parse({"method": "dense"}).refusals(config))
+
+
 @pytest.mark.parametrize("side", ["target", "draft"])
 def test_a_head_size_without_kernels_is_refused_with_those_that_have(reasons, side):
     assert reasons(**{side: "narrow"}) == [f"{side}: head size 32 is not supported; 64, 96, 128, 192 and 256 are"]
@@ -104,6 +126,7 @@ def model(**changes):
         "is_attention_free": False,
         "get_sliding_window": lambda: None,
         "hf_text_config": SimpleNamespace(),
+        "dtype": "bfloat16",
         "get_head_size": lambda: 128,
         "runner_type": "generate",
     }

@@ -119,7 +119,12 @@ def speculation(**changes):
 
 def model(name: str) -> SimpleNamespace:
     return SimpleNamespace(
-        model=name, max_model_len=128, original_max_model_len=None, get_sliding_window=lambda: None, hf_text_config=None
+        model=name,
+        max_model_len=128,
+        original_max_model_len=None,
+        get_sliding_window=lambda: None,
+        hf_text_config=None,
+        dtype="bfloat16",
     )
 
 
@@ -179,9 +184,9 @@ def test_each_setting_of_speculation_is_named(changes, reason, method):
 
 
 def test_several_reasons_are_all_given(reasons):
-    found = reasons(target="windowed-narrow", draft=None, kv_sharing_fast_prefill=True, kv_cache_dtype="fp8")
+    found = reasons(target="windowed-narrow", draft=None, kv_sharing_fast_prefill=True, kv_cache_dtype="fp8_e5m2")
     assert [reason.split(":")[0] for reason in found] == [
-        "kv_cache_dtype = 'fp8'",
+        "kv_cache_dtype = 'fp8_e5m2'",
         "kv_sharing_fast_prefill",
         "target",
         "target",

@@ -127,7 +127,7 @@ def test_a_layer_with_a_window_gets_what_vllm_would_choose(ours):
     ("changes", "reason"),
     [
         ({"head_size": 32}, "head_size not supported"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype not supported"),
         ({"block_size": 8}, "block_size not supported"),
         ({"use_mla": True}, "MLA not supported"),
         ({"use_non_causal": True}, "non-causal attention not supported"),
