@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What happened in a long run of the tests, from pytest's JUnit file: scripts/long_summary.py LONG.xml LONG.json
+"""What happened in a long run of the tests, from pytest's JUnit files: scripts/long_summary.py LONG.xml [...] LONG.json
 
 `scripts/test --long` calls it. The file has, for each setting of the random schedules, its steps and what they met, and
 for each other test whether it passed.
@@ -23,14 +23,23 @@ def outcome(case: ElementTree.Element) -> str:
     return "passed"
 
 
-def summary(junit: Path) -> dict:
+def together(one: dict, other: dict) -> dict:
+    """A setting that ran in several files. What failed in one has failed."""
+    worst = next((x["outcome"] for x in (one, other) if x["outcome"] != "passed"), "passed")
+    numbers = {name: one.get(name, 0) + other.get(name, 0) for name in (one | other) if name != "outcome"}
+    return {"outcome": worst} | numbers
+
+
+def summary(files: list[Path]) -> dict:
     settings, others = {}, {}
-    for case in ElementTree.parse(junit).iter("testcase"):
+    for case in (case for file in files for case in ElementTree.parse(file).iter("testcase")):
         happened = [p.get("value", "") for p in case.iter("property") if p.get("name") == "happened"]
         found = {"outcome": outcome(case), "seconds": round(float(case.get("time", 0)))}
         name = case.get("name", "")
         if "test_schedules" in case.get("classname", ""):
-            settings[name.partition("[")[2].rstrip("]")] = found | (ast.literal_eval(happened[0]) if happened else {})
+            found |= ast.literal_eval(happened[0]) if happened else {}
+            setting = name.partition("[")[2].rstrip("]")
+            settings[setting] = together(settings[setting], found) if setting in settings else found
         else:
             others[f"{case.get('classname', '').rpartition('.')[2]}::{name}"] = found
     commit = subprocess.run(
@@ -48,7 +57,7 @@ def summary(junit: Path) -> dict:
 
 
 if __name__ == "__main__":
-    source, target = map(Path, sys.argv[1:])
-    found = summary(source)
+    *sources, target = map(Path, sys.argv[1:])
+    found = summary(sources)
     target.write_text(json.dumps(found, indent=1) + "\n")
     print(f"{target}: {found['steps']} steps, {found['failures']} failures")

@@ -117,13 +117,13 @@ def config(device: str, executor: str = "auto", dtype: torch.dtype = torch.bfloa
 def test_graphs_are_offered_where_the_executor_can_be_captured(monkeypatch, graphs, support):
     asked = []
 
-    def resolve(*arguments, per_head):
-        asked.append((*arguments, per_head))
+    def resolve(*arguments, per_head, fp8):
+        asked.append((*arguments, per_head, fp8))
         return SimpleNamespace(graphs=graphs)
 
     monkeypatch.setattr(executors, "resolve", resolve)
     assert SpecAttnMetadataBuilder.get_cudagraph_support(config("cuda:0", "triton"), None) == support
-    assert asked == [("triton", torch.device("cuda:0"), torch.bfloat16, True)]
+    assert asked == [("triton", torch.device("cuda:0"), torch.bfloat16, True, False)]
 
 
 def test_a_cpu_has_no_graphs():

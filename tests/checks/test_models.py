@@ -104,8 +104,8 @@ def test_large_heads_in_float32_are_refused_where_the_sketch_has_no_room(dtype, 
         speculative_config=None,
     )
     assert list(SpecAttnOptions.parse({}).refusals(config)) == refused * [
-        "--dtype float32 with heads of 256: a GPU's shared memory has no room for the sketch's rotation in float32; use "
-        "--dtype bfloat16"
+        "--dtype float32 with heads of 256: a GPU's shared memory has no room for the sketch's rotation in float32; "
+        "use --dtype bfloat16"
     ]
     assert not list(SpecAttnOptions.parse({"method": "dense"}).refusals(config))
 

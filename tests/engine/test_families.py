@@ -11,7 +11,7 @@ VOCABULARY = 512
 NEW_TOKENS = 16
 SHAPE = {"skip_tokenizer_init": True, "max_model_len": 512, "max_num_batched_tokens": 256, "max_num_seqs": 4}
 NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
-OPTIONS = {"method": "sketch", "ratio": 0.2, "min_tokens": 40, "recent_tokens": 16}
+OPTIONS = {"method": "sketch", "ratio": 0.2, "min_tokens": 40, "recent_tokens": 16, "crossover_tokens": 0}
 
 # Of six layers, those that see all of the context; the others have a sliding window, and are vLLM's own.
 FULL = {"olmo3": 2, "gemma3": 2, "cohere2": 2, "exaone4": 2, "gpt-oss": 3, "granite": 2}
@@ -34,7 +34,7 @@ def of_family(family):
 
     def arguments(name: str) -> tuple[dict, float | None]:
         if name in LARGE_HEADS and torch.cuda.is_available():
-            return {"target": family(name), "dtype": "float16", **SHAPE}, 0.03
+            return {"target": family(name), "dtype": "bfloat16", **SHAPE}, 0.15
         return {"target": family(name), **SHAPE}, None
 
     return arguments

@@ -53,20 +53,26 @@ def dense(engine, greedy, texts):
 
 
 @pytest.mark.parametrize("scales", [(1.0, 1.0), SCALES], ids=str)
-def test_it_is_a_cache_of_rounded_numbers(scales, engine, greedy, texts, monkeypatch, dense):
+def test_it_is_a_cache_of_rounded_numbers(scales, engine, answers, same, texts, monkeypatch):
     """The oracle: a cache of the model's dtype, into which rounded numbers are written."""
 
     def write(key, value, kv_cache, slot_mapping, *_):
         key, value = (rounded(x, s).float() * s for x, s in zip((key, value), scales, strict=True))
         executors.write_kv(key, value, kv_cache, slot_mapping)
 
-    found = dense(scales == SCALES)
+    llm = engine({"method": "dense"}, **ALONE, **FP8)
+    if scales == SCALES:
+        rescale(llm)
+    found = answers(llm, texts, NUMBER)
     with monkeypatch.context() as patch:
         patch.setattr(executors, "cache_dtype", lambda config: torch.float32)
         llm = engine({"method": "dense"}, **ALONE)
         for layer in llm.collective_rpc(lambda worker: [*layers_of(worker)])[0]:
             layer.impl.operations = executors.replace(layer.impl.operations, write_kv=write)
-        assert greedy(llm, texts, NUMBER) == found
+        # What differs by 1e-6 between the two may round to neighbours in a later layer. On a GPU, products of float32
+        # have 11 bits: all of a number of 8 bits, and not all of that times its scale.
+        close = 0.1 if torch.cuda.is_available() else 0.02
+        assert all(same(*pair, close) for pair in zip(answers(llm, texts, NUMBER), found, strict=True))
 
 
 def layers_of(worker):
@@ -125,8 +131,8 @@ def test_a_block_takes_half_the_bytes(engine):
 
     (large, (_, heads, tokens, row)), (small, _) = block(), block(**FP8)
     sketch = heads * tokens * (row // 2 // 4 + 2)
-    assert large == heads * tokens * row * 4 + sketch
-    assert small == heads * tokens * row + sketch
+    for found, size in ((large, 4 * row), (small, row)):  # whole rows of one token and head
+        assert found == heads * tokens * size + -(-sketch // size) * size
 
 
 @pytest.mark.gpu

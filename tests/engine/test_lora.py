@@ -29,7 +29,7 @@ SHAPE = {
 }
 LENGTHS = [9, 127, 128, 200, 260, 230]
 NEW_TOKENS = 16
-PART = {"ratio": 0.2, "min_tokens": 32, "recent_tokens": 16}
+PART = {"ratio": 0.2, "min_tokens": 32, "recent_tokens": 16, "crossover_tokens": 0}
 NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 DRAFT = {"method": "draft_model", "num_speculative_tokens": 3}
 

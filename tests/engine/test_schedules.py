@@ -1,13 +1,15 @@
 """Random schedules of requests that come, are aborted, preempted and found again: `schedules.py` draws and drives them,
 `schedule_checks.py` looks at the engine after every step.
 
-SPECATTN_SCHEDULES: how many schedules each setting gets. SPECATTN_SEED: the seed of the first.
+SPECATTN_SCHEDULES: how many schedules each setting gets. SPECATTN_SEED: the seed of the first. SPECATTN_SECONDS: after
+these no other schedule begins.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -22,6 +24,7 @@ FIRST = 1
 """A seed whose schedule has some of everything."""
 COUNT = int(os.environ.get("SPECATTN_SCHEDULES", "1"))
 SEED = os.environ.get("SPECATTN_SEED")
+SECONDS = float(os.environ.get("SPECATTN_SECONDS", "inf"))
 SHRINK_SECONDS = float(os.environ.get("SPECATTN_SHRINK_SECONDS", "120"))
 
 SHORT = {"min_tokens": 16, "recent_tokens": 8}
@@ -135,12 +138,15 @@ def test_random_schedules(setting, engine, texts, tiny_model, audit, sketch_audi
         return schedules.Driver(llm, given, watch, lossless)
 
     driver = fresh()
-    happened, first = Counter(), int(SEED or FIRST)
+    happened, first, end = Counter(), int(SEED or FIRST), time.monotonic() + SECONDS
     for seed in range(first, first + COUNT):
+        if time.monotonic() > end:
+            break
+        happened["schedules"] += 1
         problem = driver.run(schedules.draw(seed, len(given)))
         if problem:
             pytest.fail(_report(setting, first, seed, problem, fresh, len(given)), pytrace=False)
-    happened = driver.happened + watch.seen + Counter({"steps": driver.steps})
+    happened += driver.happened + watch.seen + Counter({"steps": driver.steps})
     record_property("happened", dict(happened))
     print(f"\n{setting}: {dict(happened)}")
     if SEED is None:
