@@ -60,6 +60,7 @@ def test_the_quality_on_a_real_model_is_what_was_measured():
         ("h200-real-4k", f"{REAL} --settings docs/settings/real-4k.json"),
         ("h200-real-8k", f"{REAL} --settings docs/settings/real-8k.json"),
         ("cpu-real-maps", f"{REAL} --settings docs/settings/real-maps.json"),
+        ("cpu-fp8", f"{REAL} --settings docs/settings/real-fp8.json"),
     ],
 )
 def test_the_tables_of_methods_are_what_was_measured(file, begins, capsys, monkeypatch):
@@ -153,3 +154,14 @@ def test_what_the_script_s_draft_agrees_on_is_what_was_measured():
     told = [f"{found[kind]['agreement']:.0%} of {kind}" for kind in ("prose", "code", "chat")]
     assert f"{measured['training']['steps']:,} steps, and then agrees with the target on {told[0]}, {told[1]}" in words
     assert f"{told[1]} and {told[2]}" in words
+
+
+def test_what_an_fp8_cache_costs_is_what_was_measured():
+    rows, words = rows_of("cpu-fp8"), " ".join((ROOT / "docs/evaluation.md").read_text().split())
+    eight, alone, both = (rows[name] for name in ("dense, fp8 cache", "sketch 12.5%", "sketch 12.5%, fp8 cache"))
+    kl = [row[4].split()[0] for row in (eight, alone, both)]
+    told = f"KL {kl[0]} with all of an fp8 cache, {kl[1]} with `sketch` and a cache as the model computes, {kl[2]} with"
+    assert told in words
+    assert f"{both[2]} of the bytes are read with {both[1]} of the entries, and not {alone[2]}" in words
+    changes = " ".join((ROOT / "CHANGELOG.md").read_text().split())
+    assert f"the rounding alone costs KL {kl[0]}, `sketch` alone {kl[1]}, and both {kl[2]}" in changes

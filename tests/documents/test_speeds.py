@@ -208,6 +208,17 @@ def test_what_limits_self_speculation_is_what_was_measured():
     assert losing == ["4x4k", "1x4k", "1x32k"]
 
 
+def test_the_speeds_with_an_fp8_cache_are_those_measured():
+    measured = json.loads((ROOT / "docs/results/h200-fp8.json").read_text())
+    for cell in ("16x32k", "4x128k"):
+        plain, *others = (
+            measured[name][cell]["tokens_per_second"]
+            for name in ("plain", "eagle, 2.5 a round", "sketch 8%, beside tests")
+        )
+        told = " | ".join(f"{speed:,.0f} ({speed / plain:.2f}x)" for speed in others)
+        assert f"| {cell.replace('x', ' x ')} | {plain:,.0f} | {told} |" in BENCHMARKS
+
+
 def test_the_cpu_s_table_is_what_was_measured():
     document = (ROOT / "docs/cpu.md").read_text()
     results = {r["mode"]: r for r in json.loads((ROOT / "docs/results/cpu.json").read_text())["results"]}
