@@ -47,7 +47,8 @@ class Watch:
         self.true: list[torch.Tensor] = []
         self.kept: list[torch.Tensor] = []
 
-    def confirm(self, layer, step, query, kv_cache, block_table, seq_lens, starts, scale, out, lse) -> None:
+    def confirm(self, layer, step, batch, out, lse) -> None:
+        query, kv_cache, block_table, seq_lens, starts, scale = batch
         sketch, rows, block_size, size = layer.sketch, step.num_rows, kv_cache.shape[2], query.shape[2]
         heads, group = kv_cache.shape[1], query.shape[1] // kv_cache.shape[1]
         samples = {}

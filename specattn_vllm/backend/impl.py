@@ -14,6 +14,7 @@ from specattn_vllm.backend.metadata import SpecAttnMetadata
 from specattn_vllm.kernels.attention.sinks import weigh_against_sinks
 from specattn_vllm.kernels.contracts import FP8
 from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.selection.own_choice import ChoiceBatch
 
 if TYPE_CHECKING:
     from specattn_vllm.backend.target_choice import TargetChoice
@@ -150,9 +151,9 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         step = md.choice
         rows, tokens = slice(0, step.num_rows), slice(0, step.num_tokens)
         starts = md.query_start_loc[: step.num_rows + 1]
-        batch = (step, query[tokens], kv_cache, md.block_table[rows], md.seq_lens[rows], starts, self._scale)
-        page_table, kept = self.choice.select(*batch)
-        confirm = functools.partial(self.choice.confirm, *batch) if self.choice.confirms else None
+        batch = ChoiceBatch(query[tokens], kv_cache, md.block_table[rows], md.seq_lens[rows], starts, self._scale)
+        page_table, kept = self.choice.select(step, batch)
+        confirm = functools.partial(self.choice.confirm, step, batch) if self.choice.confirms else None
         self._read(query, kv_cache, md, step, page_table, kept, out, confirm)
 
     def _read(

@@ -12,7 +12,7 @@ and a step may only use buffers that keep their addresses, so that it can be cap
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -99,6 +99,23 @@ class Chooser:
         return ChoiceStep(rows, tokens, longest) if rows else None
 
 
+class ChoiceBatch(NamedTuple):
+    """The rows of a `ChoiceStep` in one layer."""
+
+    query: torch.Tensor
+    """[T, Hq, D]"""
+    kv_cache: torch.Tensor
+    """[B, H, N, 2D]"""
+    block_table: torch.Tensor
+    """[R, blocks] int32"""
+    seq_lens: torch.Tensor
+    """[R] int32, the step's own tokens included."""
+    query_start_loc: torch.Tensor
+    """[R+1] int32"""
+    scale: float
+    """Multiplies the products of queries and keys."""
+
+
 class LayerChoice:
     """The state of a method in one layer; the layer's attention implementation holds it."""
 
@@ -118,8 +135,8 @@ class LayerChoice:
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
-        key_scale: float,
-        value_scale: float,
+        key_scale: float = 1.0,
+        value_scale: float = 1.0,
     ) -> bool:
         """Store the data about new keys that choosing needs. key, value [T, H, D]; kv_cache [B, H, N, 2D]; slot_mapping
         [S] int64. Returns whether this call also wrote keys and values to the cache; if not, the caller does. In an fp8
@@ -130,37 +147,14 @@ class LayerChoice:
     def forget_cache(self) -> None:
         """Drop all views of the cache: vLLM is about to allocate a new one."""
 
-    def select(
-        self,
-        step: ChoiceStep,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def select(self, step: ChoiceStep, batch: ChoiceBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """The entries of this layer that the step's rows read, for each KV head: page table [R, H, width] int32, and
         kept [R, H] int32, which this also writes into `Chooser.kept`. A page is the entry of one token and one head;
         its id is the sum of block, head and offset, each times its `selection.pages.page_strides(kv_cache)`. The tokens
-        of the step itself are last, in order.
-
-        query [T, Hq, D] of those rows; block_table [R, blocks], seq_lens [R] and query_start_loc [R+1] int32.
-        """
+        of the step itself are last, in order."""
         raise NotImplementedError
 
-    def confirm(
-        self,
-        step: ChoiceStep,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        scale: float,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> None:
-        """Look at the attention over the selection, and replace it where it does not suffice. The first arguments are
-        those of `select`. out [T, Hq, D], lse [T, Hq] float32: its result and logsumexp, which may be overwritten."""
+    def confirm(self, step: ChoiceStep, batch: ChoiceBatch, out: torch.Tensor, lse: torch.Tensor) -> None:
+        """Look at the attention over the selection, and replace it where it does not suffice. out [T, Hq, D], lse [T,
+        Hq] float32: its result and logsumexp, which may be overwritten."""
         raise NotImplementedError

@@ -13,7 +13,7 @@ from specattn_vllm.selection.own_choice import LayerChoice
 from specattn_vllm.selection.pages import page_strides
 
 if TYPE_CHECKING:
-    from specattn_vllm.selection.own_choice import ChoiceStep
+    from specattn_vllm.selection.own_choice import ChoiceBatch, ChoiceStep
     from specattn_vllm.sketch.step import Sketch
 
 
@@ -94,8 +94,8 @@ class LayerSketch(LayerChoice):
         value: torch.Tensor,
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
-        key_scale: float,
-        value_scale: float,
+        key_scale: float = 1.0,
+        value_scale: float = 1.0,
     ) -> bool:
         """Write new keys and values into the cache, and the keys' codes beside them."""
         sketch = self.sketch
@@ -112,25 +112,13 @@ class LayerSketch(LayerChoice):
         )
         return True
 
-    def select(
-        self,
-        step: ChoiceStep,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The entries of this layer that the step's short rows read: page table [R, H, width] and kept [R, H], int32.
-
-        query [T, Hq, D] of those rows; block_table [R, blocks], seq_lens [R] and query_start_loc [R+1] int32.
-        """
+    def select(self, step: ChoiceStep, batch: ChoiceBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Search the sketch with all queries of each row, and list what is read. Arguments as in `LayerChoice`."""
         sketch, rows, operations = self.sketch, step.num_rows, self.sketch.operations
         page_table = sketch.page_table[self.index % sketch.page_table.shape[0], :rows]
         if step.follows:
             return page_table, sketch.following[self.index, :rows]
-        codes, scales = self._views(kv_cache)
+        codes, scales = self._views(batch.kv_cache)
         packed, factors, histogram = sketch.packed[:rows], sketch.factors[:rows], sketch.histogram[:rows]
         scores, chunks, dense = sketch.scores[:rows], sketch.chunks[:rows], sketch.dense[:rows]
         cuts, starts = sketch.cuts[:rows], sketch.starts[:rows]
@@ -138,17 +126,17 @@ class LayerSketch(LayerChoice):
         carried = (sketch.slots[:rows], sketch.totals, sketch.thresholds)
         budget = sketch.budget
         ends = (budget.sink, budget.recent)
-        batch = (query_start_loc, seq_lens)
+        lengths = (batch.query_start_loc, batch.seq_lens)
         operations.prepare_queries(
-            query,
-            *batch,
+            batch.query,
+            *lengths,
             dense,
             sketch.valid_lens[:rows],
-            block_table,
+            batch.block_table,
             codes,
             scales,
             sketch.rotation,
-            scale,
+            batch.scale,
             step.max_query_len,
             budget.dense_up_to,
             packed,
@@ -158,9 +146,9 @@ class LayerSketch(LayerChoice):
         operations.score_tokens(
             packed,
             factors,
-            *batch,
+            *lengths,
             dense,
-            block_table,
+            batch.block_table,
             codes,
             scales,
             *ends,
@@ -170,29 +158,21 @@ class LayerSketch(LayerChoice):
             chunks,
         )
         if self.index == 0 and budget.shared == "layers":
-            operations.carry_thresholds(*batch, *carried, budget)
-        operations.cut_scores(histogram, chunks, *batch, dense, scores, *carried, budget, cuts, starts)
-        self._list_pages(step, kv_cache, block_table, seq_lens, query_start_loc, kept)
+            operations.carry_thresholds(*lengths, *carried, budget)
+        operations.cut_scores(histogram, chunks, *lengths, dense, scores, *carried, budget, cuts, starts)
+        self._list_pages(step, batch, kept)
         return page_table, kept
 
-    def _list_pages(
-        self,
-        step: ChoiceStep,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        kept: torch.Tensor,
-    ) -> None:
+    def _list_pages(self, step: ChoiceStep, batch: ChoiceBatch, kept: torch.Tensor) -> None:
         sketch, rows = self.sketch, step.num_rows
         sketch.operations.list_pages(
             sketch.scores[:rows],
             sketch.cuts[:rows],
             sketch.starts[:rows],
-            query_start_loc,
-            seq_lens,
-            block_table,
-            kv_cache.shape[2],
+            batch.query_start_loc,
+            batch.seq_lens,
+            batch.block_table,
+            batch.kv_cache.shape[2],
             self.page_strides,
             sketch.budget.sink,
             sketch.budget.recent,
@@ -201,18 +181,7 @@ class LayerSketch(LayerChoice):
             kept,
         )
 
-    def confirm(
-        self,
-        step: ChoiceStep,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        query_start_loc: torch.Tensor,
-        scale: float,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-    ) -> None:
+    def confirm(self, step: ChoiceStep, batch: ChoiceBatch, out: torch.Tensor, lse: torch.Tensor) -> None:
         """KV heads that may lose more than the guarantee allows attend to everything. Arguments as in `LayerChoice`."""
         sketch, rows, guarantee = self.sketch, step.num_rows, self.sketch.guarantee
         assert guarantee is not None
@@ -225,21 +194,21 @@ class LayerSketch(LayerChoice):
             sketch.chunks[:rows],
             cuts,
             sketch.starts[:rows],
-            query_start_loc,
-            seq_lens,
+            batch.query_start_loc,
+            batch.seq_lens,
             sketch.budget.sink,
             sketch.budget.recent,
             self.index,
             *sample,
         )
         operations.bound_lost(
-            query,
-            kv_cache,
-            block_table,
-            query_start_loc,
+            batch.query,
+            batch.kv_cache,
+            batch.block_table,
+            batch.query_start_loc,
             *sample,
             lse,
-            scale,
+            batch.scale,
             promise.quantile,
             step.max_query_len,
             lost,
@@ -248,10 +217,18 @@ class LayerSketch(LayerChoice):
         guarantee.fallen[self.index, :rows].copy_(fallen)
         # Threshold -1 lists everything. Attention leaves heads without entries as they are.
         cuts[..., 0].masked_fill_(fallen, -1)
-        self._list_pages(step, kv_cache, block_table, seq_lens, query_start_loc, again)
+        self._list_pages(step, batch, again)
         again.mul_(fallen)
         page_table = sketch.page_table[0, :rows]
         operations.sparse_attention(
-            query, kv_cache, page_table, again, query_start_loc, scale, out, step.max_query_len, lse
+            batch.query,
+            batch.kv_cache,
+            page_table,
+            again,
+            batch.query_start_loc,
+            batch.scale,
+            out,
+            step.max_query_len,
+            lse,
         )
         sketch.kept[self.index, :rows].add_(again)

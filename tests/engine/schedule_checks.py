@@ -139,7 +139,7 @@ class Watch:
         self.layer = layer.layer_name
         return original(impl, layer, *args, **kwargs)
 
-    def _select(self, original, layer, step, query, *args):
+    def _select(self, original, layer, step, batch):
         """A request's first choice carries nothing of who had the slot before."""
         sketch = layer.sketch
         carries = layer.index == 0 and sketch.budget.shared == "layers" and not step.follows
@@ -148,7 +148,7 @@ class Watch:
             held = self.runner.req_states.req_id_to_index[self.batch.req_ids[row]]
             assert slot == held, f"row {row} is in slot {held}, and its choice in {slot}"
             assert slot not in self.fresh or not sketch.totals[slot].any(), f"slot {slot}: somebody else's totals"
-        result = original(layer, step, query, *args)
+        result = original(layer, step, batch)
         for row, slot in enumerate(slots):
             if slot in self.fresh:
                 assert sketch.thresholds[slot, 0] < 0, f"slot {slot}: somebody else's threshold"

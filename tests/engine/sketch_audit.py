@@ -23,11 +23,11 @@ class Audit:
     def watch(self, monkeypatch) -> None:
         select = LayerSketch.select
 
-        def watched(layer, step, query, kv_cache, block_table, seq_lens, query_start_loc, scale):
-            table, kept = select(layer, step, query, kv_cache, block_table, seq_lens, query_start_loc, scale)
+        def watched(layer, step, batch):
+            table, kept = select(layer, step, batch)
             for row in range(step.num_rows):
                 look = self.follow if step.follows else self.check
-                look(layer, row, kv_cache, block_table, seq_lens, query_start_loc, table, kept)
+                look(layer, row, *batch[1:-1], table, kept)
             return table, kept
 
         monkeypatch.setattr(LayerSketch, "select", watched)

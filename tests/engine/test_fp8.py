@@ -8,6 +8,8 @@ import torch
 from specattn_vllm import executors
 from specattn_vllm.kernels.fp8 import rounded
 from specattn_vllm.methods import METHODS
+from specattn_vllm.metrics import publish
+from specattn_vllm.options import SpecAttnOptions
 
 pytestmark = [pytest.mark.engine, pytest.mark.filterwarnings("ignore")]
 
@@ -117,6 +119,9 @@ def test_a_part_is_read_by_codes_of_the_cache(options, arguments, engine, greedy
     assert sketch_audit.pruned > 20
     seen = counts(llm)
     assert 0 < seen.kv_fraction < 1
+    [runner] = llm.collective_rpc(lambda worker: worker.model_runner)
+    cache = publish._caches(runner, SpecAttnOptions.from_vllm(runner.vllm_config))["verification"]
+    assert (cache.entry, cache.code) == (2 * 64, 64 * options.get("sketch_bits", 2) // 8 + 2)
     agree = sum(ours[:8] == theirs[:8] for ours, theirs in zip(found, expected, strict=True))
     assert agree >= len(texts) / 2
 

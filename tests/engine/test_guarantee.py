@@ -20,9 +20,10 @@ def looked(monkeypatch):
     seen: list[tuple[bool, float, float]] = []
     confirm = LayerSketch.confirm
 
-    def watch(self, step, query, kv_cache, block_table, seq_lens, starts, scale, out, lse):
+    def watch(self, step, batch, out, lse):
         before = lse.clone()
-        confirm(self, step, query, kv_cache, block_table, seq_lens, starts, scale, out, lse)
+        confirm(self, step, batch, out, lse)
+        query, kv_cache, block_table, seq_lens, starts, scale = batch
         guarantee, block_size, size = self.sketch.guarantee, kv_cache.shape[2], query.shape[2]
         group = query.shape[1] // kv_cache.shape[1]
         for r in range(step.num_rows):

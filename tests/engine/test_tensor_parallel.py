@@ -62,8 +62,8 @@ def run_on_two_ranks(
 
 @eager
 def test_two_ranks_give_the_tokens_of_one(eager, plain, prompts, demo_pair, tmp_path):
-    # Lengths after which no two tokens are nearly as likely: with 300, two are 0.003 nats apart, and sums over two ranks
-    # decide between them.
+    # Lengths after which no two tokens are nearly as likely. After 300, two are 0.003 nats apart, and the order in
+    # which two ranks add up decides between them.
     asked = prompts([310, 600])
     expected = plain(asked, 16)
     tokens, ranks = run_on_two_ranks(tmp_path, demo_pair, {"method": "specattn", "top_p": 1.0}, asked, eager)

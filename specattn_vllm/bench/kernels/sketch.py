@@ -14,7 +14,7 @@ import torch
 from specattn_vllm.bench.kernels.inputs import BLOCK_SIZE, VERIFY_LEN, Setup
 from specattn_vllm.kernels.sketch.layout import SketchLayout
 from specattn_vllm.options import SpecAttnOptions
-from specattn_vllm.selection.own_choice import ChoiceStep
+from specattn_vllm.selection.own_choice import ChoiceBatch, ChoiceStep
 from specattn_vllm.sketch.budget import budget_of
 from specattn_vllm.sketch.layer import LayerSketch
 from specattn_vllm.sketch.step import Shape, Sketch
@@ -77,7 +77,8 @@ class Search:
         """What a layer chooses: page table [R, H, width] and kept [R, H], int32."""
         req = self.req
         return self.layers[index].select(
-            self.step, req.query, self.caches[index], req.block_table, req.seq_lens, req.query_start_loc, self.scale
+            self.step,
+            ChoiceBatch(req.query, self.caches[index], req.block_table, req.seq_lens, req.query_start_loc, self.scale),
         )
 
     def calls_of(self, name: str) -> list[Callable[[], None]]:
