@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from specattn_vllm import compat
 from specattn_vllm.compat.names import resolve
@@ -21,6 +21,10 @@ PARALLEL = {
     "prefill_context_parallel_size": "use 1",
 }
 """Settings that must be 1, with the remedy."""
+
+
+FP8_CACHES = ("fp8", "fp8_e4m3")
+"""vLLM's names for e4m3 with one scale for a layer."""
 
 
 class UnsupportedError(ValueError):
@@ -45,11 +49,25 @@ def check(vllm_config: VllmConfig) -> None:
             )
         refuse_misplaced(vllm_config.additional_config, ours=False)
         return
+    _take_what_the_checkpoint_says(vllm_config)
     options = SpecAttnOptions.from_vllm(vllm_config)
     reasons = [*_engine(vllm_config), *_models(vllm_config), *_speculation(vllm_config), *options.refusals(vllm_config)]
     if reasons:
         raise UnsupportedError("--attention-backend specattn cannot serve this:\n  " + "\n  ".join(reasons))
     resolve(options.kind.check)(vllm_config, options)
+
+
+def _cache_scheme(model: ModelConfig) -> dict[str, Any]:
+    """What a checkpoint of compressed-tensors says of its KV cache; empty: nothing."""
+    quantization = getattr(model.hf_config, "quantization_config", None)
+    return (quantization.get("kv_cache_scheme") or {}) if isinstance(quantization, dict) else {}
+
+
+def _take_what_the_checkpoint_says(config: VllmConfig) -> None:
+    """vLLM makes 'auto' to 'fp8' for such a checkpoint when it makes the first layer. Checks, sizes and executors come
+    before that."""
+    if config.cache_config.cache_dtype == "auto" and _cache_scheme(config.model_config):
+        config.cache_config.cache_dtype = "fp8"
 
 
 def _engine(config: VllmConfig) -> Iterator[str]:
@@ -61,13 +79,18 @@ def _engine(config: VllmConfig) -> Iterator[str]:
         if (size := getattr(parallel, name, 1)) > 1:
             yield f"{name} = {size}: {remedy}"
     model_dtype = str(config.model_config.dtype).removeprefix("torch.")
-    if cache.cache_dtype not in ("auto", model_dtype, "fp8", "fp8_e4m3"):
+    if cache.cache_dtype not in ("auto", model_dtype, *FP8_CACHES):
         yield (
             f"kv_cache_dtype = {cache.cache_dtype!r}: the cache must have the model's dtype, {model_dtype}, or that of "
             "8-bit floats, fp8 (e4m3, one scale for a layer); use 'auto' or 'fp8'"
         )
     if cache.cache_dtype.startswith("fp8") and _before_fp8():
         yield "kv_cache_dtype = 'fp8': GPUs older than Ada and Hopper have no such numbers; use 'auto'"
+    if _cache_scheme(config.model_config).get("strategy") == "attn_head":
+        yield (
+            "the checkpoint's kv_cache_scheme has a scale for each head of the KV cache: use a checkpoint with one for "
+            "each layer (strategy 'tensor')"
+        )
     if cache.kv_cache_dtype_skip_layers:
         yield "kv_cache_dtype_skip_layers: all layers that select need caches of one type; remove it"
     if config.kv_transfer_config is not None:
@@ -112,6 +135,11 @@ def _windows(side: str, model: ModelConfig, config: VllmConfig) -> Iterator[str]
         yield f"{side}: {what} are not supported; serve this model with vLLM's own backends"
     if not has_windows(model):
         return
+    if config.cache_config.cache_dtype in FP8_CACHES and _without_avx512():
+        yield (
+            f"{side}: layers with a sliding window are vLLM's own, and those read fp8 on CPUs with AVX-512 alone; use "
+            "kv_cache_dtype = 'auto'"
+        )
     if side == "draft":
         if config.speculative_config.uses_draft_model():  # vLLM's other drafters run as they are
             yield (
@@ -142,8 +170,15 @@ def _speculation(config: VllmConfig) -> Iterator[str]:
         yield "parallel_drafting: selections need one draft step per token; turn it off"
     if spec.enable_adaptive_verification:
         yield "enable_adaptive_verification: turn it off"
-    if spec.kv_cache_dtype not in (None, "auto", config.cache_config.cache_dtype):
+    cache_dtype = config.cache_config.cache_dtype
+    fp8 = cache_dtype.startswith("fp8")
+    if spec.kv_cache_dtype not in (None, cache_dtype) and (fp8 or spec.kv_cache_dtype != "auto"):
         yield f"draft kv_cache_dtype = {spec.kv_cache_dtype!r}: draft and target must share one; remove it"
+    if not fp8 and spec.draft_model_config is not None and _cache_scheme(spec.draft_model_config):
+        yield (
+            "draft: its checkpoint has an fp8 KV cache (kv_cache_scheme), and the target's is another: both must share "
+            "one; give --kv-cache-dtype fp8, or another draft"
+        )
     target_tp, draft_tp = config.parallel_config.tensor_parallel_size, spec.draft_parallel_config.tensor_parallel_size
     if target_tp != draft_tp:
         yield f"draft_tensor_parallel_size = {draft_tp}: must equal the target's, {target_tp}"
@@ -164,6 +199,12 @@ def _before_fp8() -> bool:
     from vllm.platforms import current_platform
 
     return current_platform.is_cuda() and not current_platform.has_device_capability(89)
+
+
+def _without_avx512() -> bool:
+    import torch
+
+    return _on_cpu() and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _on_cpu() -> bool:

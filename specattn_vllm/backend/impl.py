@@ -13,6 +13,7 @@ from specattn_vllm import executors
 from specattn_vllm.backend.metadata import SpecAttnMetadata
 from specattn_vllm.kernels.attention.sinks import weigh_against_sinks
 from specattn_vllm.kernels.contracts import FP8
+from specattn_vllm.kernels.fp8 import rounded
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.selection.own_choice import ChoiceBatch
 
@@ -97,6 +98,8 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         if self.choice is None or not self.choice.write(*written):
             self.operations.write_kv(*written)
         if self.audit is not None:
+            if self.fp8:
+                value = rounded(value, self.value_scale).float() * self.value_scale
             self.audit.note_values(value, slot_mapping)
 
     def forward(

@@ -102,6 +102,11 @@ def plan(args: argparse.Namespace, settings: list[Setting]) -> tuple[dict[str, A
     from specattn_vllm.tools.provenance import has_gpu
 
     engine_options = dict(args.engine_argument)
+    if "kv_cache_dtype" in engine_options:
+        raise UserError(
+            "--engine-argument kv_cache_dtype: it would be that of the reference too, and reports would not tell it; "
+            'give a setting of --settings "fp8_cache": true (docs/evaluation.md#settings)'
+        )
     refuse_graphs_with_baselines(engine_options, settings)
     device = args.device if args.device != "auto" else ("cuda" if has_gpu() else "cpu")
     names = {"target": args.target, "draft": args.draft}

@@ -92,24 +92,26 @@ class Setting(OfSetting, StrictModel):
                 f"a baseline ({self.baseline.name!r}) reads in the place of the plugin, not beside it: its options are "
                 f"{json.dumps(DENSE_OPTIONS)}, got {json.dumps(self.options)}"
             )
-        if self.other_batches and (self.options != DENSE_OPTIONS or self.baseline is not None):
+        if self.other_batches and (self.options != DENSE_OPTIONS or self.baseline is not None or self.fp8_cache):
             raise ValueError(
                 f"'other_batches' is the dense run once more: options are {json.dumps(DENSE_OPTIONS)}, without a "
-                "baseline"
+                "baseline and without fp8_cache"
             )
         return self
 
     @property
     def lossless(self) -> bool:
-        if self.baseline is not None:
+        if self.baseline is not None or self.fp8_cache:
             return False
         return SpecAttnOptions.parse(self.options).kind.lossless
 
     def scan_share(self, head_size: int) -> float:
         """Bytes read of what is searched, for each byte of the entries searched; 0 where nothing is."""
         if isinstance(self.baseline, MeanStd | Quest):
-            return 1 / self.baseline.page_size  # two vectors as long as a key for each page: as much as one entry
+            # Two vectors as long as a key for each page, as exact as keys: as much as one entry.
+            return 1 / self.baseline.page_size
         if isinstance(self.baseline, Channels):
-            return self.baseline.channels / (2 * head_size)  # in a copy of their own
+            # In a copy of their own, of 16 bits.
+            return self.baseline.channels / (2 * head_size) * (2 if self.fp8_cache else 1)
         bits = SpecAttnOptions.parse(self.options).searched_bits
         return scan.of_sketch(bits, head_size, self.fp8_cache) if bits else 0.0

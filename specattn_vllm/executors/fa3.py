@@ -17,7 +17,7 @@ import torch
 
 from specattn_vllm.executors.stock import scale_tensor
 from specattn_vllm.kernels.attention import contracts
-from specattn_vllm.kernels.contracts import FP8
+from specattn_vllm.kernels.contracts import FP8, expect
 from specattn_vllm.selection.pages import page_strides, token_pages
 
 
@@ -99,6 +99,7 @@ def sparse_attention(
     fp32; `query` has no padding, unless every request of a CUDA graph's batch has max_query_len tokens.
     """
     contracts.sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, max_query_len, lse)
+    expect(kv_cache.dtype == query.dtype, "kv_cache", kv_cache.dtype, f"{query.dtype} (FA3 reads fp8 by fp8 queries)")
     tokens, query_heads, size = query.shape
     heads, groups = kv_cache.shape[1], page_table.shape[1]
     if groups == 1:

@@ -37,7 +37,9 @@ def large_heads_in_float32(config: Any) -> Iterator[str]:
     """For methods that keep sketches in the cache: what writes them multiplies keys with a matrix in shared memory."""
     if str(config.model_config.dtype) != "torch.float32" or config.device_config.device_type != "cuda":
         return
-    if (size := config.model_config.get_head_size()) > 128:
+    spec = config.speculative_config
+    models = [config.model_config, *([spec.draft_model_config] if spec is not None and spec.uses_draft_model() else [])]
+    if (size := max(model.get_head_size() for model in models)) > 128:
         yield (
             f"--dtype float32 with heads of {size}: a GPU's shared memory has no room for the sketch's rotation in "
             "float32; use --dtype bfloat16"

@@ -62,13 +62,16 @@ def _others_attend(vllm_config: VllmConfig) -> Iterator[None]:
     attend here: the keys of the layers behind them are then those of the model."""
     layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase).values()
     others = [layer for layer in layers if hasattr(layer, "impl") and not compat.is_our_layer(layer)]
+    rounding = [getattr(layer, "query_quant", None) for layer in others]
     for layer in others:
         layer.impl.forward = partial(_attend_in_window, layer)
+        layer.query_quant = None  # with an fp8 cache, vLLM rounds the queries of its own backends
     try:
         yield
     finally:
-        for layer in others:
+        for layer, query_quant in zip(others, rounding, strict=True):
             del layer.impl.forward  # the class has it
+            layer.query_quant = query_quant
 
 
 def _attend_in_window(

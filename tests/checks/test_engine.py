@@ -33,6 +33,31 @@ def test_layers_with_a_cache_of_their_own_are_refused(reasons):
     ]
 
 
+def scheme(strategy: str) -> SimpleNamespace:
+    """Of a checkpoint of compressed-tensors with an fp8 KV cache."""
+    return SimpleNamespace(quantization_config={"kv_cache_scheme": {"type": "float", "strategy": strategy}})
+
+
+def test_scales_for_heads_are_refused():
+    config = engine(cache={"cache_dtype": "fp8"})
+    config.model_config.hf_config = scheme("attn_head")
+    (reason,) = checks._engine(config)
+    assert reason.startswith("the checkpoint's kv_cache_scheme has a scale for each head") and "use a check" in reason
+    config.model_config.hf_config = scheme("tensor")
+    assert not list(checks._engine(config))
+
+
+@pytest.mark.parametrize(("asked", "found"), [("auto", "fp8"), ("bfloat16", "bfloat16"), ("fp8_e4m3", "fp8_e4m3")])
+def test_a_checkpoint_may_say_that_its_cache_is_fp8(asked, found):
+    """vLLM hears of it when it makes the first layer: what is checked and allocated before must know."""
+    config = engine(cache={"cache_dtype": asked})
+    checks._take_what_the_checkpoint_says(config)
+    assert config.cache_config.cache_dtype == asked
+    config.model_config.hf_config = scheme("tensor")
+    checks._take_what_the_checkpoint_says(config)
+    assert config.cache_config.cache_dtype == found
+
+
 def test_fp8_on_a_gpu_without_such_numbers_is_refused(monkeypatch):
     monkeypatch.setattr(checks, "_before_fp8", lambda: True)
     (reason,) = checks._engine(engine(cache={"cache_dtype": "fp8"}))
@@ -88,7 +113,9 @@ def test_a_kv_connector_is_refused(reasons):
 
 
 def test_sleep_mode_is_refused():
-    config = engine(model_config=SimpleNamespace(dtype="torch.bfloat16", enable_sleep_mode=True))
+    config = engine(
+        model_config=SimpleNamespace(dtype="torch.bfloat16", enable_sleep_mode=True, hf_config=SimpleNamespace())
+    )
     (reason,) = checks._engine(config)
     assert reason.startswith("enable_sleep_mode: ") and reason.endswith("turn it off")
 
@@ -117,7 +144,7 @@ def engine(parallel=None, cache=None, **changes):
     """What `_engine` looks at, with everything in order but the changes."""
     base = {
         "use_v2_model_runner": True,
-        "model_config": SimpleNamespace(dtype="torch.bfloat16", enable_sleep_mode=False),
+        "model_config": SimpleNamespace(dtype="torch.bfloat16", enable_sleep_mode=False, hf_config=SimpleNamespace()),
         "parallel_config": SimpleNamespace(
             **{"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "use_ubatching": False}
             | (parallel or {})

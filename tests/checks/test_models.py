@@ -76,7 +76,11 @@ def test_pages_of_a_windowed_target_and_a_drafter_have_to_be_alike(method, refus
     kinds = SimpleNamespace(layer_types=["sliding_attention", "full_attention"])
     target = model(get_sliding_window=lambda: 64, hf_text_config=kinds, get_total_num_kv_heads=lambda: 16)
     draft = model(runner_type="draft", get_total_num_kv_heads=lambda: 8)
-    config = SimpleNamespace(model_config=target, speculative_config=SimpleNamespace(draft_model_config=draft))
+    config = SimpleNamespace(
+        model_config=target,
+        speculative_config=SimpleNamespace(draft_model_config=draft),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+    )
     config.speculative_config.uses_draft_model = lambda: False
     options = SpecAttnOptions.parse({"method": method})
     assert not list(checks._models(config))
@@ -103,11 +107,31 @@ def test_large_heads_in_float32_are_refused_where_the_sketch_has_no_room(dtype, 
         device_config=SimpleNamespace(device_type=device),
         speculative_config=None,
     )
-    assert list(SpecAttnOptions.parse({}).refusals(config)) == refused * [
+    told = list(SpecAttnOptions.parse({}).refusals(config))
+    if refused:
+        config.model_config.get_head_size = lambda: 64
+        draft = SimpleNamespace(draft_model_config=model(get_head_size=lambda: size), uses_draft_model=lambda: True)
+        config.speculative_config = draft
+        assert list(SpecAttnOptions.parse({}).refusals(config)) == told
+    assert told == refused * [
         "--dtype float32 with heads of 256: a GPU's shared memory has no room for the sketch's rotation in float32; "
         "use --dtype bfloat16"
     ]
     assert not list(SpecAttnOptions.parse({"method": "dense"}).refusals(config))
+
+
+@pytest.mark.parametrize(
+    ("cache", "poor", "refused"), [("fp8", True, True), ("fp8", False, False), ("auto", True, False)]
+)
+def test_windows_with_fp8_are_refused_on_a_cpu_whose_vllm_cannot_read_it(monkeypatch, cache, poor, refused):
+    monkeypatch.setattr(checks, "_without_avx512", lambda: poor)
+    kinds = SimpleNamespace(layer_types=["sliding_attention", "full_attention"])
+    target = model(get_sliding_window=lambda: 64, hf_text_config=kinds)
+    config = SimpleNamespace(model_config=target, cache_config=SimpleNamespace(cache_dtype=cache))
+    assert list(checks._windows("target", target, config)) == refused * [
+        "target: layers with a sliding window are vLLM's own, and those read fp8 on CPUs with AVX-512 alone; use "
+        "kv_cache_dtype = 'auto'"
+    ]
 
 
 @pytest.mark.parametrize("side", ["target", "draft"])

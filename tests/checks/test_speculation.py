@@ -124,6 +124,7 @@ def model(name: str) -> SimpleNamespace:
         original_max_model_len=None,
         get_sliding_window=lambda: None,
         hf_text_config=None,
+        hf_config=SimpleNamespace(),
         dtype="bfloat16",
     )
 
@@ -198,3 +199,35 @@ def test_several_reasons_are_all_given(reasons):
 def test_drafts_may_be_drawn_from_the_draft_s_distribution(method):
     given = speculation(draft_sample_method="probabilistic")
     assert told(given, method) == []
+
+
+@pytest.mark.parametrize(
+    ("target", "draft", "refused"),
+    [
+        ("bfloat16", "auto", False),
+        ("bfloat16", "bfloat16", False),
+        ("fp8", "fp8", False),
+        ("fp8", None, False),
+        ("fp8", "auto", True),
+        ("fp8", "bfloat16", True),
+        ("bfloat16", "fp8", True),
+    ],
+)
+def test_target_and_draft_share_a_type_of_cache(target, draft, refused):
+    config = speculation(kv_cache_dtype=draft)
+    config.cache_config.cache_dtype = target
+    assert list(checks._speculation(config)) == refused * [
+        f"draft kv_cache_dtype = {draft!r}: draft and target must share one; remove it"
+    ]
+
+
+@pytest.mark.parametrize(("target", "refused"), [("bfloat16", True), ("fp8", False)])
+def test_a_draft_whose_checkpoint_asks_for_fp8_needs_a_target_with_it(target, refused):
+    config = speculation()
+    config.cache_config.cache_dtype = target
+    draft = config.speculative_config.draft_model_config
+    draft.hf_config.quantization_config = {"kv_cache_scheme": {"type": "float", "strategy": "tensor"}}
+    found = list(checks._speculation(config))
+    assert len(found) == refused and all(
+        reason.endswith("give --kv-cache-dtype fp8, or another draft") for reason in found
+    )

@@ -43,6 +43,15 @@ def test_a_baseline_is_neither_the_reference_nor_lossless_and_runs_without_graph
     assert job(other).key != job(quest).key
 
 
+def test_an_fp8_cache_is_the_settings_own_and_no_reference(job):
+    setting = Setting(name="eight", options={"method": "dense"}, fp8_cache=True)
+    assert job(setting).engine_arguments()["kv_cache_dtype"] == "fp8"
+    assert not setting.is_reference and not setting.lossless
+    other = Setting(name="as computed", options={"method": "dense"})
+    assert "kv_cache_dtype" not in job(other).engine_arguments()
+    assert other.is_reference and other.lossless
+
+
 def test_the_dense_run_in_other_batches_is_not_the_reference_and_has_other_shapes(job, result_of):
     setting = Setting(name="again", options={"method": "dense"}, other_batches=True)
     assert not setting.is_reference and setting.lossless and job(setting).key != job().key

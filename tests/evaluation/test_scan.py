@@ -27,6 +27,10 @@ def baseline(**options) -> Setting:
         (Setting(name="x", options={"method": "sketch"}), 128, 128 * 2 / 8 + 2, 2 * 128 * 2),
         (Setting(name="x", options={"method": "sketch", "sketch_bits": 1}), 64, 64 / 8 + 2, 2 * 64 * 2),
         (Setting(name="x", options={"method": "specattn"}), 64, 0, 1),
+        # Of an fp8 cache: channels in 16 bits beside keys in 8, pages' vectors as exact as keys.
+        (baseline(name="channels", ratio=0.1).model_copy(update={"fp8_cache": True}), 64, 16 * 2, 2 * 64),
+        (baseline(name="quest", ratio=0.1).model_copy(update={"fp8_cache": True}), 64, 2 * 64, 16 * 2 * 64),
+        (Setting(name="x", options={"method": "sketch"}, fp8_cache=True), 128, 128 * 2 / 8 + 2, 2 * 128),
     ],
 )
 def test_what_is_searched_for_each_byte_of_the_cache(setting, size, searched, entries):

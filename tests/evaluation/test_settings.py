@@ -103,6 +103,10 @@ def test_drafters_that_can_be_led_are_taken(method):
         ('[{"name": "x"}]', "0.options: Field required"),
         ('[{"name": "x", "options": {}, "draft": "other"}]', "0.draft: Extra inputs are not permitted"),
         ('[{"name": "x", "options": {}, "other_batches": true}]', "'other_batches' is the dense run once more"),
+        (
+            '[{"name": "x", "options": {"method": "dense"}, "other_batches": true, "fp8_cache": true}]',
+            "without a baseline and without fp8_cache",
+        ),
         ("{", "Invalid JSON"),
     ],
 )

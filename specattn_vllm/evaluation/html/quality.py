@@ -39,6 +39,5 @@ def section(name: str, report: Report) -> dict[str, Any]:
 
 def _told(result: SettingResult) -> dict[str, Any]:
     """What a setting is, beyond its name."""
-    if result.other_batches:
-        return {**result.options, "other_batches": True}
-    return result.baseline or result.options
+    more = {name: True for name in ("other_batches", "fp8_cache") if getattr(result, name)}
+    return {**(result.baseline or result.options), **more}
