@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from specattn_vllm import executors
 from specattn_vllm.kernels.fp8 import rounded
@@ -124,6 +128,42 @@ def test_a_part_is_read_by_codes_of_the_cache(options, arguments, engine, greedy
     assert (cache.entry, cache.code) == (2 * 64, 64 * options.get("sketch_bits", 2) // 8 + 2)
     agree = sum(ours[:8] == theirs[:8] for ours, theirs in zip(found, expected, strict=True))
     assert agree >= len(texts) / 2
+
+
+@pytest.fixture
+def scaled_checkpoint(demo_pair, tmp_path) -> str:
+    """The demo target as a checkpoint that asks for an fp8 cache, with scales, as compressed-tensors writes them."""
+    folder = tmp_path / "scaled"
+    shutil.copytree(demo_pair[0], folder)
+    config = json.loads((folder / "config.json").read_text())
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+    quantization = {"quant_method": "compressed-tensors", "format": "dense", "config_groups": {}, "ignore": []}
+    quantization |= {"quantization_status": "compressed", "kv_cache_scheme": scheme}
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    weights = load_file(folder / "model.safetensors")
+    for layer in range(config["num_hidden_layers"]):
+        for name, scale in zip(("k", "v"), SCALES, strict=True):
+            weights[f"model.layers.{layer}.self_attn.{name}_scale"] = torch.tensor([scale])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_a_checkpoint_asks_for_it_and_brings_scales(scaled_checkpoint, engine, greedy, texts, dense, sketch_audit):
+    """Without --kv-cache-dtype. The centre is that of keys as they are in the cache."""
+    expected = dense(True)
+
+    def centre(llm) -> torch.Tensor:
+        return next(layer.impl.choice.centre for layer in llm.collective_rpc(lambda w: [*layers_of(w)])[0]).clone()
+
+    whole = centre(engine({"method": "sketch"}, **ALONE))
+    llm = engine({"method": "sketch", "ratio": 1.0}, target=scaled_checkpoint, **ALONE)
+    assert greedy(llm, texts, NUMBER) == expected
+    torch.testing.assert_close(centre(llm), whole / SCALES[0], rtol=1e-3, atol=1e-4)
+    [runner] = llm.collective_rpc(lambda worker: worker.model_runner)
+    assert publish._caches(runner, SpecAttnOptions.from_vllm(runner.vllm_config))["verification"].entry == 2 * 64
+    llm = engine({"method": "sketch"} | PART, target=scaled_checkpoint, **ALONE)
+    greedy(llm, texts, NUMBER)
+    assert sketch_audit.pruned > 20
 
 
 def test_a_block_takes_half_the_bytes(engine):
