@@ -98,7 +98,13 @@ EVERYTHING = {
 """Setting -> options with which the target reads everything, and arguments of the engine."""
 
 
-@pytest.mark.parametrize("name", EVERYTHING)
+LONG = ("sketch with n-grams", "sts", "streamingllm")
+"""Settings whose code others run too."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in EVERYTHING]
+)
 def test_who_reads_everything_gives_the_tokens_of_dense(name, engine, greedy, texts, dense, audit):
     options, arguments = EVERYTHING[name]
     expected = dense(True)
@@ -113,8 +119,8 @@ def test_every_method_is_here():
 
 @pytest.mark.parametrize(
     ("options", "arguments"),
-    [({}, ALONE), ({"draft_ratio": 0.2}, {}), ({"epsilon": 0.2}, ALONE), ({"sketch_bits": 4}, ALONE)],
-    ids=["alone", "draft model", "guarantee", "4 bits"],
+    [({"sketch_bits": 4}, ALONE), ({"draft_ratio": 0.2}, {}), ({"epsilon": 0.2}, ALONE)],
+    ids=["alone, 4 bits", "draft model", "guarantee"],
 )
 def test_a_part_is_read_by_codes_of_the_cache(options, arguments, engine, greedy, texts, dense, counts, sketch_audit):
     expected = dense(False)

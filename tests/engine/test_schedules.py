@@ -51,7 +51,14 @@ SETTINGS = {
 }
 """Setting -> options with which a part is read of contexts of a hundred tokens, and arguments of the engine."""
 
-LONG = ("sketch with n-grams", "sts", "streamingllm", "specattn, drafts by batch size", "vegas, drafts by batch size")
+LONG = (
+    "sketch with an fp8 cache",
+    "sketch with n-grams",
+    "sts",
+    "streamingllm",
+    "specattn, drafts by batch size",
+    "vegas, drafts by batch size",
+)
 """Settings whose code others run too."""
 
 # Blocks for two requests, and few tokens a step: prompts come in chunks, and requests lose their blocks.
