@@ -42,10 +42,14 @@ def rescale(llm) -> None:
     llm.collective_rpc(change)
 
 
+@pytest.fixture(scope="module")
+def known() -> dict[bool, list[list[int]]]:
+    return {}
+
+
 @pytest.fixture
-def dense(engine, greedy, texts):
-    """dense(scaled) -> tokens of an engine that reads all of an fp8 cache."""
-    known = {}
+def dense(engine, greedy, texts, known):
+    """dense(scaled) -> tokens of an engine that reads all of an fp8 cache. Ends the engine that the test has."""
 
     def tokens(scaled: bool) -> list[list[int]]:
         if scaled not in known:
