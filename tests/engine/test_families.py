@@ -90,7 +90,13 @@ def test_all_methods_serve_another_head_size(family, engine, random_prompts, ans
         assert all(map(same, plain, found)), options["method"]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+LONG = ("qwen2", "mistral", "phi", "glm4", "olmo2", "granite", "exaone4")
+"""Those whose kind of layers another one has too."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in FAMILIES]
+)
 def test_it_is_served(name, of_family, engine, random_prompts, counts, sketch_audit, answers, same):
     arguments, close = of_family(name)
     plain = answers(engine(None, **arguments), random_prompts, NEW_TOKENS)

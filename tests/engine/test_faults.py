@@ -94,7 +94,13 @@ class Engine:
         return found
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+LONG = ("sketch with shared budgets", "sts")
+"""Settings whose code others run too."""
+
+
+@pytest.mark.parametrize(
+    "setting", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in SETTINGS]
+)
 def test_pages_that_do_not_fit_harm_nobody_else(setting, engine, prompts):
     options, arguments = SETTINGS[setting]
     llm = engine(options, **SHAPE | arguments)

@@ -52,7 +52,9 @@ SETTINGS = {
 """Setting -> options with which a part is read of contexts of a hundred tokens, and arguments of the engine."""
 
 LONG = (
+    "sketch with a guarantee",
     "sketch with an fp8 cache",
+    "sketch, drafts by batch size",
     "sketch with n-grams",
     "sts",
     "streamingllm",
