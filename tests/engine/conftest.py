@@ -194,44 +194,14 @@ def greedy():
 
 @pytest.fixture
 def answers():
-    """answers(llm, prompts, n, exact=False, **more of generate) -> of each prompt, n greedy tokens and their
-    log-probabilities."""
-    from vllm import SamplingParams
-
-    def run(llm, prompts, n: int, *, exact: bool = False, **more) -> list[tuple[list[int], list[float]]]:
-        asked = {"specattn": "exact"} if exact else None
-        parameters = SamplingParams(
-            temperature=0, max_tokens=n, ignore_eos=True, detokenize=False, logprobs=0, extra_args=asked
-        )
-        made = [output.outputs[0] for output in llm.generate(prompts, parameters, use_tqdm=False, **more)]
-        found = []
-        for one in made:
-            steps = zip(one.logprobs, one.token_ids, strict=True)
-            found.append((list(one.token_ids), [step[token].logprob for step, token in steps]))
-        return found
-
-    return run
+    """Greedy tokens with their log-probabilities: `answers` of answers.py."""
+    return _beside("answers").answers
 
 
 @pytest.fixture
 def same():
-    """same(expected, found, close=None) -> whether tokens and log-probabilities of `answers` agree, up to a token that
-    is as likely as another: two backends add up in another order. On a GPU, vLLM's own kernels round factors of
-    products in float32. close: how far log-probabilities may be apart."""
-    import torch
-
-    usual = 2e-3 if torch.cuda.is_available() else 2e-4
-
-    def check(expected, found, close: float | None = None) -> bool:
-        close = close or usual
-        for ours, theirs, logprob, other in zip(*(found[0], expected[0], found[1], expected[1]), strict=True):
-            if abs(logprob - other) > close:
-                return False
-            if ours != theirs:
-                return True
-        return True
-
-    return check
+    """Whether two such answers agree: `same` of answers.py."""
+    return _beside("answers").same
 
 
 @pytest.fixture
