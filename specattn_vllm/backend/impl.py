@@ -15,7 +15,7 @@ from specattn_vllm.kernels.attention.sinks import weigh_against_sinks
 from specattn_vllm.kernels.contracts import FP8
 from specattn_vllm.kernels.fp8 import rounded
 from specattn_vllm.options import SpecAttnOptions
-from specattn_vllm.selection.own_choice import ChoiceBatch
+from specattn_vllm.selection.own_choice import ChoiceBatch, NewEntries
 
 if TYPE_CHECKING:
     from specattn_vllm.backend.target_choice import TargetChoice
@@ -94,9 +94,9 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
     def do_kv_cache_update(self, layer, key, value, kv_cache, slot_mapping) -> None:
         if self.fp8:
             kv_cache = self._as_fp8(layer, kv_cache)
-        written = (key, value, kv_cache, slot_mapping, self.key_scale, self.value_scale)
-        if self.choice is None or not self.choice.write(*written):
-            self.operations.write_kv(*written)
+        new = NewEntries(key, value, kv_cache, slot_mapping, self.key_scale, self.value_scale)
+        if self.choice is None or not self.choice.write(new):
+            self.operations.write_kv(*new)
         if self.audit is not None:
             if self.fp8:
                 value = rounded(value, self.value_scale).float() * self.value_scale

@@ -116,6 +116,23 @@ class ChoiceBatch(NamedTuple):
     """Multiplies the products of queries and keys."""
 
 
+class NewEntries(NamedTuple):
+    """Keys and values of a step's tokens, and where they go in one layer."""
+
+    key: torch.Tensor
+    """[T, H, D]"""
+    value: torch.Tensor
+    """[T, H, D]"""
+    kv_cache: torch.Tensor
+    """[B, H, N, 2D]"""
+    slot_mapping: torch.Tensor
+    """[S] int64, S <= T"""
+    key_scale: float = 1.0
+    """What 1 in an fp8 cache is worth: keys are divided by it, and rounded. `ChoiceBatch.scale` is for keys as they are
+    in the cache."""
+    value_scale: float = 1.0
+
+
 class LayerChoice:
     """The state of a method in one layer; the layer's attention implementation holds it."""
 
@@ -129,19 +146,9 @@ class LayerChoice:
         `key_scale`; query, out [T, Hq, D] or flat; key, value [T, H, D] or flat."""
         raise NotImplementedError
 
-    def write(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        key_scale: float = 1.0,
-        value_scale: float = 1.0,
-    ) -> bool:
-        """Store the data about new keys that choosing needs. key, value [T, H, D]; kv_cache [B, H, N, 2D]; slot_mapping
-        [S] int64. Returns whether this call also wrote keys and values to the cache; if not, the caller does. In an fp8
-        cache, keys and values are divided by their scale, and rounded. `select` and `confirm` get a `scale` for the
-        keys as they are in the cache."""
+    def write(self, new: NewEntries) -> bool:
+        """Store the data about new keys that choosing needs. Returns whether this call also wrote keys and values to
+        the cache; if not, the caller does."""
         return False
 
     def forget_cache(self) -> None:

@@ -13,7 +13,7 @@ from specattn_vllm.selection.own_choice import LayerChoice
 from specattn_vllm.selection.pages import page_strides
 
 if TYPE_CHECKING:
-    from specattn_vllm.selection.own_choice import ChoiceBatch, ChoiceStep
+    from specattn_vllm.selection.own_choice import ChoiceBatch, ChoiceStep, NewEntries
     from specattn_vllm.sketch.step import Sketch
 
 
@@ -88,28 +88,11 @@ class LayerSketch(LayerChoice):
     def forget_cache(self) -> None:
         self._cache = self.codes = self.scales = None
 
-    def write(
-        self,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        key_scale: float = 1.0,
-        value_scale: float = 1.0,
-    ) -> bool:
+    def write(self, new: NewEntries) -> bool:
         """Write new keys and values into the cache, and the keys' codes beside them."""
-        sketch = self.sketch
-        sketch.operations.encode_keys(
-            key,
-            slot_mapping,
-            sketch.rotation,
-            self.centre,
-            *self._views(kv_cache),
-            value,
-            kv_cache,
-            key_scale,
-            value_scale,
-        )
+        sketch, codes = self.sketch, self._views(new.kv_cache)
+        place = (new.slot_mapping, sketch.rotation, self.centre, *codes)
+        sketch.operations.encode_keys(new.key, *place, new.value, new.kv_cache, new.key_scale, new.value_scale)
         return True
 
     def select(self, step: ChoiceStep, batch: ChoiceBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ import torch
 from specattn_vllm.bench.kernels.inputs import BLOCK_SIZE, VERIFY_LEN, Setup
 from specattn_vllm.kernels.sketch.layout import SketchLayout
 from specattn_vllm.options import SpecAttnOptions
-from specattn_vllm.selection.own_choice import ChoiceBatch, ChoiceStep
+from specattn_vllm.selection.own_choice import ChoiceBatch, ChoiceStep, NewEntries
 from specattn_vllm.sketch.budget import budget_of
 from specattn_vllm.sketch.layer import LayerSketch
 from specattn_vllm.sketch.step import Shape, Sketch
@@ -61,7 +61,7 @@ class Search:
             for part, first in zip(cache.split(KEYS_AT_A_TIME // BLOCK_SIZE), range(0, len(cache), 4096), strict=True):
                 slots = torch.arange(part.shape[0] * BLOCK_SIZE, device=device) + first * BLOCK_SIZE
                 entries = part.transpose(1, 2).flatten(0, 1)
-                layer.write(entries[..., : heads.size], entries[..., heads.size :], cache, slots)
+                layer.write(NewEntries(entries[..., : heads.size], entries[..., heads.size :], cache, slots))
         # The second step is as all of a request's but the first, which finds no threshold carried over.
         for _ in range(2):
             for index in range(len(self.layers)):
@@ -103,4 +103,4 @@ class Search:
         new = self.searched + torch.arange(VERIFY_LEN, device=key.device)
         slots = (self.req.block_table[:, new // BLOCK_SIZE].long() * BLOCK_SIZE + new % BLOCK_SIZE).flatten()
         layers = zip(self.layers, self.caches, strict=True)
-        return [partial(layer.write, key, value, cache, slots) for layer, cache in layers]
+        return [partial(layer.write, NewEntries(key, value, cache, slots)) for layer, cache in layers]
