@@ -174,10 +174,11 @@ def _speculation(config: VllmConfig) -> Iterator[str]:
     fp8 = cache_dtype.startswith("fp8")
     if spec.kv_cache_dtype not in (None, cache_dtype) and (fp8 or spec.kv_cache_dtype != "auto"):
         yield f"draft kv_cache_dtype = {spec.kv_cache_dtype!r}: draft and target must share one; remove it"
-    if not fp8 and spec.draft_model_config is not None and _cache_scheme(spec.draft_model_config):
+    # A type that is named holds for both; 'auto' becomes what the checkpoint of either says.
+    if cache_dtype == "auto" and spec.draft_model_config is not None and _cache_scheme(spec.draft_model_config):
         yield (
             "draft: its checkpoint has an fp8 KV cache (kv_cache_scheme), and the target's is another: both must share "
-            "one; give --kv-cache-dtype fp8, or another draft"
+            "one; name it (--kv-cache-dtype fp8, or bfloat16)"
         )
     target_tp, draft_tp = config.parallel_config.tensor_parallel_size, spec.draft_parallel_config.tensor_parallel_size
     if target_tp != draft_tp:

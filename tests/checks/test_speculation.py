@@ -221,13 +221,13 @@ def test_target_and_draft_share_a_type_of_cache(target, draft, refused):
     ]
 
 
-@pytest.mark.parametrize(("target", "refused"), [("bfloat16", True), ("fp8", False)])
-def test_a_draft_whose_checkpoint_asks_for_fp8_needs_a_target_with_it(target, refused):
+@pytest.mark.parametrize(("target", "refused"), [("auto", True), ("bfloat16", False), ("fp8", False)])
+def test_a_draft_whose_checkpoint_asks_for_fp8_needs_a_type_that_holds_for_both(target, refused):
     config = speculation()
     config.cache_config.cache_dtype = target
     draft = config.speculative_config.draft_model_config
     draft.hf_config.quantization_config = {"kv_cache_scheme": {"type": "float", "strategy": "tensor"}}
     found = list(checks._speculation(config))
     assert len(found) == refused and all(
-        reason.endswith("give --kv-cache-dtype fp8, or another draft") for reason in found
+        reason.endswith("name it (--kv-cache-dtype fp8, or bfloat16)") for reason in found
     )
