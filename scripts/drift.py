@@ -47,7 +47,9 @@ class Study:
     def job(self, name: str, options: dict, texts: list[list[int]], context: int, positions: int) -> Job:
         args = self.args
         ngram = {"method": "ngram_gpu", "num_speculative_tokens": args.draft_tokens, "prompt_lookup_max": 3}
-        more = {"num_gpu_blocks_override": len(texts) * 70 + 8} if self.device == "cpu" else {}
+        more: dict = {"gpu_memory_utilization": args.gpu_memory_utilization}
+        if self.device == "cpu":
+            more = {"num_gpu_blocks_override": len(texts) * 70 + 8}
         return Job(
             setting=Setting(name=name, options=options),
             target=str(args.target),
@@ -156,12 +158,13 @@ def main() -> None:
     add("--context", type=int, default=2500, metavar="N", help="tokens of the prompts [%(default)s]")
     add("--positions", type=int, default=4096, metavar="N", help="decoded after it [%(default)s]")
     add("--window", type=int, default=256, metavar="N", help="positions of a mean [%(default)s]")
-    add("--ratios", type=float, nargs="+", default=[0.125, 0.08], metavar="R", help="[0.125 0.08]")
+    add("--ratios", type=float, nargs="*", default=[0.125, 0.08], metavar="R", help="along the text [0.125 0.08]")
     add("--own", type=float, nargs="*", default=[0.08], metavar="R", help="ratios that write a text themselves [0.08]")
     add("--every", type=int, nargs="*", default=[16, 64], metavar="N", help="dense steps [16 64]")
     add("--draft-tokens", type=int, default=4, metavar="K", help="[%(default)s]")
     add("--temperature", type=float, default=1.0, metavar="T", help="of the own text [%(default)g]")
     add("--dtype", default="float32", help="[%(default)s]")
+    add("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="[%(default)g]")
     add("--out", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
     if args.positions % args.window:
@@ -186,7 +189,8 @@ def main() -> None:
 
         return kept
 
-    study.along(texts, args.ratios, folder, keep("along held-out text"))
+    if args.ratios:
+        study.along(texts, args.ratios, folder, keep("along held-out text"))
     for ratio in args.own:
         own = study.written({"method": "sketch", "ratio": ratio}, [text[: args.context] for text in texts], length)
         study.along(own, [ratio], folder, keep(f"along its own text, ratio {ratio:g}"))

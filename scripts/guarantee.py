@@ -11,15 +11,16 @@ computed from all keys. An audit of a share of the selections runs beside, as it
 
 import argparse
 import functools
-import os
 import shlex
 import sys
 import time
 from pathlib import Path
 from statistics import NormalDist
 
-os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's layers are watched from this process
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself under PYTHONSAFEPATH=1
+from sampled import add_arguments, sampled, setup
 
 from specattn_vllm.kernels.guarantee import contracts, reference
 from specattn_vllm.sketch.layer import LayerSketch
@@ -108,29 +109,9 @@ class Watch:
 
 
 def run(args: argparse.Namespace) -> dict:
-    from vllm import LLM, SamplingParams
-
     watch = Watch()
     LayerSketch.confirm = lambda layer, *given: watch.confirm(layer, *given)
-    llm = LLM(
-        str(args.target),
-        attention_backend="specattn",
-        additional_config={"specattn": {"ratio": args.ratio, "epsilon": 0.1, "audit_share": args.audit_share}},
-        dtype=args.dtype,
-        enforce_eager=True,
-        max_model_len=args.context + args.steps + 8,
-        max_num_seqs=len(args.text),
-        max_num_batched_tokens=2048,
-    )
-    tokenizer = llm.get_tokenizer()
-    prompts = [tokenizer(path.read_text(), add_special_tokens=False).input_ids[: args.context] for path in args.text]
-    short = [path.name for path, prompt in zip(args.text, prompts, strict=True) if len(prompt) < args.context]
-    if short:
-        raise SystemExit(f"guarantee.py: error: fewer than {args.context} tokens in {', '.join(short)}: leave them out")
-    sampling = [
-        SamplingParams(temperature=1.0, seed=n, max_tokens=args.steps, ignore_eos=True) for n in range(len(prompts))
-    ]
-    llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
+    llm = sampled(args, {"ratio": args.ratio, "epsilon": 0.1, "audit_share": args.audit_share})
     [audit] = llm.collective_rpc("specattn_audit")
     pairs = sum(layer["pairs"] for layer in audit.values())
     retained = sum(layer["retained_mean"] * layer["pairs"] for layer in audit.values()) / pairs
@@ -141,19 +122,12 @@ def run(args: argparse.Namespace) -> dict:
 def main() -> None:
     begin = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--target", type=Path, required=True)
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help="documents, one request each")
-    parser.add_argument("--context", type=int, default=3000, help="tokens of each prompt [3000]")
-    parser.add_argument("--steps", type=int, default=16, help="tokens sampled after each [16]")
-    parser.add_argument("--ratio", type=float, default=0.125, help="[0.125]")
+    add_arguments(parser, steps=16)
     parser.add_argument("--audit-share", type=float, default=0.05, help="[0.05]")
-    parser.add_argument("--dtype", default="float32", help="[float32]")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    setup = {name: getattr(args, name) for name in ("context", "steps", "ratio", "dtype")}
-    setup["documents"] = [f"{path.parent.name}/{path.name}" for path in args.text]
     found = run(args)
-    report = provenance() | {"command": shlex.join(["scripts/guarantee.py", *sys.argv[1:]]), "setup": setup}
+    report = provenance() | {"command": shlex.join(["scripts/guarantee.py", *sys.argv[1:]]), "setup": setup(args)}
     write_json(args.out, report | {"seconds": round(time.monotonic() - begin), **found})
     print(args.out)
 

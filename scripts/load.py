@@ -3,11 +3,14 @@
 
     .venv/bin/python scripts/load.py --out load.json --name "demo pair" -- --additional-config.specattn.method sketch
     .venv/bin/python scripts/load.py --url http://127.0.0.1:8000 --minutes 1
+    .venv/bin/python scripts/load.py --shape llama-8b-1b --requests 2000 -- --num-gpu-blocks-override 15000
 
-Without --url it starts a server: what stands behind `--` are arguments of scripts/serve. Clients send one request after
-the other. Once a second the server's metrics and the memory of its processes are read. At the end nothing may run, wait
-or hold a page of the KV cache; each request must have got what it asked for, each malformed one an error of the client;
-and greedy exact requests must get the tokens that they got before. Exit status 1 if one of these is not so.
+Without --url it starts a server: what stands behind `--` are arguments of scripts/serve, or with --shape, whose weights
+are random, of `vllm serve`. Clients send one request after the other. Once a second the server's metrics and the memory
+of its processes are read. At the end nothing may run, wait or hold a page of the KV cache; each request must have got
+what it asked for, each malformed one an error of the client; and greedy exact requests must get the tokens that they
+got before. Exit status 1 if one of these is not so. Tokens of random weights are counted only: there all tokens are
+about as likely, and rounding decides.
 """
 
 import argparse
@@ -17,9 +20,9 @@ import os
 import random
 import shlex
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from contextlib import suppress
@@ -32,23 +35,13 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself under PYTHONSAFEPATH=1
 from load_client import Client, Wrong, growth, memory
 from load_requests import Shape, fixed, malformed, well_formed
+from load_server import of_real_weights, of_shape, words
 
 from specattn_vllm.evaluation.texts import held_out
+from specattn_vllm.tools.models import shape_names
 from specattn_vllm.tools.provenance import provenance
 
-ROOT = Path(__file__).resolve().parents[1]
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-
-
-def started(arguments: list[str], log: Path) -> tuple[subprocess.Popen, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(ROOT / "scripts/serve"), *arguments, "--host", "127.0.0.1", "--port", str(port)]
-    environment = os.environ | {"SPECATTN_VENV": os.environ.get("SPECATTN_VENV", sys.prefix)}
-    with log.open("w") as file:
-        into = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-        return subprocess.Popen(command, **into, env=environment, start_new_session=True), f"http://127.0.0.1:{port}"
 
 
 async def until_ready(client: Client, process: subprocess.Popen | None, log: Path, seconds: float = 600) -> None:
@@ -66,9 +59,11 @@ async def until_ready(client: Client, process: subprocess.Popen | None, log: Pat
 class Load:
     def __init__(self, client: Client, args: argparse.Namespace, model: str, longest: int, texts: list[str]) -> None:
         self.client, self.model, self.longest, self.texts = client, model, longest, texts
-        self.shape = Shape(args.characters, args.tokens)
+        shortest, random_weights = args.shortest or int(args.characters**0.5), bool(args.shape)
+        self.shape = Shape(args.characters, args.tokens, shortest, args.fresh, random_weights)
         self.always = fixed(model, texts, args.characters, min(32, args.tokens))
         self.seed, self.end, self.concurrency = args.seed, 0.0, args.concurrency
+        self.left = args.requests or float("inf")
         self.done: Counter[str] = Counter()
         self.cut = self.tokens = self.same = self.other = 0
         self.wrong: list[str] = []
@@ -81,7 +76,8 @@ class Load:
 
     async def worker(self, number: int, expected: list[list[int]]) -> None:
         rng = random.Random(f"{self.seed} {number}")
-        while time.monotonic() < self.end:
+        while time.monotonic() < self.end and self.left > 0:
+            self.left -= 1
             drawn = rng.random()
             if drawn < self.shape.malformed:
                 request = malformed(rng, self.model, self.longest)
@@ -133,11 +129,11 @@ class Load:
         except (Wrong, aiohttp.ClientError, TimeoutError) as error:
             return checks | {"the server still answers": f"{type(error).__name__}: {error}"}
         self.counters = {name: counters[name] - first.get(name, 0) for name in sorted(counters)}
-        same = None if before == after else f"{before} before, {after} after"
-        return checks | {
-            "the server still answers": None,
-            "greedy exact requests get the same tokens as before": same,
-        }
+        checks["the server still answers"] = None
+        if not self.shape.random_weights:
+            same = None if before == after else f"{before} before, {after} after"
+            checks["greedy exact requests get the same tokens as before"] = same
+        return checks
 
     async def at_rest(self, seconds: float = 60) -> str | None:
         deadline = time.monotonic() + seconds
@@ -188,9 +184,13 @@ def main() -> None:
     add = parser.add_argument
     add("--url", help="a running server [one is started]")
     add("--pid", type=int, help="with --url: the server's first process, to read its memory")
-    add("--minutes", type=float, default=10, metavar="N", help="[%(default)g]")
+    add("--shape", choices=shape_names()[1:], help="serve random weights of it, in the place of scripts/serve")
+    add("--minutes", type=float, default=10, metavar="N", help="at most [%(default)g]")
+    add("--requests", type=int, metavar="N", help="after which the clients stop [none but by --minutes]")
     add("--concurrency", type=int, default=64, metavar="N", help="requests at a time [%(default)s]")
     add("--characters", type=int, default=6000, metavar="N", help="of the longest prompts [%(default)s]")
+    add("--shortest", type=int, metavar="N", help="characters of the shortest prompts [root of --characters]")
+    add("--fresh", type=float, default=1 / 3, metavar="SHARE", help="of the prompts that share no beginning [1/3]")
     add("--tokens", type=int, default=48, metavar="N", help="most tokens of an answer [%(default)s]")
     add("--patience", type=float, default=300, metavar="S", help="after which a request is lost [%(default)g]")
     add("--text", type=Path, nargs="+", metavar="FILE", help="prompts [modules of Python's library]")
@@ -202,9 +202,20 @@ def main() -> None:
     args = parser.parse_args()
     if args.url and args.serve:
         parser.error("--url names a running server, which takes no arguments of scripts/serve: leave one of them out")
-    texts = [path.read_text() for path in args.text] if args.text else [text for _, text in held_out()]
+    if args.shape and (args.url or args.text):
+        parser.error("--shape serves its own weights and has its own words: leave --url and --text out")
+    if args.shape:
+        texts = words(args.shape, args.characters, args.seed)
+    else:
+        texts = [path.read_text() for path in args.text] if args.text else [text for _, text in held_out()]
     of = provenance() | {"command": shlex.join(["scripts/load.py", *sys.argv[1:]])}
-    process, url = (None, args.url.rstrip("/")) if args.url else started(args.serve, args.log)
+    made = tempfile.TemporaryDirectory(prefix="specattn-load-")
+    if args.url:
+        process, url = None, args.url.rstrip("/")
+    elif args.shape:
+        process, url = of_shape(args.shape, args.serve, Path(made.name), args.log)
+    else:
+        process, url = of_real_weights(args.serve, args.log)
     try:
         found = asyncio.run(measured(args, process, url, texts))
     finally:
@@ -214,7 +225,9 @@ def main() -> None:
                 process.wait(60)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-    settings = {name: getattr(args, name) for name in ("minutes", "concurrency", "characters", "tokens", "seed")}
+        made.cleanup()
+    named = ("shape", "minutes", "requests", "concurrency", "characters", "shortest", "fresh", "tokens", "seed")
+    settings = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
     if args.out:
         runs = json.loads(args.out.read_text()) if args.out.exists() else {}
         args.out.write_text(json.dumps(runs | {args.name: {**of, "settings": settings, **found}}, indent=1) + "\n")

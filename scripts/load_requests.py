@@ -1,6 +1,7 @@
 """The requests of a load: well-formed ones of many kinds, and malformed ones (scripts/load.py sends them)."""
 
 import json
+import math
 import random
 from typing import Any, NamedTuple
 
@@ -25,7 +26,14 @@ class Shape(NamedTuple):
     """How long requests may be, and how many are of each kind."""
 
     characters: int
+    """Of the longest prompts."""
     tokens: int
+    shortest: int
+    """Characters."""
+    fresh: float = 1 / 3
+    """Share of the prompts that begin at a place of their own; others begin where a text begins."""
+    random_weights: bool = False
+    """Such a model has no template for chats, and its words fit no grammar."""
     cut: float = 0.25
     """Share of the streams that the client cuts."""
     malformed: float = 0.1
@@ -110,12 +118,13 @@ def malformed(rng: random.Random, model: str, longest: int) -> Request:
 
 
 def well_formed(rng: random.Random, model: str, texts: list[str], shape: Shape) -> Request:
-    # Short ones are frequent and long ones are there, as in traffic. Half begin where others do: prefixes are cached.
-    length = int(shape.characters ** rng.uniform(0.5, 1))
+    # Short ones are frequent and long ones are there, as in traffic. Prefixes of most are cached.
+    length = int(math.exp(rng.uniform(math.log(shape.shortest), math.log(shape.characters))))
     text = rng.choice(texts)
-    begin = rng.choice((0, 0, rng.randrange(max(1, len(text) - length))))
-    sampling = rng.choice(SAMPLING)
+    begin = rng.randrange(max(1, len(text) - length)) if rng.random() < shape.fresh else 0
+    sampling = rng.choice(SAMPLING[:-1] if shape.random_weights else SAMPLING)
     tokens, stream, chat = rng.randint(1, shape.tokens), rng.random() < 0.5, rng.random() < 0.4
+    chat &= not shape.random_weights
     whole = "structured_outputs" not in sampling and rng.random() < 0.7
     body = {"model": model, "max_tokens": tokens, "stream": stream, "seed": rng.randrange(1 << 30)} | sampling
     if whole:

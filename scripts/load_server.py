@@ -1,0 +1,54 @@
+"""The server of a load: scripts/serve, or random weights of a shape (scripts/load.py starts it)."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from specattn_vllm.bench.jobs import ACCEPTANCE_LENGTH, DRAFT_TOKENS, speculation
+from specattn_vllm.bench.serve.prompts import random_words, write_tokenizer
+from specattn_vllm.bench.worker import fill_in
+from specattn_vllm.tools import models
+from specattn_vllm.tools.engines import MODULE
+
+ROOT = Path(__file__).resolve().parents[1]
+TEXTS = 2
+"""Of a shape's words; prompts that begin where a text begins share blocks of the KV cache."""
+
+
+def started(command: Sequence[str], log: Path, **variables: str) -> tuple[subprocess.Popen, str]:
+    """The server's first process, and its URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    whole = [*command, "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("w") as file:
+        into = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
+        process = subprocess.Popen(whole, **into, env=os.environ | variables, start_new_session=True)
+    return process, f"http://127.0.0.1:{port}"
+
+
+def of_real_weights(arguments: list[str], log: Path) -> tuple[subprocess.Popen, str]:
+    venv = os.environ.get("SPECATTN_VENV", sys.prefix)
+    return started([str(ROOT / "scripts/serve"), *arguments], log, SPECATTN_VENV=venv)
+
+
+def of_shape(name: str, arguments: list[str], folder: Path, log: Path) -> tuple[subprocess.Popen, str]:
+    """Random weights, with the shape's draft model. The drafts are accepted at random (vLLM's synthetic acceptance)."""
+    shape = models.load_shape(name)
+    folders = {role: str(path) for role, path in models.model_folders(shape, folder).items()}
+    write_tokenizer(Path(folders["target"]), shape.vocab_size, shape.max_position)
+    drafts = json.dumps(fill_in(speculation("draft", "draft", DRAFT_TOKENS, ACCEPTANCE_LENGTH), folders))
+    command = [*MODULE, "vllm.entrypoints.cli.main", "serve", folders["target"], "--load-format", "dummy"]
+    command += ["--speculative-config", drafts, "--attention-backend", "specattn"]
+    return started([*command, *arguments], log)
+
+
+def words(name: str, characters: int, seed: int) -> list[str]:
+    """Texts of at least so many characters, of the words of a shape's vocabulary."""
+    make, draw = random_words(models.load_shape(name).vocab_size), random.Random(seed)
+    return [make(characters // 3, draw)[: characters + 1] for _ in range(TEXTS)]
