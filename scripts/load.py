@@ -35,7 +35,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself under PYTHONSAFEPATH=1
 from load_client import Client, Wrong, growth, memory
 from load_requests import Shape, fixed, malformed, well_formed
-from load_server import of_real_weights, of_shape, words
+from load_server import of_real_weights, of_shape, token_ids
 
 from specattn_vllm.evaluation.texts import held_out
 from specattn_vllm.tools.models import shape_names
@@ -57,7 +57,7 @@ async def until_ready(client: Client, process: subprocess.Popen | None, log: Pat
 
 
 class Load:
-    def __init__(self, client: Client, args: argparse.Namespace, model: str, longest: int, texts: list[str]) -> None:
+    def __init__(self, client: Client, args: argparse.Namespace, model: str, longest: int, texts: list) -> None:
         self.client, self.model, self.longest, self.texts = client, model, longest, texts
         shortest, random_weights = args.shortest or int(args.characters**0.5), bool(args.shape)
         self.shape = Shape(args.characters, args.tokens, shortest, args.fresh, random_weights)
@@ -166,7 +166,7 @@ class Load:
         }
 
 
-async def measured(args: argparse.Namespace, process: subprocess.Popen | None, url: str, texts: list[str]) -> dict:
+async def measured(args: argparse.Namespace, process: subprocess.Popen | None, url: str, texts: list) -> dict:
     pid = args.pid or (process and process.pid)
     client = Client(url, args.patience)
     try:
@@ -188,8 +188,14 @@ def main() -> None:
     add("--minutes", type=float, default=10, metavar="N", help="at most [%(default)g]")
     add("--requests", type=int, metavar="N", help="after which the clients stop [none but by --minutes]")
     add("--concurrency", type=int, default=64, metavar="N", help="requests at a time [%(default)s]")
-    add("--characters", type=int, default=6000, metavar="N", help="of the longest prompts [%(default)s]")
-    add("--shortest", type=int, metavar="N", help="characters of the shortest prompts [root of --characters]")
+    add(
+        "--characters",
+        type=int,
+        default=6000,
+        metavar="N",
+        help="of the longest prompts; with --shape, tokens [%(default)s]",
+    )
+    add("--shortest", type=int, metavar="N", help="characters or tokens of the shortest prompts [root of the longest]")
     add("--fresh", type=float, default=1 / 3, metavar="SHARE", help="of the prompts that share no beginning [1/3]")
     add("--tokens", type=int, default=48, metavar="N", help="most tokens of an answer [%(default)s]")
     add("--patience", type=float, default=300, metavar="S", help="after which a request is lost [%(default)g]")
@@ -203,9 +209,9 @@ def main() -> None:
     if args.url and args.serve:
         parser.error("--url names a running server, which takes no arguments of scripts/serve: leave one of them out")
     if args.shape and (args.url or args.text):
-        parser.error("--shape serves its own weights and has its own words: leave --url and --text out")
+        parser.error("--shape serves its own weights and asks for tokens: leave --url and --text out")
     if args.shape:
-        texts = words(args.shape, args.characters, args.seed)
+        texts = token_ids(args.shape, args.characters, args.seed)
     else:
         texts = [path.read_text() for path in args.text] if args.text else [text for _, text in held_out()]
     of = provenance() | {"command": shlex.join(["scripts/load.py", *sys.argv[1:]])}

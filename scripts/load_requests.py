@@ -26,10 +26,9 @@ class Shape(NamedTuple):
     """How long requests may be, and how many are of each kind."""
 
     characters: int
-    """Of the longest prompts."""
+    """Of the longest prompts; tokens, where texts are lists of token ids."""
     tokens: int
     shortest: int
-    """Characters."""
     fresh: float = 1 / 3
     """Share of the prompts that begin at a place of their own; others begin where a text begins."""
     random_weights: bool = False
@@ -56,7 +55,7 @@ class Request(NamedTuple):
         return not self.tokens
 
 
-def fixed(model: str, texts: list[str], characters: int, tokens: int) -> list[Request]:
+def fixed(model: str, texts: list[Any], characters: int, tokens: int) -> list[Request]:
     """Greedy and exact: each gets the same tokens whenever it is asked."""
     asked = {"model": model, "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "vllm_xargs": EXACT}
     asked["return_token_ids"] = True
@@ -117,7 +116,7 @@ def malformed(rng: random.Random, model: str, longest: int) -> Request:
     return Request(path, text, f"malformed: {kind}")
 
 
-def well_formed(rng: random.Random, model: str, texts: list[str], shape: Shape) -> Request:
+def well_formed(rng: random.Random, model: str, texts: list[Any], shape: Shape) -> Request:
     # Short ones are frequent and long ones are there, as in traffic. Prefixes of most are cached.
     length = int(math.exp(rng.uniform(math.log(shape.shortest), math.log(shape.characters))))
     text = rng.choice(texts)

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from specattn_vllm.bench.jobs import ACCEPTANCE_LENGTH, DRAFT_TOKENS, speculation
-from specattn_vllm.bench.serve.prompts import random_words, write_tokenizer
+from specattn_vllm.bench.serve.prompts import FIRST, write_tokenizer
 from specattn_vllm.bench.worker import fill_in
 from specattn_vllm.tools import models
 from specattn_vllm.tools.engines import MODULE
 
 ROOT = Path(__file__).resolve().parents[1]
 TEXTS = 2
-"""Of a shape's words; prompts that begin where a text begins share blocks of the KV cache."""
+"""Of a shape; prompts that begin where a text begins share blocks of the KV cache."""
 
 
 def started(command: Sequence[str], log: Path, **variables: str) -> tuple[subprocess.Popen, str]:
@@ -48,7 +48,7 @@ def of_shape(name: str, arguments: list[str], folder: Path, log: Path) -> tuple[
     return started([*command, *arguments], log)
 
 
-def words(name: str, characters: int, seed: int) -> list[str]:
-    """Texts of at least so many characters, of the words of a shape's vocabulary."""
-    make, draw = random_words(models.load_shape(name).vocab_size), random.Random(seed)
-    return [make(characters // 3, draw)[: characters + 1] for _ in range(TEXTS)]
+def token_ids(name: str, length: int, seed: int) -> list[list[int]]:
+    """Texts of so many tokens, drawn from a shape's vocabulary."""
+    vocabulary, draw = range(FIRST, models.load_shape(name).vocab_size), random.Random(seed)
+    return [draw.choices(vocabulary, k=length) for _ in range(TEXTS)]
