@@ -29,12 +29,13 @@ SHARED = pytest.mark.xdist_group("server faults")
 
 @pytest.fixture(scope="module")
 def serve(server_class):
-    def start(log: Path, port: int = 0):
+    def start(log: Path, port: int = 0, **environment: str):
         def command(port: int) -> list[str]:
             where = ["--host", "127.0.0.1", "--port", str(port), "--gpu-memory-utilization", "0.3"]
             return [str(ROOT / "scripts" / "serve"), *where]
 
-        return server_class(log, command, port=port, SPECATTN_VENV=sys.prefix, VLLM_LOGGING_LEVEL="INFO")
+        environment |= {"SPECATTN_VENV": sys.prefix, "VLLM_LOGGING_LEVEL": "INFO"}
+        return server_class(log, command, port=port, **environment)
 
     return start
 
@@ -270,3 +271,45 @@ def test_a_server_that_is_killed_leaves_nothing_and_starts_again_on_its_port(ser
     with serve(tmp_path / "second", server.port) as again:
         again.wait_until_ready()
         assert asyncio.run(ask(client_of(again), long_prompts[0], 16))
+
+
+KILLER = """
+import os, signal
+
+def install():
+    from vllm.model_executor.layers.attention import Attention
+
+    forward = Attention.forward
+
+    def may_be_the_last(layer, query, *more, **named):
+        drafts = layer.layer_name.startswith("draft_model.")
+        # A batch with a prompt has more tokens.
+        if "layers.1." in layer.layer_name and query.shape[0] <= 40 and drafts == (os.environ["DIE"] == "drafting"):
+            if os.path.exists(os.environ["DIE_WHEN"]):
+                os.rename(os.environ["DIE_WHEN"], os.environ["DIE_WHEN"] + f".by.{os.getpid()}")
+                os.kill(os.getpid(), signal.SIGKILL)
+        return forward(layer, query, *more, **named)
+
+    Attention.forward = may_be_the_last
+"""
+
+
+@pytest.mark.parametrize("stage", [pytest.param("drafting", marks=pytest.mark.long), "verifying"])
+def test_a_worker_that_dies_in_the_middle_of_a_round_ends_the_server(serve, tmp_path, long_prompts, stage):
+    """Between two layers, of the draft model or of the target: whoever waits is told so, and no process is left."""
+    plugin, when = tmp_path / "plugin", tmp_path / "when"
+    (plugin / "killer-1.dist-info").mkdir(parents=True)
+    (plugin / "killer.py").write_text(KILLER)
+    (plugin / "killer-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: killer\nVersion: 1\n")
+    (plugin / "killer-1.dist-info/entry_points.txt").write_text("[vllm.general_plugins]\nkiller = killer:install\n")
+    path = os.pathsep.join(filter(None, (str(plugin), os.environ.get("PYTHONPATH"))))
+    with serve(tmp_path / "log", PYTHONPATH=path, DIE=stage, DIE_WHEN=str(when)) as server:
+        server.wait_until_ready()
+        mine = processes_of(server)
+        got = asyncio.run(under_load(server, long_prompts, 600, when.touch))
+        assert all(isinstance(answer, openai.APIError) for answer in got), got
+        server.process.wait(60)
+        [killed] = tmp_path.glob("when.by.*")
+        assert int(killed.suffix[1:]) in {process.pid for process in mine[1:]}
+        assert "EngineDeadError" in server.text()
+        nothing_left_of(mine)
