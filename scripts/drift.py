@@ -83,7 +83,9 @@ class Study:
         from vllm import SamplingParams
 
         args, begin = self.args, time.monotonic()
+        # Without drafts: those of n-grams are hardly ever accepted here, and cost time.
         job = self.job("own text", options, prompts, args.context, args.positions)
+        job.engine_options["speculative_config"] = None
         with engine(job) as llm:
             found = llm.generate(
                 [{"prompt_token_ids": prompt} for prompt in prompts],

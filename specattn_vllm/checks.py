@@ -119,8 +119,13 @@ def _models(config: VllmConfig) -> Iterator[str]:
             yield f"{side}: multimodal inputs are not supported; use a text model, or --language-model-only"
         if model.is_encoder_decoder:
             yield f"{side}: encoder-decoder models are not supported"
-        if model.is_hybrid or model.is_attention_free:
-            yield f"{side}: models with layers other than attention are not supported"
+        if model.is_attention_free:
+            yield f"{side}: no layer has attention, so there is nothing to choose; serve it with vLLM's own backends"
+        if side == "draft" and model.is_hybrid and spec.uses_draft_model():  # vLLM's other drafters run as they are
+            yield (
+                "draft: models with layers of linear attention or Mamba are not supported; use a draft model with full "
+                "attention in every layer, another drafter, or none"
+            )
         yield from _windows(side, model, config)
         if model.runner_type not in ("generate", "draft"):
             yield f"{side}: runner {model.runner_type!r} does not decode; use a generating model"

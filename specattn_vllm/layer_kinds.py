@@ -1,5 +1,5 @@
-"""Which layers of a model see all of its context. Layers with a sliding window are left to vLLM's own backends, because
-there is nothing to choose in a window."""
+"""Which layers of a model see all of its context. The others are vLLM's own: there is nothing to choose in a sliding
+window, and layers of linear attention or Mamba, in hybrid models, keep a state of fixed size."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 WINDOWED = "sliding_attention"
 CHUNKED = "chunked_attention"
+ATTENTION = ("full_attention", "attention", "hybrid")
+"""What hybrid models call their layers of attention. In a layer called 'hybrid', attention stands beside Mamba."""
 
 
 def layer_types(model: ModelConfig) -> list[str]:
@@ -27,10 +29,21 @@ def has_windows(model: ModelConfig) -> bool:
 
 def full_layers(model: ModelConfig, layers: int) -> int:
     """How many of a model's `layers` see all of its context, by its configuration."""
-    if not has_windows(model):
-        return layers
     kinds = layer_types(model)
-    return len(kinds) - kinds.count(WINDOWED)
+    if model.is_hybrid:
+        found = kinds or list(getattr(model.hf_text_config, "layers_block_type", None) or [])
+        return sum(kind in ATTENTION for kind in found) or layers
+    return len(kinds) - kinds.count(WINDOWED) if has_windows(model) else layers
+
+
+def has_others(model: ModelConfig) -> bool:
+    """Whether a model has both layers that see all of its context, and other layers."""
+    return model.is_hybrid or (has_windows(model) and bool(full_layers(model, 1)))
+
+
+def others(model: ModelConfig) -> str:
+    """What its other layers are, for messages."""
+    return "linear attention or Mamba" if model.is_hybrid else "sliding windows"
 
 
 def unsupported_attention(model: ModelConfig) -> Iterator[str]:

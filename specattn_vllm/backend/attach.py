@@ -6,6 +6,7 @@ from typing import Any
 
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
+from specattn_vllm import compat
 from specattn_vllm.metrics import publish
 from specattn_vllm.options import SpecAttnOptions
 
@@ -13,5 +14,6 @@ from specattn_vllm.options import SpecAttnOptions
 def attach(runner: Any) -> None:
     """Join the engine's method to its target, and publish the counts as metrics."""
     options = SpecAttnOptions.from_vllm(runner.vllm_config)
+    compat.name_rows(runner.model_state)
     resolve_obj_by_qualname(options.kind.attach)(runner, options)
     publish.start(runner, options)

@@ -23,6 +23,7 @@ from specattn_vllm.compat.worker import at_first_request as at_first_request
 from specattn_vllm.compat.worker import count_rounds as count_rounds
 from specattn_vllm.compat.worker import is_warm_up as is_warm_up
 from specattn_vllm.compat.worker import mark_dummy_runs as mark_dummy_runs
+from specattn_vllm.compat.worker import name_rows as name_rows
 from specattn_vllm.compat.worker import prepare_cpu_worker as prepare_cpu_worker
 from specattn_vllm.compat.worker import stock_speculator as stock_speculator
 from specattn_vllm.compat.worker import watch_new_requests as watch_new_requests

@@ -112,6 +112,30 @@ def mark_dummy_runs(runner: Any, target: Any) -> None:
             target.dummy = False
 
 
+def name_rows(model_state: Any) -> None:
+    """The state of a hybrid model (layers of attention beside those of Mamba or linear attention) leaves `req_idx` out
+    of the common metadata. Without it a builder does not know which request a row is of, and takes each step for one of
+    profiling. Remove when `MambaHybridModelState.prepare_attn` passes it on, as `DefaultModelState` does."""
+    from vllm.v1.worker.gpu.model_states import mamba_hybrid
+
+    if not isinstance(model_state, mamba_hybrid.MambaHybridModelState):
+        return
+    batches: list[Any] = []
+
+    # Of the class and the module, both once: they share the list.
+    @patched(mamba_hybrid.MambaHybridModelState, "prepare_attn")
+    def prepare_attn(original, state, input_batch, *args: Any, **kwargs: Any):
+        batches.append(input_batch)
+        try:
+            return original(state, input_batch, *args, **kwargs)
+        finally:
+            batches.pop()
+
+    @patched(mamba_hybrid, "build_attn_metadata")
+    def build_attn_metadata(original, **kwargs: Any):
+        return original(**{"req_idx": batches[-1].idx_mapping_np} | kwargs)
+
+
 def is_warm_up(request: Any) -> bool:
     """Whether a request is one of vLLM's warm-up requests."""
     return request.req_id.startswith(("_warmup_", "_v2_mixed_warmup"))

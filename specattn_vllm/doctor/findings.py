@@ -94,13 +94,15 @@ def _engine(serve: Sequence[str]) -> Iterator[Finding]:
 def _memory(found: dict[str, Any]) -> Finding:
     buffers, weights, longest = sum(found["buffers"].values()), found["weights"], found["max_model_len"]
     cache = found["kv_per_token"] * longest + found["kv_in_windows"]
-    windows = f" and {_bytes(found['kv_in_windows'])} in layers with a sliding window" * bool(found["kv_in_windows"])
+    others = f" and {_bytes(found['kv_in_windows'])} in layers with a sliding window" * bool(found["kv_in_windows"])
+    if found["stateful_layers"]:
+        others += f"; without the states of {found['stateful_layers']} layers of linear attention or Mamba"
     parts = ", ".join(f"{what} {_bytes(size)}" for what, size in found["buffers"].items())
     of_weights = _bytes(weights) if weights else "an unknown size (not in a local folder)"
     says = (
         f"{_bytes(buffers)} of buffers for {found['max_num_seqs']} requests of {longest:,} tokens ({parts}), "
         f"{of_weights} of weights, {_bytes(cache)} of KV cache for one longest request "
-        f"({_bytes(found['kv_per_token'])} for each token, {found['sketch_share']:.1%} of it the sketch{windows}); "
+        f"({_bytes(found['kv_per_token'])} for each token, {found['sketch_share']:.1%} of it the sketch{others}); "
         f"vLLM would use {_bytes(found['room'])}"
     )
     # An engine refuses buffers of one model of more than half of what the weights leave, too.

@@ -35,20 +35,24 @@ def sizes(config: VllmConfig, options: SpecAttnOptions) -> dict[str, Any]:
         of_draft = _sketch(config, options, draft, budget, drafts + 2, steps_ahead=drafts - 1)
         models.append((draft, "drafting" in options.sparse_readers, of_draft))
     choosing = [sketch.nbytes for _, chooses, sketch in models if chooses]
-    kv = sketched = in_windows = 0
+    kv = sketched = in_windows = stateful = 0
     for of, _, sketch in models:
         codes = sketch.layout.token_bytes if options.sketch_bits_in_cache else 0
         token = sketch.layout.kv_bytes + codes
         kv += sketch.shape.layers * sketch.num_kv_heads * token
         sketched += sketch.shape.layers * sketch.num_kv_heads * codes
-        windowed = of.get_num_layers(parallel) - sketch.shape.layers
-        in_windows += windowed * sketch.num_kv_heads * token * _tokens_in_a_window(config, of)
+        others = of.get_num_layers(parallel) - sketch.shape.layers
+        if of.is_hybrid:
+            stateful += others  # vLLM sizes their states when it has loaded the model
+        else:
+            in_windows += others * sketch.num_kv_heads * token * _tokens_in_a_window(config, of)
     return {
         "buffers": {what: sum(part[what] for part in choosing) for what in (choosing[0] if choosing else ())},
         "largest": max((sum(part.values()) for part in choosing), default=0),
         "weights": sum(_weights(of) for of, _, _ in models) // parallel.tensor_parallel_size,
         "kv_per_token": kv,
         "kv_in_windows": in_windows,
+        "stateful_layers": stateful,
         "sketch_share": sketched / kv,
         "max_num_seqs": config.scheduler_config.max_num_seqs,
         "max_model_len": model.max_model_len,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt
 
 from specattn_vllm.methods.budget import AuditedOptions, BudgetOptions
-from specattn_vllm.methods.refusals import another_drafter, some_windows
+from specattn_vllm.methods.refusals import another_drafter, other_layers
 from specattn_vllm.options import for_researchers
 
 SPECULATOR = "specattn_vllm.speculation.speculator.SpecAttnSpeculator"
@@ -37,7 +37,7 @@ class ByDraftOptions(BudgetOptions, AuditedOptions):
         return ("attention sinks",)  # what captures scores attends without them
 
     def refusals(self, config: Any) -> Iterator[str]:
-        yield from some_windows(config, self.method)
+        yield from other_layers(config, self.method)
         yield from another_drafter(config, f"method = {self.method!r}")
         if config.speculative_config is None:
             yield (

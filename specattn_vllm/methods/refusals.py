@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from specattn_vllm.layer_kinds import full_layers, has_windows
+from specattn_vllm.layer_kinds import has_others, others
 
 
 def nothing_more(config: Any, options: Any) -> None:
@@ -23,13 +23,13 @@ def another_drafter(config: Any, asks: str) -> Iterator[str]:
         )
 
 
-def some_windows(config: Any, method: str) -> Iterator[str]:
-    """For methods that need one kind of layers: a target some of whose layers have a sliding window."""
+def other_layers(config: Any, method: str) -> Iterator[str]:
+    """For methods that need one kind of layers: a target with layers that do not see all of the context."""
     model = config.model_config
-    if has_windows(model) and full_layers(model, 1):
+    if has_others(model):
         yield (
-            f"target: sliding-window attention is not supported by method {method!r}; methods 'sketch' and 'dense' go "
-            "with it"
+            f"target: layers with {others(model)} are not supported by method {method!r}; methods 'sketch' and 'dense' "
+            "go with them"
         )
 
 
@@ -47,16 +47,16 @@ def large_heads_in_float32(config: Any) -> Iterator[str]:
 
 
 def unequal_pages(config: Any) -> Iterator[str]:
-    """For methods that keep sketches in the cache: a target with windows and a drafter with other KV heads. vLLM cannot
-    make the pages of their caches equally large then."""
+    """For methods that keep sketches in the cache: a target with layers of two kinds and a drafter with other KV heads.
+    vLLM cannot make the pages of their caches equally large then."""
     target, spec = config.model_config, config.speculative_config
     draft = None if spec is None else spec.draft_model_config
     # For n-gram drafting, vLLM sets draft_model_config to the target's config.
-    if draft in (None, target) or not has_windows(target) or not full_layers(target, 1):
+    if draft in (None, target) or not has_others(target):
         return
     ours, theirs = ((m.get_total_num_kv_heads(), m.get_head_size()) for m in (target, draft))
     if ours != theirs:
         yield (
-            f"a target with sliding windows and {ours[0]} KV heads of {ours[1]} beside a drafter with "
+            f"a target with {others(target)} and {ours[0]} KV heads of {ours[1]} beside a drafter with "
             f"{theirs[0]} of {theirs[1]}: use a drafter with the target's KV heads, or none"
         )

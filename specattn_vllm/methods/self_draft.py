@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from specattn_vllm.methods.refusals import another_drafter, some_windows
+from specattn_vllm.methods.refusals import another_drafter, other_layers
 from specattn_vllm.options import SpecAttnOptions
 
 # An estimate, not measured: below this, even a draft step that read no KV entry would save only a thirtieth of the
@@ -31,7 +31,7 @@ class SelfDraftOptions(SpecAttnOptions):
         return target
 
     def refusals(self, config: Any) -> Iterator[str]:
-        yield from some_windows(config, self.method)
+        yield from other_layers(config, self.method)
         yield from another_drafter(config, f"method = {self.method!r}")
         spec = config.speculative_config
         if spec is None:

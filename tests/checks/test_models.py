@@ -10,13 +10,14 @@ pytest.importorskip("vllm")
 
 from specattn_vllm import checks
 from specattn_vllm.layer_kinds import full_layers
+from specattn_vllm.methods import METHODS
 from specattn_vllm.options import SpecAttnOptions
 
 
 def test_a_window_is_refused_for_methods_that_watch_a_draft(reasons):
     assert reasons(target="alternating") == [
-        "target: sliding-window attention is not supported by method 'specattn'; methods 'sketch' and 'dense' go with "
-        "it"
+        "target: layers with sliding windows are not supported by method 'specattn'; methods 'sketch' and 'dense' go "
+        "with them"
     ]
 
 
@@ -90,6 +91,38 @@ def test_pages_of_a_windowed_target_and_a_drafter_have_to_be_alike(method, refus
     ]
     draft.get_total_num_kv_heads = lambda: 16
     assert not list(options.refusals(config))
+
+
+HYBRID = {
+    "is_hybrid": True,
+    "hf_text_config": SimpleNamespace(layer_types=["linear_attention"] * 3 + ["full_attention"]),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_hybrid_models_are_for_methods_that_need_no_other_layers(method):
+    target = model(**HYBRID)
+    config = SimpleNamespace(model_config=target, speculative_config=None, lora_config=None)
+    config.parallel_config = SimpleNamespace(enable_eplb=False)
+    assert not list(checks._models(config))
+    told = [reason for reason in SpecAttnOptions.parse({"method": method}).refusals(config) if "layers" in reason]
+    assert told == (method not in ("sketch", "dense")) * [
+        f"target: layers with linear attention or Mamba are not supported by method {method!r}; methods 'sketch' and "
+        "'dense' go with them"
+    ]
+    assert full_layers(target, 4) == 1
+    of_nemotron = SimpleNamespace(layers_block_type=["mamba", "attention", "mamba", "mlp"])
+    assert full_layers(model(is_hybrid=True, hf_text_config=of_nemotron), 4) == 1
+
+
+@pytest.mark.parametrize("uses_draft_model", [True, False])
+def test_a_hybrid_drafts_only_as_vllm_has_it(uses_draft_model):
+    spec = SimpleNamespace(draft_model_config=model(**HYBRID), uses_draft_model=lambda: uses_draft_model)
+    config = SimpleNamespace(model_config=model(), speculative_config=spec)
+    assert list(checks._models(config)) == uses_draft_model * [
+        "draft: models with layers of linear attention or Mamba are not supported; use a draft model with full "
+        "attention in every layer, another drafter, or none"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -166,8 +199,7 @@ def model(**changes):
             "multimodal inputs are not supported; use a text model, or --language-model-only",
         ),
         ({"is_encoder_decoder": True}, "encoder-decoder models are not supported"),
-        ({"is_hybrid": True}, "models with layers other than attention are not supported"),
-        ({"is_attention_free": True}, "models with layers other than attention are not supported"),
+        ({"is_attention_free": True}, "no layer has attention, so there is nothing to choose"),
         ({"runner_type": "pooling"}, "runner 'pooling' does not decode; use a generating model"),
     ],
 )

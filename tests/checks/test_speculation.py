@@ -125,6 +125,7 @@ def model(name: str) -> SimpleNamespace:
         get_sliding_window=lambda: None,
         hf_text_config=None,
         hf_config=SimpleNamespace(),
+        is_hybrid=False,
         dtype="bfloat16",
     )
 

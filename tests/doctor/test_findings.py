@@ -21,6 +21,7 @@ SIZES = {
     "largest": 2**31,
     "kv_per_token": 140_000,
     "kv_in_windows": 0,
+    "stateful_layers": 0,
     "sketch_share": 0.066,
     "max_num_seqs": 64,
     "max_model_len": 131_072,
@@ -58,6 +59,13 @@ def found(*serve: str, generate: bool = True) -> dict[str, Finding]:
 
 def statuses(made: dict[str, Finding]) -> dict[str, str]:
     return {check: finding.status for check, finding in made.items()}
+
+
+def test_layers_of_other_kinds_are_named(answers):
+    answers["config"] = SIZES | {"stateful_layers": 36}
+    assert "; without the states of 36 layers of linear attention or Mamba)" in found("M")["memory"].says
+    answers["config"] = SIZES | {"kv_in_windows": 2**30}
+    assert " and 1.0 GiB in layers with a sliding window)" in found("M")["memory"].says
 
 
 def test_a_healthy_installation(answers):

@@ -34,6 +34,11 @@ WINDOWED = {"num_hidden_layers": 6, "sliding_window": WINDOW, "layer_types": ALT
 EVERY_SECOND = {"layer_types": ["sliding_attention", "full_attention"] * 3}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
 
+# A hybrid: layers of linear attention keep a state in the place of keys and values.
+LINEAR = {f"linear_{name}": size for name, size in (("num_key_heads", 2), ("num_value_heads", 4))}
+LINEAR |= {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_conv_kernel_dim": 4}
+MIXED = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     # Other head sizes: 256, 96 and 192.
     "gemma": ("GemmaConfig", {"head_dim": 256, "tie_word_embeddings": True}),
@@ -54,6 +59,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     # vLLM gives every second layer of gpt-oss a window, whatever the configuration says.
     "gpt-oss": ("GptOssConfig", WINDOWED | EVERY_SECOND | {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "granite": ("GraniteConfig", WINDOWED | {"attention_sinks": True, "attention_multiplier": 0.125}),
+    "qwen3-next": (
+        "Qwen3NextConfig",
+        MIXED | LINEAR | EXPERTS | {"partial_rotary_factor": 0.25, "shared_expert_intermediate_size": 64},
+    ),
 }
 """Name -> the class of its configuration in transformers, and what differs from SHAPE."""
 
@@ -72,10 +81,12 @@ def _randomise(model: torch.nn.Module) -> None:
 def _draw_sinks(model: torch.nn.Module) -> None:
     """As heavy as some tokens together. transformers' Granite has no sinks, but saves what it is given."""
     generator = torch.Generator().manual_seed(1)
-    for layer in model.model.layers:
-        if hasattr(layer.self_attn, "sinks") or getattr(model.config, "attention_sinks", False):
+    for name, module in model.named_modules():
+        if name.endswith(".self_attn") and (
+            hasattr(module, "sinks") or getattr(model.config, "attention_sinks", False)
+        ):
             values = 2 + torch.randn(model.config.num_attention_heads, generator=generator)
-            layer.self_attn.sinks = torch.nn.Parameter(values)
+            module.sinks = torch.nn.Parameter(values)
 
 
 def make(name: str, folder: Path) -> str:
