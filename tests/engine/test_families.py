@@ -155,3 +155,14 @@ def test_a_hybrid_with_drafts_and_cached_prefixes(
         assert sketch_audit.pruned > 20
         sketch_audit.pruned = 0
         assert 0 < counts(llm).kv_fraction < 1
+
+
+@pytest.mark.long
+def test_a_hybrid_drafts_with_its_own_module(of_family, engine, random_prompts, counts, sketch_audit, answers):
+    """Multi-token prediction, of random weights: each round runs the module, and what it drafts is rejected."""
+    arguments, _ = of_family("qwen3-next")
+    spec = {"method": "mtp", "num_speculative_tokens": 2}
+    llm = engine(OPTIONS, speculative_config=spec, load_format="dummy", **arguments)
+    answers(llm, random_prompts, NEW_TOKENS)
+    seen = counts(llm)
+    assert sketch_audit.pruned > 20 and seen.rounds == len(random_prompts) * (NEW_TOKENS - 1)
