@@ -38,8 +38,9 @@ def of_family(family):
     The sketch's kernels have no room for large heads in float32."""
 
     def arguments(name: str) -> tuple[dict, float | None]:
-        # vLLM's linear attention for CPUs takes bfloat16 alone.
-        if name in HYBRID or (name in LARGE_HEADS and torch.cuda.is_available()):
+        if name in HYBRID:  # vLLM's linear attention for CPUs takes bfloat16 alone, and rounds more
+            return {"target": family(name), "dtype": "bfloat16", **SHAPE}, 0.3
+        if name in LARGE_HEADS and torch.cuda.is_available():
             return {"target": family(name), "dtype": "bfloat16", **SHAPE}, 0.15
         return {"target": family(name), **SHAPE}, None
 

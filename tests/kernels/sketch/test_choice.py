@@ -19,6 +19,7 @@ BATCHES = [
     pytest.param(([400, 2, 1], [1, 1, 1], 1, 1, 64, 1, 16, "LBNHC", ()), id="one-row-1-bit"),
     pytest.param(([700, 900], [4, 2], 2, 2, 128, 4, 16, "LBHNC", ()), id="4-bits"),
     pytest.param(([600], [6], 1, 16, 128, 2, 16, "LBNHC", ()), id="gqa-16"),
+    pytest.param(([500, 300], [3, 1], 2, 2, 64, 2, 144, "LBNHC", ()), id="block-144-as-in-hybrids"),
     pytest.param(([500, 300], [3, 3], 2, 1, 256, 2, 16, "LBNHC", (1,)), id="head-256"),
     pytest.param(([500, 300], [3, 3], 2, 2, 96, 2, 16, "LBNHC", ()), id="head-96"),
     pytest.param(([200], [3], 1, 2, 96, 4, 16, "LBHNC", ()), id="head-96-4-bits"),
