@@ -10,7 +10,7 @@ are random, of `vllm serve`. Clients send one request after the other. Once a se
 of its processes are read. At the end nothing may run, wait or hold a page of the KV cache; each request must have got
 what it asked for, each malformed one an error of the client; and greedy exact requests must get the tokens that they
 got before. Exit status 1 if one of these is not so. Tokens of random weights are counted only: there all tokens are
-about as likely, and rounding decides.
+about as likely, and rounding decides. Ctrl-C ends it early, with a report.
 """
 
 import argparse
@@ -105,6 +105,11 @@ class Load:
                 same = found["choices"][0]["token_ids"] == expected[self.always.index(request)]
                 self.same, self.other = self.same + same, self.other + (not same)
 
+    def stop(self) -> None:
+        """No other request begins, and what was found until then is reported; a second time it breaks off."""
+        self.left = 0
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGINT)
+
     async def sampler(self, processes) -> None:
         begin = time.monotonic()
         while True:
@@ -173,6 +178,7 @@ async def measured(args: argparse.Namespace, process: subprocess.Popen | None, u
         await until_ready(client, process, args.log)
         [model, *_] = json.loads(await client.get("/v1/models"))["data"]
         load = Load(client, args, model["id"], model["max_model_len"], texts)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, load.stop)
         checks = await load.run(args.minutes, psutil.Process(pid) if pid else None)
     finally:
         await client.session.close()

@@ -27,7 +27,22 @@ def test_the_loads_are_what_was_measured(name):
     ]
     assert f"| {' | '.join(cells)} |" in PAGE
     assert not any(of["checks"].values()) and not requests["wrong"]
-    assert not of["exact_beside_others"]["others"] and of["settings"]["minutes"] == 10
+    assert not of["exact_beside_others"]["others"] and of["settings"]["minutes"] >= 10
+
+
+def test_the_audits_are_what_was_measured():
+    audit = json.loads((ROOT / "docs/results/cpu-audit.json").read_text())
+    assert f"The mean loss of all {audit['pairs']:,} pairs is {audit['mean_loss']:.1%}" in words()
+    for share, of in audit["shares"].items():
+        window = of["error_of_a_window"]
+        cells = [
+            share,
+            f"{of['pairs'] / audit['windows']:.0f}",
+            f"{of['error_of_the_whole']:+.1%}",
+            *(f"{window[what]:.1%}" for what in ("deviation", "most")),
+            f"{of['windows_within_a_tenth']:.0%}",
+        ]
+        assert f"| {' | '.join(cells)} |" in PAGE
 
 
 def test_the_drift_is_what_was_measured():

@@ -8,6 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,28 @@ def test_each_of_several_servers_has_the_same_metrics(server):
     unsought = {"specattn:kv_entries_searched_total", "specattn:guarantee_selections_total"}
     assert named_in_queries() - {key[0] for key in seen} <= unsought
     assert {family.name for family in FAMILIES if family.kind == "counter"} - {key[0] for key in seen} == unsought
+
+
+@pytest.mark.long
+def test_data_parallel_engines_each_count_their_own(server):
+    """Whichever engine answers, the tokens are the same."""
+    one = server(
+        *drafting(),
+        *options(method="sketch", ratio=0.2, min_tokens=32, crossover_tokens=0),
+        "--data-parallel-size",
+        "2",
+    )
+    given = {"model": "demo", "prompt": list(range(5, 905)), "max_tokens": 24, "temperature": 0, "ignore_eos": True}
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda _: json.loads(one.ask("/v1/completions", **given)), range(6)))
+    assert len({answer["choices"][0]["text"] for answer in answers}) == 1
+    deadline, rounds = time.monotonic() + 15, {}
+    while sum(rounds.values()) < 6 * 5 or len(rounds) < 2:  # at most 5 tokens a round, of 24
+        assert time.monotonic() < deadline, rounds
+        found = re.findall(r'^specattn:rounds_total{engine="(\d)"} (\S+)$', one.ask("/metrics"), re.M)
+        rounds = {engine: float(count) for engine, count in found}
+        time.sleep(0.2)
+    assert all(rounds.values()), rounds
 
 
 def test_without_vllm_s_metrics_there_are_none_of_ours(server):
