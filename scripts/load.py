@@ -35,7 +35,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself under PYTHONSAFEPATH=1
 from load_client import Client, Wrong, growth, memory
 from load_requests import Shape, fixed, malformed, well_formed
-from load_server import of_real_weights, of_shape, token_ids
+from load_server import malloc, of_real_weights, of_shape, token_ids
 
 from specattn_vllm.evaluation.texts import held_out
 from specattn_vllm.tools.models import shape_names
@@ -240,6 +240,7 @@ def main() -> None:
         made.cleanup()
     named = ("shape", "minutes", "requests", "concurrency", "characters", "shortest", "fresh", "tokens", "seed")
     settings = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
+    settings |= malloc() if process is not None else {}
     if args.out:
         runs = json.loads(args.out.read_text()) if args.out.exists() else {}
         args.out.write_text(json.dumps(runs | {args.name: {**of, "settings": settings, **found}}, indent=1) + "\n")

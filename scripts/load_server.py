@@ -17,10 +17,14 @@ from specattn_vllm.tools.engines import MODULE
 
 ROOT = Path(__file__).resolve().parents[1]
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""Makes the C library give freed memory back at once. It keeps some by itself, in more and more pieces where Triton's
-interpreter makes arrays of all sizes: that looks like a leak, and hides one."""
+"""On a CPU: makes the C library give freed memory back at once. It keeps some by itself, in more and more pieces where
+Triton's interpreter makes arrays of all sizes: that looks like a leak, and hides one."""
 TEXTS = 2
 """Of a shape; prompts that begin where a text begins share blocks of the KV cache."""
+
+
+def malloc() -> dict[str, str]:
+    return {} if "TRITON_INTERPRET" not in os.environ else MALLOC
 
 
 def started(command: Sequence[str], log: Path, **variables: str) -> tuple[subprocess.Popen, str]:
@@ -31,7 +35,7 @@ def started(command: Sequence[str], log: Path, **variables: str) -> tuple[subpro
     whole = [*command, "--host", "127.0.0.1", "--port", str(port)]
     with log.open("w") as file:
         into = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": subprocess.STDOUT}
-        process = subprocess.Popen(whole, **into, env=os.environ | MALLOC | variables, start_new_session=True)
+        process = subprocess.Popen(whole, **into, env=os.environ | malloc() | variables, start_new_session=True)
     return process, f"http://127.0.0.1:{port}"
 
 

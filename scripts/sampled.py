@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
 
 
 def setup(args: argparse.Namespace) -> dict[str, Any]:
-    found = {name: getattr(args, name) for name in ("context", "steps", "ratio", "dtype")}
+    found = {name: getattr(args, name) for name in ("context", "steps", "ratio", "dtype")} | {"prefix_caching": False}
     return found | {"documents": [f"{path.parent.name}/{path.name}" for path in args.text]}
 
 

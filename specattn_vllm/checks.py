@@ -119,7 +119,7 @@ def _models(config: VllmConfig) -> Iterator[str]:
             yield f"{side}: multimodal inputs are not supported; use a text model, or --language-model-only"
         if model.is_encoder_decoder:
             yield f"{side}: encoder-decoder models are not supported"
-        if model.is_attention_free:
+        if model.is_attention_free or (side == "target" and model.is_hybrid and not full_layers(model, 1)):
             yield f"{side}: no layer has attention, so there is nothing to choose; serve it with vLLM's own backends"
         if side == "draft" and model.is_hybrid and spec.uses_draft_model():  # vLLM's other drafters run as they are
             yield (

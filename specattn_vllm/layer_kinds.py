@@ -13,6 +13,8 @@ WINDOWED = "sliding_attention"
 CHUNKED = "chunked_attention"
 ATTENTION = ("full_attention", "attention", "hybrid")
 """What hybrid models call their layers of attention. In a layer called 'hybrid', attention stands beside Mamba."""
+STATEFUL = ("linear_attention", "mamba", "conv", "hybrid")
+INDEXED = ("indexed_attention", "qwen_sparse_attention")
 
 
 def layer_types(model: ModelConfig) -> list[str]:
@@ -28,12 +30,21 @@ def has_windows(model: ModelConfig) -> bool:
 
 
 def full_layers(model: ModelConfig, layers: int) -> int:
-    """How many of a model's `layers` see all of its context, by its configuration."""
-    kinds = layer_types(model)
+    """How many of a model's `layers` see all of its context, by its configuration; all, if it says nothing."""
     if model.is_hybrid:
-        found = kinds or list(getattr(model.hf_text_config, "layers_block_type", None) or [])
-        return sum(kind in ATTENTION for kind in found) or layers
+        kinds = _kinds_of_hybrid(model)
+        return sum(kind in ATTENTION for kind in kinds) if kinds else layers
+    kinds = layer_types(model)
     return len(kinds) - kinds.count(WINDOWED) if has_windows(model) else layers
+
+
+def stateful_layers(model: ModelConfig) -> int:
+    """How many layers of a hybrid model keep a state of fixed size."""
+    return sum(kind in STATEFUL for kind in _kinds_of_hybrid(model)) if model.is_hybrid else 0
+
+
+def _kinds_of_hybrid(model: ModelConfig) -> list[str]:
+    return layer_types(model) or list(getattr(model.hf_text_config, "layers_block_type", None) or [])
 
 
 def has_others(model: ModelConfig) -> bool:
@@ -53,3 +64,7 @@ def unsupported_attention(model: ModelConfig) -> Iterator[str]:
         yield "layers with chunked local attention"
     if getattr(config, "attn_logit_softcapping", None):
         yield "soft caps on attention logits"
+    if set(layer_types(model)) & set(INDEXED):
+        yield "layers that choose their tokens themselves"
+    if getattr(config, "ple_layer_ids", None):
+        yield "layers with embeddings of their own (PLE)"

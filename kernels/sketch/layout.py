@@ -69,11 +69,15 @@ class SketchLayout:
         return self.heads * self.block_size * self.kv_bytes
 
     @property
+    def used_bytes(self) -> int:
+        """A block's sketch."""
+        return self.heads * self.block_size * self.token_bytes
+
+    @property
     def tail_bytes(self) -> int:
         """The bytes added to a page: the sketch, rounded up to whole key-value rows of one token and head. Page ids
         count such rows, so each block must begin at a whole row."""
-        used = self.heads * self.block_size * self.token_bytes
-        return -(-used // self.kv_bytes) * self.kv_bytes
+        return -(-self.used_bytes // self.kv_bytes) * self.kv_bytes
 
 
 def sketch_views(kv_cache: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:

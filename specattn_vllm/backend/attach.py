@@ -14,6 +14,6 @@ from specattn_vllm.options import SpecAttnOptions
 def attach(runner: Any) -> None:
     """Join the engine's method to its target, and publish the counts as metrics."""
     options = SpecAttnOptions.from_vllm(runner.vllm_config)
-    compat.name_rows(runner.model_state)
+    compat.name_rows(runner)
     resolve_obj_by_qualname(options.kind.attach)(runner, options)
     publish.start(runner, options)

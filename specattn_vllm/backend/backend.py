@@ -63,7 +63,10 @@ class SpecAttnBackend(AttentionBackend):
         if not bits:
             return spec
         layout = SketchLayout(spec.num_kv_heads, spec.block_size, spec.head_size, bits, spec.dtype.itemsize)
-        return replace(spec, page_size_padded=spec.unpadded_page_size_bytes + layout.tail_bytes)
+        # For hybrid models vLLM asks for a page of one token, and makes blocks of as many as a state of another layer
+        # is large. A whole row for one token's sketch would be counted for each of them.
+        added = layout.used_bytes if spec.block_size == 1 else layout.tail_bytes
+        return replace(spec, page_size_padded=spec.unpadded_page_size_bytes + added)
 
     @classmethod
     def supports_sink(cls) -> bool:

@@ -30,8 +30,12 @@ _PARTS = {
     "model_state decode_query_len max_num_tokens lora_config "
     "maybe_select_dummy_loras(lora_config,num_scheduled_tokens)",
     f"{GPU}.model_states.interface:ModelState.": "add_request(req_index,new_req_data)",
-    f"{GPU}.model_states.mamba_hybrid:": "MambaHybridModelState build_attn_metadata",
+    f"{GPU}.model_states.mamba_hybrid:": "build_attn_metadata(req_idx)",
     f"{GPU}.model_states.mamba_hybrid:MambaHybridModelState.": "prepare_attn(input_batch)",
+    f"{GPU}.model_states.mamba_hybrid:MambaHybridAttnMetadata.": "get_extra_common_attn_kwargs(kv_cache_group_id,"
+    "num_reqs)",
+    "v1.worker.utils:AttentionGroup.": "backend",
+    "model_executor.layers.mamba.abstract:": "MambaBase",
     "v1.worker.worker_base:": "WorkerBase",
     "v1.core.sched.output:SchedulerOutput.": "scheduled_new_reqs total_num_scheduled_tokens",
     "config.parallel:ParallelConfig.": "data_parallel_index",
@@ -52,7 +56,7 @@ _PARTS = {
     "idx_mapping_np is_prefilling_np num_draft_tokens_per_req num_scheduled_tokens seq_lens_cpu_upper_bound",
     f"{GPU}.input_batch:InputBuffers.": "__init__(max_num_reqs,max_num_tokens,device)",
     f"{GPU}.block_table:BlockTables.": "compute_slot_mappings get_dummy_block_tables(num_reqs) input_block_tables",
-    f"{GPU}.attn_utils:": "build_slot_mappings_by_layer(slot_mappings,kv_cache_config) build_attn_metadata(req_idx)",
+    f"{GPU}.attn_utils:": "build_slot_mappings_by_layer(slot_mappings,kv_cache_config)",
     "model_executor.layers.attention_layer_base:": "AttentionLayerBase",
     "forward_context:": "set_forward_context(attn_metadata,vllm_config,num_tokens,slot_mapping,skip_compiled)",
     # The base class of our speculators: the members that they override, call and read.

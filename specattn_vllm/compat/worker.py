@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from specattn_vllm.compat.names import is_ours, resolve
+from specattn_vllm.compat.names import BACKEND_NAME, is_ours, resolve
 from specattn_vllm.compat.patching import patched
 
 
@@ -112,14 +112,16 @@ def mark_dummy_runs(runner: Any, target: Any) -> None:
             target.dummy = False
 
 
-def name_rows(model_state: Any) -> None:
-    """The state of a hybrid model (layers of attention beside those of Mamba or linear attention) leaves `req_idx` out
-    of the common metadata. Without it a builder does not know which request a row is of, and takes each step for one of
-    profiling. Remove when `MambaHybridModelState.prepare_attn` passes it on, as `DefaultModelState` does."""
+def name_rows(runner: Any) -> None:
+    """Hybrid models (layers of attention beside those of Mamba or linear attention) have a model state of their own.
+    It leaves `req_idx` out of the common metadata: without it a builder does not know to which request a row belongs,
+    and takes each step for one of profiling. And it calls the last token of a prompt a decode, which is right for the
+    other layers; ours read everything for prompts. Remove when `MambaHybridModelState.prepare_attn` passes `req_idx`
+    on, as `DefaultModelState` does, and tells prompts from what may run as a decode."""
+    if not runner.model_config.is_hybrid:
+        return
     from vllm.v1.worker.gpu.model_states import mamba_hybrid
 
-    if not isinstance(model_state, mamba_hybrid.MambaHybridModelState):
-        return
     batches: list[Any] = []
 
     # Of the class and the module, both once: they share the list.
@@ -132,8 +134,32 @@ def name_rows(model_state: Any) -> None:
             batches.pop()
 
     @patched(mamba_hybrid, "build_attn_metadata")
-    def build_attn_metadata(original, **kwargs: Any):
-        return original(**{"req_idx": batches[-1].idx_mapping_np} | kwargs)
+    def build_attn_metadata(original, *args: Any, **kwargs: Any):
+        if batches:
+            kwargs = {"req_idx": batches[-1].idx_mapping_np} | kwargs
+            ours = {
+                number
+                for number, groups in enumerate(kwargs["attn_groups"])
+                if any(group.backend.get_name() == BACKEND_NAME for group in groups)
+            }
+            _tell_prompts(kwargs["model_specific_attn_metadata"], batches[-1].is_prefilling_np, ours)
+        return original(*args, **kwargs)
+
+
+def _tell_prompts(metadata: Any, is_prefilling: Any, ours: set[int]) -> None:
+    """Make what a model adds to the common metadata say of all prompts that they are, in the groups `ours` alone."""
+    import torch
+
+    original = metadata.get_extra_common_attn_kwargs
+
+    def get_extra_common_attn_kwargs(group: int, num_reqs: int) -> dict[str, Any]:
+        found = original(group, num_reqs)
+        if group in ours:
+            found["is_prefilling"] = torch.zeros(num_reqs, dtype=torch.bool)
+            found["is_prefilling"][: len(is_prefilling)] = torch.from_numpy(is_prefilling)
+        return found
+
+    metadata.get_extra_common_attn_kwargs = get_extra_common_attn_kwargs
 
 
 def is_warm_up(request: Any) -> bool:

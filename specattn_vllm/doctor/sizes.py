@@ -11,7 +11,7 @@ from vllm.config import ModelConfig, VllmConfig
 
 from specattn_vllm import executors
 from specattn_vllm.kernels.sketch.contracts import Budget
-from specattn_vllm.layer_kinds import full_layers
+from specattn_vllm.layer_kinds import full_layers, stateful_layers
 from specattn_vllm.methods.budget import SketchedDraftOptions
 from specattn_vllm.methods.sketch import SketchOptions
 from specattn_vllm.options import SpecAttnOptions
@@ -42,9 +42,8 @@ def sizes(config: VllmConfig, options: SpecAttnOptions) -> dict[str, Any]:
         kv += sketch.shape.layers * sketch.num_kv_heads * token
         sketched += sketch.shape.layers * sketch.num_kv_heads * codes
         others = of.get_num_layers(parallel) - sketch.shape.layers
-        if of.is_hybrid:
-            stateful += others  # vLLM sizes their states when it has loaded the model
-        else:
+        stateful += stateful_layers(of)  # vLLM sizes their states when it has loaded the model
+        if not of.is_hybrid:
             in_windows += others * sketch.num_kv_heads * token * _tokens_in_a_window(config, of)
     return {
         "buffers": {what: sum(part[what] for part in choosing) for what in (choosing[0] if choosing else ())},

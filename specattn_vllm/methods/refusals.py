@@ -28,8 +28,8 @@ def other_layers(config: Any, method: str) -> Iterator[str]:
     model = config.model_config
     if has_others(model):
         yield (
-            f"target: layers with {others(model)} are not supported by method {method!r}; methods 'sketch' and 'dense' "
-            "go with them"
+            f"target: layers with {others(model)} are not supported by method {method!r}; use method 'sketch' or "
+            "'dense'"
         )
 
 

@@ -23,6 +23,7 @@ import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.model_executor.layers.mamba.abstract import MambaBase
 
 from specattn_vllm import compat
 from specattn_vllm.sketch.layer import attend_densely
@@ -67,7 +68,7 @@ def _others_attend(vllm_config: VllmConfig) -> Iterator[None]:
     nothing."""
     layers = get_layers_from_vllm_config(vllm_config, AttentionLayerBase).values()
     others = [layer for layer in layers if hasattr(layer, "impl") and not compat.is_our_layer(layer)]
-    stateful = [layer for layer in layers if not hasattr(layer, "impl")]
+    stateful = [layer for layer in layers if isinstance(layer, MambaBase)]
     rounding = [getattr(layer, "query_quant", None) for layer in others]
     for layer in others:
         layer.impl.forward = partial(_attend_in_window, layer)

@@ -9,15 +9,14 @@ import pytest
 pytest.importorskip("vllm")
 
 from specattn_vllm import checks
-from specattn_vllm.layer_kinds import full_layers
+from specattn_vllm.layer_kinds import full_layers, stateful_layers
 from specattn_vllm.methods import METHODS
 from specattn_vllm.options import SpecAttnOptions
 
 
 def test_a_window_is_refused_for_methods_that_watch_a_draft(reasons):
     assert reasons(target="alternating") == [
-        "target: layers with sliding windows are not supported by method 'specattn'; methods 'sketch' and 'dense' go "
-        "with them"
+        "target: layers with sliding windows are not supported by method 'specattn'; use method 'sketch' or 'dense'"
     ]
 
 
@@ -48,6 +47,8 @@ def test_a_draft_model_with_a_window_is_refused(reasons, method):
         ({"layer_types": ["chunked_attention", "full_attention"]}, "layers with chunked local attention"),
         ({"attention_chunk_size": 8}, "layers with chunked local attention"),
         ({"attn_logit_softcapping": 50.0}, "soft caps on attention logits"),
+        ({"layer_types": ["linear_attention", "indexed_attention"]}, "layers that choose their tokens themselves"),
+        ({"ple_layer_ids": [1]}, "layers with embeddings of their own (PLE)"),
     ],
 )
 def test_attention_that_the_kernels_do_not_compute_is_refused(text, what):
@@ -67,7 +68,7 @@ def test_a_window_that_no_layer_has_is_none():
         options = SpecAttnOptions.parse({"method": method})
         assert not any("window" in reason for reason in (*checks._models(config), *options.refusals(config)))
     assert full_layers(config.model_config, 3) == 3
-    kinds.layer_types = ["sliding_attention", "full_attention", "indexed_attention"]
+    kinds.layer_types = ["sliding_attention", "full_attention", "full_attention"]
     assert full_layers(config.model_config, 3) == 2
 
 
@@ -107,12 +108,22 @@ def test_hybrid_models_are_for_methods_that_need_no_other_layers(method):
     assert not list(checks._models(config))
     told = [reason for reason in SpecAttnOptions.parse({"method": method}).refusals(config) if "layers" in reason]
     assert told == (method not in ("sketch", "dense")) * [
-        f"target: layers with linear attention or Mamba are not supported by method {method!r}; methods 'sketch' and "
-        "'dense' go with them"
+        f"target: layers with linear attention or Mamba are not supported by method {method!r}; use method 'sketch' "
+        "or 'dense'"
     ]
     assert full_layers(target, 4) == 1
-    of_nemotron = SimpleNamespace(layers_block_type=["mamba", "attention", "mamba", "mlp"])
-    assert full_layers(model(is_hybrid=True, hf_text_config=of_nemotron), 4) == 1
+    for kinds, full, stateful in (
+        ({"layers_block_type": ["mamba", "attention", "mamba", "mlp"]}, 1, 2),
+        ({"layer_types": ["linear_attention", "moe", "full_attention", "mlp"]}, 1, 1),
+        ({"layers_block_type": ["hybrid"] * 4}, 4, 4),
+        ({"layer_types": ["conv", "full_attention"] * 2}, 2, 2),
+        ({}, 4, 0),
+    ):
+        found = model(is_hybrid=True, hf_text_config=SimpleNamespace(**kinds))
+        assert (full_layers(found, 4), stateful_layers(found)) == (full, stateful), kinds
+    without = model(is_hybrid=True, hf_text_config=SimpleNamespace(layer_types=["linear_attention"] * 4))
+    config = SimpleNamespace(model_config=without, speculative_config=None)
+    assert any("no layer has attention" in reason for reason in checks._models(config))
 
 
 @pytest.mark.parametrize("uses_draft_model", [True, False])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from vllm import SamplingParams
 
+from specattn_vllm.backend.target_choice import target_layers
 from specattn_vllm.doctor.sizes import sizes
 from specattn_vllm.options import SpecAttnOptions
 
@@ -70,8 +71,6 @@ def test_centres_are_measured_with_the_layers_that_have_a_window(family, engine,
         choices = [layer.impl.choice for layer in target_layers(runner).values()]
         return torch.stack([choice.centre for choice in choices])
 
-    from specattn_vllm.backend.target_choice import target_layers
-
     first = centres()
     assert first.isfinite().all() and first.abs().amax((1, 2)).min() > 0.01
     assert torch.equal(first, centres())
@@ -124,6 +123,11 @@ def test_it_is_served(name, of_family, engine, random_prompts, counts, sketch_au
     told = sizes(runner.vllm_config, SpecAttnOptions.parse(OPTIONS))
     assert told["buffers"] == runner.specattn_chooser.nbytes
     assert told["stateful_layers"] == (2 if name in HYBRID else 0)
+    for layer in target_layers(runner).values():
+        cache, layout = layer.kv_cache, layer.impl.choice.sketch.layout
+        pages = cache.stride(0) * cache.element_size() / (cache.shape[2] * cache.shape[1] * layout.kv_bytes)
+        # Room for the sketch, and little more; sliding windows' pages are as large.
+        assert 1 < pages < 1.01 + layout.token_bytes / layout.kv_bytes
 
 
 @pytest.fixture
@@ -156,6 +160,18 @@ def test_a_hybrid_with_drafts_and_cached_prefixes(
         assert sketch_audit.pruned > 20
         sketch_audit.pruned = 0
         assert 0 < counts(llm).kv_fraction < 1
+
+
+def test_the_last_token_of_a_hybrid_s_prompt_reads_everything(of_family, engine, counts, sketch_audit, answers):
+    """Alone in a chunk it may run as a decode in layers of linear attention."""
+    arguments, _ = of_family("qwen3-next")
+    llm = engine(OPTIONS, speculative_config=None, **arguments)
+    prompt = {"prompt_token_ids": torch.randint(2, VOCABULARY, (SHAPE["max_num_batched_tokens"] + 1,)).tolist()}
+    answers(llm, [prompt], 1)
+    seen = counts(llm)
+    assert (seen.prefill_rows, seen.verify_rows, sketch_audit.pruned) == (2, 0, 0)
+    answers(llm, [prompt], 5)
+    assert counts(llm).verify_rows == 4 and sketch_audit.pruned > 0
 
 
 @pytest.mark.long
