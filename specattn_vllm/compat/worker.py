@@ -118,6 +118,12 @@ def name_rows(runner: Any) -> None:
     and takes each step for one of profiling. And it calls the last token of a prompt a decode, which is right for the
     other layers; ours read everything for prompts. Remove when `MambaHybridModelState.prepare_attn` passes `req_idx`
     on, as `DefaultModelState` does, and tells prompts from what may run as a decode."""
+    owner = next(part for part in type(runner.model_state).__mro__ if "prepare_attn" in vars(part))
+    if owner.__name__ not in ("DefaultModelState", "MambaHybridModelState"):
+        raise ValueError(
+            f"model state {owner.__name__}: it is not known to tell attention backends to which request a row belongs; "
+            "serve this model with vLLM's own backends"
+        )
     if not runner.model_config.is_hybrid:
         return
     from vllm.v1.worker.gpu.model_states import mamba_hybrid

@@ -145,3 +145,24 @@ def test_a_worker_without_our_backend_reports_nothing():
     assert without.specattn_stats() is None
     assert without.specattn_audit() is None
     assert worker(audit=None).specattn_audit() is None
+
+
+# Rows and their requests
+
+
+def test_a_model_state_that_is_not_known_is_refused():
+    """Its steps would look like those of profiling, and all rows would be dense without a word."""
+
+    class DefaultModelState:
+        def prepare_attn(self): ...
+
+    class Known(DefaultModelState):
+        pass
+
+    class Unknown(DefaultModelState):
+        def prepare_attn(self): ...
+
+    config = SimpleNamespace(is_hybrid=False)
+    compat.name_rows(SimpleNamespace(model_state=Known(), model_config=config))
+    with pytest.raises(ValueError, match="^model state Unknown: it is not known to tell attention backends"):
+        compat.name_rows(SimpleNamespace(model_state=Unknown(), model_config=config))
