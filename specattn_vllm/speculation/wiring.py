@@ -40,7 +40,7 @@ def target_builder(target_attn_groups: list, names: Container[str]) -> Any:
     if len(groups) != 1:
         raise ValueError(
             f"specattn needs the target's layers in one attention group, but vLLM made {len(groups)}: models with "
-            "layers of different shapes are not supported"
+            "layers of different shapes or kinds are not supported here"
         )
     [builder] = groups[0].metadata_builders
     return builder
