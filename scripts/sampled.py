@@ -44,7 +44,7 @@ def sampled(args: argparse.Namespace, options: dict[str, Any]):
     prompts = [tokenizer(path.read_text(), add_special_tokens=False).input_ids[: args.context] for path in args.text]
     short = [path.name for path, prompt in zip(args.text, prompts, strict=True) if len(prompt) < args.context]
     if short:
-        raise SystemExit(f"error: fewer than {args.context} tokens in {', '.join(short)}: leave them out")
+        raise SystemExit(f"sampled.py: error: fewer than {args.context} tokens in {', '.join(short)}: leave them out")
     sampling = [
         SamplingParams(temperature=1.0, seed=n, max_tokens=args.steps, ignore_eos=True) for n in range(len(prompts))
     ]

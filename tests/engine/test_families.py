@@ -96,7 +96,7 @@ def test_all_methods_serve_another_head_size(family, engine, random_prompts, ans
         assert all(map(same, plain, found)), options["method"]
 
 
-LONG = ("qwen2", "mistral", "phi", "glm4", "olmo2", "granite", "exaone4")
+LONG = ("qwen2", "mistral", "phi", "glm4", "olmo2", "granite", "exaone4", "cohere2")
 """Those whose kind of layers another one has too."""
 
 

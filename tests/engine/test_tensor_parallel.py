@@ -79,7 +79,7 @@ def test_two_ranks_give_the_tokens_of_one(eager, plain, prompts, demo_pair, tmp_
     "options",
     # A map of heads by proportion stays within each rank.
     [
-        {"method": "specattn", "top_p": 0.7},
+        pytest.param({"method": "specattn", "top_p": 0.7}, marks=pytest.mark.long),
         {"method": "sts", "ratio": 0.2, "layer_map": "uniform"},
         {"method": "sketch", "ratio": 0.2},
     ],
