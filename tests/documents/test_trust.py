@@ -30,6 +30,13 @@ def test_the_loads_are_what_was_measured(name):
     assert not of["exact_beside_others"]["others"] and of["settings"]["minutes"] >= 10
 
 
+def test_the_memory_of_one_process_is_what_was_measured():
+    samples = json.loads((ROOT / "docs/results/cpu-memory.json").read_text())["samples"]
+    half, end = (sample for sample in samples if sample["requests"] in (512, 1024))
+    says = f"{half['allocated_mib']:,.0f} MiB were allocated after 512 requests of such a load and"
+    assert f"{says} {end['allocated_mib']:,.0f} MiB after 1,024" in words()
+
+
 def test_the_audits_are_what_was_measured():
     audit = json.loads((ROOT / "docs/results/cpu-audit.json").read_text())
     assert f"The mean loss of all {audit['pairs']:,} pairs is {audit['mean_loss']:.1%}" in words()

@@ -175,7 +175,8 @@ def test_the_last_token_of_a_hybrid_s_prompt_reads_everything(of_family, engine,
     """Alone in a chunk it may run as a decode in layers of linear attention."""
     arguments, _ = of_family("qwen3-next")
     llm = engine(OPTIONS, speculative_config=None, **arguments)
-    prompt = {"prompt_token_ids": torch.randint(2, VOCABULARY, (SHAPE["max_num_batched_tokens"] + 1,)).tolist()}
+    length, generator = SHAPE["max_num_batched_tokens"] + 1, torch.Generator().manual_seed(0)
+    prompt = {"prompt_token_ids": torch.randint(2, VOCABULARY, (length,), generator=generator).tolist()}
     answers(llm, [prompt], 1)
     seen = counts(llm)
     assert (seen.prefill_rows, seen.verify_rows, sketch_audit.pruned) == (2, 0, 0)

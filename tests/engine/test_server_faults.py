@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -273,35 +274,16 @@ def test_a_server_that_is_killed_leaves_nothing_and_starts_again_on_its_port(ser
         assert asyncio.run(ask(client_of(again), long_prompts[0], 16))
 
 
-KILLER = """
-import os, signal
-
-def install():
-    from vllm.model_executor.layers.attention import Attention
-
-    forward = Attention.forward
-
-    def may_be_the_last(layer, query, *more, **named):
-        drafts = layer.layer_name.startswith("draft_model.")
-        # A batch with a prompt has more tokens.
-        if "layers.1." in layer.layer_name and query.shape[0] <= 40 and drafts == (os.environ["DIE"] == "drafting"):
-            if os.path.exists(os.environ["DIE_WHEN"]):
-                os.rename(os.environ["DIE_WHEN"], os.environ["DIE_WHEN"] + f".by.{os.getpid()}")
-                os.kill(os.getpid(), signal.SIGKILL)
-        return forward(layer, query, *more, **named)
-
-    Attention.forward = may_be_the_last
-"""
-
-
 @pytest.mark.parametrize("stage", [pytest.param("drafting", marks=pytest.mark.long), "verifying"])
 def test_a_worker_that_dies_in_the_middle_of_a_round_ends_the_server(serve, tmp_path, long_prompts, stage):
     """Between two layers, of the draft model or of the target: whoever waits is told so, and no process is left."""
     plugin, when = tmp_path / "plugin", tmp_path / "when"
     (plugin / "killer-1.dist-info").mkdir(parents=True)
-    (plugin / "killer.py").write_text(KILLER)
+    shutil.copy(Path(__file__).with_name("dying_worker.py"), plugin)
     (plugin / "killer-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: killer\nVersion: 1\n")
-    (plugin / "killer-1.dist-info/entry_points.txt").write_text("[vllm.general_plugins]\nkiller = killer:install\n")
+    (plugin / "killer-1.dist-info/entry_points.txt").write_text(
+        "[vllm.general_plugins]\nkiller = dying_worker:install\n"
+    )
     path = os.pathsep.join(filter(None, (str(plugin), os.environ.get("PYTHONPATH"))))
     with serve(tmp_path / "log", PYTHONPATH=path, DIE=stage, DIE_WHEN=str(when)) as server:
         server.wait_until_ready()
