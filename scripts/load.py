@@ -190,7 +190,7 @@ def main() -> None:
     add = parser.add_argument
     add("--url", help="a running server [one is started]")
     add("--pid", type=int, help="with --url: the server's first process, to read its memory")
-    add("--shape", choices=shape_names()[1:], help="serve random weights of it, in the place of scripts/serve")
+    add("--shape", choices=shape_names(with_draft=True)[1:], help="serve random weights of it, not scripts/serve")
     add("--minutes", type=float, default=10, metavar="N", help="at most [%(default)g]")
     add("--requests", type=int, metavar="N", help="after which the clients stop [none but by --minutes]")
     add("--concurrency", type=int, default=64, metavar="N", help="requests at a time [%(default)s]")

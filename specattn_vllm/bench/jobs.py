@@ -12,7 +12,7 @@ from specattn_vllm.bench.schema import CellResult, Job, OfEngine
 from specattn_vllm.installed import UserError
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.tools.arguments import at_least, parse_list, parse_option, share
-from specattn_vllm.tools.models import Shape
+from specattn_vllm.tools.models import EAGLE, Shape
 
 DRAFT_TOKENS = 5
 ACCEPTANCE_LENGTH = 3.5
@@ -170,6 +170,14 @@ def refuse_unused_options(args: argparse.Namespace, jobs: Sequence[OfEngine]) ->
         raise ValueError(f"--option {unused[0]}: no mode of this run has a use for it (--modes; docs/options.md)")
 
 
+def check_drafter(mode: str, shape: Shape) -> None:
+    """ValueError for a mode whose drafter the shape does not have."""
+    drafter = MODES[mode].drafter
+    if drafter in (EAGLE, "draft") and drafter not in shape.configs:
+        missing = "head of EAGLE-3's" if drafter == EAGLE else "draft model"
+        raise ValueError(f"--modes {mode}: the shape {shape.name} has no {missing}")
+
+
 def _job(
     args: argparse.Namespace,
     shape: Shape,
@@ -180,6 +188,7 @@ def _job(
     length: float | None,
 ) -> Job:
     """Of one engine; `drafted` has the tokens of a round by mode, '' for all others."""
+    check_drafter(mode, shape)
     drafter, options = MODES[mode].drafter, MODES[mode].options
     draft_tokens = drafted.get(mode, drafted[""])
     # Prompts are the same for every mode, speculating or not, so they leave room for the one that drafts most.

@@ -37,7 +37,7 @@ class Shape:
     name: str
     description: str
     configs: dict[str, dict]
-    """Role -> config.json."""
+    """Role -> config.json. A hybrid has a target alone: no draft model is served beside it."""
 
     @property
     def has_weights(self) -> bool:
@@ -45,25 +45,28 @@ class Shape:
 
     @property
     def max_position(self) -> int:
-        return min(self.configs[role]["max_position_embeddings"] for role in ROLES)
+        return min(config["max_position_embeddings"] for config in self.configs.values())
 
     @property
     def vocab_size(self) -> int:
-        return min(self.configs[role]["vocab_size"] for role in ROLES)
+        return min(config["vocab_size"] for config in self.configs.values())
 
 
-def shape_names() -> list[str]:
+def shape_names(with_draft: bool = False) -> list[str]:
+    """All, or those that have a draft model."""
     files = (resources.files("specattn_vllm.tools") / "shapes").iterdir()
-    return [DEMO, *sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))]
+    names = [DEMO, *sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))]
+    return [name for name in names if not with_draft or "draft" in load_shape(name).configs]
 
 
 def load_shape(name: str) -> Shape:
     if name == DEMO:
         configs = {role: json.loads((demo_folder(role) / "config.json").read_text()) for role in ROLES}
         return Shape(name, "The demo pair, with its own weights", configs)
-    if name not in shape_names():
+    file = resources.files("specattn_vllm.tools") / "shapes" / f"{name}.json"
+    if not file.is_file():
         raise ValueError(f"no shape '{name}': choose from {', '.join(shape_names())}")
-    found = json.loads((resources.files("specattn_vllm.tools") / "shapes" / f"{name}.json").read_text())
+    found = json.loads(file.read_text())
     return Shape(name, found["description"], {role: found[role] for role in (*ROLES, EAGLE) if role in found})
 
 

@@ -70,13 +70,14 @@ def test_vllm_takes_the_arguments_of_every_mode(name, tmp_path, monkeypatch):
     shape = models.load_shape(name)
     folders = {role: str(path) for role, path in models.model_folders(shape, tmp_path).items()}
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for job in jobs.make_jobs(engines_args("--grid 16x32k,4x128k --kept 0.1 --device cuda"), shape):
+    modes = "" if "draft" in shape.configs else "--modes plain,sketch-alone"
+    for job in jobs.make_jobs(engines_args(f"--grid 16x32k,4x128k --kept 0.1 --device cuda {modes}"), shape):
         monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", job.environment["VLLM_USE_V2_MODEL_RUNNER"])
         config = EngineArgs(**fill_in(job.engine_arguments, folders)).create_engine_config()
         assert config.model_config.max_model_len == job.engine_arguments["max_model_len"]
         assert config.use_v2_model_runner == (job.mode != "draft-v1")
         assert (config.attention_config.backend is not None) == job.ours
-        if job.mode == "plain":
+        if job.mode in ("plain", "sketch-alone"):
             assert config.speculative_config is None
         else:
             speculation = config.speculative_config

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 
 import pytest
 
@@ -193,19 +194,31 @@ def test_shapes(name, tmp_path):
     shape = models.load_shape(name)
     folders = models.model_folders(shape, tmp_path)
     configs = {role: AutoConfig.from_pretrained(folder) for role, folder in folders.items()}
-    assert configs["target"].vocab_size == configs["draft"].vocab_size
+    assert len({config.vocab_size for config in configs.values()}) == 1
     sizes = {}
     for role, config in configs.items():
-        assert config.head_dim in (64, 128)
+        assert config.head_dim in (64, 128, 256)
         assert config.rope_parameters["rope_theta"] == shape.configs[role]["rope_parameters"]["rope_theta"]
         attention = config.hidden_size * config.head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)
-        layer = attention + 3 * config.hidden_size * config.intermediate_size
+        experts = getattr(config, "num_experts", 1), getattr(config, "moe_intermediate_size", config.intermediate_size)
+        layer = attention + 3 * config.hidden_size * math.prod(experts)
         embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
         sizes[role] = round((config.num_hidden_layers * layer + embeddings) / 1e9, 1)
-    assert (sizes["target"], sizes["draft"]) == {
+    assert (sizes["target"], sizes.get("draft")) == {
         "llama-8b-1b": (8.0, 1.2),
         "qwen3-8b-0.6b": (8.2, 0.6),
+        "qwen3-30b-a3b-0.6b": (30.5, 0.6),
+        "qwen3-next-24-layers": (39.7, None),  # without its linear attention
         "demo": (0.0, 0.0),
         "tiny": (0.0, 0.0),
     }[name]
     assert (tmp_path / "target").is_dir() != shape.has_weights
+
+
+@pytest.mark.parametrize(
+    ("mode", "shape", "reason"),
+    [("sketch", "qwen3-next-24-layers", "has no draft model"), ("eagle", "tiny", "has no head of EAGLE-3's")],
+)
+def test_modes_whose_drafter_the_shape_does_not_have(mode, shape, reason):
+    with pytest.raises(ValueError, match=f"--modes {mode}: the shape {shape} {reason}"):
+        jobs_by_name("--modes", mode, shape=shape)

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--list", action="store_true", help="show the rows and stop")
     told = "rows whose names begin so, e.g. dense,sparse,sketch"
     parser.add_argument("--only", type=lambda text: text.split(","), default=[""], metavar="NAME,...", help=told)
-    parser.add_argument("--shape", choices=models.shape_names(), help="[llama-8b-1b; on a CPU demo]")
+    parser.add_argument("--shape", choices=models.shape_names(with_draft=True), help="[llama-8b-1b; on a CPU demo]")
     told = "[16x32k; on a CPU 2x100]"
     parser.add_argument("--grid", type=grid.parse_grid, metavar="BATCHxCONTEXT,...", help=told)
     parser.add_argument("--kept", type=share, metavar="SHARE", help="of the context [0.1; sketch 0.08]")

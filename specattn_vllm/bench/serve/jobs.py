@@ -56,8 +56,8 @@ def _job(
     lengths: Mapping[str, float],
 ) -> ServeJob:
     kind = MODES[mode]
-    if shape is not None and kind.drafter == EAGLE and EAGLE not in shape.configs:
-        raise ValueError(f"--modes {mode}: the shape {shape.name} has no head of EAGLE-3's")
+    if shape is not None:
+        modes.check_drafter(mode, shape)
     arguments: dict[str, Any] = {
         "max_num_seqs": args.max_num_seqs,
         "max_model_len": max(args.input_len) + args.output_len + sizes.slack_tokens(max(drafted.values())),
