@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 from vllm import SamplingParams
 
 from specattn_vllm.backend.target_choice import target_layers
@@ -193,3 +194,20 @@ def test_a_hybrid_drafts_with_its_own_module(of_family, engine, random_prompts, 
     answers(llm, random_prompts, NEW_TOKENS)
     seen = counts(llm)
     assert sketch_audit.pruned > 20 and seen.rounds == len(random_prompts) * (NEW_TOKENS - 1)
+
+
+def test_pages_of_a_hybrid_held_states_before(of_family, engine, random_prompts, sketch_audit, answers, same):
+    """A page that held a float32 state is no sensible number as keys and values: not even where masks hide it."""
+    arguments, close = of_family("qwen3-next")
+    llm = engine(OPTIONS, speculative_config=None, enable_prefix_caching=False, **arguments)
+    clean = answers(llm, random_prompts, NEW_TOKENS), answers(llm, random_prompts, NEW_TOKENS, exact=True)
+    [runner] = llm.llm_engine.collective_rpc(lambda worker: [worker.model_runner])[0]
+    for layer in runner.vllm_config.compilation_config.static_forward_context.values():
+        for cache in tree_leaves(getattr(layer, "kv_cache", [])):  # a tensor, or those of one state
+            torch.empty(0, dtype=torch.uint8, device=cache.device).set_(cache.untyped_storage()).fill_(0xFF)
+    assert all(layer.kv_cache.isnan().all() for layer in target_layers(runner).values())
+    sketch_audit.pruned = 0
+    sparse, exact = answers(llm, random_prompts, NEW_TOKENS), answers(llm, random_prompts, NEW_TOKENS, exact=True)
+    assert sketch_audit.pruned > 20
+    for expected, found in zip(clean[0] + clean[1], sparse + exact, strict=True):
+        assert same(expected, found, close)
