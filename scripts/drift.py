@@ -47,7 +47,9 @@ class Study:
     def job(self, name: str, options: dict, texts: list[list[int]], context: int, positions: int) -> Job:
         args = self.args
         ngram = {"method": "ngram_gpu", "num_speculative_tokens": args.draft_tokens, "prompt_lookup_max": 3}
-        more: dict = {"gpu_memory_utilization": args.gpu_memory_utilization}
+        more: dict = {}
+        if args.kv_cache_memory_bytes:  # others use the GPU too: of it, only so much must be free
+            more = {"kv_cache_memory_bytes": args.kv_cache_memory_bytes, "gpu_memory_utilization": 0.05}
         if self.device == "cpu":
             more = {"num_gpu_blocks_override": len(texts) * 70 + 8}
         return Job(
@@ -166,7 +168,7 @@ def main() -> None:
     add("--draft-tokens", type=int, default=4, metavar="K", help="[%(default)s]")
     add("--temperature", type=float, default=1.0, metavar="T", help="of the own text [%(default)g]")
     add("--dtype", default="float32", help="[%(default)s]")
-    add("--gpu-memory-utilization", type=float, default=0.9, metavar="SHARE", help="[%(default)g]")
+    add("--kv-cache-memory-bytes", type=int, metavar="N", help="on a GPU that others use too [most of its memory]")
     add("--out", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
     if args.positions % args.window:

@@ -60,7 +60,7 @@ class Load:
     def __init__(self, client: Client, args: argparse.Namespace, model: str, longest: int, texts: list) -> None:
         self.client, self.model, self.longest, self.texts = client, model, longest, texts
         shortest, random_weights = args.shortest or int(args.characters**0.5), bool(args.shape)
-        self.shape = Shape(args.characters, args.tokens, shortest, args.fresh, random_weights)
+        self.shape = Shape(args.characters, args.tokens, shortest, args.fresh, args.exact, random_weights)
         self.always = fixed(model, texts, args.characters, min(32, args.tokens))
         self.seed, self.end, self.concurrency = args.seed, 0.0, args.concurrency
         self.left = args.requests or float("inf")
@@ -81,7 +81,7 @@ class Load:
             drawn = rng.random()
             if drawn < self.shape.malformed:
                 request = malformed(rng, self.model, self.longest)
-            elif drawn > 0.97:
+            elif drawn > 1 - self.shape.exact / 8:
                 request = rng.choice(self.always)
             else:
                 request = well_formed(rng, self.model, self.texts, self.shape)
@@ -203,6 +203,7 @@ def main() -> None:
     )
     add("--shortest", type=int, metavar="N", help="characters or tokens of the shortest prompts [root of the longest]")
     add("--fresh", type=float, default=1 / 3, metavar="SHARE", help="of the prompts that share no beginning [1/3]")
+    add("--exact", type=float, default=1 / 4, metavar="SHARE", help="of exact requests, which find no prefix [1/4]")
     add("--tokens", type=int, default=48, metavar="N", help="most tokens of an answer [%(default)s]")
     add("--patience", type=float, default=300, metavar="S", help="after which a request is lost [%(default)g]")
     add("--text", type=Path, nargs="+", metavar="FILE", help="prompts [modules of Python's library]")
@@ -238,7 +239,18 @@ def main() -> None:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
         made.cleanup()
-    named = ("shape", "minutes", "requests", "concurrency", "characters", "shortest", "fresh", "tokens", "seed")
+    named = (
+        "shape",
+        "minutes",
+        "requests",
+        "concurrency",
+        "characters",
+        "shortest",
+        "fresh",
+        "exact",
+        "tokens",
+        "seed",
+    )
     settings = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
     settings |= malloc() if process is not None else {}
     if args.out:

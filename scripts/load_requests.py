@@ -31,12 +31,13 @@ class Shape(NamedTuple):
     shortest: int
     fresh: float = 1 / 3
     """Share of the prompts that begin at a place of their own; others begin where a text begins."""
+    exact: float = 1 / 4
+    """Share of those that ask for full attention. An eighth as many in all are always the same."""
     random_weights: bool = False
     """Such a model has no template for chats, and its words fit no grammar."""
     cut: float = 0.25
     """Share of the streams that the client cuts."""
     malformed: float = 0.1
-    exact: float = 0.25
 
 
 class Request(NamedTuple):
