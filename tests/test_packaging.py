@@ -120,6 +120,18 @@ def test_an_installed_wheel_says_where_the_demo_pair_is(installed):
     assert "`pip install -e .` in a clone" in done.stderr
 
 
+def test_an_installed_wheel_lists_benchmarks_of_other_shapes(installed):
+    program = "import sys; from specattn_vllm import cli; sys.exit(cli.main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", program, "bench", "engines", "--list", "--modes", "plain"],
+        env=normal_environment(PYTHONPATH=str(installed)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("plain\n")
+
+
 @pytest.fixture
 def built(made_venv, tmp_path):
     """built(folder, umask) -> the files that scripts/build makes, in an environment of its own."""

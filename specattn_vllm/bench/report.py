@@ -118,11 +118,13 @@ def caption(report: Report) -> str:
     settings = report.settings
     *some, last = (f"{length:g}" for length in _lengths(settings))
     several = f"{', '.join(some)} or {last}" if some else last
+    rounds = ""
+    if any(engine.job.draft_tokens for engine in report.engines):
+        rounds = f"{settings['draft_tokens']} draft tokens, {several} tokens a round on average by vLLM's synthetic "
+        rounds += "acceptance. "
     return (
         "Decoded tokens per second of the whole batch (over plain decoding; ours: also over the better stock mode with "
-        f"the same drafter). {settings['draft_tokens']} draft tokens, {several} "
-        f"tokens a round on average by vLLM's synthetic acceptance. {settings['shape_description']}; "
-        f"{where(report.provenance)}."
+        f"the same drafter). {rounds}{settings['shape_description']}; {where(report.provenance)}."
     )
 
 

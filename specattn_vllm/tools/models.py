@@ -56,7 +56,7 @@ def shape_names(with_draft: bool = False) -> list[str]:
     """All, or those that have a draft model."""
     files = (resources.files("specattn_vllm.tools") / "shapes").iterdir()
     names = [DEMO, *sorted(file.name.removesuffix(".json") for file in files if file.name.endswith(".json"))]
-    return [name for name in names if not with_draft or "draft" in load_shape(name).configs]
+    return [name for name in names if not with_draft or name == DEMO or "draft" in load_shape(name).configs]
 
 
 def load_shape(name: str) -> Shape:

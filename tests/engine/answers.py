@@ -36,6 +36,7 @@ def same(expected: Answer, found: Answer, close: float | None = None) -> bool:
     log-probabilities may be apart; None: CLOSE."""
     for ours, theirs, logprob, other in zip(*(found[0], expected[0], found[1], expected[1]), strict=True):
         if abs(logprob - other) > (close or CLOSE):
+            print(f"token {ours} (expected: {theirs}) has {logprob:.5f} in the place of {other:.5f}")
             return False
         if ours != theirs:
             return True

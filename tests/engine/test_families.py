@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
@@ -41,7 +43,8 @@ def of_family(family):
 
     def arguments(name: str) -> tuple[dict, float | None]:
         if name in HYBRID:  # vLLM's linear attention for CPUs takes bfloat16 alone, and rounds more
-            return {"target": family(name), "dtype": "bfloat16", **SHAPE}, 0.3
+            # What vLLM takes for itself on some GPUs needs FlashInfer.
+            return {"target": family(name), "dtype": "bfloat16", "gdn_prefill_backend": "triton", **SHAPE}, 0.3
         if name in LARGE_HEADS and torch.cuda.is_available():
             return {"target": family(name), "dtype": "bfloat16", **SHAPE}, 0.15
         return {"target": family(name), **SHAPE}, None
@@ -128,7 +131,8 @@ def test_it_is_served(name, of_family, engine, random_prompts, counts, sketch_au
         cache, layout = layer.kv_cache, layer.impl.choice.sketch.layout
         pages = cache.stride(0) * cache.element_size() / (cache.shape[2] * cache.shape[1] * layout.kv_bytes)
         # Room for the sketch, and little more; sliding windows' pages are as large.
-        assert 1 < pages < 1.01 + layout.token_bytes / layout.kv_bytes
+        room = math.ceil(layout.block_size * layout.token_bytes / layout.kv_bytes) / layout.block_size
+        assert 1 < pages < 1.01 + room
 
 
 @pytest.fixture
