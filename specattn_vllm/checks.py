@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 from specattn_vllm import compat
 from specattn_vllm.compat.names import resolve
 from specattn_vllm.kernels.contracts import HEAD_SIZES
-from specattn_vllm.layer_kinds import full_layers, has_windows, unsupported_attention
-from specattn_vllm.options import KEY, OptionsError, SpecAttnOptions, refuse_misplaced
+from specattn_vllm.layer_kinds import full_layers, has_windows, soft_cap, unsupported_attention
+from specattn_vllm.options import KEY, SOFT_CAP, OptionsError, SpecAttnOptions, refuse_misplaced
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -51,7 +51,8 @@ def check(vllm_config: VllmConfig) -> None:
         return
     _take_what_the_checkpoint_says(vllm_config)
     options = SpecAttnOptions.from_vllm(vllm_config)
-    reasons = [*_engine(vllm_config), *_models(vllm_config), *_speculation(vllm_config), *options.refusals(vllm_config)]
+    reasons = [*_engine(vllm_config), *_models(vllm_config), *_speculation(vllm_config)]
+    reasons += [*_soft_cap(vllm_config.model_config, options), *options.refusals(vllm_config)]
     if reasons:
         raise UnsupportedError("--attention-backend specattn cannot serve this:\n  " + "\n  ".join(reasons))
     resolve(options.kind.check)(vllm_config, options)
@@ -156,6 +157,16 @@ def _windows(side: str, model: ModelConfig, config: VllmConfig) -> Iterator[str]
             "target: every layer has a sliding window, so there is nothing to choose; serve this model with vLLM's own "
             "backends"
         )
+
+
+def _soft_cap(target: ModelConfig, options: SpecAttnOptions) -> Iterator[str]:
+    if soft_cap(target) is None:
+        return
+    if options.executor == "xformers":
+        yield f"target: executor 'xformers' knows no {SOFT_CAP.removeprefix('a ')}; use 'auto' or 'triton'"
+    if SOFT_CAP in options.cannot_have:
+        remedy = "leave epsilon out" if "epsilon" in options.model_fields_set else "use method 'sketch' or 'dense'"
+        yield f"target: {SOFT_CAP} is not supported by method {options.method!r} as it is set; {remedy}"
 
 
 def _speculation(config: VllmConfig) -> Iterator[str]:

@@ -57,13 +57,16 @@ def others(model: ModelConfig) -> str:
     return "linear attention or Mamba" if model.is_hybrid else "sliding windows"
 
 
+def soft_cap(model: ModelConfig) -> float | None:
+    """The soft cap on attention logits, where a model's configuration has one."""
+    return getattr(model.hf_text_config, "attn_logit_softcapping", None) or None
+
+
 def unsupported_attention(model: ModelConfig) -> Iterator[str]:
     """Kinds of attention that the kernels do not compute."""
     config = model.hf_text_config
     if CHUNKED in layer_types(model) or getattr(config, "attention_chunk_size", None) is not None:
         yield "layers with chunked local attention"
-    if getattr(config, "attn_logit_softcapping", None):
-        yield "soft caps on attention logits"
     if set(layer_types(model)) & set(INDEXED):
         yield "layers that choose their tokens themselves"
     if getattr(config, "ple_layer_ids", None):

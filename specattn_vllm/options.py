@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 KEY = "specattn"
 
+SINKS, SOFT_CAP = "attention sinks", "a soft cap on logits"
+"""Parts of attention that some methods do not compute, as errors name them."""
+
 ExecutorName = Literal["auto", "torch", "triton", "fa3", "xformers"]
 
 
@@ -125,7 +128,7 @@ class SpecAttnOptions(BaseModel):
 
     @property
     def cannot_have(self) -> tuple[str, ...]:
-        """Parts of attention, as errors name them, that the method does not compute."""
+        """Of SINKS and SOFT_CAP, what the method does not compute."""
         return ()
 
     @property

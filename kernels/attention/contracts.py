@@ -26,6 +26,7 @@ SCORED_ROWS = (1, 2)  # per request
         reads the keys several times
     requests         [any]                 int64 or None    the requests to work on, each once, -1: none; the outputs of
         all other requests stay untouched. None: all requests. The grid depends on its length
+    soft_cap                               float or None    logits l become soft_cap * tanh(l / soft_cap)
     """
 )
 def draft_attention(query, kv_cache, out, scored_rows, scores, lse, max_query_len) -> None:
@@ -54,6 +55,7 @@ def draft_attention(query, kv_cache, out, scored_rows, scores, lse, max_query_le
     max_query_len                          int              bound of q_len; meant for up to about 16; larger is correct
         but slow
     lse              [T, Hq]               float32 or None  natural logarithm; -inf for a token that sees no entry
+    soft_cap                               float or None    logits l become soft_cap * tanh(l / soft_cap)
     """
 )
 def sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, max_query_len, lse) -> None:
@@ -76,6 +78,7 @@ def sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, ma
     seq_lens         [R]                   int32         the new tokens included
     query_start_loc  [R + 1]               int32
     sinks            [Hq]                  floats or None  a logit of each query head; see ``sinks.py``
+    soft_cap                               float or None   logits l become soft_cap * tanh(l / soft_cap)
     """
 )
 def dense_attention(query, kv_cache) -> None:

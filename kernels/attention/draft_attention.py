@@ -82,7 +82,7 @@ def launch_config(head_size: int, block_m: int, programs: int = FEW_PROGRAMS + 1
 @checked(contracts.draft_attention)
 def draft_attention(
     query, kv_cache, block_table, seq_lens, query_start_loc, scale, out, scored_rows=None, scores=None, lse=None,
-    max_query_len=1, requests=None, *, config: LaunchConfig | None = None,
+    max_query_len=1, requests=None, soft_cap=None, *, config: LaunchConfig | None = None,
 ) -> None:  # fmt: skip
     """Temporary memory for the parts comes from torch's allocator, under CUDA graph capture from the graph's own pool.
     config: None chooses one by dtype and shapes."""
@@ -113,7 +113,7 @@ def draft_attention(
     tail = (*strides(scored_rows, 1), *strides(out, 2), *strides(lse, 1))
     draft_kernel[(heads * tiles, splits, rows)](
         query, kv_cache, block_table, seq_lens, query_start_loc, requests, scored_rows, scores, out, lse,
-        part_acc, part_lse, scale,
+        part_acc, part_lse, scale, soft_cap,
         *strides(query, 2), *strides(kv_cache, 3), block_table.stride(0), *strides(scores, 2), *tail,
         BLOCK_SIZE=block_size, TILES=tiles, BLOCK_M=block_m, BLOCK=config.block_n, SMALL_DOT=small_dot, **shared,
         num_warps=config.num_warps, num_stages=config.num_stages,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .. import padding
+from .soft_cap import soft_cap_logits
 from .split_kv import log_norm
 
 
@@ -55,7 +56,7 @@ def _store(target, value, rows, j, visible, whole):
 @triton.jit
 def draft_kernel(
     query, kv_cache, block_table, seq_lens, query_start_loc, requests, scored_rows, scores, out, lse, part_acc,
-    part_lse, scale,
+    part_lse, scale, soft_cap,
     stride_qt, stride_qh, stride_b, stride_h, stride_n, stride_tr, stride_sr, stride_sh, stride_wr, stride_ot,
     stride_oh, stride_lr,
     HEADS: tl.constexpr, GROUP: tl.constexpr, C: tl.constexpr, D: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -167,9 +168,14 @@ def draft_kernel(
         inside_elements = padding.both(inside[:, None], elements, D)
         k = tl.load(pair, mask=inside_elements, other=0.0).to(q.dtype)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        if soft_cap is not None:
+            logits = soft_cap_logits(logits, soft_cap)
         if scores is not None:
             if SMALL_DOT:
-                value = (tl.dot(q_scored, tl.trans(k), input_precision="ieee") * scale).to(scores.dtype.element_ty)
+                value = tl.dot(q_scored, tl.trans(k), input_precision="ieee") * scale
+                if soft_cap is not None:
+                    value = soft_cap_logits(value, soft_cap)
+                value = value.to(scores.dtype.element_ty)
                 tl.store(where[:, None] + j[None, :], value, mask=live_scored[:, None] & (j[None, :] < visible_scored))
             else:
                 target = where[:, None] + j[None, :]

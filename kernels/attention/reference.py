@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from ..contracts import checked
 from . import contracts
 from .sinks import weigh_against_sinks
+from .soft_cap import soft_capped
 
 
 def _gather(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Tensor:
@@ -30,7 +31,7 @@ def _gather(kv_cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.
 @checked(contracts.draft_attention)
 def draft_attention(
     query, kv_cache, block_table, seq_lens, query_start_loc, scale, out, scored_rows=None, scores=None, lse=None,
-    max_query_len=1, requests=None,
+    max_query_len=1, requests=None, soft_cap=None,
 ) -> None:  # fmt: skip
     query_heads, size = query.shape[1:]
     heads, block_size = kv_cache.shape[1:3]
@@ -58,6 +59,7 @@ def draft_attention(
         q = query[begin:end] if out is not None else query[[begin + i for i in tokens]]
         q = q.unflatten(1, (heads, group)).transpose(0, 1).reshape(heads, -1, size)
         logits = torch.bmm(q.float() * scale, kv[..., :size].transpose(1, 2)).view(heads, -1, group, length)
+        logits = soft_capped(logits, soft_cap)
         if n > 1:
             visible = torch.tensor([length - (n - 1 - i) for i in tokens], device=query.device)
             hidden = torch.arange(length, device=query.device) >= visible[:, None]
@@ -76,7 +78,9 @@ def draft_attention(
 
 
 @checked(contracts.sparse_attention)
-def sparse_attention(query, kv_cache, page_table, kept, query_start_loc, scale, out, max_query_len, lse=None) -> None:
+def sparse_attention(
+    query, kv_cache, page_table, kept, query_start_loc, scale, out, max_query_len, lse=None, soft_cap=None,
+) -> None:  # fmt: skip
     query_heads, size = query.shape[1:]
     heads, head_rows = kv_cache.shape[1], kv_cache.stride(1) // (2 * size)
     group = query_heads // heads
@@ -105,7 +109,7 @@ def sparse_attention(query, kv_cache, page_table, kept, query_start_loc, scale, 
         kv = kv_pages.index_select(0, ids.flatten()).view(len(live), longest, 2 * size).float()
         q = query[begin:end].unflatten(1, (heads, group)).permute(1, 0, 2, 3)[pick]
         logits = torch.bmm(q.reshape(len(live), n * group, size).float() * scale, kv[..., :size].transpose(1, 2))
-        logits = logits.view(len(live), n, group, longest)
+        logits = soft_capped(logits, soft_cap).view(len(live), n, group, longest)
         if uneven or n > 1:
             visible = have - torch.arange(n - 1, -1, -1, device=query.device)  # [live, n]
             logits.masked_fill_((column >= visible[..., None]).unsqueeze(2), -torch.inf)
@@ -122,7 +126,9 @@ def sparse_attention(query, kv_cache, page_table, kept, query_start_loc, scale, 
 
 
 @checked(contracts.dense_attention)
-def dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, scale, out, sinks=None) -> None:
+def dense_attention(
+    query, kv_cache, block_table, seq_lens, query_start_loc, scale, out, sinks=None, soft_cap=None,
+) -> None:  # fmt: skip
     """Dense causal attention of ragged query rows over the paged cache, in the query dtype. Query token i of the q_len
     tokens of request r attends positions 0..seq_len - q_len + i. Has no Triton version."""
     size = query.shape[2]
@@ -134,6 +140,9 @@ def dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, sca
         if n == 0 or length == 0:
             continue
         kv = _gather(kv_cache, block_table[r, : -(-length // block_size)], length).to(query.dtype)
+        if sinks is not None or soft_cap is not None:
+            attend_by_logits(query[begin:end], kv, scale, out[begin:end], sinks, soft_cap)
+            continue
         mask = None
         if 1 < n < length:  # is_causal aligns top-left, which is correct only for a square
             mask = torch.ones(n, length, dtype=torch.bool, device=query.device).tril_(length - n)
@@ -142,9 +151,19 @@ def dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, sca
             attn_mask=mask, is_causal=n == length and n > 1, scale=scale, enable_gqa=True,
         )  # fmt: skip
         out[begin:end] = attended[0].transpose(0, 1)
-        if sinks is not None:
-            q = query[begin:end].transpose(0, 1).unflatten(0, (kv.shape[0], -1)).float()
-            logits = torch.einsum("hgnd,hld->nhgl", q * scale, kv[..., :size].float())
-            hidden = torch.ones(n, length, dtype=torch.bool, device=query.device).triu_(length - n + 1)
-            lse = logits.masked_fill_(hidden[:, None, None], -torch.inf).logsumexp(-1).flatten(1)
-            weigh_against_sinks(out[begin:end], lse, sinks)
+
+
+def attend_by_logits(query, kv, scale, out, sinks=None, soft_cap=None, seen=None) -> None:
+    """Attention of one request, with what PyTorch's own does not know. query, out [n, Hq, D]; kv [H, length, 2D];
+    seen [n, length] bool: what each row sees; None: the rows are the last n of `length`, and see what is before them.
+    """
+    n, _, size = query.shape
+    heads, length, _ = kv.shape
+    if seen is None:
+        seen = torch.ones(n, length, dtype=torch.bool, device=query.device).tril_(length - n)
+    q = query.transpose(0, 1).unflatten(0, (heads, -1)).float()
+    logits = soft_capped(torch.einsum("hgnd,hld->nhgl", q * scale, kv[..., :size].float()), soft_cap)
+    logits.masked_fill_(~seen[:, None, None], -torch.inf)
+    out.copy_(torch.einsum("nhgl,hld->nhgd", logits.softmax(-1), kv[..., size:].float()).flatten(1, 2))
+    if sinks is not None:
+        weigh_against_sinks(out, logits.logsumexp(-1).flatten(1), sinks)

@@ -21,6 +21,7 @@ import triton.language as tl
 from .. import padding
 from ..contracts import checked, head_size
 from . import contracts
+from .soft_cap import soft_cap_logits
 from .split_kv import LaunchConfig, log_norm, num_splits, strides
 
 # The accumulator of a taller tile would spill. Further rows get tiles of their own, which read the keys again.
@@ -49,7 +50,7 @@ FP32_CONFIG = LaunchConfig(block_n=32, num_warps=8, num_stages=2, waves=2)
 
 @triton.jit
 def _sparse_kernel(
-    query, kv_cache, page_table, kept, query_start_loc, out, lse, part_acc, part_lse, log2_scale,
+    query, kv_cache, page_table, kept, query_start_loc, out, lse, part_acc, part_lse, log2_scale, soft_cap,
     stride_qt, stride_qh, stride_tr, stride_th, stride_kr, stride_kh, stride_ot, stride_oh, stride_lt,
     head_rows, num_query_heads,
     GROUP: tl.constexpr, D: tl.constexpr, SPLITS: tl.constexpr, TILES: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -95,6 +96,8 @@ def _sparse_kernel(
         entry = kv_cache + page.to(tl.int64) * (2 * D)
         k = padding.load(entry[None, :] + d[:, None], inside[:, None], D).to(q.dtype)
         logits = tl.dot(q, k, input_precision="ieee") * log2_scale
+        if soft_cap is not None:
+            logits = soft_cap_logits(logits * 0.6931471805599453, soft_cap) * 1.4426950408889634
         logits = tl.where(j[None, :] < visible[:, None], logits, float("-inf"))
         new_top = tl.maximum(top, tl.max(logits, 1))
         # The maximum of a row is -inf if all its logits so far are masked, and -inf - -inf would be nan.
@@ -155,7 +158,7 @@ def _combine_kernel(
 
 @checked(contracts.sparse_attention)
 def sparse_attention(
-    query, kv_cache, page_table, kept, query_start_loc, scale, out, max_query_len, lse=None,
+    query, kv_cache, page_table, kept, query_start_loc, scale, out, max_query_len, lse=None, soft_cap=None,
     config: LaunchConfig | None = None,
 ) -> None:  # fmt: skip
     """Temporary memory for the parts comes from torch's allocator, under CUDA graph capture from the graph's own pool.
@@ -181,7 +184,7 @@ def sparse_attention(
         part_acc = part_lse.new_empty(tokens, query_heads, splits, size)
     _sparse_kernel[(heads * tiles, rows, splits)](
         query, kv_cache, page_table, kept, query_start_loc, out, lse, part_acc, part_lse,
-        scale * 1.4426950408889634, *query.stride()[:2], page_table.stride(0), table_stride,
+        scale * 1.4426950408889634, soft_cap, *query.stride()[:2], page_table.stride(0), table_stride,
         kept.stride(0), kept_stride, *out.stride()[:2], *strides(lse, 1), head_rows, query_heads,
         GROUP=group, D=size, SPLITS=splits, TILES=tiles, BLOCK_M=block_m, BLOCK=config.block_n,
         num_warps=config.num_warps, num_stages=config.num_stages,

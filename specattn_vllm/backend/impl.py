@@ -14,7 +14,7 @@ from specattn_vllm.backend.metadata import SpecAttnMetadata
 from specattn_vllm.kernels.attention.sinks import weigh_against_sinks
 from specattn_vllm.kernels.contracts import FP8
 from specattn_vllm.kernels.fp8 import rounded
-from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.options import SINKS, SOFT_CAP, SpecAttnOptions
 from specattn_vllm.selection.own_choice import ChoiceBatch, NewEntries
 
 if TYPE_CHECKING:
@@ -57,14 +57,14 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         refused = {
             "ALiBi slopes": alibi_slopes,
             "a sliding window": sliding_window,
-            "a soft cap on logits": logits_soft_cap,
             "a KV cache shared between layers": kv_sharing_target_layer_name,
             "an attention type other than decoder": None if attn_type == AttentionType.DECODER else attn_type,
             **{name: value for name, value in unsupported.items()},
         }
         vllm_config = get_current_vllm_config()
         options = SpecAttnOptions.from_vllm(vllm_config)
-        refused |= {what: value for what, value in {"attention sinks": sinks}.items() if what in options.cannot_have}
+        parts = {SINKS: sinks, SOFT_CAP: logits_soft_cap or None}
+        refused |= {what: value for what, value in parts.items() if what in options.cannot_have}
         for what, value in refused.items():
             if value is not None:
                 raise NotImplementedError(
@@ -73,7 +73,12 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
                 )
         self.sinks = sinks
         """[Hq], the logit of each head's sink: a token without a value, in the denominator of the softmax."""
+        self.soft_cap = logits_soft_cap or None
         self.operations = executors.of_engine(options, torch.device(vllm_config.device_config.device), vllm_config)
+        if self.operations.granularity == "block" and self.soft_cap is not None:
+            raise executors.ExecutorError(
+                f"executor = {self.operations.name!r} knows no soft cap on logits: use 'auto' or 'triton'"
+            )
         if self.operations.granularity == "block" and head_size not in executors.BLOCK_HEAD_SIZES:
             raise executors.ExecutorError(
                 f"executor = {self.operations.name!r} reads head sizes 64 and 128, not {head_size}: use 'auto' or "
@@ -132,8 +137,11 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
 
     def _attend(self, name: str, query, kv_cache, md: SpecAttnMetadata, out) -> None:
         """Attention over the cache's numbers as they are: values are not scaled yet."""
-        if md.hook is not None and md.hook.attend(name, query, kv_cache, md, self._scale, out):
-            return
+        if md.hook is not None:
+            if self.sinks is not None or self.soft_cap is not None:
+                raise NotImplementedError("baselines of evaluations attend without sinks and soft caps: leave them out")
+            if md.hook.attend(name, query, kv_cache, md, self._scale, out):
+                return
         if md.choice is not None and self.choice is not None:
             self._choose_and_attend(query, kv_cache, md, out)
             return
@@ -178,13 +186,14 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             out[:tokens],
             step.max_query_len,
             lse,
+            self.soft_cap,
         )
         if confirm is not None:
             confirm(out[:tokens], lse)
         if self.sinks is not None and lse is not None:
             weigh_against_sinks(out[:tokens], lse, self.sinks)
         if self.audit is not None and lse is not None:
-            self.audit.observe(query[:tokens], kv_cache, md, rows, self._scale, lse)
+            self.audit.observe(query[:tokens], kv_cache, md, rows, self._scale, lse, self.soft_cap)
         if rows < md.num_reqs:
             self._dense(query, kv_cache, md, out, first_row=rows, first_token=tokens)
 
@@ -202,4 +211,5 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
             md.max_seq_len,
             self.sinks,
             self.query_scale,
+            self.soft_cap,
         )

@@ -199,13 +199,15 @@ def _dense_attention(
     max_seq_len: int,
     sinks: torch.Tensor | None = None,
     query_scale: float = 1.0,
+    soft_cap: float | None = None,
 ) -> None:
     """Dense causal attention. The two bounds are for CUDA kernels, which cannot read lengths on the host. sinks [Hq]: a
     logit of each query head that is in the denominator of the softmax, and has no value. query_scale: that of executors
-    which turn queries into 8-bit floats, as the cache's elements are."""
+    which turn queries into 8-bit floats, as the cache's elements are. soft_cap: logits l become soft_cap *
+    tanh(l / soft_cap)."""
     from specattn_vllm.kernels import reference
 
-    reference.dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, scale, out, sinks)
+    reference.dense_attention(query, kv_cache, block_table, seq_lens, query_start_loc, scale, out, sinks, soft_cap)
 
 
 def write_kv(

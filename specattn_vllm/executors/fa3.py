@@ -50,6 +50,7 @@ def dense_attention(
     max_seq_len: int,
     sinks: torch.Tensor | None = None,
     query_scale: float = 1.0,
+    soft_cap: float | None = None,
 ) -> None:
     """Dense causal attention on vLLM's own blocks; arguments as in `specattn_vllm.executors`. With an 8-bit cache, FA3
     wants queries of 8 bits too: they are rounded, as in vLLM's own backend."""
@@ -73,6 +74,7 @@ def dense_attention(
         softmax_scale=scale,
         block_table=block_table,
         s_aux=sinks,
+        softcap=soft_cap or 0.0,
     )
 
 
@@ -93,6 +95,7 @@ def sparse_attention(
     out: torch.Tensor,
     max_query_len: int,
     lse: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     """Attention over the pages of a table. The contract is that of `kernels/attention/sparse_attention.py`, with three
     differences: a (request, head) with kept = 0 gets zeros, while our kernel leaves its rows unchanged; FA3 refuses
@@ -113,6 +116,7 @@ def sparse_attention(
             out,
             max_query_len,
             lse,
+            soft_cap,
         )
         return
     order, starts = _head_major(query_start_loc, tokens, kept.shape[0], heads, max_query_len)
@@ -130,6 +134,7 @@ def sparse_attention(
         folded_out,
         max_query_len,
         folded_lse,
+        soft_cap,
     )
     # Row i of the folded result is row order[i] of (token, head).
     out.view(split).index_copy_(0, order, folded_out)
@@ -137,7 +142,7 @@ def sparse_attention(
         lse.view(split[:2]).index_copy_(0, order, folded_lse)
 
 
-def _attend(query, pages, page_table, kept, query_start_loc, scale, out, max_query_len, lse) -> None:
+def _attend(query, pages, page_table, kept, query_start_loc, scale, out, max_query_len, lse, soft_cap) -> None:
     size = query.shape[-1]
     result = _flash_attention()(
         q=query,
@@ -151,6 +156,7 @@ def _attend(query, pages, page_table, kept, query_start_loc, scale, out, max_que
         softmax_scale=scale,
         block_table=page_table,
         return_softmax_lse=lse is not None,
+        softcap=soft_cap or 0.0,
     )
     if lse is not None:
         lse.copy_(result[1].transpose(0, 1))

@@ -21,6 +21,7 @@ def dense_attention(
     max_seq_len: int,
     sinks: torch.Tensor | None = None,
     query_scale: float = 1.0,
+    soft_cap: float | None = None,
 ) -> None:
     """Dense causal attention by vLLM's own Triton kernel; arguments as in `specattn_vllm.executors`."""
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
@@ -43,7 +44,7 @@ def dense_attention(
         causal=True,
         window_size=(-1, -1),
         block_table=block_table,
-        softcap=0,
+        softcap=soft_cap or 0,
         q_descale=None,
         k_descale=one,
         v_descale=one,

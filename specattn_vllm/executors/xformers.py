@@ -89,6 +89,7 @@ def sparse_attention(
     out: torch.Tensor,
     max_query_len: int,
     lse: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     """Causal attention over the blocks of a table; launches on the current stream and never waits for the device.
 
@@ -100,6 +101,7 @@ def sparse_attention(
     """
     contracts.sparse_attention(query, kv_cache, page_table, kept, query_start_loc, out, max_query_len, lse)
     expect(page_table.shape[1] == 1, "page_table", f"{page_table.shape[1]} groups", "1: blocks hold all heads")
+    expect(soft_cap is None, "soft_cap", soft_cap, "None: xformers has none")
     expect(query.dtype != torch.float32, "query", query.dtype, "torch.float16 or torch.bfloat16")
     expect(max_query_len <= MAX_QUERY_LEN, "max_query_len", max_query_len, f"at most {MAX_QUERY_LEN}")
     rows, _, width = page_table.shape

@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt
 
 from specattn_vllm.methods.budget import AuditedOptions, BudgetOptions
 from specattn_vllm.methods.refusals import another_drafter, other_layers
-from specattn_vllm.options import for_researchers
+from specattn_vllm.options import SINKS, SOFT_CAP, for_researchers
 
 SPECULATOR = "specattn_vllm.speculation.speculator.SpecAttnSpeculator"
 
@@ -34,7 +34,7 @@ class ByDraftOptions(BudgetOptions, AuditedOptions):
 
     @property
     def cannot_have(self) -> tuple[str, ...]:
-        return ("attention sinks",)  # what captures scores attends without them
+        return SINKS, SOFT_CAP  # what captures scores attends without them
 
     def refusals(self, config: Any) -> Iterator[str]:
         yield from other_layers(config, self.method)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from specattn_vllm.methods.refusals import another_drafter, other_layers
-from specattn_vllm.options import SpecAttnOptions
+from specattn_vllm.options import SINKS, SOFT_CAP, SpecAttnOptions
 
 # An estimate, not measured: below this, even a draft step that read no KV entry would save only a thirtieth of the
 # bytes that a step of an 8B model reads.
@@ -25,7 +25,7 @@ class SelfDraftOptions(SpecAttnOptions):
 
     @property
     def cannot_have(self) -> tuple[str, ...]:
-        return ("attention sinks",)  # what captures scores attends without them
+        return SINKS, SOFT_CAP  # what captures scores attends without them
 
     def draft_model(self, target: str, given: str | None) -> str | None:
         return target

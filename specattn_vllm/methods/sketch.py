@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from specattn_vllm.methods.base import Method
 from specattn_vllm.methods.budget import AuditedOptions, SketchedDraftOptions, ratio_field, sparse_draft_field
-from specattn_vllm.options import for_researchers
+from specattn_vllm.options import SOFT_CAP, for_researchers
 
 
 class SketchOptions(SketchedDraftOptions, AuditedOptions):
@@ -41,6 +41,10 @@ class SketchOptions(SketchedDraftOptions, AuditedOptions):
     @property
     def searched_bits(self) -> int:
         return self.sketch_bits
+
+    @property
+    def cannot_have(self) -> tuple[str, ...]:
+        return () if self.epsilon is None else (SOFT_CAP,)  # the sample's tokens are weighed without it
 
     @model_validator(mode="after")
     def _what_is_shared_is_a_fixed_share(self) -> Self:

@@ -207,6 +207,7 @@ class LayerAudit:
         rows: int,
         scale: float,
         lse: torch.Tensor,
+        soft_cap: float | None = None,
     ) -> None:
         """Measure the chosen pairs. query [T, Hq, D] and lse [T, Hq] are those of the step's first `rows` rows, which
         may read a selection."""
@@ -223,5 +224,6 @@ class LayerAudit:
             None,
             audit.lse_full[i, :rows],
             requests=audit.requests[i, : audit.at_most(rows)],
+            soft_cap=soft_cap,
         )
         torch.index_select(lse, 0, audit._first_rows[:rows], out=audit.lse_selected[i, :rows])

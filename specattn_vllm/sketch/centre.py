@@ -107,5 +107,6 @@ def _attend_in_window(
     """In the place of an implementation's `forward`, whose arguments it takes after `layer`."""
     del module, kv_cache, attn_metadata, scales
     window, size, sinks = layer.sliding_window, layer.impl.head_size, getattr(layer.impl, "sinks", None)
-    attend_densely(query, key, value, layer.impl.scale, output, head_size=size, window=window, sinks=sinks)
+    more = {"sinks": sinks, "soft_cap": getattr(layer.impl, "logits_soft_cap", None) or None}
+    attend_densely(query, key, value, layer.impl.scale, output, head_size=size, window=window, **more)
     return output

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 
-from specattn_vllm.kernels.attention.sinks import weigh_against_sinks
+from specattn_vllm.kernels.attention.reference import attend_by_logits
 from specattn_vllm.kernels.sketch.layout import sketch_views
 from specattn_vllm.selection.own_choice import LayerChoice
 from specattn_vllm.selection.pages import page_strides
@@ -27,24 +27,25 @@ def attend_densely(
     head_size: int,
     window: int | None = None,
     sinks: torch.Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> None:
     """Causal attention of one sequence without a KV cache. query, output [T, Hq, D] or flat; key, value [T, H, D] or
     flat. window: how many tokens a row sees, its own included; None for all. sinks [Hq]: the heads' sinks, if they have
-    any."""
+    any. soft_cap: of the logits, if they have one."""
     tokens = query.shape[0]
     query, key, value, output = (x.view(tokens, -1, head_size) for x in (query, key, value, output))
     q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
     seen = None
-    if window is not None or sinks is not None:
-        seen = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril_().triu_(1 - (window or tokens))
-    attended = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=True
-    )
-    output.copy_(attended[0].transpose(0, 1))
-    if sinks is not None and seen is not None:
-        keys = k[0].repeat_interleave(q.shape[1] // k.shape[1], dim=0).float()
-        logits = torch.bmm(q[0].float() * scale, keys.transpose(1, 2)).masked_fill_(~seen, -torch.inf)
-        weigh_against_sinks(output, logits.logsumexp(-1).transpose(0, 1), sinks)
+    if window is not None:
+        seen = torch.ones(tokens, tokens, dtype=torch.bool, device=query.device).tril_().triu_(1 - window)
+    if sinks is None and soft_cap is None:
+        attended = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=seen is None, scale=scale, enable_gqa=True
+        )
+        output.copy_(attended[0].transpose(0, 1))
+    else:
+        kv = torch.cat((k, v), dim=-1)[0].to(query.dtype)
+        attend_by_logits(query, kv, scale, output, sinks, soft_cap, seen)
 
 
 class LayerSketch(LayerChoice):
@@ -73,7 +74,7 @@ class LayerSketch(LayerChoice):
     def probe(self, impl: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor) -> None:
         """Attend without a cache, and set the centre to the mean of the keys. Arguments as in `LayerChoice`."""
         size = self.sketch.head_size
-        attend_densely(query, key, value, impl.scale, out, head_size=size, sinks=impl.sinks)
+        attend_densely(query, key, value, impl.scale, out, head_size=size, sinks=impl.sinks, soft_cap=impl.soft_cap)
         self.set_centre(key.view(key.shape[0], -1, size).float().mean(0) / impl.key_scale)
 
     def _views(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

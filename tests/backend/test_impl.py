@@ -36,7 +36,6 @@ def layer(monkeypatch):
     [
         ({"alibi_slopes": [1.0]}, "ALiBi slopes"),
         ({"sliding_window": 128}, "a sliding window"),
-        ({"logits_soft_cap": 30.0}, "a soft cap on logits"),
         ({"kv_sharing_target_layer_name": "layers.0"}, "a KV cache shared between layers"),
         ({"attn_type": "encoder"}, "an attention type other than decoder"),
         ({"use_bananas": True}, "use_bananas"),
@@ -49,13 +48,24 @@ def test_what_no_method_computes_is_refused(layer, arguments, what):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_sinks_are_for_methods_that_capture_no_scores(layer, method):
+def test_sinks_and_soft_caps_are_for_methods_that_capture_no_scores(layer, method):
     sinks = torch.zeros(4)
     if method in ("sketch", "dense"):
         assert layer(method, sinks=sinks).sinks is sinks
+        assert layer(method, logits_soft_cap=30.0).soft_cap == 30.0
+        assert layer(method, logits_soft_cap=0).soft_cap is None, "how some models say that they have none"
         return
-    with pytest.raises(NotImplementedError, match=f"models with attention sinks .* with method '{method}'"):
-        layer(method, sinks=sinks)
+    for given, what in (({"sinks": sinks}, "attention sinks"), ({"logits_soft_cap": 30.0}, "a soft cap on logits")):
+        with pytest.raises(NotImplementedError, match=f"models with {what} .* with method '{method}'"):
+            layer(method, **given)
+
+
+def test_an_executor_without_soft_caps_is_refused_with_them(layer, monkeypatch):
+    monkeypatch.setattr(
+        impl.executors, "of_engine", lambda *given: SimpleNamespace(name="xformers", granularity="block")
+    )
+    with pytest.raises(ExecutorError, match="'xformers' knows no soft cap on logits: use 'auto' or 'triton'"):
+        layer("dense", 64, logits_soft_cap=30.0)
 
 
 @pytest.mark.parametrize("size", HEAD_SIZES)

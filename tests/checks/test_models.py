@@ -46,7 +46,6 @@ def test_a_draft_model_with_a_window_is_refused(reasons, method):
     [
         ({"layer_types": ["chunked_attention", "full_attention"]}, "layers with chunked local attention"),
         ({"attention_chunk_size": 8}, "layers with chunked local attention"),
-        ({"attn_logit_softcapping": 50.0}, "soft caps on attention logits"),
         ({"layer_types": ["linear_attention", "indexed_attention"]}, "layers that choose their tokens themselves"),
         ({"ple_layer_ids": [1]}, "layers with embeddings of their own (PLE)"),
     ],
@@ -56,6 +55,23 @@ def test_attention_that_the_kernels_do_not_compute_is_refused(text, what):
     assert list(checks._models(config)) == [
         f"target: {what} are not supported; serve this model with vLLM's own backends"
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "remedy"),
+    [
+        ({"method": "sketch"}, None),
+        ({"method": "dense"}, None),
+        ({"method": "sketch", "epsilon": 0.2}, "is not supported by method 'sketch' as it is set; leave epsilon out"),
+        ({"method": "vegas"}, "is not supported by method 'vegas' as it is set; use method 'sketch' or 'dense'"),
+        ({"method": "dense", "executor": "xformers"}, "executor 'xformers' knows no soft cap on logits; use 'auto'"),
+    ],
+)
+def test_soft_caps_on_logits(options, remedy):
+    capped = model(hf_text_config=SimpleNamespace(attn_logit_softcapping=50.0))
+    parsed = SpecAttnOptions.parse(options)
+    assert remedy in "".join(checks._soft_cap(capped, parsed)) if remedy else not [*checks._soft_cap(capped, parsed)]
+    assert not [*checks._soft_cap(model(hf_text_config=SimpleNamespace(attn_logit_softcapping=None)), parsed)]
 
 
 def test_a_window_that_no_layer_has_is_none():

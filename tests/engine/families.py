@@ -53,6 +53,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2": ("Olmo2Config", {}),
     "olmo3": ("Olmo3Config", WINDOWED),
     "gemma3": ("Gemma3TextConfig", WINDOWED | {"query_pre_attn_scalar": 64, "tie_word_embeddings": True}),
+    # Caps so low that they matter: they are 50 in Gemma 2.
+    "gemma2": (
+        "Gemma2Config",
+        WINDOWED | {"query_pre_attn_scalar": 64, "tie_word_embeddings": True, "attn_logit_softcapping": 2.0},
+    ),
     "cohere2": ("Cohere2Config", WINDOWED | {"tie_word_embeddings": True}),
     "exaone4": ("Exaone4Config", WINDOWED),
     # With attention sinks, in layers with and without a window.

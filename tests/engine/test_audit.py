@@ -29,8 +29,8 @@ def plainly(monkeypatch):
         tables[:] = [page_table, kept]
         read(self, query, kv_cache, md, step, page_table, kept, out, *more)
 
-    def watch(self, query, kv_cache, md, rows, scale, lse):
-        observe(self, query, kv_cache, md, rows, scale, lse)
+    def watch(self, query, kv_cache, md, rows, scale, lse, soft_cap):
+        observe(self, query, kv_cache, md, rows, scale, lse, soft_cap)
         name, (page_table, kept) = self._audit.layers[self._index], tables
         block_stride, head_stride, token_stride = page_strides(kv_cache)
         size = query.shape[-1]

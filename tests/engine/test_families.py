@@ -22,10 +22,10 @@ NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2
 OPTIONS = {"method": "sketch", "ratio": 0.2, "min_tokens": 40, "recent_tokens": 16, "crossover_tokens": 0}
 
 # Layers that see all of the context; the others have a sliding window or linear attention, and are vLLM's own.
-FULL = {"olmo3": 2, "gemma3": 2, "cohere2": 2, "exaone4": 2, "gpt-oss": 3, "granite": 2, "qwen3-next": 2}
+FULL = {"olmo3": 2, "gemma2": 2, "gemma3": 2, "cohere2": 2, "exaone4": 2, "gpt-oss": 3, "granite": 2, "qwen3-next": 2}
 # Llama is what all other tests have.
 HYBRID = ("qwen3-next",)
-LARGE_HEADS = ("gemma", "nemotron", "gemma3")
+LARGE_HEADS = ("gemma", "nemotron", "gemma2", "gemma3")
 FAMILIES = ["gemma", "phi3-mini", "nemotron", "qwen2", "qwen3", "qwen3-moe", "mistral", "phi", "glm4", "olmo2", *FULL]
 
 
@@ -133,6 +133,18 @@ def test_it_is_served(name, of_family, engine, random_prompts, counts, sketch_au
         # Room for the sketch, and little more; sliding windows' pages are as large.
         room = math.ceil(layout.block_size * layout.token_bytes / layout.kv_bytes) / layout.block_size
         assert 1 < pages < 1.01 + room
+
+
+def test_a_soft_cap_in_what_is_read_and_in_audits(of_family, engine, random_prompts, counts, answers, same):
+    """Nearly all is listed and read, so it is nearly plain decoding, and audits find nearly no loss."""
+    arguments, _ = of_family("gemma2")
+    plain = answers(engine(None, **arguments), random_prompts, NEW_TOKENS)
+    llm = engine(OPTIONS | {"ratio": 0.98, "audit_share": 1.0}, speculative_config=NGRAMS, **arguments)
+    found = answers(llm, random_prompts, NEW_TOKENS)
+    assert counts(llm).sparse_rows > 20
+    assert all(map(same, plain, found, [0.1] * len(plain)))
+    [report] = llm.collective_rpc("specattn_audit")
+    assert all(of["pairs"] and of["retained_mean"] == pytest.approx(0.98, abs=0.02) for of in report.values())
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ POINTERS = {
     "table": "i64", "positions": "i32", "worth": "fp32",
 }
 SCALARS = {
-    "log2_scale": "fp32", "scale": "fp32", "weight": "fp32",
+    "log2_scale": "fp32", "scale": "fp32", "weight": "fp32", "soft_cap": "fp32",
     **dict.fromkeys(("head_rows", "num_query_heads", "block_size", "per_block", "per_head", "per_token", "words",
                      "width", "heads", "rows", "entries", "shared_by", "layers", "dense_layers", "p_fixed", "f_fixed",
                      "min_tokens", "max_tokens", "sink", "recent"), "i32"),
@@ -59,15 +59,16 @@ eight = [("bf16", 96, 2, EIGHT)] if CAPABILITY >= 89 else []
 for dtype, size, group, cache in (("bf16", 128, 4, {}), ("fp16", 64, 1, {}), ("bf16", 192, 4, {}), *eight):
     for lse, splits, tiles in ((False, 4, 1), (True, 4, 2), (True, 1, 1), (False, 1, 2)):
         config = sparse_attention.CONFIGS[padded(size), False]
-        more = {"GROUP": group, "D": size, "SPLITS": splits, **({} if lse else {"lse": None})}
-        compiled(sparse_attention._sparse_kernel, dtype, config.num_warps, {"groups": "i32", **cache}, TILES=tiles,
-                 BLOCK_M=16, BLOCK=config.block_n, **more)
+        more = {"GROUP": group, "D": size, "SPLITS": splits, "soft_cap": None, **({} if lse else {"lse": None})}
+        cap = {"soft_cap": "fp32"} if lse and splits == 1 else {}
+        compiled(sparse_attention._sparse_kernel, dtype, config.num_warps, {"groups": "i32", **cache, **cap},
+                 TILES=tiles, BLOCK_M=16, BLOCK=config.block_n, **more)
         if splits > 1:
             compiled(sparse_attention._combine_kernel, dtype, 1, {"groups": "i32"}, **more)
     # A draft's step, the same in parts, a verification with two scored rows, and an audit.
     for out, scores, c, splits, some in ((1, 1, 1, 1, 0), (1, 1, 1, 4, 0), (1, 1, 2, 4, 0), (0, 0, 1, 4, 1)):
         config = draft_attention.CONFIGS[padded(size), 32]
-        given = {"out": out, "scores": scores, "requests": some}
+        given = {"out": out, "scores": scores, "requests": some, "soft_cap": some}
         shared = {"HEADS": 8, "GROUP": group, "C": c, "D": size, "SPLITS": splits,
                   **{name: None for name in given if not given[name]}}
         compiled(draft_kernel.draft_kernel, dtype, config.num_warps, cache, BLOCK_SIZE=16, TILES=1, BLOCK_M=32,
