@@ -109,8 +109,10 @@ def main() -> None:
     begin = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, steps=256)
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.01, 0.05], metavar="S", help="[0.01 0.05]")
-    parser.add_argument("--window", type=int, default=16, metavar="N", help="steps [%(default)s]")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[0.01, 0.05], metavar="S", help="of audit_share [0.01 0.05]"
+    )
+    parser.add_argument("--window", type=int, default=16, metavar="N", help="steps of a window [%(default)s]")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
     watch = Watch(args.shares)

@@ -24,9 +24,11 @@ from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the forcing is inside the engine's process
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself under PYTHONSAFEPATH=1
+import given
 import numpy as np
 import torch
 from drift_hooks import dense_every, drafting
+from refusal import Refused
 
 from specattn_vllm.evaluation.engine import engine, forced_run
 from specattn_vllm.evaluation.figures import estimate
@@ -35,6 +37,7 @@ from specattn_vllm.evaluation.job import Job, text_tokens
 from specattn_vllm.evaluation.schema import Setting
 from specattn_vllm.evaluation.scores import Acceptance, Scores
 from specattn_vllm.evaluation.texts import documents, files
+from specattn_vllm.installed import UserError
 from specattn_vllm.tools.outputs import write_json
 from specattn_vllm.tools.provenance import provenance
 
@@ -77,7 +80,8 @@ class Study:
         with forcing.installed(), drafting(forcing), engine(job) as llm:
             counted = forced_run(llm, job, forcing, scores, Acceptance(shape[0]))
         scores.close()
-        print(f"{job.name}: KL {scores.kl.mean():.5f}, {time.monotonic() - begin:.0f} s", flush=True)
+        ends = f", of the last {self.args.window} positions {scores.kl[:, -self.args.window :].mean():.5f}"
+        print(f"{job.name}: KL {scores.kl.mean():.5f}{ends}, {time.monotonic() - begin:.0f} s", flush=True)
         return scores, counted.kv_fraction
 
     def written(self, options: dict, prompts: list[list[int]], length: int) -> list[list[int]]:
@@ -157,17 +161,30 @@ def _with_interval(values: np.ndarray) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--target", type=Path, required=True, metavar="FOLDER")
-    add("--text", type=Path, nargs="+", required=True, metavar="FILE", help="a document each")
+    add(
+        "--target",
+        type=given.model,
+        required=True,
+        metavar="FOLDER",
+        help="the model, e.g. what scripts/real_model prints",
+    )
+    add("--text", type=given.document, nargs="+", required=True, metavar="FILE", help="a document each")
     add("--context", type=int, default=2500, metavar="N", help="tokens of the prompts [%(default)s]")
     add("--positions", type=int, default=4096, metavar="N", help="decoded after it [%(default)s]")
     add("--window", type=int, default=256, metavar="N", help="positions of a mean [%(default)s]")
     add("--ratios", type=float, nargs="*", default=[0.125, 0.08], metavar="R", help="along the text [0.125 0.08]")
     add("--own", type=float, nargs="*", default=[0.08], metavar="R", help="ratios that write a text themselves [0.08]")
-    add("--every", type=int, nargs="*", default=[16, 64], metavar="N", help="dense steps [16 64]")
-    add("--draft-tokens", type=int, default=4, metavar="K", help="[%(default)s]")
+    add(
+        "--every",
+        type=int,
+        nargs="*",
+        default=[16, 64],
+        metavar="N",
+        help="also with full attention in each N-th step [16 64]",
+    )
+    add("--draft-tokens", type=int, default=4, metavar="K", help="of the text, in a round [%(default)s]")
     add("--temperature", type=float, default=1.0, metavar="T", help="of the own text [%(default)g]")
-    add("--dtype", default="float32", help="[%(default)s]")
+    add("--dtype", default="float32", help="of weights and KV cache [%(default)s]")
     add("--kv-cache-memory-bytes", type=int, metavar="N", help="on a GPU that others use too [most of its memory]")
     add("--out", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
@@ -177,7 +194,16 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(args.target, local_files_only=True)
     length = text_tokens(args.context, args.positions, args.draft_tokens)
-    found = documents(files(args.text), lambda text: tokenizer(text, verbose=False).input_ids, length, len(args.text))
+    if length > (there := given.positions(args.target)):
+        raise Refused(f"{length} positions for --context and --positions, and the model has {there}: lower one")
+    try:
+        found = documents(
+            files(args.text), lambda text: tokenizer(text, verbose=False).input_ids, length, len(args.text)
+        )
+    except UserError:
+        raise Refused(
+            f"a text has fewer than {length} tokens: leave it out, or lower --context or --positions"
+        ) from None
     study, texts = Study(args), [document.ids for document in found]
     report = provenance() | {"command": shlex.join(["scripts/drift.py", *sys.argv[1:]])}
     report["settings"] = {n: getattr(args, n) for n in ("context", "positions", "window", "draft_tokens", "dtype")}

@@ -123,8 +123,14 @@ def main() -> None:
     begin = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add_arguments(parser, steps=16)
-    parser.add_argument("--audit-share", type=float, default=0.05, help="[0.05]")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument(
+        "--audit-share",
+        type=float,
+        default=0.05,
+        metavar="SHARE",
+        help="of the selections, whose loss is measured [0.05]",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
     found = run(args)
     report = provenance() | {"command": shlex.join(["scripts/guarantee.py", *sys.argv[1:]]), "setup": setup(args)}

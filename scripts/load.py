@@ -33,15 +33,27 @@ import numpy as np
 import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself under PYTHONSAFEPATH=1
+import given
 from load_client import Client, Wrong, growth, memory
 from load_requests import Shape, fixed, malformed, well_formed
 from load_server import malloc, of_real_weights, of_shape, token_ids
+from refusal import Refused
 
+from specattn_vllm.causes import of_log
 from specattn_vllm.evaluation.texts import held_out
 from specattn_vllm.tools.models import shape_names
 from specattn_vllm.tools.provenance import provenance
 
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def why(log: str) -> str:
+    """What a server's log says of its end."""
+    return of_log(log) or next((line for line in reversed(log.splitlines()) if line.strip()), "it said nothing")
 
 
 async def until_ready(client: Client, process: subprocess.Popen | None, log: Path, seconds: float = 600) -> None:
@@ -50,9 +62,11 @@ async def until_ready(client: Client, process: subprocess.Popen | None, log: Pat
         try:
             return await client.get("/health")
         except (aiohttp.ClientError, OSError):
-            ended = process is not None and process.poll() is not None
-            if ended or process is None or time.monotonic() > deadline:
-                sys.exit(f"load.py: error: the server {'ended' if ended else 'does not answer'} ({log})")
+            if process is None:
+                raise Refused(f"no server answers at {client.url}, as --url says") from None
+            if (ended := process.poll() is not None) or time.monotonic() > deadline:
+                cause = why(log.read_text(errors="replace"))
+                raise Refused(f"the server {'ended' if ended else 'does not answer'}: {cause} (log: {log})") from None
         await asyncio.sleep(1)
 
 
@@ -117,6 +131,9 @@ class Load:
             with suppress(aiohttp.ClientError, TimeoutError):
                 metrics = await self.client.metrics()
                 of = {name: metrics.get(f"vllm:{name}") for name in GAUGES}
+                if len(self.samples) % 30 == 0:
+                    answered = sum(self.done.values())
+                    say(f"{at - begin:.0f} s: {answered} answered, {self.cut} cut, {len(self.wrong)} wrong")
                 self.samples.append({"second": round(at - begin, 1), "mib": memory(processes), **of})
             await asyncio.sleep(max(0.0, 1 - (time.monotonic() - at)))
 
@@ -138,6 +155,8 @@ class Load:
         if not self.shape.random_weights:
             same = None if before == after else f"{before} before, {after} after"
             checks["greedy exact requests get the same tokens as before"] = same
+        else:
+            say("which tokens greedy exact requests get is not checked: rounding decides it with random weights")
         return checks
 
     async def at_rest(self, seconds: float = 60) -> str | None:
@@ -175,6 +194,7 @@ async def measured(args: argparse.Namespace, process: subprocess.Popen | None, u
     pid = args.pid or (process and process.pid)
     client = Client(url, args.patience)
     try:
+        say(f"waiting for the server (log: {args.log})" if process else f"waiting for {url}")
         await until_ready(client, process, args.log)
         [model, *_] = json.loads(await client.get("/v1/models"))["data"]
         load = Load(client, args, model["id"], model["max_model_len"], texts)
@@ -192,8 +212,8 @@ def main() -> None:
     add("--pid", type=int, help="with --url: the server's first process, to read its memory")
     add("--shape", choices=shape_names(with_draft=True)[1:], help="serve random weights of it, not scripts/serve")
     add("--minutes", type=float, default=10, metavar="N", help="at most [%(default)g]")
-    add("--requests", type=int, metavar="N", help="after which the clients stop [none but by --minutes]")
-    add("--concurrency", type=int, default=64, metavar="N", help="requests at a time [%(default)s]")
+    add("--requests", type=given.positive, metavar="N", help="after which the clients stop [none but by --minutes]")
+    add("--concurrency", type=given.positive, default=64, metavar="N", help="requests at a time [%(default)s]")
     add(
         "--characters",
         type=int,
@@ -206,7 +226,7 @@ def main() -> None:
     add("--exact", type=float, default=1 / 4, metavar="SHARE", help="of exact requests, which find no prefix [1/4]")
     add("--tokens", type=int, default=48, metavar="N", help="most tokens of an answer [%(default)s]")
     add("--patience", type=float, default=300, metavar="S", help="after which a request is lost [%(default)g]")
-    add("--text", type=Path, nargs="+", metavar="FILE", help="prompts [modules of Python's library]")
+    add("--text", type=given.document, nargs="+", metavar="FILE", help="prompts [modules of Python's library]")
     add("--seed", type=int, default=0, metavar="N", help="[%(default)s]")
     add("--log", type=Path, default=Path("load.log"), metavar="FILE", help="of the server [%(default)s]")
     add("--out", type=Path, metavar="FILE", help="JSON; runs of other names in it are kept")
@@ -239,7 +259,7 @@ def main() -> None:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
         made.cleanup()
-    named = (
+    named = [
         "shape",
         "minutes",
         "requests",
@@ -250,13 +270,14 @@ def main() -> None:
         "exact",
         "tokens",
         "seed",
-    )
+    ]
     settings = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
     settings |= malloc() if process is not None else {}
     if args.out:
         runs = json.loads(args.out.read_text()) if args.out.exists() else {}
         args.out.write_text(json.dumps(runs | {args.name: {**of, "settings": settings, **found}}, indent=1) + "\n")
-    print({name: found[name] for name in ("requests", "exact_beside_others", "tokens", "latency_s", "memory")})
+    told = ("requests", "exact_beside_others", "tokens", "latency_s", "preemptions", "memory")
+    print(json.dumps({name: found[name] for name in told}, indent=1))
     for check, wrong in found["checks"].items():
         print(f"{'FAILED' if wrong else 'ok':6} {check}{f': {wrong}' if wrong else ''}")
     sys.exit(any(found["checks"].values()))

@@ -152,7 +152,7 @@ def attempt(folder: Path, mutation: Mutation) -> dict:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.json")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these alone")
     args = parser.parse_args()

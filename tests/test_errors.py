@@ -51,3 +51,19 @@ def test_no_script_ends_in_another_form():
             text = path.read_text()
             for line in re.findall(r".*>&2\n\s+exit [1-9].*", text):
                 assert "error: " in line, (path, line)
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("drift.py", ["--target", "", "--text", __file__, "--out", "x"], "argument --target: '' holds no model: run"),
+        ("audit_error.py", ["--target", "{}", "--text", __file__, "--out", "x"], "argument --target: '{}' holds no"),
+        ("load.py", ["--concurrency", "0"], "argument --concurrency: 0 is not 1 or more"),
+        ("load.py", ["--url", "http://127.0.0.1:9", "--minutes", "0.1"], "no server answers at http://127.0.0.1:9, as"),
+        ("load.py", ["--shape", "tiny", "--log", "{}/log", "--", "--no-such"], "the server ended: "),
+    ],
+)
+def test_scripts_on_engines(script, arguments, message, tmp_path):
+    done = run(sys.executable, "-P", ROOT / "scripts" / script, *(word.format(tmp_path) for word in arguments))
+    assert done.returncode in (1, 2)
+    assert done.stderr.splitlines()[-1].startswith(f"{script}: error: {message.format(tmp_path)}"), done.stderr

@@ -101,16 +101,18 @@ specattn_setup() {
         [ -x "$VENV/bin/python" ] && return
 
     python=$(specattn_python)
-    echo "specattn: installing into $VENV ($MODE, $("$python" --version)); minutes the first time, once only" >&2
     # The GPU and the CPU build of vLLM overwrite each other's files, and a moved venv keeps its old paths: start anew,
     # but only in a folder that this script made.
     if [ ! -e "$VENV/pyvenv.cfg" ]; then
         [ -z "$(ls -A "$VENV" 2>/dev/null)" ] || specattn_die "$VENV is not empty and no venv: set SPECATTN_VENV to another folder"
         "$python" -m venv "$VENV"
     elif [ ! -x "$VENV/bin/python" ] || [ "$(cat "$state/made-for" 2>/dev/null)" != "$MODE $ROOT $VENV" ]; then
-        [ -d "$state" ] || specattn_die "$VENV is a venv made by something else: set SPECATTN_VENV to another folder"
+        [ -d "$state" ] ||
+            specattn_die "$VENV is a venv made by something else: set SPECATTN_VENV to another folder, or use its own" \
+                "vllm serve and python -P -m pytest"
         "$python" -m venv --clear "$VENV"
     fi
+    echo "specattn: installing into $VENV ($MODE, $("$python" --version)); minutes the first time, once only" >&2
     mkdir -p "$state"
     echo "$MODE $ROOT $VENV" >"$state/made-for"
     rm -f "$state/run" "$state/dev" # so that an interrupted install is not taken for a finished one

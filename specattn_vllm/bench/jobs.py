@@ -175,7 +175,10 @@ def check_drafter(mode: str, shape: Shape) -> None:
     drafter = MODES[mode].drafter
     if drafter in (EAGLE, "draft") and drafter not in shape.configs:
         missing = "head of EAGLE-3's" if drafter == EAGLE else "draft model"
-        raise ValueError(f"--modes {mode}: the shape {shape.name} has no {missing}")
+        can = ",".join(
+            name for name in ("plain", "sketch", "sketch-alone") if MODES[name].drafter in (None, *shape.configs)
+        )
+        raise ValueError(f"--modes {mode}: the shape {shape.name} has no {missing}: give --modes {can}")
 
 
 def _job(

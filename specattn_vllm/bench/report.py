@@ -118,8 +118,9 @@ def caption(report: Report) -> str:
     settings = report.settings
     *some, last = (f"{length:g}" for length in _lengths(settings))
     several = f"{', '.join(some)} or {last}" if some else last
-    rounds = ""
-    if any(engine.job.draft_tokens for engine in report.engines):
+    rounds, lengths = "", _lengths(settings)
+    # Engines with rounds of their own are told of in remarks.
+    if any(engine.job.draft_tokens and engine.job.acceptance_length in lengths for engine in report.engines):
         rounds = f"{settings['draft_tokens']} draft tokens, {several} tokens a round on average by vLLM's synthetic "
         rounds += "acceptance. "
     return (

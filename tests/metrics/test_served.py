@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import socket
 import sys
 import tempfile
 import time
@@ -108,11 +109,13 @@ class Served:
 
 @pytest.fixture
 def server(server_class, tmp_path):
-    """server(*arguments) -> a server that answers."""
+    """server(*arguments, others=()) -> a server that answers. others: arguments of a second process beside it."""
     started = []
 
-    def start(*arguments: str) -> Served:
-        started.append(Served(server_class, tmp_path, *arguments))
+    def start(*arguments: str, others: tuple[str, ...] = ()) -> Served:
+        for number, given in enumerate([others, ()] if others else [()]):
+            (folder := tmp_path / f"{number}").mkdir()
+            started.append(Served(server_class, folder, *arguments, *given))
         started[-1].server.wait_until_ready()
         return started[-1]
 
@@ -241,6 +244,25 @@ def test_data_parallel_engines_each_count_their_own(server):
         rounds = {engine: float(count) for engine, count in found}
         time.sleep(0.2)
     assert all(rounds.values()), rounds
+
+
+@pytest.mark.long
+def test_two_nodes(server):
+    """Two groups of workers on one machine, as `--nnodes` has them on two: the second group is without a server."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    nodes = ("--tensor-parallel-size", "2", "--nnodes", "2", "--master-addr", "127.0.0.1", "--master-port", str(port))
+    chosen = options(method="sketch", ratio=0.2, min_tokens=32, crossover_tokens=0)
+    one = server(*drafting(), *chosen, *nodes, others=("--node-rank", "1", "--headless"))
+    one.complete(900)
+    first, second = one.counts()
+    assert first.sparse_rows > 4 and 0 < first.kv_read < first.kv_full
+    assert (first.rounds, first.kv_full) == (second.rounds, second.kv_full)
+    assert second.kv_read == pytest.approx(first.kv_read, rel=0.1), "each reads what its own heads choose"
+    # What another machine counts is not seen here.
+    seen = one.metrics_once(of([first]))
+    assert ("specattn:kv_entries_read_total", "verification", "1") not in seen
 
 
 def test_without_vllm_s_metrics_there_are_none_of_ours(server):
