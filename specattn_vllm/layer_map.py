@@ -10,15 +10,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, ValidationError, model_validator
 
-from specattn_vllm import methods
+from specattn_vllm import data_file, methods
 from specattn_vllm.fingerprint import ModelFacts
 
 SCHEMA = "specattn-layer-map/1"
 UNIFORM = "uniform"
 LARGEST = 8 * 2**20
 """Bytes of a map's file. A map with heads of 200 layers of 128 KV heads has a tenth of them."""
+MOST = 10
+"""Problems of a file that its error tells."""
 GONE = ("shares", "induction")
 """Keys of older maps. Their features no longer exist, and ignoring the keys would silently change what is served."""
 
@@ -35,12 +37,12 @@ class LayerMap(BaseModel):
     schema_: Literal["specattn-layer-map/1"] = Field(alias="schema")
     """Its key in the file is `schema`. That name would hide a method of BaseModel here."""
     method: Literal["specattn", "sts"]
-    calibrated: bool
+    calibrated: StrictBool
     target: ModelFacts
     draft: ModelFacts
-    layers: tuple[int | None, ...]
+    layers: tuple[StrictInt | None, ...]
     """Draft layer for each target layer; None: the target layer is dense."""
-    heads: tuple[tuple[int, ...] | None, ...] | None = None
+    heads: tuple[tuple[StrictInt, ...] | None, ...] | None = None
     """Draft KV head for each target layer and KV head; None for dense layers. Only for method 'sts'."""
     provenance: dict[str, Any] = {}
 
@@ -146,24 +148,30 @@ def shipped() -> dict[str, Path]:
 def read(path: Path) -> LayerMap:
     """Parse one file. Raises LayerMapError, which names the file and each problem."""
     try:
-        if path.stat().st_size > LARGEST:
-            raise LayerMapError(
-                f"layer map {path} has {path.stat().st_size:,} bytes, and none has more than {LARGEST:,}"
-            )
-        if not path.is_file():
-            raise OSError(None, "no regular file")
-        return LayerMap.model_validate_json(path.read_bytes())
+        data = data_file.read(path, LARGEST)
+        data_file.parse(data)
+        return LayerMap.model_validate_json(data)
     except OSError as error:
         raise LayerMapError(
             f"layer_map = {str(path)!r} cannot be read ({error.strerror}). Give the path of a JSON file, 'uniform', "
             f"or a shipped map: {', '.join(shipped()) or 'none'}"
         ) from None
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors()
-        )
-        raise LayerMapError(f"layer map {path} is not valid ({SCHEMA}): {problems}") from None
+        found = error.errors(include_url=False, include_input=False)
+        problems = [
+            f"{'.'.join(map(str, of['loc'])) or 'file'}: {of['msg'].removeprefix('Value error, ')}"
+            for of in found[:MOST]
+        ]
+        raise LayerMapError(_invalid(path, problems, len(found))) from None
+    except ValueError as error:
+        raise LayerMapError(_invalid(path, [f"file: Invalid JSON: {error}"], 1)) from None
+
+
+def _invalid(path: Path, problems: list[str], number: int) -> str:
+    told = [data_file.plain(problem) for problem in problems]
+    if number > len(told):
+        told.append(f"and {number - len(told):,} other problems")
+    return f"layer map {path} is not valid ({SCHEMA}): {'; '.join(told)}"
 
 
 def shipped_file(found: LayerMap) -> Path | None:

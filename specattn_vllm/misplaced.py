@@ -35,7 +35,10 @@ def resembles(name: Any, key: str) -> bool:
 
 def shown(value: Any) -> str:
     """A value that somebody sent, short enough for an error and a log."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # a number of thousands of digits, or what is nested as deep
+        return f"a {type(value).__name__} that is too large to show"
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
 
 

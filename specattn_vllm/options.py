@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from specattn_vllm import misplaced
+from specattn_vllm import data_file, misplaced
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from specattn_vllm.methods.base import Method
 
 KEY = "specattn"
+MOST = 20
+"""Problems that one error tells."""
 
 SINKS, SOFT_CAP = "attention sinks", "a soft cap on logits"
 """Parts of attention that some methods do not compute, as errors name them."""
@@ -57,7 +59,9 @@ class SpecAttnOptions(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        inside = value if isinstance(value, list | tuple) else [value]
+        if annotation is not bool and any(isinstance(one, bool) for one in inside):
             raise ValueError("true and false are no numbers")
         return value
 
@@ -77,7 +81,10 @@ class SpecAttnOptions(BaseModel):
             paper = methods.published(method) if raw.get("preset") == "paper" else {}
             found = method.options.model_validate({"method": method.name, **paper, **raw})
         except ValidationError as error:
-            lines = [_explain(problem, method) for problem in error.errors()]
+            problems = error.errors()
+            lines = [_explain(problem, method) for problem in problems[:MOST]]
+            if len(problems) > MOST:
+                lines.append(f"and {len(problems) - MOST:,} other problems")
         except ValueError as error:
             lines = [str(error)]
         else:
@@ -184,12 +191,12 @@ def _explain(problem: ErrorDetails, method: Method) -> str:
     if problem["type"] == "extra_forbidden":
         if others := owners().get(key):
             return (
-                f"{key} = {problem['input']!r}: method {method.name!r} has no such option. Remove it, or set method to "
-                f"one that has it: {', '.join(others)}"
+                f"{key} = {misplaced.shown(problem['input'])}: method {method.name!r} has no such option. Remove it, "
+                f"or set method to one that has it: {', '.join(others)}"
             )
-        return f"{key}: unknown option; known: {', '.join(fields)}. Remove it or correct its name."
+        return f"{data_file.plain(key)}: unknown option; known: {', '.join(fields)}. Remove it or correct its name."
     message = problem["msg"].removeprefix("Value error, ")
     if not key:
         return message
     name = str(problem["loc"][0])
-    return f"{key} = {problem['input']!r}: {message}. {name}: {fields[name].description}"
+    return f"{key} = {misplaced.shown(problem['input'])}: {message}. {name}: {fields[name].description}"

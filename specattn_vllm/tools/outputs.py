@@ -10,12 +10,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from specattn_vllm import data_file
 from specattn_vllm.installed import UserError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
 Report = TypeVar("Report", bound="BaseModel")
+LARGEST = 256 * 2**20
+"""Bytes of a report."""
 
 
 def output_file(text: str) -> Path:
@@ -66,7 +69,7 @@ def write_json(path: Path, value: Any) -> None:
 def read(path: Path, told: str, *kinds: type[Report]) -> Report:
     """The report in a file, of one of these kinds, by the `kind` that it names; `told` says what writes them."""
     try:
-        given = json.loads(path.read_bytes())
+        given = data_file.parse(data_file.read(path, LARGEST))
         named = given.get("kind") if isinstance(given, dict) else None
         by_name = {kind.model_fields["kind"].default: kind for kind in kinds}
         if named not in by_name:

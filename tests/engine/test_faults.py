@@ -101,12 +101,14 @@ LONG = ("sketch with shared budgets", "sts")
 @pytest.mark.parametrize(
     "setting", [pytest.param(name, marks=pytest.mark.long if name in LONG else ()) for name in SETTINGS]
 )
-def test_pages_that_do_not_fit_harm_nobody_else(setting, engine, prompts):
+def test_pages_that_do_not_fit_harm_nobody_else(setting, engine, prompts, record_property):
     options, arguments = SETTINGS[setting]
     llm = engine(options, **SHAPE | arguments)
     at, given = Engine(llm), prompts(LENGTHS)
     wanted = at.tokens(given)
     assert all(len(tokens) == NEW_TOKENS for tokens in wanted.values())
+
+    injected = 0
 
     # Pages of nobody. A page that somebody gets is poisoned until it is written, token by token.
     for how in (nothing, random_bits):
@@ -124,12 +126,14 @@ def test_pages_that_do_not_fit_harm_nobody_else(setting, engine, prompts):
 
         found = at.tokens(given, spoil)
         assert len(hit) >= 2, "the request ended before anything was done to it"
+        injected += len(hit)
         harmed = found.pop(str(VICTIM))
         assert found == others, f"{how.__name__} in the pages of one request changes another"
         assert len(harmed) == NEW_TOKENS
         assert harmed != wanted[str(VICTIM)], f"{how.__name__}: nothing was done to the request"
 
     assert at.tokens(given) == wanted, "something is left of what was done"
+    record_property("injected", injected)
 
 
 class Flips:
@@ -213,12 +217,12 @@ class Tables:
 
 
 @pytest.mark.parametrize("setting", FLIPPED)
-def test_bits_that_flip_harm_nobody_else(setting, engine, prompts, monkeypatch):
+def test_bits_that_flip_harm_nobody_else(setting, engine, prompts, monkeypatch, record_property):
     options, arguments = FLIPPED[setting]
     at, given = Engine(engine(options, **SHAPE | arguments)), prompts(LENGTHS)
     wanted = at.tokens(given)
     others = {name: tokens for name, tokens in wanted.items() if name != str(VICTIM)}
-    tables = Tables(monkeypatch, at)
+    tables, injected = Tables(monkeypatch, at), 0
 
     for what in (*(("codes", "scales") if at.sketched else ()), "block table", "page table"):
         flips = tables.flips = Flips(at)
@@ -232,7 +236,9 @@ def test_bits_that_flip_harm_nobody_else(setting, engine, prompts, monkeypatch):
         found = at.tokens(given, spoil)
         harmed = found.pop(str(VICTIM))
         assert flips.number > NEW_TOKENS, f"{what}: hardly anything was done to the request"
+        injected += flips.number
         assert found == others, f"bits that flip in the {what} of one request change another"
         assert len(harmed) == NEW_TOKENS
     tables.kind = ""
     assert at.tokens(given) == wanted, "something is left of what was done"
+    record_property("injected", injected)

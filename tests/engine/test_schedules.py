@@ -52,12 +52,8 @@ SETTINGS = {
 """Setting -> options with which a part is read of contexts of a hundred tokens, and arguments of the engine."""
 
 LONG = (
-    "sketch with a guarantee",
-    "sketch with an fp8 cache",
     "sketch, drafts by batch size",
     "sketch with n-grams",
-    "sts",
-    "streamingllm",
     "specattn, drafts by batch size",
     "vegas, drafts by batch size",
 )
@@ -157,6 +153,7 @@ def test_random_schedules(setting, engine, texts, tiny_model, audit, sketch_audi
             pytest.fail(_report(setting, first, seed, problem, fresh, len(given)), pytrace=False)
     happened += driver.happened + watch.seen + Counter({"steps": driver.steps})
     record_property("happened", dict(happened))
+    record_property("seeds", [first, first + happened["schedules"] - 1])
     print(f"\n{setting}: {dict(happened)}")
     if SEED is None:
         wanted = {"preempted", "finished", "found a prefix", "keys"}

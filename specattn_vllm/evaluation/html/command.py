@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from specattn_vllm import data_file
 from specattn_vllm.evaluation import results
 from specattn_vllm.installed import UserError, require
 from specattn_vllm.tools import outputs
@@ -40,14 +41,18 @@ def section(path: Path) -> dict[str, Any]:
     from specattn_vllm.evaluation.html import quality, speed
 
     try:
-        given = json.loads(path.read_bytes())
+        given = data_file.parse(data_file.read(path, outputs.LARGEST))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be shown: {error}") from None
     kind = given.get("kind") if isinstance(given, dict) else None
-    if kind == results.KIND:
-        return quality.section(path.name, results.read(path))
-    if kind == schema.KIND:
-        return speed.section(path.name, outputs.read(path, "specattn bench", schema.Report))
+    try:
+        if kind == results.KIND:
+            return quality.section(path.name, results.read(path))
+        if kind == schema.KIND:
+            return speed.section(path.name, outputs.read(path, "specattn bench", schema.Report))
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        missing = data_file.plain(f"{type(error).__name__}: {error}")
+        raise UserError(f"{path} cannot be shown: it lacks what such reports have ({missing})") from None
     raise UserError(
         f"{path} cannot be shown: its kind is {json.dumps(kind)}; the page takes reports of `{results.COMMAND}` "
         f"({json.dumps(results.KIND)}) and of `{schema.COMMAND}` ({json.dumps(schema.KIND)})"
