@@ -7,6 +7,7 @@ import base64
 import html
 import itertools
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -161,6 +162,12 @@ def test_a_report_of_lossless_settings_alone_has_no_charts(tmp_path):
     assert not any(tag == "img" for tag, _ in Page(written(tmp_path, report)).seen)
 
 
+def test_a_pipe_is_no_report(tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe")
+    assert cli.main(["report", str(tmp_path / "pipe"), "--out", str(tmp_path / "page.html")]) == 2
+    assert "no regular file" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -172,6 +179,9 @@ def test_a_report_of_lossless_settings_alone_has_no_charts(tmp_path):
         ('{"kind": "specattn-bench-engines"}', "is no report of `specattn bench`"),
         ('{"kind": "specattn-eval-methods"}', "is no report of `specattn eval methods`"),
         (Report(provenance={}, setup={}, results=[]).model_dump_json(), "no dense run in it"),
+        ("[" * 200_000, "nested too deep"),
+        ('{"kind": NaN}', "NaN is no number"),
+        (json.dumps(json.loads(MEASURED.read_text()) | {"setup": {}}), "it lacks what such reports have (KeyError: "),
     ],
 )
 def test_what_is_no_report_is_refused(text, message, tmp_path, capsys):
