@@ -197,19 +197,19 @@ def resolve(name: str | None, target: ModelFacts, draft: ModelFacts, *, method: 
 
     Raises LayerMapError if a named map was made for another method or other models.
     """
-    fits = methods.find(method).maps
+    kind = methods.find(method)
     if name == UNIFORM:
         return uniform(target, draft)
     if name is None:
         maps = [found for path in shipped().values() if _is_taken_for(found := read(path), target, draft)]
-        usable = [found for found in maps if found.method in fits]
-        best = min(usable, key=lambda found: (not found.calibrated, fits.index(found.method)), default=None)
-        return best or uniform(target, draft)
+        ranked = [(kind.map_rank(found.method), found) for found in maps]
+        usable = [(not found.calibrated, rank, found) for rank, found in ranked if rank is not None]
+        return min(usable, key=lambda of: of[:2])[2] if usable else uniform(target, draft)
     found = read(shipped().get(name, Path(name)))
-    if found.method not in fits:
+    if kind.map_rank(found.method) is None:
         raise LayerMapError(
             f"layer_map = {name!r} was made for method {found.method!r}, but method = {method!r} takes maps for "
-            f"{' or '.join(map(repr, fits))}: use another map, or layer_map='uniform'"
+            f"{' or '.join(map(repr, kind.maps))}: use another map, or layer_map='uniform'"
         )
     problems = [
         f"{side} {difference}"

@@ -139,6 +139,11 @@ class SpecAttnOptions(BaseModel):
         return ()
 
     @property
+    def audited(self) -> float:
+        """Share of the pairs of layer and request whose selection is audited."""
+        return 0.0
+
+    @property
     def searched_bits(self) -> int:
         """Bits per element of the sketch that the target searches; 0 if it searches none."""
         return 0

@@ -9,7 +9,6 @@ import torch
 from vllm.logger import init_logger
 
 from specattn_vllm.executors import Operations
-from specattn_vllm.methods.budget import AuditedOptions
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.reporter import Reporter
 from specattn_vllm.selection.audit import Audit
@@ -29,7 +28,7 @@ def prepare_audit(
 ) -> Audit | None:
     """Make the audit, with its buffers, for the target's layers that read a selection. layers: keyed by vLLM's names.
     Returns None if `audit_share` is 0. The reporter logs the results."""
-    if not isinstance(options, AuditedOptions) or not options.audit_share:
+    if not options.audited:
         return None
     impl = next(iter(layers.values())).impl
     audit = Audit(
@@ -39,7 +38,7 @@ def prepare_audit(
         num_heads=impl.num_heads,
         num_kv_heads=impl.num_kv_heads,
         max_num_reqs=max_num_reqs,
-        share=options.audit_share,
+        share=options.audited,
         device=device,
     )
     for name, layer in layers.items():
@@ -50,7 +49,7 @@ def prepare_audit(
     logger.warning(
         "specattn: audit_share = %s: each step reads all keys once more in this share of its (layer, request) pairs, "
         "which takes time; set it to 0 to measure speed",
-        options.audit_share,
+        options.audited,
     )
     return audit
 

@@ -62,6 +62,10 @@ class Method:
     """Import path of a function(runner, options). It is called when vLLM's model runner has loaded its models, before
     the runner measures the memory that is left for the KV cache."""
 
+    def map_rank(self, made_for: str) -> int | None:
+        """How well a layer map that was made for a method suits this one: 0 is best; None: it cannot be used."""
+        return self.maps.index(made_for) if made_for in self.maps else None
+
     @property
     def lossless(self) -> bool:
         """Whether the output is the target's own, because its verification is dense."""

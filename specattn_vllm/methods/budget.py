@@ -71,6 +71,11 @@ class ShareOptions(SpecAttnOptions):
         return True
 
     @property
+    def mass_share(self) -> float:
+        """The share of the attention mass that is kept; 1 where a share of the context is."""
+        return 1.0
+
+    @property
     def amount(self) -> str:
         return f"ratio={self.ratio:g}"
 
@@ -116,6 +121,10 @@ class BudgetOptions(ShareOptions):
         return "top_p" not in self.model_fields_set if self.rule is None else self.rule == "top_k"
 
     @property
+    def mass_share(self) -> float:
+        return 1.0 if self.fixed_budget else self.top_p
+
+    @property
     def amount(self) -> str:
         return super().amount if self.fixed_budget else f"top_p={self.top_p:g}"
 
@@ -140,6 +149,10 @@ class AuditedOptions(SpecAttnOptions):
         "selection. An audit measures how much of the target's attention mass the selection holds. It costs one more "
         "pass over the keys of the pair.",
     )
+
+    @property
+    def audited(self) -> float:
+        return self.audit_share
 
 
 class SketchedDraftOptions(BudgetOptions):

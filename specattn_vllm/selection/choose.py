@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from specattn_vllm.executors import Operations
-from specattn_vllm.methods.budget import BudgetOptions, ShareOptions
+from specattn_vllm.methods.budget import ShareOptions
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Limits:
     def of(cls, options: ShareOptions) -> Limits:
         fixed = options.fixed_budget
         return cls(
-            top_p=options.top_p if isinstance(options, BudgetOptions) and not fixed else 1.0,
+            top_p=options.mass_share,
             min_tokens=options.min_tokens,
             max_tokens=-1 if options.max_tokens is None else options.max_tokens,
             max_fraction=min(options.ratio, options.max_fraction) if fixed else options.max_fraction,

@@ -78,7 +78,7 @@ def announce(
             speculator.vllm_config.speculative_config.draft_model_config.model,
             best,
         )
-    if found.method != best:
+    if options.kind.map_rank(found.method):
         logger.warning(
             "specattn: the layer map has no heads, so the KV heads of target and draft are paired by proportion, which "
             "is not calibrated: expect worse quality at the same KV read. Set layer_map to a map for method '%s' to "

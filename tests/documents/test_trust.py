@@ -41,6 +41,12 @@ def test_the_loads_are_what_was_measured(name):
         assert not of["exact_beside_others"]["others"] and of["settings"]["minutes"] >= 10
 
 
+def test_the_requests_of_schemathesis_are_those_that_were_made():
+    found = json.loads((ROOT / "docs/results/cpu-schemathesis.json").read_text())
+    assert f"| {found['cases']} requests for completions and chats: none" in PAGE
+    assert not found["failures"] and not found["errors"]
+
+
 def test_the_memory_of_one_process_is_what_was_measured():
     samples = json.loads((ROOT / "docs/results/cpu-memory.json").read_text())["samples"]
     half, end = (sample for sample in samples if sample["requests"] in (512, 1024))
