@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from specattn_vllm.methods import METHODS
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/trust.md").read_text()
 LOADS = {
@@ -45,6 +47,20 @@ def test_the_requests_of_schemathesis_are_those_that_were_made():
     found = json.loads((ROOT / "docs/results/cpu-schemathesis.json").read_text())
     assert f"| {found['cases']} requests for completions and chats: none" in PAGE
     assert not found["failures"] and not found["errors"]
+
+
+def test_the_long_run_is_the_one_that_was_made():
+    found = json.loads((ROOT / "docs/results/long.json").read_text())
+    assert not found["failures"] and set(found["steps_by_method"]) == set(METHODS)
+    fewest = min(found["steps_by_method"].values())
+    assert fewest >= 10_000
+    assert f"{found['steps']:,} steps of random schedules, at least {fewest:,} for each method" in words()
+    assert f"{found['faults_injected']:,} faults injected" in words()
+    schedules = found["schedules"].values()
+    preempted = sum(of.get("preempted", 0) for of in schedules)
+    aborted = sum(count for of in schedules for what, count in of.items() if what.startswith("aborted"))
+    codes = sum(of.get("codes", 0) for of in schedules)
+    assert f"{preempted:,} preemptions and {aborted:,} aborts; {codes:,} codes of keys computed again" in words()
 
 
 def test_the_memory_of_one_process_is_what_was_measured():
