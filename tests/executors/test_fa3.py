@@ -69,9 +69,10 @@ def attend(
     block_table,
     return_softmax_lse=False,
     s_aux=None,
+    softcap=0.0,
 ):
     """Causal attention over pages [P, N, H, D] as `flash_attn_varlen_func` does it, for fa_version=3, causal=True.
-    s_aux [Hq]: a logit of each head that takes mass and has no value.
+    s_aux [Hq]: a logit of each head that takes mass and has no value. softcap: of the logits, 0 for none.
     """
     assert k.shape == v.shape and k.shape[3] == q.shape[2]
     # A zero stride is refused by the tensor memory accelerator.
@@ -95,6 +96,7 @@ def attend(
                 keys = torch.stack([k[p, o, h // group] for p, o in seen]).double()
                 values = torch.stack([v[p, o, h // group] for p, o in seen]).double()
                 logits = softmax_scale * keys @ q[starts[r] + i, h].double()
+                logits = softcap * torch.tanh(logits / softcap) if softcap else logits
                 sink = torch.tensor(-torch.inf if s_aux is None else float(s_aux[h]), dtype=torch.float64)
                 weights = torch.cat((logits, sink[None])).softmax(0)[:-1]
                 row.copy_(weights @ values)
@@ -118,8 +120,8 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(("heads", "groups"), [(2, 1), (2, 2), (1, 1), (3, 3)])
 @pytest.mark.parametrize("lens", [[2, 2, 2], [3, 1, 2], [1, 0, 2], [1, 1, 1]], ids=str)
-@pytest.mark.parametrize("with_lse", [False, True])
-def test_sparse_attention_is_the_reference_s(layout, heads, groups, lens, with_lse):
+@pytest.mark.parametrize(("with_lse", "cap"), [(False, None), (True, None), (True, 1.5)])
+def test_sparse_attention_is_the_reference_s(layout, heads, groups, lens, with_lse, cap):
     torch.manual_seed(0)
     cache = LAYOUTS[layout](heads)
     block, head, token = page_strides(cache)
@@ -135,7 +137,7 @@ def test_sparse_attention_is_the_reference_s(layout, heads, groups, lens, with_l
     for attention in (reference.sparse_attention, fa3.sparse_attention):
         out = torch.full_like(query, torch.nan)
         lse = torch.full((tokens, 2 * heads), torch.nan) if with_lse else None
-        attention(query, cache, page_table, kept, starts, SCALE, out, max(lens), lse)
+        attention(query, cache, page_table, kept, starts, SCALE, out, max(lens), lse, cap)
         results.append((out, lse))
     (wanted, wanted_lse), (out, lse) = results
     assert not wanted.isnan().any()
@@ -166,8 +168,8 @@ def test_rows_that_fill_a_graph_s_batch_get_zeros_and_disturb_nobody(groups):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("blocks", [1, BLOCKS])
-@pytest.mark.parametrize("with_sinks", [False, True])
-def test_dense_attention_is_the_reference_s(layout, heads, blocks, with_sinks):
+@pytest.mark.parametrize(("with_sinks", "cap"), [(False, None), (True, None), (True, 1.5)])
+def test_dense_attention_is_the_reference_s(layout, heads, blocks, with_sinks, cap):
     torch.manual_seed(0)
     cache = LAYOUTS[layout](heads)[:blocks]
     lens, counts = ([4], [3]) if blocks == 1 else ([7, 3, 12], [2, 3, 1])
@@ -181,7 +183,8 @@ def test_dense_attention_is_the_reference_s(layout, heads, blocks, with_sinks):
     query = torch.randn(sum(counts), 2 * heads, SIZE)
     out, wanted = torch.full_like(query, torch.nan), torch.full_like(query, torch.nan)
     sinks = torch.linspace(-1, 2, 2 * heads) if with_sinks else None
-    fa3.dense_attention(query, cache, block_table, seq_lens, starts, SCALE, out, max(counts), max(lens), sinks)
-    reference.dense_attention(query, cache, block_table, seq_lens, starts, SCALE, wanted, sinks)
+    ours = {"sinks": sinks, "soft_cap": cap}
+    fa3.dense_attention(query, cache, block_table, seq_lens, starts, SCALE, out, max(counts), max(lens), **ours)
+    reference.dense_attention(query, cache, block_table, seq_lens, starts, SCALE, wanted, **ours)
     torch.testing.assert_close(out, wanted, rtol=1e-4, atol=1e-5)
     assert not out.isnan().any()
