@@ -161,14 +161,7 @@ def _with_interval(values: np.ndarray) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--target",
-        type=given.model,
-        required=True,
-        metavar="FOLDER",
-        help="the model, e.g. what scripts/real_model prints",
-    )
-    add("--text", type=given.document, nargs="+", required=True, metavar="FILE", help="a document each")
+    given.add_model_and_texts(parser)
     add("--context", type=int, default=2500, metavar="N", help="tokens of the prompts [%(default)s]")
     add("--positions", type=int, default=4096, metavar="N", help="decoded after it [%(default)s]")
     add("--window", type=int, default=256, metavar="N", help="positions of a mean [%(default)s]")
@@ -197,13 +190,13 @@ def main() -> None:
     if length > (there := given.positions(args.target)):
         raise Refused(f"{length} positions for --context and --positions, and the model has {there}: lower one")
     try:
-        found = documents(
-            files(args.text), lambda text: tokenizer(text, verbose=False).input_ids, length, len(args.text)
-        )
-    except UserError:
-        raise Refused(
-            f"a text has fewer than {length} tokens: leave it out, or lower --context or --positions"
-        ) from None
+        read = list(files(args.text))
+    except UserError as error:
+        raise Refused(str(error)) from None
+    try:
+        found = documents(iter(read), lambda text: tokenizer(text, verbose=False).input_ids, length, len(read))
+    except UserError:  # which names arguments that are not ours
+        raise Refused(f"a text has fewer than {length} tokens: leave it out, or lower --context") from None
     study, texts = Study(args), [document.ids for document in found]
     report = provenance() | {"command": shlex.join(["scripts/drift.py", *sys.argv[1:]])}
     report["settings"] = {n: getattr(args, n) for n in ("context", "positions", "window", "draft_tokens", "dtype")}

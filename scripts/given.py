@@ -1,4 +1,4 @@
-"""Kinds of arguments that several scripts take, for argparse."""
+"""Arguments that several scripts take, and kinds of them, for argparse."""
 
 import argparse
 import json
@@ -19,6 +19,14 @@ def document(text: str) -> Path:
     if not path.is_file():
         raise argparse.ArgumentTypeError(f"'{text}' is no file: scripts/real_corpus.py makes texts")
     return path
+
+
+def add_model_and_texts(parser: argparse.ArgumentParser) -> None:
+    """`--target` and `--text`, of scripts that decode documents with a real model."""
+    told = "the model, e.g. what scripts/real_model prints"
+    parser.add_argument("--target", type=model, required=True, metavar="FOLDER", help=told)
+    told = "documents, one request each"
+    parser.add_argument("--text", type=document, nargs="+", required=True, metavar="FILE", help=told)
 
 
 def positive(text: str) -> int:

@@ -44,6 +44,7 @@ from specattn_vllm.evaluation.texts import held_out
 from specattn_vllm.tools.models import shape_names
 from specattn_vllm.tools.provenance import provenance
 
+SETTINGS = "shape", "minutes", "requests", "concurrency", "characters", "shortest", "fresh", "exact", "tokens", "seed"
 GAUGES = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
 
 
@@ -259,19 +260,7 @@ def main() -> None:
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
         made.cleanup()
-    named = [
-        "shape",
-        "minutes",
-        "requests",
-        "concurrency",
-        "characters",
-        "shortest",
-        "fresh",
-        "exact",
-        "tokens",
-        "seed",
-    ]
-    settings = {name: getattr(args, name) for name in named if getattr(args, name) is not None}
+    settings = {name: getattr(args, name) for name in SETTINGS if getattr(args, name) is not None}
     settings |= malloc() if process is not None else {}
     if args.out:
         runs = json.loads(args.out.read_text()) if args.out.exists() else {}

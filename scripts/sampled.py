@@ -12,14 +12,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # its layers are watched
 
 def add_arguments(parser: argparse.ArgumentParser, steps: int) -> None:
     add = parser.add_argument
-    add(
-        "--target",
-        type=given.model,
-        required=True,
-        metavar="FOLDER",
-        help="the model, e.g. what scripts/real_model prints",
-    )
-    add("--text", type=given.document, nargs="+", required=True, metavar="FILE", help="documents, one request each")
+    given.add_model_and_texts(parser)
     add("--context", type=int, default=3000, metavar="N", help="tokens of each prompt [%(default)s]")
     add("--steps", type=int, default=steps, metavar="N", help="tokens sampled after each [%(default)s]")
     add("--ratio", type=float, default=0.125, metavar="R", help="share of the context that is read [%(default)s]")

@@ -9,7 +9,7 @@ from specattn_vllm import compat
 from specattn_vllm.compat.names import resolve
 from specattn_vllm.kernels.contracts import HEAD_SIZES
 from specattn_vllm.layer_kinds import full_layers, has_windows, soft_cap, unsupported_attention
-from specattn_vllm.options import KEY, SOFT_CAP, OptionsError, SpecAttnOptions, refuse_misplaced
+from specattn_vllm.options import KEY, OptionsError, SpecAttnOptions, refuse_misplaced
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -160,13 +160,8 @@ def _windows(side: str, model: ModelConfig, config: VllmConfig) -> Iterator[str]
 
 
 def _soft_cap(target: ModelConfig, options: SpecAttnOptions) -> Iterator[str]:
-    if soft_cap(target) is None:
-        return
-    if options.executor == "xformers":
-        yield f"target: executor 'xformers' knows no {SOFT_CAP.removeprefix('a ')}; use 'auto' or 'triton'"
-    if SOFT_CAP in options.cannot_have:
-        remedy = "leave epsilon out" if "epsilon" in options.model_fields_set else "use method 'sketch' or 'dense'"
-        yield f"target: {SOFT_CAP} is not supported by method {options.method!r} as it is set; {remedy}"
+    if soft_cap(target) is not None and options.executor == "xformers":
+        yield "target: executor 'xformers' knows no soft cap on logits; use 'auto' or 'triton'"
 
 
 def _speculation(config: VllmConfig) -> Iterator[str]:

@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from specattn_vllm import data_file
+
 LONGEST = 80
 ALIKE = 0.82
 """Names that are at least this similar (difflib's ratio) count as misspelt: 'specatn' (0.93), not 'sparse_attn'
@@ -39,7 +41,7 @@ def shown(value: Any) -> str:
         text = repr(value)
     except (RecursionError, ValueError):  # a number of thousands of digits, or what is nested as deep
         return f"a {type(value).__name__} that is too large to show"
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... ({len(text):,} characters)"
+    return data_file.plain(text, LONGEST)
 
 
 def _letters(name: str) -> str:

@@ -147,6 +147,7 @@ WHOLE = json.dumps(MAP)[:-1]
         (', "\\u001b[2J": 1}', "\\x1b[2J: Extra inputs"),
         (', "x": ' + "[" * 200_000, "nested too deep"),
         ("," + ",".join(f'"key{n}": 0' for n in range(100_000)) + "}", "and 99,990 other problems"),
+        ("," + ",".join(f'"key{n}": 0' for n in [*range(400_000), 7]) + "}", "the key 'key7' is there twice"),
     ],
 )
 def test_maps_whose_meaning_is_open_or_whose_errors_are_many(end, told, tmp_path):

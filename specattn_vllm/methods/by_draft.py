@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeInt
 
 from specattn_vllm.methods.budget import AuditedOptions, BudgetOptions
-from specattn_vllm.methods.refusals import another_drafter, other_layers
+from specattn_vllm.methods.refusals import another_drafter, capped_logits, other_layers
 from specattn_vllm.options import SINKS, SOFT_CAP, for_researchers
 
 SPECULATOR = "specattn_vllm.speculation.speculator.SpecAttnSpeculator"
@@ -38,6 +38,7 @@ class ByDraftOptions(BudgetOptions, AuditedOptions):
 
     def refusals(self, config: Any) -> Iterator[str]:
         yield from other_layers(config, self.method)
+        yield from capped_logits(config, f"method {self.method!r}", "use method 'sketch' or 'dense'")
         yield from another_drafter(config, f"method = {self.method!r}")
         if config.speculative_config is None:
             yield (

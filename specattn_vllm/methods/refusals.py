@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from specattn_vllm.layer_kinds import has_others, others
+from specattn_vllm.layer_kinds import has_others, others, soft_cap
+from specattn_vllm.options import SOFT_CAP
 
 
 def nothing_more(config: Any, options: Any) -> None:
@@ -31,6 +32,12 @@ def other_layers(config: Any, method: str) -> Iterator[str]:
             f"target: layers with {others(model)} are not supported by method {method!r}; use method 'sketch' or "
             "'dense'"
         )
+
+
+def capped_logits(config: Any, asks: str, remedy: str) -> Iterator[str]:
+    """For what weighs tokens without the target's soft cap. asks: what does so."""
+    if soft_cap(config.model_config) is not None:
+        yield f"target: {SOFT_CAP} is not supported by {asks}; {remedy}"
 
 
 def large_heads_in_float32(config: Any) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from specattn_vllm.methods.refusals import another_drafter, other_layers
+from specattn_vllm.methods.refusals import another_drafter, capped_logits, other_layers
 from specattn_vllm.options import SINKS, SOFT_CAP, SpecAttnOptions
 
 # An estimate, not measured: below this, even a draft step that read no KV entry would save only a thirtieth of the
@@ -32,6 +32,7 @@ class SelfDraftOptions(SpecAttnOptions):
 
     def refusals(self, config: Any) -> Iterator[str]:
         yield from other_layers(config, self.method)
+        yield from capped_logits(config, f"method {self.method!r}", "use method 'sketch' or 'dense'")
         yield from another_drafter(config, f"method = {self.method!r}")
         spec = config.speculative_config
         if spec is None:

@@ -1,11 +1,13 @@
 """The target's own queries choose the tokens that they read, over a small copy of its keys (docs/sketch.md)."""
 
-from typing import Literal, Self
+from collections.abc import Iterator
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from specattn_vllm.methods.base import Method
 from specattn_vllm.methods.budget import AuditedOptions, SketchedDraftOptions, ratio_field, sparse_draft_field
+from specattn_vllm.methods.refusals import capped_logits
 from specattn_vllm.options import SOFT_CAP, for_researchers
 
 
@@ -45,6 +47,11 @@ class SketchOptions(SketchedDraftOptions, AuditedOptions):
     @property
     def cannot_have(self) -> tuple[str, ...]:
         return () if self.epsilon is None else (SOFT_CAP,)  # the sample's tokens are weighed without it
+
+    def refusals(self, config: Any) -> Iterator[str]:
+        yield from super().refusals(config)
+        if self.epsilon is not None:
+            yield from capped_logits(config, "epsilon", "leave it out")
 
     @model_validator(mode="after")
     def _what_is_shared_is_a_fixed_share(self) -> Self:

@@ -60,6 +60,15 @@ def test_sinks_and_soft_caps_are_for_methods_that_capture_no_scores(layer, metho
             layer(method, **given)
 
 
+@pytest.mark.parametrize("part", [{"sinks": torch.zeros(4)}, {"logits_soft_cap": 30.0}])
+def test_baselines_that_know_neither_are_refused(layer, part):
+    """They would attend without, and be compared with what has them."""
+    metadata = SimpleNamespace(hook=SimpleNamespace(attend=lambda *given: True))
+    layer("sketch")._attend("layer", None, None, metadata, None)
+    with pytest.raises(NotImplementedError, match="attend without sinks and soft caps"):
+        layer("sketch", **part)._attend("layer", None, None, metadata, None)
+
+
 def test_an_executor_without_soft_caps_is_refused_with_them(layer, monkeypatch):
     monkeypatch.setattr(
         impl.executors, "of_engine", lambda *given: SimpleNamespace(name="xformers", granularity="block")

@@ -58,20 +58,33 @@ def test_attention_that_the_kernels_do_not_compute_is_refused(text, what):
 
 
 @pytest.mark.parametrize(
-    ("options", "remedy"),
+    ("options", "told"),
     [
         ({"method": "sketch"}, None),
         ({"method": "dense"}, None),
-        ({"method": "sketch", "epsilon": 0.2}, "is not supported by method 'sketch' as it is set; leave epsilon out"),
-        ({"method": "vegas"}, "is not supported by method 'vegas' as it is set; use method 'sketch' or 'dense'"),
+        ({"method": "sketch", "epsilon": 0.2}, "is not supported by epsilon; leave it out"),
+        ({"method": "vegas"}, "is not supported by method 'vegas'; use method 'sketch' or 'dense'"),
+        ({"method": "specattn"}, "is not supported by method 'specattn'; use method 'sketch' or 'dense'"),
         ({"method": "dense", "executor": "xformers"}, "executor 'xformers' knows no soft cap on logits; use 'auto'"),
     ],
 )
-def test_soft_caps_on_logits(options, remedy):
-    capped = model(hf_text_config=SimpleNamespace(attn_logit_softcapping=50.0))
+def test_soft_caps_on_logits(options, told):
     parsed = SpecAttnOptions.parse(options)
-    assert remedy in "".join(checks._soft_cap(capped, parsed)) if remedy else not [*checks._soft_cap(capped, parsed)]
-    assert not [*checks._soft_cap(model(hf_text_config=SimpleNamespace(attn_logit_softcapping=None)), parsed)]
+
+    def reasons(cap):
+        text = SimpleNamespace(attn_logit_softcapping=cap)
+        config = SimpleNamespace(
+            model_config=model(hf_text_config=text, dtype="torch.bfloat16"),
+            speculative_config=None,
+            device_config=SimpleNamespace(device_type="cpu"),
+            lora_config=None,
+            parallel_config=SimpleNamespace(enable_eplb=False),
+        )
+        found = (*checks._soft_cap(config.model_config, parsed), *parsed.refusals(config))
+        return [reason for reason in found if "soft cap" in reason]
+
+    assert reasons(None) == []
+    assert [told in reason for reason in reasons(50.0)] == ([True] if told else [])
 
 
 def test_a_window_that_no_layer_has_is_none():
