@@ -23,9 +23,6 @@ from specattn_vllm.selection.pages import page_strides
 from specattn_vllm.sketch.layer import LayerSketch
 from specattn_vllm.sketch.step import Sketch
 
-CODES_EVERY, KEYS_EVERY = 4, 2
-"""Steps between two looks at the whole cache."""
-
 
 class Watch:
     """Looks at one engine at a time, from `attend` on."""
@@ -266,18 +263,16 @@ class Watch:
     def _caches(self, running: dict[int, Any]) -> None:
         """Keys, values and codes of all computed tokens are right, however they came there."""
         computed = self.runner.req_states.num_computed_tokens.gpu
-        if self.steps % CODES_EVERY == 0:
-            for name, layer in self.sketches.items():
-                for slot, request in running.items():
-                    where = self._where(name, request, int(computed[slot]))
-                    self.cache_checks.codes(layer, *where, f"{request.request_id}, {name}")
-                    self.seen["codes"] += len(where[0])
-        if self.steps % KEYS_EVERY == 0:
-            for name, model in self.first_layers.items():
-                for slot, request in running.items():
-                    where, tokens = self._where(name, request, int(computed[slot])), request.all_token_ids
-                    self.cache_checks.keys(model, self.layers[name], tokens, *where, f"{request.request_id}, {name}")
-                    self.seen["keys"] += len(where[0])
+        for name, layer in self.sketches.items():
+            for slot, request in running.items():
+                where = self._where(name, request, int(computed[slot]))
+                self.cache_checks.codes(layer, *where, f"{request.request_id}, {name}")
+                self.seen["codes"] += len(where[0])
+        for name, model in self.first_layers.items():
+            for slot, request in running.items():
+                where, tokens = self._where(name, request, int(computed[slot])), request.all_token_ids
+                self.cache_checks.keys(model, self.layers[name], tokens, *where, f"{request.request_id}, {name}")
+                self.seen["keys"] += len(where[0])
 
     def _where(self, layer: str, request: Any, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Block, and offset in it, of a request's first tokens."""
