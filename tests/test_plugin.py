@@ -92,7 +92,7 @@ def test_registering_imports_neither_kernels_nor_cuda(tmp_path):
         tmp_path,
     )
     parts = ("", ".graphs", ".leaned_on", ".names", ".patching", ".start", ".worker")
-    names = (*(f"compat{part}" for part in parts), "misplaced", "plugin", "request", "versions")
+    names = (*(f"compat{part}" for part in parts), "data_file", "misplaced", "plugin", "request", "versions")
     modules = ["specattn_vllm", *(f"specattn_vllm.{name}" for name in names)]
     assert report == {"cuda": False, "modules": modules}
 
