@@ -6,17 +6,16 @@ python scripts/options_page.py --check    # exit status 1 if the page is not wha
 
 from __future__ import annotations
 
-import argparse
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself under PYTHONSAFEPATH=1
+import written_page
+
 from specattn_vllm.methods import DEFAULT, METHODS
 from specattn_vllm.options import SpecAttnOptions
 
-PAGE = Path(__file__).parents[1] / "docs" / "options.md"
-SECTION = re.compile(r"(<!-- made by scripts/options_page.py: (\w+) -->\n).*?(<!-- end -->)", re.S)
 MORE = {
     "method": "[each of them](methods.md)",
     "crossover_tokens": "[small batches](tuning.md#small-batches)",
@@ -98,24 +97,6 @@ def table(researchers: bool) -> str:
     return "\n".join(rows) + "\n"
 
 
-def written(page: str) -> str:
-    tables = {"users": table(researchers=False), "researchers": table(researchers=True)}
-    return SECTION.sub(lambda found: f"{found[1]}\n{tables[found[2]]}\n{found[3]}", page)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing")
-    check = parser.parse_args().check
-    page = PAGE.read_text()
-    if (new := written(page)) == page:
-        return 0
-    if check:
-        print(f"options_page: error: {PAGE.name} is not what the models say: run it without --check", file=sys.stderr)
-        return 1
-    PAGE.write_text(new)
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    tables = {"users": table(researchers=False), "researchers": table(researchers=True)}
+    sys.exit(written_page.main("options_page", __doc__.splitlines()[0], written_page.DOCS / "options.md", tables))

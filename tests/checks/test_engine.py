@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -62,6 +63,17 @@ def test_fp8_on_a_gpu_without_such_numbers_is_refused(monkeypatch):
     monkeypatch.setattr(checks, "_before_fp8", lambda: True)
     (reason,) = checks._engine(engine(cache={"cache_dtype": "fp8"}))
     assert reason == "kv_cache_dtype = 'fp8': GPUs older than Ada and Hopper have no such numbers; use 'auto'"
+
+
+@cpu_only
+def test_two_reasons_read_as_the_page_of_refusals_has_them(reasons):
+    page = (Path(__file__).parents[2] / "docs" / "refusals.md").read_text()
+    lines = [
+        line.strip()
+        for line in page.split("    --attention-backend specattn cannot serve this:\n")[1].split("\n\n")[0].splitlines()
+    ]
+    told = reasons(target="narrow", draft=None, options={"method": "sketch"}, pipeline_parallel_size=2)
+    assert told == lines and len(lines) == 2
 
 
 @cpu_only

@@ -58,6 +58,10 @@ def test_the_options_page_is_what_the_models_say():
     subprocess.run([sys.executable, "-P", ROOT / "scripts/options_page.py", "--check"], check=True)
 
 
+def test_the_page_of_refusals_is_what_the_checks_say():
+    subprocess.run([sys.executable, "-P", ROOT / "scripts/refusals_page.py", "--check"], check=True)
+
+
 def test_few_options_are_for_users():
     users = (ROOT / "docs/options.md").read_text().split("## For users")[1].split("## For researchers")[0]
     assert 5 < len(re.findall(r"^\| `\w+` \|", users, re.M)) <= 15
