@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
+
+from specattn_vllm.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"specattn_vllm": ROOT / "specattn_vllm", "specattn_vllm.kernels": ROOT / "kernels"}
@@ -96,3 +99,49 @@ def test_methods_are_data():
         if name.startswith("specattn_vllm.methods"):
             outside = {i.split(".")[0] for i in imported(name, path)} - {"__future__", "specattn_vllm"}
             assert outside <= {"collections", "dataclasses", "importlib", "pydantic", "typing"}, name
+
+
+def conditions_on_methods(source: str, names: set[str], options: set[str]) -> list[str]:
+    """Comparisons with a method or its name, and tests of the class of its options."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare):
+            parts = [node.left, *node.comparators]
+            words = {inner.value for part in parts for inner in ast.walk(part) if isinstance(inner, ast.Constant)}
+            asks = any(isinstance(part, ast.Attribute) and part.attr == "method" for part in parts)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("isinstance", "issubclass"):
+            words, asks = set(), bool({*re.findall(r"\w+", ast.unparse(node.args[1]))} & options)
+        elif isinstance(node, ast.MatchValue):
+            words, asks = {inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant)}, False
+        else:
+            continue
+        if asks or words & names:
+            found.append(ast.unparse(node))
+    return found
+
+
+def test_only_methods_know_methods():
+    """What differs between methods is asked of the method or of its options; docs/add-a-method.md relies on it."""
+    sources = {name: path.read_text() for name, path in modules().items()}
+    inside = {name: source for name, source in sources.items() if name.startswith("specattn_vllm.methods")}
+    options = {
+        node.name
+        for source in inside.values()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ClassDef)
+    }
+    assert "SketchOptions" in options
+    found = {
+        name: conditions
+        for name, source in sources.items()
+        if name not in inside and (conditions := conditions_on_methods(source, {*METHODS}, options))
+    }
+    # The plugin is called as a method is.
+    assert found.pop("specattn_vllm.info") == ["'specattn' not in allowed.split(',')"]
+    assert found == {}
+
+
+def test_the_test_above_sees_conditions():
+    source = "a = options.method == x\nb = name in ('sts', y)\nc = isinstance(o, m.SketchOptions)\nd = 'sts' + z\n"
+    source += "match a:\n    case 'vegas': pass\n"
+    assert len(conditions_on_methods(source, {"sts", "vegas"}, {"SketchOptions"})) == 4

@@ -12,8 +12,7 @@ from vllm.config import ModelConfig, VllmConfig
 from specattn_vllm import executors
 from specattn_vllm.kernels.sketch.contracts import Budget
 from specattn_vllm.layer_kinds import full_layers, stateful_layers
-from specattn_vllm.methods.budget import SketchedDraftOptions
-from specattn_vllm.methods.sketch import SketchOptions
+from specattn_vllm.methods.budget import SketchedDraftOptions, with_sketch
 from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.sketch.budget import budget_of, draft_budget_of
 from specattn_vllm.sketch.step import Shape, Sketch
@@ -23,12 +22,17 @@ from specattn_vllm.stats import Counters
 
 def sizes(config: VllmConfig, options: SpecAttnOptions) -> dict[str, Any]:
     """Bytes of buffers, of weights and of a token's KV entries, and what the device has; all of one rank."""
-    if not isinstance(options, SketchedDraftOptions):
+    with_one = with_sketch(options)
+    if with_one is None:
         return {"unknown": f"buffers of method {options.method} are known once it starts: its log names them"}
+    return _sizes(config, with_one)
+
+
+def _sizes(config: VllmConfig, options: SketchedDraftOptions) -> dict[str, Any]:
     spec, parallel, model = config.speculative_config, config.parallel_config, config.model_config
     drafts = spec.num_speculative_tokens if spec is not None else 0
     budget = draft_budget_of(options)
-    of_target = budget_of(options, options.shared_budget) if isinstance(options, SketchOptions) else budget
+    of_target = budget_of(options, options.heads_share)
     models = [(model, "verification" in options.sparse_readers, _sketch(config, options, model, of_target, drafts + 1))]
     if spec is not None and spec.uses_draft_model():
         draft = spec.draft_model_config

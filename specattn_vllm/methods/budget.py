@@ -155,6 +155,11 @@ class AuditedOptions(SpecAttnOptions):
         return self.audit_share
 
 
+def with_sketch(options: SpecAttnOptions) -> SketchedDraftOptions | None:
+    """Options of a method that may keep a sketch; None if the method has none."""
+    return options if isinstance(options, SketchedDraftOptions) else None
+
+
 class SketchedDraftOptions(BudgetOptions):
     """A budget that a draft model may have too, through a sketch of its keys in the cache."""
 
@@ -177,6 +182,11 @@ class SketchedDraftOptions(BudgetOptions):
     @property
     def sparse_readers(self) -> tuple[str, ...]:
         return (*super().sparse_readers, *(("drafting",) if self.sparse_draft else ()))
+
+    @property
+    def heads_share(self) -> Literal["layers", "heads", "none"]:
+        """The heads of the target that share one budget."""
+        return "none"
 
     @property
     def draft_reads(self) -> str:

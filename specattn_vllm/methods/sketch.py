@@ -41,6 +41,10 @@ class SketchOptions(SketchedDraftOptions, AuditedOptions):
     )
 
     @property
+    def heads_share(self) -> Literal["layers", "heads", "none"]:
+        return self.shared_budget
+
+    @property
     def searched_bits(self) -> int:
         return self.sketch_bits
 

@@ -9,7 +9,7 @@ from specattn_vllm.methods.budget import BudgetOptions, SketchedDraftOptions
 
 
 def budget_of(options: BudgetOptions, shared: str) -> Budget:
-    """The target's budget. `shared`: the heads that share it (`SketchOptions.shared_budget`)."""
+    """The target's budget. `shared`: the heads that share it (`SketchedDraftOptions.heads_share`)."""
     fixed = options.fixed_budget
     return Budget(
         ratio=min(options.ratio, options.max_fraction) if fixed else options.max_fraction,
