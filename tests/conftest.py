@@ -33,7 +33,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in each run, and no clock: other tests run at the same time, and Triton's interpreter is slow.
-# Who only asks whether a test fails (scripts/mutations.py) does not wait for the smallest example that does.
+# Who only asks whether a test fails (scripts/trust/mutations.py) does not wait for the smallest example that does.
 at_once = {"phases": (Phase.explicit, Phase.generate)} if "SPECATTN_FIRST_FAILURE" in os.environ else {}
 settings.register_profile("same", derandomize=True, deadline=None, suppress_health_check=list(HealthCheck), **at_once)
 settings.load_profile("same")

@@ -17,15 +17,19 @@ def run(*command: object) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("real_model.py", ["--from", "absent", "--out", "{}/x"], "--from absent: no such file"),
-        ("distil_draft.py", ["--target", "absent", "--out", "{}/x"], "--target absent holds no model: run scripts/"),
-        ("real_corpus.py", ["--model", "absent", "{}/x"], "absent holds no tokenizer: run scripts/real_model"),
+        ("models/real_model.py", ["--from", "absent", "--out", "{}/x"], "--from absent: no such file"),
+        (
+            "models/distil_draft.py",
+            ["--target", "absent", "--out", "{}/x"],
+            "--target absent holds no model: run scripts/",
+        ),
+        ("models/real_corpus.py", ["--model", "absent", "{}/x"], "absent holds no tokenizer: run scripts/real_model"),
     ],
 )
 def test_scripts(script, arguments, message, tmp_path):
     done = run(sys.executable, "-P", ROOT / "scripts" / script, *(word.format(tmp_path) for word in arguments))
     assert done.returncode in (1, 2)
-    assert done.stderr.splitlines()[-1].startswith(f"{script}: error: {message}")
+    assert done.stderr.splitlines()[-1].startswith(f"{Path(script).name}: error: {message}")
 
 
 def test_shell_scripts(made_venv):
@@ -43,7 +47,7 @@ def test_the_command():
 
 
 def test_no_script_ends_in_another_form():
-    for path in (ROOT / "scripts").glob("*.py"):
+    for path in (ROOT / "scripts").rglob("*.py"):
         for raised in re.findall(r"raise SystemExit\(.*|sys\.exit\(f?\".*", path.read_text()):
             assert path.name == "refusal.py" or ": error: " in raised or "stopped" in raised, (path, raised)
     for path in [*(ROOT / "scripts").iterdir(), *(ROOT / "scripts/lib").iterdir(), ROOT / ".ci/run"]:
@@ -56,14 +60,28 @@ def test_no_script_ends_in_another_form():
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("drift.py", ["--target", "", "--text", __file__, "--out", "x"], "argument --target: '' holds no model: run"),
-        ("audit_error.py", ["--target", "{}", "--text", __file__, "--out", "x"], "argument --target: '{}' holds no"),
-        ("load.py", ["--concurrency", "0"], "argument --concurrency: 0 is not 1 or more"),
-        ("load.py", ["--url", "http://127.0.0.1:9", "--minutes", "0.1"], "no server answers at http://127.0.0.1:9, as"),
-        ("load.py", ["--shape", "tiny", "--log", "{}/log", "--", "--no-such"], "the server ended: "),
+        (
+            "trust/drift.py",
+            ["--target", "", "--text", __file__, "--out", "x"],
+            "argument --target: '' holds no model: run",
+        ),
+        (
+            "trust/audit_error.py",
+            ["--target", "{}", "--text", __file__, "--out", "x"],
+            "argument --target: '{}' holds no",
+        ),
+        ("trust/load.py", ["--concurrency", "0"], "argument --concurrency: 0 is not 1 or more"),
+        (
+            "trust/load.py",
+            ["--url", "http://127.0.0.1:9", "--minutes", "0.1"],
+            "no server answers at http://127.0.0.1:9, as",
+        ),
+        ("trust/load.py", ["--shape", "tiny", "--log", "{}/log", "--", "--no-such"], "the server ended: "),
     ],
 )
 def test_scripts_on_engines(script, arguments, message, tmp_path):
     done = run(sys.executable, "-P", ROOT / "scripts" / script, *(word.format(tmp_path) for word in arguments))
     assert done.returncode in (1, 2)
-    assert done.stderr.splitlines()[-1].startswith(f"{script}: error: {message.format(tmp_path)}"), done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"{Path(script).name}: error: {message.format(tmp_path)}"), (
+        done.stderr
+    )

@@ -1,5 +1,4 @@
-"""The table of errors that the tests must catch fits the code, and what makes them (`scripts/mutations.py`) says what
-happened."""
+"""The table of errors that tests must catch fits the code, and the script that makes them says what happened."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = importlib.util.spec_from_file_location("mutations", ROOT / "scripts" / "mutations.py")
+SCRIPT = importlib.util.spec_from_file_location("mutations", ROOT / "scripts" / "trust" / "mutations.py")
 mutations = importlib.util.module_from_spec(SCRIPT)
 SCRIPT.loader.exec_module(mutations)
 TABLE = mutations.read()
@@ -73,7 +72,7 @@ def attempt(folder: Path, new: str, tests: str) -> dict:
         "error = m.Mutation('n', 'p', 'doubling.py', '2 * x', sys.argv[3], (sys.argv[4],))\n"
         "print(json.dumps(m.attempt(pathlib.Path(sys.argv[2]), error)))"
     )
-    command = [sys.executable, "-P", "-B", "-c", code, ROOT / "scripts", folder, new, tests]
+    command = [sys.executable, "-P", "-B", "-c", code, ROOT / "scripts" / "trust", folder, new, tests]
     return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 

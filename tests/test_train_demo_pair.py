@@ -13,7 +13,9 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
+SCRIPTS = Path(__file__).parents[1] / "scripts" / "models"
+ON_PATH = [str(SCRIPTS), str(SCRIPTS.parent / "lib")]
+"""As when a script is run."""
 OUTPUT = {
     "config.json",
     "generation_config.json",
@@ -29,7 +31,7 @@ def load(name):
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "path", [str(SCRIPTS), *sys.path])  # as when one is run; other tests must not see it
+        patch.setattr(sys, "path", [*ON_PATH, *sys.path])  # other tests must not see it
         spec.loader.exec_module(module)
     return module
 

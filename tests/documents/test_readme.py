@@ -55,11 +55,11 @@ def test_the_tree_names_what_is_there():
 
 
 def test_the_options_page_is_what_the_models_say():
-    subprocess.run([sys.executable, "-P", ROOT / "scripts/options_page.py", "--check"], check=True)
+    subprocess.run([sys.executable, "-P", ROOT / "scripts/pages/options_page.py", "--check"], check=True)
 
 
 def test_the_page_of_refusals_is_what_the_checks_say():
-    subprocess.run([sys.executable, "-P", ROOT / "scripts/refusals_page.py", "--check"], check=True)
+    subprocess.run([sys.executable, "-P", ROOT / "scripts/pages/refusals_page.py", "--check"], check=True)
 
 
 def test_few_options_are_for_users():

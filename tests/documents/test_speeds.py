@@ -149,7 +149,7 @@ def test_the_chart_of_the_readme_has_what_was_measured(tmp_path):
     import sys
 
     out = tmp_path / "speed.svg"
-    subprocess.run([sys.executable, "-P", ROOT / "scripts/readme_chart.py", "--out", out], check=True)
+    subprocess.run([sys.executable, "-P", ROOT / "scripts/pages/readme_chart.py", "--out", out], check=True)
     there, new = (re.findall(r">([^<>]+)</text>", file.read_text()) for file in (ROOT / "docs/images/speed.svg", out))
     assert there == new
     assert f"{speeds_of('h200-sketch-engine', '16x32k')['sketch 8%']:,.0f}" in there

@@ -1,4 +1,4 @@
-"""scripts/drift.py, on the demo pair's target and short texts."""
+"""scripts/trust/drift.py, on the demo pair's target and short texts."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
-SCRIPT = Path(__file__).parents[2] / "scripts/drift.py"
+SCRIPT = Path(__file__).parents[2] / "scripts/trust/drift.py"
 
 
 def test_the_kl_by_position_of_a_long_text(demo_pair, held_out_code, tmp_path):

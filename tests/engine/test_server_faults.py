@@ -201,10 +201,10 @@ def test_no_body_is_the_server_s_error(server, chat, wrong, xargs):
 
 @SHARED
 def test_a_short_load_leaves_nothing_behind(server, tmp_path):
-    """scripts/load.py, on this server."""
+    """scripts/trust/load.py, on this server."""
     where = ["--url", f"http://127.0.0.1:{server.port}", "--pid", str(server.process.pid), "--out", tmp_path / "load"]
     size = ["--minutes", "0.1", "--concurrency", "12", "--characters", "1500", "--tokens", "12"]
-    command = [sys.executable, "-P", ROOT / "scripts/load.py", *where, *size]
+    command = [sys.executable, "-P", ROOT / "scripts/trust/load.py", *where, *size]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "load").read_text())["load"]

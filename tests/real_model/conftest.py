@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 gguf = pytest.importorskip("gguf")
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "models"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -22,10 +22,15 @@ TEMPLATE = (
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 16
 
 
+def on_path(patch: pytest.MonkeyPatch) -> None:
+    for folder in (SCRIPTS.parent / "lib", SCRIPTS):
+        patch.syspath_prepend(str(folder))
+
+
 @pytest.fixture
 def script(monkeypatch):
     """script(name) -> the module; the scripts find each other as they do when one is run."""
-    monkeypatch.syspath_prepend(str(SCRIPTS))
+    on_path(monkeypatch)
     return importlib.import_module
 
 
@@ -118,7 +123,7 @@ def target(packed, tmp_path_factory) -> Path:
     """The tiny model, converted."""
     folder = tmp_path_factory.mktemp("target") / "tiny"
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))
+        on_path(patch)
         importlib.import_module("real_convert").convert(packed.gguf, folder)
     return folder
 

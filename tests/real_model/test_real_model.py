@@ -141,6 +141,6 @@ def test_the_default_folder_follows_the_cache_variable(real_model, monkeypatch):
 
 def test_help_needs_neither_torch_nor_a_path(tmp_path):
     """Found by its own folder alone, as scripts/real_model calls it."""
-    command = [sys.executable, "-I", str(ROOT / "scripts/real_model.py"), "--help"]
+    command = [sys.executable, "-I", str(ROOT / "scripts/models/real_model.py"), "--help"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
     assert done.returncode == 0 and "--from FILE" in done.stdout, done.stderr

@@ -100,7 +100,7 @@ def test_other_options_leave_the_method(serve):
         (["--real", "--draft"], "--draft needs the folder of a draft model"),
         (
             ["--real", "--draft", "absent"],
-            "--draft absent holds no model (no config.json): scripts/distil_draft.py makes",
+            "--draft absent holds no model (no config.json): scripts/models/distil_draft.py makes",
         ),
         (["--draft", "absent"], "--draft goes with --real"),
     ],

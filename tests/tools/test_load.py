@@ -1,4 +1,4 @@
-"""What scripts/load.py takes for wrong: no server is started."""
+"""What scripts/trust/load.py takes for wrong: no server is started."""
 
 import asyncio
 import json
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+SCRIPTS = Path(__file__).parents[2] / "scripts" / "trust"
 
 
 @pytest.fixture

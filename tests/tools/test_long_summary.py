@@ -22,7 +22,13 @@ JUNIT = """<testsuites><testsuite>
 
 def test_steps_are_added_up_and_failures_are_told(tmp_path):
     (tmp_path / "long.xml").write_text(JUNIT)
-    command = [sys.executable, "-P", ROOT / "scripts/long_summary.py", tmp_path / "long.xml", tmp_path / "long.json"]
+    command = [
+        sys.executable,
+        "-P",
+        ROOT / "scripts/trust/long_summary.py",
+        tmp_path / "long.xml",
+        tmp_path / "long.json",
+    ]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert told.endswith("long.json: 255 steps, 1 failures\n")
     found = json.loads((tmp_path / "long.json").read_text())

@@ -1,4 +1,4 @@
-"""What a load sees of a server: answers, metrics, and the memory of its processes (scripts/load.py)."""
+"""What a load sees of a server: answers, metrics, and the memory of its processes (scripts/trust/load.py)."""
 
 import asyncio
 import json

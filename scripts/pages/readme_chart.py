@@ -1,4 +1,4 @@
-"""Draws README's chart from docs/results: python scripts/readme_chart.py [--out FILE.svg]."""
+"""Draws README's chart from docs/results: python scripts/pages/readme_chart.py [--out FILE.svg]."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import matplotlib
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MEASURED = ROOT / "docs" / "results" / "h200-sketch-engine.json"
 CELLS = ("1x4k", "16x4k", "4x32k", "16x32k", "4x128k")
 SERIES = {

@@ -2,7 +2,7 @@
 """Does an approximate method drift? KL from full attention by position, over a long text that sparse steps decode.
 
     eval "$(specattn cpu-env)"
-    .venv/bin/python scripts/drift.py --target "$(scripts/real_model)" --text TEXTS/*/00* --out drift.json
+    .venv/bin/python scripts/trust/drift.py --target "$(scripts/real_model)" --text TEXTS/*/00* --out drift.json
 
 Each setting is led through the same tokens, as `specattn eval` does it: what sparse steps write into the KV cache is
 read by all later ones. The tokens are those of held-out text, or those that the sparse model wrote itself by sampling.
@@ -23,6 +23,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the forcing is inside the engine's process
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself under PYTHONSAFEPATH=1
 import given
 import numpy as np
@@ -198,7 +199,7 @@ def main() -> None:
     except UserError:  # which names arguments that are not ours
         raise Refused(f"a text has fewer than {length} tokens: leave it out, or lower --context") from None
     study, texts = Study(args), [document.ids for document in found]
-    report = provenance() | {"command": shlex.join(["scripts/drift.py", *sys.argv[1:]])}
+    report = provenance() | {"command": shlex.join(["scripts/trust/drift.py", *sys.argv[1:]])}
     report["settings"] = {n: getattr(args, n) for n in ("context", "positions", "window", "draft_tokens", "dtype")}
     report["settings"] |= {"temperature": args.temperature, "model": args.target.name}
     report["documents"] = [{"name": of.name, "sha256": of.digest} for of in found]

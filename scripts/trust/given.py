@@ -17,7 +17,7 @@ def document(text: str) -> Path:
     """A text file."""
     path = Path(text)
     if not path.is_file():
-        raise argparse.ArgumentTypeError(f"'{text}' is no file: scripts/real_corpus.py makes texts")
+        raise argparse.ArgumentTypeError(f"'{text}' is no file: scripts/models/real_corpus.py makes texts")
     return path
 
 

@@ -1,7 +1,7 @@
 """Writes docs/refusals.md's lists from the start-up checks: every message with which a server is refused.
 
-python scripts/refusals_page.py            # after a check was added or changed
-python scripts/refusals_page.py --check    # exit status 1 if the page is not what would be written
+python scripts/pages/refusals_page.py            # after a check was added or changed
+python scripts/pages/refusals_page.py --check    # exit status 1 if the page is not what would be written
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself under PYTHONSAFEPATH=1
 import written_page
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CHECKS, METHODS = ROOT / "specattn_vllm" / "checks.py", ROOT / "specattn_vllm" / "methods"
 FUNCTIONS = {
     "engine": ("_engine",),

@@ -2,8 +2,8 @@
 """Checks that the tests catch errors: each mutation of `mutations.toml` is made in a copy of the repository, and the
 tests that it names have to fail there.
 
-    .venv/bin/python -P scripts/mutations.py --out docs/results/mutations.json
-    .venv/bin/python -P scripts/mutations.py --out FILE.json --only "a draft's share of NaN is chosen"
+    .venv/bin/python -P scripts/trust/mutations.py --out docs/results/mutations.json
+    .venv/bin/python -P scripts/trust/mutations.py --out FILE.json --only "a draft's share of NaN is chosen"
 
 First the same tests run in the copy as it is, and have to pass: else a failure would say nothing. With --only, what the
 file says of other mutations stays in it, if they are still the same. Exit status 1: a mutation survived.
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TABLE = Path(__file__).with_name("mutations.toml")
 PARTS = {"kernels": "specattn_vllm/kernels", "configs": "specattn_vllm/configs"}
 """Folders that stand elsewhere in the repository than in the package, where the copy has links to them."""
@@ -192,10 +192,10 @@ def write(out: Path, entries: list[dict], in_parts: bool) -> None:
     """in_parts: whether some were tried at other times than others, with --only."""
     git = ["git", "rev-parse", "--short", "HEAD"]
     report = {
-        "what": "errors made in the product on purpose, and the tests that caught them (scripts/mutations.py)",
+        "what": "errors made in the product on purpose, and the tests that caught them (scripts/trust/mutations.py)",
         "date": datetime.now(UTC).date().isoformat(),
         "commit": subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip(),
-        "command": f"python -P scripts/mutations.py --out {out}",
+        "command": f"python -P scripts/trust/mutations.py --out {out}",
         "in_parts": in_parts,
         "caught": sum(entry["outcome"] == "caught" for entry in entries),
         "of": len(entries),

@@ -1,7 +1,7 @@
 """Writes the tables of docs/options.md from the models of the methods' options (`specattn_vllm/methods/`).
 
-python scripts/options_page.py            # after an option was added or changed
-python scripts/options_page.py --check    # exit status 1 if the page is not what would be written
+python scripts/pages/options_page.py            # after an option was added or changed
+python scripts/pages/options_page.py --check    # exit status 1 if the page is not what would be written
 """
 
 from __future__ import annotations

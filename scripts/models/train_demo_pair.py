@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Train the demo pair: a small target and a smaller draft, both Llama, on the Python source of installed packages.
 
-    python3 scripts/train_demo_pair.py --out DIR                      # corpus, target, draft, evaluation, cards
-    python3 scripts/train_demo_pair.py --out DIR --seconds-draft 0    # the target alone ...
-    python3 scripts/train_demo_pair.py --out DIR --target DIR/target  # ... and the draft in a second call
+    python3 scripts/models/train_demo_pair.py --out DIR                      # corpus, target, draft, evaluation, cards
+    python3 scripts/models/train_demo_pair.py --out DIR --seconds-draft 0    # the target alone ...
+    python3 scripts/models/train_demo_pair.py --out DIR --target DIR/target  # ... and the draft in a second call
 
 The Python standard library, and every package whose name hashes into one part of twenty, are held out of training;
 the evaluation reads the standard library only. Both models share tokenizer, KV heads and head size, so that one
@@ -24,8 +24,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-# Python puts a script's folder on the path itself, but not under `python -P` or PYTHONSAFEPATH=1.
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself under PYTHONSAFEPATH=1
 from demo_corpus import collect_corpus, encode, site_dirs, train_tokenizer, write_tokenizer
 from demo_evaluation import evaluate, write_card
 from demo_training import train

@@ -1,4 +1,4 @@
-"""The requests of a load: well-formed ones of many kinds, and malformed ones (scripts/load.py sends them)."""
+"""The requests of a load: well-formed ones of many kinds, and malformed ones (scripts/trust/load.py sends them)."""
 
 import json
 import math

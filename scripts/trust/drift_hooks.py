@@ -1,4 +1,4 @@
-"""What scripts/drift.py changes in an engine: who drafts, and which steps are dense."""
+"""What scripts/trust/drift.py changes in an engine: who drafts, and which steps are dense."""
 
 import functools
 from collections import Counter

@@ -2,7 +2,7 @@
 """How far are audits from the truth? Audits of a share of the selections, beside an audit of them all.
 
     eval "$(specattn cpu-env)"
-    .venv/bin/python scripts/audit_error.py --target "$(scripts/real_model)" --text TEXTS/*/0* --out audit.json
+    .venv/bin/python scripts/trust/audit_error.py --target "$(scripts/real_model)" --text TEXTS/*/0* --out audit.json
 
 A sparse engine samples text after each document, and audits every pair of layer and request (which is exact:
 tests/engine/test_audit.py). In each step the pairs that smaller shares would have audited are noted, as the engine
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself under PYTHONSAFEPATH=1
 from sampled import add_arguments, sampled, setup
 
@@ -117,7 +118,10 @@ def main() -> None:
     args = parser.parse_args()
     watch = Watch(args.shares)
     sampled(args, {"ratio": args.ratio, "audit_share": 1.0})
-    report = provenance() | {"command": shlex.join(["scripts/audit_error.py", *sys.argv[1:]]), "setup": setup(args)}
+    report = provenance() | {
+        "command": shlex.join(["scripts/trust/audit_error.py", *sys.argv[1:]]),
+        "setup": setup(args),
+    }
     write_json(args.out, report | {"window": args.window, **rounded(watch.report(args.window))})
     print(f"{args.out}: {time.monotonic() - begin:.0f} s")
 

@@ -1,4 +1,4 @@
-"""The server of a load: scripts/serve, or random weights of a shape (scripts/load.py starts it)."""
+"""The server of a load: scripts/serve, or random weights of a shape (scripts/trust/load.py starts it)."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from specattn_vllm.bench.worker import fill_in
 from specattn_vllm.tools import models
 from specattn_vllm.tools.engines import MODULE
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 """On a CPU: makes the C library give freed memory back at once. It keeps some by itself, in more and more pieces where
 Triton's interpreter makes arrays of all sizes: that looks like a leak, and hides one."""

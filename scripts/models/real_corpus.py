@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Write the texts that the real model is evaluated on: prose, code and chats, held out of the training of its draft.
 
-    .venv/bin/python scripts/real_corpus.py TEXTS            # TEXTS/prose, TEXTS/code, TEXTS/chat, and texts.json
+    .venv/bin/python scripts/models/real_corpus.py TEXTS           # TEXTS/prose, TEXTS/code, TEXTS/chat, and texts.json
     specattn eval methods --text TEXTS/chat/*.txt ...
-    .venv/bin/python scripts/real_corpus.py OTHERS --training    # of what the draft was trained on
+    .venv/bin/python scripts/models/real_corpus.py OTHERS --training    # of what the draft was trained on
     specattn calibrate --text OTHERS/*/*.txt ...
 
-The texts are found on the machine (scripts/real_text.py), so that another machine gives others: texts.json names the
+The texts are found on the machine (real_text.py), so that another machine gives others: texts.json names the
 files and their hashes. Each document has at least --tokens tokens of the model's tokenizer, and is of one package where
-that has as much held-out text, else of several. Chats are made of such text by rule (scripts/real_chats.py).
+that has as much held-out text, else of several. Chats are made of such text by rule (real_chats.py).
 """
 
 import argparse
@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from itertools import groupby, islice
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself under PYTHONSAFEPATH=1
 from demo_corpus import digest
 from real_chats import conversation

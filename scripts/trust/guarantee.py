@@ -2,7 +2,7 @@
 """How good is the guarantee's check? The bound on what each row has lost, beside what it has really lost.
 
     eval "$(specattn cpu-env)"
-    .venv/bin/python scripts/guarantee.py --target "$(scripts/real_model)" --text TEXTS/*/00* --out guarantee.json
+    .venv/bin/python scripts/trust/guarantee.py --target "$(scripts/real_model)" --text TEXTS/*/00* --out guarantee.json
 
 A sparse engine samples text after each document. Nothing falls dense here: each selection is checked in all ways that
 are compared (number of draws; drawn by the sketch's scores, or uniformly as in vAttention), and its true loss is
@@ -19,6 +19,7 @@ from statistics import NormalDist
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself under PYTHONSAFEPATH=1
 from sampled import add_arguments, sampled, setup
 
@@ -133,7 +134,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     args = parser.parse_args()
     found = run(args)
-    report = provenance() | {"command": shlex.join(["scripts/guarantee.py", *sys.argv[1:]]), "setup": setup(args)}
+    report = provenance() | {"command": shlex.join(["scripts/trust/guarantee.py", *sys.argv[1:]]), "setup": setup(args)}
     write_json(args.out, report | {"seconds": round(time.monotonic() - begin), **found})
     print(args.out)
 

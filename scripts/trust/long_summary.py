@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What happened in a long run of the tests, from pytest's JUnit files: scripts/long_summary.py LONG.xml [...] LONG.json
+"""What happened in a long run of the tests, from pytest's JUnit files: long_summary.py LONG.xml [...] LONG.json
 
 `scripts/test --long` calls it. The file has, for each setting of the random schedules, its seeds, its steps and what
 they met; steps by method; and for each other test whether it passed, and how many faults it injected. A wrong token, a
@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from xml.etree import ElementTree
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def outcome(case: ElementTree.Element) -> str:

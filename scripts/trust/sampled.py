@@ -1,4 +1,4 @@
-"""A sparse engine in this process that samples text after documents (scripts/guarantee.py, scripts/audit_error.py)."""
+"""A sparse engine in this process that samples text after documents (guarantee.py, audit_error.py)."""
 
 import argparse
 import os

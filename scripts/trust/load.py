@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Load on a real server: requests of many kinds, cut streams and malformed requests; then, whether anything is left.
 
-    .venv/bin/python scripts/load.py --out load.json --name "demo pair" -- --additional-config.specattn.method sketch
-    .venv/bin/python scripts/load.py --url http://127.0.0.1:8000 --minutes 1
-    .venv/bin/python scripts/load.py --shape llama-8b-1b --requests 2000 -- --num-gpu-blocks-override 15000
+    .venv/bin/python scripts/trust/load.py --out load.json --name demo -- --additional-config.specattn.method sketch
+    .venv/bin/python scripts/trust/load.py --url http://127.0.0.1:8000 --minutes 1
+    .venv/bin/python scripts/trust/load.py --shape llama-8b-1b --requests 2000 -- --num-gpu-blocks-override 15000
 
 Without --url it starts a server: what stands behind `--` are arguments of scripts/serve, or with --shape, whose weights
 are random, of `vllm serve`. Clients send one request after the other. Once a second the server's metrics and the memory
@@ -32,6 +32,7 @@ import aiohttp
 import numpy as np
 import psutil
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself under PYTHONSAFEPATH=1
 import given
 from load_client import Client, Wrong, growth, memory
@@ -242,7 +243,7 @@ def main() -> None:
         texts = token_ids(args.shape, args.characters, args.seed)
     else:
         texts = [path.read_text() for path in args.text] if args.text else [text for _, text in held_out()]
-    of = provenance() | {"command": shlex.join(["scripts/load.py", *sys.argv[1:]])}
+    of = provenance() | {"command": shlex.join(["scripts/trust/load.py", *sys.argv[1:]])}
     made = tempfile.TemporaryDirectory(prefix="specattn-load-")
     if args.url:
         process, url = None, args.url.rstrip("/")

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Train a draft model for a target: same vocabulary, a sixth of the size, taught by the target's own next-token logits.
 
-    .venv/bin/python scripts/distil_draft.py --out DRAFT                     # of the real model; 5 minutes on one GPU
-    .venv/bin/python scripts/distil_draft.py --out DRAFT --target FOLDER --minutes 10
+    .venv/bin/python scripts/models/distil_draft.py --out DRAFT             # of the real model; 5 minutes on one GPU
+    .venv/bin/python scripts/models/distil_draft.py --out DRAFT --target FOLDER --minutes 10
     scripts/serve --real --draft DRAFT
 
-The text is found on the machine (scripts/real_text.py); one file of twenty, by the hash of its content, is never
-trained on, and the draft is judged on those. A part of the text is made into chats (scripts/real_chats.py), so that the
+The text is found on the machine (real_text.py); one file of twenty, by the hash of its content, is never
+trained on, and the draft is judged on those. A part of the text is made into chats (real_chats.py), so that the
 draft knows the target's chat template. The seed fixes the text, its order and the start. How many steps fit into the
 minutes depends on the machine: with --steps the same machine makes the same draft again (on a GPU, up to the order in
 which it adds).
@@ -23,6 +23,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "lib"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself under PYTHONSAFEPATH=1
 from demo_evaluation import LOOKAHEAD, evaluate
 from distil_data import read, separator_of
