@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What happened in a long run of the tests, from pytest's JUnit files: long_summary.py LONG.xml [...] LONG.json
+"""What happened in a long run of the tests, from pytest's JUnit files.
 
 `scripts/test --long` calls it. The file has, for each setting of the random schedules, its seeds, its steps and what
 they met; steps by method; and for each other test whether it passed, and how many faults it injected. A wrong token, a
@@ -7,10 +7,10 @@ block, table or code that is not what it should be, or a request that another's 
 here, with what was found.
 """
 
+import argparse
 import ast
 import json
 import subprocess
-import sys
 from collections import Counter
 from datetime import UTC, datetime
 from pathlib import Path
@@ -75,7 +75,10 @@ def summary(files: list[Path]) -> dict:
 
 
 if __name__ == "__main__":
-    *sources, target = map(Path, sys.argv[1:])
-    found = summary(sources)
-    target.write_text(json.dumps(found, indent=1) + "\n")
-    print(f"{target}: {found['steps']} steps, {found['failures']} failures")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("sources", type=Path, nargs="+", metavar="LONG.xml")
+    parser.add_argument("target", type=Path, metavar="LONG.json")
+    args = parser.parse_args()
+    found = summary(args.sources)
+    args.target.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"{args.target}: {found['steps']} steps, {found['failures']} failures")
