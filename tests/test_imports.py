@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import graphlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,15 @@ def test_methods_are_data():
         if name.startswith("specattn_vllm.methods"):
             outside = {i.split(".")[0] for i in imported(name, path)} - {"__future__", "specattn_vllm"}
             assert outside <= {"collections", "dataclasses", "importlib", "pydantic", "typing"}, name
+
+
+@pytest.mark.parametrize(("folder", "allowed"), [("selection", {"torch", "numpy"}), ("kernels", {"torch", "triton"})])
+def test_the_core_knows_nothing_of_vllm(folder, allowed):
+    found = {name: path for name, path in modules().items() if name.startswith(f"specattn_vllm.{folder}.")}
+    assert len(found) > 10
+    for name, path in found.items():
+        outside = {i.split(".")[0] for i in imported(name, path, inside=True)} - sys.stdlib_module_names
+        assert outside - {"specattn_vllm"} <= allowed, name
 
 
 def conditions_on_methods(source: str, names: set[str], options: set[str]) -> list[str]:
