@@ -87,6 +87,9 @@ def where(source: dict[str, Any]) -> str:
     return f"{machine(source)}, vLLM {version}, {str(source.get('date', ''))[:10]}"
 
 
-def different(sources: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each once."""
-    return list({json.dumps(source, sort_keys=True): source for source in sources}.values())
+def different(sources: Iterable[tuple[str, dict[str, Any]]]) -> list[tuple[list[str], dict[str, Any]]]:
+    """Each once, with the names of those that it is the source of."""
+    found: dict[str, tuple[list[str], dict[str, Any]]] = {}
+    for name, source in sources:
+        found.setdefault(json.dumps(source, sort_keys=True), ([], source))[0].append(name)
+    return list(found.values())

@@ -293,6 +293,7 @@ def test_speed_without_what_it_would_be_compared_with_claims_nothing(tmp_path):
     given["engines"] = [engine for engine in given["engines"] if engine["name"].startswith("sketch")]
     text = written(tmp_path, given)
     assert "nothing can be compared" in text and "No cell of ours" not in text and "bar losing" not in text
+    assert "</span>this plugin" in text and "</span>stock vLLM" not in text, "the key names what is not there"
     given = json.loads(SPEED.read_text())
     given["engines"][0]["cells"][0] |= {"tokens_per_second": None, "skipped": "needs <more> tokens"}
     assert "not measured: needs &lt;more&gt; tokens" in written(tmp_path, given)

@@ -31,7 +31,7 @@ def section(name: str, report: Report) -> dict[str, Any]:
             for other in report.results
         ],
         "sureness": tables.sureness(report),
-        "provenance": different(result.provenance or report.provenance for result in report.results),
+        "provenance": different((result.name, result.provenance or report.provenance) for result in report.results),
         "documents": report.setup["documents"],
         "setup": {key: value for key, value in report.setup.items() if key != "documents"},
     }

@@ -25,7 +25,7 @@ def section(name: str, report: Report) -> dict[str, Any]:
         "rows": [(name_of(cell), [(entry.losing, entry.text) for entry in row]) for cell, row in rows],
         "cells": [(name_of(cell), _bars(report.engines, row)) for cell, row in rows],
         "settings": report.settings,
-        "provenance": different(engine.provenance or report.provenance for engine in report.engines),
+        "provenance": different((title(engine), engine.provenance or report.provenance) for engine in report.engines),
     }
 
 
