@@ -9,7 +9,7 @@ from types import FunctionType
 
 from .attention.draft_attention import draft_attention
 from .attention.sparse_attention import sparse_attention
-from .bookkeeping.kernels import count_reads, count_sampled, load_round, take_selections
+from .bookkeeping.kernels import count_reads, count_sampled, load_round, start_clock, stop_clock, take_selections
 from .guarantee.bound import bound_lost
 from .guarantee.sample import sample_unread
 from .selection.block_tables import build_block_tables

@@ -12,7 +12,7 @@ They read lengths with ``.tolist()``, which waits for the device. So on a GPU th
 from types import FunctionType
 
 from .attention.reference import dense_attention, draft_attention, sparse_attention
-from .bookkeeping.reference import count_reads, count_sampled, load_round, take_selections
+from .bookkeeping.reference import count_reads, count_sampled, load_round, start_clock, stop_clock, take_selections
 from .guarantee.reference import bound_lost, sample_unread
 from .selection.reference import (
     accumulate_mass,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,6 +54,10 @@ class Counts:
     """With a guarantee: selections that were checked, each of one KV head in one layer of a row."""
     heads_fallen: int = 0
     """Those of them that might have lost too much, so that the head read everything."""
+    selection_ns: int = field(default=0, compare=False)
+    """Nanoseconds that the device took to choose what verification reads. Not compared: no two runs take as long."""
+    draft_selection_ns: int = field(default=0, compare=False)
+    """The same for sparse drafting."""
 
     @classmethod
     def stored(cls, counts: Mapping[str, int]) -> Counts:

@@ -70,6 +70,24 @@ count_sampled = Contract(
 )
 
 
+start_clock = Contract(
+    """
+    began  [1]  int64  written: the device's clock, in nanoseconds
+    """
+)
+
+
+@contract(
+    """
+    began  [1]  int64  of ``start_clock``
+    times                how often what was measured takes place
+    total  [1]  int64  += times * (the device's clock - began)
+    """
+)
+def stop_clock(times) -> None:
+    expect(times >= 1, "times", times, "at least 1")
+
+
 # Sizes are the numbers of tokens, rows and request slots. Tensors may be longer; elements after these stay untouched.
 GIVEN = Table(
     """

@@ -7,15 +7,18 @@ counts the reads of a step's verifying rows; a row verifies if it has a slot and
 counts the tokens of verified rows. ``load_round`` copies the inputs of a round from ``given`` to ``held``, where a CUDA
 graph of ``rows`` rows of ``query_len`` tokens reads them. Rows from ``reqs`` on get idx_mapping -1, and zeros in all
 other tensors by row or token; 64-bit token ids and counts become 32-bit.
+``start_clock`` and ``stop_clock`` measure what a stream runs between them by the GPU's global timer (PTX ISA, special
+register %globaltimer). They can be captured in a CUDA graph, unlike events whose times the host reads.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import globaltimer
 
 from ..contracts import checked
-from . import contracts
+from . import contracts, reference
 from .contracts import NO_SELECTION, Round
 
 BLOCK = 256
@@ -120,6 +123,17 @@ def _load_round_kernel(
     tl.store(to_seeds + i, tl.load(seeds + i, mask=wanted, other=0), mask=wanted)
 
 
+@triton.jit
+def _start_kernel(began):
+    tl.store(began, globaltimer())
+
+
+@triton.jit(do_not_specialize=["times"])
+def _stop_kernel(began, times, total):
+    passed = globaltimer() - tl.load(began)
+    tl.store(total, tl.load(total) + passed * times)
+
+
 @checked(contracts.take_selections)
 def take_selections(slots, query_start_loc, seq_lens, prefilling, prefix_lens, usable, stored) -> None:
     rows = slots.shape[0]
@@ -153,3 +167,17 @@ def load_round(given: Round, held: Round, reqs: int, rows: int, query_len: int) 
     _load_round_kernel[(triton.cdiv(max(rows * query_len, slots, 1), BLOCK),)](
         *given, *held, reqs, rows, query_len, slots, BLOCK=BLOCK
     )
+
+
+@checked(contracts.start_clock)
+def start_clock(began) -> None:
+    if not began.is_cuda:  # Triton's interpreter has no clock
+        return reference.start_clock(began)
+    _start_kernel[(1,)](began, num_warps=1)
+
+
+@checked(contracts.stop_clock)
+def stop_clock(began, times, total) -> None:
+    if not began.is_cuda:
+        return reference.stop_clock(began, times, total)
+    _stop_kernel[(1,)](began, times, total, num_warps=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
 
 from ..contracts import checked
@@ -37,6 +39,17 @@ def count_reads(slots, seq_lens, prefilling, usable, stored, kept, layers_of, he
 @checked(contracts.count_sampled)
 def count_sampled(num_sampled, verified, total) -> None:
     total += (num_sampled if verified is None else num_sampled * verified).sum()
+
+
+# On a CPU every operation is complete when it returns, so the host's clock is the device's.
+@checked(contracts.start_clock)
+def start_clock(began) -> None:
+    began.fill_(time.perf_counter_ns())
+
+
+@checked(contracts.stop_clock)
+def stop_clock(began, times, total) -> None:
+    total += times * (time.perf_counter_ns() - began)
 
 
 @checked(contracts.load_round)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -163,7 +164,8 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         rows, tokens = slice(0, step.num_rows), slice(0, step.num_tokens)
         starts = md.query_start_loc[: step.num_rows + 1]
         batch = ChoiceBatch(query[tokens], kv_cache, md.block_table[rows], md.seq_lens[rows], starts, self._scale)
-        page_table, kept = self.choice.select(step, batch)
+        with nullcontext() if step.follows else self.choice.clock:
+            page_table, kept = self.choice.select(step, batch)
         confirm = functools.partial(self.choice.confirm, step, batch) if self.choice.confirms else None
         self._read(query, kv_cache, md, step, page_table, kept, out, confirm)
 

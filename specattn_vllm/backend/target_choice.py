@@ -18,7 +18,7 @@ from specattn_vllm.options import SpecAttnOptions
 from specattn_vllm.reporter import Reporter
 from specattn_vllm.request import asks_for_exactness
 from specattn_vllm.selection.audit import Audit
-from specattn_vllm.selection.own_choice import ChoiceStep, Chooser, LayerChoice
+from specattn_vllm.selection.own_choice import ChoiceStep, Chooser, LayerChoice, measure
 from specattn_vllm.speculation.counting import count_round
 from specattn_vllm.stats import Counters
 
@@ -144,10 +144,11 @@ def join(
     The function that `Method.attach` names calls this, when vLLM's model runner has loaded its models."""
     target = TargetChoice(chooser, options.crossover(operations.name), runner.max_num_reqs)
     layers = target_layers(runner)
+    counters = chooser.counts.counters
+    measure([*choices.values()], operations, counters.on_device("selection_ns"))
     for name, choice in choices.items():
         layers[name].impl.choice = choice
         layers[name].impl.target_choice = target
-    counters = chooser.counts.counters
     if getattr(runner.speculator, "reporter", None) is None:
         first = runner.vllm_config.parallel_config.rank == 0
         target.reporter = Reporter(counters, options.stats_interval_s, logs=first)

@@ -47,6 +47,8 @@ class Operations:
     count_reads: Callable[..., None]
     count_sampled: Callable[..., None]
     load_round: Callable[..., None]
+    start_clock: Callable[..., None]
+    stop_clock: Callable[..., None]
     mark_rows: Callable[..., None]
     encode_keys: Callable[..., None]
     prepare_queries: Callable[..., None]

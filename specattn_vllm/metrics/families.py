@@ -86,6 +86,11 @@ def _bytes_present(found: Snapshot) -> Values:
     return _by({by: n * found.caches[by].entry for by, n in _entries(found, "full").items()})
 
 
+def _selecting(found: Snapshot) -> Values:
+    taken = {"verification": found.counts.selection_ns, "drafting": found.counts.draft_selection_ns}
+    return _by({by: taken[by] / 1e9 for by in found.caches})
+
+
 def _guaranteed(found: Snapshot) -> Values:
     counts = found.counts
     if not counts.heads_checked or "verification" not in found.caches:
@@ -172,6 +177,14 @@ FAMILIES = (
         "Bytes of the KV cache that would have been read without a selection.",
         ("by",),
         _bytes_present,
+        every_rank=True,
+    ),
+    Family(
+        "specattn:selection_seconds_total",
+        "counter",
+        "Seconds that the device took to choose what is read, and to list it as pages.",
+        ("by",),
+        _selecting,
         every_rank=True,
     ),
     Family(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -61,6 +62,8 @@ class DraftCapture:
         self._rows = torch.arange(max_num_reqs, device=device)
         self._starts = torch.arange(max_num_reqs + 1, dtype=torch.int32, device=device)
         self.step = -1
+        self.clock: AbstractContextManager[None] = nullcontext()
+        """Measures the selections from the mass."""
 
     @property
     def nbytes(self) -> int:
@@ -138,7 +141,7 @@ class DraftCapture:
     def end_step(self) -> None:
         """Close a draft step. With combine = 'union', a selection is made after each step."""
         if self.union:
-            self.ranking.choose(self.operations, self.limits, self.prefix_lens, union=self.step > 0)
+            self._choose(union=self.step > 0)
 
     def select(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The selections of the round for each source: bits [S, R, G, W], and prefix_lens [R] int32 (0 for rows that
@@ -146,5 +149,9 @@ class DraftCapture:
         if self.step < 0:
             return self.ranking.bits.zero_(), torch.zeros_like(self.wanted, dtype=torch.int32)
         if not self.union:
-            self.ranking.choose(self.operations, self.limits, self.prefix_lens, union=False)
+            self._choose(union=False)
         return self.ranking.bits, self.prefix_lens
+
+    def _choose(self, *, union: bool) -> None:
+        with self.clock:
+            self.ranking.choose(self.operations, self.limits, self.prefix_lens, union=union)

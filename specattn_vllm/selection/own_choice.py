@@ -11,12 +11,16 @@ and a step may only use buffers that keep their addresses, so that it can be cap
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
+from specattn_vllm.executors import Operations
+from specattn_vllm.selection.clock import Clock
 from specattn_vllm.selection.counting import StepCounts
 from specattn_vllm.selection.plan import short_rows
 from specattn_vllm.stats import Counters
@@ -140,6 +144,8 @@ class LayerChoice:
     """Whether forward passes without a cache are measurements for this object (`probe`)."""
     confirms = False
     """Whether `confirm` is called after attention over the selection."""
+    clock: AbstractContextManager[None] = nullcontext()
+    """Measures `select`; in one layer of a model, for all its layers (`measure`)."""
 
     def probe(self, impl: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor) -> None:
         """Attend without a cache, and measure. impl: the layer's implementation, with its `scale`, `sinks` and
@@ -165,3 +171,9 @@ class LayerChoice:
         """Look at the attention over the selection, and replace it where it does not suffice. out [T, Hq, D], lse [T,
         Hq] float32: its result and logsumexp, which may be overwritten."""
         raise NotImplementedError
+
+
+def measure(layers: Sequence[LayerChoice], operations: Operations, total: torch.Tensor) -> None:
+    """Add the nanoseconds of all layers' `select` to a total, [1] int64. One layer in the middle is measured, because
+    all do the same and each measurement takes two launches."""
+    layers[len(layers) // 2].clock = Clock(operations, total, times=len(layers))

@@ -10,6 +10,7 @@ import torch
 from specattn_vllm.executors import Operations
 from specattn_vllm.kernels.bookkeeping.contracts import READ_COUNTS
 from specattn_vllm.selection.audit import Audit
+from specattn_vllm.selection.clock import Clock
 from specattn_vllm.selection.plan import PageTables, SparsePlan, short_rows
 from specattn_vllm.selection.store import SelectionStore
 from specattn_vllm.stats import Counters
@@ -61,6 +62,7 @@ class Pruner(PageTables):
         self.max_query_len = max_query_len
         self.maps = None if maps is None else TableMaps(*(part.to(self.device) for part in maps))
         self.audit: Audit | None = None
+        self.clock = Clock(operations, counters.on_device("selection_ns"))
         layers_of = [list(layer_sources.values()).count(t) for t in range(tables)]
         self._layers_of = torch.tensor(layers_of, dtype=torch.int64, device=self.device)
 
@@ -96,7 +98,9 @@ class Pruner(PageTables):
             return None
         slots, prefilling, seq_lens = slots[:rows], prefilling[:rows], seq_lens[:rows]
         prefix_lens, stored = prefix_lens[:rows], stored[:rows]
-        page_table, kept = self.make(self.store.bits, slots, prefix_lens, seq_lens, block_table[:rows], self.maps or ())
+        with self.clock:
+            tables = self.make(self.store.bits, slots, prefix_lens, seq_lens, block_table[:rows], self.maps or ())
+        page_table, kept = tables
         if self.audit is not None:
             self.audit.choose(slots, prefix_lens, query_start_loc[:rows], seq_lens)
         verifies = ~prefilling_cpu[:rows] & (query_start_loc_cpu[1 : rows + 1] > query_start_loc_cpu[:rows])

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from specattn_vllm.kernels.sketch.contracts import sampled_tokens
-from specattn_vllm.methods.budget import SketchedDraftOptions
-from specattn_vllm.selection.own_choice import ChoiceStep
+from specattn_vllm.methods.budget import with_sketch
+from specattn_vllm.selection.own_choice import ChoiceStep, measure
 from specattn_vllm.sketch.attach import make_sketch
 from specattn_vllm.sketch.budget import draft_budget_of
 from specattn_vllm.sketch.centre import measure_centres
@@ -98,11 +98,11 @@ def prepare_drafting(
     """Give the draft model's layers, keyed by vLLM's names, their sketch. Called when `model`, the draft model, is
     loaded, before vLLM measures the memory left for the KV cache. max_query_len: most tokens of a row in a round's
     first step."""
-    options = speculator.options
-    if not isinstance(options, SketchedDraftOptions):
+    options = with_sketch(speculator.options)
+    if options is None:
         raise TypeError(
-            f"method {options.method!r} drafts by a sketch, but its options do not describe one: make them a "
-            "SketchedDraftOptions"
+            f"method {speculator.options.method!r} drafts by a sketch, but its options do not describe one: make them "
+            "a SketchedDraftOptions"
         )
     sketch, choices = make_sketch(
         layers,
@@ -115,6 +115,7 @@ def prepare_drafting(
         steps_ahead=speculator.num_speculative_steps - 1,
     )
     sketch.dense.zero_()
+    measure([*choices.values()], speculator.operations, speculator.counters.on_device("draft_selection_ns"))
     for name, choice in choices.items():
         layers[name].impl.choice = choice
     measure_centres(model, choices.values(), speculator.vllm_config, speculator.device)

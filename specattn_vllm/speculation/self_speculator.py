@@ -12,6 +12,7 @@ from vllm.v1.worker.gpu.attn_utils import build_slot_mappings_by_layer
 from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
 from vllm.v1.worker.gpu.input_batch import InputBatch
 
+from specattn_vllm.selection.clock import Clock
 from specattn_vllm.speculation.rounds import RoundSpeculator
 from specattn_vllm.speculation.self_wiring import SelfSelection, from_attention, from_window, prepare_self
 
@@ -34,6 +35,7 @@ class SelfSpeculator(RoundSpeculator):
     def load_model(self, target_model: torch.nn.Module) -> None:
         super().load_model(target_model)
         self.selection = prepare_self(self, self.make_selection)
+        self.clock = Clock(self.operations, self.counters.on_device("draft_selection_ns"))
 
     def set_attn(self, model_state, kv_cache_config, block_tables, target_input_buffers, target_attn_groups) -> None:
         # vLLM makes the speculator's metadata builders for the layers in draft_attn_layer_names. They are the target's
@@ -108,10 +110,11 @@ class SelfSpeculator(RoundSpeculator):
     def _select(self, wanted: torch.Tensor, committed: torch.Tensor, step_lens: torch.Tensor) -> None:
         """Make the page tables of a round. A row that sampled no token is inside its prompt, or it is padding: its
         drafts are discarded, and it reads nothing."""
-        bits, prefix_lens = self.selection.source.select(wanted, committed)
         seen = torch.where(wanted, step_lens, 0)
         block_table = self.block_tables.input_block_tables[0][: wanted.shape[0]]
-        kept = self.selection.tables.build(bits.transpose(0, 1), prefix_lens, seen, block_table)
+        with self.clock:
+            bits, prefix_lens = self.selection.source.select(wanted, committed)
+            kept = self.selection.tables.build(bits.transpose(0, 1), prefix_lens, seen, block_table)
         # One table serves all heads, and may serve several layers.
         layers, heads = len(self.selection.tables.layer_sources), self.selection.num_kv_heads
         self.counters.on_device("draft_kv_full").add_(seen.sum(dtype=torch.int64), alpha=layers * heads)

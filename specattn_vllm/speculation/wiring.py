@@ -122,6 +122,7 @@ def prepare(speculator: RoundSpeculator) -> Selection:
             page_table=tables,
             maps=plan.maps,
         )
+        capture.clock = pruner.clock
         return Selection(capture, store, pruner, tables)
 
     selection = allocated(allocate, speculator, options.kind.smaller)

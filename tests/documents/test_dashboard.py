@@ -62,6 +62,8 @@ def unit(query: str) -> str:
         return "s"
     if "rounds_total" in query and "/" in query:
         return "short"
+    if "selection_seconds" in query:
+        return "percentunit"  # seconds in each second
     if "/" in query or re.search(r"retained_mass|usage_perc", query):
         return "percentunit"
     if "rate(" in query:

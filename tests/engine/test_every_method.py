@@ -87,10 +87,12 @@ def test_who_asks_for_it_gets_plain_decoding_and_who_is_lossless_gives_it_to_all
     if METHODS[method].lossless:
         assert seen.sparse_rows == 0
         assert 0 < seen.draft_kv_read < seen.draft_kv_full
+        assert seen.draft_selection_ns > 0
         return
     assert seen.exact_rows > 0 < seen.sparse_rows
     assert seen.sparse_rows + seen.exact_rows <= seen.verify_rows
     assert 0 < seen.kv_read < seen.kv_full
+    assert seen.selection_ns > 0
     assert seen.small_batch_rows == seen.stale_rows == 0
 
 

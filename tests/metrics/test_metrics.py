@@ -95,6 +95,8 @@ def test_each_count_has_its_series(served, made):
     assert seen["specattn:kv_bytes_read_total", verification, rank] == 512 * c.kv_read + searched
     assert seen["specattn:kv_bytes_read_total", drafting, rank] == 256 * c.draft_kv_read
     assert seen["specattn:kv_bytes_present_total", verification, rank] == 512 * c.kv_full
+    assert seen["specattn:selection_seconds_total", verification, rank] == c.selection_ns / 1e9
+    assert seen["specattn:selection_seconds_total", drafting, rank] == c.draft_selection_ns / 1e9
     held = c.heads_checked - c.heads_fallen
     assert seen["specattn:guarantee_selections_total", rank, ("result", "held")] == held
     assert seen["specattn:guarantee_selections_total", rank, ("result", "read everything")] == c.heads_fallen

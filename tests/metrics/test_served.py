@@ -168,6 +168,7 @@ def test_metrics_say_what_workers_count(server):
     [info] = [key for key in blank if key[0] == "specattn:info"]
     budget, _executor, *rest = info[1:6]
     assert (budget, *rest) == ("ratio=0.2", "false", "sketch", "demo")
+    begun = time.monotonic()
     one.complete(900)
     one.complete(900, vllm_xargs={"specattn": "exact"})
     one.complete(300)
@@ -183,6 +184,8 @@ def test_metrics_say_what_workers_count(server):
         kv = {what: getattr(first, f"{prefix}kv_{what}") for what in ("read", "full", "scanned", "sampled")}
         assert kv["read"] and seen["specattn:kv_entries_read_total", by, "0"] == kv["read"]
         assert seen["specattn:kv_entries_searched_total", by, "0"] == kv["scanned"]
+        taken = seen["specattn:selection_seconds_total", by, "0"]
+        assert taken == getattr(first, f"{prefix}selection_ns") / 1e9 and 0 < taken < time.monotonic() - begun
         # Heads of 64 in float32, with 2 bits.
         assert seen["specattn:kv_bytes_present_total", by, "0"] == kv["full"] * 512
         assert seen["specattn:kv_bytes_read_total", by, "0"] == kv["read"] * 512 + (kv["scanned"] + kv["sampled"]) * 18
@@ -219,6 +222,7 @@ def test_each_of_several_servers_has_the_same_metrics(server):
         assert seen["vllm:generation_tokens_total", "demo"] == 3 * 24
     audited = [seen[f"specattn:audit_retained_mass_{what}", "0"] for what in ("count", "sum")]
     assert audited[0] % counts.audited_pairs == 0 and 0 < audited[1] < audited[0]
+    assert seen["specattn:selection_seconds_total", "verification", "0"] > 0
     unsought = {"specattn:kv_entries_searched_total", "specattn:guarantee_selections_total"}
     assert named_in_queries() - {key[0] for key in seen} <= unsought
     assert {family.name for family in FAMILIES if family.kind == "counter"} - {key[0] for key in seen} == unsought

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 import torch
@@ -210,6 +211,67 @@ def test_a_round_is_loaded_and_padded(ops, reqs, rows, capacity, slots, counts, 
         assert target.tolist() == want + [POISON] * (len(target) - len(want)), name
 
 
+# Clocks
+
+
+@OPS
+def test_a_clock_adds_what_runs_between_its_ends(ops, device):
+    began, total = (put([5], torch.int64, device, behind=1) for _ in range(2))
+    before = time.perf_counter_ns()
+    for _ in range(2):
+        ops.start_clock(began[:1])
+        work(device)
+        ops.stop_clock(began[:1], 3, total[:1])
+        work(device)  # not measured
+    wait(device)
+    passed = time.perf_counter_ns() - before
+    measured = (int(total[0]) - 5) / 3
+    assert 2 * 0.9 * WORK_NS < measured < passed - 2 * 0.9 * WORK_NS
+    assert [int(x[1]) for x in (began, total)] == [POISON] * 2
+
+
+WORK_NS = 20_000_000
+
+
+def work(device) -> None:
+    """Takes WORK_NS at least: on the GPU's stream, or on the host."""
+    if device.type == "cuda":
+        torch.cuda._sleep(WORK_NS * 2)  # cycles, at most 2 for each nanosecond
+    else:
+        time.sleep(WORK_NS / 1e9)
+
+
+def wait(device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_a_clock_runs_in_a_captured_graph(device):
+    if device.type != "cuda":
+        pytest.skip("needs a GPU: CUDA graphs")
+    began, total = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
+
+    def measured() -> None:
+        bookkeeping.start_clock(began)
+        work(device)
+        bookkeeping.stop_clock(began, 1, total)
+
+    measured()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        measured()
+    total.zero_()
+    ends = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    ends[0].record()
+    for _ in range(5):
+        graph.replay()
+    ends[1].record()
+    torch.cuda.synchronize()
+    milliseconds = ends[0].elapsed_time(ends[1])
+    assert 0.9 * milliseconds < int(total) / 1e6 < milliseconds
+
+
 # Refusals
 
 
@@ -226,6 +288,8 @@ def good(op: str) -> dict:
             "layers": 5, "dense_layers": 1, "out": torch.zeros(5, dtype=torch.int64),
         },
         "count_sampled": {"num_sampled": ints, "verified": rows["prefilling"], "total": longs[:1]},
+        "start_clock": {"began": longs[:1]},
+        "stop_clock": {"began": longs[:1], "times": 1, "total": longs[:1].clone()},
         "load_round": {
             "given": given_round(2, 5, torch.int32, "cpu", behind=0),
             "held": held_round(4, 5, torch.device("cpu")), "reqs": 2, "rows": 4, "query_len": QUERY,
@@ -250,6 +314,9 @@ def good(op: str) -> dict:
         ("count_sampled", {"verified": torch.zeros(2, dtype=torch.bool)}, r"verified: got shape \(2,\)"),
         ("count_sampled", {"num_sampled": torch.zeros(3)}, "num_sampled: got torch.float32"),
         ("count_sampled", {"total": torch.zeros(2).long()}, r"total: got shape \(2,\)"),
+        ("start_clock", {"began": torch.zeros(1)}, "began: got torch.float32"),
+        ("stop_clock", {"total": torch.zeros(2).long()}, r"total: got shape \(2,\)"),
+        ("stop_clock", {"times": 0}, "times: got 0, wanted at least 1"),
         ("load_round", {"reqs": 5}, "reqs: got 5, wanted 0 to the 4 rows"),
         ("load_round", {"reqs": 3}, r"input_ids: got shape \(6,\), wanted shape \('9 or more',\)"),
         ("load_round", {"rows": 6}, r"input_ids: got shape \(13,\), wanted shape \('18 or more',\)"),
