@@ -53,5 +53,6 @@ def num_splits(programs: int, longest: int, config: LaunchConfig, device: torch.
 
 @triton.jit
 def log_norm(m, norm):
-    """Logsumexp from the maximum and norm of an online softmax; -inf for rows without keys."""
-    return tl.where(norm > 0.0, m + tl.log(tl.where(norm > 0.0, norm, 1.0)), float("-inf"))
+    """Logsumexp from the maximum and norm of an online softmax; -inf for rows without keys. NaN stays NaN: as -inf, a
+    part with a NaN among its keys would count as one without keys, and the others would make an answer without it."""
+    return tl.where(norm == 0.0, float("-inf"), m + tl.log(tl.where(norm == 0.0, 1.0, norm)))

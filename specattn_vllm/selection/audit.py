@@ -125,7 +125,8 @@ class Audit:
         rows, self._rows = self._rows, 0
         audited = self.scored_rows[:, :rows, 0] >= 0
         by_head = audited[..., None].expand(-1, -1, self.num_heads)
-        retained = (self.lse_selected[:, :rows] - self.lse_full[:, :rows]).exp().clamp_(max=1.0)
+        # A request whose keys are no numbers has lost everything, and totals stay numbers.
+        retained = (self.lse_selected[:, :rows] - self.lse_full[:, :rows]).exp().nan_to_num_(0.0).clamp_(max=1.0)
         # Unmeasured elements are undefined. Multiplying by 0 would not remove a NaN.
         retained = torch.where(by_head, retained, 1.0)
         lost = 1.0 - retained
@@ -190,12 +191,13 @@ class LayerAudit:
 
     def note_values(self, value: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """Note the largest norm of values [T or more, H, D], which go to the cache's slots slot_mapping [T] int64.
-        Values with negative slots are not written and do not count."""
+        Values with negative slots are not written and do not count, and neither do values that are no finite numbers:
+        one of them would be the bound of all requests from then on."""
         tokens = slot_mapping.shape[0]
         if tokens == 0:
             return
         norms = torch.linalg.vector_norm(value[:tokens], dim=-1, dtype=torch.float32)
-        norms.masked_fill_((slot_mapping < 0)[:, None], 0.0)
+        norms.masked_fill_((slot_mapping < 0)[:, None] | ~norms.isfinite(), 0.0)
         largest = self._audit.largest_values[self._index]
         torch.maximum(largest, norms.amax(0), out=largest)
 

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 MAX_FUSED_QUERY = 16
 
 
+def dtype_of_scores(device: torch.device) -> torch.dtype:
+    """bfloat16 scores are precise enough: their rounding changes a mass by less than a hundredth. On a CPU they are
+    float32. device: the one on which they are computed, also where buffers are only measured, without memory."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
+
+
 class DraftCapture:
     """Collects the draft model's attention mass during a round, then turns it into bitmasks.
 
@@ -44,18 +50,17 @@ class DraftCapture:
         max_num_reqs: int,
         max_model_len: int,
         device: torch.device,
+        score_dtype: torch.dtype,
         groups: int = 1,
     ) -> None:
-        """`layer_sources`: vLLM's name of each captured draft layer -> its index. `groups`: score groups per layer, 1
-        or the number of the draft model's KV heads."""
+        """`layer_sources`: vLLM's name of each captured draft layer -> its index. `score_dtype`: of `dtype_of_scores`.
+        `groups`: score groups per layer, 1 or the number of the draft model's KV heads."""
         self.limits = Limits.of(options)
         self.union = options.combine == "union"
         self.operations = operations
         self.layer_sources = layer_sources
         # With this weight each row of mass sums to at most 1, as the fixed-point top-p requires.
         self.weight = groups / (num_heads * (1 if self.union else num_steps))
-        # bfloat16 scores are precise enough: their rounding changes a mass by less than a hundredth.
-        score_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.scores = torch.empty((max_num_reqs, num_heads, max_model_len), dtype=score_dtype, device=device)
         self.lse = torch.empty((max_num_reqs, num_heads), dtype=torch.float32, device=device)
         self.ranking = Ranking(len(layer_sources), groups, max_num_reqs, max_model_len, device)

@@ -13,7 +13,8 @@ import torch
 def page_strides(kv_cache: torch.Tensor) -> tuple[int, int, int]:
     """Strides between blocks, heads and tokens, in rows: id = block * s[0] + head * s[1] + token * s[2].
 
-    Raises ValueError for a layout whose strides are not multiples of a row.
+    Raises ValueError for a layout whose strides are not multiples of a row, and for a cache of more rows than ids of 32
+    bits can name: for rows of 128 bytes, that is 256 GiB of one layer.
     """
     row = kv_cache.shape[3]
     # A dimension of size 1 may have any stride, because the stride is never used.
@@ -23,6 +24,12 @@ def page_strides(kv_cache: torch.Tensor) -> tuple[int, int, int]:
         raise ValueError(
             f"KV cache strides {tuple(kv_cache.stride())} for shape {tuple(kv_cache.shape)} cannot be read as rows of "
             f"{row}: use the LBNHC or LBHNC layout (VLLM_KV_CACHE_LAYOUT)"
+        )
+    last = sum((size - 1) * stride for size, stride in zip(kv_cache.shape[:3], strides, strict=True)) // row
+    if last >= 2**31:
+        raise ValueError(
+            f"the KV cache of a layer has {last + 1:,} rows of keys and values, and 32 bits name 2,147,483,648: "
+            "lower --gpu-memory-utilization or set --num-gpu-blocks-override"
         )
     block, head, token = (stride // row for stride in strides)
     return block, head, token

@@ -43,9 +43,10 @@ class TargetCapture:
         max_model_len: int,
         dilation: int,
         device: torch.device,
+        score_dtype: torch.dtype,
     ) -> None:
         """layer_sources: vLLM's name of each target layer -> its index. max_query_len: most tokens of a verification,
-        K + 1. dilation: positions by which the mass is spread forward."""
+        K + 1. dilation: positions by which the mass is spread forward. score_dtype: of `capture.dtype_of_scores`."""
         self.operations = operations
         self.limits = limits
         self.layer_sources = layer_sources
@@ -53,7 +54,6 @@ class TargetCapture:
         self.weight = 1 / (SCORED * num_heads)
         self.dilation = dilation
         layers, words = len(layer_sources), -(-max_model_len // 32)
-        score_dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         rows = SCORED * num_heads
         self.scores = torch.empty((max_num_reqs, rows, max_model_len), dtype=score_dtype, device=device)
         self.lse = torch.empty((max_num_reqs, rows), dtype=torch.float32, device=device)

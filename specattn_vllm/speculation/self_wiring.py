@@ -11,6 +11,7 @@ from vllm.config import get_layers_from_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
+from specattn_vllm.selection.capture import dtype_of_scores
 from specattn_vllm.selection.choose import Limits
 from specattn_vllm.selection.draft_tables import DraftTables
 from specattn_vllm.selection.pages import page_strides
@@ -65,6 +66,7 @@ def from_attention(speculator: RoundSpeculator, layers: dict[str, Any], device: 
         max_model_len=row_width(speculator.max_model_len),
         dilation=options.dilation_of(speculator.num_speculative_steps),
         device=device,
+        score_dtype=dtype_of_scores(speculator.device),
     )
     # The tables may overwrite the mass: when they are made, the selection from it is finished.
     memory = capture.mass.view(torch.int32).view(len(sources), speculator.max_num_reqs, 1, -1)

@@ -12,7 +12,7 @@ from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.models.utils import extract_layer_index
 
 from specattn_vllm.compat.names import resolve
-from specattn_vllm.selection.capture import DraftCapture
+from specattn_vllm.selection.capture import DraftCapture, dtype_of_scores
 from specattn_vllm.selection.pages import page_strides
 from specattn_vllm.selection.pruner import Pruner
 from specattn_vllm.selection.store import SelectionStore
@@ -109,6 +109,7 @@ def prepare(speculator: RoundSpeculator) -> Selection:
             max_num_reqs=requests,
             max_model_len=longest,
             device=device,
+            score_dtype=dtype_of_scores(speculator.device),
             groups=plan.groups,
         )
         pruner = Pruner(

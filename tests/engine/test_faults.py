@@ -4,6 +4,7 @@ flip: in the codes and scales of a sketch, and in the tables that say where a re
 Whose pages or tables they are may get any answer. Everybody else gets the tokens that they would have got.
 """
 
+import math
 import random
 
 import pytest
@@ -15,7 +16,7 @@ SHORT = {"min_tokens": 16, "recent_tokens": 8, "ratio": 0.1}
 ALONE = {"speculative_config": None}
 SETTINGS = {
     "sketch": (SHORT | {"method": "sketch", "draft_ratio": 0.2}, {}),
-    "sketch alone": (SHORT | {"method": "sketch"}, ALONE),
+    "sketch alone": (SHORT | {"method": "sketch", "audit_share": 1.0}, ALONE),
     "sketch with shared budgets": (SHORT | {"method": "sketch", "shared_budget": "layers"}, {}),
     "specattn": (SHORT | {"method": "specattn"}, {}),
     "sts": (SHORT | {"method": "sts"}, {}),
@@ -133,6 +134,9 @@ def test_pages_that_do_not_fit_harm_nobody_else(setting, engine, prompts, record
         assert harmed != wanted[str(VICTIM)], f"{how.__name__}: nothing was done to the request"
 
     assert at.tokens(given) == wanted, "something is left of what was done"
+    if "audit_share" in options:
+        [report] = llm.collective_rpc("specattn_audit")
+        assert all(math.isfinite(number) for layer in report.values() for number in layer.values()), report
     record_property("injected", injected)
 
 

@@ -243,6 +243,26 @@ def test_the_largest_value_is_that_of_what_was_written():
     assert made.largest_values.tolist() == [[0, 0], [6, 5], [0, 0]]
 
 
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_a_request_that_is_no_number_has_lost_everything_and_spoils_no_total(number):
+    usual, changed = (audit(), Step(seed=3)), (audit(), Step(seed=3))
+    changed[1].cache[:6] = number  # blocks of the first request
+    for made, step in (usual, changed):
+        step.run(made)
+        made.fold()
+    mass, _ = usual[1].plainly()
+    totals = changed[0].read()
+    assert totals.pairs.tolist() == [2] * len(LAYERS)
+    torch.testing.assert_close(totals.retained, mass[:, QUERY_HEADS:].sum(1).double(), rtol=1e-5, atol=0)
+    assert (totals.histogram[:, 0] >= QUERY_HEADS).all()
+    assert totals.bound.isfinite().all() and totals.largest_bound.isfinite().all()
+    changed[1].cache[:6] = usual[1].cache[:6]
+    before = totals.retained
+    changed[1].run(changed[0])
+    changed[0].fold()
+    torch.testing.assert_close(changed[0].read().retained - before, usual[0].read().retained, rtol=1e-5, atol=0)
+
+
 def test_each_line_is_about_what_came_since_the_last():
     made, step = audit(), Step()
 

@@ -51,6 +51,18 @@ def test_strides_are_counted_in_rows(view, shape, strides):
     assert page_strides(view(*shape)) == strides
 
 
+def test_more_rows_than_ids_can_name_are_refused():
+    for blocks in (2**27, 2**27 + 1):
+        cache = torch.empty((blocks, 2, 8, ROW), dtype=torch.float16, device="meta")
+        if blocks * 16 <= 2**31:
+            assert page_strides(cache) == (16, 8, 1)
+        else:
+            with pytest.raises(
+                ValueError, match=r"2,147,483,664 rows .*: lower --gpu-memory-utilization or set --num-gp"
+            ):
+                page_strides(cache)
+
+
 @pytest.mark.parametrize(("view", "shape", "strides"), VIEWS)
 def test_every_id_addresses_its_key_and_value(view, shape, strides):
     cache = view(*shape)

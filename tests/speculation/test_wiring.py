@@ -179,8 +179,7 @@ def test_the_size_that_is_checked_is_that_of_all_buffers(monkeypatch, layers, op
     monkeypatch.setattr(wiring, "refuse_if_too_large", lambda nbytes, *others: checked.append(nbytes))
     made = prepared(monkeypatch, layers, **options)
     [sizes] = checked
-    # Sized as for a GPU, whose scores take half of what a CPU's do.
-    assert sizes | {"scores": 2 * sizes["scores"]} == made.nbytes
+    assert sizes == made.nbytes
     storages = {}
     capture = made.capture
     for part in (made, capture, capture.ranking, made.store, made.pruner):

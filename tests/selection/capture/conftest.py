@@ -43,6 +43,7 @@ def _make(opts: SpecAttnOptions, executor: str = "torch") -> DraftCapture:
         max_num_reqs=MAX_REQS,
         max_model_len=MAX_LEN,
         device=CPU,
+        score_dtype=torch.float32,
         groups=KV_HEADS if opts.kind.per_head else 1,
     )
 
@@ -265,6 +266,7 @@ def target_capture(opts: SpecAttnOptions, executor: str = "torch") -> TargetCapt
         max_model_len=MAX_LEN,
         dilation=opts.dilation,
         device=CPU,
+        score_dtype=torch.float32,
     )
     poison(made)
     return made
