@@ -21,6 +21,8 @@ from specattn_vllm.stats import Counts
 
 FOLDER = "SPECATTN_METRICS_DIR"
 """Environment variable: the folder of the snapshots. If it is not set, nothing is published."""
+FOR_RAY = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
+"""vLLM's environment variable: names of others that processes which Ray starts get too, with commas between them."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,8 @@ def make_folder() -> None:
         return
     made = tempfile.mkdtemp(prefix="specattn-metrics-")
     os.environ[FOLDER] = made
+    # Not every way in which vLLM starts processes with Ray hands on all variables (data parallelism does not).
+    os.environ[FOR_RAY] = ",".join([*filter(None, [os.environ.get(FOR_RAY)]), FOLDER])
     owner = os.getpid()
 
     def remove() -> None:

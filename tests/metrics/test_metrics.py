@@ -65,12 +65,14 @@ def test_a_folder_is_made_once_and_goes_with_the_process_that_made_it(tmp_path):
         "assert snapshot.folder() is None\n"
         "snapshot.make_folder(); first = snapshot.folder(); snapshot.make_folder()\n"
         "assert first == snapshot.folder() and first.is_dir()\n"
+        "assert os.environ[snapshot.FOR_RAY] == 'MINE,' + snapshot.FOLDER\n"
         "if (child := os.fork()) == 0: raise SystemExit\n"
         "os.waitpid(child, 0)\n"
         "assert first.is_dir(), 'a child took it away'\n"
         "print(first)\n"
     )
-    environment = {k: v for k, v in os.environ.items() if k != snapshot.FOLDER} | {"TMPDIR": str(tmp_path)}
+    environment = {k: v for k, v in os.environ.items() if k != snapshot.FOLDER}
+    environment |= {"TMPDIR": str(tmp_path), snapshot.FOR_RAY: "MINE"}
     run = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(str(tmp_path)) and not list(tmp_path.iterdir())

@@ -54,6 +54,15 @@ def test_the_registry_behind_metrics_has_ours_once(several, folder, monkeypatch,
     assert scraped(registry).count("# HELP specattn:rounds_total") == 1
 
 
+def test_processes_that_ray_starts_are_told_the_folder(monkeypatch):
+    from vllm.ray.ray_env import get_env_vars_to_copy
+
+    for name in (snapshot.FOLDER, snapshot.FOR_RAY):
+        monkeypatch.setenv(name, "")  # so that both are as before afterwards
+    snapshot.make_folder()
+    assert snapshot.FOLDER in get_env_vars_to_copy()
+
+
 def test_without_our_backend_the_registry_is_as_it_was(monkeypatch):
     monkeypatch.delenv(snapshot.FOLDER, raising=False)
     registry = CollectorRegistry()

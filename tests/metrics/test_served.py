@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import socket
-import sys
-import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from specattn_vllm.installed import demo_folder
 from specattn_vllm.metrics.families import FAMILIES
@@ -23,105 +19,6 @@ pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 LENGTHS = (900, 700)
-
-
-class Served:
-    """A server of the demo pair, and what an operator and a client ask of it."""
-
-    def __init__(self, server_class, folder: Path, *arguments: str) -> None:
-        # Not in pytest's folder: a Unix socket's path has at most 107 characters, of which vLLM needs 37.
-        self.temporary = Path(tempfile.mkdtemp(prefix="served-"))
-
-        def command(port: int) -> list[str]:
-            return [
-                sys.executable,
-                "-P",
-                "-m",
-                "vllm.entrypoints.cli.main",
-                "serve",
-                str(demo_folder("target")),
-                "--attention-backend",
-                "specattn",
-                "--served-model-name",
-                "demo",
-                "--max-model-len",
-                "2048",
-                "--dtype",
-                "float32",
-                "--enforce-eager",
-                "--max-num-seqs",
-                "4",
-                "--max-num-batched-tokens",
-                "2048",
-                "--host",
-                "127.0.0.1",
-                "--port",
-                str(port),
-                "--gpu-memory-utilization",
-                "0.3",
-                *arguments,
-            ]
-
-        # The development mode has the calls of workers by which the numbers are checked.
-        self.server = server_class(folder / "log", command, VLLM_SERVER_DEV_MODE="1", TMPDIR=str(self.temporary))
-
-    def ask(self, path: str, **given) -> str:
-        return self.server.ask(path, json.dumps(given).encode() if given else None)
-
-    def complete(self, length: int, **extra) -> None:
-        self.ask(
-            "/v1/completions",
-            model="demo",
-            prompt=list(range(5, 5 + length)),
-            max_tokens=24,
-            temperature=0,
-            ignore_eos=True,
-            **extra,
-        )
-
-    def counts(self) -> list[Counts]:
-        """By rank, as the workers say."""
-        return [Counts(**one) for one in json.loads(self.ask("/collective_rpc", method="specattn_stats"))["results"]]
-
-    def metrics(self) -> dict[tuple, float]:
-        """(name, values of the labels but `engine`, in the order of their names) -> value."""
-        return {
-            (sample.name, *(value for label, value in sorted(sample.labels.items()) if label != "engine")): sample.value
-            for family in text_string_to_metric_families(self.ask("/metrics"))
-            for sample in family.samples
-        }
-
-    def metrics_once(self, expected: dict[tuple, float]) -> dict[tuple, float]:
-        """The metrics, as soon as they have what is expected; they may be seconds late."""
-        deadline = time.monotonic() + 15
-        while True:
-            seen = self.metrics()
-            different = {key: (seen.get(key), value) for key, value in expected.items() if seen.get(key) != value}
-            if not different:
-                return seen
-            assert time.monotonic() < deadline, different
-            time.sleep(0.2)
-
-    def remove(self) -> None:
-        self.server.stop()
-        shutil.rmtree(self.temporary)
-
-
-@pytest.fixture
-def server(server_class, tmp_path):
-    """server(*arguments, others=()) -> a server that answers. others: arguments of a second process beside it."""
-    started = []
-
-    def start(*arguments: str, others: tuple[str, ...] = ()) -> Served:
-        for number, given in enumerate([others, ()] if others else [()]):
-            (folder := tmp_path / f"{number}").mkdir()
-            started.append(Served(server_class, folder, *arguments, *given))
-        started[-1].server.wait_until_ready()
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.remove()
 
 
 def options(**given) -> tuple[str, str]:
