@@ -53,7 +53,8 @@ def test_a_draft_model_with_a_window_is_refused(reasons, method):
 def test_attention_that_the_kernels_do_not_compute_is_refused(text, what):
     config = SimpleNamespace(model_config=model(hf_text_config=SimpleNamespace(**text)), speculative_config=None)
     assert list(checks._models(config)) == [
-        f"target: {what} are not supported; serve this model with vLLM's own backends"
+        f"target: {what} are not supported; serve this model with vLLM's own backends (leave out "
+        "--attention-backend specattn)"
     ]
 
 
