@@ -96,11 +96,17 @@ def _engine(config: VllmConfig) -> Iterator[str]:
         yield "kv_cache_dtype_skip_layers: all layers that select need caches of one type; remove it"
     if config.kv_transfer_config is not None:
         yield (
-            "a KV connector (kv_transfer_config, or --kv-offloading-size): it would move blocks without their "
-            "selections or sketches; remove it"
+            "a KV connector (--kv-transfer-config, --kv-offloading-size): it would move blocks of the KV cache without "
+            "their selections or sketches; leave these arguments out"
         )
     if config.model_config.enable_sleep_mode:
-        yield "enable_sleep_mode: waking up from level 2 loses the plugin's buffers beside the weights; turn it off"
+        yield "--enable-sleep-mode: a server that wakes up from level 2 has lost the plugin's buffers; leave it out"
+    ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
+    if parallel.enable_expert_parallel and ranks > 1 and _on_cpu():
+        yield (
+            "--enable-expert-parallel on a CPU: vLLM's kernel for experts is not told which of them a rank has, and "
+            "ends in a segmentation fault; leave it out"
+        )
     if parallel.use_ubatching:
         yield "microbatches (enable_dbo, ubatch_size): selections are made for whole batches; turn them off"
     if cache.kv_sharing_fast_prefill:
@@ -138,7 +144,10 @@ def _models(config: VllmConfig) -> Iterator[str]:
 
 def _windows(side: str, model: ModelConfig, config: VllmConfig) -> Iterator[str]:
     for what in unsupported_attention(model):
-        yield f"{side}: {what} are not supported; serve this model with vLLM's own backends"
+        yield (
+            f"{side}: {what} are not supported; serve this model with vLLM's own backends (leave out "
+            "--attention-backend specattn)"
+        )
     if not has_windows(model):
         return
     if config.cache_config.cache_dtype in FP8_CACHES and _without_avx512():

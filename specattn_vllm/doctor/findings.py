@@ -93,10 +93,11 @@ def _engine(serve: Sequence[str]) -> Iterator[Finding]:
 
 def _memory(found: dict[str, Any]) -> Finding:
     buffers, weights, longest = sum(found["buffers"].values()), found["weights"], found["max_model_len"]
-    cache = found["kv_per_token"] * longest + found["kv_in_windows"]
+    cache = found["kv_per_token"] * longest + found["kv_in_windows"] + found["kv_in_states"]
     others = f" and {_bytes(found['kv_in_windows'])} in layers with a sliding window" * bool(found["kv_in_windows"])
     if found["stateful_layers"]:
-        others += f"; without the states of {found['stateful_layers']} layers of linear attention or Mamba"
+        states = f"the states of {found['stateful_layers']} layers of linear attention or Mamba"
+        others += f" and {_bytes(found['kv_in_states'])} for {states}"
     parts = ", ".join(f"{what} {_bytes(size)}" for what, size in found["buffers"].items())
     of_weights = _bytes(weights) if weights else "an unknown size (not in a local folder)"
     says = (

@@ -10,6 +10,7 @@ import torch
 from vllm.config import ModelConfig, VllmConfig
 
 from specattn_vllm import executors
+from specattn_vllm.doctor.states import cache_of_a_request
 from specattn_vllm.kernels.sketch.contracts import Budget
 from specattn_vllm.layer_kinds import full_layers, stateful_layers
 from specattn_vllm.methods.budget import SketchedDraftOptions, with_sketch
@@ -39,15 +40,19 @@ def _sizes(config: VllmConfig, options: SketchedDraftOptions) -> dict[str, Any]:
         of_draft = _sketch(config, options, draft, budget, drafts + 2, steps_ahead=drafts - 1)
         models.append((draft, "drafting" in options.sparse_readers, of_draft))
     choosing = [sketch.nbytes for _, chooses, sketch in models if chooses]
-    kv = sketched = in_windows = stateful = 0
+    kv = sketched = in_windows = in_states = stateful = 0
     for of, _, sketch in models:
         codes = sketch.layout.token_bytes if options.sketch_bits_in_cache else 0
         token = sketch.layout.kv_bytes + codes
         kv += sketch.shape.layers * sketch.num_kv_heads * token
         sketched += sketch.shape.layers * sketch.num_kv_heads * codes
         others = of.get_num_layers(parallel) - sketch.shape.layers
-        stateful += stateful_layers(of)  # vLLM sizes their states when it has loaded the model
-        if not of.is_hybrid:
+        if states := stateful_layers(of):
+            stateful += states
+            per_token = sketch.num_kv_heads * token
+            taken = cache_of_a_request(config, sketch.shape.layers, states, per_token)
+            in_states += taken - sketch.shape.layers * per_token * model.max_model_len
+        elif not of.is_hybrid:
             in_windows += others * sketch.num_kv_heads * token * _tokens_in_a_window(config, of)
     return {
         "buffers": {what: sum(part[what] for part in choosing) for what in (choosing[0] if choosing else ())},
@@ -55,6 +60,7 @@ def _sizes(config: VllmConfig, options: SketchedDraftOptions) -> dict[str, Any]:
         "weights": sum(_weights(of) for of, _, _ in models) // parallel.tensor_parallel_size,
         "kv_per_token": kv,
         "kv_in_windows": in_windows,
+        "kv_in_states": in_states,
         "stateful_layers": stateful,
         "sketch_share": sketched / kv,
         "max_num_seqs": config.scheduler_config.max_num_seqs,

@@ -50,12 +50,15 @@ class SketchOptions(SketchedDraftOptions, AuditedOptions):
 
     @property
     def cannot_have(self) -> tuple[str, ...]:
-        return () if self.epsilon is None else (SOFT_CAP,)  # the sample's tokens are weighed without it
+        # Both weigh tokens without it. The order of a head's tokens is the same, so a fixed share may have it.
+        return (SOFT_CAP,) if self.epsilon is not None or not self.fixed_budget else ()
 
     def refusals(self, config: Any) -> Iterator[str]:
         yield from super().refusals(config)
         if self.epsilon is not None:
             yield from capped_logits(config, "epsilon", "leave it out")
+        if not self.fixed_budget:
+            yield from capped_logits(config, "top_p, a share of the attention mass", "set ratio in its place")
 
     @model_validator(mode="after")
     def _what_is_shared_is_a_fixed_share(self) -> Self:

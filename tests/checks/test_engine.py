@@ -119,8 +119,8 @@ def test_lora_is_refused_with_a_target_that_drafts_for_itself(reasons, method):
 
 def test_a_kv_connector_is_refused(reasons):
     assert reasons(kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"}) == [
-        "a KV connector (kv_transfer_config, or --kv-offloading-size): it would move blocks without their "
-        "selections or sketches; remove it",
+        "a KV connector (--kv-transfer-config, --kv-offloading-size): it would move blocks of the KV cache without "
+        "their selections or sketches; leave these arguments out",
     ]
 
 
@@ -129,7 +129,15 @@ def test_sleep_mode_is_refused():
         model_config=SimpleNamespace(dtype="torch.bfloat16", enable_sleep_mode=True, hf_config=SimpleNamespace())
     )
     (reason,) = checks._engine(config)
-    assert reason.startswith("enable_sleep_mode: ") and reason.endswith("turn it off")
+    assert reason.startswith("--enable-sleep-mode: ") and reason.endswith("leave it out")
+
+
+@pytest.mark.parametrize(("ranks", "on_cpu", "told"), [(2, True, True), (1, True, False), (2, False, False)])
+def test_experts_spread_over_ranks_are_refused_on_a_cpu(monkeypatch, ranks, on_cpu, told):
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda self: on_cpu)
+    given = {"enable_expert_parallel": True, "tensor_parallel_size": ranks}
+    found = list(checks._engine(engine(parallel=given)))
+    assert [reason.startswith("--enable-expert-parallel on a CPU: vLLM's kernel") for reason in found] == [True] * told
 
 
 def test_fast_prefill_is_refused(reasons):
@@ -159,6 +167,7 @@ def engine(parallel=None, cache=None, **changes):
         "model_config": SimpleNamespace(dtype="torch.bfloat16", enable_sleep_mode=False, hf_config=SimpleNamespace()),
         "parallel_config": SimpleNamespace(
             **{"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "use_ubatching": False}
+            | {"enable_expert_parallel": False, "tensor_parallel_size": 1, "data_parallel_size": 1}
             | (parallel or {})
         ),
         "cache_config": SimpleNamespace(

@@ -53,7 +53,8 @@ def test_a_draft_model_with_a_window_is_refused(reasons, method):
 def test_attention_that_the_kernels_do_not_compute_is_refused(text, what):
     config = SimpleNamespace(model_config=model(hf_text_config=SimpleNamespace(**text)), speculative_config=None)
     assert list(checks._models(config)) == [
-        f"target: {what} are not supported; serve this model with vLLM's own backends"
+        f"target: {what} are not supported; serve this model with vLLM's own backends (leave out "
+        "--attention-backend specattn)"
     ]
 
 
@@ -63,6 +64,8 @@ def test_attention_that_the_kernels_do_not_compute_is_refused(text, what):
         ({"method": "sketch"}, None),
         ({"method": "dense"}, None),
         ({"method": "sketch", "epsilon": 0.2}, "is not supported by epsilon; leave it out"),
+        ({"method": "sketch", "top_p": 0.9}, "is not supported by top_p, a share of the attention mass; set ratio in"),
+        ({"method": "sketch", "top_p": 0.9, "ratio": 0.1, "rule": "top_k"}, None),
         ({"method": "vegas"}, "is not supported by method 'vegas'; use method 'sketch' or 'dense'"),
         ({"method": "specattn"}, "is not supported by method 'specattn'; use method 'sketch' or 'dense'"),
         ({"method": "dense", "executor": "xformers"}, "executor 'xformers' knows no soft cap on logits; use 'auto'"),

@@ -21,6 +21,7 @@ SIZES = {
     "largest": 2**31,
     "kv_per_token": 140_000,
     "kv_in_windows": 0,
+    "kv_in_states": 0,
     "stateful_layers": 0,
     "sketch_share": 0.066,
     "max_num_seqs": 64,
@@ -62,8 +63,9 @@ def statuses(made: dict[str, Finding]) -> dict[str, str]:
 
 
 def test_layers_of_other_kinds_are_named(answers):
-    answers["config"] = SIZES | {"stateful_layers": 36}
-    assert "; without the states of 36 layers of linear attention or Mamba)" in found("M")["memory"].says
+    answers["config"] = SIZES | {"stateful_layers": 36, "kv_in_states": 2**30}
+    says = found("M")["memory"].says
+    assert "18.1 GiB of KV cache" in says and " and 1.0 GiB for the states of 36 layers of linear attention" in says
     answers["config"] = SIZES | {"kv_in_windows": 2**30}
     assert " and 1.0 GiB in layers with a sliding window)" in found("M")["memory"].says
 

@@ -23,6 +23,7 @@ SIZES = {
     "largest": 2**31,
     "kv_per_token": 140_000,
     "kv_in_windows": 0,
+    "kv_in_states": 0,
     "stateful_layers": 0,
     "sketch_share": 0.062,
     "max_num_seqs": 64,

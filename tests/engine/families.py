@@ -39,6 +39,14 @@ LINEAR = {f"linear_{name}": size for name, size in (("num_key_heads", 2), ("num_
 LINEAR |= {"linear_key_head_dim": 64, "linear_value_head_dim": 64, "linear_conv_kernel_dim": 4}
 MIXED = {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2}
 
+# Hybrids with a Mamba-2 state or a short convolution.
+MAMBA = {f"mamba_{name}": size for name, size in (("n_heads", 8), ("d_head", 64), ("d_state", 64), ("n_groups", 1))}
+MAMBA |= {"mamba_chunk_size": 64}
+NEMOTRON = {"mamba_num_heads": 8, "mamba_head_dim": 64, "ssm_state_size": 64, "n_groups": 1, "chunk_size": 64}
+# As files of such models have them, and transformers' class has not.
+SHORT = {f"block_{name}": value for name, value in (("dim", 256), ("ff_dim", 384), ("multiple_of", 64))}
+SHORT |= {"block_ffn_dim_multiplier": 1.0, "block_auto_adjust_ff_dim": False, "conv_dim": 256, "conv_dim_out": 256}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     # Other head sizes: 256, 96 and 192.
     "gemma": ("GemmaConfig", {"head_dim": 256, "tie_word_embeddings": True}),
@@ -68,8 +76,43 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Qwen3NextConfig",
         MIXED | LINEAR | EXPERTS | {"partial_rotary_factor": 0.25, "shared_expert_intermediate_size": 64},
     ),
+    "qwen3.5": (
+        "Qwen3_5TextConfig",
+        MIXED
+        | LINEAR
+        | {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25, "mrope_section": [4, 2, 2]}},
+    ),
+    "nemotron-h": (
+        "NemotronHConfig",
+        NEMOTRON | {"num_hidden_layers": 6, "layers_block_type": ["mamba", "mlp", "attention"] * 2},
+    ),
+    "granite4": (
+        "GraniteMoeHybridConfig",
+        MAMBA
+        | MIXED
+        | {"layer_types": ["mamba", "attention"] * 2, "num_local_experts": 0, "attention_multiplier": 0.125},
+    ),
+    # Each layer has both attention and Mamba.
+    "falcon-h1": ("FalconH1Config", MAMBA | {"num_hidden_layers": 2, "mamba_d_ssm": 512}),
+    "lfm2": ("Lfm2Config", SHORT | {"num_hidden_layers": 5, "layer_types": ["conv", "full_attention"] * 2 + ["conv"]}),
 }
 """Name -> the class of its configuration in transformers, and what differs from SHAPE."""
+
+VISION = {"hidden_size": 64, "intermediate_size": 64}
+MULTIMODAL: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    # Positions of three kinds, interleaved.
+    "qwen3-vl": (
+        "Qwen3VLConfig",
+        {"rope_parameters": {"rope_type": "default", "mrope_section": [12, 10, 10], "mrope_interleaved": True}},
+        {"depth": 1, "num_heads": 2, "out_hidden_size": 256, "deepstack_visual_indexes": [0]},
+    ),
+    "gemma3-vl": (
+        "Gemma3Config",
+        WINDOWED | {"query_pre_attn_scalar": 64},
+        {"num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28, "patch_size": 14},
+    ),
+}
+"""Name -> the same, and the configuration of what sees images."""
 
 
 def _randomise(model: torch.nn.Module) -> None:
@@ -97,9 +140,14 @@ def _draw_sinks(model: torch.nn.Module) -> None:
 def make(name: str, folder: Path) -> str:
     import transformers
 
-    config_class, changes = FAMILIES[name]
-    config = getattr(transformers, config_class)(**SHAPE | changes)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    if name in MULTIMODAL:
+        config_class, changes, vision = MULTIMODAL[name]
+        config = getattr(transformers, config_class)(text_config=SHAPE | changes, vision_config=VISION | vision)
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    else:
+        config_class, changes = FAMILIES[name]
+        config = getattr(transformers, config_class)(**SHAPE | changes)
+        model = transformers.AutoModelForCausalLM.from_config(config)
     _randomise(model)
     _draw_sinks(model)
     model.float().save_pretrained(folder)

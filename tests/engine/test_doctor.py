@@ -24,6 +24,28 @@ def test_buffers_are_those_of_an_engine(engine):
     assert 0 < found["sketch_share"] < 0.2
 
 
+def test_the_states_of_a_hybrid_are_counted_before_there_is_an_engine(family, engine):
+    from specattn_vllm.doctor.probes import ask
+    from specattn_vllm.doctor.sizes import sizes
+    from specattn_vllm.options import SpecAttnOptions
+
+    target = family("nemotron-h")
+    arguments = ("--dtype", "float32", "--max-model-len", "512", "--no-enable-prefix-caching", "--skip-tokenizer-init")
+    before = ask("config", target, *arguments)
+    llm = engine(
+        {"method": "sketch"},
+        target=target,
+        max_model_len=512,
+        enable_prefix_caching=False,
+        skip_tokenizer_init=True,
+        speculative_config=None,
+    )
+    config = llm.llm_engine.vllm_config
+    after = sizes(config, SpecAttnOptions.from_vllm(config))
+    what = ("kv_per_token", "kv_in_states", "stateful_layers", "weights")
+    assert {name: before.get(name) for name in what} == {name: after[name] for name in what}, before
+
+
 def test_the_demo_pair_generates(demo_pair):
     from specattn_vllm.doctor.probes import ask
 
