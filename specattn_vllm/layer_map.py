@@ -205,7 +205,13 @@ def resolve(name: str | None, target: ModelFacts, draft: ModelFacts, *, method: 
         ranked = [(kind.map_rank(found.method), found) for found in maps]
         usable = [(not found.calibrated, rank, found) for rank, found in ranked if rank is not None]
         return min(usable, key=lambda of: of[:2])[2] if usable else uniform(target, draft)
-    found = read(shipped().get(name, Path(name)))
+    path = shipped().get(name, Path(name))
+    if path.suffix != ".json":
+        raise LayerMapError(
+            f"layer_map = {data_file.plain(repr(name))} is neither 'uniform', nor a shipped map, nor a file whose name "
+            f"ends with .json: give one of these (shipped: {', '.join(shipped()) or 'none'})"
+        )
+    found = read(path)
     if kind.map_rank(found.method) is None:
         raise LayerMapError(
             f"layer_map = {name!r} was made for method {found.method!r}, but method = {method!r} takes maps for "

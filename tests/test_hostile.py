@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from specattn_vllm import layer_map, request
+from specattn_vllm import data_file, layer_map, request
 from specattn_vllm.layer_map import LayerMap, LayerMapError
 from specattn_vllm.methods import METHODS
 from specattn_vllm.options import OptionsError, SpecAttnOptions
@@ -165,9 +165,47 @@ def test_a_layer_is_a_whole_number(value, tmp_path):
 def test_files_that_never_end_or_have_no_name(tmp_path):
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    for name in (pipe, "/dev/zero", "a\0b", tmp_path, "/proc/kmsg"):
+    for name in (pipe, "/dev/zero", "a\0b", tmp_path):
         with pytest.raises(LayerMapError, match="cannot be read"):
             layer_map.read(Path(name))
+    with pytest.raises(LayerMapError, match=r"cannot be read|not valid"):
+        layer_map.read(Path("/proc/kmsg"))  # a regular file by its own account, which may have something to say
+
+
+SECRET = "root:x:0:0"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        SECRET + " \\n",
+        json.dumps(SECRET),
+        json.dumps([SECRET]),
+        json.dumps({"schema": SECRET, "method": SECRET, "layers": [SECRET], "target": SECRET}),
+        json.dumps(MAP | {"method": SECRET, "provenance": SECRET, "draft": {**MAP["draft"], "weights": [SECRET]}}),
+    ],
+)
+def test_an_error_shows_no_text_of_a_file(content, tmp_path):
+    """The path may be a wrong one, and logs have more readers than files."""
+    assert SECRET not in refused(content, tmp_path)
+
+
+def test_only_json_files_are_maps(tmp_path):
+    facts = LayerMap.model_validate(MAP)
+    for name in ("/etc/passwd", str(tmp_path / "map.yaml"), "map", "", "../map.json/", "\x1b[2J" * 500):
+        with pytest.raises(LayerMapError) as found:
+            layer_map.resolve(name, facts.target, facts.draft)
+        assert "shipped" in str(found.value) and len(str(found.value)) < 1000 and str(found.value).isprintable()
+
+
+def test_no_request_names_a_file(monkeypatch):
+    opened: list = []
+    monkeypatch.setattr(data_file, "read", lambda path, largest: opened.append(path))
+    of = {"layer_map": "/etc/passwd"}
+    for value in (of, [of], "layer_map=/etc/passwd"):
+        assert request.problem({"specattn": value}) is not None
+    assert request.problem({"specattn.layer_map": "/etc/passwd"}) is not None
+    assert not opened
 
 
 def test_options_with_many_or_large_errors_are_told_in_short():

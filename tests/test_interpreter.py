@@ -127,7 +127,7 @@ def test_the_interpreter_s_needless_work_is_left_out_and_changes_no_result(tmp_p
     assert after["builtins"] == before["builtins"] and "load" in before["builtins"]
 
 
-LOG1P_PROBE = """
+LIBDEVICE_PROBE = """
 import json
 
 import torch
@@ -135,18 +135,21 @@ import triton
 import triton.language as tl
 from triton.language.extra import libdevice
 
-from specattn_vllm.cpu_runner.interpreter import compute_log1p
+from specattn_vllm.cpu_runner.interpreter import compute_libdevice
 
 
 @triton.jit
 def kernel(source, target, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
-    tl.store(target + offsets, libdevice.log1p(-tl.load(source + offsets)) + 1.0)
+    x = tl.load(source + offsets)
+    tl.store(target + offsets, libdevice.log1p(-x) + 1.0)
+    tl.store(target + BLOCK + offsets, libdevice.isnan(x).to(tl.int1).to(tl.float32))
 
 
 def launch():
-    target = torch.zeros(8)
-    kernel[(1,)](torch.tensor([0.0, 1e-6, 0.25, 0.5, 0.75, 1.0, 2.0, -3.0]), target, BLOCK=8)
+    target = torch.zeros(16)
+    given = torch.tensor([0.0, 1e-6, 0.25, 0.5, 0.75, 1.0, 2.0, float("nan")])
+    kernel[(1,)](given, target, BLOCK=8)
     return [str(value) for value in target.tolist()]
 
 
@@ -155,18 +158,19 @@ try:
     before = "works"
 except Exception as error:
     before = str(error)
-compute_log1p()
-compute_log1p()
+compute_libdevice()
+compute_libdevice()
 print(json.dumps([before, launch()]))
 """
 
 
-def test_the_interpreter_s_missing_logarithm_is_computed(tmp_path):
-    before, after = printed_by(LOG1P_PROBE, tmp_path)
+def test_the_interpreter_s_missing_functions_are_computed(tmp_path):
+    before, after = printed_by(LIBDEVICE_PROBE, tmp_path)
     assert "NoneType" in before, "what Triton does by itself; where this fails, the piece can go"
     values = [float(value) for value in after]
     assert values[:5] == pytest.approx([1 + math.log1p(-x) for x in (0.0, 1e-6, 0.25, 0.5, 0.75)], rel=1e-6)
-    assert values[5] == -math.inf and math.isnan(values[6]) and values[7] == pytest.approx(1 + math.log(4))
+    assert values[5] == -math.inf and math.isnan(values[6]) and math.isnan(values[7])
+    assert values[8:] == [0.0] * 7 + [1.0]
 
 
 ARGMAX_PROBE = """

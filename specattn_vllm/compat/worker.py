@@ -35,8 +35,8 @@ def stock_speculator() -> type:
 def prepare_cpu_worker() -> None:
     """vLLM's Triton kernel for top-k/top-p sampling does not run in Triton's interpreter ("'int' object has no
     attribute 'to'"), and the first such request stops the server. This selects vLLM's PyTorch version. It also corrects
-    masks and log1p of the interpreter, and halves its time. CPU only. Remove when the kernel runs interpreted, or
-    Triton compiles for CPU.
+    masks, log1p and isnan of the interpreter, and halves its time. CPU only. Remove when the kernel runs interpreted,
+    or Triton compiles for CPU.
 
     Called by the metadata builder, so only in a worker that uses the backend, and before it samples."""
     from vllm.platforms import current_platform
@@ -47,14 +47,14 @@ def prepare_cpu_worker() -> None:
         from specattn_vllm.cpu_runner.interpreter import (
             accept_integer_masks,
             argmax_of_nan,
-            compute_log1p,
+            compute_libdevice,
             leave_out_needless_work,
         )
 
         topk_topp_sampler.HAS_TRITON = False
         accept_integer_masks()
         argmax_of_nan()
-        compute_log1p()
+        compute_libdevice()
         leave_out_needless_work()
 
 

@@ -50,10 +50,11 @@ def argmax_of_nan() -> None:
         return original(self, input, val_reduce_op, index if idx_reduce_op else None)
 
 
-def compute_log1p() -> None:
-    """Implement log1p of the device library (`libdevice`) for the interpreter, where its functions return None. vLLM's
-    rejection sampling uses it for drafts that were sampled from a draft model's distribution. Remove when Triton's
-    interpreter runs that library's functions.
+def compute_libdevice() -> None:
+    """Implement log1p and isnan of the device library (`libdevice`) for the interpreter, where its functions return
+    None. vLLM's rejection sampling uses the first for drafts that were sampled from a draft model's distribution, and
+    its count of NaN in logits (VLLM_COMPUTE_NANS_IN_LOGITS) the second. Remove when Triton's interpreter runs that
+    library's functions.
     """
     import numpy as np
     import triton.language as tl
@@ -64,6 +65,10 @@ def compute_log1p() -> None:
     def log1p(original, x):
         with np.errstate(divide="ignore", invalid="ignore"):  # as on a GPU; results for x <= -1 are not used
             return tl.core.tensor(TensorHandle(np.log1p(x.handle.data), x.handle.dtype.scalar), x.type)
+
+    @patched(libdevice, "isnan")
+    def isnan(original, x):
+        return x != x
 
 
 def leave_out_needless_work() -> None:

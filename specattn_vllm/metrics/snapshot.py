@@ -17,8 +17,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from specattn_vllm import data_file
 from specattn_vllm.stats import Counts
 
+LARGEST = 2**20
+"""Bytes of a snapshot's file. One has some thousands."""
 FOLDER = "SPECATTN_METRICS_DIR"
 """Environment variable: the folder of the snapshots. If it is not set, nothing is published."""
 FOR_RAY = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
@@ -65,10 +68,13 @@ class Snapshot:
     audited: Audited | None = None
 
     def write(self, folder: Path) -> None:
-        """Replace the worker's file atomically: a reader finds either this snapshot or the one before."""
+        """Replace the worker's file atomically: a reader finds either this snapshot or the one before. OSError if
+        somebody has put a link or a pipe in its place: nothing is written through it."""
         path = folder / f"{self.engine}-{self.rank}-{self.pid}.json"
         part = path.with_suffix(".part")
-        part.write_text(json.dumps(asdict(self)))
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK
+        with open(os.open(part, flags, 0o666), "w") as file:
+            file.write(json.dumps(asdict(self)))
         part.replace(path)
 
     @classmethod
@@ -119,7 +125,7 @@ def read_all(where: Path) -> list[Snapshot]:
 def _read(where: Path) -> Iterator[Snapshot]:
     for path in where.glob("*.json"):
         try:
-            found = Snapshot.parse(path.read_text())
+            found = Snapshot.parse(data_file.read(path, LARGEST).decode())
         except (OSError, ValueError, TypeError, KeyError):
             continue  # the file has been removed, or is not a snapshot
         if _lives(found.pid):

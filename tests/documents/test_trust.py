@@ -43,6 +43,17 @@ def test_the_loads_are_what_was_measured(name):
         assert not of["exact_beside_others"]["others"] and of["settings"]["minutes"] >= 10
 
 
+def test_memory_is_what_was_measured():
+    runs = json.loads((ROOT / "docs/results/cpu-memory.json").read_text())["servers"]["runs"]
+    told = [runs[name]["worker_allocated_mib"] for name in ("vLLM's own attention", "dense", "sketch, 20 minutes")]
+    most = [f"{of['most']:,.0f} MiB with" for of in told]
+    assert all(words().count(one) >= most.count(one) for one in most)
+    slopes = [of["last_three_minutes"] for of in told]
+    own, dense, sketch = (f"{of['mib_per_minute']:.1f} ± {of['standard_error']:.1f}" for of in slopes)
+    assert f"it was {own}, {dense} and {sketch} MiB a minute" in words()
+    assert all(abs(of["mib_per_minute"]) < 2 * of["standard_error"] for of in slopes), "no growth to be seen"
+
+
 def test_the_requests_of_schemathesis_are_those_that_were_made():
     found = json.loads((ROOT / "docs/results/cpu-schemathesis.json").read_text())
     assert f"| {found['cases']} requests for completions and chats: none" in PAGE

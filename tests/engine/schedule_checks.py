@@ -46,7 +46,7 @@ class Watch:
         self.layers = get_layers_from_vllm_config(config, AttentionLayerBase)
         groups = self.scheduler.kv_cache_config.kv_cache_groups
         self.group = {name: g for g, group in enumerate(groups) for name in group.layer_names}
-        self.lossless = lossless
+        self.lossless, self.ahead = lossless, bool(config.scheduler_config.async_scheduling)
         self.audit, self.exact, self.steps = audit, {}, 0
         self.store = getattr(getattr(self.runner.speculator, "selection", None), "store", None)
         self.spoilt: set[int] = set()  # slots in whose selections we have put another length
@@ -162,6 +162,8 @@ class Watch:
             name = self.batch.req_ids[row]
             request, new = self.scheduler.requests[name], int(md.query_start_loc[row + 1] - md.query_start_loc[row])
             length, least = request.num_computed_tokens, None
+            if self.ahead:  # the scheduler does not know yet which drafts were rejected
+                length = int(self.runner.req_states.num_computed_tokens.gpu[self.batch.idx_mapping[row]]) + new
             if self.sampled is not None:
                 if not self.sampled[row]:
                     continue  # it is inside its prompt: what is drafted for it is thrown away
@@ -235,9 +237,12 @@ class Watch:
         for g, ids in enumerate(self.manager.get_block_ids(name)):
             number = int(tables.num_blocks.np[g, slot])
             assert tables.block_tables[g].gpu[slot, :number].tolist() == ids, f"{name}: other blocks in the worker"
-        assert int(states.num_computed_tokens.gpu[slot]) == request.num_computed_tokens, name
-        if request.num_output_tokens:
-            assert request.num_computed_tokens < request.num_tokens == int(states.total_len.gpu[slot]), name
+        computed, total = int(states.num_computed_tokens.gpu[slot]), int(states.total_len.gpu[slot])
+        unknown = total - request.num_tokens if request.num_output_tokens else 0  # none, unless planned ahead
+        assert 0 <= unknown <= self.ahead * self.most_a_step, name
+        assert 0 <= request.num_computed_tokens - computed <= self.ahead * self.most_a_step, name
+        assert not request.num_output_tokens or computed < total, name
+        self.seen["tokens that the scheduler does not know yet"] += unknown
         assert states.all_token_ids.gpu[slot, : request.num_tokens].tolist() == list(request.all_token_ids), name
 
     def _slots(self, running: dict[int, Any]) -> None:
@@ -254,15 +259,15 @@ class Watch:
                 assert flags == (exact, exact), f"{name}: exact is {flags} in slot {slot}"
                 if slot in self.spoilt:
                     continue
-                made = int(self.store.prefix_lens[slot])
-                allowed = {NO_SELECTION} if exact else {NO_SELECTION, request.num_computed_tokens}
-                assert made in allowed, f"{name}: a selection for {made} tokens, {request.num_computed_tokens} computed"
-                if not request.num_output_tokens:
+                states, made = self.runner.req_states, int(self.store.prefix_lens[slot])
+                allowed = {NO_SELECTION} if exact else {NO_SELECTION, int(states.num_computed_tokens.gpu[slot])}
+                assert made in allowed, f"{name}: a selection for {made} tokens, and allowed are {allowed}"
+                if int(states.total_len.gpu[slot]) <= request.num_prompt_tokens:
                     assert made == NO_SELECTION, f"{name}: a selection inside its prompt"
 
     def _caches(self, running: dict[int, Any]) -> None:
         """Keys, values and codes of all computed tokens are right, however they came there."""
-        computed = self.runner.req_states.num_computed_tokens.gpu
+        computed, tokens_of = (getattr(self.runner.req_states, n).gpu for n in ("num_computed_tokens", "all_token_ids"))
         for name, layer in self.sketches.items():
             for slot, request in running.items():
                 where = self._where(name, request, int(computed[slot]))
@@ -270,7 +275,7 @@ class Watch:
                 self.seen["codes"] += len(where[0])
         for name, model in self.first_layers.items():
             for slot, request in running.items():
-                where, tokens = self._where(name, request, int(computed[slot])), request.all_token_ids
+                where, tokens = self._where(name, request, int(computed[slot])), tokens_of[slot].tolist()
                 self.cache_checks.keys(model, self.layers[name], tokens, *where, f"{request.request_id}, {name}")
                 self.seen["keys"] += len(where[0])
 

@@ -132,7 +132,10 @@ class Driver:
         try:
             for operation in [*schedule, Drain()]:
                 getattr(self, type(operation).__name__.lower())(operation)
-            self.engine.step()  # tells the worker who has ended
+            # Tell the worker who has ended; and take what was planned ahead.
+            self.engine.step()
+            while self.engine.engine_core.engine_core.batch_queue:
+                self.engine.step()
             self.watch.at_rest()
             self.reset(Reset())
             self.watch.at_rest()

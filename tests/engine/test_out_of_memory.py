@@ -9,6 +9,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,7 @@ pytestmark = [
     ),
 ]
 
+ROOT = Path(__file__).parents[2]
 REQUESTS, LONGEST = 20_000, 8192
 # As much as vLLM itself takes for so many requests, and more; but not what ours take. Set after the imports, of which
 # nobody knows how much of the address space they take.
@@ -62,3 +65,24 @@ def test_an_engine_without_the_memory_says_what_does_not_fit_and_ends(method, de
     assert "the allocation failed: lower --max-num-seqs or --max-model-len" in error
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)  # nobody is left
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_a_server_without_the_memory_says_so_and_ends(server_class, tmp_path):
+    """With its worker in a process of its own. 9 GB of address space are enough for vLLM, and not for our buffers."""
+
+    def command(port: int) -> list[str]:
+        size = ["--max-num-seqs", str(REQUESTS), "--max-num-batched-tokens", str(REQUESTS)]
+        size += ["--additional-config.specattn.method", "specattn"]  # whose buffers are large
+        served = [str(ROOT / "scripts/serve"), "--host", "127.0.0.1", "--port", str(port), *size]
+        return ["bash", "-c", 'ulimit -v 9000000 && exec "$@"', "limited", *served]
+
+    with server_class(tmp_path / "log", command, SPECATTN_VENV=sys.prefix) as server:
+        assert server.process.wait(600) == 1
+        assert "specattn needs" in server.text() and "lower --max-num-seqs or --max-model-len" in server.text()
+        deadline = time.monotonic() + 20
+        with pytest.raises(ProcessLookupError):  # nobody of its group is left
+            while time.monotonic() < deadline:
+                os.killpg(server.process.pid, 0)
+                time.sleep(0.2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from types import SimpleNamespace
 
 import pytest
@@ -143,3 +144,25 @@ def test_snapshots_are_small(tmp_path, made):
     made(audited=Audited([(e / 64, 10**9) for e in publish.EDGES], 1e9)).write(tmp_path)
     [path] = tmp_path.iterdir()
     assert path.stat().st_size < 4096 and json.loads(path.read_text())["rank"] == 0
+
+
+def test_links_and_pipes_in_the_folder_are_neither_followed_nor_waited_for(tmp_path, made):
+    """Whoever may write there can falsify metrics, and nothing else."""
+    folder, mine = tmp_path / "metrics", tmp_path / "mine"
+    folder.mkdir()
+    mine.write_text("mine")
+    part = folder / f"0-0-{os.getpid()}.part"
+    part.symlink_to(mine)
+    with pytest.raises(OSError):
+        made().write(folder)
+    assert mine.read_text() == "mine"
+    part.unlink()
+    os.mkfifo(part)
+    with pytest.raises(OSError):
+        made().write(folder)
+    part.unlink()
+    made().write(folder)
+    os.mkfifo(folder / "0-1-1.json")  # whose reader would wait for ever
+    with (folder / "0-2-2.json").open("wb") as file:
+        file.truncate(2**34)  # takes no room on the disk
+    assert [found.rank for found in snapshot.read_all(folder)] == [0]
