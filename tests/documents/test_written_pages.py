@@ -55,3 +55,32 @@ def test_a_page_with_other_sections_is_an_error(page, sections, arguments, monke
     assert run(page, monkeypatch, *arguments, **sections) == 1
     assert "it: error: the sections of page.md are one, not " in capsys.readouterr().err
     assert page.read_text() == PAGE.format("old\n")
+
+
+@pytest.fixture
+def refusals(monkeypatch):
+    monkeypatch.syspath_prepend(str(PAGES))
+    import refusals_page
+
+    return refusals_page
+
+
+def test_a_check_that_stands_in_no_section_is_an_error(refusals, monkeypatch):
+    monkeypatch.setitem(refusals.FUNCTIONS, "drafters", ("_speculation",))
+    with pytest.raises(ValueError, match=r"^checks\.py: _positions yields reasons: add it to a section$"):
+        refusals.sections()
+
+
+def test_reasons_and_errors_are_read_from_the_source(refusals):
+    tree = refusals.ast.parse(
+        "def f():\n    yield f'{a.b_c} = {size!r}: ' 'use ' f'{1 + 1}'\n    raise E(f'{x} is no {KEY}')\n"
+    )
+    assert [*refusals.yielded(tree, "f")] == ["<b c> = <size>: use ..."]
+    assert [*refusals.raised(tree)] == ["<x> is no specattn"]
+    with pytest.raises(ValueError, match=r"^f, line 2: a reason is no text that can be read here$"):
+        [*refusals.yielded(refusals.ast.parse("def f():\n    yield reason\n"), "f")]
+
+
+def test_a_function_that_raises_no_more_is_an_error(refusals):
+    with pytest.raises(ValueError, match=r"^checks\.py: _positions raises no error with a text"):
+        refusals.of_raises(("checks.py _positions",))
