@@ -1,4 +1,4 @@
-"""Writes docs/refusals.md's lists from the start-up checks: every message with which a server is refused.
+"""Writes docs/refusals.md's lists from the code: every message with which a server is refused at its start.
 
 python scripts/pages/refusals_page.py            # after a check was added or changed
 python scripts/pages/refusals_page.py --check    # exit status 1 if the page is not what would be written
@@ -14,14 +14,35 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # not there by itself under PYTHONSAFEPATH=1
 import written_page
 
-ROOT = Path(__file__).parents[2]
-CHECKS, METHODS = ROOT / "specattn_vllm" / "checks.py", ROOT / "specattn_vllm" / "methods"
+from specattn_vllm import options
+
+PACKAGE = Path(__file__).parents[2] / "specattn_vllm"
 FUNCTIONS = {
     "engine": ("_engine",),
     "models": ("_models", "_windows", "_soft_cap"),
     "drafters": ("_speculation", "_positions"),
 }
-"""Section of the page -> functions of checks.py."""
+"""Section of the page -> functions of checks.py that yield the reasons of the one error."""
+RAISED = {
+    "backend": ("checks.py check",),
+    "maps": ("layer_map.py with_dense local_heads read resolve", "speculation/maps.py model_facts resolve_layer_map"),
+    "executors": (
+        "executors/__init__.py resolve",
+        "speculation/rounds.py __init__",
+        "backend/impl.py __init__",
+        "executors/xformers.py _as_sequence",
+    ),
+    "layers": (
+        "compat/start.py get_attn_backend_cls",
+        "compat/worker.py name_rows",
+        "backend/target_choice.py target_layers",
+        "speculation/wiring.py target_builder allocated refuse_if_too_large",
+        "speculation/speculator.py set_attn",
+        "speculation/self_speculator.py set_attn",
+        "selection/pages.py page_strides",
+    ),
+}
+"""Section -> files, with the functions that raise an error there."""
 
 
 def text_of(node: ast.expr) -> str | None:
@@ -37,27 +58,60 @@ def place(part: ast.expr) -> str:
     """What stands for a value that is filled in."""
     value = part.value if isinstance(part, ast.FormattedValue) else part
     name = value.id if isinstance(value, ast.Name) else value.attr if isinstance(value, ast.Attribute) else "..."
-    return "..." if name == "..." else f"<{name.replace('_', ' ')}>"
+    if name.isupper():  # a constant of the options
+        return str(getattr(options, name))
+    return "..." if name == "..." else f"<{name.strip('_').replace('_', ' ')}>"
 
 
-def messages(tree: ast.AST) -> Iterator[str]:
+def yielded(tree: ast.AST, where: str) -> Iterator[str]:
     """What generators in a tree yield, in the order of the source."""
     for node in ast.walk(tree):
-        if isinstance(node, ast.Yield) and node.value is not None and (found := text_of(node.value)):
+        if isinstance(node, ast.Yield):
+            if (found := node.value and text_of(node.value)) is None:
+                raise ValueError(f"{where}, line {node.lineno}: a reason is no text that can be read here")
             yield found
 
 
-def of_functions(names: tuple[str, ...]) -> list[str]:
-    defined = {node.name: node for node in ast.parse(CHECKS.read_text()).body if isinstance(node, ast.FunctionDef)}
-    return [message for name in names for message in messages(defined[name])]
+def raised(tree: ast.AST) -> Iterator[str]:
+    """The messages of the errors that are raised in a tree. One that is put together elsewhere is left out."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and (found := text_of(node.exc.args[0])):
+            yield found
+
+
+def functions_of(path: Path) -> dict[str, ast.FunctionDef]:
+    return {node.name: node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)}
+
+
+def of_checks() -> dict[str, list[str]]:
+    defined = functions_of(PACKAGE / "checks.py")
+    found = {name: [*yielded(function, name)] for name, function in defined.items()}
+    listed = [name for names in FUNCTIONS.values() for name in names]
+    if missing := [name for name, told in found.items() if told and name not in listed]:
+        raise ValueError(f"checks.py: {', '.join(missing)} yields reasons: add it to a section")
+    return {section: [told for name in names for told in found[name]] for section, names in FUNCTIONS.items()}
 
 
 def of_methods() -> list[str]:
-    return [message for path in sorted(METHODS.glob("*.py")) for message in messages(ast.parse(path.read_text()))]
+    files = sorted((PACKAGE / "methods").glob("*.py"))
+    return [told for path in files for told in yielded(ast.parse(path.read_text()), path.name)]
+
+
+def of_raises(places: tuple[str, ...]) -> list[str]:
+    found: list[str] = []
+    for file, *names in map(str.split, places):
+        defined = functions_of(PACKAGE / file)
+        for name in names:
+            told = [*raised(defined[name])]
+            if not told:
+                raise ValueError(f"{file}: {name} raises no error with a text: mend the list of this script")
+            found += told
+    return list(dict.fromkeys(found))
 
 
 def sections() -> dict[str, str]:
-    found = {section: of_functions(names) for section, names in FUNCTIONS.items()} | {"methods": of_methods()}
+    found = of_checks() | {"methods": of_methods()}
+    found |= {section: of_raises(places) for section, places in RAISED.items()}
     return {section: "".join(f"- `{message}`\n" for message in told) for section, told in found.items()}
 
 

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
 
 
 class Clock:
-    """A context manager that adds the time of what runs in it to a total. On a GPU it is two small kernels, whose own
-    launch is included. The host does not wait, so it also works in a captured CUDA graph."""
+    """A context manager that adds the time of what runs in it to a total. On a GPU it is two small kernels. All that
+    passes between them is included; outside of CUDA graphs, that is also waiting for the host's launches. The host does
+    not wait, so it works in a captured CUDA graph too."""
 
     def __init__(self, operations: Operations, total: torch.Tensor, times: int = 1) -> None:
         """total: [1] int64, nanoseconds, on the device. times: how often what is measured takes place in a step: of

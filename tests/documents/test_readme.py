@@ -54,14 +54,6 @@ def test_the_tree_names_what_is_there():
     assert there - listed == unlisted, "named in a line of another, or too small to name"
 
 
-def test_the_options_page_is_what_the_models_say():
-    subprocess.run([sys.executable, "-P", ROOT / "scripts/pages/options_page.py", "--check"], check=True)
-
-
-def test_the_page_of_refusals_is_what_the_checks_say():
-    subprocess.run([sys.executable, "-P", ROOT / "scripts/pages/refusals_page.py", "--check"], check=True)
-
-
 def test_few_options_are_for_users():
     users = (ROOT / "docs/options.md").read_text().split("## For users")[1].split("## For researchers")[0]
     assert 5 < len(re.findall(r"^\| `\w+` \|", users, re.M)) <= 15
