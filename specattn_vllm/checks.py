@@ -104,8 +104,8 @@ def _engine(config: VllmConfig) -> Iterator[str]:
     ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
     if parallel.enable_expert_parallel and ranks > 1 and _on_cpu():
         yield (
-            "--enable-expert-parallel on a CPU: vLLM's kernel for experts is not told which of them a rank has, and "
-            "ends in a segmentation fault; leave it out"
+            "--enable-expert-parallel on a CPU: vLLM 0.32 ends in a segmentation fault there, with other backends too; "
+            "leave it out"
         )
     if parallel.use_ubatching:
         yield "microbatches (enable_dbo, ubatch_size): selections are made for whole batches; turn them off"
