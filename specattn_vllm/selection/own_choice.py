@@ -174,6 +174,6 @@ class LayerChoice:
 
 
 def measure(layers: Sequence[LayerChoice], operations: Operations, total: torch.Tensor) -> None:
-    """Add the nanoseconds of all layers' `select` to a total, [1] int64. One layer in the middle is measured, because
-    all do the same and each measurement takes two launches."""
+    """Add the nanoseconds of all layers' `select` to a total, [1] int64. One layer in the middle stands for
+    all: each measurement takes two launches, and only a step's first layer does a little more."""
     layers[len(layers) // 2].clock = Clock(operations, total, times=len(layers))
