@@ -169,7 +169,7 @@ def test_a_method_of_another_package_has_a_preset_and_maps_as_ours_have(another)
     for _ in range(2):
         options = SpecAttnOptions.parse({"method": "theirs", "preset": "paper"})
         assert (options.ratio, options.min_tokens) == (0.3, 5)
-    with pytest.raises(layer_map.LayerMapError, match="cannot be read"):
+    with pytest.raises(layer_map.LayerMapError, match="is neither 'uniform', nor a shipped map"):
         layer_map.resolve("no-such-map", None, None, method="theirs")
     another_one = dataclasses.replace(method, name="unpublished", paper="nobody published one")
     methods.register(another_one)
