@@ -74,6 +74,13 @@ def test_the_long_run_is_the_one_that_was_made():
     assert f"{preempted:,} preemptions and {aborted:,} aborts; {codes:,} codes of keys computed again" in words()
 
 
+def test_the_long_run_a_step_ahead_is_the_one_that_was_made():
+    found = json.loads((ROOT / "docs/results/long-ahead.json").read_text())
+    assert not found["failures"] and all(name.endswith("planned ahead") for name in found["schedules"])
+    assert all(of["tokens that the scheduler does not know yet"] > 1000 for of in found["schedules"].values())
+    assert f"{found['steps']:,} more steps" in words()
+
+
 def test_the_memory_of_one_process_is_what_was_measured():
     samples = json.loads((ROOT / "docs/results/cpu-memory.json").read_text())["samples"]
     half, end = (sample for sample in samples if sample["requests"] in (512, 1024))
