@@ -99,8 +99,9 @@ class Pruner(PageTables):
         slots, prefilling, seq_lens = slots[:rows], prefilling[:rows], seq_lens[:rows]
         prefix_lens, stored = prefix_lens[:rows], stored[:rows]
         with self.clock:
-            tables = self.make(self.store.bits, slots, prefix_lens, seq_lens, block_table[:rows], self.maps or ())
-        page_table, kept = tables
+            page_table, kept = self.make(
+                self.store.bits, slots, prefix_lens, seq_lens, block_table[:rows], self.maps or ()
+            )
         if self.audit is not None:
             self.audit.choose(slots, prefix_lens, query_start_loc[:rows], seq_lens)
         verifies = ~prefilling_cpu[:rows] & (query_start_loc_cpu[1 : rows + 1] > query_start_loc_cpu[:rows])
