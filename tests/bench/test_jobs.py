@@ -200,7 +200,8 @@ def test_shapes(name, tmp_path):
         assert config.head_dim in (64, 128, 256)
         assert config.rope_parameters["rope_theta"] == shape.configs[role]["rope_parameters"]["rope_theta"]
         attention = config.hidden_size * config.head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)
-        experts = getattr(config, "num_experts", 1), getattr(config, "moe_intermediate_size", config.intermediate_size)
+        many = getattr(config, "num_experts", getattr(config, "num_local_experts", 1))
+        experts = many, getattr(config, "moe_intermediate_size", config.intermediate_size)
         layer = attention + 3 * config.hidden_size * math.prod(experts)
         embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
         sizes[role] = round((config.num_hidden_layers * layer + embeddings) / 1e9, 1)
@@ -208,6 +209,7 @@ def test_shapes(name, tmp_path):
         "llama-8b-1b": (8.0, 1.2),
         "qwen3-8b-0.6b": (8.2, 0.6),
         "qwen3-30b-a3b-0.6b": (30.5, 0.6),
+        "gpt-oss-20b": (20.9, None),
         "qwen3-next-24-layers": (39.7, None),  # without its linear attention
         "demo": (0.0, 0.0),
         "tiny": (0.0, 0.0),

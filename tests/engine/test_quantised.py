@@ -16,9 +16,10 @@ NEW_TOKENS = 16
 OPTIONS = {"method": "sketch", "ratio": 0.2, "min_tokens": 40, "recent_tokens": 16, "crossover_tokens": 0}
 KINDS = {"int": (127, torch.int8), "float": (448, torch.float8_e4m3fn)}
 """Of 8 bits: the largest number, and the type. vLLM's kernels for 4 bits on CPUs (AWQ, GPTQ) need AVX-512."""
-CLOSE = {"int": None, "float": 0.1}
+ON_A_GPU = torch.cuda.is_available()
+CLOSE = {"int": 0.2 if ON_A_GPU else None, "float": 0.2 if ON_A_GPU else 0.1}
 """How far log-probabilities may be apart; None: as usual. Activations are rounded to e4m3, and some fall just to the
-other side."""
+other side. On GPUs, vLLM's products of 8 bits have results in 16 bits alone."""
 
 
 def quantise(source: str, folder: Path, kind: str) -> str:
@@ -57,7 +58,7 @@ def test_weights_of_8_bits(kind, family, engine, counts, sketch_audit, answers, 
     prompts = [{"prompt_token_ids": torch.randint(2, 512, (n,), generator=generator).tolist()} for n in (9, 127, 260)]
     arguments = {"skip_tokenizer_init": True, "max_model_len": 512, "max_num_batched_tokens": 256, "max_num_seqs": 4}
     arguments |= {"target": quantise(family("qwen3"), tmp_path / kind, kind)}
-    arguments |= {"speculative_config": None}
+    arguments |= {"speculative_config": None, "dtype": "bfloat16" if ON_A_GPU else "float32"}
     plain = answers(engine(None, **arguments), prompts, NEW_TOKENS)
     llm = engine(OPTIONS, **arguments)
     exact = answers(llm, prompts, NEW_TOKENS, exact=True)
