@@ -28,9 +28,9 @@ BUDGET = Budget(0.3, min_tokens=8, sink=4, recent=16)
 
 
 def memory(number: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """So many elements, of which only those that are touched cost anything; on a GPU they cost what they are."""
+    """So many zeros, of which only those that are touched cost anything; on a GPU they cost what they are."""
     if device.type != "cpu":
-        return torch.empty(number, dtype=dtype, device=device)
+        return torch.zeros(number, dtype=dtype, device=device)
     # Not promised to be there: else a machine that has less refuses.
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
     return torch.frombuffer(mmap.mmap(-1, number * dtype.itemsize, flags=flags), dtype=dtype)

@@ -73,9 +73,9 @@ def close(found, wanted, dtype=torch.float32):
 
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dense_attention(drawn, dtype, sinks):
-    batch = Batch(drawn, "cpu", dtype)
-    sinks, out = drawn(HEADS * GROUP).cpu() if sinks else None, torch.zeros_like(batch.query)
+def test_dense_attention(drawn, device, dtype, sinks):
+    batch = Batch(drawn, device, dtype)
+    sinks, out = drawn(HEADS * GROUP) if sinks else None, torch.zeros_like(batch.query)
     lengths = batch.table, batch.lengths, batch.starts
     reference.dense_attention(batch.query, batch.cache, *lengths, SCALE, out, sinks, CAP)
     for rows, wanted, _ in batch.expected(sinks):
