@@ -37,6 +37,21 @@ def series() -> set[str]:
     }
 
 
+def test_the_clock_costs_what_was_measured():
+    clock = json.loads((ROOT / "docs/results/h200-tests.json").read_text())["2026-12-01"]["clock"]
+    assert f"take {max(clock['us_per_pair']):.1f} µs of the device's time in a CUDA graph" in PAGE
+    assert 2 * max(clock["us_per_pair"]) / 20_000 < 0.0002 and "costs less than 0.02% of a round" in PAGE
+
+
+def test_counting_costs_no_more_than_was_measured():
+    engines = json.loads((ROOT / "docs/results/h200-sketch-round.json").read_text())["engines"].values()
+    took = [[kernel["ms"] for kernel in of["kernels"].values()] for of in engines]
+    model, alone = (sum(ms for ms in of if ms <= 0.02) / sum(of) for of in took)
+    assert max(model, alone) < 0.01
+    told = f"{model:.1%} of the device's time in a round at 16 x 32k with a draft model, and {alone:.1%} without"
+    assert told in PAGE
+
+
 def test_the_table_is_the_code_s():
     rows = re.findall(r"^\| `(specattn:\w+)` \| (\w+) \| (.*?) \| (.*?) \|$", PAGE, re.M)
     expected = [(f.name, f.kind, ", ".join(f"`{label}`" for label in f.all_labels), f.text) for f in FAMILIES]

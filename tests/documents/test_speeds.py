@@ -21,6 +21,7 @@ TABLES = [
     ("h200-sketch-qwen3", BENCHMARKS, r"^    specattn (bench engines --shape qwen3-8b.*?)\n\n"),
     ("h200-fp8", BENCHMARKS, r"^    specattn (bench engines --grid \S* --modes plain,eagle,sketch-eagle .*?)\n\n"),
     ("h200-hybrid", BENCHMARKS, r"^    specattn (bench engines --shape qwen3-next.*?)\n\n"),
+    ("h200-moe", BENCHMARKS, r"^    specattn (bench engines --shape qwen3-30b.*?)\n\n"),
     ("h200-sketch-engine-128k", BENCHMARKS, r"^    specattn (bench engines --grid \S* \S*\s+--modes plain,sk.*?)\n\n"),
 ]
 
@@ -214,6 +215,21 @@ def test_the_gain_with_an_fp8_cache_is_compared_with_that_of_16_bits():
     speeds = [speeds_of("h200-sketch-engine", cell) for cell in ("16x32k", "4x128k")]
     gains = [of["sketch-eagle 8%, 2.5 a round"] / of["plain"] for of in speeds]
     assert f"reach {gains[0]:.2f} and {gains[1]:.2f} times plain decoding" in " ".join(BENCHMARKS.split())
+
+
+def test_the_gain_with_experts_is_what_was_measured():
+    [stock] = json.loads((ROOT / "docs/results/h200-moe-stock.json").read_text())["engines"]
+    [stock] = [cell for cell in stock["cells"] if cell["name"] == "16x32k"]
+    engines = json.loads((ROOT / "docs/results/h200-moe.json").read_text())["engines"]
+    [ours] = [of["cells"][0] for of in engines if of["name"] != "plain"]
+    words = " ".join(BENCHMARKS.split())
+    assert f"decoded at {stock['tokens_per_second']:,.0f} tokens per second, a round took " in words
+    rounds = f"{stock['milliseconds_per_round']:.1f} ms there and {ours['milliseconds_per_round']:.1f} with `sketch`"
+    assert rounds in words
+    assert f"so `sketch` is about {ours['tokens_per_second'] / stock['tokens_per_second']:.2f} times as fast" in words
+    batches = ours["counts"]["rounds"] / ours["batch"]
+    share = ours["counts"]["selection_ns"] / 1e6 / batches / ours["milliseconds_per_round"]
+    assert f"The selection took {share:.0%} of its round" in words
 
 
 def test_the_cpu_s_table_is_what_was_measured():

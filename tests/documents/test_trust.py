@@ -36,9 +36,9 @@ def test_the_loads_are_what_was_measured(name):
     assert not any(of["checks"].values()) and not requests["wrong"]
     if "shape" in of["settings"]:  # random weights: of their tokens nothing is asked
         assert of["settings"]["requests"] == sum(requests[kind] for kind in ("answered", "cut", "malformed")) == 2000
-        assert of["preemptions"] == 2 and "requests were preempted twice" in words()
-        assert f"{max(s['kv_cache_usage_perc'] for s in of['samples']):.0%} of the pages were in use" in words()
-        assert f"up to {max(s['num_requests_running'] for s in of['samples']):.0f} requests ran at a time" in words()
+        told = f"up to {max(s['num_requests_running'] for s in of['samples']):.0f} requests ran at a time, "
+        told += f"up to {max(s['kv_cache_usage_perc'] for s in of['samples']):.0%} of the pages were in use, "
+        assert f"{told}and requests were preempted {of['preemptions']:.0f} times" in words()
     else:
         assert not of["exact_beside_others"]["others"] and of["settings"]["minutes"] >= 10
 

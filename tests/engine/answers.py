@@ -9,8 +9,8 @@ Answer = tuple[list[int], list[float]]
 """Tokens, and the log-probability of each."""
 
 CLOSE = 1e-2 if torch.cuda.is_available() else 2e-4
-"""How far log-probabilities of two backends may be apart, which add up in another order. On a GPU, vLLM's own attention
-rounds factors of products in float32 to 11 bits (TF32), and ours does not: tests/kernels compares it with a reference."""
+"""How far log-probabilities of two backends may be apart, which add up in another order. On a GPU, vLLM's attention
+rounds factors of products in float32 to 11 bits (TF32). Ours does not: tests/kernels compares it with a reference."""
 
 
 def answers(llm, prompts, n: int, *, exact: bool = False, **more) -> list[Answer]:
