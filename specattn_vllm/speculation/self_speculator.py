@@ -70,10 +70,18 @@ class SelfSpeculator(RoundSpeculator):
         dp_sync_state=None,
         dummy_run: bool = False,
         skip_attn_for_dummy_run: bool = False,
+        num_speculative_tokens: int | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """K decoding steps of the target: sparse in a recorded round, else dense."""
+        """K decoding steps of the target: sparse in a recorded round, else dense. Fewer if vLLM asks for fewer drafts: it
+        does not use what is in the other columns."""
         rows = batch.num_reqs
+        asked = self.num_speculative_steps
+        # With data parallelism every rank must run the model as often as the others do.
+        if num_speculative_tokens is not None and self.dp_size == 1:
+            asked = num_speculative_tokens
+        if asked == 0:
+            return self.draft_tokens[:rows]
         self._copy_request_inputs(rows, batch.idx_mapping, temperature, seeds, dummy_run=dummy_run)
         committed = batch.seq_lens[:rows] - num_rejected[:rows].int()
         # Context length in each step, with the step's own token.
@@ -84,7 +92,7 @@ class SelfSpeculator(RoundSpeculator):
         self.input_buffers.query_start_loc[: rows + 1].copy_(self.arange_gpu[: rows + 1])
         across_dp = None if dp_sync_state is None else dp_sync_state.num_tokens_across_dp
         tokens = last_sampled.view(-1)[self.idx_mapping[:rows]]
-        for step in range(self.num_speculative_steps):
+        for step in range(asked):
             self.input_buffers.input_ids[:rows].copy_(tokens)
             torch.sub(step_lens[step], 1, out=self.input_buffers.positions[:rows])
             self.input_buffers.seq_lens[:rows].copy_(step_lens[step])
