@@ -73,8 +73,8 @@ class SelfSpeculator(RoundSpeculator):
         num_speculative_tokens: int | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """K decoding steps of the target: sparse in a recorded round, else dense. Fewer if vLLM asks for fewer drafts: it
-        does not use what is in the other columns."""
+        """K decoding steps of the target: sparse in a recorded round, else dense. Fewer if vLLM asks for fewer drafts:
+        it does not use what is in the other columns."""
         rows = batch.num_reqs
         asked = self.num_speculative_steps
         # With data parallelism every rank must run the model as often as the others do.
