@@ -46,6 +46,22 @@ def _with_default_part(argv: Sequence[str]) -> list[str]:
     return argv
 
 
+def _with_marked_rest(argv: list[str]) -> list[str]:
+    """`specattn doctor --port 1 MODEL` reaches the doctor, which says what is wrong with it: argparse would name the
+    first word alone. And help is the doctor's own, wherever it is asked for."""
+    if argv[:1] != ["doctor"]:
+        return argv
+    if {"-h", "--help"} & set(argv):
+        return ["doctor", "--help"]
+    own = ("--json", "--no-generation")
+    for place, word in enumerate(argv[1:], 1):
+        if not word.startswith("-") or word == "--":
+            break
+        if not any(flag.startswith(word) for flag in own):
+            return [*argv[:place], "--", *argv[place:]]
+    return argv
+
+
 def methods(args: argparse.Namespace) -> None:
     from specattn_vllm.methods import METHODS, load_others
 
@@ -111,7 +127,7 @@ def build_parser(*chosen: str) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words = _with_default_part(sys.argv[1:] if argv is None else argv)
+    words = _with_marked_rest(_with_default_part(sys.argv[1:] if argv is None else argv))
     args = build_parser(*[word for word in words if word in COMMANDS][:1]).parse_args(words)
     try:
         status = COMMANDS[args.command].run(args) or 0
