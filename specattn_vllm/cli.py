@@ -1,6 +1,7 @@
 """The `specattn` command. It imports neither torch nor vLLM, so it answers at once, even in a broken installation."""
 
 import argparse
+import errno
 import json
 import os
 import shlex
@@ -143,6 +144,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of the output has closed it, for example `head`. Python must not report an error at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:  # a file of its own has a name
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"specattn: error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
