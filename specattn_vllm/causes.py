@@ -7,6 +7,9 @@ import re
 
 from pydantic import ValidationError
 
+from specattn_vllm import data_file
+from specattn_vllm.installed import UserError
+
 LONGEST = 600
 
 
@@ -23,6 +26,16 @@ def summary(error: BaseException) -> str:
     if len(chain) > 1:
         text += f" (which led to {_one(error)})"
     return text if len(text) <= LONGEST else text[: LONGEST - 4] + " ..."
+
+
+def of_file(error: Exception) -> str:
+    """What is wrong with somebody's file, in one line; its name stands beside it already."""
+    if isinstance(error, ValidationError):
+        first, *others = (data_file.plain(_problem(found)) for found in error.errors())
+        return f"{first}; and {len(others)} more" if others else first
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def of_log(log: str) -> str | None:
@@ -43,6 +56,8 @@ def of_log(log: str) -> str | None:
 
 def _one(error: BaseException) -> str:
     name = type(error).__name__
+    if isinstance(error, UserError):
+        return " ".join(str(error).split())  # it is written for users, who do not know the class
     if isinstance(error, ValidationError):
         return "; ".join(_problem(found) for found in error.errors())
     return of_lines(name, str(error).splitlines()) if str(error).strip() else name

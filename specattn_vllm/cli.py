@@ -1,6 +1,7 @@
 """The `specattn` command. It imports neither torch nor vLLM, so it answers at once, even in a broken installation."""
 
 import argparse
+import errno
 import json
 import os
 import shlex
@@ -43,6 +44,22 @@ def _with_default_part(argv: Sequence[str]) -> list[str]:
     argv = list(argv)
     if argv[:1] == ["bench"] and not (len(argv) > 1 and (argv[1] in ("-h", "--help") or not argv[1].startswith("-"))):
         argv.insert(1, "engines")
+    return argv
+
+
+def _with_marked_rest(argv: list[str]) -> list[str]:
+    """`specattn doctor --port 1 MODEL` reaches the doctor, which says what is wrong with it: argparse would name the
+    first word alone. And help is the doctor's own, wherever it is asked for."""
+    if argv[:1] != ["doctor"]:
+        return argv
+    if {"-h", "--help"} & set(argv):
+        return ["doctor", "--help"]
+    own = ("--json", "--no-generation")
+    for place, word in enumerate(argv[1:], 1):
+        if not word.startswith("-") or word == "--":
+            break
+        if not any(flag.startswith(word) for flag in own):
+            return [*argv[:place], "--", *argv[place:]]
     return argv
 
 
@@ -111,7 +128,7 @@ def build_parser(*chosen: str) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    words = _with_default_part(sys.argv[1:] if argv is None else argv)
+    words = _with_marked_rest(_with_default_part(sys.argv[1:] if argv is None else argv))
     args = build_parser(*[word for word in words if word in COMMANDS][:1]).parse_args(words)
     try:
         status = COMMANDS[args.command].run(args) or 0
@@ -127,6 +144,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader of the output has closed it, for example `head`. Python must not report an error at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:  # a file of its own has a name
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"specattn: error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 from specattn_vllm import data_file
@@ -48,9 +48,10 @@ def _letters(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-def in_config(config: Any, key: str, options: Iterable[str], *, ours: bool) -> list[str]:
+def in_config(config: Any, key: str, options: Iterable[str], methods: Container[str] = (), *, ours: bool) -> list[str]:
     """Finds entries of an `--additional-config` that were meant for the object under `key`: one message with a remedy
-    for each. `ours`: whether the engine uses our backend. If not, option names may belong to any plugin.
+    for each. `ours`: whether the engine uses our backend. If not, option names may belong to any plugin. Methods, and
+    names that are only similar to an option, count as long as nothing is set under `key`.
     """
     if not isinstance(config, Mapping):
         return []
@@ -62,15 +63,32 @@ def in_config(config: Any, key: str, options: Iterable[str], *, ours: bool) -> l
         return found
     named = {_letters(option): option for option in options}
     for name, value in config.items():
-        option = named.get(_letters(name)) if isinstance(name, str) else None
+        unset = key not in config and isinstance(name, str) and not resembles(name, key)
+        if unset and _letters(name) in methods:
+            found.append(
+                f"{name!r} is a method of '{key}' and stands where nothing reads it: give "
+                f"{_line({key: {'method': _letters(name)}})}. If it belongs to another plugin, also set ours in '{key}'"
+            )
+            continue
+        option, what = named.get(_letters(name)) if isinstance(name, str) else None, "is an option"
+        if option is None and unset and (option := _near_option(name, value, named)):
+            what = f"looks like the option {option!r}"
         if option is not None and option not in settled:
             found.append(
-                f"{name!r} is an option of '{key}' but stands outside of it, where it has no effect: give "
+                f"{name!r} {what} of '{key}' but stands outside of it, where it has no effect: give "
                 f"{_line({key: {option: value}})}. If it belongs to another plugin, also set ours in '{key}'"
             )
         elif isinstance(value, Mapping) and key in value and not resembles(name, key) and name != key:
             found.append(f"'{key}' stands inside {name!r}, where it has no effect: give {_line({key: value[key]})}")
     return found
+
+
+def _near_option(name: str, value: Any, named: Mapping[str, str]) -> str | None:
+    """The option that a name is probably meant to be: 'mthod'. None has an object for its value."""
+    if isinstance(value, Mapping):
+        return None
+    near = difflib.get_close_matches(_letters(name[:LONGEST]), named, n=1, cutoff=ALIKE)
+    return named[near[0]] if near else None
 
 
 def _near_key(name: str, value: Any, key: str) -> str:

@@ -174,7 +174,9 @@ class SpecAttnOptions(BaseModel):
 
 def refuse_misplaced(config: Any, *, ours: bool) -> None:
     """Raise OptionsError for options that were meant for this plugin but stand where it does not read them."""
-    if found := misplaced.in_config(config, KEY, owners(), ours=ours):
+    from specattn_vllm.methods import METHODS
+
+    if found := misplaced.in_config(config, KEY, owners(), METHODS, ours=ours):
         raise OptionsError("--additional-config:\n  " + "\n  ".join(found))
 
 

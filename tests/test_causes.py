@@ -6,6 +6,7 @@ import pytest
 from pydantic import BaseModel, ValidationError, model_validator
 
 from specattn_vllm.causes import LONGEST, of_log, summary
+from specattn_vllm.installed import UserError
 
 
 def raised(make) -> BaseException:
@@ -64,6 +65,10 @@ def test_of_a_validation_what_is_wrong_is_told(given, text):
 def test_one_without_a_message_has_its_name():
     assert summary(KeyboardInterrupt()) == "KeyboardInterrupt"
     assert summary(ValueError("only a heading:")) == "ValueError: only a heading:"
+
+
+def test_an_error_of_the_user_is_told_without_its_class():
+    assert summary(UserError("vllm serve: no such\nargument")) == "vllm serve: no such argument"
 
 
 def test_it_is_never_endless():

@@ -209,3 +209,15 @@ def test_a_reader_that_has_enough_is_no_error(words):
         command = [sys.executable, "-P", "-m", "specattn_vllm.cli", *words]
         done = subprocess.run(command, stdout=out, stderr=subprocess.PIPE)
     assert (done.returncode, done.stderr.decode()) == (141, "")
+
+
+@pytest.mark.parametrize("words", [["methods"], ["info"], ["cpu-env", "--json"]], ids=" ".join)
+def test_a_full_disk_behind_the_output_is_an_error_without_a_traceback(words):
+    """/dev/full answers every write as a full disk does."""
+    if not Path("/dev/full").is_char_device():
+        pytest.skip("there is no /dev/full")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-P", "-m", "specattn_vllm.cli", *words]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "specattn: error: the output cannot be written: No space left on device\n"

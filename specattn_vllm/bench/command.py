@@ -81,7 +81,9 @@ def table(args: argparse.Namespace) -> None:
     from specattn_vllm.bench.serve.schema import ServeReport
 
     report = outputs.read(args.file, "specattn bench", Report, ServeReport)
-    print((reports if isinstance(report, Report) else serve_reports).markdown(report), end="")
+    with outputs.shown(args.file):
+        made = (reports if isinstance(report, Report) else serve_reports).markdown(report)
+    print(made, end="")
     if args.plot:
         if not isinstance(report, Report):
             raise UserError(f"--plot: {args.file} is of servers; only reports of `specattn bench engines` are drawn")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from specattn_vllm.installed import UserError, require
 from specattn_vllm.tools.arguments import add_engine, add_numbers, add_pair, add_running
 from specattn_vllm.tools.interrupts import ended_as_interrupted, resumed, status_of
+from specattn_vllm.tools.outputs import shown
 
 if TYPE_CHECKING:
     from specattn_vllm.evaluation.job import Job
@@ -191,9 +192,9 @@ def table(args: argparse.Namespace) -> None:
     from specattn_vllm.evaluation.results import read
 
     report = read(args.file)
-    print(tables.markdown(report), end="")
-    if args.against:
-        print("\n" + tables.differences(report, args.against), end="")
+    with shown(args.file):
+        made = [tables.markdown(report), *([tables.differences(report, args.against)] if args.against else ())]
+    print("\n".join(made), end="")
 
 
 # Name -> what runs it, its arguments, its help.

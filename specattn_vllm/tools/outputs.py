@@ -6,7 +6,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -76,7 +77,19 @@ def read(path: Path, told: str, *kinds: type[Report]) -> Report:
             raise ValueError(f"its kind is not {' or '.join(map(repr, by_name))}")
         return by_name[named].model_validate(given)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no report of `{told}`: {str(error).splitlines()[0]}") from None
+        from specattn_vllm.causes import of_file
+
+        raise UserError(f"{path} is no report of `{told}`: {of_file(error)}") from None
+
+
+@contextmanager
+def shown(path: Path) -> Iterator[None]:
+    """Within it a report is shown, whose settings may lack something: UserError then."""
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        missing = data_file.plain(f"{type(error).__name__}: {error}")
+        raise UserError(f"{path} cannot be shown: it lacks what such reports have ({missing})") from None
 
 
 def earlier(path: Path, told: str, kind: type[Report], shared: str, now: Mapping[str, Any]) -> Report | None:

@@ -162,6 +162,16 @@ def test_other_files_are_refused(tmp_path, capsys, text):
     assert "is no report" in capsys.readouterr().err
 
 
+def test_of_a_damaged_report_what_is_wrong_is_told(tmp_path, capsys):
+    file, given = tmp_path / "damaged.json", json.loads(FILE.read_text())
+    file.write_text(json.dumps(given | {"engines": [{"name": 1}]}))
+    assert cli.main(["bench", "table", str(file)]) == 2
+    assert "engines.0.name: Input should be a valid string; and" in capsys.readouterr().err
+    file.write_text(json.dumps(given | {"settings": {}}))
+    assert cli.main(["bench", "table", str(file)]) == 2
+    assert "cannot be shown: it lacks what such reports have (KeyError: " in capsys.readouterr().err
+
+
 def test_the_picture(results, tmp_path):
     pytest.importorskip("matplotlib")
     figure = report.draw(Report.model_validate(results))

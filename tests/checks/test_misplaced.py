@@ -3,6 +3,8 @@ lossless would be approximate."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 pytest.importorskip("vllm")
@@ -63,6 +65,21 @@ def test_names_of_others_are_their_own_business(name):
     assert not resembles(name, "specattn")
     refuse_misplaced({name: {"x": 1}, "specattn": {}}, ours=True)
     refuse_misplaced({name: 1}, ours=False)
+
+
+@pytest.mark.parametrize(
+    ("config", "meant"),
+    [
+        ({"mthod": "dense"}, {"method": "dense"}),
+        ({"ratios": 0.5}, {"ratio": 0.5}),
+        ({"dense": True}, {"method": "dense"}),
+        ({"Vegas": {}}, {"method": "vegas"}),
+    ],
+)
+def test_misspelt_options_and_methods_count_where_nothing_is_set_under_our_key(config, meant):
+    assert json.dumps({"specattn": meant}) in refusal(config)
+    refuse_misplaced(config | {"specattn": {}}, ours=True)
+    refuse_misplaced(config, ours=False)
 
 
 def test_all_slips_are_told_at_once():

@@ -197,8 +197,12 @@ def test_the_command(answers, capsys):
     assert cli.main(["doctor", "M", "--no-generation", "--json", "--port", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["healthy"] is True
     assert answers["asked"][-1] == ("config", "M", "--port", "1")
-    assert cli.main(["doctor", "--", "--port", "1"]) == 2
-    assert "name the model first" in capsys.readouterr().err
+    for words in (["--", "--port", "1"], ["--json", "--port", "1", "M"], ["--port=1", "M", "--json"]):
+        assert cli.main(["doctor", *words]) == 2
+        assert "before the model: name the model first" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["doctor", "M", "--help"])
+    assert "--no-generation" in capsys.readouterr().out
     answers["generate"] = {"error": "CUDA error"}
     assert cli.main(["doctor", "--json"]) == 1
     told = json.loads(capsys.readouterr().out)

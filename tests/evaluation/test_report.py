@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -11,6 +14,8 @@ from specattn_vllm.evaluation import report as reports
 from specattn_vllm.evaluation import settings
 from specattn_vllm.evaluation.results import Report
 from specattn_vllm.evaluation.schema import Setting
+
+MEASURED = Path(__file__).parents[2] / "docs" / "results" / "h200-real-4k.json"
 
 
 def test_the_table(half, job, result_of):
@@ -143,6 +148,7 @@ def test_the_picture_joins_budgets_of_one_kind_and_leaves_out_what_is_lossless(h
 def test_the_table_command(tmp_path, capsys):
     path = tmp_path / "report.json"
     assert cli.main(["eval", "table", str(path)]) == 2
+    assert capsys.readouterr().err.endswith("is no report of `specattn eval methods`: No such file or directory\n")
     path.write_text(Report(provenance={}, setup={}, results=[]).model_dump_json())
     assert cli.main(["eval", "table", str(path)]) == 2
     assert "no dense run in it" in capsys.readouterr().err
@@ -150,3 +156,9 @@ def test_the_table_command(tmp_path, capsys):
     assert cli.main(["eval", "table", str(path)]) == 2
     told = "is no report of `specattn eval methods`: its kind is not"
     assert told in capsys.readouterr().err
+    path.write_text('{"kind": "specattn-eval-methods", "setup": 1}')
+    assert cli.main(["eval", "table", str(path)]) == 2
+    assert "provenance: Field required; and 2 more" in capsys.readouterr().err
+    path.write_text(json.dumps(json.loads(MEASURED.read_text()) | {"setup": {}}))
+    assert cli.main(["eval", "table", str(path)]) == 2
+    assert "cannot be shown: it lacks what such reports have (KeyError: 'documents')" in capsys.readouterr().err

@@ -38,21 +38,19 @@ def run(args: argparse.Namespace) -> None:
 def section(path: Path) -> dict[str, Any]:
     """What its template shows of a file: a section for each, because what they measured need not be comparable."""
     from specattn_vllm.bench import schema
+    from specattn_vllm.causes import of_file
     from specattn_vllm.evaluation.html import quality, speed
 
     try:
         given = data_file.parse(data_file.read(path, outputs.LARGEST))
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be shown: {error}") from None
+        raise UserError(f"{path} cannot be shown: {of_file(error)}") from None
     kind = given.get("kind") if isinstance(given, dict) else None
-    try:
+    with outputs.shown(path):
         if kind == results.KIND:
             return quality.section(path.name, results.read(path))
         if kind == schema.KIND:
             return speed.section(path.name, outputs.read(path, "specattn bench", schema.Report))
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        missing = data_file.plain(f"{type(error).__name__}: {error}")
-        raise UserError(f"{path} cannot be shown: it lacks what such reports have ({missing})") from None
     raise UserError(
         f"{path} cannot be shown: its kind is {json.dumps(kind)}; the page takes reports of `{results.COMMAND}` "
         f"({json.dumps(results.KIND)}) and of `{schema.COMMAND}` ({json.dumps(schema.KIND)})"
