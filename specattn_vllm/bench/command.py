@@ -83,7 +83,7 @@ def table(args: argparse.Namespace) -> None:
     report = outputs.read(args.file, "specattn bench", Report, ServeReport)
     with outputs.shown(args.file):
         made = (reports if isinstance(report, Report) else serve_reports).markdown(report)
-    print(made, end="")
+    print(outputs.fitted(made), end="")
     if args.plot:
         if not isinstance(report, Report):
             raise UserError(f"--plot: {args.file} is of servers; only reports of `specattn bench engines` are drawn")

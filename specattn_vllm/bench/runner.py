@@ -126,7 +126,7 @@ def carry_out(
             run_all(jobs, report, args.out, folder, earlier, getattr(args, "gpus", ()))
     except KeyboardInterrupt as found:
         interrupt = found
-    print(f"\n{markdown(report)}\n{args.out}; logs in {folder}")
+    print(f"\n{outputs.fitted(markdown(report))}\n{args.out}; logs in {folder}")
     if interrupt is not None:
         print(f"interrupted; this goes on with it: {resumed('--resume')}")
         return status_of(interrupt)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from specattn_vllm.installed import UserError, require
 from specattn_vllm.tools.arguments import add_engine, add_numbers, add_pair, add_running
 from specattn_vllm.tools.interrupts import ended_as_interrupted, resumed, status_of
-from specattn_vllm.tools.outputs import shown
+from specattn_vllm.tools.outputs import fitted, shown
 
 if TYPE_CHECKING:
     from specattn_vllm.evaluation.job import Job
@@ -89,7 +89,7 @@ def methods(args: argparse.Namespace) -> int:
         print(f"\ninterrupted; this goes on after the settings in {args.out}: {resumed()}")
         return status_of(interrupt)
     if report.dense is not None:
-        print("\n" + markdown(report))
+        print("\n" + fitted(markdown(report)))
     if failed:
         print(f"failed: {', '.join(failed)}")
     return 1 if failed else 0
@@ -194,7 +194,7 @@ def table(args: argparse.Namespace) -> None:
     report = read(args.file)
     with shown(args.file):
         made = [tables.markdown(report), *([tables.differences(report, args.against)] if args.against else ())]
-    print("\n".join(made), end="")
+    print("\n".join(map(fitted, made)), end="")
 
 
 # Name -> what runs it, its arguments, its help.

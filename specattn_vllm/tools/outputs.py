@@ -6,6 +6,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,3 +116,26 @@ def document(headings: Sequence[str], rows: Iterable[Iterable[str]], *below: str
     """A table as Markdown, as documents hold it, and paragraphs below it."""
     lines = [f"| {' | '.join(cells)} |" for cells in (headings, ["---"] * len(headings), *rows)]
     return "\n\n".join(["\n".join(lines), *below]) + "\n"
+
+
+def fitted(text: str) -> str:
+    """What `document` made, as this terminal shows it: a table wider than it has a line for each cell. Elsewhere, as in
+    a file or a pipe, it stays Markdown."""
+    if not sys.stdout.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return "\n\n".join(_fit(block, width) for block in text.rstrip("\n").split("\n\n")) + "\n"
+
+
+def _fit(block: str, width: int) -> str:
+    lines = block.splitlines()
+    if not block.startswith("| "):
+        return "\n".join(textwrap.fill(line, width) for line in lines)
+    if max(map(len, lines)) <= width:
+        return block
+    headings, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    longest, stacked = max(map(len, headings[1:])), [headings[0]]
+    for title, *cells in rows:
+        stacked += ["", title]
+        stacked += [f"  {heading:{longest}}  {cell}" for heading, cell in zip(headings[1:], cells, strict=True)]
+    return "\n".join(stacked)

@@ -174,7 +174,7 @@ def test_a_pipe_is_no_report(tmp_path, capsys):
         (None, "No such file"),
         ("{}", "its kind is null; the page takes reports of `specattn eval methods`"),
         ('{"kind": "specattn-bench-kernels"}', 'its kind is "specattn-bench-kernels"; the page takes'),
-        ("[]", 'and of `specattn bench engines` ("specattn-bench-engines")'),
+        ("[]", '`specattn bench engines` ("specattn-bench-engines") and `specattn bench serve` ('),
         ("not JSON", "cannot be shown: Expecting value"),
         ('{"kind": "specattn-bench-engines"}', "is no report of `specattn bench`"),
         ('{"kind": "specattn-eval-methods"}', "is no report of `specattn eval methods`"),

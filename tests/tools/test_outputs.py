@@ -11,7 +11,7 @@ import pytest
 
 from specattn_vllm import cli
 from specattn_vllm.installed import UserError
-from specattn_vllm.tools.outputs import write_json, write_whole
+from specattn_vllm.tools.outputs import document, fitted, write_json, write_whole
 
 WRITERS = pytest.mark.parametrize(
     "words",
@@ -138,3 +138,28 @@ def test_a_link_stays_a_link(tmp_path):
     link.symlink_to(tmp_path / "elsewhere" / "report.json")
     write_whole(link, "found")
     assert link.is_symlink() and (tmp_path / "elsewhere" / "report.json").read_text() == "found"
+
+
+WIDE = document(
+    ["context", "plain decoding", "sketch"],
+    [["16 x 32k", "767", "2,690 (3.51x)"], ["1 x 4k", "199", "-"]],
+    "Tokens per second of the whole batch.",
+)
+
+
+def test_a_table_fits_the_terminal(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert fitted(WIDE) == WIDE
+    monkeypatch.setenv("COLUMNS", "32")
+    shown = fitted(WIDE)
+    assert max(map(len, shown.splitlines())) <= 32
+    assert shown.startswith(
+        "context\n\n16 x 32k\n  plain decoding  767\n  sketch          2,690 (3.51x)\n\n1 x 4k\n  plain decoding  199\n"
+    )
+    assert shown.endswith("\n\nTokens per second of the whole\nbatch.\n")
+
+
+def test_in_a_file_or_a_pipe_a_table_stays_markdown(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "30")
+    assert fitted(WIDE) == WIDE

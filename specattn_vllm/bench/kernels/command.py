@@ -14,7 +14,7 @@ from specattn_vllm.bench import grid
 from specattn_vllm.installed import UserError, require
 from specattn_vllm.tools import models
 from specattn_vllm.tools.arguments import add_commit, share
-from specattn_vllm.tools.outputs import document, output_file, write_json
+from specattn_vllm.tools.outputs import document, fitted, output_file, write_json
 from specattn_vllm.tools.provenance import machine, provenance
 
 if TYPE_CHECKING:
@@ -137,4 +137,4 @@ def show(found: dict[str, Any]) -> None:
         faster = f"{row['speedup']:.2f}x {row['against']}" if "speedup" in row else ""
         lines.append([row["name"], row["cell"], *figures, faster])
     below = f"{machine(found['provenance'])}, copies {found['copy_gb_per_s']:,.0f} GB/s"
-    print(document(["row", "cell", "ms", "MB", "bound", "speedup"], lines, below), end="")
+    print(fitted(document(["row", "cell", "ms", "MB", "bound", "speedup"], lines, below)), end="")

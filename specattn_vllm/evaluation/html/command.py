@@ -12,12 +12,16 @@ from specattn_vllm.evaluation import results
 from specattn_vllm.installed import UserError, require
 from specattn_vllm.tools import outputs
 
-TITLES = {"quality": "What pruning costs in quality", "speed": "How fast it decodes"}
+TITLES = {
+    "quality": "What pruning costs in quality",
+    "speed": "How fast it decodes",
+    "serving": "How servers answer under load",
+}
 """By what a section is about, which is its template's name too."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    told = "reports of `specattn eval methods` and of `specattn bench engines`"
+    told = "reports of `specattn eval methods`, `specattn bench engines` and `specattn bench serve`"
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE.json", help=told)
     parser.add_argument(
         "--out",
@@ -38,8 +42,9 @@ def run(args: argparse.Namespace) -> None:
 def section(path: Path) -> dict[str, Any]:
     """What its template shows of a file: a section for each, because what they measured need not be comparable."""
     from specattn_vllm.bench import schema
+    from specattn_vllm.bench.serve.schema import ServeReport
     from specattn_vllm.causes import of_file
-    from specattn_vllm.evaluation.html import quality, speed
+    from specattn_vllm.evaluation.html import quality, serving, speed
 
     try:
         given = data_file.parse(data_file.read(path, outputs.LARGEST))
@@ -51,9 +56,12 @@ def section(path: Path) -> dict[str, Any]:
             return quality.section(path.name, results.read(path))
         if kind == schema.KIND:
             return speed.section(path.name, outputs.read(path, "specattn bench", schema.Report))
+        if kind == (servers := ServeReport.model_fields["kind"].default):
+            return serving.section(path.name, outputs.read(path, "specattn bench serve", ServeReport))
     raise UserError(
         f"{path} cannot be shown: its kind is {json.dumps(kind)}; the page takes reports of `{results.COMMAND}` "
-        f"({json.dumps(results.KIND)}) and of `{schema.COMMAND}` ({json.dumps(schema.KIND)})"
+        f"({json.dumps(results.KIND)}), `{schema.COMMAND}` ({json.dumps(schema.KIND)}) and `specattn bench serve` "
+        f"({json.dumps(servers)})"
     )
 
 
