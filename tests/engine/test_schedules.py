@@ -204,7 +204,7 @@ def test_random_schedules(
     print(f"\n{setting}: {dict(happened)}")
     if SEED is None:
         wanted = {"preempted", "finished", "found a prefix", "keys"}
-        wanted |= {"tokens that are plain decoding's", "batches in another order"}
+        wanted |= {"tokens that are plain decoding's", "batches in another order", "steps of made-up requests"}
         if "drafts_by_batch_size" in arguments:
             wanted |= {f"verifications of {number} drafts" for number in (1, 2, 3)}
         if arguments["async_scheduling"]:
