@@ -21,6 +21,7 @@ SETTINGS = {
     "specattn": (SHORT | {"method": "specattn"}, {}),
     "sts": (SHORT | {"method": "sts"}, {}),
     "vegas": (SHORT | {"method": "vegas", "crossover_tokens": 0}, {}),
+    "streamingllm": (SHORT | {"method": "streamingllm", "crossover_tokens": 0}, {}),
     "dense": (SHORT | {"method": "dense", "sparse_draft": True}, {}),
 }
 # A page that is poisoned must not come back as the prefix of another request: that would be a right answer to it.
@@ -103,7 +104,7 @@ class Engine:
         return found
 
 
-LONG = ("sketch with shared budgets", "sts")
+LONG = ("sketch with shared budgets", "sts", "streamingllm")
 """Settings whose code others run too."""
 
 
