@@ -15,7 +15,8 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from specattn_vllm import data_file
 from specattn_vllm.stats import Counts
@@ -77,19 +78,8 @@ class Snapshot:
             file.write(json.dumps(asdict(self)))
         part.replace(path)
 
-    @classmethod
-    def parse(cls, text: str) -> Snapshot:
-        data: dict[str, Any] = json.loads(text)
-        audited = data.pop("audited")
-        return cls(
-            **data
-            | {
-                "counts": Counts(**data["counts"]),
-                "dense_reasons": tuple(data["dense_reasons"]),
-                "caches": {by: Cache(**cache) for by, cache in data["caches"].items()},
-                "audited": audited and Audited([(edge, n) for edge, n in audited["buckets"]], audited["total"]),
-            }
-        )
+
+_KIND = TypeAdapter(Snapshot)
 
 
 def folder() -> Path | None:
@@ -125,8 +115,9 @@ def read_all(where: Path) -> list[Snapshot]:
 def _read(where: Path) -> Iterator[Snapshot]:
     for path in where.glob("*.json"):
         try:
-            found = Snapshot.parse(data_file.read(path, LARGEST).decode())
-        except (OSError, ValueError, TypeError, KeyError):
+            # Whatever else is in the folder must not take vLLM's own metrics away.
+            found = _KIND.validate_json(data_file.read(path, LARGEST), strict=True)
+        except (OSError, ValidationError):
             continue  # the file has been removed, or is not a snapshot
         if _lives(found.pid):
             yield found
@@ -135,7 +126,7 @@ def _read(where: Path) -> Iterator[Snapshot]:
 def _lives(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass

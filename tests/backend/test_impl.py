@@ -11,6 +11,7 @@ from specattn_vllm.backend import impl
 from specattn_vllm.executors import ExecutorError
 from specattn_vllm.kernels.contracts import HEAD_SIZES
 from specattn_vllm.methods import METHODS
+from specattn_vllm.selection.pages import page_strides
 
 
 @pytest.fixture
@@ -87,3 +88,25 @@ def test_an_executor_of_whole_blocks_is_refused_with_sizes_that_it_was_not_teste
         return
     with pytest.raises(ExecutorError, match=f"'xformers' reads head sizes 64 and 128, not {size}: use 'auto' or"):
         layer("specattn", size)
+
+
+def test_rows_behind_those_that_read_a_selection_read_their_own_pages(layer):
+    """The first row reads all of its pages by name: then the batch is what dense attention makes of it."""
+    made, lens, starts = layer("sketch"), [20, 33, 50], [0, 2, 9, 12]
+    cache, query = torch.randn(12, 2, 16, 128), torch.randn(12, 4, 64)
+    md = SimpleNamespace(
+        num_reqs=3,
+        block_table=torch.randperm(12).int().view(3, 4),
+        seq_lens=torch.tensor(lens, dtype=torch.int32),
+        query_start_loc=torch.tensor(starts, dtype=torch.int32),
+        max_query_len=7,
+        max_seq_len=50,
+    )
+    block, per_head, token = page_strides(cache)
+    p = torch.arange(lens[0])
+    pages = (md.block_table[0, p // 16] * block + p % 16 * token)[None, None] + torch.arange(2)[:, None] * per_head
+    step = SimpleNamespace(num_rows=1, num_tokens=2, max_query_len=2)
+    wanted, found = torch.empty_like(query), torch.empty_like(query)
+    made._dense(query, cache, md, wanted, first_row=0, first_token=0)
+    made._read(query, cache, md, step, pages.int(), torch.full((1, 2), lens[0], dtype=torch.int32), found)
+    torch.testing.assert_close(found, wanted)

@@ -81,6 +81,14 @@ def test_the_long_run_a_step_ahead_is_the_one_that_was_made():
     assert f"{found['steps']:,} more steps" in words()
 
 
+def test_the_long_run_of_other_drafters_is_the_one_that_was_made():
+    found = json.loads((ROOT / "docs/results/long-drafters.json").read_text())
+    assert not found["failures"] and f"{found['steps']:,} steps of `sketch` beside" in words()
+    assert [name.removeprefix("sketch with ") for name in found["schedules"]] == [
+        "EAGLE-3", "DFlash", "DSpark", "MTP", "modules of MTP",
+    ]  # fmt: skip
+
+
 def test_the_memory_of_one_process_is_what_was_measured():
     samples = json.loads((ROOT / "docs/results/cpu-memory.json").read_text())["samples"]
     half, end = (sample for sample in samples if sample["requests"] in (512, 1024))

@@ -40,6 +40,15 @@ def buffers(runner: Any) -> dict[str, int]:
     return found
 
 
+def by_slot(runner: Any) -> list[torch.Tensor]:
+    """Copies of what is kept for each request, by its slot: budgets that layers share, and selections."""
+    chooser, drafter = getattr(runner, "specattn_chooser", None), getattr(runner.speculator, "selection", None)
+    store = getattr(drafter, "store", None)
+    kept = [getattr(chooser, name, None) for name in ("totals", "thresholds")]
+    kept += [getattr(store, "prefix_lens", None)]
+    return [of[:-1].clone() for of in kept if of is not None]  # the last slot is nobody's
+
+
 def first_layers(runner: Any, layers: dict[str, Any]) -> dict[str, Any]:
     """Layers whose keys and values depend on nothing but token and position: vLLM's name -> the model they are of. They
     are the target's first, and that of a draft model."""

@@ -56,7 +56,7 @@ class Watch:
         self.free = self.manager.block_pool.get_num_free_blocks()
         self.buffers = self.cache_checks.buffers(self.runner)
         layers = self.layers.items()
-        self.sketches = {n: layer for n, layer in layers if isinstance(layer.impl.choice, LayerSketch)}
+        self.sketches = {n: x for n, x in layers if isinstance(getattr(x.impl, "choice", None), LayerSketch)}
         self.centres = {name: layer.impl.choice.centre.clone() for name, layer in self.sketches.items()}
         self.first_layers = self.cache_checks.first_layers(self.runner, self.layers)
 

@@ -182,8 +182,13 @@ class Driver:
         assert self.engine.reset_prefix_cache() == idle, f"the prefix cache was forgotten or not, idle: {idle}"
 
     def dummy(self, operation: Dummy) -> None:
+        by_slot, runner = self.watch.cache_checks.by_slot, self.watch.runner
+        before = by_slot(runner)
         with self.watch.nobody():
             self.llm.collective_rpc(lambda worker: worker.model_runner._dummy_run(8, skip_attn=False) and None)
+        for kept, now in zip(before, by_slot(runner), strict=True):
+            assert kept.equal(now), f"made-up requests changed what is kept for real ones: {kept} to {now}"
+        self.happened["steps of made-up requests"] += bool(self.live)
 
     def recall(self, operation: Recall) -> None:
         self.engine.reset_prefix_cache(reset_running_requests=True)

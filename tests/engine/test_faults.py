@@ -21,6 +21,7 @@ SETTINGS = {
     "specattn": (SHORT | {"method": "specattn"}, {}),
     "sts": (SHORT | {"method": "sts"}, {}),
     "vegas": (SHORT | {"method": "vegas", "crossover_tokens": 0}, {}),
+    "streamingllm": (SHORT | {"method": "streamingllm", "crossover_tokens": 0}, {}),
     "dense": (SHORT | {"method": "dense", "sparse_draft": True}, {}),
 }
 # A page that is poisoned must not come back as the prefix of another request: that would be a right answer to it.
@@ -44,7 +45,7 @@ def infinite(pages: torch.Tensor) -> None:
 
 
 def random_bits(pages: torch.Tensor) -> None:
-    """Of keys, of values, and of the codes beside them."""
+    """Of keys, of values, and of the scales of codes."""
     generator = torch.Generator().manual_seed(0)
     pages.view(torch.int32).random_(-(2**31), 2**31, generator=generator)
 
@@ -72,11 +73,19 @@ class Engine:
     def free(self) -> list[int]:
         return [block.block_id for block in self.manager.block_pool.blocks if not block.ref_cnt and not block.is_null]
 
+    @torch.inference_mode()
     def poison(self, blocks: list[int], how) -> None:
+        from specattn_vllm.kernels.sketch.layout import sketch_views
+
         for cache in self.caches:
             pages = cache[blocks]
             how(pages)
             cache[blocks] = pages
+        for layer in self.sketched:  # what lies beside the keys is no part of vLLM's tensor
+            codes, scales = sketch_views(layer.kv_cache, layer.impl.choice.sketch.bits)
+            beside = scales[blocks]
+            how(beside)
+            scales[blocks], codes[blocks] = beside, 255
 
     def tokens(self, prompts: list[dict], before_step=lambda number: None) -> dict[str, list[int]]:
         """Greedy tokens of all requests, by name; `before_step` is called with the number of steps so far."""
@@ -95,7 +104,7 @@ class Engine:
         return found
 
 
-LONG = ("sketch with shared budgets", "sts")
+LONG = ("sketch with shared budgets", "sts", "streamingllm")
 """Settings whose code others run too."""
 
 

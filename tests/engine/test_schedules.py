@@ -7,6 +7,7 @@ these no other schedule begins.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import time
@@ -35,6 +36,8 @@ NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3
 BY_BATCH = {"drafts_by_batch_size": [(1, 1, 2), (2, 2, 3), (3, 3, 0), (4, 4, 1)]}
 # vLLM's default: a step is planned before the tokens of the last are known.
 AHEAD = {"async_scheduling": True}
+# Drafters whose layers are vLLM's own: on a CPU their blocks have a multiple of 32 tokens.
+WIDE = {"block_size": 32, "num_gpu_blocks_override": 11}
 SETTINGS = {
     "sketch": (SKETCH | {"draft_ratio": 0.2}, {}),
     "sketch alone": (SKETCH, ALONE),
@@ -42,6 +45,11 @@ SETTINGS = {
     "sketch with an fp8 cache": (SKETCH | {"draft_ratio": 0.2}, {"kv_cache_dtype": "fp8"}),
     "sketch with n-grams": (SKETCH | {"shared_budget": "heads"}, {"speculative_config": NGRAMS}),
     "sketch with EAGLE": (SKETCH, {"speculative_config": {"method": "eagle", "num_speculative_tokens": 3}}),
+    "sketch with EAGLE-3": (SKETCH, {"speculative_config": {"method": "eagle3", "num_speculative_tokens": 2}}),
+    "sketch with DFlash": (SKETCH, {"speculative_config": {"method": "dflash", "num_speculative_tokens": 3}} | WIDE),
+    "sketch with DSpark": (SKETCH, {"speculative_config": {"method": "dspark", "num_speculative_tokens": 3}} | WIDE),
+    "sketch with MTP": (SKETCH, {"speculative_config": {"method": "mtp", "num_speculative_tokens": 3}}),
+    "sketch with modules of MTP": (SKETCH, {"speculative_config": {"method": "mtp", "num_speculative_tokens": 2}}),
     "specattn": (SHORT | {"method": "specattn", "ratio": 0.1}, {}),
     "sts": (SHORT | {"method": "sts", "ratio": 0.1}, {}),
     "vegas": (SHORT | {"method": "vegas", "ratio": 0.1, "crossover_tokens": 0}, {}),
@@ -56,7 +64,18 @@ SETTINGS = {
 }
 """Setting -> options with which a part is read of contexts of a hundred tokens, and arguments of the engine."""
 
+TINY = {
+    "sketch with EAGLE": ("target", "eagle"),
+    "sketch with EAGLE-3": ("target", "eagle3"),
+    "sketch with DFlash": ("target", "dflash"),
+    "sketch with DSpark": ("target", "dspark"),
+    "sketch with MTP": ("mimo", None),
+    "sketch with modules of MTP": ("glm", None),
+}
+"""Setting -> the target of `tiny_models.py` that serves it, and its drafter, where that is a model of its own."""
+
 LONG = (
+    *(name for name in TINY if name != "sketch with EAGLE"),
     "sketch, drafts by batch size",
     "sketch with n-grams",
     "specattn, drafts by batch size",
@@ -120,8 +139,8 @@ def known() -> dict[tuple, list]:
 def texts(engine, greedy, plain, prompts, tiny_model, known):
     """texts(target, cache) -> the texts of the demo target (None) or of a tiny one, for a type of KV cache."""
 
-    def plain_of_tiny(given: list[dict], number: int) -> list[list[int]]:
-        llm = engine(None, target=tiny_model("target"), skip_tokenizer_init=True, max_model_len=512)
+    def plain_of_tiny(target: str, given: list[dict], number: int) -> list[list[int]]:
+        llm = engine(None, target=tiny_model(target), skip_tokenizer_init=True, max_model_len=512)
         return greedy(llm, given, number)
 
     def dense_with_fp8(given: list[dict], number: int) -> list[list[int]]:
@@ -135,7 +154,7 @@ def texts(engine, greedy, plain, prompts, tiny_model, known):
             else:
                 generator = torch.Generator().manual_seed(0)
                 long = torch.randint(2, 512, (len(LENGTHS), 192), generator=generator).tolist()
-                known[target, cache] = _texts(long, plain_of_tiny)
+                known[target, cache] = _texts(long, functools.partial(plain_of_tiny, target))
         return known[target, cache]
 
     return of
@@ -149,11 +168,12 @@ def test_random_schedules(
 ):
     options, arguments = SETTINGS[setting]
     arguments = SHAPE | arguments
-    eagle = setting.endswith("EAGLE")
-    if eagle:
-        arguments |= {"target": tiny_model("target"), "skip_tokenizer_init": True}
-        arguments["speculative_config"] = arguments["speculative_config"] | {"model": tiny_model("eagle")}
-    given = texts("target" if eagle else None, arguments.get("kv_cache_dtype", "auto"))
+    target, drafter = TINY.get(setting, (None, None))
+    if target is not None:
+        arguments |= {"target": tiny_model(target), "skip_tokenizer_init": True}
+    if drafter is not None:
+        arguments["speculative_config"] = arguments["speculative_config"] | {"model": tiny_model(drafter)}
+    given = texts(target, arguments.get("kv_cache_dtype", "auto"))
     lossless = METHODS[options["method"]].lossless
     if arguments["async_scheduling"]:
         planned_ahead()
@@ -184,7 +204,7 @@ def test_random_schedules(
     print(f"\n{setting}: {dict(happened)}")
     if SEED is None:
         wanted = {"preempted", "finished", "found a prefix", "keys"}
-        wanted |= {"tokens that are plain decoding's", "batches in another order"}
+        wanted |= {"tokens that are plain decoding's", "batches in another order", "steps of made-up requests"}
         if "drafts_by_batch_size" in arguments:
             wanted |= {f"verifications of {number} drafts" for number in (1, 2, 3)}
         if arguments["async_scheduling"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -56,6 +57,30 @@ def test_files_of_others_and_of_workers_that_are_gone_are_passed_over(tmp_path, 
     (tmp_path / "list.json").write_text("[]")
     assert snapshot.read_all(tmp_path) == []
     assert snapshot.read_all(tmp_path / "nowhere") == []
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"pid": "1"},
+        {"pid": 10**30},
+        {"engine": "a"},
+        {"rank": None},
+        {"caches": 3},
+        {"caches": {"drafting": {}}},
+        {"counts": {"rounds": "many"}},
+        {"audited": {"buckets": [[1, 2, 3]], "total": 1}},
+    ],
+    ids=str,
+)
+def test_a_damaged_file_takes_no_metrics_away(changed, tmp_path, made):
+    good = made()
+    good.write(tmp_path)
+    [path] = tmp_path.glob("*.json")
+    (tmp_path / "damaged.json").write_text(json.dumps(json.loads(path.read_text()) | changed))
+    for number, content in enumerate((b"5", b"null", b'"text"', b"[" * 100_000, b"\xff", b"9" * 10_000)):
+        (tmp_path / f"{number}.json").write_bytes(content)
+    assert snapshot.read_all(tmp_path) == [good]
 
 
 def test_a_folder_is_made_once_and_goes_with_the_process_that_made_it(tmp_path):

@@ -243,6 +243,20 @@ def test_the_largest_value_is_that_of_what_was_written():
     assert made.largest_values.tolist() == [[0, 0], [6, 5], [0, 0]]
 
 
+def test_pairs_that_are_not_audited_are_in_no_total():
+    """Their measurements are those of a step before, or nobody's."""
+    made, step = audit(), Step()
+    step.run(made)
+    made.fold()
+    before = made.read()
+    for undefined in (made.lse_selected, made.lse_full):
+        undefined.copy_(torch.randn(undefined.shape) - 3 * (undefined is made.lse_selected))
+    choose(made, [(slot, -1) for slot in range(REQUESTS)])
+    made.fold()
+    told = before.histogram, before.pairs, before.retained, before.bound, before.largest_bound
+    assert all(torch.equal(total, found) for total, found in zip(told, made.totals(), strict=True))
+
+
 @pytest.mark.parametrize("number", [math.nan, math.inf])
 def test_a_request_that_is_no_number_has_lost_everything_and_spoils_no_total(number):
     usual, changed = (audit(), Step(seed=3)), (audit(), Step(seed=3))

@@ -138,6 +138,13 @@ def test_rows_that_read_everything_are_told_to_the_layers(announce, target):
     assert target.chooser.slots[:3].tolist() == [0, 1, 2]
 
 
+def test_a_dummy_step_names_no_slot(announce, target):
+    """vLLM's made-up requests have the slots of real ones, whose budgets they would change."""
+    target.dummy = True
+    announce([300, 200], [5, 5], [False, False])
+    assert target.chooser.slots.tolist() == [-1] * SHAPE.max_num_reqs
+
+
 @pytest.mark.parametrize("captured", [True, False])
 def test_what_is_captured_is_not_for_the_batch_to_say(announce, target, captured):
     """vLLM captures with lengths of its own choice."""

@@ -19,7 +19,8 @@ BATCHES = [
     pytest.param(([3000, 130, 0, 70, 2500], [6, 6, 0, 3, 1], 2, 4, 128, 2, 16, "LBNHC", (3,)), id="ragged-128"),
     pytest.param(([1500, 2049 + 5, 4200], [5, 5, 1], 3, 3, 64, 2, 32, "LBHNC", ()), id="chunk-edge-64"),
     pytest.param(([400, 2, 1], [1, 1, 1], 1, 1, 64, 2, 16, "LBNHC", ()), id="one-row"),
-    pytest.param(([600], [6], 1, 16, 128, 2, 16, "LBNHC", ()), id="gqa-16"),
+    # More query rows than the kernel takes at once; in some requests, one of the first loses most.
+    pytest.param(([600, 500, 400, 300], [6, 6, 6, 6], 1, 16, 128, 2, 16, "LBNHC", ()), id="gqa-16"),
     pytest.param(([500, 300], [3, 1], 2, 2, 96, 2, 16, "LBNHC", ()), id="head-96"),
     pytest.param(([500, 300], [3, 3], 2, 1, 256, 2, 16, "LBNHC", (1,)), id="head-256"),
 ]
