@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from specattn_vllm import data_file
 from specattn_vllm.installed import UserError
 from specattn_vllm.tools.outputs import write_whole
 
@@ -23,7 +24,7 @@ class State:
         self.windows = 0
         self.sums: dict[str, torch.Tensor] = {}
         try:
-            found = json.loads(path.read_text())
+            found = data_file.parse(path.read_bytes())
         except FileNotFoundError:
             return
         except (OSError, ValueError) as error:

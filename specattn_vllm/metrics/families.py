@@ -108,7 +108,7 @@ FAMILIES = (
         "gauge",
         "Method, budget, executor and versions of the engine, as labels. The value is always 1.",
         INFO,
-        lambda found: {tuple(found.info[label] for label in INFO): 1},
+        lambda found: {tuple(found.info.get(label, "") for label in INFO): 1},
     ),
     Family(
         "specattn:rounds_total",

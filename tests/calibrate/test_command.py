@@ -146,9 +146,10 @@ def test_what_an_earlier_run_left_is_not_mixed_with_other_settings(tmp_path, mon
     ):
         assert run(out, *other) == 2
         assert "other models, text or settings" in capsys.readouterr().err
-    state_file(out).write_text("{")
-    assert run(out) == 2
-    assert "cannot be resumed" in capsys.readouterr().err
+    for damaged in ("{", "[" * 100_000):
+        state_file(out).write_text(damaged)
+        assert run(out) == 2
+        assert "cannot be resumed" in capsys.readouterr().err
     assert run(out, "--overwrite") == 0 and not state_file(out).exists()
     with monkeypatch.context() as patch:
         patch.setattr(runner, "as_json", interrupted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from specattn_vllm import executors
 from specattn_vllm.kernels.sketch.contracts import Budget
 from specattn_vllm.kernels.sketch.layout import SketchLayout, sketch_views
 from specattn_vllm.selection.own_choice import NewEntries
-from specattn_vllm.sketch.guarantee import Promise
+from specattn_vllm.sketch.guarantee import Guarantee, Promise
 from specattn_vllm.sketch.layer import LayerSketch
 from specattn_vllm.sketch.step import Shape, Sketch
 from specattn_vllm.stats import Counters
@@ -67,3 +69,31 @@ def test_codes_go_into_the_cache_that_is_there_now(layer):
     assert layer.codes is None and layer.scales is None, "memory that vLLM wants back is still held"
     layer.write(NewEntries(key, key, second, torch.tensor([33])))
     assert sketch_views(second, 2)[0][2, :, 1].any()
+
+
+def test_each_layer_draws_for_itself():
+    """Else an unlucky sample would be that of all layers."""
+    calls = []
+
+    class ReachedError(Exception):
+        pass
+
+    def bound_lost(*given) -> None:
+        raise ReachedError
+
+    rows = torch.zeros(2, SHAPE.num_kv_heads)
+    sketch = SimpleNamespace(
+        guarantee=Guarantee(Promise(2.0, 0.05, 8), 80, 2, SHAPE.num_kv_heads, CPU),
+        operations=SimpleNamespace(sample_unread=lambda *given: calls.append(given), bound_lost=bound_lost),
+        budget=Budget(0.25, sink=4, recent=16),
+        **dict.fromkeys(("cuts", "scores", "histogram", "chunks", "starts"), rows),
+    )
+    layer = LayerSketch.__new__(LayerSketch)
+    layer.sketch, layer.index = sketch, 77
+    step, batch = SimpleNamespace(num_rows=2, max_query_len=1), SimpleNamespace(scale=1.0)
+    for name in ("query_start_loc", "seq_lens", "query", "kv_cache", "block_table"):
+        setattr(batch, name, rows)
+    with pytest.raises(ReachedError):
+        layer.confirm(step, batch, rows, rows)
+    [given] = calls
+    assert 77 in [value for value in given if isinstance(value, int)]
