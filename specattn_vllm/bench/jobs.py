@@ -105,6 +105,8 @@ def device(args: argparse.Namespace, shape: Shape | None, part: str) -> str:
     from specattn_vllm.tools.provenance import has_gpu
 
     large = shape is not None and not shape.has_weights
+    if args.device == "cuda" and not args.list and not has_gpu():
+        raise UserError("--device cuda: no NVIDIA GPU was found: leave it out, or ask `specattn info` what is there")
     if args.device != "auto":
         return args.device
     if (args.list and large) or has_gpu():

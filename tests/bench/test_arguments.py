@@ -163,3 +163,12 @@ def test_the_command_line_loads_nothing_heavy():
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-P", "-c", program], check=True, stdout=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("words", [["engines", "--shape", "demo"], ["serve"]], ids=" ".join)
+def test_a_gpu_that_is_not_there_is_refused_at_once(words, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("specattn_vllm.tools.provenance.has_gpu", lambda: False)
+    out = tmp_path / "out.json"
+    assert cli.main(["bench", *words, "--device", "cuda", "--out", str(out)]) == 2
+    assert "--device cuda: no NVIDIA GPU was found" in capsys.readouterr().err
+    assert not out.exists()
