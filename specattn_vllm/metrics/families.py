@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from specattn_vllm.metrics.snapshot import Snapshot
+from specattn_vllm.metrics.snapshot import INFO, Snapshot
 
 Values = Mapping[tuple[str, ...], float]
-INFO = ("method", "lossless", "budget", "executor", "version", "vllm", "model_name")
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ FAMILIES = (
         "gauge",
         "Method, budget, executor and versions of the engine, as labels. The value is always 1.",
         INFO,
-        lambda found: {tuple(found.info.get(label, "") for label in INFO): 1},
+        lambda found: {tuple(found.info[label] for label in INFO): 1},
     ),
     Family(
         "specattn:rounds_total",

@@ -25,6 +25,8 @@ LARGEST = 2**20
 """Bytes of a snapshot's file. One has some thousands."""
 FOLDER = "SPECATTN_METRICS_DIR"
 """Environment variable: the folder of the snapshots. If it is not set, nothing is published."""
+INFO = ("method", "lossless", "budget", "executor", "version", "vllm", "model_name")
+"""What `Snapshot.info` has."""
 FOR_RAY = "VLLM_RAY_EXTRA_ENV_VARS_TO_COPY"
 """vLLM's environment variable: names of others that processes which Ray starts get too, with commas between them."""
 
@@ -119,7 +121,7 @@ def _read(where: Path) -> Iterator[Snapshot]:
             found = _KIND.validate_json(data_file.read(path, LARGEST), strict=True)
         except (OSError, ValidationError):
             continue  # the file has been removed, or is not a snapshot
-        if _lives(found.pid):
+        if _lives(found.pid) and {*INFO} <= {*found.info}:
             yield found
 
 

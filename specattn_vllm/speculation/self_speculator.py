@@ -85,7 +85,7 @@ class SelfSpeculator(RoundSpeculator):
         self._copy_request_inputs(rows, batch.idx_mapping, temperature, seeds, dummy_run=dummy_run)
         committed = batch.seq_lens[:rows] - num_rejected[:rows].int()
         # Context length in each step, with the step's own token.
-        steps = torch.arange(1, self.num_speculative_steps + 1, dtype=torch.int32, device=self.device)
+        steps = torch.arange(1, asked + 1, dtype=torch.int32, device=self.device)
         step_lens = (committed + steps[:, None]).clamp_(max=self.max_model_len)
         if recording:
             self._select(num_sampled[:rows] > 0, committed, step_lens)

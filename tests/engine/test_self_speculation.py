@@ -97,8 +97,8 @@ def test_abort_frees_a_slot_for_somebody_else(plain, engine, prompts):
     assert done == {"2": expected[2], "5": expected[5]}
 
 
-def test_it_drafts_as_many_tokens_as_vllm_asks_for(plain, engine, greedy, prompts, monkeypatch):
-    """And runs the target as often: not at all where it asks for none."""
+def test_it_drafts_as_many_tokens_as_vllm_asks_for(plain, engine, greedy, prompts, counts, monkeypatch):
+    """And runs the target as often, which is what is counted: not at all where it asks for none."""
     from specattn_vllm.speculation.self_speculator import SelfSpeculator
 
     rounds, runs, propose, run_model = [], [], SelfSpeculator.propose, SelfSpeculator._run_model
@@ -107,11 +107,12 @@ def test_it_drafts_as_many_tokens_as_vllm_asks_for(plain, engine, greedy, prompt
         runs.clear()
         found = propose(self, *args, num_speculative_tokens=num_speculative_tokens, **kwargs)
         if not kwargs.get("dummy_run"):
-            rounds.append((num_speculative_tokens, len(runs)))
+            rounds.append((num_speculative_tokens, len(runs), sum(runs)))
         return found
 
     def watch_run(self, *args, **kwargs):
-        runs.append(args)
+        rows = args[0].shape[0]
+        runs.append(int(self.input_buffers.seq_lens[:rows].sum()))
         return run_model(self, *args, **kwargs)
 
     monkeypatch.setattr(SelfSpeculator, "propose", watch_propose)
@@ -121,8 +122,12 @@ def test_it_drafts_as_many_tokens_as_vllm_asks_for(plain, engine, greedy, prompt
     llm = engine(OPTIONS, drafts_by_batch_size=[(1, 1, 4), (2, 2, 0), (3, 8, 2)])
     lengths = [4, 10, NEW_TOKENS]
     assert greedy(llm, given, lengths) == [tokens[:n] for tokens, n in zip(expected, lengths, strict=True)]
-    assert all(asked == ran for asked, ran in rounds), rounds
-    assert {asked for asked, _ in rounds} == {0, 2, 4}
+    assert all(asked == ran for asked, ran, _ in rounds), rounds
+    assert {asked for asked, *_ in rounds} == {0, 2, 4}
+    [runner] = llm.llm_engine.collective_rpc(lambda worker: [worker.model_runner])[0]
+    selection = runner.speculator.selection
+    layers = len(selection.tables.layer_sources) * selection.num_kv_heads
+    assert counts(llm).draft_kv_full == layers * sum(read for *_, read in rounds)
 
 
 def test_up_to_the_maximum_length_without_naming_a_draft_model(plain, engine, greedy, prompts, counts, demo_pair):

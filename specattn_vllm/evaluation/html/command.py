@@ -51,12 +51,13 @@ def section(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be shown: {of_file(error)}") from None
     kind = given.get("kind") if isinstance(given, dict) else None
+    servers = ServeReport.model_fields["kind"].default
     with outputs.shown(path):
         if kind == results.KIND:
             return quality.section(path.name, results.read(path))
         if kind == schema.KIND:
             return speed.section(path.name, outputs.read(path, "specattn bench", schema.Report))
-        if kind == (servers := ServeReport.model_fields["kind"].default):
+        if kind == servers:
             return serving.section(path.name, outputs.read(path, "specattn bench serve", ServeReport))
     raise UserError(
         f"{path} cannot be shown: its kind is {json.dumps(kind)}; the page takes reports of `{results.COMMAND}` "
