@@ -121,7 +121,9 @@ def _read(where: Path) -> Iterator[Snapshot]:
             found = _KIND.validate_json(data_file.read(path, LARGEST), strict=True)
         except (OSError, ValidationError):
             continue  # the file has been removed, or is not a snapshot
-        if _lives(found.pid) and {*INFO} <= {*found.info}:
+        if not {*INFO} <= {*found.info}:
+            continue
+        if _lives(found.pid):
             yield found
 
 
