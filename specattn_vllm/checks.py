@@ -94,11 +94,7 @@ def _engine(config: VllmConfig) -> Iterator[str]:
         )
     if cache.kv_cache_dtype_skip_layers:
         yield "kv_cache_dtype_skip_layers: all layers that select need caches of one type; remove it"
-    if config.kv_transfer_config is not None:
-        yield (
-            "a KV connector (--kv-transfer-config, --kv-offloading-size): it would move blocks of the KV cache without "
-            "their selections or sketches; leave these arguments out"
-        )
+    yield from _connector(config)
     if config.model_config.enable_sleep_mode:
         yield "--enable-sleep-mode: a server that wakes up from level 2 has lost the plugin's buffers; leave it out"
     ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
@@ -111,6 +107,23 @@ def _engine(config: VllmConfig) -> Iterator[str]:
         yield "microbatches (enable_dbo, ubatch_size): selections are made for whole batches; turn them off"
     if cache.kv_sharing_fast_prefill:
         yield "kv_sharing_fast_prefill: remove it"
+
+
+def _connector(config: VllmConfig) -> Iterator[str]:
+    transfer = config.kv_transfer_config
+    if transfer is None:
+        return
+    if transfer.kv_connector not in compat.CONNECTORS:
+        yield (
+            f"KV connector {transfer.kv_connector!r}: the plugin was tried beside OffloadingConnector, "
+            "SimpleCPUOffloadConnector and ExampleConnector only; use --kv-offloading-size, which offloads to the "
+            "CPU's memory, or leave --kv-transfer-config out"
+        )
+    if config.model_config.is_hybrid:
+        yield (
+            "a KV connector beside layers of linear attention or Mamba was not tried; leave --kv-transfer-config and "
+            "--kv-offloading-size out"
+        )
 
 
 def _models(config: VllmConfig) -> Iterator[str]:

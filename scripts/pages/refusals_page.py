@@ -18,7 +18,7 @@ from specattn_vllm import options
 
 PACKAGE = Path(__file__).parents[2] / "specattn_vllm"
 FUNCTIONS = {
-    "engine": ("_engine",),
+    "engine": ("_engine", "_connector"),
     "models": ("_models", "_windows", "_soft_cap"),
     "drafters": ("_speculation", "_positions"),
 }

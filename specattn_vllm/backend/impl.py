@@ -108,6 +108,22 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
                 value = rounded(value, self.value_scale).float() * self.value_scale
             self.audit.note_values(value, slot_mapping)
 
+    def note_loaded(self, layer, slot_mapping: torch.Tensor) -> None:
+        """A KV connector has written keys and values into slots of the layer's cache, slot_mapping [T] int64, none of
+        them negative. What is kept beside them is made anew."""
+        if self.choice is None and self.audit is None:
+            return
+        kv_cache = layer.kv_cache
+        block_size = kv_cache.shape[2]
+        entries = kv_cache[slot_mapping // block_size, :, slot_mapping % block_size]
+        if self.fp8:
+            kv_cache, entries = self._as_fp8(layer, kv_cache), entries.view(FP8)
+        key, value = entries.split(self.head_size, dim=-1)
+        if self.choice is not None:
+            self.choice.note_loaded(key, kv_cache, slot_mapping)
+        if self.audit is not None:
+            self.audit.note_values(value.float() * self.value_scale, slot_mapping)
+
     def forward(
         self,
         layer,

@@ -28,7 +28,9 @@ _PARTS = {
     # Patched or read in a worker.
     f"{GPU}.model_runner:GPUModelRunner.": "load_model _dummy_run finish_requests(scheduler_output) speculator "
     "model_state decode_query_len max_num_tokens lora_config "
-    "maybe_select_dummy_loras(lora_config,num_scheduled_tokens)",
+    "maybe_select_dummy_loras(lora_config,num_scheduled_tokens) initialize_kv_cache kv_connector kv_cache_config",
+    f"{GPU}.kv_connector:ActiveKVConnector.": "pre_forward(scheduler_output) kv_connector",
+    "v1.core.sched.output:NewRequestData.": "num_computed_tokens block_ids",
     f"{GPU}.model_states.interface:ModelState.": "add_request(req_index,new_req_data)",
     f"{GPU}.model_states.mamba_hybrid:": "build_attn_metadata(req_idx)",
     f"{GPU}.model_states.mamba_hybrid:MambaHybridModelState.": "prepare_attn(input_batch)",

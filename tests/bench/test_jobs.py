@@ -198,7 +198,11 @@ def test_shapes(name, tmp_path):
     sizes = {}
     for role, config in configs.items():
         assert config.head_dim in (64, 128, 256)
-        assert config.rope_parameters["rope_theta"] == shape.configs[role]["rope_parameters"]["rope_theta"]
+        written = shape.configs[role]["rope_parameters"]  # of all layers, or of each kind
+        by_kind = {kind: rope for kind, rope in written.items() if isinstance(rope, dict)} or {"": written}
+        for kind, rope in by_kind.items():
+            read = config.rope_parameters[kind] if kind else config.rope_parameters
+            assert read["rope_theta"] == rope["rope_theta"]
         attention = config.hidden_size * config.head_dim * 2 * (config.num_attention_heads + config.num_key_value_heads)
         many = getattr(config, "num_experts", getattr(config, "num_local_experts", 1))
         experts = many, getattr(config, "moe_intermediate_size", config.intermediate_size)
@@ -210,6 +214,7 @@ def test_shapes(name, tmp_path):
         "qwen3-8b-0.6b": (8.2, 0.6),
         "qwen3-30b-a3b-0.6b": (30.5, 0.6),
         "gpt-oss-20b": (20.9, None),
+        "gemma3-27b": (27.0, None),
         "qwen3-next-24-layers": (39.7, None),  # without its linear attention
         "demo": (0.0, 0.0),
         "tiny": (0.0, 0.0),

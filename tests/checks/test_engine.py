@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("vllm")
 from vllm.platforms import current_platform
 
-from specattn_vllm import checks
+from specattn_vllm import checks, compat
 
 # On other platforms vLLM itself refuses more processes than there are devices.
 cpu_only = pytest.mark.skipif(not current_platform.is_cpu(), reason="vLLM counts devices on other platforms")
@@ -117,10 +117,29 @@ def test_lora_is_refused_with_a_target_that_drafts_for_itself(reasons, method):
     ]
 
 
-def test_a_kv_connector_is_refused(reasons):
-    assert reasons(kv_transfer_config={"kv_connector": "ExampleConnector", "kv_role": "kv_both"}) == [
-        "a KV connector (--kv-transfer-config, --kv-offloading-size): it would move blocks of the KV cache without "
-        "their selections or sketches; leave these arguments out",
+def test_kv_connectors_that_were_not_tried_are_refused(reasons):
+    (reason,) = reasons(kv_transfer_config={"kv_connector": "NixlConnector", "kv_role": "kv_both"})
+    *names, last = compat.CONNECTORS
+    assert reason == (
+        f"KV connector 'NixlConnector': the plugin was tried beside {', '.join(names)} and {last} only; use "
+        "--kv-offloading-size, which offloads to the CPU's memory, or leave --kv-transfer-config out"
+    )
+
+
+@pytest.mark.parametrize("method", ["sketch", "dense", "specattn", "sts"])
+@pytest.mark.parametrize("name", compat.CONNECTORS)
+def test_other_kv_connectors_are_served(configure, name, method):
+    configure(kv_transfer_config={"kv_connector": name, "kv_role": "kv_both"}, options={"method": method})
+
+
+def test_a_kv_connector_beside_a_hybrid_is_refused():
+    model = SimpleNamespace(
+        dtype="torch.bfloat16", enable_sleep_mode=False, hf_config=SimpleNamespace(), is_hybrid=True
+    )
+    transfer = SimpleNamespace(kv_connector="OffloadingConnector")
+    assert list(checks._engine(engine(model_config=model, kv_transfer_config=transfer))) == [
+        "a KV connector beside layers of linear attention or Mamba was not tried; leave --kv-transfer-config and "
+        "--kv-offloading-size out"
     ]
 
 

@@ -131,7 +131,6 @@ def test_a_layer_with_a_window_gets_what_vllm_would_choose(ours):
         ({"block_size": 8}, "block_size not supported"),
         ({"use_mla": True}, "MLA not supported"),
         ({"use_non_causal": True}, "non-causal attention not supported"),
-        ({"use_kv_connector": True}, "KV connector not supported"),
     ],
 )
 def test_the_cpu_platform_refuses_what_the_backend_does_not_support(ours, changes, reason):

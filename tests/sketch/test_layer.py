@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -69,6 +70,30 @@ def test_codes_go_into_the_cache_that_is_there_now(layer):
     assert layer.codes is None and layer.scales is None, "memory that vLLM wants back is still held"
     layer.write(NewEntries(key, key, second, torch.tensor([33])))
     assert sketch_views(second, 2)[0][2, :, 1].any()
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_codes_of_keys_that_were_loaded_are_those_of_keys_that_were_written(fp8):
+    operations = executors.resolve("torch", CPU)
+    shape = replace(SHAPE, element_size=1 if fp8 else 4)
+    layer = LayerSketch(Sketch(operations, Budget(0.25), 2, shape, Counters(CPU), CPU), 0)
+    layer.set_centre(torch.randn(2, 64))
+    layout = SketchLayout(2, 16, 64, 2, shape.element_size)
+    page = (layout.page_bytes + layout.tail_bytes) // shape.element_size
+    dtype = torch.float8_e4m3fn if fp8 else torch.float32
+    written, loaded = (
+        torch.zeros(4 * page, dtype=torch.uint8 if fp8 else dtype)
+        .view(dtype)
+        .as_strided((4, 2, 16, 128), (page, 16 * 128, 128, 1))
+        for _ in range(2)
+    )
+    key, slots = torch.randn(21, 2, 64), torch.randperm(64)[:21]
+    layer.write(NewEntries(key, key, written, slots, *((0.25, 0.5) if fp8 else (1.0, 1.0))))
+    loaded.view(torch.uint8 if fp8 else dtype).copy_(written.view(torch.uint8 if fp8 else dtype))
+    entries = written.view(torch.uint8 if fp8 else dtype)[slots // 16, :, slots % 16].view(dtype)
+    layer.note_loaded(entries[..., :64], loaded, slots)
+    for one, other in zip(sketch_views(written, 2), sketch_views(loaded, 2), strict=True):
+        assert one.any() and torch.equal(one, other)
 
 
 def test_each_layer_draws_for_itself():
