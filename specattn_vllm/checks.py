@@ -119,6 +119,11 @@ def _connector(config: VllmConfig) -> Iterator[str]:
             "SimpleCPUOffloadConnector and ExampleConnector only; use --kv-offloading-size, which offloads to the "
             "CPU's memory, or leave --kv-transfer-config out"
         )
+    elif transfer.kv_connector != "ExampleConnector" and _on_cpu():
+        yield (
+            f"KV connector {transfer.kv_connector!r} on a CPU: vLLM's offloading copies what is in a GPU's memory; "
+            "leave --kv-transfer-config and --kv-offloading-size out"
+        )
     if config.model_config.is_hybrid:
         yield (
             "a KV connector beside layers of linear attention or Mamba was not tried; leave --kv-transfer-config and "

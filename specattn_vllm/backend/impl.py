@@ -113,15 +113,14 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
         them negative. What is kept beside them is made anew."""
         if self.choice is None and self.audit is None:
             return
-        kv_cache = layer.kv_cache
-        block_size = kv_cache.shape[2]
-        entries = kv_cache[slot_mapping // block_size, :, slot_mapping % block_size]
-        if self.fp8:
-            kv_cache, entries = self._as_fp8(layer, kv_cache), entries.view(FP8)
-        key, value = entries.split(self.head_size, dim=-1)
+        raw = layer.kv_cache  # bytes, if the cache is fp8
+        kv_cache = self._as_fp8(layer, raw) if self.fp8 else raw
+        block, offset = slot_mapping // raw.shape[2], slot_mapping % raw.shape[2]
         if self.choice is not None:
+            key = raw[block, :, offset, : self.head_size].view(kv_cache.dtype)
             self.choice.note_loaded(key, kv_cache, slot_mapping)
         if self.audit is not None:
+            value = raw[block, :, offset, self.head_size :].view(kv_cache.dtype)
             self.audit.note_values(value.float() * self.value_scale, slot_mapping)
 
     def forward(

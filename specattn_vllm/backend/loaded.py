@@ -17,8 +17,7 @@ AT_ONCE = 8192
 
 def watch(runner: Any) -> None:
     """Tell the layers of a model runner, the drafter's too, what a connector brings. Some connectors copy keys and
-    values alone, and some whole blocks. Codes are those of the keys in either case, and to make them takes as long as
-    to read the keys once."""
+    values alone, and some whole blocks: the codes of all keys that are there are made anew in either case."""
     if runner.vllm_config.kv_transfer_config is None:
         return
 

@@ -128,11 +128,22 @@ def test_kv_connectors_that_were_not_tried_are_refused(reasons):
 
 @pytest.mark.parametrize("method", ["sketch", "dense", "specattn", "sts"])
 @pytest.mark.parametrize("name", compat.CONNECTORS)
-def test_other_kv_connectors_are_served(configure, name, method):
+def test_other_kv_connectors_are_served(configure, name, method, monkeypatch):
+    monkeypatch.setattr(checks, "_on_cpu", lambda: False)
     configure(kv_transfer_config={"kv_connector": name, "kv_role": "kv_both"}, options={"method": method})
 
 
-def test_a_kv_connector_beside_a_hybrid_is_refused():
+@cpu_only
+def test_offloading_on_a_cpu_is_refused(reasons):
+    """vLLM says so too, once a worker has loaded the model."""
+    assert reasons(kv_transfer_config={"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}) == [
+        "KV connector 'OffloadingConnector' on a CPU: vLLM's offloading copies what is in a GPU's memory; leave "
+        "--kv-transfer-config and --kv-offloading-size out"
+    ]
+
+
+def test_a_kv_connector_beside_a_hybrid_is_refused(monkeypatch):
+    monkeypatch.setattr(checks, "_on_cpu", lambda: False)
     model = SimpleNamespace(
         dtype="torch.bfloat16", enable_sleep_mode=False, hf_config=SimpleNamespace(), is_hybrid=True
     )
