@@ -51,7 +51,8 @@ def check(vllm_config: VllmConfig) -> None:
         return
     _take_what_the_checkpoint_says(vllm_config)
     options = SpecAttnOptions.from_vllm(vllm_config)
-    reasons = [*_engine(vllm_config), *_models(vllm_config), *_speculation(vllm_config)]
+    reasons = [*_engine(vllm_config), *_connector(vllm_config, options.executor)]
+    reasons += [*_models(vllm_config), *_speculation(vllm_config)]
     reasons += [*_soft_cap(vllm_config.model_config, options), *options.refusals(vllm_config)]
     if reasons:
         raise UnsupportedError("--attention-backend specattn cannot serve this:\n  " + "\n  ".join(reasons))
@@ -94,7 +95,6 @@ def _engine(config: VllmConfig) -> Iterator[str]:
         )
     if cache.kv_cache_dtype_skip_layers:
         yield "kv_cache_dtype_skip_layers: all layers that select need caches of one type; remove it"
-    yield from _connector(config)
     if config.model_config.enable_sleep_mode:
         yield "--enable-sleep-mode: a server that wakes up from level 2 has lost the plugin's buffers; leave it out"
     ranks = parallel.tensor_parallel_size * parallel.data_parallel_size
@@ -109,25 +109,38 @@ def _engine(config: VllmConfig) -> Iterator[str]:
         yield "kv_sharing_fast_prefill: remove it"
 
 
-def _connector(config: VllmConfig) -> Iterator[str]:
+def _connector(config: VllmConfig, executor: str) -> Iterator[str]:
     transfer = config.kv_transfer_config
     if transfer is None:
         return
-    if transfer.kv_connector not in compat.CONNECTORS:
+    name, more = transfer.kv_connector, transfer.kv_connector_extra_config
+    spec = more.get("spec_name") or "CPUOffloadingSpec"
+    if name not in compat.CONNECTORS or transfer.kv_connector_module_path or spec != "CPUOffloadingSpec":
+        of = transfer.kv_connector_module_path or (spec if name in compat.CONNECTORS else "vLLM")
         yield (
-            f"KV connector {transfer.kv_connector!r}: the plugin was tried beside OffloadingConnector, "
-            "SimpleCPUOffloadConnector and ExampleConnector only; use --kv-offloading-size, which offloads to the "
-            "CPU's memory, or leave --kv-transfer-config out"
+            f"KV connector {name!r} of {of}: the plugin was tried beside vLLM's OffloadingConnector to the CPU's "
+            "memory, SimpleCPUOffloadConnector and ExampleConnector only; use --kv-offloading-size, with "
+            "--kv-offloading-backend native, or leave --kv-transfer-config out"
         )
-    elif transfer.kv_connector != "ExampleConnector" and _on_cpu():
+    elif name != "ExampleConnector" and _on_cpu():
         yield (
-            f"KV connector {transfer.kv_connector!r} on a CPU: vLLM's offloading copies what is in a GPU's memory; "
-            "leave --kv-transfer-config and --kv-offloading-size out"
+            f"KV connector {name!r} on a CPU: vLLM's offloading copies what is in a GPU's memory; leave "
+            "--kv-transfer-config and --kv-offloading-size out"
+        )
+    elif name == "ExampleConnector" and (config.parallel_config.tensor_parallel_size > 1 or config.lora_config):
+        yield (
+            "KV connector 'ExampleConnector' with tensor parallelism or LoRA: its files have names of tokens alone, so "
+            "ranks and adapters would read one another's; use --kv-offloading-size"
         )
     if config.model_config.is_hybrid:
         yield (
             "a KV connector beside layers of linear attention or Mamba was not tried; leave --kv-transfer-config and "
             "--kv-offloading-size out"
+        )
+    if executor == "xformers":
+        yield (
+            "a KV connector with executor 'xformers': it reads one layout of the cache, and vLLM's offloading takes "
+            "another; use 'auto' or 'triton'"
         )
 
 

@@ -22,7 +22,7 @@ from .tiles import elements
 BLOCK = 16  # keys per program, the fewest for a matrix product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # any number may come, and nobody should wait for another compilation
 def _encode_kernel(
     key, slot_mapping, rotation, centre, codes, scales, value, kv_cache, tokens, block_size, norm, step_size,
     key_scale, value_scale, stride_kt, stride_kh, stride_cb, stride_ch, stride_cn, stride_sb, stride_sh,

@@ -7,7 +7,7 @@ from typing import Any
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
 from specattn_vllm import compat
-from specattn_vllm.backend import loaded
+from specattn_vllm.backend import filled
 from specattn_vllm.metrics import publish
 from specattn_vllm.options import SpecAttnOptions
 
@@ -17,5 +17,5 @@ def attach(runner: Any) -> None:
     options = SpecAttnOptions.from_vllm(runner.vllm_config)
     compat.name_rows(runner)
     resolve_obj_by_qualname(options.kind.attach)(runner, options)
-    loaded.watch(runner)
+    filled.watch(runner)
     publish.start(runner, options)

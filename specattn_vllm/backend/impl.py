@@ -108,17 +108,20 @@ class SpecAttnImpl(AttentionImpl[SpecAttnMetadata]):
                 value = rounded(value, self.value_scale).float() * self.value_scale
             self.audit.note_values(value, slot_mapping)
 
-    def note_loaded(self, layer, slot_mapping: torch.Tensor) -> None:
-        """A KV connector has written keys and values into slots of the layer's cache, slot_mapping [T] int64, none of
-        them negative. What is kept beside them is made anew."""
-        if self.choice is None and self.audit is None:
-            return
+    @property
+    def keeps_beside(self) -> bool:
+        """Whether anything is kept about the keys and values that are in the cache."""
+        return self.choice is not None or self.audit is not None
+
+    def note_filled(self, layer, slot_mapping: torch.Tensor) -> None:
+        """Keys and values in slots of the layer's cache, slot_mapping [T] int64, none of them negative, may have come
+        there without `do_kv_cache_update`. What is kept beside them is made anew."""
         raw = layer.kv_cache  # bytes, if the cache is fp8
         kv_cache = self._as_fp8(layer, raw) if self.fp8 else raw
         block, offset = slot_mapping // raw.shape[2], slot_mapping % raw.shape[2]
         if self.choice is not None:
             key = raw[block, :, offset, : self.head_size].view(kv_cache.dtype)
-            self.choice.note_loaded(key, kv_cache, slot_mapping)
+            self.choice.note_filled(key, kv_cache, slot_mapping)
         if self.audit is not None:
             value = raw[block, :, offset, self.head_size :].view(kv_cache.dtype)
             self.audit.note_values(value.float() * self.value_scale, slot_mapping)

@@ -1,13 +1,13 @@
 """The only folder that patches vLLM. The docstring of each patch says why it exists and when it can be removed.
 
-`start.py` has the patches of every vLLM process; `worker.py`, `graphs.py` and `connectors.py` those of a process that
+`start.py` has the patches of every vLLM process; `worker.py`, `graphs.py` and `filled.py` those of a process that
 runs the model.
 They are written for vLLM 0.32 and 0.33. `leaned_on.py` lists what is patched, and what is used without a patch. It
 checks that vLLM has these before anything is patched.
 """
 
-from specattn_vllm.compat.connectors import CONNECTORS as CONNECTORS
-from specattn_vllm.compat.connectors import after_loads as after_loads
+from specattn_vllm.compat.filled import CONNECTORS as CONNECTORS
+from specattn_vllm.compat.filled import after_filled as after_filled
 from specattn_vllm.compat.graphs import capture_twice as capture_twice
 from specattn_vllm.compat.names import is_our_layer as is_our_layer
 from specattn_vllm.compat.names import is_ours as is_ours

@@ -28,7 +28,8 @@ _PARTS = {
     # Patched or read in a worker.
     f"{GPU}.model_runner:GPUModelRunner.": "load_model _dummy_run finish_requests(scheduler_output) speculator "
     "model_state decode_query_len max_num_tokens lora_config "
-    "maybe_select_dummy_loras(lora_config,num_scheduled_tokens) initialize_kv_cache kv_connector kv_cache_config",
+    "maybe_select_dummy_loras(lora_config,num_scheduled_tokens) initialize_kv_cache kv_connector kv_cache_config "
+    "update_requests(scheduler_output)",
     f"{GPU}.kv_connector:ActiveKVConnector.": "pre_forward(scheduler_output) kv_connector",
     "v1.core.sched.output:NewRequestData.": "num_computed_tokens block_ids",
     f"{GPU}.model_states.interface:ModelState.": "add_request(req_index,new_req_data)",
@@ -39,7 +40,7 @@ _PARTS = {
     "v1.worker.utils:AttentionGroup.": "backend",
     "model_executor.layers.mamba.abstract:": "MambaBase",
     "v1.worker.worker_base:": "WorkerBase",
-    "v1.core.sched.output:SchedulerOutput.": "scheduled_new_reqs total_num_scheduled_tokens",
+    "v1.core.sched.output:SchedulerOutput.": "scheduled_new_reqs total_num_scheduled_tokens kv_cache_block_copies",
     "config.parallel:ParallelConfig.": "data_parallel_index",
     "v1.sample.ops.topk_topp_sampler:": "HAS_TRITON",
     # CUDA graphs.

@@ -157,9 +157,8 @@ class LayerChoice:
         the cache; if not, the caller does."""
         return False
 
-    def note_loaded(self, key: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        """Keys [T, H, D], as they are in the cache, were put into its slots [T] int64 without `write`, whoever wrote
-        there before."""
+    def note_filled(self, key: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Keys [T, H, D], as they are in the cache, came into its slots [T] int64 without `write`."""
 
     def forget_cache(self) -> None:
         """Drop all views of the cache: vLLM is about to allocate a new one."""

@@ -96,7 +96,7 @@ class LayerSketch(LayerChoice):
         sketch.operations.encode_keys(new.key, *place, new.value, new.kv_cache, new.key_scale, new.value_scale)
         return True
 
-    def note_loaded(self, key: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    def note_filled(self, key: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """Write the codes of keys that are in the cache. Arguments as in `LayerChoice`."""
         sketch = self.sketch
         place = (slot_mapping, sketch.rotation, self.centre, *self._views(kv_cache))

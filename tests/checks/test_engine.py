@@ -117,13 +117,26 @@ def test_lora_is_refused_with_a_target_that_drafts_for_itself(reasons, method):
     ]
 
 
-def test_kv_connectors_that_were_not_tried_are_refused(reasons):
-    (reason,) = reasons(kv_transfer_config={"kv_connector": "NixlConnector", "kv_role": "kv_both"})
-    *names, last = compat.CONNECTORS
-    assert reason == (
-        f"KV connector 'NixlConnector': the plugin was tried beside {', '.join(names)} and {last} only; use "
-        "--kv-offloading-size, which offloads to the CPU's memory, or leave --kv-transfer-config out"
-    )
+OFFLOADING = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
+# Stands for a module of the user's.
+MODULE = "vllm.distributed.kv_transfer.kv_connector.v1.example_connector"
+FILES = OFFLOADING | {"kv_connector": "ExampleConnector"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "of"),
+    [
+        ({"kv_connector": "NixlConnector"}, "vLLM"),
+        ({"kv_connector": "ExampleConnector", "kv_connector_module_path": MODULE}, MODULE),
+        ({"kv_connector_extra_config": {"spec_name": "TieringOffloadingSpec"}}, "TieringOffloadingSpec"),
+    ],
+)
+def test_kv_connectors_that_were_not_tried_are_refused(reasons, changes, of):
+    transfer = OFFLOADING | changes
+    (reason,) = reasons(kv_transfer_config=transfer)
+    assert reason.startswith(f"KV connector {transfer['kv_connector']!r} of {of}: the plugin was tried beside vLLM's ")
+    assert all(name in reason for name in compat.CONNECTORS)
+    assert reason.endswith("with --kv-offloading-backend native, or leave --kv-transfer-config out")
 
 
 @pytest.mark.parametrize("method", ["sketch", "dense", "specattn", "sts"])
@@ -136,21 +149,31 @@ def test_other_kv_connectors_are_served(configure, name, method, monkeypatch):
 @cpu_only
 def test_offloading_on_a_cpu_is_refused(reasons):
     """vLLM says so too, once a worker has loaded the model."""
-    assert reasons(kv_transfer_config={"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}) == [
+    assert reasons(kv_transfer_config=OFFLOADING) == [
         "KV connector 'OffloadingConnector' on a CPU: vLLM's offloading copies what is in a GPU's memory; leave "
         "--kv-transfer-config and --kv-offloading-size out"
     ]
 
 
-def test_a_kv_connector_beside_a_hybrid_is_refused(monkeypatch):
-    monkeypatch.setattr(checks, "_on_cpu", lambda: False)
-    model = SimpleNamespace(
-        dtype="torch.bfloat16", enable_sleep_mode=False, hf_config=SimpleNamespace(), is_hybrid=True
+def test_files_that_adapters_would_share_are_refused(reasons):
+    """They are named after tokens."""
+    assert reasons(kv_transfer_config=FILES, enable_lora=True, lora_target_modules=["q_proj"]) == [
+        "KV connector 'ExampleConnector' with tensor parallelism or LoRA: its files have names of tokens alone, so "
+        "ranks and adapters would read one another's; use --kv-offloading-size"
+    ]
+
+
+def test_a_kv_connector_beside_a_hybrid_or_xformers_is_refused():
+    model, transfer = (
+        SimpleNamespace(is_hybrid=True),
+        SimpleNamespace(kv_connector="ExampleConnector", kv_connector_extra_config={}, kv_connector_module_path=None),
     )
-    transfer = SimpleNamespace(kv_connector="OffloadingConnector")
-    assert list(checks._engine(engine(model_config=model, kv_transfer_config=transfer))) == [
+    config = engine(model_config=model, kv_transfer_config=transfer)
+    assert list(checks._connector(config, "xformers")) == [
         "a KV connector beside layers of linear attention or Mamba was not tried; leave --kv-transfer-config and "
-        "--kv-offloading-size out"
+        "--kv-offloading-size out",
+        "a KV connector with executor 'xformers': it reads one layout of the cache, and vLLM's offloading takes "
+        "another; use 'auto' or 'triton'",
     ]
 
 

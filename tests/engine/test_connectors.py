@@ -42,13 +42,13 @@ def loads(monkeypatch):
     """The tokens that were put into a layer's cache without its knowing, by call."""
     from specattn_vllm.backend.impl import SpecAttnImpl
 
-    seen, note_loaded = [], SpecAttnImpl.note_loaded
+    seen, note_filled = [], SpecAttnImpl.note_filled
 
     def watched(impl, layer, slot_mapping):
         seen.append(len(slot_mapping))
-        note_loaded(impl, layer, slot_mapping)
+        note_filled(impl, layer, slot_mapping)
 
-    monkeypatch.setattr(SpecAttnImpl, "note_loaded", watched)
+    monkeypatch.setattr(SpecAttnImpl, "note_filled", watched)
     return seen
 
 
@@ -69,7 +69,7 @@ def forget_all(llm) -> None:
 
 
 @pytest.fixture
-def stored(engine, tiny_model, tmp_path):
+def stored(engine, tiny_model, tmp_path, loads):
     """stored(options, speculation, **arguments) -> an engine that keeps its KV cache in files."""
 
     def make(options, speculation=None, **arguments):
@@ -80,7 +80,9 @@ def stored(engine, tiny_model, tmp_path):
         given = SHAPE | {"kv_transfer_config": connector} | arguments
         if speculation is not OWN:
             given["speculative_config"] = speculation
-        return engine(options, target=tiny_model("target"), draft=tiny_model("draft_model"), **given)
+        llm = engine(options, target=tiny_model("target"), draft=tiny_model("draft_model"), **given)
+        loads.clear()  # one warms up
+        return llm
 
     return make
 
@@ -129,8 +131,11 @@ def test_the_answers_of_other_methods_stay(stored, greedy, loads, options):
     llm = stored(options, OWN)
     expected = greedy(llm, random_prompts(LENGTHS), NEW_TOKENS)
     forget_all(llm)
-    assert greedy(llm, random_prompts(LENGTHS), NEW_TOKENS) == expected
-    assert loads
+    parameters = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False)
+    found = llm.generate(random_prompts(LENGTHS), parameters, use_tqdm=False)
+    assert [list(output.outputs[0].token_ids) for output in found] == expected
+    assert [output.num_cached_tokens for output in found] == [n // 32 * 32 for n in LENGTHS]
+    assert not loads, "they keep nothing beside the cache"
 
 
 def test_an_audit_knows_the_values_that_were_loaded(stored, greedy):

@@ -205,6 +205,17 @@ def test_a_hybrid_with_drafts_and_cached_prefixes(
         assert 0 < counts(llm).kv_fraction < 1
 
 
+def test_blocks_that_prompts_of_a_hybrid_share_in_part(of_family, engine, sketch_audit, answers):
+    """vLLM copies such a block without what is behind its keys and values."""
+    arguments, _ = of_family("qwen3-next")
+    llm = engine(OPTIONS, speculative_config=None, prefix_match_unit=16, **arguments)
+    common = torch.randint(2, 500, (400,), generator=torch.Generator().manual_seed(5)).tolist()
+    for tail in ([], [7, 8, 9, 10, 11], [17, 18, 19]):
+        before = sketch_audit.pruned
+        answers(llm, [{"prompt_token_ids": common + tail}], NEW_TOKENS)
+        assert sketch_audit.pruned > before
+
+
 def found_in_the_cache(llm, prompts) -> None:
     [found] = llm.generate(prompts[-1:], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
     assert found.num_cached_tokens > 0

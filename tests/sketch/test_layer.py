@@ -91,7 +91,7 @@ def test_codes_of_keys_that_were_loaded_are_those_of_keys_that_were_written(fp8)
     layer.write(NewEntries(key, key, written, slots, *((0.25, 0.5) if fp8 else (1.0, 1.0))))
     loaded.view(torch.uint8 if fp8 else dtype).copy_(written.view(torch.uint8 if fp8 else dtype))
     entries = written.view(torch.uint8 if fp8 else dtype)[slots // 16, :, slots % 16].view(dtype)
-    layer.note_loaded(entries[..., :64], loaded, slots)
+    layer.note_filled(entries[..., :64], loaded, slots)
     for one, other in zip(sketch_views(written, 2), sketch_views(loaded, 2), strict=True):
         assert one.any() and torch.equal(one, other)
 

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("vllm")
 
-from specattn_vllm.backend.loaded import slots
+from specattn_vllm.backend.filled import slots
 
 
 @pytest.mark.parametrize("tokens", [1, 4, 5, 8, 11, 12])
