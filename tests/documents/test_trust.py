@@ -194,3 +194,8 @@ def test_the_tables_of_the_guarantee_are_what_was_measured():
             "|  |", "| |"
         )
         assert row in page, row
+
+
+def test_the_mutations_are_as_many_as_were_noticed():
+    found = json.loads((ROOT / "docs/results/mutations.json").read_text())["mutations"]
+    assert f"the tests notice each of {len(found)} |" in PAGE
