@@ -91,7 +91,7 @@ def test_registering_imports_neither_kernels_nor_cuda(tmp_path):
         "print(json.dumps({'cuda': torch.cuda.is_initialized(), 'modules': sorted(ours)}))\n",
         tmp_path,
     )
-    parts = ("", ".graphs", ".leaned_on", ".names", ".patching", ".start", ".worker")
+    parts = ("", ".filled", ".graphs", ".leaned_on", ".names", ".patching", ".start", ".worker")
     names = (*(f"compat{part}" for part in parts), "data_file", "misplaced", "plugin", "request", "versions")
     modules = ["specattn_vllm", *(f"specattn_vllm.{name}" for name in names)]
     assert report == {"cuda": False, "modules": modules}

@@ -104,7 +104,7 @@ class Engine:
         return found
 
 
-LONG = ("sketch with shared budgets", "sts", "streamingllm")
+LONG = ("sketch with shared budgets", "dense", "sts", "vegas", "streamingllm")
 """Settings whose code others run too."""
 
 
