@@ -114,23 +114,24 @@ def _connector(config: VllmConfig, executor: str) -> Iterator[str]:
     if transfer is None:
         return
     name, more = transfer.kv_connector, transfer.kv_connector_extra_config
-    spec = more.get("spec_name") or "CPUOffloadingSpec"
-    if name not in compat.CONNECTORS or transfer.kv_connector_module_path or spec != "CPUOffloadingSpec":
-        of = transfer.kv_connector_module_path or (spec if name in compat.CONNECTORS else "vLLM")
-        yield (
-            f"KV connector {name!r} of {of}: the plugin was tried beside vLLM's OffloadingConnector to the CPU's "
-            "memory, SimpleCPUOffloadConnector and ExampleConnector only; use --kv-offloading-size, with "
-            "--kv-offloading-backend native, or leave --kv-transfer-config out"
-        )
-    elif name != "ExampleConnector" and _on_cpu():
+    tier = more.get("spec_name", "CPUOffloadingSpec")
+    other = transfer.kv_connector_module_path or more.get("spec_module_path") or (tier != "CPUOffloadingSpec" and tier)
+    if _on_cpu() and name != "ExampleConnector":
         yield (
             f"KV connector {name!r} on a CPU: vLLM's offloading copies what is in a GPU's memory; leave "
             "--kv-transfer-config and --kv-offloading-size out"
         )
+    elif other or name not in compat.CONNECTORS:
+        which = f"{name} of {other}" if other else name
+        yield (
+            f"KV connector {which!r}: the plugin was tried beside vLLM's OffloadingConnector to the CPU's memory, "
+            "SimpleCPUOffloadConnector and ExampleConnector only; use --kv-offloading-size, with "
+            "--kv-offloading-backend native, or leave --kv-transfer-config out"
+        )
     elif name == "ExampleConnector" and (config.parallel_config.tensor_parallel_size > 1 or config.lora_config):
         yield (
             "KV connector 'ExampleConnector' with tensor parallelism or LoRA: its files have names of tokens alone, so "
-            "ranks and adapters would read one another's; use --kv-offloading-size"
+            "ranks and adapters would read one another's; use --kv-offloading-size, or leave --kv-transfer-config out"
         )
     if config.model_config.is_hybrid:
         yield (

@@ -38,7 +38,7 @@ def test_no_two_entries_have_one_name_and_each_part_has_some():
     assert [name for name, number in names.items() if number > 1] == []
     assert {mutation.part for mutation in TABLE} == {
         "random schedules", "kernels", "faults", "options and maps", "audit", "metrics", "security", "guarantee",
-        "fp8 caches", "hybrid models", "load", "drift", "soft caps",
+        "fp8 caches", "hybrid models", "load", "drift", "soft caps", "KV connectors",
     }  # fmt: skip
 
 

@@ -23,11 +23,11 @@ def watch(runner: Any) -> None:
     def act(block_ids: Sequence[Sequence[int]], tokens: int) -> None:
         layers = get_layers_from_vllm_config(runner.vllm_config, AttentionLayerBase)
         for group, blocks in zip(runner.kv_cache_config.kv_cache_groups, block_ids, strict=True):
-            ours = [layer for name in group.layer_names if compat.is_our_layer(layer := layers[name])]
-            ours = [layer for layer in ours if layer.impl.keeps_beside]
+            found = [layers[name] for name in group.layer_names]
+            ours = [layer for layer in found if compat.is_our_layer(layer) and layer.impl.keeps_beside]
             if ours:
-                found = slots(blocks, group.kv_cache_spec.block_size, tokens, runner.device)
-                for part in found.split(AT_ONCE):
+                filled = slots(blocks, group.kv_cache_spec.block_size, tokens, runner.device)
+                for part in filled.split(AT_ONCE):
                     for layer in ours:
                         layer.impl.note_filled(layer, part)
 

@@ -1,9 +1,8 @@
 """The only folder that patches vLLM. The docstring of each patch says why it exists and when it can be removed.
 
-`start.py` has the patches of every vLLM process; `worker.py`, `graphs.py` and `filled.py` those of a process that
-runs the model.
-They are written for vLLM 0.32 and 0.33. `leaned_on.py` lists what is patched, and what is used without a patch. It
-checks that vLLM has these before anything is patched.
+`start.py` has the patches of every vLLM process; `worker.py`, `graphs.py` and `filled.py` those of a process that runs
+the model. They are written for vLLM 0.32 and 0.33. `leaned_on.py` lists what is patched, and what is used without a
+patch. It checks that vLLM has these before anything is patched.
 """
 
 from specattn_vllm.compat.filled import CONNECTORS as CONNECTORS

@@ -120,21 +120,28 @@ def test_lora_is_refused_with_a_target_that_drafts_for_itself(reasons, method):
 OFFLOADING = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both"}
 # Stands for a module of the user's.
 MODULE = "vllm.distributed.kv_transfer.kv_connector.v1.example_connector"
-FILES = OFFLOADING | {"kv_connector": "ExampleConnector"}
+FILES = SimpleNamespace(kv_connector="ExampleConnector", kv_connector_extra_config={}, kv_connector_module_path=None)
 
 
 @pytest.mark.parametrize(
-    ("changes", "of"),
+    ("changes", "which"),
     [
-        ({"kv_connector": "NixlConnector"}, "vLLM"),
-        ({"kv_connector": "ExampleConnector", "kv_connector_module_path": MODULE}, MODULE),
-        ({"kv_connector_extra_config": {"spec_name": "TieringOffloadingSpec"}}, "TieringOffloadingSpec"),
+        ({"kv_connector": "NixlConnector"}, "NixlConnector"),
+        (
+            {"kv_connector": "ExampleConnector", "kv_connector_module_path": MODULE},
+            f"ExampleConnector of {MODULE}",
+        ),
+        (
+            {"kv_connector_extra_config": {"spec_name": "TieringOffloadingSpec"}},
+            "OffloadingConnector of TieringOffloadingSpec",
+        ),
+        ({"kv_connector_extra_config": {"spec_module_path": "mine.specs"}}, "OffloadingConnector of mine.specs"),
     ],
 )
-def test_kv_connectors_that_were_not_tried_are_refused(reasons, changes, of):
-    transfer = OFFLOADING | changes
-    (reason,) = reasons(kv_transfer_config=transfer)
-    assert reason.startswith(f"KV connector {transfer['kv_connector']!r} of {of}: the plugin was tried beside vLLM's ")
+def test_kv_connectors_that_were_not_tried_are_refused(reasons, changes, which, monkeypatch):
+    monkeypatch.setattr(checks, "_on_cpu", lambda: False)
+    (reason,) = reasons(kv_transfer_config=OFFLOADING | changes)
+    assert reason.startswith(f"KV connector {which!r}: the plugin was tried beside vLLM's ")
     assert all(name in reason for name in compat.CONNECTORS)
     assert reason.endswith("with --kv-offloading-backend native, or leave --kv-transfer-config out")
 
@@ -147,28 +154,28 @@ def test_other_kv_connectors_are_served(configure, name, method, monkeypatch):
 
 
 @cpu_only
-def test_offloading_on_a_cpu_is_refused(reasons):
-    """vLLM says so too, once a worker has loaded the model."""
-    assert reasons(kv_transfer_config=OFFLOADING) == [
-        "KV connector 'OffloadingConnector' on a CPU: vLLM's offloading copies what is in a GPU's memory; leave "
+@pytest.mark.parametrize("name", ["OffloadingConnector", "NixlConnector"])
+def test_connectors_on_a_cpu_are_refused(reasons, name):
+    """vLLM's offloading says so too, once a worker has loaded the model."""
+    assert reasons(kv_transfer_config=OFFLOADING | {"kv_connector": name}) == [
+        f"KV connector {name!r} on a CPU: vLLM's offloading copies what is in a GPU's memory; leave "
         "--kv-transfer-config and --kv-offloading-size out"
     ]
 
 
-def test_files_that_adapters_would_share_are_refused(reasons):
+@pytest.mark.parametrize(("ranks", "adapters", "told"), [(2, None, True), (1, object(), True), (1, None, False)])
+def test_files_that_ranks_or_adapters_would_share_are_refused(ranks, adapters, told):
     """They are named after tokens."""
-    assert reasons(kv_transfer_config=FILES, enable_lora=True, lora_target_modules=["q_proj"]) == [
-        "KV connector 'ExampleConnector' with tensor parallelism or LoRA: its files have names of tokens alone, so "
-        "ranks and adapters would read one another's; use --kv-offloading-size"
-    ]
+    config = engine({"tensor_parallel_size": ranks}, kv_transfer_config=FILES, lora_config=adapters)
+    found = list(checks._connector(config, "auto"))
+    assert [
+        reason.startswith("KV connector 'ExampleConnector' with tensor parallelism or LoRA") for reason in found
+    ] == ([True] * told)
 
 
 def test_a_kv_connector_beside_a_hybrid_or_xformers_is_refused():
-    model, transfer = (
-        SimpleNamespace(is_hybrid=True),
-        SimpleNamespace(kv_connector="ExampleConnector", kv_connector_extra_config={}, kv_connector_module_path=None),
-    )
-    config = engine(model_config=model, kv_transfer_config=transfer)
+    model = SimpleNamespace(is_hybrid=True)
+    config = engine(model_config=model, kv_transfer_config=FILES)
     assert list(checks._connector(config, "xformers")) == [
         "a KV connector beside layers of linear attention or Mamba was not tried; leave --kv-transfer-config and "
         "--kv-offloading-size out",
@@ -217,7 +224,9 @@ def engine(parallel=None, cache=None, **changes):
     """What `_engine` looks at, with everything in order but the changes."""
     base = {
         "use_v2_model_runner": True,
-        "model_config": SimpleNamespace(dtype="torch.bfloat16", enable_sleep_mode=False, hf_config=SimpleNamespace()),
+        "model_config": SimpleNamespace(
+            dtype="torch.bfloat16", enable_sleep_mode=False, hf_config=SimpleNamespace(), is_hybrid=False
+        ),
         "parallel_config": SimpleNamespace(
             **{"pipeline_parallel_size": 1, "decode_context_parallel_size": 1, "use_ubatching": False}
             | {"enable_expert_parallel": False, "tensor_parallel_size": 1, "data_parallel_size": 1}

@@ -146,9 +146,9 @@ def test_it_is_served(name, of_family, engine, random_prompts, counts, sketch_au
         of_a_block = cached.kv_cache_tensors[0].size // cached.num_blocks  # all of them lie in this memory
         specs = [group.kv_cache_spec for group in cached.kv_cache_groups]
         blocks = sum(math.ceil(s.max_memory_usage_bytes(runner.vllm_config) / s.page_size_bytes) for s in specs)
-        # The last block of each kind may be full in part: those of GPUs hold other numbers of tokens.
         rest = blocks * of_a_block - told["kv_per_token"] * SHAPE["max_model_len"] - told["kv_in_states"]
-        assert 0 <= rest < len(specs) * of_a_block
+        # Blocks of GPUs hold other numbers of tokens, and the last one of each kind may be full in part.
+        assert 0 <= rest < len(specs) * of_a_block if torch.cuda.is_available() else rest == 0
     for layer in target_layers(runner).values():
         cache, layout = layer.kv_cache, layer.impl.choice.sketch.layout
         pages = cache.stride(0) * cache.element_size() / (cache.shape[2] * cache.shape[1] * layout.kv_bytes)

@@ -81,7 +81,7 @@ def test_it_is_a_cache_of_rounded_numbers(scales, engine, answers, same, texts, 
             layer.impl.operations = executors.replace(layer.impl.operations, write_kv=write)
         # What differs by 1e-6 between the two may round to neighbours in a later layer. On a GPU, products of float32
         # have 11 bits: all of a number of 8 bits, and not all of that times its scale.
-        close = 0.25 if torch.cuda.is_available() else 0.02
+        close = 0.2 if torch.cuda.is_available() else 0.02
         assert all(same(*pair, close) for pair in zip(answers(llm, texts, NUMBER), found, strict=True))
 
 

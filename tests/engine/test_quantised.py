@@ -17,7 +17,7 @@ OPTIONS = {"method": "sketch", "ratio": 0.2, "min_tokens": 40, "recent_tokens": 
 KINDS = {"int": (127, torch.int8), "float": (448, torch.float8_e4m3fn)}
 """Of 8 bits: the largest number, and the type. vLLM's kernels for 4 bits on CPUs (AWQ, GPTQ) need AVX-512."""
 ON_A_GPU = torch.cuda.is_available()
-CLOSE = 0.2 if ON_A_GPU else 0.1
+CLOSE = {"int": 0.2 if ON_A_GPU else 0.05, "float": 0.2 if ON_A_GPU else 0.1}
 """How far log-probabilities may be apart. Activations are rounded to 8 bits, and some fall just to the other side: to
 which depends on the machine too. On GPUs, vLLM's products of 8 bits have results in 16 bits alone. What is not read
 changes them by 0.7."""
@@ -63,9 +63,9 @@ def test_weights_of_8_bits(kind, family, engine, counts, sketch_audit, answers, 
     plain = answers(engine(None, **arguments), prompts, NEW_TOKENS)
     llm = engine(OPTIONS, **arguments)
     exact = answers(llm, prompts, NEW_TOKENS, exact=True)
-    assert all(map(same, plain, exact, [CLOSE] * len(plain)))
+    assert all(map(same, plain, exact, [CLOSE[kind]] * len(plain)))
     assert sketch_audit.pruned == 0
     sparse = answers(llm, prompts, NEW_TOKENS)
     seen = counts(llm)
     assert sketch_audit.pruned > 20 and 0 < seen.sparse_rows < seen.verify_rows
-    assert not all(map(same, plain, sparse, [CLOSE] * len(plain)))
+    assert not all(map(same, plain, sparse, [CLOSE[kind]] * len(plain)))
